@@ -1,0 +1,96 @@
+"""The errors vispeft raises: what was asked, what was found, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "BackboneError",
+    "BaseMismatchError",
+    "ConfigError",
+    "DataError",
+    "FileError",
+    "MergeError",
+    "SiteError",
+    "TrainingError",
+    "UnknownNameError",
+    "VerificationError",
+    "VispeftError",
+]
+
+
+class VispeftError(Exception):
+    """Root of every error vispeft raises on purpose."""
+
+
+class ConfigError(VispeftError, ValueError):
+    """A field of a method, a task or a config file has a value that cannot work."""
+
+
+class UnknownNameError(ConfigError):
+    """A name (method, adapter, role, key, backbone) is not known; the message lists near ones."""
+
+    def __init__(self, what: str, asked: str, known: Iterable[str], hint: str = "") -> None:
+        """Compose the message.
+
+        Args:
+            what: The kind of thing that was named, such as ``"method"``.
+            asked: The name that was given.
+            known: Every name that would have been accepted.
+            hint: One more sentence on what to do.
+        """
+        super().__init__(f"Unknown {what} {asked!r}. {near_names(asked, known)}{' ' + hint if hint else ''}")
+
+
+class BackboneError(VispeftError):
+    """The model, one of its blocks or its input size is not supported."""
+
+
+class SiteError(VispeftError):
+    """A role is missing in a backbone, or a unit has no stated form at a site."""
+
+
+class MergeError(VispeftError):
+    """No plain layer computes the same as the adapted one, or the values are not finite."""
+
+
+class VerificationError(VispeftError):
+    """A trainable tensor receives no gradient."""
+
+
+class FileError(VispeftError):
+    """A file is missing, truncated, altered or of another format."""
+
+
+class BaseMismatchError(FileError):
+    """An adapter belongs to another backbone."""
+
+
+class DataError(VispeftError):
+    """Images, labels or splits cannot be used as given."""
+
+
+class TrainingError(VispeftError):
+    """Training cannot go on, for example because a loss is not finite."""
+
+
+def near_names(asked: str, known: Iterable[str], at_most: int = 12) -> str:
+    """Suggest the names closest to the one asked for.
+
+    Args:
+        asked: The name that was given.
+        known: Every accepted name.
+        at_most: How many names to list when none is close.
+
+    Returns:
+        One sentence: the near names, or else the first known ones.
+    """
+    names = sorted(set(known))
+    near = difflib.get_close_matches(asked, names, n=3, cutoff=0.5)
+    if near:
+        return f"Did you mean {' or '.join(repr(n) for n in near)}?"
+    if not names:
+        return "There are none here."
+    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    return f"Known: {', '.join(names[:at_most])}{more}."
