@@ -1,0 +1,27 @@
+"""vispeft: parameter-efficient adaptation of frozen timm backbones."""
+
+from vispeft._compat import ensure_torchvision
+
+ensure_torchvision()  # before anything imports torchvision, as timm does
+
+from vispeft import methods  # noqa: E402
+from vispeft.adapters.bank import AdapterBank, attach, load  # noqa: E402
+from vispeft.adapters.method import Method, list_methods, method, register  # noqa: E402
+from vispeft.adapters.plan import Plan, plan  # noqa: E402
+from vispeft.errors import VispeftError  # noqa: E402
+
+globals().update({name: getattr(methods, name) for name in methods.CONFIGURATIONS})
+
+__all__ = [
+    "AdapterBank",
+    "Method",
+    "Plan",
+    "VispeftError",
+    "attach",
+    "list_methods",
+    "load",
+    "method",
+    "plan",
+    "register",
+    *methods.CONFIGURATIONS,
+]

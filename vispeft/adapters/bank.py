@@ -1,0 +1,813 @@
+"""The bank: the handle on all adapters of one model, from attaching to merging, saving and taking off."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from vispeft.adapters.codecs import RAW
+from vispeft.adapters.files import dtype_name, read_adapter, write_adapter
+from vispeft.adapters.fingerprint import base_tensors, check_fingerprint, fingerprint
+from vispeft.adapters.heads import BASE_HEAD, HeadRack
+from vispeft.adapters.hosts import Host, ensure_host, host_for, take_off
+from vispeft.adapters.merge import TOLERANCE, Merged, MergeReport, apply_merge, plan_merge, undo_merge
+from vispeft.adapters.method import Method, method_from_dict
+from vispeft.adapters.model_host import ModelHost
+from vispeft.adapters.plan import Plan, make_plan
+from vispeft.adapters.report import Report
+from vispeft.adapters.units import SelectionUnit, Unit
+from vispeft.adapters.verify import find_dead, probe_images, unit_tensors
+from vispeft.backbones.registry import describe, family_of, unwrap
+from vispeft.errors import ConfigError, FileError, MergeError, SiteError, UnknownNameError
+
+__all__ = ["AdapterBank", "attach", "load"]
+
+_BANK = "_vispeft_bank"
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass
+class Adapter:
+    """What the bank knows of one adapter."""
+
+    method: Method
+    plan: Plan
+    units: dict[str, Unit]
+    """Units by key."""
+    tasks: tuple[str, ...] | None
+    seed: int
+    """Seed of the start values."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """Class names, preprocessing and metrics, for the file."""
+    merge_error: float | None = None
+    """Error of the last merge, when there was one."""
+
+    def blocks(self) -> dict[str, int | None]:
+        """Give the block index of each unit by key."""
+        return {item.key: item.site.block for item in self.plan}
+
+
+class AdapterBank:
+    """All adapters of one model.
+
+    Get one from `attach` or `load`. The model stays usable by whoever knows timm; the bank is only needed to manage
+    what was added.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Take stock of a bare timm model; `attach` calls this.
+
+        Args:
+            model: The timm model.
+        """
+        self._model = model
+        self.view = describe(model)
+        self._adapters: dict[str, Adapter] = {}
+        self._active: tuple[str, ...] = ()
+        self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._stochastic_depth: dict[str, nn.Module] = {}
+        self._merged: Merged | None = None
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self._heads = HeadRack(model, self.view.head_path)
+        ensure_host(model, family_of(model).host)
+        model.__dict__[_BANK] = self
+
+    @staticmethod
+    def of(model: nn.Module) -> AdapterBank | None:
+        """Find the bank of a model that has adapters.
+
+        Args:
+            model: A timm model, a ``features_only`` wrapper around one, or a compiled one.
+
+        Returns:
+            Its bank; None without adapters.
+        """
+        bank = unwrap(model).__dict__.get(_BANK)
+        return bank if isinstance(bank, AdapterBank) else None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all adapters, in the order of attaching."""
+        return list(self._adapters)
+
+    @property
+    def active(self) -> list[str]:
+        """Names of the adapters that act, in the order in which they act."""
+        return list(self._active)
+
+    def plan(self, name: str | None = None) -> Plan:
+        """Give the plan an adapter was built from.
+
+        Args:
+            name: The adapter; may be left out where there is only one active.
+        """
+        return self._adapter(name).plan
+
+    # ------------------------------------------------------------------ adding and taking off
+
+    def add(self, method: Method, name: str = "default", tasks: Sequence[str] | None = None, verify: bool = True) -> None:
+        """Put one more adapter on the model and activate it alone; see `attach`."""
+        self._check_new_name(name)
+        self._check_unmerged("attach another adapter")
+        if not isinstance(method, Method):
+            raise ConfigError(
+                f"attach was given {method!r} as method; give a configuration such as vispeft.SSF(), "
+                "or vispeft.method('ssf')."
+            )
+        before = self.active
+        plan = make_plan(method, self._model)
+        units, seed = self._build(plan)
+        adapter = Adapter(method, plan, units, None if tasks is None else tuple(tasks), seed)
+        # Hosts are chosen for all units before the first one is put into place, so that a refusal changes nothing.
+        hosts = [host_for(i.site, self._model.get_submodule(i.site.path), units[i.key]) for i in plan]
+        for item, (host, computed) in zip(plan, hosts, strict=True):
+            place = ensure_host(self._model.get_submodule(item.site.path), host, computed)
+            _slots(place, name)[item.slot] = units[item.key]
+        self._adapters[name] = adapter
+        self._heads.add(name)
+        self.set_active(name)
+        if verify:
+            try:
+                self.verify()
+            except Exception:
+                self.detach(name)
+                if before:
+                    self.set_active(before)
+                raise
+
+    def _check_new_name(self, name: str) -> None:
+        if not _NAME.fullmatch(name):
+            raise ConfigError(f"An adapter was to be called {name!r}; use letters, digits, '-' and '_'.")
+        if name in self._adapters:
+            raise ConfigError(
+                f"There is an adapter {name!r} on this model already (all: {', '.join(self._adapters)}). "
+                "Choose another name, or detach it first."
+            )
+
+    def _build(self, plan: Plan) -> tuple[dict[str, Unit], int]:
+        reference = next(self._model.parameters())
+        # Adapters of a half-precision base stay in float32, or their small updates would be rounded away.
+        dtype = reference.dtype if reference.dtype in (torch.float32, torch.float64) else torch.float32
+        seed = int(torch.randint(0, 2**31 - 1, ()))
+        generator = torch.Generator().manual_seed(seed)
+        units: dict[str, Unit] = {}
+        for item in plan:
+            unit = item.build()
+            with torch.no_grad():
+                unit.reset(generator)
+            units[item.key] = unit.to(device=reference.device, dtype=dtype)
+        return units, seed
+
+    def detach(self, name: str) -> None:
+        """Take an adapter off; with the last one the model is as it was before the first.
+
+        Args:
+            name: The adapter.
+
+        Raises:
+            UnknownNameError: If there is no such adapter.
+            MergeError: If it is merged for good.
+        """
+        self._adapter(name)
+        if self._merged is not None:
+            self.unmerge()
+        remaining = [active for active in self._active if active != name]
+        self.set_active(remaining or [n for n in self._adapters if n != name][:1])
+        for host in self._hosts():
+            if name in host.adapters:
+                del host.adapters[name]
+                if not host.adapters and not isinstance(host, ModelHost):
+                    take_off(host)
+        self._heads.drop(name)
+        del self._adapters[name]
+        if not self._adapters:
+            self._close()
+
+    def _close(self) -> None:
+        """Leave the model as it was before the first adapter."""
+        self._set_stochastic_depth(0.0)
+        self._heads.close()
+        take_off(cast(Host, self._model))
+        del self._model.__dict__[_BANK]
+        for name, parameter in self._model.named_parameters():
+            parameter.requires_grad_(self._requires_grad.get(name, True))
+        self._model.train(self._model.training)
+
+    # ------------------------------------------------------------------ switching
+
+    def set_active(self, names: str | Sequence[str]) -> None:
+        """Choose the adapters that act and train.
+
+        Several act one after the other, in the given order; the classifier is that of the last one.
+
+        Args:
+            names: One name, several, or none for the base alone.
+
+        Raises:
+            UnknownNameError: If there is no such adapter.
+            SiteError: If two of them replace the same tensor.
+            MergeError: If the model is merged.
+        """
+        chosen = (names,) if isinstance(names, str) else tuple(names)
+        for name in chosen:
+            self._adapter(name)
+        self._check_unmerged("switch adapters")
+        self._check_together(chosen)
+        self._route(chosen)
+        self._active = chosen
+        for name, adapter in self._adapters.items():
+            for unit in adapter.units.values():
+                unit.requires_grad_(name in chosen)
+            head = self._heads.get(name)
+            if head is not None:
+                head.requires_grad_(name == self._heads.placed)
+        self._set_stochastic_depth(max((self._adapters[n].method.stochastic_depth() for n in chosen), default=0.0))
+        self._wake()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Make the model the bare base for a while, its own classifier included.
+
+        Example:
+            >>> with bank.disabled():
+            ...     base_logits = model(images)
+        """
+        self._check_unmerged("disable adapters")
+        self._route(())
+        try:
+            yield
+        finally:
+            self._route(self._active)
+
+    def _route(self, names: tuple[str, ...]) -> None:
+        for host in self._hosts():
+            host.active = tuple(name for name in names if name in host.adapters)
+        self._heads.place(names[-1] if names else BASE_HEAD)
+
+    def _check_together(self, names: tuple[str, ...]) -> None:
+        if len(set(names)) < len(names):
+            raise ConfigError(f"An adapter was named twice: {', '.join(names)}.")
+        owners: dict[str, str] = {}
+        for name in names:
+            for entry in unit_tensors(self._adapters[name].units):
+                if not isinstance(entry.unit, SelectionUnit):
+                    continue
+                tensor = f"{entry.key.split('/', 1)[0]}.{entry.name}"
+                if tensor in owners:
+                    raise SiteError(
+                        f"Adapters {owners[tensor]!r} and {name!r} both replace {tensor}; only one of them can act. "
+                        "Activate one, or merge one first."
+                    )
+                owners[tensor] = name
+
+    def _wake(self) -> None:
+        awake = list(self.view.head_drop_paths)
+        if self.view.head_path is not None:
+            awake.append(self.view.head_path)
+        awake += self._stochastic_depth
+        if any(self._adapters[name].method.trains_base for name in self._active):
+            awake.append("")
+        cast(ModelHost, self._model).awake = tuple(awake)
+        self._model.train(self._model.training)
+
+    def _set_stochastic_depth(self, rate: float) -> None:
+        """Give each block its rate, growing linearly with depth as in timm; 0 puts the model's own modules back."""
+        for path, module in self._stochastic_depth.items():
+            _set_submodule(self._model, path, module)
+        self._stochastic_depth = {}
+        if rate <= 0:
+            return
+        last = max(1, self.view.depth - 1)
+        for index, paths in enumerate(self.view.drop_path_paths):
+            for path in paths:
+                self._stochastic_depth[path] = self._model.get_submodule(path)
+                _set_submodule(self._model, path, DropPath(rate * index / last))
+
+    # ------------------------------------------------------------------ training
+
+    def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """List what trains now, the active classifier included, by state-dict name."""
+        return [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
+
+    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Sort what trains now into optimiser groups.
+
+        Tensors of fewer than two dimensions, those a unit exempts and those timm exempts (positions, class tokens)
+        do not decay.
+
+        Args:
+            lr: Learning rate.
+            weight_decay: Weight decay of what decays.
+
+        Returns:
+            Groups with ``params``, ``lr``, ``weight_decay`` and ``name``, as ``torch.optim`` takes them.
+        """
+        exempt = {id(e.tensor) for e in self._entries() if e.name in e.unit.no_decay or self._timm_exempts(e.key, e.name)}
+        groups: dict[str, dict[str, Any]] = {}
+        for _, parameter in self.trainable_parameters():
+            decays = parameter.ndim > 1 and id(parameter) not in exempt
+            name = "decay" if decays else "no_decay"
+            group = groups.setdefault(
+                name, {"params": [], "lr": lr, "weight_decay": weight_decay if decays else 0.0, "name": name}
+            )
+            group["params"].append(parameter)
+        return list(groups.values())
+
+    def _entries(self) -> list[Any]:
+        return [entry for name in self._active for entry in unit_tensors(self._adapters[name].units)]
+
+    def _timm_exempts(self, key: str, name: str) -> bool:
+        exempt = self._model.no_weight_decay() if hasattr(self._model, "no_weight_decay") else set()
+        path = key.split("/", 1)[0]
+        return (f"{path}.{name}" if path else name) in exempt
+
+    def verify(self) -> None:
+        """Check that every trainable tensor of the active adapters receives a gradient.
+
+        One image of noise goes forward and backward with every unit moved away from its start; all values are put back.
+
+        Raises:
+            VerificationError: If a tensor gets none; the message names the sites.
+        """
+        units = {key: unit for name in self._active for key, unit in self._adapters[name].units.items()}
+        blocks = {key: block for name in self._active for key, block in self._adapters[name].blocks().items()}
+        find_dead(self._model, self.view, units, blocks)
+
+    def report(self, name: str | None = None) -> Report:
+        """Count what an adapter trains and stores; print the result to see a table.
+
+        Args:
+            name: The adapter; may be left out where there is only one active.
+        """
+        label = self._label(name)
+        adapter = self._adapters[label]
+        entries = unit_tensors(adapter.units)
+        by_role: dict[str, int] = {}
+        roles = {item.key: item.site.role for item in adapter.plan}
+        for entry in entries:
+            by_role[roles[entry.key]] = by_role.get(roles[entry.key], 0) + entry.tensor.numel()
+        head = self._heads.get(label)
+        return Report(
+            adapter=label,
+            method=adapter.method.name,
+            family=self.view.family,
+            trainable=sum(entry.tensor.numel() for entry in entries),
+            trainable_head=0 if head is None else sum(p.numel() for p in head.parameters()),
+            backbone=sum(tensor.numel() for _, tensor in self._base_tensors()),
+            stored_bytes=sum(entry.tensor.numel() * entry.tensor.element_size() for entry in entries),
+            by_role=by_role,
+        )
+
+    # ------------------------------------------------------------------ merging
+
+    def merge(self, keep_original: bool = True, partial: bool = False) -> MergeReport:
+        """Write the active adapters into plain timm layers, as exact algebra in double precision.
+
+        Afterwards every layer has timm's own class and names again, and the model is as fast as the base.
+
+        Args:
+            keep_original: Keep what `unmerge` needs, beside the model.
+            partial: Leave layers adapted that have no plain form, instead of refusing.
+
+        Returns:
+            Which layers changed, keys that are new, layers that stay, and the measured difference.
+
+        Raises:
+            MergeError: If a layer has no plain form, a merged tensor is not finite, or the outputs differ beyond
+                rounding; nothing is changed then.
+        """
+        if self._merged is not None:
+            return self._merged.report
+        probe = probe_images(self._model, self.view)
+        tensors, stays = plan_merge(self._model, self.view, partial)
+        with _evaluating(self._model):
+            before = _features(self._model, probe)
+        self._set_stochastic_depth(0.0)
+        merged = Merged(MergeReport((), (), {}, 0.0), self._active)
+        apply_merge(self._model, tensors, stays, merged)
+        with _evaluating(self._model):
+            after = _features(self._model, probe)
+        error = float((after - before).abs().max() / before.abs().max().clamp_min(1e-30))
+        if not error <= TOLERANCE[probe.dtype]:
+            undo_merge(merged)
+            self.set_active(self._active)
+            raise MergeError(
+                f"After merging, outputs differ by {error:.1e} of the largest one; {TOLERANCE[probe.dtype]:.0e} is "
+                f"rounding in {dtype_name(probe.dtype)}. Nothing was changed. Merge in float32 or better."
+            )
+        created = tuple(name for name, old in merged.replaced.items() if old is None)
+        merged.report = MergeReport(tuple(tensors), created, stays, error)
+        self._merged = merged
+        for name in self._active:
+            self._adapters[name].merge_error = error
+        self._finish_merge(merged, keep_original, bool(stays))
+        return merged.report
+
+    def _finish_merge(self, merged: Merged, keep_original: bool, stays: bool) -> None:
+        for _, parameter in self._model.named_parameters():
+            parameter.requires_grad_(False)
+        if not stays and self.view.head_path is not None:
+            self._waiting_heads = self._heads.waiting
+            del self._model.adapter_heads
+        merged.keep_original = keep_original
+        if not keep_original:
+            merged.hosts, merged.originals = [], []
+            if not stays:
+                del self._model.__dict__[_BANK]
+
+    def unmerge(self) -> None:
+        """Undo `merge`, bit for bit, from the kept originals.
+
+        Raises:
+            MergeError: If the model is not merged, or the originals were not kept.
+        """
+        if self._merged is None:
+            raise MergeError("There is nothing to undo: the model is not merged.")
+        if not self._merged.keep_original:
+            raise MergeError(
+                "The originals were not kept (merge(keep_original=False)). Create the backbone again and load the adapter."
+            )
+        undo_merge(self._merged)
+        if self.view.head_path is not None and not hasattr(self._model, "adapter_heads"):
+            self._model.adapter_heads = self._waiting_heads
+        names, self._merged = self._merged.names, None
+        self.set_active(names)
+
+    def _check_unmerged(self, wanted: str) -> None:
+        if self._merged is not None:
+            raise MergeError(f"The model is merged, so it cannot {wanted}. Call unmerge() first.")
+
+    # ------------------------------------------------------------------ tensors and files
+
+    def state_dict(self, name: str | None = None) -> dict[str, Tensor]:
+        """Give an adapter's tensors under their names in files, its classifier's under ``head/``.
+
+        Args:
+            name: The adapter; may be left out where there is only one active.
+        """
+        label = self._label(name)
+        return {**self._unit_state(label), **self._head_state(label)}
+
+    def _unit_state(self, label: str) -> dict[str, Tensor]:
+        return {str(entry): entry.tensor.detach() for entry in unit_tensors(self._adapters[label].units)}
+
+    def _head_state(self, label: str) -> dict[str, Tensor]:
+        head = self._heads.get(label)
+        return {} if head is None else {f"head/{key}": tensor.detach() for key, tensor in head.state_dict().items()}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], name: str | None = None) -> None:
+        """Copy tensors into an adapter.
+
+        Args:
+            tensors: All of the adapter's tensors, as `state_dict` names them; a classifier may be missing, and one with
+                another class count replaces the present one.
+            name: The adapter; may be left out where there is only one active.
+
+        Raises:
+            FileError: If a tensor is missing, unknown, of another shape, or not finite; nothing is copied then.
+        """
+        label = self._label(name)
+        own = {str(entry): entry.tensor for entry in unit_tensors(self._adapters[label].units)}
+        units = {key: tensor for key, tensor in tensors.items() if not key.startswith("head/")}
+        _check_tensors(own, units)
+        head = {key.removeprefix("head/"): tensor for key, tensor in tensors.items() if key.startswith("head/")}
+        if head and self.view.head_path is not None:
+            self._load_head(label, head)
+        with torch.no_grad():
+            for key, tensor in units.items():
+                own[key].copy_(tensor)
+
+    def _load_head(self, label: str, tensors: dict[str, Tensor]) -> None:
+        present = self._heads.get(label)
+        assert present is not None
+        shapes = {key: tensor.shape for key, tensor in present.state_dict().items()}
+        if shapes != {key: tensor.shape for key, tensor in tensors.items()}:
+            if set(tensors) - {"weight", "bias"} or "weight" not in tensors:
+                raise FileError(f"The head in the file has tensors {sorted(tensors)}, which is no linear classifier.")
+            reference = next(self._model.parameters())
+            classes, width = tensors["weight"].shape
+            present = nn.Linear(width, classes, bias="bias" in tensors, device=reference.device, dtype=reference.dtype)
+            present.requires_grad_(label == self._heads.placed).train(self._model.training)
+            self._heads.add(label, present)
+        present.load_state_dict(tensors)
+
+    def load_base(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Load a plain timm state dict into the base, adapters untouched.
+
+        Args:
+            state_dict: Tensors under timm's names; the classifier goes to the base's own.
+
+        Raises:
+            FileError: If a tensor is missing, unknown or of another shape; nothing is copied then.
+        """
+        self._check_unmerged("load base weights")
+        own = dict(self._base_tensors())
+        head = self._heads.get(BASE_HEAD)
+        if head is not None:
+            own.update({f"{self.view.head_path}.{key}": tensor for key, tensor in head.state_dict().items()})
+        _check_tensors(own, state_dict)
+        with torch.no_grad():
+            for key, tensor in state_dict.items():
+                own[key].copy_(tensor)
+
+    def annotate(
+        self,
+        name: str | None = None,
+        *,
+        class_names: Sequence[str] | None = None,
+        preprocessing: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Note what a user of the file will want to know; `save` writes it down.
+
+        Args:
+            name: The adapter; may be left out where there is only one active.
+            class_names: Names of the classes, in the order of the classifier.
+            preprocessing: Mean, std, size and interpolation.
+            metrics: What the adapter reaches.
+        """
+        notes = self._adapter(name).notes
+        if class_names is not None:
+            notes["class_names"] = list(class_names)
+        if preprocessing is not None:
+            notes["preprocessing"] = dict(preprocessing)
+        if metrics is not None:
+            notes["metrics"] = dict(metrics)
+
+    def notes(self, name: str | None = None) -> dict[str, Any]:
+        """Give what `annotate` noted, or what the adapter's file said.
+
+        Args:
+            name: The adapter; may be left out where there is only one active.
+        """
+        return dict(self._adapter(name).notes)
+
+    def save(self, path: str | Path, name: str | None = None) -> None:
+        """Write an adapter: ``adapter.json``, ``adapter.safetensors`` and ``head.safetensors``, nothing of the base.
+
+        Args:
+            path: The directory; made where it is missing.
+            name: The adapter; may be left out where there is only one active.
+
+        Raises:
+            FileError: If it cannot be written; what was there before is still there.
+        """
+        label = self._label(name)
+        adapter = self._adapters[label]
+        units, head = self._unit_state(label), self._head_state(label)
+        for key, tensor in {**units, **head}.items():
+            if not torch.isfinite(tensor).all():
+                raise FileError(f"{key} of adapter {label!r} is not finite; it was not saved.")
+        header = {
+            "vispeft": _own_version(),
+            "timm": timm.__version__,
+            "method": adapter.method.to_dict(),
+            "backbone": {**_backbone_source(self._model), "fingerprint": self._fingerprint()},
+            "tasks": None if adapter.tasks is None else list(adapter.tasks),
+            "seed": adapter.seed,
+            "head": {key.removeprefix("head/"): list(tensor.shape) for key, tensor in head.items()} or None,
+            "preprocessing": adapter.notes.get("preprocessing") or _preprocessing(self._model),
+            "class_names": adapter.notes.get("class_names"),
+            "metrics": adapter.notes.get("metrics"),
+            "tensors": {
+                key: {"codec": RAW, "dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)}
+                for key, tensor in units.items()
+            },
+            "merge_error": adapter.merge_error,
+        }
+        write_adapter(Path(path), header, units, head)
+
+    def load(self, path: str | Path, name: str | None = None, allow_base_mismatch: bool = False) -> None:
+        """Put an adapter from a file on the model and activate it.
+
+        Args:
+            path: Its directory.
+            name: Its name on this model; by default ``default``, or the directory's name when that is taken.
+            allow_base_mismatch: Load it also on other weights.
+
+        Raises:
+            FileError: If a file is missing, truncated or altered.
+            BaseMismatchError: If it was trained on another backbone.
+        """
+        folder = Path(path)
+        self._check_unmerged("load an adapter")
+        label = name or ("default" if "default" not in self._adapters else folder.resolve().name)
+        self._check_new_name(label)
+        header, units, head = read_adapter(folder)
+        if not allow_base_mismatch:
+            check_fingerprint(header["backbone"]["fingerprint"], self._model, self.view)
+        method = method_from_dict(header["method"])
+        before = self.active
+        random = torch.get_rng_state()
+        self.add(method, label, header["tasks"], verify=False)
+        torch.set_rng_state(random)
+        adapter = self._adapters[label]
+        try:
+            self.load_state_dict({**units, **head}, label)
+        except Exception:
+            self.detach(label)
+            if before:
+                self.set_active(before)
+            raise
+        adapter.seed, adapter.merge_error = header["seed"], header["merge_error"]
+        self.annotate(label, **{key: header[key] for key in ("class_names", "preprocessing", "metrics")})
+
+    # ------------------------------------------------------------------ helpers
+
+    def _label(self, name: str | None) -> str:
+        if name is None:
+            if len(self._active) != 1:
+                raise ConfigError(
+                    f"Which adapter? {len(self._active)} are active ({', '.join(self._active) or 'none'}); give its name."
+                )
+            return self._active[0]
+        if name not in self._adapters:
+            raise UnknownNameError("adapter", name, self._adapters)
+        return name
+
+    def _adapter(self, name: str | None) -> Adapter:
+        return self._adapters[self._label(name)]
+
+    def _hosts(self) -> list[Host]:
+        return [module for module in self._model.modules() if isinstance(module, Host)]
+
+    def _base_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return base_tensors(self._model, self.view.head_path, self._replaced())
+
+    def _replaced(self) -> dict[str, Tensor | None]:
+        return {} if self._merged is None else self._merged.replaced
+
+    def _fingerprint(self) -> dict[str, Any]:
+        return fingerprint(self._model, self.view, self._replaced())
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    *,
+    name: str = "default",
+    tasks: Sequence[str] | None = None,
+    verify: bool = True,
+) -> AdapterBank:
+    """Put an adapter on a timm model, in place: the base frozen, units injected, gradients verified.
+
+    The model stays what it was: same class, same names of base tensors, same methods. The adapter gets a classifier of
+    its own, a copy of the present one.
+
+    Args:
+        model: A timm model of a supported family, or a ``features_only`` wrapper around one.
+        method: The method, such as ``vispeft.SSF()``.
+        name: Name of the adapter on this model.
+        tasks: Names of the tasks, for methods that have several.
+        verify: Check with one image of noise that every trainable tensor receives a gradient.
+
+    Returns:
+        The model's bank; the same one at every call on the same model.
+
+    Raises:
+        BackboneError: If the model is not supported.
+        SiteError: If a role matches nothing, or the method has no stated form for the family.
+        ConfigError: If the name is taken.
+        VerificationError: If a trainable tensor receives no gradient.
+
+    Example:
+        >>> model = timm.create_model("vit_base_patch16_224", num_classes=100)
+        >>> bank = vispeft.attach(model, vispeft.SSF())
+    """
+    timm_model = unwrap(model)
+    bank = AdapterBank.of(timm_model)
+    fresh = bank is None
+    if bank is None:
+        bank = AdapterBank(timm_model)
+    try:
+        bank.add(method, name, tasks, verify)
+    except Exception:
+        if fresh and not bank.names and AdapterBank.of(timm_model) is not None:
+            bank._close()
+        raise
+    return bank
+
+
+def load(
+    model: nn.Module, path: str | Path, *, name: str | None = None, allow_base_mismatch: bool = False
+) -> AdapterBank:
+    """Put a saved adapter on a timm model.
+
+    Args:
+        model: The backbone the adapter was trained on; its classifier may have any number of classes.
+        path: The adapter's directory.
+        name: Its name on this model; by default ``default``, or the directory's name when that is taken.
+        allow_base_mismatch: Load it also on other weights.
+
+    Returns:
+        The model's bank.
+
+    Raises:
+        FileError: If a file is missing, truncated or altered.
+        BaseMismatchError: If the adapter was trained on another backbone.
+    """
+    timm_model = unwrap(model)
+    bank = AdapterBank.of(timm_model)
+    fresh = bank is None
+    bank = bank or AdapterBank(timm_model)
+    try:
+        bank.load(path, name, allow_base_mismatch)
+    except Exception:
+        if fresh and not bank.names and AdapterBank.of(timm_model) is not None:
+            bank._close()
+        raise
+    return bank
+
+
+def _slots(host: Host, name: str) -> nn.ModuleDict:
+    if name not in host.adapters:
+        host.adapters[name] = nn.ModuleDict()
+    return cast(nn.ModuleDict, host.adapters[name])
+
+
+def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    mode = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(mode)
+
+
+def _features(model: nn.Module, images: Tensor) -> Tensor:
+    out = model(images)
+    tensors = [out] if isinstance(out, Tensor) else list(out)
+    return torch.cat([tensor.double().flatten() for tensor in tensors])
+
+
+def _check_tensors(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that do not fit, before the first one is copied."""
+    missing = [key for key in own if key not in given]
+    if missing:
+        raise FileError(f"{len(missing)} of {len(own)} tensors are missing, first {', '.join(missing[:3])}.")
+    for key, tensor in given.items():
+        if key not in own:
+            raise UnknownTensorError(key, own)
+        if tensor.shape != own[key].shape:
+            raise FileError(f"{key} has shape {tuple(tensor.shape)}; {tuple(own[key].shape)} is needed.")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise FileError(f"{key} is not finite.")
+
+
+class UnknownTensorError(FileError, UnknownNameError):
+    """A tensor in a file belongs to nothing here."""
+
+    def __init__(self, key: str, own: Mapping[str, Tensor]) -> None:
+        """Compose the message.
+
+        Args:
+            key: The tensor's name.
+            own: What there is.
+        """
+        UnknownNameError.__init__(self, "tensor", key, own)
+
+
+def _backbone_source(model: nn.Module) -> dict[str, Any]:
+    """Say how the backbone was made, as far as it is known."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    source = model.__dict__.get("_vispeft_source")
+    named = {"name": cfg.get("architecture"), "args": _jsonable(getattr(model, "_model_args", {}))}
+    return {**named, **(source or {})}
+
+
+def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
+    plain = (str, int, float, bool, type(None))
+    listed = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return {k: v for k, v in listed.items() if isinstance(v, plain) or isinstance(v, list) and all(
+        isinstance(item, plain) for item in v)}
+
+
+def _preprocessing(model: nn.Module) -> dict[str, Any]:
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    keys = ("mean", "std", "input_size", "interpolation", "crop_pct")
+    return {key: list(cfg[key]) if isinstance(cfg[key], tuple) else cfg[key] for key in keys if key in cfg}
+
+
+def _own_version() -> str:
+    try:
+        return version("vispeft")
+    except PackageNotFoundError:
+        return "0"

@@ -1,0 +1,164 @@
+"""The adapter's files: ``adapter.json``, ``adapter.safetensors`` and, where there is a head, ``head.safetensors``.
+
+Every tensor file is named with its sha256 in the JSON file, and the JSON file holds a digest of itself, so that a
+truncated or altered file is recognised before anything is built from it. Loading reads JSON and safetensors only: it
+cannot run code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save as save_bytes
+from torch import Tensor
+
+from vispeft.errors import FileError
+
+__all__ = ["ADAPTER_FILE", "HEAD_FILE", "JSON_FILE", "SCHEMA", "read_adapter", "write_adapter", "write_atomically"]
+
+SCHEMA = 1
+"""Version of the layout. It rises when an older version of vispeft could misread a file."""
+JSON_FILE, ADAPTER_FILE, HEAD_FILE = "adapter.json", "adapter.safetensors", "head.safetensors"
+
+
+def write_atomically(files: Mapping[Path, bytes]) -> None:
+    """Write files so that each one is whole or absent, whatever happens.
+
+    All contents are on disk under other names before the first one gets its own.
+
+    Args:
+        files: Contents by path; they get their names in this order.
+
+    Raises:
+        FileError: If they cannot be written, for example because the disk is full.
+    """
+    staged: list[tuple[str, Path]] = []
+    try:
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            staged.append((name, path))
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+        for name, path in staged:
+            os.replace(name, path)
+    except OSError as error:
+        for name, _ in staged:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+        raise FileError(
+            f"{', '.join(str(path) for path in files)} could not be written ({error.strerror or error}). What was "
+            "there before is still there; free some space or choose another place."
+        ) from error
+
+
+def write_adapter(folder: Path, header: dict[str, Any], units: dict[str, Tensor], head: dict[str, Tensor]) -> None:
+    """Write an adapter directory.
+
+    Args:
+        folder: The directory; made where it is missing.
+        header: Everything ``adapter.json`` says besides file digests.
+        units: Tensors by name in the file.
+        head: Tensors of the head by name; empty for none.
+
+    Raises:
+        FileError: If it cannot be written.
+    """
+    contents = {ADAPTER_FILE: _to_bytes(units)}
+    if head:
+        contents[HEAD_FILE] = _to_bytes(head)
+    files = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    header = {"schema": SCHEMA, **header, "files": files, "digest": ""}
+    header["digest"] = _digest(header)
+    text = json.dumps(header, indent=1, ensure_ascii=False).encode()
+    write_atomically({**{folder / name: content for name, content in contents.items()}, folder / JSON_FILE: text})
+    if not head:
+        (folder / HEAD_FILE).unlink(missing_ok=True)
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """Read and check an adapter directory.
+
+    Args:
+        folder: The directory.
+
+    Returns:
+        What ``adapter.json`` says, the tensors of the units and those of the head.
+
+    Raises:
+        FileError: If a file is missing, truncated, altered, or of a later schema.
+    """
+    header = _read_header(folder)
+    tensors: dict[str, dict[str, Tensor]] = {ADAPTER_FILE: {}, HEAD_FILE: {}}
+    for name, sha in header["files"].items():
+        if name not in tensors:
+            raise FileError(f"{folder / JSON_FILE} names a file {name!r} that no adapter has.")
+        content = _read(folder / name)
+        if hashlib.sha256(content).hexdigest() != sha:
+            raise FileError(
+                f"{folder / name} is truncated or was altered: its sha256 is not the one in {JSON_FILE}. "
+                "Copy the directory again from where it came from."
+            )
+        try:
+            tensors[name] = load_bytes(content)
+        except SafetensorError as error:
+            raise FileError(f"{folder / name} is no safetensors file ({error}).") from error
+    return header, tensors[ADAPTER_FILE], tensors[HEAD_FILE]
+
+
+def _read_header(folder: Path) -> dict[str, Any]:
+    path = folder / JSON_FILE
+    content = _read(path)
+    try:
+        header = json.loads(content)
+    except ValueError as error:
+        raise FileError(f"{path} is truncated or was altered: it is not valid JSON ({error}).") from error
+    if not isinstance(header, dict) or "schema" not in header or "digest" not in header:
+        raise FileError(f"{path} is not an adapter's description: it has no schema and no digest.")
+    if header["schema"] != SCHEMA:
+        raise FileError(
+            f"{path} has schema {header['schema']!r}, and this version of vispeft reads {SCHEMA}. Upgrade vispeft."
+        )
+    if _digest({**header, "digest": ""}) != header["digest"]:
+        raise FileError(f"{path} was altered: its digest does not fit its content. Copy the directory again.")
+    return header
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        listing = ", ".join(sorted(p.name for p in path.parent.iterdir())[:8]) if path.parent.is_dir() else "no folder"
+        raise FileError(
+            f"{path} could not be read ({error.strerror}). An adapter is a directory with {JSON_FILE} and "
+            f"{ADAPTER_FILE}; found there: {listing or 'nothing'}."
+        ) from error
+
+
+def _digest(header: dict[str, Any]) -> str:
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _to_bytes(tensors: dict[str, Tensor]) -> bytes:
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    # An empty file would lose the promise that every adapter has both; safetensors writes an empty header for it.
+    return save_bytes(plain, metadata={"format": "vispeft"}) if plain else save_bytes({}, metadata={"format": "vispeft"})
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name a type as in JSON, such as ``float32``."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,197 @@
+"""The fingerprint of a base: which frozen weights an adapter was trained on.
+
+It covers every parameter and persistent buffer that depends neither on the image size nor on the number of input
+channels nor on the classifier, in parts (one per block), so that a mismatch can be located and a truncated model
+(``features_only``) can be recognised. Each part has a digest of its values in float32, and of their roundings to
+bfloat16 and float16, so that a model in reduced precision is recognised as the same one. Positions and the input layer
+are fields of their own: they must agree where they have the same shape, and may differ in shape.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vispeft.adapters.hosts import base_class
+from vispeft.adapters.sites import View
+from vispeft.adapters.units import Unit
+from vispeft.errors import BaseMismatchError
+
+__all__ = ["base_tensors", "check_fingerprint", "fingerprint"]
+
+_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def base_tensors(model: nn.Module, head: str | None, replaced: Mapping[str, Tensor | None] | None = None) -> Iterator[
+    tuple[str, Tensor]
+]:
+    """Iterate over the tensors of the base, without units and without classifiers.
+
+    Args:
+        model: The timm model, adapted or not.
+        head: Path of the classifier.
+        replaced: For a merged model, the original tensors by name; None for those that merging created.
+
+    Yields:
+        Name in a plain timm state dict, and tensor, in the model's order.
+    """
+    replaced = replaced or {}
+
+    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, Tensor]]:
+        own = {**module._parameters, **module._buffers}
+        for name, tensor in own.items():
+            full = f"{path}{name}"
+            tensor = replaced.get(full, tensor)
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                yield full, tensor
+        for name, child in module.named_children():
+            if not isinstance(child, Unit) and name not in ("adapters", "adapter_heads") and f"{path}{name}" != head:
+                yield from walk(child, f"{path}{name}.")
+
+    yield from walk(model, "")
+
+
+def fingerprint(model: nn.Module, view: View, replaced: Mapping[str, Tensor | None] | None = None) -> dict[str, Any]:
+    """Compute the fingerprint of a model's frozen weights.
+
+    Args:
+        model: The timm model, adapted or not.
+        view: Its description.
+        replaced: For a merged model, the original tensors by name.
+
+    Returns:
+        Plain values, for ``adapter.json``.
+    """
+    parts, bound, dtype = _group(model, view, replaced)
+    with ThreadPoolExecutor(2) as pool:
+        digests = dict(zip(parts, pool.map(_digests, parts.values()), strict=True))
+    return {
+        "class": base_class(model).__name__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "parts": digests,
+        "bound": {
+            name: {"shape": list(tensor.shape), "digests": _digests([(name, tensor)])} for name, tensor in bound.items()
+        },
+    }
+
+
+def check_fingerprint(
+    saved: Mapping[str, Any], model: nn.Module, view: View, replaced: Mapping[str, Tensor | None] | None = None
+) -> None:
+    """Refuse a model whose frozen weights are not those of the fingerprint.
+
+    Args:
+        saved: What `fingerprint` gave when the adapter was saved.
+        model: The timm model.
+        view: Its description.
+        replaced: For a merged model, the original tensors by name.
+
+    Raises:
+        BaseMismatchError: If class, tensors or weights differ; the message names the first parts that do.
+    """
+    found_class = base_class(model).__name__
+    if saved["class"] != found_class:
+        raise BaseMismatchError(
+            f"The adapter was trained on a {saved['class']}, and this model is a {found_class}. "
+            "Load it on the backbone named in its adapter.json."
+        )
+    parts, bound, dtype = _group(model, view, replaced)
+    unknown = [part for part in parts if part not in saved["parts"]]
+    if unknown or len(parts) < len(saved["parts"]) and not _is_prefix(parts, saved["parts"]):
+        missing = [part for part in saved["parts"] if part not in parts]
+        raise BaseMismatchError(
+            f"The adapter was trained on another architecture: this model has {_some(unknown) or 'nothing'} beyond it "
+            f"and lacks {_some(missing) or 'nothing'}. Create the backbone with the arguments in its adapter.json."
+        )
+    present = "float32" if dtype in (torch.float32, torch.float64) else str(dtype).removeprefix("torch.")
+    levels = _levels(saved["dtype"], present)
+    with ThreadPoolExecutor(2) as pool:
+        verdicts = pool.map(lambda part: _agrees(parts[part], saved["parts"][part], levels), parts)
+        different = [part for part, same in zip(parts, verdicts, strict=True) if not same]
+    for name, tensor in bound.items():
+        entry = saved["bound"].get(name)
+        if entry and entry["shape"] == list(tensor.shape) and not _agrees([(name, tensor)], entry["digests"], levels):
+            different.append(name)
+    if different:
+        raise BaseMismatchError(
+            f"The adapter was trained on other weights: {len(different)} of {len(parts) + len(bound)} parts of this "
+            f"model differ, first {_some(different)}. Load the same pretrained weights, or pass "
+            "allow_base_mismatch=True if you know that they are close enough."
+        )
+
+
+def _is_prefix(parts: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:
+    """Tell whether only a tail of the saved model is missing, as in a model cut for its features."""
+    return list(parts) == [part for part in saved if part in parts] and len(parts) > 1
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _levels(saved: str, present: str) -> list[str]:
+    """List the precisions in which two models may agree, exact first.
+
+    Two float32 models agree exactly, or one of them holds values that were once rounded. A reduced model is compared
+    in its own precision.
+    """
+    if "float32" == saved == present:
+        return ["float32", "bfloat16!", "float16!"]
+    if saved in ("float32", "float64"):
+        return [present]
+    return [saved]
+
+
+def _agrees(tensors: list[tuple[str, Tensor]], saved: Mapping[str, str], levels: list[str]) -> bool:
+    for level in levels:
+        precision = level.rstrip("!")
+        if level.endswith("!") and not all(_is_rounded(tensor, _PRECISIONS[precision]) for _, tensor in tensors):
+            continue
+        if _digest(tensors, precision) == saved[precision]:
+            return True
+    return False
+
+
+def _is_rounded(tensor: Tensor, dtype: torch.dtype) -> bool:
+    return not tensor.is_floating_point() or bool((tensor.to(dtype) == tensor).all())
+
+
+def _group(
+    model: nn.Module, view: View, replaced: Mapping[str, Tensor | None] | None
+) -> tuple[dict[str, list[tuple[str, Tensor]]], dict[str, Tensor], torch.dtype]:
+    blocks = [site.path for site in view.at("block")]
+    parts: dict[str, list[tuple[str, Tensor]]] = defaultdict(list)
+    bound: dict[str, Tensor] = {}
+    dtype = torch.float32
+    for name, tensor in base_tensors(model, view.head_path, replaced):
+        if tensor.is_floating_point():
+            dtype = tensor.dtype
+        if name.rsplit(".", 1)[-1] in view.size_bound or name in view.input_bound:
+            bound[name] = tensor
+            continue
+        block = next((path for path in blocks if name.startswith(f"{path}.")), None)
+        parts[block or name.rpartition(".")[0] or name].append((name, tensor))
+    return dict(parts), bound, dtype
+
+
+def _digests(tensors: list[tuple[str, Tensor]]) -> dict[str, str]:
+    return {precision: _digest(tensors, precision) for precision in _PRECISIONS}
+
+
+def _digest(tensors: list[tuple[str, Tensor]], precision: str) -> str:
+    """Hash names, shapes and values; 64 bits of sha256 are plenty to tell checkpoints apart."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        value = tensor.detach()
+        if value.is_floating_point():
+            value = value.to(torch.float32).to(_PRECISIONS[precision])
+        raw = value.cpu().contiguous()
+        digest.update(memoryview(raw.view(torch.uint8).numpy()) if raw.ndim else str(raw.item()).encode())
+    return digest.hexdigest()[:16]

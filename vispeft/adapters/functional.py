@@ -1,0 +1,153 @@
+"""The arithmetic of adapted linear layers, with backward passes that store little and skip frozen weights.
+
+Two eager autograd functions carry the common paths. Under ``torch.compile`` and ``torch.export`` the same formulas are
+written in plain operations, which the compiler fuses itself and which leave a graph any runtime can read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ["Branch", "affine", "compute_dtype", "low_rank_linear"]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One low-rank term ``scale * x A^T B^T``, added to some output rows of a linear layer."""
+
+    a: Tensor
+    """First factor, (rank, in)."""
+    b: Tensor
+    """Second factor, (rows, rank)."""
+    scale: float
+    """Multiplier of the product."""
+    start: int
+    """First output row it is added to."""
+    stop: int
+    """Row behind the last one."""
+
+
+def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """Choose the type a linear layer computes in.
+
+    Args:
+        x: What enters.
+        weight: The layer's weight.
+
+    Returns:
+        Autocast's type where autocast is on, else the weight's: adapters follow the base, never the other way round.
+    """
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch]) -> Tensor:
+    """Compute ``x W^T + b`` plus low-rank terms: ``y[rows] += scale * (x A^T) B^T`` (LoRA, arXiv 2106.09685, eq. 3).
+
+    Args:
+        x: (..., in).
+        weight: (out, in), frozen.
+        bias: (out,) or None.
+        branches: The terms to add; at least one.
+
+    Returns:
+        (..., out), in the type given by `compute_dtype`.
+    """
+    dtype = compute_dtype(x, weight)
+    x, weight = x.to(dtype), weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    factors = [t.to(dtype) for branch in branches for t in (branch.a, branch.b)]
+    layout = tuple((branch.scale, branch.start, branch.stop) for branch in branches)
+    with torch.autocast(x.device.type, enabled=False):
+        # The fused backward knows no gradient of the frozen weight; where one is wanted, autograd does the work.
+        base_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or base_trains:
+            return _low_rank_plain(x, weight, bias, layout, factors)
+        # Reshaped out here: a view made inside the function could not be added to in place, which some timm attention
+        # modules do with what their projection returns.
+        out: Tensor = _LowRankLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, layout, *factors)
+        return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _low_rank_plain(
+    x: Tensor, weight: Tensor, bias: Tensor | None, layout: Sequence[tuple[float, int, int]], factors: Sequence[Tensor]
+) -> Tensor:
+    out = F.linear(x, weight, bias)
+    width = weight.shape[0]
+    for index, (scale, start, stop) in enumerate(layout):
+        term = F.linear(F.linear(x, factors[2 * index]), factors[2 * index + 1]) * scale
+        out = out + (term if stop - start == width else F.pad(term, (start, width - stop)))
+    return out
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """The frozen product and every low-rank term in one node.
+
+    The terms are added into the product's own buffer, so no second (..., out) tensor is made in either direction, and
+    nothing but the input and the narrow (..., rank) projections is kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layout: tuple[tuple[float, int, int], ...],
+        *factors: Tensor,
+    ) -> Tensor:
+        out = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+        hidden = []
+        for index, (scale, start, stop) in enumerate(layout):
+            narrow = x @ factors[2 * index].t()
+            out[:, start:stop].addmm_(narrow, factors[2 * index + 1].t(), alpha=scale)
+            hidden.append(narrow)
+        ctx.layout = layout
+        ctx.save_for_backward(x, weight, *factors, *hidden)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, weight, *rest = ctx.saved_tensors
+        count = len(ctx.layout)
+        factors, hidden = rest[: 2 * count], rest[2 * count :]
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_factors: list[Tensor | None] = []
+        for index, (scale, start, stop) in enumerate(ctx.layout):
+            a, b = factors[2 * index], factors[2 * index + 1]
+            part = grad[:, start:stop]
+            needs_a, needs_b = ctx.needs_input_grad[4 + 2 * index], ctx.needs_input_grad[5 + 2 * index]
+            narrow = (part @ b).mul_(scale) if needs_a or grad_x is not None else None
+            grad_factors.append(narrow.t() @ x if needs_a and narrow is not None else None)
+            grad_factors.append((part.t() @ hidden[index]).mul_(scale) if needs_b else None)
+            if grad_x is not None and narrow is not None:
+                grad_x.addmm_(narrow, a)
+        return (grad_x, None, None, None, *grad_factors)
+
+
+def affine(y: Tensor, scale: Tensor, shift: Tensor, channel_dim: int = -1) -> Tensor:
+    """Scale and shift the channels: ``scale * y + shift`` (SSF, arXiv 2210.08823, eq. 3).
+
+    Args:
+        y: Any shape with the channels at `channel_dim`.
+        scale: (channels,).
+        shift: (channels,).
+        channel_dim: -1 for tokens and NHWC maps, 1 for NCHW maps.
+
+    Returns:
+        The shape and type of `y`.
+    """
+    if channel_dim not in (-1, y.ndim - 1):
+        shape = [1] * y.ndim
+        shape[channel_dim] = -1
+        scale, shift = scale.view(shape), shift.view(shape)
+    # addcmul keeps y and scale and nothing else; a product and a sum would also make a temporary of y's size.
+    return torch.addcmul(shift.to(y.dtype), y, scale.to(y.dtype))

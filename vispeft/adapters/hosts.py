@@ -1,0 +1,354 @@
+"""Hosts: the one mechanism that makes a timm layer obey its units.
+
+A host is a subclass of the class it replaces, put on the module in place (``module.__class__ = ...``). Base tensors keep
+their names and their objects; units hang below the module under ``adapters.<adapter>.<unit>``, so that device moves,
+state dicts, EMA copies and optimisers see them. There is one host class per kind of place and base class, made once and
+rebuilt by name when unpickled.
+
+Tensors that units change as a whole (a norm's weight and bias, a selected tensor, a projection that the model reads
+instead of calling) are *computed on read*: the host class has a property of the tensor's name. timm's own forward then
+works on the computed tensor; no forward is copied, and nothing is kept between calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vispeft.adapters.functional import affine, low_rank_linear
+from vispeft.adapters.sites import Site
+from vispeft.adapters.units import AffineUnit, DeltaUnit, SelectionUnit, Unit
+from vispeft.errors import SiteError
+
+__all__ = ["Host", "HostState", "base_class", "ensure_host", "host_class", "host_for", "put_back", "take_off"]
+
+U = TypeVar("U", bound=Unit)
+
+
+class Host(nn.Module):
+    """What every host class has, whatever it is put on.
+
+    A plain `Host` is enough where selections of tensors are all that acts on a module.
+    """
+
+    adapters: nn.ModuleDict
+    active: tuple[str, ...]
+    base: type[nn.Module]
+    computed: tuple[str, ...]
+    attributes: ClassVar[dict[str, Any]] = {"active": ()}
+    """Plain attributes a host adds to its module, with their start values."""
+
+    def units(self, kind: type[U]) -> Iterator[U]:
+        """Iterate over the units of one kind that are active, in the order of the active adapters."""
+        for name in self.active:
+            for unit in cast(nn.ModuleDict, self.adapters[name]).values():
+                if isinstance(unit, kind):
+                    yield unit
+
+    def own(self, name: str) -> Tensor | None:
+        """Look up a tensor of the base module, replaced where an active unit selects it."""
+        value = cast("Tensor | None", self.__getattr__(name))
+        for unit in self.units(SelectionUnit):
+            selected = unit.value(name)
+            if selected is not None:
+                value = selected if value is None else selected.to(value.dtype)
+        return value
+
+    def read(self, name: str) -> Tensor | None:
+        """Compute what the base's own code gets when it reads a tensor by name."""
+        return self.own(name)
+
+    def plain(self, name: str) -> Tensor | None:
+        """Compute the tensor of the plain module that does the same, in double precision, for merging.
+
+        Raises:
+            NotImplementedError: If a unit has no weight form.
+        """
+        value = self.own(name)
+        return None if value is None else value.detach().double()
+
+    def plain_names(self) -> tuple[str, ...]:
+        """List the tensors of the plain module that active units can change."""
+        return self.computed
+
+    def no_plain_form(self) -> str | None:
+        """Say why no plain module does the same, or None where one does."""
+        return None
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle by the base class, since host classes are made at run time."""
+        return _restore, (host_kind(self), self.base, self.computed), self.__dict__
+
+
+class _Foldable(Host):
+    """A layer with a weight and a bias into which units can be written."""
+
+    folds: tuple[type[Unit], ...] = (AffineUnit,)
+    """The kinds that `read` writes into the tensors, in the order of composition."""
+
+    def read(self, name: str) -> Tensor | None:
+        own = self.own(name)
+        value = self.folded(name, self.folds, own)
+        # Units may be wider than the base; timm's own code goes on in the base's type.
+        return value if value is None or own is None else value.to(own.dtype)
+
+    def plain(self, name: str) -> Tensor | None:
+        own = self.own(name)
+        return self.folded(name, (DeltaUnit, AffineUnit), None if own is None else own.detach().double())
+
+    def plain_names(self) -> tuple[str, ...]:
+        return ("weight", "bias")
+
+    def folded(self, name: str, kinds: tuple[type[Unit], ...], value: Tensor | None) -> Tensor | None:
+        """Write units into a weight or bias, kind after kind in the order of composition."""
+        live = [unit for kind in kinds for unit in self.units(kind)]
+        if value is None and live:
+            value = self.missing(name, live)
+        if value is None:
+            return None
+        for unit in live:
+            value = unit.fold_weight(value) if name == "weight" else unit.fold_bias(value)
+        return value
+
+    def missing(self, name: str, live: Sequence[Unit]) -> Tensor | None:
+        """Make the neutral tensor where the base has none and units need one."""
+        weight = self.own("weight")
+        if name != "bias" or weight is None or not any(unit.shifts() for unit in live):
+            return None
+        return torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
+
+
+class LinearHost(_Foldable):
+    """An adapted ``nn.Linear``: frozen product, low-rank terms, then scale and shift."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute (..., out) from (..., in)."""
+        out = self._product(x)
+        for unit in self.units(AffineUnit):
+            out = affine(out, unit.scale, unit.shift)
+        return out
+
+    def read(self, name: str) -> Tensor | None:
+        return self.own(name)
+
+    def _product(self, x: Tensor) -> Tensor:
+        branches, rest = [], []
+        for unit in self.units(DeltaUnit):
+            branch = unit.branch()
+            if branch is None:
+                rest.append(unit)
+            else:
+                branches.append(branch)
+        weight, bias = cast(Tensor, self.own("weight")), self.own("bias")
+        out = low_rank_linear(x, weight, bias, branches) if branches else F.linear(x, weight, bias)
+        for unit in rest:
+            out = out + unit.term(x).to(out.dtype)
+        return out
+
+
+class ReadLinearHost(LinearHost):
+    """A linear layer whose weight the model reads: units are written into the weight on every read.
+
+    Where the owner calls it after all (low-rank terms only, see `ReaderHost`), it acts as a `LinearHost`.
+    """
+
+    folds = (DeltaUnit, AffineUnit)
+
+    def read(self, name: str) -> Tensor | None:
+        return _Foldable.read(self, name)
+
+
+class ConvHost(_Foldable):
+    """An adapted convolution: scale and shift are written into weight and bias on read."""
+
+
+class NormHost(_Foldable):
+    """An adapted norm: scale and shift are written into weight and bias on read.
+
+    Nothing but the norm's own input is then kept for the backward pass.
+    """
+
+    def missing(self, name: str, live: Sequence[Unit]) -> Tensor | None:
+        unit = next(self.units(AffineUnit))
+        fill = torch.ones if name == "weight" else torch.zeros
+        return fill(unit.scale.numel(), dtype=unit.scale.dtype, device=unit.scale.device)
+
+
+class ShiftlessNormHost(NormHost):
+    """An adapted norm that has a weight only (RMSNorm): the shift is added behind it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the shape of `x`."""
+        out = super().forward(x)
+        shift = self.trailing_shift()
+        return out if shift is None else out + shift.to(out.dtype)
+
+    def plain_names(self) -> tuple[str, ...]:
+        return ("weight",)
+
+    def trailing_shift(self) -> Tensor | None:
+        """Sum up what is added behind the norm, (width,)."""
+        total: Tensor | None = None
+        for unit in self.units(AffineUnit):
+            total = unit.shift if total is None else unit.scale * total + unit.shift
+        return total
+
+
+class IdentityHost(Host):
+    """An affine map where the model has an identity (the place of the last norm under average pooling)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the shape of `x`."""
+        for unit in self.units(AffineUnit):
+            x = affine(x, unit.scale, unit.shift)
+        return x
+
+    def no_plain_form(self) -> str | None:
+        return "the model has an identity here, and no plain layer scales and shifts in its place"
+
+
+@cache
+def host_class(host: type[Host], base: type[nn.Module], computed: tuple[str, ...]) -> type[Host]:
+    """Make, once, the host class for a base class.
+
+    Args:
+        host: The kind of host.
+        base: The class it stands in for.
+        computed: Names of the tensors that are computed on read.
+
+    Returns:
+        A subclass of both.
+    """
+    properties = {name: property(lambda self, name=name: self.read(name)) for name in computed}
+    body = {"__module__": __name__, "__doc__": base.__doc__, "base": base, "computed": computed, **properties}
+    return type(f"Adapted{base.__name__}", (host, base), body)
+
+
+def _restore(host: type[Host], base: type[nn.Module], computed: tuple[str, ...]) -> Host:
+    cls = host_class(host, base, computed)
+    return cls.__new__(cls)
+
+
+def host_kind(module: Host) -> type[Host]:
+    """Give the kind of a host, which with its base and its computed tensors makes its class."""
+    return cast(type[Host], type(module).__mro__[1])
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """Give the class a module has without vispeft."""
+    return module.base if isinstance(module, Host) else type(module)
+
+
+def ensure_host(module: nn.Module, host: type[Host], computed: tuple[str, ...] = ()) -> Host:
+    """Make a module obey units, in place.
+
+    A module that is a host already keeps its kind when that is at least as able, and gains computed tensors.
+
+    Args:
+        module: The module.
+        host: The kind of host that is needed.
+        computed: Names of the tensors that units will change.
+
+    Returns:
+        The same object.
+
+    Raises:
+        SiteError: If the module is a host of a kind that does not go together with the one needed.
+    """
+    if isinstance(module, Host):
+        kind = host_kind(module)
+        if issubclass(host, kind):
+            kind = host
+        elif not issubclass(kind, host):
+            raise SiteError(f"A {module.base.__name__} cannot be a {host.__name__} and a {kind.__name__} at once.")
+        computed = tuple(sorted({*computed, *module.computed}))
+        module.__class__ = host_class(kind, module.base, computed)
+        return module
+    module.__class__ = host_class(host, type(module), tuple(sorted(computed)))
+    adapted = cast(Host, module)
+    adapted.adapters = nn.ModuleDict()
+    adapted.__dict__.update(host.attributes)
+    return adapted
+
+
+@dataclass
+class HostState:
+    """Everything vispeft put on one module, taken off for as long as the model is merged."""
+
+    module: nn.Module
+    kind: type[Host]
+    computed: tuple[str, ...]
+    attributes: dict[str, Any]
+    adapters: nn.ModuleDict
+
+
+def take_off(module: Host) -> HostState:
+    """Turn a host back into what it was, keeping what it carried.
+
+    Args:
+        module: The host; it has its base class again afterwards.
+
+    Returns:
+        What `put_back` needs.
+    """
+    kind = host_kind(module)
+    attributes = {name: module.__dict__.pop(name) for name in kind.attributes}
+    state = HostState(module, kind, module.computed, attributes, module.adapters)
+    del module.adapters
+    module.__class__ = module.base
+    return state
+
+
+def put_back(state: HostState) -> None:
+    """Undo `take_off`.
+
+    Args:
+        state: What it returned.
+    """
+    state.module.__class__ = host_class(state.kind, type(state.module), state.computed)
+    host = cast(Host, state.module)
+    host.adapters = state.adapters
+    host.__dict__.update(state.attributes)
+
+
+NORMS_WITHOUT_BIAS = frozenset({"RmsNorm", "RmsNormFp32", "SimpleNorm", "SimpleNormFp32", "RMSNorm"})
+
+
+def host_for(site: Site, module: nn.Module, unit: Unit) -> tuple[type[Host], tuple[str, ...]]:
+    """Choose the host a unit needs at a site.
+
+    Args:
+        site: The place.
+        module: What stands there.
+        unit: What comes there.
+
+    Returns:
+        The kind of host, and the tensors to be computed on read.
+
+    Raises:
+        SiteError: If no host carries this kind of unit there.
+    """
+    base = base_class(module)
+    if isinstance(unit, SelectionUnit):
+        return Host, tuple(name for name, _ in unit.named_parameters())
+    if issubclass(base, nn.Linear) and isinstance(unit, DeltaUnit | AffineUnit):
+        return (ReadLinearHost, ("weight",)) if site.reads_weight else (LinearHost, ())
+    if isinstance(unit, AffineUnit):
+        if issubclass(base, nn.Conv2d):
+            return ConvHost, ("bias", "weight")
+        if issubclass(base, nn.Identity):
+            return IdentityHost, ()
+        if base.__name__ in NORMS_WITHOUT_BIAS:
+            return ShiftlessNormHost, ("weight",)
+        if issubclass(base, nn.LayerNorm):
+            return NormHost, ("bias", "weight")
+    raise SiteError(
+        f"A unit of kind {unit.kind!r} was to act at {site.path!r} ({site.role}), "
+        f"but there is no host that carries it on a {base.__name__}."
+    )

@@ -1,0 +1,206 @@
+"""Methods: frozen configurations that know which units go where. One file per method, found by its name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+
+from vispeft.adapters.sites import Site, View, check_roles, select
+from vispeft.adapters.units import Unit
+from vispeft.errors import ConfigError, UnknownNameError
+
+__all__ = ["Method", "PlanItem", "list_methods", "method", "method_from_dict", "register"]
+
+_METHODS: dict[str, type[Method]] = {}
+M = TypeVar("M", bound="type[Method]")
+
+
+@dataclass(frozen=True)
+class PlanItem:
+    """One unit a method would put at one site."""
+
+    site: Site
+    """The place."""
+    unit: str
+    """Name of the unit at this place, as in files."""
+    build: Callable[[], Unit]
+    """Makes the unit, without start values."""
+
+    @property
+    def key(self) -> str:
+        """Name of the unit in files and plans: the site's path, then the unit."""
+        return f"{self.site.key}/{self.unit}"
+
+    @property
+    def slot(self) -> str:
+        """Name of the unit inside its host, unique there also when slices of one layer have units of their own."""
+        return self.unit if self.site.rows is None else f"{self.unit}_{self.site.role.rsplit('.', 1)[-1]}"
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """List the unit's trainable tensors without allocating them."""
+        with torch.device("meta"):
+            return {name: tuple(tensor.shape) for name, tensor in self.build().named_parameters()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of every method: a frozen configuration that plans units for a model's sites.
+
+    To add a method, subclass it in one file, decorate the class with `register`, and say in `items` which units it
+    puts where. Everything else (attaching, saving, merging, switching, verifying) comes with it.
+    """
+
+    roles: tuple[str, ...] | None = None
+    """Roles to act on; None means the roles of the paper."""
+    blocks: tuple[int, ...] | None = None
+    """Blocks to act in (negative ones count from the last); None means the whole model."""
+
+    name: ClassVar[str]
+    """Name in the registry, in configs and in files."""
+    paper: ClassVar[str] = ""
+    """Where the method was published."""
+    default_roles: ClassVar[tuple[str, ...]] = ()
+    """Roles of the paper."""
+    optional_roles: ClassVar[frozenset[str]] = frozenset()
+    """Roles out of `default_roles` that many models lack by nature."""
+    trains_base: ClassVar[bool] = False
+    """Whether the base behaves as in training (dropout, stochastic depth) while the adapter trains."""
+
+    def __post_init__(self) -> None:
+        """Check the fields all methods share.
+
+        Raises:
+            UnknownNameError: If a role does not exist in any family.
+            ConfigError: If an empty list of roles or blocks is given.
+        """
+        for field, values in (("roles", self.roles), ("blocks", self.blocks)):
+            if values is None:
+                continue
+            object.__setattr__(self, field, tuple(values))
+            if not values:
+                raise ConfigError(f"{type(self).__name__}({field}=()) would adapt nothing; leave it None for the default.")
+        check_roles(self.roles or ())
+
+    def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
+        """Say which units go where, in forward order.
+
+        Args:
+            view: The model's description.
+            model: The model; only methods that copy its tensors look at it.
+
+        Yields:
+            One item per unit.
+        """
+        raise NotImplementedError
+
+    def parameter_count(self, view: View) -> int:
+        """Count the trainable parameters by the closed formula of the paper, without the head.
+
+        Args:
+            view: The model's description.
+        """
+        raise NotImplementedError
+
+    def sites(self, view: View) -> list[Site]:
+        """Choose the sites by `roles` and `blocks`.
+
+        Args:
+            view: The model's description.
+
+        Returns:
+            The sites, in forward order.
+
+        Raises:
+            SiteError: If a role matches nothing.
+        """
+        if self.roles is not None:
+            return select(view, self.roles, self.blocks)
+        roles = tuple(role for role in self.default_roles if role in view.roles or role not in self.optional_roles)
+        if self.blocks is None:
+            return select(view, roles)
+        # With blocks given, roles outside of blocks have nothing to match, which is what was asked for.
+        return select(view, roles, self.blocks, optional=True)
+
+    def stochastic_depth(self) -> float:
+        """Give the rate of the last block while the adapter trains; 0 leaves the base without it."""
+        return 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give name and fields as plain values, for files."""
+        return {"name": self.name, "fields": {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def register(cls: M) -> M:
+    """Add a method to the registry, under its `name`.
+
+    Args:
+        cls: The method's class.
+
+    Returns:
+        The same class.
+
+    Raises:
+        ConfigError: If another class has the name already.
+    """
+    known = _METHODS.get(cls.name)
+    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ConfigError(f"Two methods want the name {cls.name!r}: {known.__module__} and {cls.__module__}.")
+    _METHODS[cls.name] = cls
+    return cls
+
+
+def list_methods() -> list[str]:
+    """List the names of all methods."""
+    return sorted(_METHODS)
+
+
+def method(name: str, **fields: Any) -> Method:
+    """Build a method by its registry name.
+
+    Args:
+        name: One of `list_methods`.
+        **fields: The method's fields.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        UnknownNameError: If the method or a field does not exist.
+        ConfigError: If a field has a value that cannot work.
+
+    Example:
+        >>> vispeft.method("lora", rank=4)
+    """
+    if name not in _METHODS:
+        raise UnknownNameError("method", name, _METHODS)
+    cls = _METHODS[name]
+    known = {field.name for field in dataclasses.fields(cls)}
+    for field in fields:
+        if field not in known:
+            raise UnknownNameError(f"field of {cls.__name__}", field, known)
+    return cls(**fields)
+
+
+def method_from_dict(entry: dict[str, Any]) -> Method:
+    """Rebuild a method from what `Method.to_dict` gave.
+
+    Args:
+        entry: Name and fields.
+
+    Returns:
+        An equal configuration.
+
+    Raises:
+        UnknownNameError: If this version does not know the method or one of its fields.
+    """
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in entry["fields"].items()}
+    return method(entry["name"], **fields)

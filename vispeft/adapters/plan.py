@@ -1,0 +1,107 @@
+"""The plan: what a method would build on a model, printable before anything is changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+from rich.console import Console, RenderResult
+from rich.table import Table
+from torch import nn
+
+from vispeft.adapters.method import Method, PlanItem
+from vispeft.backbones.registry import describe, unwrap
+
+__all__ = ["Plan", "make_plan", "plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The units a method would put on a model."""
+
+    method: Method
+    """The method."""
+    family: str
+    """The model's family."""
+    items: tuple[PlanItem, ...]
+    """One item per unit, in forward order."""
+
+    def __iter__(self) -> Iterator[PlanItem]:
+        """Iterate over the items."""
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        """Count the units."""
+        return len(self.items)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """List every trainable tensor by its name in files."""
+        return {f"{item.key}.{name}": shape for item in self.items for name, shape in item.shapes().items()}
+
+    @property
+    def trainable(self) -> int:
+        """Number of trainable parameters, without any head."""
+        return sum(prod(shape) for shape in self.shapes().values())
+
+    def by_role(self) -> dict[str, int]:
+        """Sum the trainable parameters per role."""
+        counts: Counter[str] = Counter()
+        for item in self.items:
+            counts[item.site.role] += sum(prod(shape) for shape in item.shapes().values())
+        return dict(counts)
+
+    def __rich_console__(self, console: Console, _: object) -> RenderResult:
+        """Render as a table."""
+        table = Table(title=f"{type(self.method).__name__} on {self.family}: {self.trainable:,} parameters to train")
+        for heading in ("site", "role", "unit", "tensors", "parameters"):
+            table.add_column(heading, justify="right" if heading == "parameters" else "left", overflow="fold")
+        for item in self.items:
+            shapes = item.shapes()
+            tensors = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
+            count = sum(prod(shape) for shape in shapes.values())
+            table.add_row(item.site.key or "(model)", item.site.role, item.unit, tensors, f"{count:,}")
+        yield table
+
+    def __str__(self) -> str:
+        """Render as text."""
+        console = Console(width=140)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def make_plan(method: Method, model: nn.Module) -> Plan:
+    """Plan a method on a bare timm model.
+
+    Args:
+        method: The method.
+        model: The timm model, as `unwrap` gives it.
+
+    Returns:
+        The plan.
+
+    Raises:
+        BackboneError: If the model is not supported.
+        SiteError: If a role matches nothing, or the method has no stated form for the family.
+    """
+    view = describe(model)
+    return Plan(method=method, family=view.family, items=tuple(method.items(view, model)))
+
+
+def plan(model: nn.Module, method: Method) -> Plan:
+    """Show what a method would build on a model; nothing is changed.
+
+    Args:
+        model: A timm model, or a ``features_only`` wrapper around one.
+        method: The method.
+
+    Returns:
+        The plan; print it, or iterate over it.
+
+    Raises:
+        BackboneError: If the model is not supported.
+        SiteError: If a role matches nothing, or the method has no stated form for the family.
+    """
+    return make_plan(method, unwrap(model))

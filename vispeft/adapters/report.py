@@ -1,0 +1,64 @@
+"""The report of an adapter: what trains, what it weighs, and where it sits."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console, RenderResult
+from rich.table import Table
+
+__all__ = ["Report"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Counts of one adapter; prints as a table."""
+
+    adapter: str
+    """Name of the adapter on its model."""
+    method: str
+    """Registry name of its method."""
+    family: str
+    """Family of the backbone."""
+    trainable: int
+    """Trainable parameters, without any head."""
+    trainable_head: int
+    """Trainable parameters of the adapter's classifier."""
+    backbone: int
+    """Parameters of the backbone, without any head."""
+    stored_bytes: int
+    """Bytes of the adapter's tensors in a file, without head and headers."""
+    by_role: dict[str, int]
+    """Trainable parameters per role."""
+
+    @property
+    def share(self) -> float:
+        """Trainable parameters over those of the backbone."""
+        return self.trainable / max(1, self.backbone)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give all counts as plain values."""
+        return {**asdict(self), "share": self.share}
+
+    def __rich_console__(self, console: Console, _: object) -> RenderResult:
+        """Render as a table."""
+        table = Table(title=f"Adapter {self.adapter!r}: {self.method} on {self.family}")
+        table.add_column("role")
+        table.add_column("parameters", justify="right")
+        table.add_column("share of the backbone", justify="right")
+        for role, count in self.by_role.items():
+            table.add_row(role, f"{count:,}", f"{count / max(1, self.backbone):.3%}")
+        table.add_section()
+        table.add_row("all roles", f"{self.trainable:,}", f"{self.share:.3%}")
+        table.add_row("head", f"{self.trainable_head:,}", "")
+        table.add_row("backbone (frozen)", f"{self.backbone:,}", "")
+        table.add_row("stored bytes", f"{self.stored_bytes:,}", "")
+        yield table
+
+    def __str__(self) -> str:
+        """Render as text."""
+        console = Console(width=100)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()

@@ -1,0 +1,62 @@
+"""Choosing tensors of the base to train, for methods that add none of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import nn
+
+from vispeft.adapters.method import PlanItem
+from vispeft.adapters.sites import Site, View
+from vispeft.adapters.units import SelectionUnit, Unit
+
+__all__ = ["selections"]
+
+
+def selections(
+    view: View, model: nn.Module, unit: str, wanted: Callable[[str, nn.Module, str], bool]
+) -> Iterator[PlanItem]:
+    """Plan one selection per module that owns wanted parameters, the classifier excepted.
+
+    Args:
+        view: The model's description.
+        model: The model.
+        unit: Name of the units.
+        wanted: Told path, module and parameter name, says whether the parameter is chosen.
+
+    Yields:
+        The plan's items, in the order of the modules.
+    """
+    for path, names in view.tensors.items():
+        module = model.get_submodule(path)
+        chosen = [name for name in names if wanted(path, module, name)]
+        if chosen:
+            yield PlanItem(site_of(view, path), unit, lambda m=module, c=tuple(chosen): _build(m, c))
+
+
+def _build(module: nn.Module, names: tuple[str, ...]) -> Unit:
+    own = module._parameters
+    tensors = {name: tensor for name in names if (tensor := own[name]) is not None}
+    return SelectionUnit(tensors)
+
+
+def site_of(view: View, path: str) -> Site:
+    """Find the site of a module, or make one with the role of the nearest module above it.
+
+    Args:
+        view: The model's description.
+        path: The module's path.
+
+    Returns:
+        A site with that path.
+    """
+    by_path = {site.path: site for site in reversed(view.sites) if site.rows is None}
+    if path in by_path:
+        return by_path[path]
+    above = path
+    while above and above not in by_path:
+        above = above.rpartition(".")[0]
+    parent = by_path[above]
+    return Site(path, parent.role, parent.kind, parent.in_features, parent.out_features, parent.block, parent.stage)
+
+

@@ -1,0 +1,147 @@
+"""Units: the small modules a method puts at sites. Their kind fixes how they compose with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from torch import Generator, Tensor, nn
+
+from vispeft.adapters.functional import Branch
+
+__all__ = ["AffineUnit", "DeltaUnit", "SelectionUnit", "TokensUnit", "Unit", "UnitKind"]
+
+UnitKind = Literal["selection", "delta", "affine", "tokens"]
+
+
+class Unit(nn.Module):
+    """What a method puts at one site.
+
+    A unit holds every trainable tensor of a site and the arithmetic on it, and knows nothing of attaching, saving or
+    merging. Subclass one of the kinds below; the kind is a rule of composition:
+
+    * selection: replaces tensors of the base, before everything else;
+    * delta: is added to the output of the base layer, computed from the same input;
+    * affine: acts on the sum of the two;
+    * tokens: adds tokens to the sequence.
+    """
+
+    kind: ClassVar[UnitKind]
+    no_decay: ClassVar[frozenset[str]] = frozenset()
+    """Tensors that must not decay, besides those of fewer than two dimensions."""
+    zero_gradient: ClassVar[frozenset[str]] = frozenset()
+    """Tensors whose gradient is zero by construction, which `verify` must not complain about."""
+    identity_at_start: ClassVar[bool] = True
+    """Whether a new unit leaves the model's function as it is."""
+
+    def reset(self, generator: Generator) -> None:
+        """Give every tensor its start value.
+
+        Args:
+            generator: Source of all randomness.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how it starts.")
+
+    def fold_weight(self, weight: Tensor) -> Tensor:
+        """Give the weight of the plain layer that does the same as `weight` and this unit together.
+
+        Args:
+            weight: (out, ...) weight so far.
+
+        Returns:
+            The same shape, in the wider of the two types.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no weight form.")
+
+    def fold_bias(self, bias: Tensor) -> Tensor:
+        """Give the bias of the plain layer that does the same as `bias` and this unit together.
+
+        Args:
+            bias: (out,) bias so far.
+
+        Returns:
+            The same shape, in the wider of the two types.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no weight form.")
+
+    def shifts(self) -> bool:
+        """Tell whether the plain layer needs a bias for this unit."""
+        return False
+
+
+class SelectionUnit(Unit):
+    """Trains tensors of the base, as values of its own that take their place.
+
+    The base tensors stay as they are, so that switching off, switching over and detaching are exact and free.
+    """
+
+    kind = "selection"
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the start values.
+
+        Args:
+            tensors: Name inside the module to the base's tensor.
+        """
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor.detach().clone()))
+
+    def reset(self, generator: Generator) -> None:
+        """Keep the base's values, which are the start."""
+
+    def value(self, name: str) -> Tensor | None:
+        """Look up the tensor that replaces the base's tensor of this name, if any."""
+        return self._parameters.get(name)
+
+
+class DeltaUnit(Unit):
+    """A low-rank term ``scale * B A`` added to a linear layer's weight."""
+
+    kind = "delta"
+
+    def branch(self) -> Branch | None:
+        """Give the term for the fused path, or None where only `term` computes it (dropout in training)."""
+        raise NotImplementedError
+
+    def term(self, x: Tensor) -> Tensor:
+        """Compute the term by itself.
+
+        Args:
+            x: (..., in).
+
+        Returns:
+            (..., out of the whole layer).
+        """
+        raise NotImplementedError
+
+    def fold_bias(self, bias: Tensor) -> Tensor:
+        """Leave the bias alone."""
+        return bias
+
+
+class AffineUnit(Unit):
+    """A scale and a shift per channel behind a layer."""
+
+    kind = "affine"
+
+    scale: nn.Parameter
+    shift: nn.Parameter
+
+    def fold_weight(self, weight: Tensor) -> Tensor:
+        """Scale the output rows: ``diag(scale) W``."""
+        return self.scale.view(-1, *[1] * (weight.ndim - 1)) * weight
+
+    def fold_bias(self, bias: Tensor) -> Tensor:
+        """Scale and shift the bias: ``scale * b + shift``."""
+        return self.scale * bias + self.shift
+
+    def shifts(self) -> bool:
+        """Tell that a bias is needed."""
+        return True
+
+
+class TokensUnit(Unit):
+    """Learned tokens in the sequence; the family's own forward puts them there."""
+
+    kind = "tokens"

@@ -1,0 +1,136 @@
+"""The check that every trainable tensor gets a gradient."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vispeft.adapters.sites import View
+from vispeft.adapters.units import Unit
+from vispeft.errors import VerificationError
+
+__all__ = ["UnitTensor", "find_dead", "probe_images", "unit_tensors"]
+
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-8, torch.bfloat16: 1e-5, torch.float16: 1e-5}
+"""A gradient counts as dead below this share of the largest one in the same block: what is left of a gradient that is
+zero in exact arithmetic. Layer scales of 1e-5 shrink all gradients of a branch alike and stay above it."""
+
+
+def probe_images(model: nn.Module, view: View, batch: int = 1) -> Tensor:
+    """Make images of noise that a model accepts.
+
+    Args:
+        model: The timm model.
+        view: Its description.
+        batch: Number of images.
+
+    Returns:
+        (batch, channels, height, width), in the model's type and on its device, the same at every call.
+    """
+    reference = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, view.in_chans, *view.img_size, generator=generator)
+    return images.to(device=reference.device, dtype=reference.dtype)
+
+
+@dataclass(frozen=True)
+class UnitTensor:
+    """One trainable tensor of a unit."""
+
+    key: str
+    """Name of the unit in files."""
+    name: str
+    """Name inside the unit."""
+    unit: Unit
+    """The unit."""
+    tensor: nn.Parameter
+    """The tensor."""
+
+    def __str__(self) -> str:
+        """Give its name in files."""
+        return f"{self.key}.{self.name}"
+
+
+def unit_tensors(units: dict[str, Unit]) -> list[UnitTensor]:
+    """List the trainable tensors of units.
+
+    Args:
+        units: Units by key.
+
+    Returns:
+        Their tensors, in order.
+    """
+    return [UnitTensor(key, name, unit, t) for key, unit in units.items() for name, t in unit.named_parameters()]
+
+
+def find_dead(model: nn.Module, view: View, units: dict[str, Unit], blocks: dict[str, int | None]) -> None:
+    """Run one image forward and backward and look for tensors without a gradient.
+
+    Every unit is moved away from its start first: LoRA's first factor, for one, has no gradient while the second one
+    is zero. Values, gradients, modes and random state are put back.
+
+    Args:
+        model: The timm model, with the units' adapter active.
+        view: Its description.
+        units: The units by key.
+        blocks: Block index of each unit.
+
+    Raises:
+        VerificationError: If a tensor gets none, or one that is not above rounding.
+    """
+    entries = unit_tensors(units)
+    if not entries:
+        return
+    tensors = [entry.tensor for entry in entries]
+    with _undone(model, tensors):
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for tensor in tensors:
+                noise = torch.randn(tensor.shape, generator=generator).to(tensor)
+                tensor.add_(noise * (0.02 + 0.1 * tensor.std(correction=0)))
+        out = model(probe_images(model, view))
+        maps = [out] if isinstance(out, Tensor) else list(out)
+        loss = torch.stack([(m.float() * torch.randn(m.shape, generator=generator).to(m.device)).sum() for m in maps])
+        gradients = torch.autograd.grad(loss.sum(), tensors, allow_unused=True)
+    sizes = [0.0 if g is None else float(g.abs().max()) for g in gradients]
+    largest: dict[int | None, float] = defaultdict(float)
+    for entry, size in zip(entries, sizes, strict=True):
+        largest[blocks[entry.key]] = max(largest[blocks[entry.key]], size)
+    floor = ROUNDING[next(model.parameters()).dtype]
+    dead = [
+        str(entry)
+        for entry, size in zip(entries, sizes, strict=True)
+        if entry.name not in entry.unit.zero_gradient and not size > floor * largest[blocks[entry.key]]
+    ]
+    if dead:
+        raise VerificationError(
+            f"{len(dead)} of {len(entries)} trainable tensors get no gradient: {', '.join(dead[:6])}"
+            f"{', ...' if len(dead) > 6 else ''}. The model does not use what was put there; choose other roles, or "
+            "pass verify=False if that is on purpose."
+        )
+
+
+@contextmanager
+def _undone(model: nn.Module, tensors: list[nn.Parameter]) -> Iterator[None]:
+    values = [tensor.detach().clone() for tensor in tensors]
+    modes = {module: module.training for module in model.modules()}
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    random = torch.get_rng_state()
+    model.eval()
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        torch.set_rng_state(random)
+        with torch.no_grad():
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+        for module, mode in modes.items():
+            module.training = mode

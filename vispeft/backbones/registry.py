@@ -1,0 +1,135 @@
+"""The families vispeft knows: which timm classes they are, and who describes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from vispeft.adapters.hosts import Host, base_class
+from vispeft.adapters.sites import View
+from vispeft.errors import BackboneError
+
+__all__ = ["Family", "check_class", "describe", "family_of", "parameter_sizes", "register_family", "unwrap"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One timm family."""
+
+    name: str
+    """Name of the family."""
+    classes: tuple[type[nn.Module], ...]
+    """The model classes it covers; subclasses of them are other models and are not covered."""
+    describe: Callable[[nn.Module], View]
+    """Makes the view of one model."""
+    host: type[Host]
+    """The family's own forward, put on the model in place."""
+    examples: str
+    """Names of timm models, for messages."""
+
+
+_FAMILIES: list[Family] = []
+
+
+def register_family(family: Family) -> None:
+    """Add a family. One file in ``vispeft/backbones`` per family calls it.
+
+    Args:
+        family: The family.
+    """
+    _FAMILIES[:] = [known for known in _FAMILIES if known.name != family.name] + [family]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Find the timm model inside what the user holds.
+
+    Args:
+        model: A timm model, a ``features_only`` wrapper around one, or a compiled one.
+
+    Returns:
+        The timm model itself.
+    """
+    inner = getattr(model, "_orig_mod", None)
+    if isinstance(inner, nn.Module):
+        return unwrap(inner)
+    inner = getattr(model, "model", None)
+    if type(model).__name__ == "FeatureGetterNet" and isinstance(inner, nn.Module):
+        return inner
+    return model
+
+
+def family_of(model: nn.Module) -> Family:
+    """Find the family of a timm model.
+
+    Raises:
+        BackboneError: If no family covers the model's class.
+    """
+    cls = base_class(model)
+    for family in _FAMILIES:
+        if cls in family.classes:
+            return family
+    known = "; ".join(
+        f"{', '.join(c.__name__ for c in family.classes)} ({family.examples})" for family in _FAMILIES
+    )
+    raise BackboneError(
+        f"An adapter was to be attached to a {cls.__module__}.{cls.__name__}, which vispeft does not describe. "
+        f"Supported: {known}. To add a family, write its view in one file of vispeft/backbones and register it "
+        "(docs/contributing.md)."
+    )
+
+
+def describe(model: nn.Module) -> View:
+    """Describe a timm model: its sites, widths, stages, tokens and layout.
+
+    Args:
+        model: The timm model, as `unwrap` gives it.
+
+    Returns:
+        The view.
+
+    Raises:
+        BackboneError: If the model, a block or an attention class is not supported.
+    """
+    return family_of(model).describe(model)
+
+
+def check_class(path: str, module: nn.Module, supported: Iterable[type[nn.Module]]) -> None:
+    """Refuse a part of a model that only looks like one vispeft knows.
+
+    Args:
+        path: Where the part is.
+        module: The part.
+        supported: Classes whose forward the view describes.
+
+    Raises:
+        BackboneError: If the part is of another class.
+    """
+    cls, classes = base_class(module), tuple(supported)
+    if cls not in classes:
+        raise BackboneError(
+            f"{path} is a {cls.__name__}, whose forward vispeft does not describe. Supported there: "
+            f"{', '.join(c.__name__ for c in classes)}. To add it, extend the family's file in vispeft/backbones."
+        )
+
+
+def parameter_sizes(model: nn.Module, head: str | None) -> dict[str, dict[str, int]]:
+    """List the parameters of a model by owning module, without units and classifiers.
+
+    Args:
+        model: The timm model, adapted or not.
+        head: Path of the classifier.
+
+    Returns:
+        Sizes by path and name, in the order of the modules.
+    """
+    sizes: dict[str, dict[str, int]] = {}
+    for path, module in model.named_modules():
+        parts = path.split(".")
+        if "adapters" in parts or "adapter_heads" in parts or (head is not None and path == head):
+            continue
+        own = {name: tensor.numel() for name, tensor in module._parameters.items() if tensor is not None}
+        if own:
+            sizes[path] = own
+    return sizes

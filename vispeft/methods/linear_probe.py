@@ -1,0 +1,37 @@
+"""Linear probe: the classifier alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from vispeft.adapters.method import Method, PlanItem, register
+from vispeft.adapters.sites import View
+from vispeft.errors import ConfigError
+
+__all__ = ["LinearProbe"]
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class LinearProbe(Method):
+    """Nothing but the classifier trains, on features of a frozen backbone in evaluation mode."""
+
+    name: ClassVar[str] = "linear_probe"
+
+    def __post_init__(self) -> None:
+        """Refuse sites, of which there are none."""
+        super().__post_init__()
+        if self.roles is not None or self.blocks is not None:
+            raise ConfigError("LinearProbe puts nothing into the backbone; leave roles and blocks out.")
+
+    def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
+        """Put nothing anywhere."""
+        yield from ()
+
+    def parameter_count(self, view: View) -> int:
+        """Count nothing: the classifier is not part of the adapter."""
+        return 0

@@ -1,0 +1,114 @@
+"""LoRA: low-rank adaptation of linear layers (Hu et al., ICLR 2022, arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from vispeft.adapters.functional import Branch
+from vispeft.adapters.method import Method, PlanItem, register
+from vispeft.adapters.sites import Site, View
+from vispeft.adapters.units import DeltaUnit
+from vispeft.errors import ConfigError, SiteError
+
+__all__ = ["LoRA", "LowRank"]
+
+
+class LowRank(DeltaUnit):
+    """A term ``scale * B A x``: A (rank, in) uniform as a linear layer's weight, B (rows, rank) zero."""
+
+    def __init__(self, site: Site, rank: int, scale: float, dropout: float) -> None:
+        """Make room for the two factors.
+
+        Args:
+            site: The linear layer, or the slice of one.
+            rank: Width in between.
+            scale: Multiplier of the term.
+            dropout: Share of inputs dropped in front of A while training.
+        """
+        super().__init__()
+        self.scale, self.dropout = scale, dropout
+        self.start = 0 if site.rows is None else site.rows.start
+        self.stop = site.out_features if site.rows is None else site.rows.stop
+        self.A = nn.Parameter(torch.empty(rank, site.in_features))
+        self.B = nn.Parameter(torch.empty(site.out_features, rank))
+
+    def reset(self, generator: Generator) -> None:
+        """Draw A as PyTorch draws a linear layer (Kaiming-uniform with a = sqrt(5)); set B to zero."""
+        bound = 1 / math.sqrt(self.A.shape[1])
+        self.A.uniform_(-bound, bound, generator=generator)
+        self.B.zero_()
+
+    def branch(self) -> Branch | None:
+        """Give the term for the fused path, unless dropout is on."""
+        if self.training and self.dropout > 0:
+            return None
+        return Branch(self.A, self.B, self.scale, self.start, self.stop)
+
+    def term(self, x: Tensor) -> Tensor:
+        """Compute the term by itself, with dropout on its input."""
+        x = F.dropout(x, self.dropout, self.training)
+        out = F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
+        return out
+
+    def fold_weight(self, weight: Tensor) -> Tensor:
+        """Add ``scale * B A`` to the rows."""
+        dtype = torch.promote_types(weight.dtype, self.A.dtype)
+        delta = (self.B.to(dtype) @ self.A.to(dtype)) * self.scale
+        return weight + F.pad(delta, (0, 0, self.start, weight.shape[0] - self.stop))
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Method):
+    """A low-rank term beside frozen linear layers: ``W' = W + scale * B A``, with ``scale = alpha / rank``.
+
+    By default on queries and values, as in the paper. Papers differ in the multiplier: set ``alpha`` to ``rank * s`` for
+    a plain scale s (PETL-ViT). Roles may be the fused ``attn.qkv`` (one pair on the whole matrix), its slices
+    ``attn.q``, ``attn.k`` and ``attn.v`` (a pair each), ``attn.proj``, ``mlp.fc1`` and ``mlp.fc2``.
+    """
+
+    rank: int = 8
+    """Width in between; the paper's vision users take 4 to 16."""
+    alpha: float = 8.0
+    """Numerator of the multiplier; equal to the rank it gives 1."""
+    dropout: float = 0.0
+    """Share of inputs dropped in front of the first factor while training."""
+    rslora: bool = False
+    """Divide alpha by the root of the rank (rank-stabilised LoRA, arXiv 2312.03732)."""
+
+    name: ClassVar[str] = "lora"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2106.09685"
+    default_roles: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v")
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        if self.rank < 1:
+            raise ConfigError(f"LoRA(rank={self.rank}): a rank of at least 1 is needed.")
+        if not (math.isfinite(self.alpha) and self.alpha != 0):
+            raise ConfigError(f"LoRA(alpha={self.alpha}): a number other than zero is needed.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"LoRA(dropout={self.dropout}): a share from 0 up to, not including, 1 is needed.")
+
+    @property
+    def scale(self) -> float:
+        """The multiplier of the term."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
+        """Put one pair of factors at each site."""
+        for site in self.sites(view):
+            if site.kind != "linear" or site.role == "head":
+                raise SiteError(f"LoRA acts on linear layers of the backbone; {site.role!r} is none.")
+            yield PlanItem(site, "lora", lambda site=site: LowRank(site, self.rank, self.scale, self.dropout))
+
+    def parameter_count(self, view: View) -> int:
+        """Count ``rank * (in + out)`` per site."""
+        return sum(self.rank * (site.in_features + site.out_features) for site in self.sites(view))

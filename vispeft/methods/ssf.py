@@ -1,0 +1,101 @@
+"""SSF: scaling and shifting features (Lian et al., NeurIPS 2022, arXiv 2210.08823)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Generator, nn
+
+from vispeft.adapters.method import Method, PlanItem, register
+from vispeft.adapters.sites import View
+from vispeft.adapters.units import AffineUnit
+from vispeft.errors import ConfigError
+
+__all__ = ["SSF", "ScaleShift"]
+
+
+class ScaleShift(AffineUnit):
+    """One scale and one shift per channel: ``y = scale * x + shift`` (eq. 3).
+
+    Both start from normal values of spread 0.02 around one and zero, as in the public code, so that a new adapter is
+    near the identity and not equal to it.
+    """
+
+    identity_at_start = False
+
+    def __init__(self, width: int, spread: float = 0.02) -> None:
+        """Make room for the two vectors.
+
+        Args:
+            width: Number of channels.
+            spread: Standard deviation of the start values; 0 starts as the identity.
+        """
+        super().__init__()
+        self.spread = spread
+        self.scale = nn.Parameter(torch.empty(width))
+        self.shift = nn.Parameter(torch.empty(width))
+
+    def reset(self, generator: Generator) -> None:
+        """Draw the start values."""
+        self.scale.normal_(1.0, self.spread, generator=generator)
+        self.shift.normal_(0.0, self.spread, generator=generator)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class SSF(Method):
+    """A scale and a shift behind every linear layer, norm and convolution; merges without a trace.
+
+    On a ViT they stand behind the patch embedding, and in each block behind norm1, qkv, proj, norm2, fc1 and fc2, and
+    behind the last norm. Under average pooling timm has an identity at the place of the last norm; the pair there acts
+    on the residual stream, as in the public code, and cannot be merged. Swin has the same sites, and the norm of its
+    patch embedding. SwinV2 normalises behind its branches; the sites are the same layers (form of this project).
+    A gated MLP with two first layers has a pair behind each (form of this project).
+    """
+
+    patch_merging: bool = False
+    """Also behind the norm of patch merging (Swin): meant by the paper, inactive in the public code."""
+    start: str = "normal"
+    """``normal`` (spread 0.02, public code) or ``identity``."""
+    drop_path: float = 0.0
+    """Rate of stochastic depth in the last block while training; the paper uses 0 to 0.2 by data set."""
+
+    name: ClassVar[str] = "ssf"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2210.08823"
+    default_roles: ClassVar[tuple[str, ...]] = (
+        "patch_embed",
+        "patch_embed.norm",
+        "norm1",
+        "attn.qkv",
+        "attn.proj",
+        "norm2",
+        "mlp.fc1",
+        "mlp.fc2",
+        "final_norm",
+    )
+    optional_roles: ClassVar[frozenset[str]] = frozenset({"patch_embed.norm"})
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        if self.start not in ("normal", "identity"):
+            raise ConfigError(f"SSF(start={self.start!r}): use 'normal' or 'identity'.")
+        if not 0 <= self.drop_path < 1:
+            raise ConfigError(f"SSF(drop_path={self.drop_path}): a rate from 0 up to, not including, 1 is needed.")
+
+    def stochastic_depth(self) -> float:
+        """Give the rate of the last block."""
+        return self.drop_path
+
+    def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
+        """Put one pair behind each site."""
+        spread = 0.02 if self.start == "normal" else 0.0
+        for site in self.sites(view):
+            yield PlanItem(site, "ssf", lambda site=site: ScaleShift(site.out_features, spread))
+
+    def parameter_count(self, view: View) -> int:
+        """Count two numbers per channel of each site: ``D (4 + 22 L)`` on a ViT with an MLP ratio of 4."""
+        return sum(2 * site.out_features for site in self.sites(view))
