@@ -466,6 +466,17 @@ class AdapterBank:
         head = self._heads.get(label)
         return {} if head is None else {f"head/{key}": tensor.detach() for key, tensor in head.state_dict().items()}
 
+    def named_tensors(self, name: str | None = None) -> dict[str, nn.Parameter]:
+        """Give an adapter's parameters themselves, gradients included, under their names in files.
+
+        Args:
+            name: The adapter; may be left out where there is only one active.
+        """
+        label = self._label(name)
+        head = self._heads.get(label)
+        classifier = {} if head is None else {f"head/{key}": tensor for key, tensor in head.named_parameters()}
+        return {**{str(e): e.tensor for e in unit_tensors(self._adapters[label].units)}, **classifier}
+
     def load_state_dict(self, tensors: Mapping[str, Tensor], name: str | None = None) -> None:
         """Copy tensors into an adapter.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from torch import nn
 
@@ -31,7 +32,7 @@ def selections(
         module = model.get_submodule(path)
         chosen = [name for name in names if wanted(path, module, name)]
         if chosen:
-            yield PlanItem(site_of(view, path), unit, lambda m=module, c=tuple(chosen): _build(m, c))
+            yield PlanItem(site_of(view, path), unit, partial(_build, module, tuple(chosen)))
 
 
 def _build(module: nn.Module, names: tuple[str, ...]) -> Unit:

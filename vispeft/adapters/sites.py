@@ -202,6 +202,7 @@ def select(view: View, roles: Sequence[str], blocks: Sequence[int] | None = None
         ConfigError: If a block index is out of range.
     """
     check_roles(roles)
+    roles = _expand(view, roles)
     wanted = None if blocks is None else {_block_index(index, view.depth) for index in blocks}
     chosen = [
         site for site in view.sites if site.role in roles and (wanted is None or site.block in wanted)
@@ -218,6 +219,19 @@ def select(view: View, roles: Sequence[str], blocks: Sequence[int] | None = None
             f"Present roles: {', '.join(view.roles)}."
         )
     return chosen
+
+
+_PARTS = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.fc1": ("mlp.fc1_g", "mlp.fc1_x")}
+"""Roles of fused layers, and the roles of their parts."""
+
+
+def _expand(view: View, roles: Sequence[str]) -> list[str]:
+    """Let the parts stand in for a fused layer where the model has them as layers of their own."""
+    expanded: list[str] = []
+    for role in roles:
+        parts = [part for part in _PARTS.get(role, ()) if any(site.rows is None for site in view.at(part))]
+        expanded += [role] if role in view.roles or not parts else parts
+    return list(dict.fromkeys(expanded))
 
 
 def _block_index(index: int, depth: int) -> int:

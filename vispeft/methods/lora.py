@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -107,7 +108,7 @@ class LoRA(Method):
         for site in self.sites(view):
             if site.kind != "linear" or site.role == "head":
                 raise SiteError(f"LoRA acts on linear layers of the backbone; {site.role!r} is none.")
-            yield PlanItem(site, "lora", lambda site=site: LowRank(site, self.rank, self.scale, self.dropout))
+            yield PlanItem(site, "lora", partial(LowRank, site, self.rank, self.scale, self.dropout))
 
     def parameter_count(self, view: View) -> int:
         """Count ``rank * (in + out)`` per site."""

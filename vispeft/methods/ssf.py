@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -94,7 +95,7 @@ class SSF(Method):
         """Put one pair behind each site."""
         spread = 0.02 if self.start == "normal" else 0.0
         for site in self.sites(view):
-            yield PlanItem(site, "ssf", lambda site=site: ScaleShift(site.out_features, spread))
+            yield PlanItem(site, "ssf", partial(ScaleShift, site.out_features, spread))
 
     def parameter_count(self, view: View) -> int:
         """Count two numbers per channel of each site: ``D (4 + 22 L)`` on a ViT with an MLP ratio of 4."""

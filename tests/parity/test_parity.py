@@ -1,0 +1,117 @@
+"""Outputs and gradients against reference values computed with the authors' public code.
+
+Every number comes from the files. ``VISPEFT_REFERENCE_DIR`` names another directory of the same format; a file there
+that no source claims, or a file in which nothing was compared, is a failure.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import vispeft
+from safetensors import safe_open
+from torch import Tensor, nn
+from vispeft.interop import list_sources, load_official, to_official
+
+HERE = Path(__file__).parent / "reference"
+FOLDER = Path(os.environ.get("VISPEFT_REFERENCE_DIR", HERE))
+FILES = sorted(FOLDER.glob("*.safetensors"))
+PRECISIONS = {torch.float64: "float64", torch.float32: "float32"}
+
+
+def tolerance(precision: str) -> float:
+    """Read the tolerance, relative to a tensor's largest entry, out of the README beside the files."""
+    readme = next((p for p in (FOLDER / "README-A.md", HERE / "README-A.md") if p.is_file()))
+    sentence = re.search(r"Suggested test tolerances: ([^\n]*)", readme.read_text())
+    assert sentence, f"{readme} states no tolerances"
+    found = re.search(rf"{precision} ([0-9.e-]+)", sentence.group(1))
+    assert found, f"{readme} states no tolerance for {precision}"
+    return float(found.group(1))
+
+
+def source_of(path: Path) -> str | None:
+    """Find the source whose name the file's name starts with."""
+    fitting = [source for source in list_sources() if path.stem.startswith(source)]
+    return max(fitting, key=len) if fitting else None
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return {key: decode(value) for key, value in file.metadata().items()}, tensors
+
+
+def decode(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+
+
+def backbone(meta: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    module, _, name = meta["timm_class"].rpartition(".")
+    model = getattr(importlib.import_module(module), name)(**meta["timm_kwargs"]).eval()
+    model.load_state_dict(below(tensors, "backbone."))
+    return model.to(dtype)
+
+
+def assert_close(name: str, found: Tensor, wanted: Tensor, precision: str) -> None:
+    error = (found.double() - wanted.double()).abs().max() / wanted.double().abs().max()
+    assert error <= tolerance(precision), f"{name}: relative error {error:.1e} in {precision}"
+
+
+def compare(model: nn.Module, tensors: dict[str, Tensor], group: str, dtype: torch.dtype) -> int:
+    """Compare features and logits with the tensors of one group (``out.``, ``out_img_pool.``)."""
+    images, precision = tensors["input.images"].to(dtype), PRECISIONS[dtype]
+    features = model.forward_head(model.forward_features(images), pre_logits=True)
+    found = {"features": features, "logits": model(images)}
+    wanted = {key: t for key, t in below(tensors, group).items() if key in found}
+    for key, value in wanted.items():
+        assert_close(f"{group}{key}", found[key], value, precision)
+    return len(wanted)
+
+
+def test_every_file_is_matched() -> None:
+    assert FILES, f"{FOLDER} has no reference files"
+    unmatched = [path.name for path in FILES if source_of(path) is None]
+    assert not unmatched, f"no source claims {unmatched}"
+
+
+@pytest.mark.parametrize("dtype", list(PRECISIONS), ids=list(PRECISIONS.values()))
+@pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
+def test_outputs_and_gradients(path: Path, dtype: torch.dtype, tmp_path: Path) -> None:
+    source = source_of(path)
+    assert source is not None, f"no source claims {path.name}"
+    meta, tensors = read(path)
+    model = backbone(meta, tensors, dtype)
+    compared = 0
+    if "out.base_logits" in tensors:
+        assert_close("base_logits", model(tensors["input.images"].to(dtype)), tensors["out.base_logits"], PRECISIONS[dtype])
+        compared += 1
+    adapter = below(tensors, "adapter.")
+    bank = load_official(model, source, adapter, meta)
+    compared += compare(model, tensors, "out.", dtype)
+    (model(tensors["input.images"].to(dtype)) * tensors["input.w"].to(dtype)).sum().backward()
+    gradients = to_official(bank, source, grad=True)
+    for name, wanted in below(tensors, "grad.").items():
+        assert_close(f"grad.{name}", gradients[name], wanted, PRECISIONS[dtype])
+        compared += 1
+    assert compared > 2, f"nothing was compared in {path.name}"
+    for name, value in to_official(bank, source).items():
+        if name in adapter:
+            assert torch.equal(value, adapter[name].to(dtype))
+    bank.save(tmp_path / "adapter")
+    again = backbone(meta, tensors, dtype)
+    vispeft.load(again, tmp_path / "adapter")
+    assert torch.equal(again(tensors["input.images"].to(dtype)), model(tensors["input.images"].to(dtype)))

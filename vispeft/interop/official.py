@@ -1,0 +1,134 @@
+"""Adapters under the names of the authors' public code, in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vispeft.adapters.bank import AdapterBank, attach
+from vispeft.adapters.method import Method
+from vispeft.adapters.plan import Plan
+from vispeft.adapters.sites import View
+from vispeft.backbones.registry import describe, unwrap
+from vispeft.errors import ConfigError, FileError, UnknownNameError
+
+__all__ = ["Source", "list_sources", "load_official", "register_source", "to_official"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One public code and the names it gives to its tensors."""
+
+    name: str
+    """Name of the source."""
+    method: Callable[[Mapping[str, Any], Mapping[str, Tensor], View], Method]
+    """Makes the method from the file's metadata, its tensors and the model's view."""
+    names: Callable[[Plan], dict[str, str]]
+    """Gives the authors' name of each of our tensors."""
+
+
+_SOURCES: dict[str, Source] = {}
+
+
+def register_source(source: Source) -> None:
+    """Add a public code.
+
+    Args:
+        source: Its names.
+    """
+    _SOURCES[source.name] = source
+
+
+def list_sources() -> list[str]:
+    """List the public codes whose tensors can be read."""
+    return sorted(_SOURCES)
+
+
+def load_official(
+    model: nn.Module, source: str, tensors: Mapping[str, Tensor], hyper: Mapping[str, Any] | None = None
+) -> AdapterBank:
+    """Attach an adapter from tensors under the names of the authors' public code.
+
+    Args:
+        model: The backbone the adapter belongs to.
+        source: The public code, one of `list_sources`.
+        tensors: The adapter's tensors; a classifier among them (``head.*``) becomes the adapter's head.
+        hyper: What the file says about itself: its whole metadata with JSON values decoded.
+
+    Returns:
+        The model's bank; the model computes what the authors' model computes.
+
+    Raises:
+        UnknownNameError: If the source is not known.
+        FileError: If tensors are missing, unknown or of the wrong shape; the model is unchanged then.
+    """
+    entry = _source(source)
+    view = describe(unwrap(model))
+    method = entry.method(hyper or {}, tensors, view)
+    bank = attach(model, method, name=_free_name(model), verify=False)
+    label = bank.active[-1]
+    ours = {theirs: own for own, theirs in _all_names(entry, bank, label).items()}
+    unknown = [name for name in tensors if name not in ours]
+    try:
+        if unknown:
+            raise FileError(
+                f"{len(unknown)} of {len(tensors)} tensors have names that {source!r} does not use here, first "
+                f"{', '.join(sorted(unknown)[:3])}; expected names like {', '.join(sorted(ours)[:3])}."
+            )
+        bank.load_state_dict({ours[name]: tensor for name, tensor in tensors.items()}, label)
+    except Exception:
+        bank.detach(label)
+        raise
+    return bank
+
+
+def to_official(bank: AdapterBank, source: str, grad: bool = False) -> dict[str, Tensor]:
+    """Give the active adapter's tensors under the names of the authors' public code, its classifier's under timm's.
+
+    Args:
+        bank: The bank; one adapter must be active.
+        source: The public code, one of `list_sources`.
+        grad: Give the gradients instead of the values.
+
+    Returns:
+        The tensors.
+
+    Raises:
+        UnknownNameError: If the source is not known.
+        ConfigError: If gradients are asked for and there are none.
+    """
+    entry = _source(source)
+    label = bank.active[-1] if len(bank.active) == 1 else None
+    names = _all_names(entry, bank, label)
+    parameters = bank.named_tensors(label)
+    out: dict[str, Tensor] = {}
+    for own, theirs in names.items():
+        tensor = parameters[own]
+        if grad and tensor.grad is None:
+            raise ConfigError(f"{theirs} has no gradient; call backward() on a loss of the adapted model first.")
+        value = tensor.grad if grad else tensor
+        assert value is not None
+        out[theirs] = value.detach().clone() if not grad else torch.clone(value)
+    return out
+
+
+def _source(name: str) -> Source:
+    if name not in _SOURCES:
+        raise UnknownNameError("source", name, _SOURCES)
+    return _SOURCES[name]
+
+
+def _all_names(entry: Source, bank: AdapterBank, label: str | None) -> dict[str, str]:
+    names = entry.names(bank.plan(label))
+    heads = [key for key in bank.named_tensors(label) if key.startswith("head/")]
+    return {**names, **{key: f"{bank.view.head_path}.{key.removeprefix('head/')}" for key in heads}}
+
+
+def _free_name(model: nn.Module) -> str:
+    bank = AdapterBank.of(model)
+    taken = [] if bank is None else bank.names
+    return next(name for name in ["default", *(f"official{i}" for i in range(len(taken) + 1))] if name not in taken)
