@@ -90,8 +90,9 @@ def _low_rank_plain(
 class _LowRankLinear(torch.autograd.Function):
     """The frozen product and every low-rank term in one node.
 
-    The terms are added into the product's own buffer, so no second (..., out) tensor is made in either direction, and
-    nothing but the input and the narrow (..., rank) projections is kept.
+    No second (rows, out) tensor is made in either direction, and nothing but the input and the narrow (rows, rank)
+    projections is kept. With more rows than input channels it is cheaper to write the terms into a passing copy of the
+    weight than to add them to every row; in reduced precision that copy would round them away, so there they are added.
     """
 
     @staticmethod
@@ -103,13 +104,16 @@ class _LowRankLinear(torch.autograd.Function):
         layout: tuple[tuple[float, int, int], ...],
         *factors: Tensor,
     ) -> Tensor:
-        out = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+        ctx.layout = layout
+        ctx.folds = x.shape[0] > x.shape[1] and x.dtype in (torch.float32, torch.float64)
+        used = _written_into(weight, layout, factors) if ctx.folds else weight
+        out = x @ used.t() if bias is None else torch.addmm(bias, x, used.t())
         hidden = []
         for index, (scale, start, stop) in enumerate(layout):
             narrow = x @ factors[2 * index].t()
-            out[:, start:stop].addmm_(narrow, factors[2 * index + 1].t(), alpha=scale)
             hidden.append(narrow)
-        ctx.layout = layout
+            if not ctx.folds:
+                out[:, start:stop].addmm_(narrow, factors[2 * index + 1].t(), alpha=scale)
         ctx.save_for_backward(x, weight, *factors, *hidden)
         return out
 
@@ -119,18 +123,32 @@ class _LowRankLinear(torch.autograd.Function):
         x, weight, *rest = ctx.saved_tensors
         count = len(ctx.layout)
         factors, hidden = rest[: 2 * count], rest[2 * count :]
-        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ (_written_into(weight, ctx.layout, factors) if ctx.folds else weight)
         grad_factors: list[Tensor | None] = []
         for index, (scale, start, stop) in enumerate(ctx.layout):
             a, b = factors[2 * index], factors[2 * index + 1]
             part = grad[:, start:stop]
             needs_a, needs_b = ctx.needs_input_grad[4 + 2 * index], ctx.needs_input_grad[5 + 2 * index]
-            narrow = (part @ b).mul_(scale) if needs_a or grad_x is not None else None
-            grad_factors.append(narrow.t() @ x if needs_a and narrow is not None else None)
-            grad_factors.append((part.t() @ hidden[index]).mul_(scale) if needs_b else None)
-            if grad_x is not None and narrow is not None:
+            # The operand orders matter: with 8 columns, BLAS is up to 7 times slower on the other transposition.
+            narrow = F.linear(part, b.t().contiguous() * scale)
+            grad_factors.append(narrow.t() @ x if needs_a else None)
+            grad_factors.append((hidden[index].t() @ part).t().mul(scale) if needs_b else None)
+            if grad_x is not None and not ctx.folds:
                 grad_x.addmm_(narrow, a)
         return (grad_x, None, None, None, *grad_factors)
+
+
+def _written_into(weight: Tensor, layout: Sequence[tuple[float, int, int]], factors: Sequence[Tensor]) -> Tensor:
+    """Compute ``W + scale * B A`` on each term's rows, in a new tensor."""
+    scale, start, stop = layout[0]
+    if len(layout) == 1 and stop - start == weight.shape[0]:
+        return torch.addmm(weight, factors[1], factors[0], alpha=scale)
+    written = weight.clone()
+    for index, (scale, start, stop) in enumerate(layout):
+        written[start:stop].addmm_(factors[2 * index + 1], factors[2 * index], alpha=scale)
+    return written
 
 
 def affine(y: Tensor, scale: Tensor, shift: Tensor, channel_dim: int = -1) -> Tensor:

@@ -1,0 +1,77 @@
+"""One training step of LoRA on all four linear layers: vispeft, Hugging Face peft, and full fine-tuning, side by side.
+
+    python benchmarks/lora_step.py
+
+Writes results/lora_step.json: medians of alternating runs in one process, and their ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import vispeft  # first: it makes torchvision importable where its library does not fit
+import timm  # isort: skip
+import torch
+from common import alternate, saved_bytes, write
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+TARGETS = r".*(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)$"
+ROLES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+def step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
+    """Run forward, backward and one AdamW update."""
+    loss = nn.functional.cross_entropy(model(images), labels)
+    loss.backward()
+    model.optimizer.step()
+    model.optimizer.zero_grad(set_to_none=True)
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit_small_patch16_224")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    images = torch.randn(args.batch, 3, 224, 224, device=args.device)
+    labels = torch.randint(0, 100, (args.batch,), device=args.device)
+    base = timm.create_model(args.model, num_classes=100)
+    full, ours = (timm.create_model(args.model, num_classes=100) for _ in range(2))
+    ours.load_state_dict(base.state_dict())
+    full.load_state_dict(base.state_dict())
+    vispeft.attach(ours, vispeft.LoRA(rank=args.rank, alpha=args.rank, roles=ROLES))
+    config = LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=TARGETS, modules_to_save=["head"])
+    models = {"full": full, "peft": get_peft_model(base, config), "vispeft": ours}
+    for model in models.values():
+        model.to(args.device).train()
+        model.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
+    trained = {name: sum(p.numel() for p in m.parameters() if p.requires_grad) for name, m in models.items()}
+    saved = {name: saved_bytes(model, images) for name, model in models.items()}
+    seconds = alternate({n: lambda m=m: step(m, images, labels) for n, m in models.items()}, args.rounds)
+    ours_median = seconds["vispeft"]["median"]
+    ratios = {"to_peft": ours_median / seconds["peft"]["median"], "to_full": ours_median / seconds["full"]["median"]}
+    path = write(
+        "lora_step" if args.device == "cpu" else f"lora_step_{args.device}",
+        {"arguments": vars(args), "trained": trained, "saved_bytes": saved, "seconds": seconds, "ratios": ratios},
+    )
+    table = Table(title=f"LoRA r={args.rank}, {args.model}, batch {args.batch}: one training step")
+    for heading in ("", "median s", "min s", "max s", "activations MiB", "trained"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, times in seconds.items():
+        cells = [f"{times[key]:.3f}" for key in ("median", "min", "max")]
+        table.add_row(name, *cells, f"{saved[name] / 2**20:.1f}", f"{trained[name]:,}")
+    Console().print(table)
+    print(f"vispeft / peft {ratios['to_peft']:.2f}, vispeft / full {ratios['to_full']:.2f}; written to {path.name}")
+
+
+if __name__ == "__main__":
+    main()
