@@ -96,7 +96,8 @@ class _Foldable(Host):
         own = self.own(name)
         value = self.folded(name, self.folds, own)
         # Units may be wider than the base; timm's own code goes on in the base's type.
-        return value if value is None or own is None else value.to(own.dtype)
+        like = self.own("weight") if own is None else own
+        return value if value is None or like is None else value.to(like.dtype)
 
     def plain(self, name: str) -> Tensor | None:
         own = self.own(name)
@@ -337,6 +338,8 @@ def host_for(site: Site, module: nn.Module, unit: Unit) -> tuple[type[Host], tup
     base = base_class(module)
     if isinstance(unit, SelectionUnit):
         return Host, tuple(name for name, _ in unit.named_parameters())
+    if site.rows is not None and not isinstance(unit, DeltaUnit):
+        raise SiteError(f"A unit of kind {unit.kind!r} acts on whole layers; {site.role!r} is a part of {site.path!r}.")
     if issubclass(base, nn.Linear) and isinstance(unit, DeltaUnit | AffineUnit):
         return (ReadLinearHost, ("weight",)) if site.reads_weight else (LinearHost, ())
     if isinstance(unit, AffineUnit):

@@ -32,13 +32,14 @@ def selections(
         module = model.get_submodule(path)
         chosen = [name for name in names if wanted(path, module, name)]
         if chosen:
-            yield PlanItem(site_of(view, path), unit, partial(_build, module, tuple(chosen)))
+            site = site_of(view, path)
+            yield PlanItem(site, unit, partial(_build, module, tuple(chosen), site.null))
 
 
-def _build(module: nn.Module, names: tuple[str, ...]) -> Unit:
+def _build(module: nn.Module, names: tuple[str, ...], null: tuple[str, ...]) -> Unit:
     own = module._parameters
     tensors = {name: tensor for name in names if (tensor := own[name]) is not None}
-    return SelectionUnit(tensors)
+    return SelectionUnit(tensors, null)
 
 
 def site_of(view: View, path: str) -> Site:

@@ -96,6 +96,8 @@ class Site:
     """Whether the model reads the layer's ``.weight`` instead of calling it."""
     owner: str | None = None
     """Path of the module that reads the weight, and holds the bias, where `reads_weight` is set."""
+    null: tuple[str, ...] = ()
+    """Tensors of the layer that cannot change any output, such as a shift of all keys alike under softmax."""
     consumers: tuple[str, ...] = ()
     """Linear layers that are the only readers of a norm's output: where a shift can be folded forward exactly."""
 

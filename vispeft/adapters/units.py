@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, Literal
 
 from torch import Generator, Tensor, nn
@@ -29,7 +29,7 @@ class Unit(nn.Module):
     kind: ClassVar[UnitKind]
     no_decay: ClassVar[frozenset[str]] = frozenset()
     """Tensors that must not decay, besides those of fewer than two dimensions."""
-    zero_gradient: ClassVar[frozenset[str]] = frozenset()
+    zero_gradient: frozenset[str] = frozenset()
     """Tensors whose gradient is zero by construction, which `verify` must not complain about."""
     identity_at_start: ClassVar[bool] = True
     """Whether a new unit leaves the model's function as it is."""
@@ -77,13 +77,15 @@ class SelectionUnit(Unit):
 
     kind = "selection"
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], null: Iterable[str] = ()) -> None:
         """Copy the start values.
 
         Args:
             tensors: Name inside the module to the base's tensor.
+            null: Those that cannot change any output.
         """
         super().__init__()
+        self.zero_gradient = frozenset(null)
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor.detach().clone()))
 

@@ -145,7 +145,9 @@ def attention_sites(attn: Attention, path: str, index: int, width: int) -> Itera
         yield Site(f"{path}.qkv", role, "linear", width, inner, index, rows=rows)
     for name in ("q_norm", "k_norm"):
         if base_class(getattr(attn, name)) is not nn.Identity:
-            yield Site(f"{path}.{name}", f"attn.{name}", "norm", heads, heads, index)
+            # The same shift of every key adds the same to every score of a query, which softmax does not see.
+            null = ("bias",) if name == "k_norm" else ()
+            yield Site(f"{path}.{name}", f"attn.{name}", "norm", heads, heads, index, null=null)
     yield Site(path, "attn.core", "attention", inner, inner, index)
     if base_class(attn.norm) is not nn.Identity:
         yield Site(f"{path}.norm", "attn.norm", "norm", inner, inner, index, consumers=_if_ungated(attn, path))

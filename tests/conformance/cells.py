@@ -1,0 +1,137 @@
+"""The cells of the conformance grid: methods, tiny backbones of every family, and the refusals with their reasons."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import GluMlp, RmsNorm, SwiGLU
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from vispeft.adapters.bank import AdapterBank
+from vispeft.adapters.verify import unit_tensors
+
+import vispeft
+
+LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+METHODS: dict[str, vispeft.Method] = {
+    "linear_probe": vispeft.LinearProbe(),
+    "full": vispeft.Full(),
+    "lora": vispeft.LoRA(rank=3),
+    "lora_all": vispeft.LoRA(rank=3, alpha=6, roles=LINEARS),
+    "ssf": vispeft.SSF(),
+}
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A tiny model of one family."""
+
+    make: Callable[..., nn.Module]
+    """Makes it, with random weights; takes ``num_classes`` and ``img_size``."""
+    size: int = 32
+    """Image size."""
+    other_size: tuple[int, int] = (32, 48)
+    """A non-square size it must serve when created for it."""
+    grid: bool = True
+    """Whether it belongs to the grid's main families; the others are variants of one."""
+
+
+_VIT = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+
+
+def _vit(num_classes: int = 5, img_size: Any = 32, **extra: Any) -> nn.Module:
+    return VisionTransformer(img_size=img_size, num_classes=num_classes, **{**_VIT, **extra})
+
+
+BACKBONES: dict[str, Backbone] = {
+    "vit": Backbone(_vit),
+    "vit_reg_ls": Backbone(partial(_vit, reg_tokens=2, init_values=0.1, no_embed_class=True)),
+    "vit_clip": Backbone(partial(_vit, pre_norm=True, act_layer="quick_gelu"), grid=False),
+    "vit_mae": Backbone(partial(_vit, global_pool="avg"), grid=False),
+    "vit_siglip": Backbone(partial(_vit, class_token=False, global_pool="map"), grid=False),
+    "vit_aimv2": Backbone(
+        partial(
+            _vit,
+            class_token=False,
+            global_pool="avg",
+            norm_layer=RmsNorm,
+            mlp_layer=SwiGLU,
+            qkv_bias=False,
+            proj_bias=False,
+        ),
+        grid=False,
+    ),
+    "vit_glu": Backbone(partial(_vit, mlp_layer=GluMlp, qk_norm=True, scale_attn_norm=True), grid=False),
+}
+
+REFUSED: dict[tuple[str, str], str] = {}
+"""Cells that may refuse: (method, backbone) to the reason."""
+
+NO_PLAIN_FORM: dict[tuple[str, str], str] = {
+    ("ssf", "vit_mae"): "an identity stands at the place of the last norm",
+    ("ssf", "vit_aimv2"): "an identity stands at the place of the last norm",
+}
+"""Cells whose merge is partial."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one backbone."""
+
+    method: str
+    backbone: str
+
+    def model(self, **options: Any) -> nn.Module:
+        """Make the backbone, the same one at every call, with weights that leave nothing at zero."""
+        options = {"img_size": BACKBONES[self.backbone].size, **options}
+        torch.manual_seed(7)
+        model = BACKBONES[self.backbone].make(**options)
+        for name, parameter in model.named_parameters():
+            if "head" not in name:  # another class count or image size must not change the rest
+                generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+                noise = torch.empty(parameter.shape).normal_(0, 0.05, generator=generator)
+                parameter.data = (torch.ones if name.endswith("norm.weight") else torch.zeros)(parameter.shape) + noise
+                if parameter.ndim > 1 and "token" not in name:
+                    parameter.data *= 3
+        return model.eval()
+
+    def attach(self, model: nn.Module, name: str = "default", moved: bool = True, **options: Any) -> AdapterBank:
+        """Attach the method; `moved` takes every unit away from its start."""
+        bank = vispeft.attach(model, METHODS[self.method], name=name, **options)
+        if moved:
+            move(bank, name)
+        return bank
+
+    def images(self, batch: int = 2, size: tuple[int, int] | None = None) -> Tensor:
+        """Make images of noise."""
+        side = BACKBONES[self.backbone].size
+        return torch.randn(batch, 3, *(size or (side, side)), generator=torch.Generator().manual_seed(9))
+
+    @property
+    def merges_whole(self) -> bool:
+        """Whether every layer has a plain form."""
+        return (self.method, self.backbone) not in NO_PLAIN_FORM
+
+
+def move(bank: AdapterBank, name: str, seed: int = 3) -> None:
+    """Move every trainable tensor of an adapter, head included, away from its start."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in bank.named_tensors(name).values():
+            tensor.add_(torch.empty(tensor.shape).normal_(0, 0.05, generator=generator).to(tensor))
+
+
+def unit_names(bank: AdapterBank, name: str = "default") -> set[int]:
+    """Collect the identities of an adapter's unit tensors."""
+    return {id(entry.tensor) for entry in unit_tensors(bank._adapters[name].units)}
+
+
+CELLS = [Cell(method, backbone) for method in METHODS for backbone in BACKBONES]
+MAIN = [cell for cell in CELLS if cell.backbone in ("vit", "swin")]
+__all__ = ["BACKBONES", "CELLS", "MAIN", "METHODS", "REFUSED", "Cell", "move", "replace", "unit_names"]
