@@ -115,7 +115,9 @@ print(compat.ensure_torchvision(), declared())
 def test_nothing_happens_when_torchvision_is_imported_already(tmp_path: Path) -> None:
     """An imported torchvision has found its operators, whichever way."""
     folder = fake_torchvision(tmp_path, None)
-    out = run('sys.modules["torchvision"] = type(sys)("torchvision"); print(compat.ensure_torchvision(), declared())', folder)
+    out = run(
+        'sys.modules["torchvision"] = type(sys)("torchvision"); print(compat.ensure_torchvision(), declared())', folder
+    )
     assert out == "False []\n"
 
 
