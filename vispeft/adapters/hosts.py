@@ -149,7 +149,7 @@ class LinearHost(_Foldable):
         weight, bias = cast(Tensor, self.own("weight")), self.own("bias")
         out = low_rank_linear(x, weight, bias, branches) if branches else F.linear(x, weight, bias)
         for unit in rest:
-            out = out + unit.term(x).to(out.dtype)
+            out = out + F.pad(unit.term(x).to(out.dtype), (unit.start, weight.shape[0] - unit.stop))
         return out
 
 

@@ -102,6 +102,11 @@ class DeltaUnit(Unit):
 
     kind = "delta"
 
+    start: int
+    """First output row the term is added to."""
+    stop: int
+    """Row behind the last one."""
+
     def branch(self) -> Branch | None:
         """Give the term for the fused path, or None where only `term` computes it (dropout in training)."""
         raise NotImplementedError
@@ -113,7 +118,7 @@ class DeltaUnit(Unit):
             x: (..., in).
 
         Returns:
-            (..., out of the whole layer).
+            (..., rows).
         """
         raise NotImplementedError
 

@@ -55,8 +55,7 @@ class LowRank(DeltaUnit):
     def term(self, x: Tensor) -> Tensor:
         """Compute the term by itself, with dropout on its input."""
         x = F.dropout(x, self.dropout, self.training)
-        out = F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
-        return out
+        return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
 
     def fold_weight(self, weight: Tensor) -> Tensor:
         """Add ``scale * B A`` to the rows."""

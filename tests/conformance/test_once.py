@@ -1,0 +1,122 @@
+"""What must hold for every method on one model of each main family: export, compilation, pickling, two processes."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import vispeft
+from tests.conformance.cells import MAIN, METHODS, Cell, move
+
+ONCE = [cell for cell in MAIN if cell.method != "lora"]  # lora_all covers it
+
+
+@pytest.fixture(params=ONCE, ids=lambda cell: f"{cell.method}-{cell.backbone}")
+def cell(request: pytest.FixtureRequest) -> Cell:
+    return request.param
+
+
+@torch.no_grad()
+def test_export_with_a_dynamic_batch(cell: Cell) -> None:
+    model = cell.model()
+    cell.attach(model)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (cell.images(3),), dynamic_shapes=({0: batch},))
+    for size in (2, 5):
+        images = cell.images(size)
+        assert torch.allclose(program.module()(images), model(images), atol=1e-5)
+
+
+def test_compiled_whole_and_attached_afterwards(cell: Cell) -> None:
+    torch._dynamo.reset()
+    model, images = cell.model(), cell.images()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(images), model(images), atol=1e-5)
+    bank = vispeft.attach(compiled, METHODS[cell.method])
+    move(bank, "default")
+    assert torch.allclose(compiled(images), model(images), atol=1e-5)
+    gradients = []
+    for run in (model, compiled):
+        run.zero_grad()
+        run(images).square().sum().backward()
+        gradients.append([p.grad.clone() for _, p in bank.trainable_parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(*gradients, strict=True))
+    with bank.disabled():
+        assert torch.allclose(compiled(images), model(images), atol=1e-5)
+
+
+@torch.no_grad()
+def test_pickle_and_torch_save(cell: Cell) -> None:
+    model, images = cell.model(), cell.images()
+    cell.attach(model)
+    wanted = model(images)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(images), wanted)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    again = torch.load(buffer, weights_only=False)
+    assert torch.equal(again(images), wanted)
+    bank = vispeft.AdapterBank.of(again)
+    assert bank is not None
+    bank.detach("default")
+    fresh = cell.model()
+    cell.attach(fresh, moved=False)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(images), wanted)
+
+
+def _train(cell: Cell, images: torch.Tensor, distributed: bool) -> list[tuple[str, torch.Tensor]]:
+    model = cell.model()
+    bank = cell.attach(model)
+    run = DistributedDataParallel(model) if distributed else model
+    optimiser = torch.optim.SGD([p for _, p in bank.trainable_parameters()], 1e-3)
+    run.train()
+    for _ in range(2):
+        optimiser.zero_grad()
+        run(images).square().mean().backward()
+        optimiser.step()
+    return [(name, p.detach().clone()) for name, p in bank.trainable_parameters()]
+
+
+def _half_of_the_batch(rank: int, port: int, results: dict[tuple[int, Cell], list[tuple[str, torch.Tensor]]]) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    for cell in ONCE:
+        results[rank, cell] = _train(cell, cell.images(4)[2 * rank : 2 * rank + 2], distributed=True)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_equal_one() -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    with mp.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_half_of_the_batch, (port, results), nprocs=2)
+        for cell in ONCE:
+            alone = _train(cell, cell.images(4), distributed=False)
+            for (name, first), (_, second), (_, wanted) in zip(results[0, cell], results[1, cell], alone, strict=True):
+                assert torch.equal(first, second), f"{cell}: {name}"
+                assert torch.allclose(first, wanted, atol=1e-5), f"{cell}: {name}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ssf", "lora_all", "full"])
+def test_inductor(method: str) -> None:
+    torch._dynamo.reset()
+    cell = Cell(method, "vit")
+    model, images = cell.model(), cell.images()
+    cell.attach(model)
+    compiled = torch.compile(model)
+    assert torch.allclose(compiled(images), model(images), atol=1e-4)
+    compiled(images).square().sum().backward()
+    assert isinstance(model, nn.Module)
