@@ -5,24 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import cast
 
-from timm.layers import (
-    Attention,
-    AttentionPoolLatent,
-    AttentionPoolPrr,
-    GluMlp,
-    Mlp,
-    PatchEmbed,
-    SwiGLU,
-)
+from timm.layers import Attention, AttentionPoolLatent, AttentionPoolPrr, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from vispeft.adapters.hosts import base_class
 from vispeft.adapters.model_host import ModelHost
-from vispeft.adapters.sites import Rows, Site, View
+from vispeft.adapters.sites import Site, View
+from vispeft.backbones.parts import (
+    Spot,
+    branch_readers,
+    first_layers,
+    is_absent,
+    mlp_sites,
+    projection_sites,
+    query_key_norm_sites,
+)
 from vispeft.backbones.registry import Family, check_class, parameter_sizes, register_family
 
-__all__ = ["describe_vit"]
+__all__ = ["describe_vit", "stem_sites", "tail_sites"]
+
+NOT_IN_PLAIN_MODELS = {
+    "patch_embed.norm": "its patch embedding has no norm",
+    "rel_pos": "it has no relative-position bias",
+    "downsample.norm": "it has no patch merging",
+    "downsample.reduction": "it has no patch merging",
+}
+"""Roles of hierarchical models, with the reason why plain ones lack them."""
 
 
 def describe_vit(model: nn.Module) -> View:
@@ -38,18 +46,16 @@ def describe_vit(model: nn.Module) -> View:
         BackboneError: If a block, an attention, an MLP or the patch embedding is of a class the view does not cover.
     """
     vit = cast(VisionTransformer, model)
-    check_class("patch_embed", vit.patch_embed, (PatchEmbed,))
-    width = vit.embed_dim
-    sites = [*_stem_sites(vit, width)]
+    sites = [*stem_sites(vit)]
     for index, block in enumerate(vit.blocks):
         check_class(f"blocks.{index}", block, (Block,))
-        sites += block_sites(block, f"blocks.{index}", index, width)
-    sites += _tail_sites(vit, width)
+        sites += _block_sites(block, f"blocks.{index}", Spot(vit.embed_dim, index))
+    sites += tail_sites(vit)
     depth = len(vit.blocks)
     return View(
         family="vit",
         sites=tuple(sites),
-        widths=(width,) * depth,
+        widths=(vit.embed_dim,) * depth,
         stages=(tuple(range(depth)),),
         num_prefix_tokens=vit.num_prefix_tokens,
         layout="NLC",
@@ -63,134 +69,76 @@ def describe_vit(model: nn.Module) -> View:
         img_size=vit.patch_embed.img_size,
         in_chans=vit.in_chans,
         global_pool=vit.global_pool,
-        not_here={
-            "patch_embed.norm": "its patch embedding has no norm",
-            "rel_pos": "it has absolute positions",
-            "downsample.norm": "it has no patch merging",
-            "downsample.reduction": "it has no patch merging",
-        },
+        not_here=NOT_IN_PLAIN_MODELS,
     )
 
 
-def _stem_sites(vit: VisionTransformer, width: int) -> Iterator[Site]:
-    proj = vit.patch_embed.proj
-    yield Site("patch_embed.proj", "patch_embed", "conv", proj.in_channels, width, layout="NCHW")
-    if base_class(vit.patch_embed.norm) is not nn.Identity:
-        yield Site("patch_embed.norm", "patch_embed.norm", "norm", width, width)
-    yield Site("", "tokens", "tokens", width, width)
-    if base_class(vit.norm_pre) is not nn.Identity:
-        yield Site("norm_pre", "norm_pre", "norm", width, width)
+def stem_sites(vit: nn.Module) -> Iterator[Site]:
+    """Iterate over the sites in front of the first block of a plain model.
+
+    Args:
+        vit: The model.
+
+    Yields:
+        Its sites, in forward order.
+
+    Raises:
+        BackboneError: If the patch embedding is of a class the view does not cover.
+    """
+    check_class("patch_embed", vit.patch_embed, (PatchEmbed,))
+    spot, proj = Spot(vit.embed_dim), vit.patch_embed.proj
+    yield spot.site("patch_embed.proj", "patch_embed", "conv", proj.in_channels, layout="NCHW")
+    if not is_absent(vit.patch_embed.norm):
+        yield spot.site("patch_embed.norm", "patch_embed.norm", "norm")
+    yield spot.site("", "tokens", "tokens")
+    if not is_absent(vit.norm_pre):
+        yield spot.site("norm_pre", "norm_pre", "norm")
 
 
-def _tail_sites(vit: VisionTransformer, width: int) -> Iterator[Site]:
+def tail_sites(vit: nn.Module) -> Iterator[Site]:
+    """Iterate over the sites behind the last block of a plain model.
+
+    Args:
+        vit: The model.
+
+    Yields:
+        Its sites, in forward order.
+
+    Raises:
+        BackboneError: If attention pooling is of a class the view does not cover.
+    """
+    spot = Spot(vit.embed_dim)
     # Under average pooling timm leaves an identity here and normalises behind the pooling; the place is the same.
-    yield Site("norm", "final_norm", "norm", width, width)
-    if base_class(vit.fc_norm) is not nn.Identity:
-        yield Site("fc_norm", "fc_norm", "norm", width, width)
+    yield spot.site("norm", "final_norm", "norm")
     if vit.attn_pool is not None:
         check_class("attn_pool", vit.attn_pool, (AttentionPoolLatent, AttentionPoolPrr))
-        yield Site("attn_pool", "attn_pool", "attention", width, width)
-    yield Site("head", "head", "linear", width, vit.num_classes)
+        yield spot.site("attn_pool", "attn_pool", "attention")
+    if not is_absent(vit.fc_norm):
+        yield spot.site("fc_norm", "fc_norm", "norm")
+    yield spot.site("head", "head", "linear", out_features=vit.num_classes)
 
 
-def block_sites(block: Block, path: str, index: int, width: int) -> Iterator[Site]:
-    """Iterate over the sites of one pre-norm block, in forward order.
-
-    Args:
-        block: The block.
-        path: Its path.
-        index: Its index over all blocks.
-        width: Width of its tokens.
-
-    Yields:
-        Its sites, the block itself first.
-
-    Raises:
-        BackboneError: If the attention or the MLP is of a class the view does not cover.
-    """
-    check_class(f"{path}.attn", block.attn, (Attention,))
-    yield Site(path, "block", "block", width, width, index)
-    readers = [f"{path}.attn.qkv"]
-    if block.attn.gate is not None:
-        readers.append(f"{path}.attn.gate")
-    yield Site(f"{path}.norm1", "norm1", "norm", width, width, index, consumers=tuple(readers))
-    yield from attention_sites(block.attn, f"{path}.attn", index, width)
-    if base_class(block.ls1) is not nn.Identity:
-        yield Site(f"{path}.ls1", "ls1", "scale", width, width, index)
-    mlp = list(mlp_sites(block.mlp, f"{path}.mlp", index, width))
-    first = tuple(dict.fromkeys(s.path for s in mlp if s.role in ("mlp.fc1", "mlp.fc1_g", "mlp.fc1_x")))
-    yield Site(f"{path}.norm2", "norm2", "norm", width, width, index, consumers=first)
-    yield from mlp
-    if base_class(block.ls2) is not nn.Identity:
-        yield Site(f"{path}.ls2", "ls2", "scale", width, width, index)
-
-
-def attention_sites(attn: Attention, path: str, index: int, width: int) -> Iterator[Site]:
-    """Iterate over the sites of an attention module with a fused projection, in forward order.
-
-    Args:
-        attn: The module.
-        path: Its path.
-        index: Index of its block.
-        width: Width of its tokens.
-
-    Yields:
-        Its sites, the module itself first.
-    """
-    inner, heads = attn.attn_dim, attn.head_dim
-    yield Site(path, "attn", "attention", width, width, index)
-    yield Site(f"{path}.qkv", "attn.qkv", "linear", width, 3 * inner, index)
-    for part, role in enumerate(("attn.q", "attn.k", "attn.v")):
-        rows = Rows(part * inner, (part + 1) * inner)
-        yield Site(f"{path}.qkv", role, "linear", width, inner, index, rows=rows)
-    for name in ("q_norm", "k_norm"):
-        if base_class(getattr(attn, name)) is not nn.Identity:
-            # The same shift of every key adds the same to every score of a query, which softmax does not see.
-            null = ("bias",) if name == "k_norm" else ()
-            yield Site(f"{path}.{name}", f"attn.{name}", "norm", heads, heads, index, null=null)
-    yield Site(path, "attn.core", "attention", inner, inner, index)
-    if base_class(attn.norm) is not nn.Identity:
-        yield Site(f"{path}.norm", "attn.norm", "norm", inner, inner, index, consumers=_if_ungated(attn, path))
-    yield Site(f"{path}.proj", "attn.proj", "linear", inner, width, index)
-
-
-def _if_ungated(attn: Attention, path: str) -> tuple[str, ...]:
-    # A gate stands between the norm and the projection: a shift cannot pass it.
-    return (f"{path}.proj",) if attn.gate is None else ()
-
-
-def mlp_sites(mlp: nn.Module, path: str, index: int, width: int) -> Iterator[Site]:
-    """Iterate over the sites of a plain or gated MLP, in forward order.
-
-    Args:
-        mlp: An `Mlp`, a `GluMlp` (gate and value in one layer) or a `SwiGLU` (two layers).
-        path: Its path.
-        index: Index of its block.
-        width: Width of its tokens.
-
-    Yields:
-        Its sites, the module itself first.
-
-    Raises:
-        BackboneError: If it is of another class.
-    """
-    check_class(path, mlp, (Mlp, GluMlp, SwiGLU))
-    hidden = mlp.fc2.in_features
-    yield Site(path, "mlp", "mlp", width, width, index)
-    if base_class(mlp) is SwiGLU:
-        yield Site(f"{path}.fc1_g", "mlp.fc1_g", "linear", width, hidden, index)
-        yield Site(f"{path}.fc1_x", "mlp.fc1_x", "linear", width, hidden, index)
-    else:
-        yield Site(f"{path}.fc1", "mlp.fc1", "linear", width, mlp.fc1.out_features, index)
-    if base_class(mlp) is GluMlp:
-        halves = (Rows(0, hidden), Rows(hidden, 2 * hidden))
-        gate, value = reversed(halves) if mlp.gate_last else halves
-        yield Site(f"{path}.fc1", "mlp.fc1_g", "linear", width, hidden, index, rows=gate)
-        yield Site(f"{path}.fc1", "mlp.fc1_x", "linear", width, hidden, index, rows=value)
-    yield Site(f"{path}.act", "mlp.act", "block", hidden, hidden, index)
-    if base_class(mlp.norm) is not nn.Identity:
-        yield Site(f"{path}.norm", "mlp.norm", "norm", hidden, hidden, index, consumers=(f"{path}.fc2",))
-    yield Site(f"{path}.fc2", "mlp.fc2", "linear", hidden, width, index)
+def _block_sites(block: Block, path: str, spot: Spot) -> Iterator[Site]:
+    attn = block.attn
+    check_class(f"{path}.attn", attn, (Attention,))
+    inner = attn.attn_dim
+    yield spot.site(path, "block", "block")
+    yield spot.site(f"{path}.norm1", "norm1", "norm", consumers=branch_readers(attn, f"{path}.attn"))
+    yield spot.site(f"{path}.attn", "attn", "attention")
+    yield from projection_sites(attn, f"{path}.attn", spot, inner)
+    yield from query_key_norm_sites(attn, f"{path}.attn", spot, rotated=False)
+    yield spot.site(f"{path}.attn", "attn.core", "attention", inner, inner)
+    if not is_absent(attn.norm):
+        # A gate stands between this norm and the projection: a shift cannot pass it.
+        readers = (f"{path}.attn.proj",) if attn.gate is None else ()
+        yield spot.site(f"{path}.attn.norm", "attn.norm", "norm", inner, inner, consumers=readers)
+    yield spot.site(f"{path}.attn.proj", "attn.proj", "linear", inner)
+    if not is_absent(block.ls1):
+        yield spot.site(f"{path}.ls1", "ls1", "scale")
+    yield spot.site(f"{path}.norm2", "norm2", "norm", consumers=first_layers(block.mlp, f"{path}.mlp"))
+    yield from mlp_sites(block.mlp, f"{path}.mlp", spot)
+    if not is_absent(block.ls2):
+        yield spot.site(f"{path}.ls2", "ls2", "scale")
 
 
 register_family(

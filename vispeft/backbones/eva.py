@@ -1,0 +1,99 @@
+"""The view of timm's ``Eva``: EVA-02, DINOv3, Perception Encoder and rotary ViTs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+from timm.layers import AttentionRope
+from timm.models.eva import Eva, EvaAttention, EvaBlock
+from torch import nn
+
+from vispeft.adapters.model_host import ModelHost
+from vispeft.adapters.sites import Site, View
+from vispeft.backbones.parts import (
+    Spot,
+    branch_readers,
+    first_layers,
+    is_absent,
+    mlp_sites,
+    projection_sites,
+    query_key_norm_sites,
+)
+from vispeft.backbones.registry import Family, check_class, parameter_sizes, register_family
+from vispeft.backbones.vit import NOT_IN_PLAIN_MODELS, stem_sites, tail_sites
+
+__all__ = ["describe_eva"]
+
+
+def describe_eva(model: nn.Module) -> View:
+    """Describe an `Eva`.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Its view.
+
+    Raises:
+        BackboneError: If a block, an attention, an MLP or the patch embedding is of a class the view does not cover.
+    """
+    eva = cast(Eva, model)
+    sites = [*stem_sites(eva)]
+    for index, block in enumerate(eva.blocks):
+        check_class(f"blocks.{index}", block, (EvaBlock,))
+        sites += _block_sites(block, f"blocks.{index}", Spot(eva.embed_dim, index), rotated=eva.rope is not None)
+    sites += tail_sites(eva)
+    depth = len(eva.blocks)
+    return View(
+        family="eva",
+        sites=tuple(sites),
+        widths=(eva.embed_dim,) * depth,
+        stages=(tuple(range(depth)),),
+        num_prefix_tokens=eva.num_prefix_tokens,
+        layout="NLC",
+        head_path="head",
+        tensors=parameter_sizes(eva, "head"),
+        head_drop_paths=("head_drop",),
+        drop_path_paths=tuple((f"blocks.{i}.drop_path1", f"blocks.{i}.drop_path2") for i in range(depth)),
+        size_bound=("pos_embed",),
+        input_bound=("patch_embed.proj.weight",),
+        patch_size=eva.patch_embed.patch_size,
+        img_size=eva.patch_embed.img_size,
+        in_chans=eva.in_chans,
+        global_pool=eva.global_pool,
+        not_here=NOT_IN_PLAIN_MODELS,
+    )
+
+
+def _block_sites(block: EvaBlock, path: str, spot: Spot, rotated: bool) -> Iterator[Site]:
+    attn = block.attn
+    check_class(f"{path}.attn", attn, (EvaAttention, AttentionRope))
+    inner = attn.num_heads * attn.head_dim
+    yield spot.site(path, "block", "block")
+    yield spot.site(f"{path}.norm1", "norm1", "norm", consumers=branch_readers(attn, f"{path}.attn"))
+    yield spot.site(f"{path}.attn", "attn", "attention")
+    yield from projection_sites(attn, f"{path}.attn", spot, inner)
+    yield from query_key_norm_sites(attn, f"{path}.attn", spot, rotated)
+    yield spot.site(f"{path}.attn", "attn.core", "attention", inner, inner)
+    if not is_absent(attn.norm):
+        readers = (f"{path}.attn.proj",) if attn.gate is None else ()
+        yield spot.site(f"{path}.attn.norm", "attn.norm", "norm", inner, inner, consumers=readers)
+    yield spot.site(f"{path}.attn.proj", "attn.proj", "linear", inner)
+    if block.gamma_1 is not None:
+        yield spot.site(path, "ls1", "scale")
+    yield spot.site(f"{path}.norm2", "norm2", "norm", consumers=first_layers(block.mlp, f"{path}.mlp"))
+    yield from mlp_sites(block.mlp, f"{path}.mlp", spot)
+    if block.gamma_2 is not None:
+        yield spot.site(path, "ls2", "scale")
+
+
+register_family(
+    Family(
+        name="eva",
+        classes=(Eva,),
+        describe=describe_eva,
+        host=ModelHost,
+        examples="eva02_*, vit_*_dinov3, vit_pe_*, vit_*_rope_*",
+    )
+)

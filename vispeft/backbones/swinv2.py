@@ -1,0 +1,79 @@
+"""The view of timm's ``SwinTransformerV2``: cosine attention, norms behind the branches, reduction before norm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+from timm.models.swin_transformer_v2 import PatchMerging, SwinTransformerV2, SwinTransformerV2Block, WindowAttention
+from torch import nn
+
+from vispeft.adapters.model_host import ModelHost
+from vispeft.adapters.sites import Site, View
+from vispeft.backbones.parts import Spot, is_absent, mlp_sites, projection_sites
+from vispeft.backbones.registry import Family, check_class, register_family
+from vispeft.backbones.swin import hierarchical_view, swin_stem_sites, swin_tail_sites
+
+__all__ = ["describe_swinv2"]
+
+
+def describe_swinv2(model: nn.Module) -> View:
+    """Describe a `SwinTransformerV2`.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Its view.
+
+    Raises:
+        BackboneError: If a block, an attention, patch merging or the patch embedding is of a class the view does not
+            cover.
+    """
+    swin = cast(SwinTransformerV2, model)
+    sites = [*swin_stem_sites(swin)]
+    number = 0
+    for stage, layer in enumerate(swin.layers):
+        path = f"layers.{stage}"
+        sites += _merging_sites(layer.downsample, f"{path}.downsample", stage)
+        for index, block in enumerate(layer.blocks):
+            check_class(f"{path}.blocks.{index}", block, (SwinTransformerV2Block,))
+            spot = Spot(block.dim, number, stage, "NHWC")
+            sites += _block_sites(block, f"{path}.blocks.{index}", spot)
+            number += 1
+    sites += swin_tail_sites(swin)
+    return hierarchical_view(swin, "swinv2", sites, size_bound=())
+
+
+def _merging_sites(merging: nn.Module, path: str, stage: int) -> Iterator[Site]:
+    if is_absent(merging):
+        return
+    check_class(path, merging, (PatchMerging,))
+    spot = Spot(merging.out_dim, stage=stage, layout="NHWC")
+    yield spot.site(f"{path}.reduction", "downsample.reduction", "linear", 4 * merging.dim)
+    yield spot.site(f"{path}.norm", "downsample.norm", "norm")
+
+
+def _block_sites(block: SwinTransformerV2Block, path: str, spot: Spot) -> Iterator[Site]:
+    attn = block.attn
+    check_class(f"{path}.attn", attn, (WindowAttention,))
+    yield spot.site(path, "block", "block")
+    yield spot.site(f"{path}.attn", "attn", "attention")
+    yield from projection_sites(attn, f"{path}.attn", spot, spot.width)
+    yield spot.site(f"{path}.attn.cpb_mlp", "rel_pos", "table")
+    yield spot.site(f"{path}.attn", "attn.core", "attention")
+    yield spot.site(f"{path}.attn.proj", "attn.proj", "linear")
+    yield spot.site(f"{path}.norm1", "norm1", "norm")
+    yield from mlp_sites(block.mlp, f"{path}.mlp", spot)
+    yield spot.site(f"{path}.norm2", "norm2", "norm")
+
+
+register_family(
+    Family(
+        name="swinv2",
+        classes=(SwinTransformerV2,),
+        describe=describe_swinv2,
+        host=ModelHost,
+        examples="swinv2_*",
+    )
+)
