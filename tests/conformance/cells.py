@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from timm.layers import GluMlp, RmsNorm, SwiGLU
+from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from vispeft.adapters.bank import AdapterBank
@@ -68,6 +71,49 @@ BACKBONES: dict[str, Backbone] = {
         grid=False,
     ),
     "vit_glu": Backbone(partial(_vit, mlp_layer=GluMlp, qk_norm=True, scale_attn_norm=True), grid=False),
+}
+
+_SWIN = {"patch_size": 2, "embed_dim": 8, "depths": (2, 1), "num_heads": (2, 2), "window_size": 4}
+
+
+def _swin(num_classes: int = 5, img_size: Any = 32, **extra: Any) -> nn.Module:
+    options = {**_SWIN, "drop_path_rate": 0.0, **extra}
+    return SwinTransformer(img_size=img_size, num_classes=num_classes, **options)
+
+
+def _swinv2(num_classes: int = 5, img_size: Any = 32, **extra: Any) -> nn.Module:
+    options = {**_SWIN, "drop_path_rate": 0.0, **extra}
+    return SwinTransformerV2(img_size=img_size, num_classes=num_classes, **options)
+
+
+def _eva(num_classes: int = 5, img_size: Any = 32, **extra: Any) -> nn.Module:
+    return Eva(img_size=img_size, num_classes=num_classes, **{**_VIT, "use_rot_pos_emb": True, **extra})
+
+
+_DINOV3 = {
+    "qkv_bias": False,
+    "init_values": 0.1,
+    "rope_type": "dinov3",
+    "rope_rotate_half": True,
+    "use_abs_pos_emb": False,
+    "num_reg_tokens": 2,
+    "use_fc_norm": False,
+}
+_EVA02 = {"swiglu_mlp": True, "mlp_ratio": 8 / 3, "global_pool": "token"}
+
+BACKBONES |= {
+    "eva_dinov3": Backbone(partial(_eva, **_DINOV3)),
+    "eva_dinov3_qkvb": Backbone(partial(_eva, **{**_DINOV3, "qkv_bias": True}), grid=False),
+    "eva02": Backbone(partial(_eva, **_EVA02)),
+    "eva02_split": Backbone(
+        partial(_eva, **{**_EVA02, "qkv_fused": False, "scale_mlp": True, "scale_attn_inner": True}), grid=False
+    ),
+    "eva_pe": Backbone(
+        partial(_eva, attn_type="rope", global_pool="map", use_pre_transformer_norm=True, use_post_transformer_norm=True),
+        grid=False,
+    ),
+    "swin": Backbone(_swin),
+    "swinv2": Backbone(_swinv2),
 }
 
 REFUSED: dict[tuple[str, str], str] = {}

@@ -19,7 +19,7 @@ from vispeft.adapters.codecs import RAW
 from vispeft.adapters.files import dtype_name, read_adapter, write_adapter
 from vispeft.adapters.fingerprint import base_tensors, check_fingerprint, fingerprint
 from vispeft.adapters.heads import BASE_HEAD, HeadRack
-from vispeft.adapters.hosts import Host, ensure_host, host_for, take_off
+from vispeft.adapters.hosts import Host, ensure_host, host_for, owner_host, take_off
 from vispeft.adapters.merge import TOLERANCE, Merged, MergeReport, apply_merge, plan_merge, undo_merge
 from vispeft.adapters.method import Method, method_from_dict
 from vispeft.adapters.model_host import ModelHost
@@ -134,6 +134,8 @@ class AdapterBank:
         for item, (host, computed) in zip(plan, hosts, strict=True):
             place = ensure_host(self._model.get_submodule(item.site.path), host, computed)
             _slots(place, name)[item.slot] = units[item.key]
+            if item.site.owner is not None:
+                _slots(ensure_host(self._model.get_submodule(item.site.owner), *owner_host(item.site)), name)
         self._adapters[name] = adapter
         self._heads.add(name)
         self.set_active(name)
@@ -394,7 +396,7 @@ class AdapterBank:
         with _evaluating(self._model):
             before = _features(self._model, probe)
         self._set_stochastic_depth(0.0)
-        merged = Merged(MergeReport((), (), {}, 0.0), self._active)
+        merged = Merged(MergeReport((), (), (), {}, 0.0), self._active)
         apply_merge(self._model, tensors, stays, merged)
         with _evaluating(self._model):
             after = _features(self._model, probe)
@@ -406,8 +408,10 @@ class AdapterBank:
                 f"After merging, outputs differ by {error:.1e} of the largest one; {TOLERANCE[probe.dtype]:.0e} is "
                 f"rounding in {dtype_name(probe.dtype)}. Nothing was changed. Merge in float32 or better."
             )
+        changed = tuple(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
         created = tuple(name for name, old in merged.replaced.items() if old is None)
-        merged.report = MergeReport(tuple(tensors), created, stays, error)
+        removed = tuple(name for name in merged.replaced if tensors[name] is None)
+        merged.report = MergeReport(changed, created, removed, stays, error)
         self._merged = merged
         for name in self._active:
             self._adapters[name].merge_error = error

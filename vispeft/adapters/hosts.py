@@ -26,7 +26,7 @@ from vispeft.adapters.sites import Site
 from vispeft.adapters.units import AffineUnit, DeltaUnit, SelectionUnit, Unit
 from vispeft.errors import SiteError
 
-__all__ = ["Host", "HostState", "base_class", "ensure_host", "host_class", "host_for", "put_back", "take_off"]
+__all__ = ["Host", "HostState", "base_class", "ensure_host", "host_class", "host_for", "owner_host", "put_back", "take_off"]
 
 U = TypeVar("U", bound=Unit)
 
@@ -64,18 +64,21 @@ class Host(nn.Module):
         """Compute what the base's own code gets when it reads a tensor by name."""
         return self.own(name)
 
-    def plain(self, name: str) -> Tensor | None:
-        """Compute the tensor of the plain module that does the same, in double precision, for merging.
+    def acts(self) -> bool:
+        """Tell whether any active unit acts here."""
+        return any(True for _ in self.units(Unit))
+
+    def plain_tensors(self) -> dict[str, Tensor | None]:
+        """Compute the tensors of the plain module that does the same, in double precision, for merging.
+
+        Returns:
+            By name inside the module, the tensors that active units change; None for those that must go.
 
         Raises:
             NotImplementedError: If a unit has no weight form.
         """
-        value = self.own(name)
-        return None if value is None else value.detach().double()
-
-    def plain_names(self) -> tuple[str, ...]:
-        """List the tensors of the plain module that active units can change."""
-        return self.computed
+        values = {name: self.own(name) for name in self.computed}
+        return {name: value.detach().double() for name, value in values.items() if value is not None}
 
     def no_plain_form(self) -> str | None:
         """Say why no plain module does the same, or None where one does."""
@@ -91,6 +94,8 @@ class _Foldable(Host):
 
     folds: tuple[type[Unit], ...] = (AffineUnit,)
     """The kinds that `read` writes into the tensors, in the order of composition."""
+    foldable: tuple[str, ...] = ("weight", "bias")
+    """The tensors of a plain layer that hold all of it."""
 
     def read(self, name: str) -> Tensor | None:
         own = self.own(name)
@@ -99,12 +104,13 @@ class _Foldable(Host):
         like = self.own("weight") if own is None else own
         return value if value is None or like is None else value.to(like.dtype)
 
-    def plain(self, name: str) -> Tensor | None:
+    def plain_tensors(self) -> dict[str, Tensor | None]:
+        plain = {name: self._plain(name) for name in self.foldable}
+        return {name: value for name, value in plain.items() if value is not None}
+
+    def _plain(self, name: str) -> Tensor | None:
         own = self.own(name)
         return self.folded(name, (DeltaUnit, AffineUnit), None if own is None else own.detach().double())
-
-    def plain_names(self) -> tuple[str, ...]:
-        return ("weight", "bias")
 
     def folded(self, name: str, kinds: tuple[type[Unit], ...], value: Tensor | None) -> Tensor | None:
         """Write units into a weight or bias, kind after kind in the order of composition."""
@@ -160,9 +166,60 @@ class ReadLinearHost(LinearHost):
     """
 
     folds = (DeltaUnit, AffineUnit)
+    foldable = ("weight",)
 
     def read(self, name: str) -> Tensor | None:
         return _Foldable.read(self, name)
+
+
+class ReaderHost(Host):
+    """An attention module that reads ``qkv.weight`` and keeps the biases itself (SwinV2, EVA-02).
+
+    The biases are computed on read from the units of the projection. For low-rank terms alone, which leave the biases
+    as they are, timm's own switch makes the module call the projection, whose host then adds the terms cheaply; the
+    switch adds the bias behind the layer and in place, which is wrong for everything else.
+    """
+
+    qkv: nn.Linear
+
+    @property
+    def qkv_bias_separate(self) -> bool:
+        """Tell timm whether to call the projection and add the biases itself."""
+        if self._projection_has(AffineUnit):
+            return False
+        return self._projection_has(DeltaUnit) or bool(self.__dict__["qkv_bias_separate"])
+
+    def read(self, name: str) -> Tensor | None:
+        value = self.own(name)
+        if value is None or name not in _BIASES:
+            return value
+        start = _BIASES.index(name) * value.numel()
+        folded = value
+        for unit in self._projection_units(AffineUnit):
+            rows = slice(start, start + value.numel())
+            folded = unit.scale[rows] * folded + unit.shift[rows]
+        return folded.to(value.dtype)
+
+    def acts(self) -> bool:
+        return super().acts() or self._projection_has(AffineUnit)
+
+    def plain_tensors(self) -> dict[str, Tensor | None]:
+        if not self._projection_has(AffineUnit):
+            return super().plain_tensors() if super().acts() else {}
+        # timm's key bias is a buffer that no state dict holds: a shift there needs one plain bias of the projection.
+        biases = [self.read(name) for name in _BIASES]
+        whole = torch.cat([cast(Tensor, bias).detach().double() for bias in biases])
+        return {"qkv.bias": whole, **dict.fromkeys(_BIASES)}
+
+    def _projection_units(self, kind: type[U]) -> Iterator[U]:
+        if isinstance(self.qkv, Host):
+            yield from self.qkv.units(kind)
+
+    def _projection_has(self, kind: type[Unit]) -> bool:
+        return any(True for _ in self._projection_units(kind))
+
+
+_BIASES = ("q_bias", "k_bias", "v_bias")
 
 
 class ConvHost(_Foldable):
@@ -184,14 +241,13 @@ class NormHost(_Foldable):
 class ShiftlessNormHost(NormHost):
     """An adapted norm that has a weight only (RMSNorm): the shift is added behind it."""
 
+    foldable = ("weight",)
+
     def forward(self, x: Tensor) -> Tensor:
         """Compute the shape of `x`."""
         out = super().forward(x)
         shift = self.trailing_shift()
         return out if shift is None else out + shift.to(out.dtype)
-
-    def plain_names(self) -> tuple[str, ...]:
-        return ("weight",)
 
     def trailing_shift(self) -> Tensor | None:
         """Sum up what is added behind the norm, (width,)."""
@@ -316,6 +372,18 @@ def put_back(state: HostState) -> None:
     host = cast(Host, state.module)
     host.adapters = state.adapters
     host.__dict__.update(state.attributes)
+
+
+def owner_host(site: Site) -> tuple[type[Host], tuple[str, ...]]:
+    """Choose the host of the module that reads a site's weight.
+
+    Args:
+        site: A site with `reads_weight`.
+
+    Returns:
+        The kind of host, and the tensors to be computed on read.
+    """
+    return ReaderHost, _BIASES
 
 
 NORMS_WITHOUT_BIAS = frozenset({"RmsNorm", "RmsNormFp32", "SimpleNorm", "SimpleNormFp32", "RMSNorm"})

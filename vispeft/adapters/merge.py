@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ class MergeReport:
     """Paths of the layers that changed."""
     created: tuple[str, ...]
     """State-dict keys the plain model did not have before."""
+    removed: tuple[str, ...]
+    """State-dict keys the plain model no longer has."""
     kept: dict[str, str]
     """Paths of the layers that stay adapted, with the reason (``partial=True`` only)."""
     max_error: float
@@ -42,13 +44,17 @@ class Merged:
     names: tuple[str, ...]
     """The adapters that were active."""
     hosts: list[HostState] = field(default_factory=list)
-    originals: list[tuple[nn.Module, str, nn.Parameter | None]] = field(default_factory=list)
+    originals: list[tuple[dict[str, Any], str, Tensor | None]] = field(default_factory=list)
     replaced: dict[str, Tensor | None] = field(default_factory=dict)
     """The originals by state-dict key."""
     keep_original: bool = True
 
 
-def plan_merge(model: nn.Module, view: View, partial: bool) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+Plain = dict[str, Tensor | None]
+"""New tensors by state-dict name, in double precision; None for those that must go."""
+
+
+def plan_merge(model: nn.Module, view: View, partial: bool) -> tuple[Plain, dict[str, str]]:
     """Compute the plain tensors of every layer that active units change, without changing anything.
 
     Args:
@@ -57,72 +63,68 @@ def plan_merge(model: nn.Module, view: View, partial: bool) -> tuple[dict[str, d
         partial: Whether layers without a plain form may stay adapted.
 
     Returns:
-        New tensors in double precision by path and name, and the layers that stay, with reasons.
+        The new tensors, and the layers that stay, with reasons.
 
     Raises:
         MergeError: If a layer has no plain form and `partial` is not set, or a merged tensor is not finite.
     """
-    tensors: dict[str, dict[str, Tensor]] = {}
+    tensors: Plain = {}
     stays: dict[str, str] = {}
-    shifts: list[tuple[Site, Tensor]] = []
-    sites = {site.path: site for site in view.sites if site.rows is None and site.kind == "norm"}
-    for path, host in _live_hosts(model):
-        reason = host.no_plain_form()
-        if reason is None and isinstance(host, ShiftlessNormHost):
-            shift = host.trailing_shift()
-            if shift is not None:
-                if sites[path].consumers:
-                    shifts.append((sites[path], shift.detach().double()))
-                else:
-                    reason = (
-                        f"a {base_class(host).__name__} has no bias, and its output is not read by linear layers alone"
-                    )
-        if reason is not None:
-            stays[path] = reason
-            continue
+    hosts = [(path, module) for path, module in model.named_modules() if isinstance(module, Host) and module.acts()]
+    norms = {site.path: site for site in view.sites if site.rows is None and site.kind == "norm"}
+    for path, host in hosts:
+        reason = host.no_plain_form() or _lost_shift(host, norms.get(path))
         try:
-            new = {name: host.plain(name) for name in host.plain_names()}
+            plain = {} if reason else host.plain_tensors()
         except NotImplementedError as error:
-            stays[path] = str(error)
-            continue
-        tensors[path] = {name: tensor for name, tensor in new.items() if tensor is not None}
+            reason = str(error)
+        if reason:
+            stays[path] = reason
+        else:
+            tensors.update({f"{path}.{name}" if path else name: tensor for name, tensor in plain.items()})
     if stays and not partial:
         listing = "; ".join(f"{path or '(model)'}: {reason}" for path, reason in list(stays.items())[:4])
         raise MergeError(
-            f"{len(stays)} of {len(stays) + len(tensors)} adapted layers have no plain layer that does the same "
-            f"({listing}). merge(partial=True) merges the others and leaves these adapted."
+            f"{len(stays)} of {len(hosts)} adapted layers have no plain layer that does the same ({listing}). "
+            "merge(partial=True) merges the others and leaves these adapted."
         )
-    for site, shift in shifts:
-        _fold_forward(model, site, shift, tensors)
-    for path, new in tensors.items():
-        for name, tensor in new.items():
-            if not torch.isfinite(tensor).all():
-                raise MergeError(
-                    f"The merged {path}.{name} is not finite. Nothing was changed; look at the adapter's tensors "
-                    "there, which training must have driven off."
-                )
+    for path, host in hosts:
+        if path not in stays and isinstance(host, ShiftlessNormHost):
+            _fold_forward(model, norms[path], host.trailing_shift(), tensors)
+    for name, tensor in tensors.items():
+        if tensor is not None and not torch.isfinite(tensor).all():
+            raise MergeError(
+                f"The merged {name} is not finite. Nothing was changed; look at the adapter's tensors there, which "
+                "training must have driven off."
+            )
     return tensors, stays
 
 
-def _live_hosts(model: nn.Module) -> Iterator[tuple[str, Host]]:
-    for path, module in model.named_modules():
-        if isinstance(module, Host) and any(True for _ in module.units(nn.Module)):
-            yield path, module
+def _lost_shift(host: Host, site: Site | None) -> str | None:
+    """Say why a shift behind a norm without a bias cannot go anywhere, if so."""
+    if not isinstance(host, ShiftlessNormHost) or host.trailing_shift() is None:
+        return None
+    if site is not None and site.consumers:
+        return None
+    return f"a {base_class(host).__name__} has no bias, and its output is not read by linear layers alone"
 
 
-def _fold_forward(model: nn.Module, site: Site, shift: Tensor, tensors: dict[str, dict[str, Tensor]]) -> None:
+def _fold_forward(model: nn.Module, site: Site, shift: Tensor | None, tensors: Plain) -> None:
     """Move a shift behind a norm into the bias of the linear layers that read it: ``W (n + s) + b = W n + (b + W s)``."""
+    if shift is None:
+        return
     for path in site.consumers:
-        layer = model.get_submodule(path)
-        new = tensors.setdefault(path, {})
-        weight = new.get("weight", layer.weight.detach().double())
-        bias = new.get("bias")
+        layer = cast(nn.Linear, model.get_submodule(path))
+        weight = tensors.get(f"{path}.weight")
+        if weight is None:
+            weight = layer.weight.detach().double()
+        bias = tensors.get(f"{path}.bias")
         if bias is None:
             bias = torch.zeros(weight.shape[0]).to(weight) if layer.bias is None else layer.bias.detach().double()
-        new["bias"] = bias + weight @ shift
+        tensors[f"{path}.bias"] = bias + weight @ shift.detach().double()
 
 
-def apply_merge(model: nn.Module, tensors: dict[str, dict[str, Tensor]], stays: dict[str, str], merged: Merged) -> None:
+def apply_merge(model: nn.Module, tensors: Plain, stays: dict[str, str], merged: Merged) -> None:
     """Put plain tensors into place and take the hosts off.
 
     Args:
@@ -132,17 +134,19 @@ def apply_merge(model: nn.Module, tensors: dict[str, dict[str, Tensor]], stays: 
         merged: Filled with what undoing needs.
     """
     dtype = next(model.parameters()).dtype
-    for path, new in tensors.items():
+    for full, tensor in tensors.items():
+        path, _, name = full.rpartition(".")
         layer = model.get_submodule(path)
-        for name, tensor in new.items():
-            old = layer._parameters.get(name)
-            merged.originals.append((layer, name, old))
-            merged.replaced[f"{path}.{name}" if path else name] = old
-            layer._parameters[name] = nn.Parameter(tensor.to(dtype if old is None else old.dtype), requires_grad=False)
-    hosts = [(path, module) for path, module in model.named_modules() if isinstance(module, Host)]
-    for path, module in hosts:
+        store = layer._buffers if name in layer._buffers else layer._parameters
+        old = store.get(name)
+        merged.originals.append((store, name, old))
+        if name not in layer._non_persistent_buffers_set:
+            merged.replaced[full] = old
+        kind = dtype if old is None else old.dtype
+        store[name] = None if tensor is None else nn.Parameter(tensor.to(kind), requires_grad=False)
+    for path, module in list(model.named_modules()):
         keeps_model = isinstance(module, ModelHost) and bool(stays)
-        if path not in stays and not keeps_model:
+        if isinstance(module, Host) and path not in stays and not keeps_model:
             merged.hosts.append(take_off(module))
 
 
@@ -152,7 +156,7 @@ def undo_merge(merged: Merged) -> None:
     Args:
         merged: What `apply_merge` filled.
     """
-    for layer, name, old in reversed(merged.originals):
-        layer._parameters[name] = old
+    for store, name, old in reversed(merged.originals):
+        store[name] = old
     for state in reversed(merged.hosts):
         put_back(state)

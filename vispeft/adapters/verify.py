@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from vispeft.errors import VerificationError
 
 __all__ = ["UnitTensor", "find_dead", "probe_images", "unit_tensors"]
 
-ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-8, torch.bfloat16: 1e-5, torch.float16: 1e-5}
+ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-8}
 """A gradient counts as dead below this share of the largest one in the same block: what is left of a gradient that is
 zero in exact arithmetic. Layer scales of 1e-5 shrink all gradients of a branch alike and stay above it."""
 
@@ -93,7 +94,7 @@ def find_dead(model: nn.Module, view: View, units: dict[str, Unit], blocks: dict
             for tensor in tensors:
                 noise = torch.randn(tensor.shape, generator=generator).to(tensor)
                 tensor.add_(noise * (0.02 + 0.1 * tensor.std(correction=0)))
-        out = model(probe_images(model, view))
+        out = _in_float32(model, probe_images(model, view))
         maps = [out] if isinstance(out, Tensor) else list(out)
         loss = torch.stack([(m.float() * torch.randn(m.shape, generator=generator).to(m.device)).sum() for m in maps])
         gradients = torch.autograd.grad(loss.sum(), tensors, allow_unused=True)
@@ -101,7 +102,7 @@ def find_dead(model: nn.Module, view: View, units: dict[str, Unit], blocks: dict
     largest: dict[int | None, float] = defaultdict(float)
     for entry, size in zip(entries, sizes, strict=True):
         largest[blocks[entry.key]] = max(largest[blocks[entry.key]], size)
-    floor = ROUNDING[next(model.parameters()).dtype]
+    floor = ROUNDING.get(next(model.parameters()).dtype, ROUNDING[torch.float32])
     dead = [
         str(entry)
         for entry, size in zip(entries, sizes, strict=True)
@@ -113,6 +114,22 @@ def find_dead(model: nn.Module, view: View, units: dict[str, Unit], blocks: dict
             f"{', ...' if len(dead) > 6 else ''}. The model does not use what was put there; choose other roles, or "
             "pass verify=False if that is on purpose."
         )
+
+
+def _in_float32(model: nn.Module, images: Tensor) -> Any:
+    """Run a model whose base is in reduced precision as if it were in float32.
+
+    In bfloat16 the attention of a small model can round to uniform, and live tensors then look dead.
+    """
+    if images.dtype in (torch.float32, torch.float64):
+        return model(images)
+    tensors = {name: t.float() if t.is_floating_point() else t for name, t in _tensors(model)}
+    return torch.func.functional_call(model, tensors, (images.float(),))
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 @contextmanager
