@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,15 @@ METHODS: dict[str, vispeft.Method] = {
     "lora": vispeft.LoRA(rank=3),
     "lora_all": vispeft.LoRA(rank=3, alpha=6, roles=LINEARS),
     "ssf": vispeft.SSF(),
+    "bitfit": vispeft.BitFit(),
+    "norm_tuning": vispeft.NormTuning(),
+    "vpt": vispeft.VPT(num_tokens=3),
+    "vpt_shallow": vispeft.VPT(num_tokens=2, deep=False, project=7),
 }
+
+
+SELECTIONS = ("full", "bitfit", "norm_tuning")
+"""Methods that replace tensors of the base, so that two of them cannot act at once."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +124,15 @@ BACKBONES |= {
     "swinv2": Backbone(_swinv2),
 }
 
-REFUSED: dict[tuple[str, str], str] = {}
+REFUSED: dict[tuple[str, str], str] = {
+    (method, backbone): "no token sequence: VPT on windows has no stated form yet"
+    for method in ("vpt", "vpt_shallow")
+    for backbone in ("swin", "swinv2")
+}
 """Cells that may refuse: (method, backbone) to the reason."""
 
 NO_PLAIN_FORM: dict[tuple[str, str], str] = {
+    **{(m, b): "no plain model inserts tokens" for m in ("vpt", "vpt_shallow") for b in BACKBONES},
     ("ssf", "vit_mae"): "an identity stands at the place of the last norm",
     ("ssf", "vit_aimv2"): "an identity stands at the place of the last norm",
 }
@@ -180,4 +193,4 @@ def unit_names(bank: AdapterBank, name: str = "default") -> set[int]:
 
 CELLS = [Cell(method, backbone) for method in METHODS for backbone in BACKBONES]
 MAIN = [cell for cell in CELLS if cell.backbone in ("vit", "swin")]
-__all__ = ["BACKBONES", "CELLS", "MAIN", "METHODS", "REFUSED", "Cell", "move", "replace", "unit_names"]
+__all__ = ["BACKBONES", "CELLS", "MAIN", "METHODS", "REFUSED", "SELECTIONS", "Cell", "move", "unit_names"]

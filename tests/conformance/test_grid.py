@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vispeft.adapters.hosts import Host
 from vispeft.errors import FileError, MergeError, VispeftError
 
-from tests.conformance.cells import BACKBONES, CELLS, METHODS, REFUSED, Cell, move, unit_names
+from tests.conformance.cells import BACKBONES, CELLS, METHODS, REFUSED, SELECTIONS, Cell, move, unit_names
 
 def cell_id(cell: Cell) -> str:
     return f"{cell.method}-{cell.backbone}"
@@ -226,7 +226,7 @@ def test_two_adapters_switch_stack_and_go(cell: Cell) -> None:
     assert not {id(p) for _, p in bank.trainable_parameters()} & unit_names(bank, "two")
     bank.set_active("two")
     assert torch.equal(model(images), two)
-    if cell.method == "full":
+    if cell.method in SELECTIONS:
         with pytest.raises(VispeftError, match="both replace"):
             bank.set_active(["one", "two"])
     else:
@@ -266,7 +266,8 @@ def test_intermediates_agree_with_features(cell: Cell) -> None:
     features = model.forward_features(images)
     assert torch.allclose(final, features, atol=1e-6)
     side = maps[-1].shape[-1]
-    last = features if features.ndim == 4 else features[:, bank.view.num_prefix_tokens :].unflatten(1, (side, side))
+    # The patches are the last rows: prompts may stand in front of them where average pooling is to see them.
+    last = features if features.ndim == 4 else features[:, -side * side :].unflatten(1, (side, side))
     assert torch.allclose(maps[-1], last.permute(0, 3, 1, 2), atol=1e-6)
     if bank.plan().trainable:
         assert not torch.allclose(maps[-1], plain[-1], atol=1e-4)
@@ -328,19 +329,20 @@ def test_other_image_sizes(cell: Cell, tmp_path: Path) -> None:
 
 def test_one_batch_overfits(cell: Cell) -> None:
     torch.manual_seed(0)
-    model, images = cell.model(), cell.images(4)
+    # Colours apart, since tiny models with random weights hardly tell images of mere noise from each other.
+    model, images = cell.model(), cell.images(4) + torch.randn(4, 3, 1, 1).mul(3)
     labels = torch.arange(4)
     bank = cell.attach(model, moved=False)
     optimiser = torch.optim.AdamW(bank.parameter_groups(5e-2 if cell.method == "linear_probe" else 1e-2, 0.0))
     model.train()
     losses = []
-    for _ in range(40):
+    for _ in range(60):
         loss = nn.functional.cross_entropy(model(images), labels)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         losses.append(float(loss))
-    assert losses[-1] < 0.8 * losses[0], losses
+    assert losses[-1] < 0.7 * losses[0], losses
 
 
 @torch.no_grad()

@@ -395,6 +395,8 @@ class AdapterBank:
         tensors, stays = plan_merge(self._model, self.view, partial)
         with _evaluating(self._model):
             before = _features(self._model, probe)
+        if not torch.isfinite(before).all():
+            raise MergeError("The adapted model's outputs are not finite, so nothing was merged; look at its tensors.")
         self._set_stochastic_depth(0.0)
         merged = Merged(MergeReport((), (), (), {}, 0.0), self._active)
         apply_merge(self._model, tensors, stays, merged)

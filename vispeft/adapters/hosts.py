@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vispeft.adapters.functional import affine, low_rank_linear
 from vispeft.adapters.sites import Site
-from vispeft.adapters.units import AffineUnit, DeltaUnit, SelectionUnit, Unit
+from vispeft.adapters.units import AffineUnit, DeltaUnit, SelectionUnit, TokensUnit, Unit
 from vispeft.errors import SiteError
 
 __all__ = ["Host", "HostState", "base_class", "ensure_host", "host_class", "host_for", "owner_host", "put_back", "take_off"]
@@ -82,7 +82,7 @@ class Host(nn.Module):
 
     def no_plain_form(self) -> str | None:
         """Say why no plain module does the same, or None where one does."""
-        return None
+        return "no plain model inserts tokens" if any(True for _ in self.units(TokensUnit)) else None
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle by the base class, since host classes are made at run time."""
@@ -406,6 +406,8 @@ def host_for(site: Site, module: nn.Module, unit: Unit) -> tuple[type[Host], tup
     base = base_class(module)
     if isinstance(unit, SelectionUnit):
         return Host, tuple(name for name, _ in unit.named_parameters())
+    if isinstance(unit, TokensUnit) and site.role == "tokens":
+        return Host, ()
     if site.rows is not None and not isinstance(unit, DeltaUnit):
         raise SiteError(f"A unit of kind {unit.kind!r} acts on whole layers; {site.role!r} is a part of {site.path!r}.")
     if issubclass(base, nn.Linear) and isinstance(unit, DeltaUnit | AffineUnit):

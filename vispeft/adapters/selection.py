@@ -7,15 +7,35 @@ from functools import partial
 
 from torch import nn
 
-from vispeft.adapters.method import PlanItem
-from vispeft.adapters.sites import Site, View
+from vispeft.adapters.method import Method, PlanItem
+from vispeft.adapters.sites import Site, View, select
 from vispeft.adapters.units import SelectionUnit, Unit
 
-__all__ = ["selections"]
+__all__ = ["below", "selections"]
+
+
+def below(method: Method, view: View) -> Callable[[str], bool]:
+    """Make the test whether a module is at or below the sites of a method's roles and blocks.
+
+    Args:
+        method: The method; without roles and blocks it takes the whole model.
+        view: The model's description.
+
+    Returns:
+        A function of a path.
+
+    Raises:
+        SiteError: If a role matches nothing.
+    """
+    if method.roles is None and method.blocks is None:
+        return lambda path: True
+    sites = select(view, method.roles or ("block",), method.blocks)
+    parents = {site.path for site in sites}
+    return lambda path: any(path == parent or path.startswith(f"{parent}.") for parent in parents)
 
 
 def selections(
-    view: View, model: nn.Module, unit: str, wanted: Callable[[str, nn.Module, str], bool]
+    view: View, model: nn.Module, unit: str, wanted: Callable[[str, str], bool]
 ) -> Iterator[PlanItem]:
     """Plan one selection per module that owns wanted parameters, the classifier excepted.
 
@@ -23,14 +43,14 @@ def selections(
         view: The model's description.
         model: The model.
         unit: Name of the units.
-        wanted: Told path, module and parameter name, says whether the parameter is chosen.
+        wanted: Told module path and parameter name, says whether the parameter is chosen.
 
     Yields:
         The plan's items, in the order of the modules.
     """
     for path, names in view.tensors.items():
         module = model.get_submodule(path)
-        chosen = [name for name in names if wanted(path, module, name)]
+        chosen = [name for name in names if wanted(path, name)]
         if chosen:
             site = site_of(view, path)
             yield PlanItem(site, unit, partial(_build, module, tuple(chosen), site.null))

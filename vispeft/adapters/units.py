@@ -152,3 +152,21 @@ class TokensUnit(Unit):
     """Learned tokens in the sequence; the family's own forward puts them there."""
 
     kind = "tokens"
+    identity_at_start = False
+
+    length: int
+    """Number of tokens."""
+    pool: str
+    """What average pooling sees: ``all``, ``patches`` or ``prompts``."""
+
+    def tokens(self, block: int, batch: int) -> Tensor | None:
+        """Give the tokens that enter a block.
+
+        Args:
+            block: Index of the block.
+            batch: Number of images.
+
+        Returns:
+            (batch, length, width), or None where those that came out of the block before go on.
+        """
+        raise NotImplementedError

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
+import torch
 from timm.layers import AttentionRope
 from timm.models.eva import Eva, EvaAttention, EvaBlock
-from torch import nn
+from torch import Tensor, nn
 
-from vispeft.adapters.model_host import ModelHost
 from vispeft.adapters.sites import Site, View
+from vispeft.adapters.tokens import PlainModelHost
 from vispeft.backbones.parts import (
     Spot,
     branch_readers,
@@ -23,7 +24,7 @@ from vispeft.backbones.parts import (
 from vispeft.backbones.registry import Family, check_class, parameter_sizes, register_family
 from vispeft.backbones.vit import NOT_IN_PLAIN_MODELS, stem_sites, tail_sites
 
-__all__ = ["describe_eva"]
+__all__ = ["EvaHost", "describe_eva"]
 
 
 def describe_eva(model: nn.Module) -> View:
@@ -88,12 +89,34 @@ def _block_sites(block: EvaBlock, path: str, spot: Spot, rotated: bool) -> Itera
         yield spot.site(path, "ls2", "scale")
 
 
+class EvaHost(PlainModelHost):
+    """An adapted `Eva`."""
+
+    def enter(self, images: Tensor) -> tuple[Tensor, Any]:
+        """Run patch embedding, positions and the norm in front of the blocks; rotations go along."""
+        tokens, rotations = self._pos_embed(self.patch_embed(images))
+        return self.norm_pre(tokens), rotations
+
+    def block_arguments(self, context: Any, block: int, inserted: int) -> dict[str, Any]:
+        """Give the rotations, with one that changes nothing for each inserted token.
+
+        timm's attention rotates every row behind the prefix. A sine of 0 and a cosine of 1 leave a row as it is, bit
+        for bit, so inserted rows are skipped without telling the attention of another prefix.
+        """
+        if context is None:
+            return {"rope": None}
+        rotation = context[block] if self.rope_mixed else context
+        shape = (*rotation.shape[:-2], inserted, rotation.shape[-1] // 2)
+        still = torch.cat([rotation.new_zeros(shape), rotation.new_ones(shape)], dim=-1)
+        return {"rope": torch.cat([still, rotation], dim=-2)}
+
+
 register_family(
     Family(
         name="eva",
         classes=(Eva,),
         describe=describe_eva,
-        host=ModelHost,
+        host=EvaHost,
         examples="eva02_*, vit_*_dinov3, vit_pe_*, vit_*_rope_*",
     )
 )

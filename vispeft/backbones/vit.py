@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 from timm.layers import Attention, AttentionPoolLatent, AttentionPoolPrr, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
-from vispeft.adapters.model_host import ModelHost
 from vispeft.adapters.sites import Site, View
+from vispeft.adapters.tokens import PlainModelHost
 from vispeft.backbones.parts import (
     Spot,
     branch_readers,
@@ -22,7 +22,7 @@ from vispeft.backbones.parts import (
 )
 from vispeft.backbones.registry import Family, check_class, parameter_sizes, register_family
 
-__all__ = ["describe_vit", "stem_sites", "tail_sites"]
+__all__ = ["VitHost", "describe_vit", "stem_sites", "tail_sites"]
 
 NOT_IN_PLAIN_MODELS = {
     "patch_embed.norm": "its patch embedding has no norm",
@@ -141,12 +141,25 @@ def _block_sites(block: Block, path: str, spot: Spot) -> Iterator[Site]:
         yield spot.site(f"{path}.ls2", "ls2", "scale")
 
 
+class VitHost(PlainModelHost):
+    """An adapted `VisionTransformer`."""
+
+    def enter(self, images: Tensor) -> tuple[Tensor, Any]:
+        """Run patch embedding, positions and the norm in front of the blocks."""
+        tokens = self._pos_embed(self.patch_embed(images))
+        return self.norm_pre(self.patch_drop(tokens)), None
+
+    def block_arguments(self, context: Any, block: int, inserted: int) -> dict[str, Any]:
+        """Give nothing: its blocks take tokens alone."""
+        return {}
+
+
 register_family(
     Family(
         name="vit",
         classes=(VisionTransformer,),
         describe=describe_vit,
-        host=ModelHost,
+        host=VitHost,
         examples="vit_*, deit_*, deit3_*, DINOv2, CLIP, SigLIP, MAE, AIMv2",
     )
 )

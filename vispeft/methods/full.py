@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from vispeft.adapters.method import Method, PlanItem, register
-from vispeft.adapters.selection import selections
+from vispeft.adapters.selection import below, selections
 from vispeft.adapters.sites import View
 from vispeft.errors import ConfigError
 
@@ -42,24 +42,10 @@ class Full(Method):
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
         """Select every parameter, or those below the chosen roles and blocks."""
-        chosen = None if self.roles is None and self.blocks is None else self._paths(view)
-        yield from selections(view, model, "full", lambda path, module, name: chosen is None or _below(path, chosen))
-
-    def _paths(self, view: View) -> list[str]:
-        if self.roles is None:
-            return [site.path for site in Full(roles=("block",), blocks=self.blocks).sites(view)]
-        return [site.path for site in self.sites(view)]
+        inside = below(self, view)
+        yield from selections(view, model, "full", lambda path, name: inside(path))
 
     def parameter_count(self, view: View) -> int:
         """Count all parameters of the backbone, as the view lists them."""
-        chosen = None if self.roles is None and self.blocks is None else self._paths(view)
-        return sum(
-            size
-            for path, tensors in view.tensors.items()
-            if chosen is None or _below(path, chosen)
-            for size in tensors.values()
-        )
-
-
-def _below(path: str, parents: list[str]) -> bool:
-    return any(path == parent or path.startswith(f"{parent}.") for parent in parents)
+        inside = below(self, view)
+        return sum(sum(own.values()) for path, own in view.tensors.items() if inside(path))

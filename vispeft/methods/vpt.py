@@ -1,0 +1,134 @@
+"""VPT: visual prompt tuning, shallow and deep (Jia et al., ECCV 2022, arXiv 2203.12119)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from vispeft.adapters.method import Method, PlanItem, register
+from vispeft.adapters.sites import View
+from vispeft.adapters.units import TokensUnit
+from vispeft.errors import ConfigError, SiteError
+
+__all__ = ["VPT", "Prompts"]
+
+
+class Prompts(TokensUnit):
+    """Prompts behind the prefix tokens, without a position; deep ones are replaced in front of every block.
+
+    All start uniform in ``(-v, v)`` with ``v = sqrt(6 / (channels * patch height * patch width + stored width))``.
+    """
+
+    def __init__(self, shape: tuple[int, int], depth: int, width: int, fan: int, dropout: float, pool: str) -> None:
+        """Make room for the prompts.
+
+        Args:
+            shape: Number of prompts, and the width they are stored at.
+            depth: Number of blocks with prompts of their own; 1 is the shallow form.
+            width: Width of the model's tokens; where it differs from the stored one, one shared linear layer maps.
+            fan: Numbers in one patch, for the start values.
+            dropout: Share of prompt entries dropped while training, drawn anew for each image.
+            pool: What average pooling sees.
+        """
+        super().__init__()
+        self.length, stored = shape
+        self.fan, self.dropout, self.pool = fan, dropout, pool
+        self.prompts = nn.Parameter(torch.empty(1, self.length, stored))
+        self.deep = nn.Parameter(torch.empty(depth - 1, self.length, stored)) if depth > 1 else None
+        self.proj = nn.Linear(stored, width) if stored != width else None
+
+    def reset(self, generator: Generator) -> None:
+        """Draw the start values."""
+        bound = math.sqrt(6 / (self.fan + self.prompts.shape[-1]))
+        self.prompts.uniform_(-bound, bound, generator=generator)
+        if self.deep is not None:
+            self.deep.uniform_(-bound, bound, generator=generator)
+        if self.proj is not None:
+            # Kaiming-normal over outputs, and PyTorch's own start of a bias, as in the public code.
+            out, width = self.proj.weight.shape
+            self.proj.weight.normal_(0, math.sqrt(2 / out), generator=generator)
+            self.proj.bias.uniform_(-1 / math.sqrt(width), 1 / math.sqrt(width), generator=generator)
+
+    def tokens(self, block: int, batch: int) -> Tensor | None:
+        """Give the prompts of a block, (batch, length, width); None where the ones before go on."""
+        if block == 0:
+            stored = self.prompts
+        elif self.deep is not None:
+            stored = self.deep[block - 1 : block]
+        else:
+            return None
+        mapped = stored if self.proj is None else self.proj(stored)
+        return F.dropout(mapped.expand(batch, -1, -1), self.dropout, self.training)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class VPT(Method):
+    """Learned prompt tokens beside the patches; the backbone stays as it is.
+
+    On a ViT and on Eva the prompts stand behind class and register tokens and in front of the patches. They have no
+    position: on Eva the rotation skips them. They are queries, keys and values like any token, and never show in maps
+    (``forward_intermediates``). On Swin the prompts would stand in every window; that form does not exist here yet.
+    """
+
+    num_tokens: int = 10
+    """Number of prompts; the paper searches 1 to 200."""
+    deep: bool = True
+    """Whether every block has prompts of its own."""
+    project: int | None = None
+    """Store prompts at this width and map them by one shared linear layer."""
+    dropout: float = 0.0
+    """Share of prompt entries dropped while training; the public deep recipes use 0.1."""
+    pool: str = "all"
+    """What average pooling sees: ``all`` (prompts and patches, as in the public code), ``patches``, ``prompts``."""
+
+    name: ClassVar[str] = "vpt"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2203.12119"
+    default_roles: ClassVar[tuple[str, ...]] = ("tokens",)
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        if self.num_tokens < 1:
+            raise ConfigError(f"VPT(num_tokens={self.num_tokens}): at least one prompt is needed.")
+        if self.project is not None and self.project < 1:
+            raise ConfigError(f"VPT(project={self.project}): a width of at least 1 is needed, or None for none.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"VPT(dropout={self.dropout}): a share from 0 up to, not including, 1 is needed.")
+        if self.pool not in ("all", "patches", "prompts"):
+            raise ConfigError(f"VPT(pool={self.pool!r}): use 'all', 'patches' or 'prompts'.")
+        if self.roles not in (None, ("tokens",)) or self.blocks is not None:
+            raise ConfigError("VPT inserts tokens in front of the blocks; leave roles and blocks out.")
+
+    def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
+        """Put one unit with all prompts on the model."""
+        if view.layout != "NLC":
+            raise SiteError(
+                f"VPT has no form for {view.family}: its tokens are a map, cut into windows. Use SSF, LoRA or BitFit there."
+            )
+        if self.pool != "all" and view.global_pool == "token":
+            raise SiteError(
+                f"VPT(pool={self.pool!r}) chooses what average pooling sees, but this model pools its class token. "
+                "Leave it at 'all'."
+            )
+        shape = (self.num_tokens, self._stored(view))
+        depth = view.depth if self.deep else 1
+        fan = view.in_chans * view.patch_size[0] * view.patch_size[1]
+        for site in self.sites(view):
+            yield PlanItem(site, "vpt", partial(Prompts, shape, depth, view.widths[0], fan, self.dropout, self.pool))
+
+    def _stored(self, view: View) -> int:
+        return view.widths[0] if self.project is None else self.project
+
+    def parameter_count(self, view: View) -> int:
+        """Count ``T D`` (shallow) or ``L T D`` (deep), at the stored width, and the shared projection."""
+        width, stored = view.widths[0], self._stored(view)
+        prompts = self.num_tokens * stored * (view.depth if self.deep else 1)
+        return prompts + (0 if stored == width else stored * width + width)
