@@ -1,0 +1,107 @@
+"""What all commands share: output, clean errors, quiet libraries."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
+
+from vispeft.errors import ConfigError, VispeftError
+
+__all__ = ["console", "make_parser", "quiet_libraries", "run_tool", "versions"]
+
+console = Console()
+"""Where commands print."""
+
+
+def run_tool(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
+    """Run a command and turn expected errors into one message.
+
+    Args:
+        main: The command; takes the arguments without the program's name.
+        argv: The arguments; by default those of the process.
+
+    Returns:
+        The exit status: 0, or 2 after an expected error. With ``VISPEFT_DEBUG=1`` such an error keeps its traceback.
+    """
+    quiet_libraries()
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except VispeftError as error:
+        if os.environ.get("VISPEFT_DEBUG") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except MisconfigurationException as error:
+        if os.environ.get("VISPEFT_DEBUG") == "1":
+            raise
+        print(f"error: Lightning refuses these settings: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def quiet_libraries() -> None:
+    """Show our own log lines as they are, and of the libraries only what a user can act on."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    ours = logging.getLogger("vispeft")
+    ours.handlers[:] = [handler]
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Data in memory are served fastest without workers, and a frozen backbone in evaluation mode is the purpose.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode at the start of training.*")
+    # Raised inside Lightning by newer releases of torch; there is nothing to change on our side.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\..*|torch\..*")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line like every other error."""
+
+    def error(self, message: str) -> Any:
+        """Raise instead of leaving the process.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(f"{message}. {self.format_usage().strip()} (--help says more)")
+
+
+def make_parser(script: str, description: str, example: str) -> argparse.ArgumentParser:
+    """Make a command's parser.
+
+    Args:
+        script: Path of the script in the repository.
+        description: What the command does.
+        example: Lines that can be copied, and what they do.
+    """
+    return _Parser(
+        prog=f"python {script}",
+        description=description,
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def versions() -> dict[str, str]:
+    """List the versions that decide what a run computes."""
+    found = {"python": platform.python_version()}
+    for name in ("vispeft", "torch", "torchvision", "timm", "lightning", "torchmetrics"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found

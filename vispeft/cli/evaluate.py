@@ -1,0 +1,59 @@
+"""``tools/evaluate.py``: measure a finished run again, from its files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vispeft.cli.common import console, make_parser
+from vispeft.cli.config import ConfigCLI, split_overrides
+from vispeft.cli.evaluation import evaluate, metrics_table
+from vispeft.cli.runs import Run
+from vispeft.errors import ConfigError
+
+__all__ = ["load_run", "main"]
+
+EXAMPLE = """example:
+  python tools/evaluate.py runs/digits_ssf/1
+  python tools/evaluate.py runs/digits_ssf/1 --split validation --data.batch_size 256
+
+Keys under data and trainer can be overridden; the model is the one that was trained."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        argv: Arguments without the program's name.
+    """
+    parser = make_parser("tools/evaluate.py", "Measure a finished run again, from its files.", EXAMPLE)
+    parser.add_argument("run", metavar="RUN", help="run directory; it comes first")
+    parser.add_argument("--split", choices=("validation", "test"), default="test", help="default test")
+    given, overrides = parser.parse_known_args(list(argv))
+    run = Run.open(given.run)
+    cli = load_run(run, overrides)
+    measured = evaluate(cli.trainer, cli.model, cli.datamodule, given.split)
+    rows = {"measured now": measured, "metrics.json": run.metrics.get(given.split, {})}
+    console.print(metrics_table(f"{given.run}: {given.split}", rows))
+
+
+def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:
+    """Make task, data and trainer of a finished run, the trained adapter on the backbone.
+
+    Args:
+        run: The run.
+        overrides: Changes to the sections data and trainer.
+
+    Returns:
+        The config's objects; its trainer only evaluates.
+
+    Raises:
+        ConfigError: If an override would change the model.
+        BaseMismatchError: If the backbone is not the one that was adapted.
+    """
+    for key, _ in split_overrides(overrides):
+        if key.split(".")[0] not in ("data", "trainer"):
+            raise ConfigError(f"--{key}: a finished run takes overrides under data and trainer only.")
+    cli = ConfigCLI(run.config, overrides)
+    cli.model.load_adapter(run.adapter)
+    cli.model.eval()
+    return cli

@@ -1,0 +1,60 @@
+"""``tools/inspect.py``: show what a method would put where, before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vispeft.adapters.method import Method
+from vispeft.adapters.plan import plan
+from vispeft.backbones.create import create_model
+from vispeft.cli.common import console, make_parser
+from vispeft.cli.config import build_method, method_node, read_config, split_overrides
+from vispeft.errors import ConfigError
+
+__all__ = ["main"]
+
+EXAMPLE = """example:
+  python tools/inspect.py vit_base_patch16_224 ssf
+  python tools/inspect.py vit_small_patch16_224 lora --rank 4 --roles [attn.qkv]
+  python tools/inspect.py zoo:vit_fashion configs/classification/digits_ssf.yaml
+
+Fields of the method follow as --field value. The backbone's weights are not needed."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        argv: Arguments without the program's name.
+    """
+    parser = make_parser("tools/inspect.py", "Print every site, unit, shape and count of a plan.", EXAMPLE)
+    parser.add_argument("model", metavar="MODEL", help="name of a timm model, or zoo:NAME")
+    parser.add_argument("method", metavar="METHOD|CONFIG", help="name of a method, or a YAML file that has one")
+    given, overrides = parser.parse_known_args(list(argv))
+    fields = {key: _value(key, value) for key, value in split_overrides(overrides)}
+    console.print(plan(create_model(given.model, pretrained=False), _method(given.method, fields)))
+
+
+def _value(key: str, value: str | None) -> Any:
+    if value is None:
+        raise ConfigError(f"--{key} needs a value.")
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--{key} {value!r} is no valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _method(name: str, fields: dict[str, Any]) -> Method:
+    node: Any = name
+    if name.endswith((".yaml", ".yml")):
+        tree = read_config(Path(name))
+        section = tree.get("model") or {}
+        node = (section.get("init_args") or {}).get("method") if section else tree
+        if node is None:
+            raise ConfigError(f"{name} names no method under model.init_args.method.")
+    node = method_node(node)
+    return build_method({**node, "init_args": {**node["init_args"], **fields}})

@@ -1,0 +1,144 @@
+"""``tools/merge.py``: write a finished run as a plain timm model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from vispeft.adapters.files import JSON_FILE, write_atomically
+from vispeft.adapters.merge import TOLERANCE
+from vispeft.backbones.create import _flexible_args as flexible_args
+from vispeft.backbones.create import zoo_folder
+from vispeft.cli.common import console, make_parser, versions
+from vispeft.cli.evaluate import load_run
+from vispeft.cli.runs import Run
+from vispeft.errors import ConfigError, MergeError
+from vispeft.tasks.base import AdapterTask
+
+__all__ = ["main", "merge_run"]
+
+EXAMPLE = """example:
+  python tools/merge.py runs/digits_ssf/1 --out digits.safetensors
+
+Writes digits.safetensors, a plain timm state dict, and digits.json, which says how to make the model:
+  model = timm.create_model(info["architecture"], **info["args"])
+  model.load_state_dict(safetensors.torch.load_file("digits.safetensors"))"""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        argv: Arguments without the program's name.
+    """
+    parser = make_parser("tools/merge.py", "Write a finished run as a plain timm model.", EXAMPLE)
+    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument("--out", metavar="FILE", required=True, help="the state dict's file, ending in .safetensors")
+    given = parser.parse_args(list(argv))
+    info = merge_run(Run.open(given.run), Path(given.out))
+    console.print(
+        f"{given.out} holds a plain {info['architecture']}; a model made from it gives outputs within "
+        f"{info['max_error']:.1e} of the adapted one's largest.",
+        soft_wrap=True,
+    )
+
+
+def merge_run(run: Run, out: Path) -> dict[str, Any]:
+    """Merge a run's adapter, write the model, and check what was written.
+
+    Args:
+        run: The run.
+        out: The state dict's file.
+
+    Returns:
+        What the JSON file beside it says.
+
+    Raises:
+        ConfigError: If a file of that name exists, or the name has another ending.
+        MergeError: If the method cannot be merged, or plain timm does not compute the same from the files.
+    """
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"--out is {str(out)!r}; the name should end in .safetensors.")
+    described = out.with_suffix(".json")
+    for path in (out, described):
+        if path.exists():
+            raise ConfigError(f"{path} exists already and is not overwritten. Choose another --out.")
+    task = load_run(run).model
+    source = json.loads((run.adapter / JSON_FILE).read_text(encoding="utf-8"))
+    images = _noise(task.preprocessing.size)
+    with torch.inference_mode():
+        adapted = task.model(images)
+    report = task.bank.merge(keep_original=False)
+    state = {name: tensor.detach().contiguous().clone() for name, tensor in task.model.state_dict().items()}
+    architecture, args = _timm_arguments(task)
+    error = _check(architecture, args, state, images, adapted, report.created)
+    info = {
+        "architecture": architecture,
+        "args": args,
+        "class_names": source["class_names"],
+        "preprocessing": source["preprocessing"],
+        "metrics": source["metrics"],
+        "method": source["method"],
+        "max_error": error,
+        "versions": versions(),
+    }
+    text = json.dumps(info, indent=1, ensure_ascii=False) + "\n"
+    write_atomically({out: to_bytes(state, metadata={"format": "pt"}), described: text.encode()})
+    _check(architecture, args, load_file(out), images, adapted, report.created)
+    return info
+
+
+def _timm_arguments(task: AdapterTask) -> tuple[str, dict[str, Any]]:
+    """Say how timm alone makes the task's backbone, without weights.
+
+    Returns:
+        The architecture's name and the arguments of ``timm.create_model``.
+    """
+    given = {key: value for key, value in task.backbone_args.items() if key != "pretrained"}
+    architecture = task.backbone
+    if architecture.startswith("zoo:"):
+        described = zoo_folder() / "backbones" / architecture.removeprefix("zoo:") / "config.json"
+        config = json.loads(described.read_text(encoding="utf-8"))
+        architecture, given = config["architecture"], {**config["args"], **given}
+    if given.pop("flexible_size", False):
+        given = {**flexible_args(task.backbone, architecture), **given}
+    return architecture, {**given, "num_classes": task.num_classes}
+
+
+def _noise(size: tuple[int, int]) -> Tensor:
+    return torch.randn(4, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+def _check(
+    architecture: str, args: dict[str, Any], state: dict[str, Tensor], images: Tensor, adapted: Tensor, created: Any
+) -> float:
+    """Make a plain timm model from the parts and compare it with the adapted one.
+
+    Returns:
+        The largest difference, over the largest output.
+    """
+    plain = timm.create_model(architecture, **args).eval()
+    try:
+        plain.load_state_dict(state)
+    except RuntimeError as error:
+        new = f" The merge had to create {', '.join(created)}." if created else ""
+        raise MergeError(
+            f"The merged weights do not fit timm's own {architecture}, so no file of them would be plain.{new} Merge "
+            f"in Python with bank.merge() and keep the model object instead. ({str(error).splitlines()[-1].strip()})"
+        ) from error
+    with torch.inference_mode():
+        difference = (plain(images) - adapted).abs().max() / adapted.abs().max()
+    if not difference <= TOLERANCE[images.dtype]:
+        raise MergeError(
+            f"A plain {architecture} with the merged weights differs by {difference:.1e} of the largest output; "
+            f"{TOLERANCE[images.dtype]:.0e} is rounding. The file is not to be used."
+        )
+    return float(difference)

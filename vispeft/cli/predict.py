@@ -1,0 +1,96 @@
+"""``tools/predict.py``: classify a folder of images with a finished run."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vispeft.cli.common import console, make_parser
+from vispeft.cli.evaluate import load_run
+from vispeft.cli.runs import Run, write_text
+from vispeft.data.images import ImageFiles, find_images, read_image
+from vispeft.data.preprocessing import Preprocessing
+from vispeft.errors import ConfigError, DataError
+
+__all__ = ["main"]
+
+FILE = "predictions.csv"
+EXAMPLE = """example:
+  python tools/predict.py runs/digits_ssf/1 my_images --out predictions
+
+Writes predictions/predictions.csv with the columns path, class and probability. Folders are searched through; grey
+images and images with transparency are turned into RGB."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        argv: Arguments without the program's name.
+    """
+    parser = make_parser("tools/predict.py", "Classify images with a finished run.", EXAMPLE)
+    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument("images", metavar="IMAGES", help="folder of images, or one image")
+    parser.add_argument("--out", metavar="DIR", required=True, help="where predictions.csv goes")
+    parser.add_argument("--batch_size", type=int, default=64, help="images at a time; default 64")
+    given = parser.parse_args(list(argv))
+    target = Path(given.out) / FILE
+    if target.exists():
+        raise ConfigError(f"{target} exists already and is not overwritten. Choose another --out.")
+    if given.batch_size < 1:
+        raise ConfigError(f"--batch_size is {given.batch_size}; at least 1 is needed.")
+    run = Run.open(given.run)
+    paths = find_images(given.images)
+    _check_readable(paths)
+    rows = predict(run, paths, given.batch_size)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("path", "class", "probability"))
+    writer.writerows((str(path), name, f"{probability:.6f}") for path, name, probability in rows)
+    write_text(target, text.getvalue())
+    console.print(f"{len(rows)} images classified: {target}", soft_wrap=True)
+
+
+def _check_readable(paths: Sequence[Path]) -> None:
+    """Read every image once before the first is classified, so that a broken one costs no finished work."""
+    broken = []
+    for path in track(paths, "reading", console=console, transient=True, disable=not console.is_terminal):
+        try:
+            read_image(path)
+        except DataError as error:
+            broken.append(str(error).removesuffix("."))
+    if broken:
+        more = f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise DataError(
+            f"{len(broken)} of {len(paths)} images cannot be used: {'; '.join(broken[:5])}{more}. "
+            "Nothing was classified; repair or remove them."
+        )
+
+
+def predict(run: Run, paths: Sequence[Path], batch_size: int = 64) -> list[tuple[Path, str, float]]:
+    """Classify image files.
+
+    Args:
+        run: The run.
+        paths: The files.
+        batch_size: Images at a time.
+
+    Returns:
+        Path, class and its probability, in the order of the files.
+    """
+    cli = load_run(run)
+    notes = cli.model.bank.notes()
+    transform = Preprocessing.from_dict(notes["preprocessing"]).transform()
+    loader = DataLoader(ImageFiles(paths, transform), batch_size=batch_size)
+    probabilities = torch.cat(cast(list[Tensor], cli.trainer.predict(cli.model, loader)))
+    best, indices = probabilities.max(dim=1)
+    names = notes["class_names"] or [str(index) for index in range(probabilities.shape[1])]
+    return [(p, names[i], b) for p, i, b in zip(paths, indices.tolist(), best.tolist(), strict=True)]

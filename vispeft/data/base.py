@@ -1,0 +1,281 @@
+"""What all image data modules share: preprocessing of the backbone, an order that can be repeated, loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import v2
+
+from vispeft.data.preprocessing import Preprocessing
+from vispeft.errors import ConfigError, DataError
+
+__all__ = ["EpochSampler", "ImageData", "MemorySplit", "draw_seed"]
+
+Index = tuple[int, int]
+"""Epoch and position of an image in its split."""
+
+
+def draw_seed(*numbers: int) -> int:
+    """Mix several numbers into one seed, so that neighbouring epochs and images have unrelated random numbers.
+
+    Args:
+        numbers: Such as seed, epoch and index.
+
+    Returns:
+        A seed for `torch.Generator.manual_seed`.
+    """
+    state = 0x9E3779B97F4A7C15  # SplitMix64 (Steele et al., OOPSLA 2014), one round per number
+    for number in numbers:
+        state = (state + (number & 0xFFFFFFFFFFFFFFFF) + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+class EpochSampler(Sampler[Index]):
+    """Yields (epoch, index), in an order that depends on the seed and the epoch alone.
+
+    The epoch travels with the index, so a worker that has started early still draws the augmentation of the right one.
+    """
+
+    def __init__(self, length: int, seed: int) -> None:
+        """Remember what the order depends on.
+
+        Args:
+            length: Number of images.
+            seed: Seed of the order.
+        """
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; Lightning calls this before each one.
+
+        Args:
+            epoch: Counted from zero.
+        """
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Index]:
+        """Iterate over one epoch."""
+        generator = torch.Generator().manual_seed(draw_seed(self.seed, self.epoch))
+        for index in torch.randperm(self.length, generator=generator).tolist():
+            yield self.epoch, index
+
+    def __len__(self) -> int:
+        """Count the images."""
+        return self.length
+
+
+class MemorySplit(Dataset[tuple[Tensor, Tensor]]):
+    """A split whose images are in memory, already resized; a whole batch is made at once."""
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        preprocessing: Preprocessing,
+        augment: v2.Transform | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Keep the tensors.
+
+        Args:
+            images: uint8 (N, 1 or 3, H, W), of the size of `preprocessing`; grey ones are repeated when taken out.
+            labels: Class indices (N,).
+            preprocessing: Gives mean and deviation.
+            augment: Applied to each uint8 image (3, H, W), with random numbers of its own.
+            seed: Seed of the augmentation.
+        """
+        self.images, self.labels, self.augment, self.seed = images, labels, augment, seed
+        self._normalise = preprocessing.normalise()
+
+    def __len__(self) -> int:
+        """Count the images."""
+        return len(self.images)
+
+    def __getitem__(self, index: Index | int) -> tuple[Tensor, Tensor]:
+        """Give one normalised image (3, H, W) and its label."""
+        images, labels = self.__getitems__([index])
+        return images[0], labels[0]
+
+    def __getitems__(self, indices: Sequence[Index | int]) -> tuple[Tensor, Tensor]:
+        """Give normalised images (B, 3, H, W) and labels (B,)."""
+        pairs = [index if isinstance(index, tuple) else (0, index) for index in indices]
+        order = torch.tensor([index for _, index in pairs])
+        images = self.images[order].expand(-1, 3, -1, -1)
+        if self.augment is not None:
+            images = torch.stack([self._augmented(image, *pair) for image, pair in zip(images, pairs, strict=True)])
+        return self._normalise(images), self.labels[order]
+
+    def _augmented(self, image: Tensor, epoch: int, index: int) -> Tensor:
+        assert self.augment is not None
+        # torchvision's transforms draw from the global generator only; its state is put back.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(draw_seed(self.seed, epoch, index))
+            return self.augment(image)
+
+
+class ImageData(LightningDataModule):
+    """Base of the data modules for classification.
+
+    Size, mean, deviation and interpolation come from the backbone unless they are given: a Lightning trainer hands
+    them over from its task, and `for_model` reads them where there is no trainer. Order and augmentation are functions
+    of (seed, epoch, index) alone.
+
+    A subclass gives `class_names` and, in `load`, its three splits.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 64,
+        image_size: int | tuple[int, int] | None = None,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
+        interpolation: str | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        """Check and keep the settings.
+
+        Args:
+            batch_size: Images in a batch.
+            image_size: Height and width in pixels, or one number for both; None takes the backbone's.
+            mean: Mean per channel of values in [0, 1]; None takes the backbone's.
+            std: Deviation per channel; None takes the backbone's.
+            interpolation: nearest, bilinear or bicubic; None takes the backbone's.
+            num_workers: Processes that prepare batches; 0 is fastest for data in memory.
+            seed: Seed of order and augmentation.
+
+        Raises:
+            ConfigError: If a number is out of range.
+        """
+        super().__init__()
+        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+            if value < least:
+                raise ConfigError(f"{type(self).__name__}({name}={value}): at least {least} is needed.")
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        given = {"size": size, "mean": mean, "std": std, "interpolation": interpolation}
+        self._given: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        # Placeholders stand in for what the backbone will give, so that what was given is checked now.
+        Preprocessing(**{"size": (1, 1), "mean": (0, 0, 0), "std": (1, 1, 1), **self._given})
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self._from_model: Preprocessing | None = None
+        self._splits: dict[str, Dataset[Any]] = {}
+
+    @classmethod
+    def for_model(cls, model: nn.Module, **settings: Any) -> ImageData:
+        """Make the data module for a backbone, ready for use without a trainer.
+
+        Args:
+            model: A timm model, adapted or not.
+            settings: Settings of the data module.
+        """
+        data = cls(**settings)
+        data._from_model = Preprocessing.of(model)
+        data.setup()
+        return data
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the labels."""
+        raise NotImplementedError
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What happens to each image.
+
+        Raises:
+            DataError: If neither settings nor a backbone say it.
+        """
+        base = self._from_model
+        if base is None and self.trainer is not None:
+            base = getattr(self.trainer.lightning_module, "preprocessing", None)
+        missing = [key for key in ("size", "mean", "std") if key not in self._given]
+        if base is None and missing:
+            raise DataError(
+                f"{type(self).__name__} does not know the backbone, and {', '.join(missing)} of its images were not "
+                f"given. Use {type(self).__name__}.for_model(model), or give image_size, mean and std."
+            )
+        known = {} if base is None else {f: getattr(base, f) for f in ("size", "mean", "std", "interpolation")}
+        return Preprocessing(**{**known, **self._given})
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images as the backbone sees them."""
+        return (3, *self.preprocessing.size)
+
+    def load(self, preprocessing: Preprocessing) -> dict[str, Dataset[Any]]:
+        """Make the splits ``train``, ``validation`` and ``test``.
+
+        Args:
+            preprocessing: What happens to each image.
+
+        Raises:
+            DataError: If images or labels cannot be used.
+        """
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the splits once; Lightning calls this before training, validation and testing."""
+        if self._splits:
+            return
+        splits = self.load(self.preprocessing)
+        for name in ("train", "validation", "test"):
+            if len(splits[name]) == 0:  # type: ignore[arg-type]
+                raise DataError(f"{type(self).__name__} has no image in its {name} split; give it a larger share.")
+        self._splits = splits
+
+    def split(self, name: str) -> Dataset[Any]:
+        """Give one split.
+
+        Args:
+            name: train, validation or test.
+
+        Raises:
+            DataError: If nothing is loaded yet.
+        """
+        if name not in self._splits:
+            raise DataError(f"{type(self).__name__} has no {name!r} split loaded. Call setup(), or use for_model.")
+        return self._splits[name]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Serve the training images, in another order in each epoch."""
+        split = self.split("train")
+        return self._loader(split, EpochSampler(len(split), self.seed))  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Serve the validation images in a fixed order."""
+        return self._loader(self.split("validation"))
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Serve the test images in a fixed order."""
+        return self._loader(self.split("test"))
+
+    def _loader(self, split: Dataset[Any], sampler: Sampler[Index] | None = None) -> DataLoader[Any]:
+        return DataLoader(
+            split,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=_keep if isinstance(split, MemorySplit) else None,
+            pin_memory=torch.cuda.is_available(),
+            # Seeds workers and keeps the loader from drawing on the global generator of the training.
+            generator=torch.Generator().manual_seed(draw_seed(self.seed)),
+        )
+
+
+def _keep(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Collate what `MemorySplit` has already collated."""
+    return batch

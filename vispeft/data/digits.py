@@ -1,0 +1,121 @@
+"""Handwritten digits: 1,797 real images of 8 x 8 pixels that come with scikit-learn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from vispeft.data.base import ImageData, MemorySplit
+from vispeft.data.preprocessing import Preprocessing
+from vispeft.errors import ConfigError
+
+__all__ = ["DigitsData"]
+
+
+class DigitsData(ImageData):
+    """The digits 0 to 9 as grey images, repeated over three channels and resized to the backbone's size.
+
+    The three splits are drawn once, each with every class in its proportion, from a seed of their own: another
+    training seed sees the same test images.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 64,
+        image_size: int | tuple[int, int] | None = None,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
+        interpolation: str | None = "bicubic",
+        num_workers: int = 0,
+        seed: int = 0,
+        validation: float = 0.2,
+        test: float = 0.2,
+        split_seed: int = 0,
+        augment: bool = False,
+    ) -> None:
+        """Check and keep the settings.
+
+        Args:
+            batch_size: Images in a batch.
+            image_size: Height and width in pixels, or one number for both; None takes the backbone's.
+            mean: Mean per channel of values in [0, 1]; None takes the backbone's.
+            std: Deviation per channel; None takes the backbone's.
+            interpolation: nearest, bilinear or bicubic; None takes the backbone's.
+            num_workers: Processes that prepare batches; 0 is fastest for data in memory.
+            seed: Seed of order and augmentation.
+            validation: Share of all images that chooses the best epoch, above 0.
+            test: Share of all images that is looked at once, at the end, above 0.
+            split_seed: Seed of the three splits.
+            augment: Turn training images by up to 10 degrees and shift them by up to a tenth of their size.
+
+        Raises:
+            ConfigError: If a number is out of range.
+        """
+        super().__init__(
+            batch_size=batch_size,
+            image_size=image_size,
+            mean=mean,
+            std=std,
+            interpolation=interpolation,
+            num_workers=num_workers,
+            seed=seed,
+        )
+        # Below 10 images scikit-learn cannot give each of the ten classes a place in a split.
+        least = 10 / 1797
+        for name, share in (("validation", validation), ("test", test), ("train", 1 - validation - test)):
+            if not least <= share < 1:
+                raise ConfigError(
+                    f"DigitsData(validation={validation}, test={test}) leaves a share of {share:.3g} for {name}; "
+                    f"each split needs one image per class, a share of at least {least:.2g}."
+                )
+        self.validation, self.test, self.split_seed, self.augment = validation, test, split_seed, augment
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The digits, as text."""
+        return tuple("0123456789")
+
+    def load(self, preprocessing: Preprocessing) -> dict[str, Dataset[Any]]:
+        """Read the images, resize them once, and draw the splits.
+
+        Args:
+            preprocessing: What happens to each image.
+        """
+        digits = load_digits()
+        # The file has grey values from 0 to 16. Rounding them to 8 bits makes them equal to images read from files.
+        grey = (torch.from_numpy(digits.images) * (255 / 16)).round().to(torch.uint8)
+        images = preprocessing.resize()(grey[:, None])
+        labels = torch.from_numpy(digits.target).long()
+        augment = v2.RandomAffine(10, translate=(0.1, 0.1), interpolation=v2.InterpolationMode.BILINEAR)
+        return {
+            name: MemorySplit(
+                images[chosen],
+                labels[chosen],
+                preprocessing,
+                augment if self.augment and name == "train" else None,
+                self.seed,
+            )
+            for name, chosen in self._indices(labels).items()
+        }
+
+    def _indices(self, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        rest, test = train_test_split(
+            torch.arange(len(labels)).numpy(), test_size=self.test, random_state=self.split_seed, stratify=labels
+        )
+        train, validation = train_test_split(
+            rest,
+            test_size=self.validation / (1 - self.test),
+            random_state=self.split_seed,
+            stratify=labels[rest],
+        )
+        # Sorted, so that a split is the same list whatever order scikit-learn draws it in.
+        return {
+            name: torch.from_numpy(indices).sort().values
+            for name, indices in (("train", train), ("validation", validation), ("test", test))
+        }

@@ -1,0 +1,138 @@
+"""What happens to an image before a backbone sees it: size, interpolation, mean and standard deviation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import nn
+from torchvision.transforms import v2
+
+from vispeft.backbones.registry import unwrap
+from vispeft.errors import DataError
+
+__all__ = ["INTERPOLATIONS", "Preprocessing"]
+
+INTERPOLATIONS = {
+    "nearest": v2.InterpolationMode.NEAREST,
+    "bilinear": v2.InterpolationMode.BILINEAR,
+    "bicubic": v2.InterpolationMode.BICUBIC,
+}
+"""Interpolations by their name in timm's configurations, as far as tensors can be resized with them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """Resize to a size (stretched, nothing cut off), scale to [0, 1], subtract a mean, divide by a deviation."""
+
+    size: tuple[int, int]
+    """Height and width in pixels."""
+    mean: tuple[float, ...]
+    """Subtracted per channel from values in [0, 1]."""
+    std: tuple[float, ...]
+    """Divided by per channel."""
+    interpolation: str = "bicubic"
+    """How images are resized: nearest, bilinear or bicubic."""
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            DataError: If one of them cannot work.
+        """
+        for field in ("size", "mean", "std"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise DataError(f"The image size is {self.size}; give a height and a width of at least one pixel.")
+        for field, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != 3 or not all(math.isfinite(value) for value in values):
+                raise DataError(f"{field} is {values}; give three finite numbers, one each for red, green and blue.")
+        if min(self.std) <= 0:
+            raise DataError(f"std is {self.std}; images are divided by it, so every number must be above zero.")
+        if self.interpolation not in INTERPOLATIONS:
+            raise DataError(
+                f"The interpolation is {self.interpolation!r}; the choices are {', '.join(sorted(INTERPOLATIONS))}."
+            )
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Preprocessing:
+        """Read what a backbone was pretrained with.
+
+        Args:
+            model: A timm model, adapted or not.
+
+        Returns:
+            timm's configuration of the model, at the size the model was built for.
+
+        Raises:
+            DataError: If the model does not take three channels.
+        """
+        timm_model = unwrap(model)
+        config = resolve_model_data_config(timm_model)
+        channels = _channels(timm_model) or config["input_size"][0]
+        if channels != 3:
+            raise DataError(
+                f"The backbone takes {channels} channels, and images are prepared as RGB. "
+                "Create it with in_chans=3 (grey images are repeated)."
+            )
+        # `pretrained_cfg` keeps the published size also when img_size was given at creation.
+        built_for = getattr(getattr(timm_model, "patch_embed", None), "img_size", None)
+        height, width = built_for or config["input_size"][1:]
+        interpolation = config["interpolation"] if config["interpolation"] in INTERPOLATIONS else "bicubic"
+        return cls(
+            size=(int(height), int(width)),
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+            interpolation=interpolation,
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """Read what `to_dict` wrote, as it stands in ``adapter.json``.
+
+        Args:
+            values: ``input_size``, ``mean``, ``std`` and ``interpolation``.
+
+        Raises:
+            DataError: If one of them is missing or cannot work.
+        """
+        missing = [key for key in ("input_size", "mean", "std", "interpolation") if key not in values]
+        if missing:
+            raise DataError(f"The preprocessing lacks {', '.join(missing)}; found {', '.join(values) or 'nothing'}.")
+        return cls(
+            size=tuple(values["input_size"][-2:]),
+            mean=tuple(values["mean"]),
+            std=tuple(values["std"]),
+            interpolation=values["interpolation"],
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain values under timm's names."""
+        return {
+            "input_size": [3, *self.size],
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "interpolation": self.interpolation,
+        }
+
+    def resize(self) -> v2.Transform:
+        """Make the resizing alone; it takes uint8 tensors (..., H, W)."""
+        return v2.Resize(list(self.size), interpolation=INTERPOLATIONS[self.interpolation], antialias=True)
+
+    def normalise(self) -> v2.Transform:
+        """Make the rest; it takes resized uint8 tensors (..., 3, H, W) and gives float32."""
+        return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(self.mean), list(self.std))])
+
+    def transform(self) -> v2.Transform:
+        """Make the whole of it; it takes uint8 tensors (..., 3, H, W)."""
+        return v2.Compose([self.resize(), self.normalise()])
+
+
+def _channels(model: nn.Module) -> int | None:
+    """Read the input channels off the patch embedding; `pretrained_cfg` keeps the published ones."""
+    projection = getattr(getattr(model, "patch_embed", None), "proj", None)
+    return int(projection.in_channels) if isinstance(projection, nn.Conv2d) else None

@@ -1,0 +1,16 @@
+"""Lightning modules that train adapters, with their schedules and callbacks."""
+
+from vispeft.tasks.base import AdapterTask
+from vispeft.tasks.callbacks import FiniteGuard, PlainProgress, progress_bar
+from vispeft.tasks.classification import Classification
+from vispeft.tasks.schedules import warmup_cosine, warmup_cosine_factor
+
+__all__ = [
+    "AdapterTask",
+    "Classification",
+    "FiniteGuard",
+    "PlainProgress",
+    "progress_bar",
+    "warmup_cosine",
+    "warmup_cosine_factor",
+]

@@ -1,0 +1,141 @@
+"""Callbacks: stopping at the first value that is not finite, and showing progress."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+from torch import Tensor
+from torch.optim import Optimizer
+
+from vispeft.errors import TrainingError
+
+__all__ = ["FiniteGuard", "PlainProgress", "progress_bar"]
+
+logger = logging.getLogger(__name__)
+
+
+class FiniteGuard(Callback):
+    """Stops a training at the first loss or gradient that is not finite, before any weight is touched by it.
+
+    The weights are then still those of the step before, and the checkpoints on disk are good.
+    """
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Check the loss.
+
+        Raises:
+            TrainingError: If it is not finite.
+        """
+        if torch.isfinite(loss).all():
+            return
+        broken = _by_group(trainer, pl_module, lambda parameter: parameter)
+        where = (
+            f"Weights that are not finite: {broken}."
+            if broken
+            else f"All trainable weights are finite; the largest are {_largest(trainer)}."
+        )
+        raise TrainingError(f"The training loss is {loss.item()} at {_step(trainer)}. {where} {_what_to_do(trainer)}")
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Check the gradients.
+
+        Raises:
+            TrainingError: If one is not finite.
+        """
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            return  # float16 with a scaler overflows on purpose while it looks for its scale, and skips such a step
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not gradients or torch.stack(torch._foreach_norm(gradients)).isfinite().all():
+            return
+        broken = _by_group(trainer, pl_module, lambda parameter: parameter.grad)
+        if broken:  # the norm of finite values may itself overflow; then there is nothing to stop for
+            raise TrainingError(f"Gradients are not finite at {_step(trainer)}: {broken}. {_what_to_do(trainer)}")
+
+
+def _step(trainer: Trainer) -> str:
+    return f"step {trainer.global_step + 1} (epoch {trainer.current_epoch + 1})"
+
+
+def _what_to_do(trainer: Trainer) -> str:
+    written = str(getattr(trainer.checkpoint_callback, "last_model_path", "") or "")
+    kept = f"The last good checkpoint is {written}." if written else "No checkpoint was written before it."
+    return f"Nothing was updated by this step. {kept} Try a lower learning rate, or trainer.gradient_clip_val 1."
+
+
+def _by_group(trainer: Trainer, module: LightningModule, pick: Callable[[Any], Tensor | None]) -> str:
+    """List tensors that are not finite by the name of their optimiser group."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    parts = []
+    for label, parameters in _groups(trainer):
+        values = ((names.get(id(p), "?"), pick(p)) for p in parameters)
+        bad = [name for name, value in values if value is not None and not torch.isfinite(value).all()]
+        if bad:
+            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+            parts.append(f"group {label!r}: {', '.join(bad[:3])}{more} ({len(bad)} of {len(parameters)} tensors)")
+    return "; ".join(parts)
+
+
+def _largest(trainer: Trainer) -> str:
+    parts = [f"group {label!r} {max(float(p.abs().max()) for p in ps):.3g}" for label, ps in _groups(trainer) if ps]
+    return ", ".join(parts)
+
+
+def _groups(trainer: Trainer) -> list[tuple[str, list[Tensor]]]:
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return [(str(group.get("name", index)), list(group["params"])) for index, group in enumerate(groups)]
+
+
+class PlainProgress(ProgressBar):
+    """One line per epoch, for logs and other places that are not a terminal."""
+
+    def __init__(self, show: Callable[[str], None] = logger.info) -> None:
+        """Say where lines go.
+
+        Args:
+            show: Takes each line.
+        """
+        super().__init__()
+        self._show, self._enabled, self._began = show, True, 0.0
+
+    def disable(self) -> None:
+        """Fall silent; Lightning calls this in all processes but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Speak again."""
+        self._enabled = True
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Start the clock."""
+        self._began = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the line."""
+        if not self._enabled:
+            return
+        names = ("train/loss", "train/accuracy", "validation/loss", "validation/accuracy")
+        metrics = trainer.callback_metrics
+        figures = [f"{name} {float(metrics[name]):.4f}" for name in names if name in metrics]
+        seconds = time.perf_counter() - self._began
+        self._show(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {'  '.join(figures)}  {seconds:.1f} s")
+
+
+def progress_bar(terminal: bool) -> ProgressBar:
+    """Choose how progress is shown.
+
+    Args:
+        terminal: Whether a person is watching a terminal.
+
+    Returns:
+        A bar for a terminal, and plain lines otherwise.
+    """
+    if not terminal:
+        return PlainProgress()
+    return RichProgressBar(leave=False, theme=RichProgressBarTheme(metrics_format=".3f"))

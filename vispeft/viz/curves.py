@@ -1,0 +1,90 @@
+"""Learning curves."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from vispeft.errors import DataError, FileError
+from vispeft.viz.style import COLOURS, SETTINGS, save
+
+__all__ = ["learning_curves", "read_history"]
+
+History = Mapping[str, Sequence[tuple[int, float]]]
+"""Per metric, pairs of epoch (from zero) and value."""
+
+
+def read_history(path: str | Path) -> dict[str, list[tuple[int, float]]]:
+    """Read what Lightning's CSV logger wrote.
+
+    Args:
+        path: ``metrics.csv``.
+
+    Returns:
+        Per metric, pairs of epoch (from zero) and value; the last value of an epoch counts.
+
+    Raises:
+        FileError: If the file cannot be read or has no epochs.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise FileError(f"The log {path} could not be read ({error.strerror}).") from error
+    history: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if not row.get("epoch"):
+            continue
+        for name, value in row.items():
+            if name not in ("epoch", "step") and value:
+                history.setdefault(name, {})[int(row["epoch"])] = float(value)
+    if not history:
+        raise FileError(f"The log {path} has no values by epoch; is it the metrics.csv of a training?")
+    return {name: sorted(values.items()) for name, values in history.items()}
+
+
+def learning_curves(history: str | Path | History, path: str | Path, best_epoch: int | None = None) -> Path:
+    """Draw loss and accuracy of training and validation over the epochs.
+
+    Args:
+        history: ``metrics.csv``, or what `read_history` made of it.
+        path: The PNG file.
+        best_epoch: The epoch that was kept, counted from zero.
+
+    Returns:
+        The PNG file.
+
+    Raises:
+        FileError: If the log cannot be read, or the picture cannot be written.
+        DataError: If there is nothing to draw.
+    """
+    values = history if isinstance(history, Mapping) else read_history(history)
+    kinds = list(dict.fromkeys(name.partition("/")[2] for name in values if name.startswith(("train/", "validation/"))))
+    if not kinds:
+        raise DataError(f"There are no metrics of training or validation; found {', '.join(values) or 'nothing'}.")
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(4.6 * len(kinds), 3.4), layout="constrained")
+        for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+            _draw(axes, kind, values, best_epoch)
+        return save(figure, path)
+
+
+def _draw(axes: Axes, kind: str, values: History, best_epoch: int | None) -> None:
+    for split in ("train", "validation"):
+        points = values.get(f"{split}/{kind}")
+        if points:
+            epochs, heights = zip(*((epoch + 1, value) for epoch, value in points), strict=True)
+            axes.plot(epochs, heights, color=COLOURS[split], label=split, linewidth=1.8, marker="o", markersize=3)
+    if best_epoch is not None:
+        axes.axvline(best_epoch + 1, color=COLOURS["note"], linewidth=1, linestyle=":", label="epoch kept")
+    axes.set(xlabel="epoch", ylabel=kind)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if kind == "loss":
+        axes.set_ylim(bottom=0)
+    axes.legend()
