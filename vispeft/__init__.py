@@ -8,6 +8,7 @@ from vispeft import methods  # noqa: E402
 from vispeft.adapters.bank import AdapterBank, attach, load  # noqa: E402
 from vispeft.adapters.method import Method, list_methods, method, register  # noqa: E402
 from vispeft.adapters.plan import Plan, plan  # noqa: E402
+from vispeft.backbones.create import create_model  # noqa: E402
 from vispeft.errors import VispeftError  # noqa: E402
 
 globals().update({name: getattr(methods, name) for name in methods.CONFIGURATIONS})
@@ -18,6 +19,7 @@ __all__ = [
     "Plan",
     "VispeftError",
     "attach",
+    "create_model",
     "list_methods",
     "load",
     "method",

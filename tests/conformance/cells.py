@@ -28,6 +28,7 @@ METHODS: dict[str, vispeft.Method] = {
     "lora": vispeft.LoRA(rank=3),
     "lora_all": vispeft.LoRA(rank=3, alpha=6, roles=LINEARS),
     "ssf": vispeft.SSF(),
+    "ssf_merging": vispeft.SSF(patch_merging=True),
     "bitfit": vispeft.BitFit(),
     "norm_tuning": vispeft.NormTuning(),
     "vpt": vispeft.VPT(num_tokens=3),
@@ -128,7 +129,7 @@ REFUSED: dict[tuple[str, str], str] = {
     (method, backbone): "no token sequence: VPT on windows has no stated form yet"
     for method in ("vpt", "vpt_shallow")
     for backbone in ("swin", "swinv2")
-}
+} | {("ssf_merging", name): "no patch merging in a plain model" for name in BACKBONES if not name.startswith("swin")}
 """Cells that may refuse: (method, backbone) to the reason."""
 
 NO_PLAIN_FORM: dict[tuple[str, str], str] = {

@@ -123,10 +123,15 @@ def test_unknown_models_are_refused() -> None:
         vispeft.attach(timm.create_model("resnet18"), vispeft.SSF())
 
 
-def test_another_image_size_is_refused_by_timm_as_ever(model: nn.Module) -> None:
+def test_another_image_size_is_refused(model: nn.Module) -> None:
     VIT.attach(model)
-    with pytest.raises(AssertionError, match="32"):
+    with pytest.raises(BackboneError, match="40 x 40.*32 x 32.*flexible_size"):
         model(torch.zeros(1, 3, 40, 40))
+    flexible = VIT.model(dynamic_img_size=True)
+    VIT.attach(flexible)
+    with pytest.raises(BackboneError, match="patches of 8 x 8"):
+        flexible.forward_intermediates(torch.zeros(1, 3, 44, 40))
+    assert flexible(torch.zeros(1, 3, 48, 40)).shape == (1, 5)
 
 
 def test_bank_of_the_same_model_is_the_same(model: nn.Module) -> None:

@@ -88,30 +88,65 @@ def test_every_file_is_matched() -> None:
     assert not unmatched, f"no source claims {unmatched}"
 
 
+POOLS = {"": "all", "_img_pool": "patches", "_prompt_pool": "prompts"}
+"""What the groups of a file say about average pooling, and what our field calls it."""
+
+
+def blocks_of(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Collect what leaves each block."""
+    found: dict[str, Tensor] = {}
+    hooks = [
+        block.register_forward_hook(lambda _m, _a, out, i=i: found.update({f"block{i}": out}))
+        for i, block in enumerate(getattr(model, "blocks", ()))
+    ]
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
 @pytest.mark.parametrize("dtype", list(PRECISIONS), ids=list(PRECISIONS.values()))
 @pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
 def test_outputs_and_gradients(path: Path, dtype: torch.dtype, tmp_path: Path) -> None:
     source = source_of(path)
     assert source is not None, f"no source claims {path.name}"
     meta, tensors = read(path)
-    model = backbone(meta, tensors, dtype)
+    images, precision = tensors["input.images"].to(dtype), PRECISIONS[dtype]
     compared = 0
     if "out.base_logits" in tensors:
-        assert_close("base_logits", model(tensors["input.images"].to(dtype)), tensors["out.base_logits"], PRECISIONS[dtype])
+        base = backbone(meta, tensors, dtype)
+        assert_close("base_logits", base(images), tensors["out.base_logits"], precision)
         compared += 1
-    adapter = below(tensors, "adapter.")
-    bank = load_official(model, source, adapter, meta)
-    compared += compare(model, tensors, "out.", dtype)
-    (model(tensors["input.images"].to(dtype)) * tensors["input.w"].to(dtype)).sum().backward()
-    gradients = to_official(bank, source, grad=True)
-    for name, wanted in below(tensors, "grad.").items():
-        assert_close(f"grad.{name}", gradients[name], wanted, PRECISIONS[dtype])
-        compared += 1
+    for suffix, pool in POOLS.items():
+        if f"out{suffix}.logits" in tensors:
+            variant = {**meta, "config": {**meta["config"], "pool": pool}} if suffix else meta
+            compared += compare_variant(source, variant, tensors, suffix, dtype, tmp_path)
     assert compared > 2, f"nothing was compared in {path.name}"
-    for name, value in to_official(bank, source).items():
-        if name in adapter:
-            assert torch.equal(value, adapter[name].to(dtype))
-    bank.save(tmp_path / "adapter")
+
+
+def compare_variant(
+    source: str, meta: dict[str, Any], tensors: dict[str, Tensor], suffix: str, dtype: torch.dtype, folder: Path
+) -> int:
+    """Compare one variant's outputs, tokens and gradients, then save and load it."""
+    images, precision = tensors["input.images"].to(dtype), PRECISIONS[dtype]
+    adapter = below(tensors, "adapter.")
+    model = backbone(meta, tensors, dtype)
+    bank = load_official(model, source, adapter, meta)
+    compared = compare(model, tensors, f"out{suffix}.", dtype)
+    tokens = below(tensors, "mid.")
+    found = blocks_of(model, images) if tokens else {}
+    for name, wanted in tokens.items():
+        assert_close(f"mid.{name}", found[name], wanted, precision)
+    (model(images) * tensors["input.w"].to(dtype)).sum().backward()
+    gradients = to_official(bank, source, grad=True)
+    wanted_gradients = below(tensors, f"grad{suffix}.")
+    for name, wanted in wanted_gradients.items():
+        assert_close(f"grad{suffix}.{name}", gradients[name], wanted, precision)
+    assert set(wanted_gradients) >= set(adapter), "a trained tensor's gradient was not compared"
+    values = to_official(bank, source)
+    assert all(torch.equal(values[name], tensor.to(dtype)) for name, tensor in adapter.items())
+    bank.save(folder / f"adapter{suffix}")
     again = backbone(meta, tensors, dtype)
-    vispeft.load(again, tmp_path / "adapter")
-    assert torch.equal(again(tensors["input.images"].to(dtype)), model(tensors["input.images"].to(dtype)))
+    vispeft.load(again, folder / f"adapter{suffix}")
+    assert torch.equal(again(images), model(images))
+    return compared + len(tokens) + len(wanted_gradients)

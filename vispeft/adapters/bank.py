@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vispeft.adapters.codecs import RAW
 from vispeft.adapters.files import dtype_name, read_adapter, write_adapter
-from vispeft.adapters.fingerprint import base_tensors, check_fingerprint, fingerprint
+from vispeft.adapters.fingerprint import absent_parts, base_tensors, check_fingerprint, fingerprint
 from vispeft.adapters.heads import BASE_HEAD, HeadRack
 from vispeft.adapters.hosts import Host, ensure_host, host_for, owner_host, take_off
 from vispeft.adapters.merge import TOLERANCE, Merged, MergeReport, apply_merge, plan_merge, undo_merge
@@ -630,6 +630,9 @@ class AdapterBank:
         self.add(method, label, header["tasks"], verify=False)
         torch.set_rng_state(random)
         adapter = self._adapters[label]
+        own = self.named_tensors(label)
+        absent = absent_parts(header["backbone"]["fingerprint"], self._model, self.view)
+        units = {key: tensor for key, tensor in units.items() if key in own or not _lies_in(key, absent)}
         try:
             self.load_state_dict({**units, **head}, label)
         except Exception:
@@ -745,6 +748,12 @@ def load(
             bank._close()
         raise
     return bank
+
+
+def _lies_in(key: str, parts: Sequence[str]) -> bool:
+    """Tell whether a unit belongs to a part of the whole model that this one lacks."""
+    path = key.split("/", 1)[0].split(":", 1)[0]
+    return any(path == part or path.startswith(f"{part}.") for part in parts)
 
 
 def _slots(host: Host, name: str) -> nn.ModuleDict:

@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vispeft.adapters.hosts import base_class
 from vispeft.adapters.sites import View
 from vispeft.adapters.units import Unit
 from vispeft.errors import BaseMismatchError
 
-__all__ = ["base_tensors", "check_fingerprint", "fingerprint"]
+__all__ = ["absent_parts", "base_tensors", "check_fingerprint", "fingerprint"]
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -72,7 +71,7 @@ def fingerprint(model: nn.Module, view: View, replaced: Mapping[str, Tensor | No
     with ThreadPoolExecutor(2) as pool:
         digests = dict(zip(parts, pool.map(_digests, parts.values()), strict=True))
     return {
-        "class": base_class(model).__name__,
+        "class": view.model_class,
         "dtype": str(dtype).removeprefix("torch."),
         "parts": digests,
         "bound": {
@@ -95,10 +94,9 @@ def check_fingerprint(
     Raises:
         BaseMismatchError: If class, tensors or weights differ; the message names the first parts that do.
     """
-    found_class = base_class(model).__name__
-    if saved["class"] != found_class:
+    if saved["class"] != view.model_class:
         raise BaseMismatchError(
-            f"The adapter was trained on a {saved['class']}, and this model is a {found_class}. "
+            f"The adapter was trained on a {saved['class']}, and this model is a {view.model_class}. "
             "Load it on the backbone named in its adapter.json."
         )
     parts, bound, dtype = _group(model, view, replaced)
@@ -124,6 +122,21 @@ def check_fingerprint(
             f"model differ, first {_some(different)}. Load the same pretrained weights, or pass "
             "allow_base_mismatch=True if you know that they are close enough."
         )
+
+
+def absent_parts(saved: Mapping[str, Any], model: nn.Module, view: View) -> list[str]:
+    """List the parts of the whole model that a truncated one lacks.
+
+    Args:
+        saved: The fingerprint of the whole model.
+        model: The timm model.
+        view: Its description.
+
+    Returns:
+        Paths in the whole model.
+    """
+    parts, _, _ = _group(model, view, None)
+    return [part for part in saved["parts"] if part not in parts]
 
 
 def _is_prefix(parts: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:
@@ -165,13 +178,14 @@ def _is_rounded(tensor: Tensor, dtype: torch.dtype) -> bool:
 def _group(
     model: nn.Module, view: View, replaced: Mapping[str, Tensor | None] | None
 ) -> tuple[dict[str, list[tuple[str, Tensor]]], dict[str, Tensor], torch.dtype]:
-    blocks = [site.path for site in view.at("block")]
+    blocks = [site.key for site in view.at("block")]
     parts: dict[str, list[tuple[str, Tensor]]] = defaultdict(list)
     bound: dict[str, Tensor] = {}
     dtype = torch.float32
     for name, tensor in base_tensors(model, view.head_path, replaced):
         if tensor.is_floating_point():
             dtype = tensor.dtype
+        name = view.whole_name(name)
         if name.rsplit(".", 1)[-1] in view.size_bound or name in view.input_bound:
             bound[name] = tensor
             continue

@@ -120,11 +120,15 @@ class Method:
         """
         if self.roles is not None:
             return select(view, self.roles, self.blocks)
-        roles = tuple(role for role in self.default_roles if role in view.roles or role not in self.optional_roles)
+        roles = tuple(role for role in self.paper_roles() if role in view.roles or role not in self.optional_roles)
         if self.blocks is None:
             return select(view, roles)
         # With blocks given, roles outside of blocks have nothing to match, which is what was asked for.
         return select(view, roles, self.blocks, optional=True)
+
+    def paper_roles(self) -> tuple[str, ...]:
+        """Give the roles to act on where the user names none."""
+        return self.default_roles
 
     def stochastic_depth(self) -> float:
         """Give the rate of the last block while the adapter trains; 0 leaves the base without it."""

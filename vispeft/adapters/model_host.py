@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from vispeft.adapters.hosts import Host
 from vispeft.adapters.units import Unit
+from vispeft.errors import BackboneError
 
 __all__ = ["ModelHost"]
 
@@ -33,6 +34,41 @@ class ModelHost(Host):
             self._put_to_sleep(self, "")
             self.training = mode
         return self
+
+    def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Compute features as timm does, for images of a size the model takes."""
+        self.check_size(x)
+        return super().forward_features(x, *args, **kwargs)
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Compute intermediate features as timm does, for images of a size the model takes."""
+        self.check_size(x)
+        return super().forward_intermediates(x, *args, **kwargs)
+
+    def check_size(self, images: Tensor) -> None:
+        """Refuse images the model was not built for.
+
+        Args:
+            images: (B, C, H, W).
+
+        Raises:
+            BackboneError: If the model takes one size only and this is another one, or the patches do not fit.
+        """
+        embed = cast(Any, self.patch_embed)
+        size = tuple(images.shape[-2:])
+        if embed.img_size is None:
+            return
+        if embed.strict_img_size and size != tuple(embed.img_size):
+            raise BackboneError(
+                f"Images of {size[0]} x {size[1]} were given to a model built for {embed.img_size[0]} x "
+                f"{embed.img_size[1]}. Resize them, create the model with img_size={size}, or once for all sizes with "
+                "vispeft.create_model(..., flexible_size=True)."
+            )
+        if not embed.dynamic_img_pad and any(side % patch for side, patch in zip(size, embed.patch_size, strict=True)):
+            raise BackboneError(
+                f"Images of {size[0]} x {size[1]} were given to a model with patches of {embed.patch_size[0]} x "
+                f"{embed.patch_size[1]}, which do not fit into them. Resize or pad them to multiples of the patch."
+            )
 
     def _put_to_sleep(self, module: nn.Module, path: str) -> None:
         if isinstance(module, Unit) or path in self.awake:

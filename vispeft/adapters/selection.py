@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
@@ -78,7 +79,9 @@ def site_of(view: View, path: str) -> Site:
     above = path
     while above and above not in by_path:
         above = above.rpartition(".")[0]
-    parent = by_path[above]
-    return Site(path, parent.role, parent.kind, parent.in_features, parent.out_features, parent.block, parent.stage)
+    parent, whole = by_path[above], view.whole_name(path)
+    return replace(
+        parent, path=path, alias=None if whole == path else whole, null=(), consumers=(), owner=None, reads_weight=False
+    )
 
 

@@ -98,13 +98,16 @@ class Site:
     """Path of the module that reads the weight, and holds the bias, where `reads_weight` is set."""
     null: tuple[str, ...] = ()
     """Tensors of the layer that cannot change any output, such as a shift of all keys alike under softmax."""
+    alias: str | None = None
+    """Path of the module in the whole model, where this one is a part of it with other paths (``features_only``)."""
     consumers: tuple[str, ...] = ()
     """Linear layers that are the only readers of a norm's output: where a shift can be folded forward exactly."""
 
     @property
     def key(self) -> str:
         """Name of the site in files: its path, with the slice's last name where it is one."""
-        return self.path if self.rows is None else f"{self.path}:{self.role.rsplit('.', 1)[-1]}"
+        path = self.path if self.alias is None else self.alias
+        return path if self.rows is None else f"{path}:{self.role.rsplit('.', 1)[-1]}"
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,10 @@ class View:
     """Endings of names of tensors whose shape depends on the image size (positions, relative-position tables)."""
     input_bound: tuple[str, ...] = ()
     """Names of tensors whose shape depends on the number of input channels."""
+    model_class: str = ""
+    """Name of the timm class, in files."""
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Beginnings of paths, and what they are in the whole model, where this one is a part of it."""
     patch_size: tuple[int, int] = (1, 1)
     """Height and width of a patch in pixels."""
     img_size: tuple[int, int] = (224, 224)
@@ -158,6 +165,17 @@ class View:
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.widths)
+
+    def whole_name(self, name: str) -> str:
+        """Give the name a tensor or module has in the whole model.
+
+        Args:
+            name: Its name here.
+        """
+        for here, there in self.aliases.items():
+            if name == here or name.startswith(f"{here}."):
+                return there + name[len(here) :]
+        return name
 
     def at(self, *roles: str) -> Iterator[Site]:
         """Iterate over the sites of some roles, in forward order.

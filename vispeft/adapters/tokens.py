@@ -111,6 +111,7 @@ class PlainModelHost(ModelHost):
     def _run(
         self, images: Tensor, units: Sequence[TokensUnit], taken: frozenset[int], depth: int
     ) -> tuple[Tensor, list[Tensor]]:
+        self.check_size(images)
         tokens, context = self.enter(images)
         inserted, taps = 0, []
         for index in range(depth):

@@ -18,6 +18,8 @@ import timm
 import torch
 from torch import nn
 
+from vispeft.backbones.swin import AnySizeSwinBlock, make_any_size
+from vispeft.backbones.swinv2 import AnySizeSwinV2Block
 from vispeft.errors import BackboneError, ConfigError, FileError, UnknownNameError
 
 __all__ = ["create_model", "list_zoo_backbones", "zoo_folder"]
@@ -124,6 +126,8 @@ def create_model(
         model = _from_hub(architecture, num_classes, arguments, overlay)
     else:
         model = _build(architecture, False, num_classes, arguments, overlay)
+    if flexible_size:
+        make_any_size(model, {own.timm_block: own for own in (AnySizeSwinBlock, AnySizeSwinV2Block)})
     model.__dict__["_vispeft_source"] = source
     return model
 

@@ -48,6 +48,7 @@ def describe_eva(model: nn.Module) -> View:
     depth = len(eva.blocks)
     return View(
         family="eva",
+        model_class="Eva",
         sites=tuple(sites),
         widths=(eva.embed_dim,) * depth,
         stages=(tuple(range(depth)),),

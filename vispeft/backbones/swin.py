@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 from timm.layers import PatchEmbed
-from timm.models.swin_transformer import PatchMerging, SwinTransformer, SwinTransformerBlock, WindowAttention
-from torch import nn
+from timm.models.swin_transformer import (
+    PatchMerging,
+    SwinTransformer,
+    SwinTransformerBlock,
+    SwinTransformerStage,
+    WindowAttention,
+)
+from torch import Tensor, nn
 
 from vispeft.adapters.model_host import ModelHost
 from vispeft.adapters.sites import Site, View
 from vispeft.backbones.parts import Spot, is_absent, mlp_sites, projection_sites
 from vispeft.backbones.registry import Family, check_class, parameter_sizes, register_family
 
-__all__ = ["describe_swin", "hierarchical_view"]
+__all__ = [
+    "SWIN",
+    "AnySizeBlock",
+    "AnySizeSwinBlock",
+    "Generation", 
+    "describe_swin",
+    "hierarchical_view",
+    "make_any_size",
+    "stage_sites",
+    "swin_stem_sites",
+]
 
 NOT_IN_SWIN = {
     "norm_pre": "it has no norm in front of the first block",
@@ -43,37 +60,53 @@ def describe_swin(model: nn.Module) -> View:
         BackboneError: If a block, an attention, patch merging or the patch embedding is of a class the view does not
             cover.
     """
-    swin = cast(SwinTransformer, model)
-    sites = [*swin_stem_sites(swin)]
-    number = 0
-    for stage, layer in enumerate(swin.layers):
-        path = f"layers.{stage}"
-        sites += _merging_sites(layer.downsample, f"{path}.downsample", stage)
-        for index, block in enumerate(layer.blocks):
-            check_class(f"{path}.blocks.{index}", block, (SwinTransformerBlock,))
-            spot = Spot(block.dim, number, stage, "NHWC")
-            sites += _block_sites(block, f"{path}.blocks.{index}", spot)
-            number += 1
-    sites += swin_tail_sites(swin)
-    return hierarchical_view(swin, "swin", sites, size_bound=("relative_position_bias_table",))
+    return hierarchical_view(model, SWIN)
 
 
-def hierarchical_view(swin: nn.Module, family: str, sites: list[Site], size_bound: tuple[str, ...]) -> View:
-    """Make the view of a model with stages from its sites.
+@dataclass(frozen=True)
+class Generation:
+    """What differs between the two generations of Swin."""
+
+    family: str
+    """Name of the family."""
+    model_class: type[nn.Module]
+    """timm's class."""
+    stage_class: type[nn.Module]
+    """timm's class of a stage."""
+    block_classes: tuple[type[nn.Module], ...]
+    """timm's class of a block, and ours for maps of any size."""
+    block_sites: Callable[[Any, str, Spot], Iterator[Site]]
+    """Iterates over the sites of a block."""
+    merging_sites: Callable[[Any, str, int], Iterator[Site]]
+    """Iterates over the sites of patch merging."""
+    size_bound: tuple[str, ...]
+    """Endings of names of tensors whose shape depends on the image size."""
+
+
+def hierarchical_view(model: nn.Module, generation: Generation) -> View:
+    """Describe a Swin of either generation.
 
     Args:
-        swin: The model.
-        family: Its family.
-        sites: Its sites.
-        size_bound: Endings of names of tensors whose shape depends on the image size.
+        model: The model.
+        generation: Which one it is.
 
     Returns:
         The view.
+
+    Raises:
+        BackboneError: If a part is of a class the view does not cover.
     """
+    swin = cast(SwinTransformer, model)
+    sites = [
+        *swin_stem_sites(swin.patch_embed),
+        *stage_sites(list(swin.layers), generation),
+        *swin_tail_sites(swin),
+    ]
     blocks = [site for site in sites if site.role == "block"]
     stages = [tuple(cast(int, b.block) for b in blocks if b.stage == stage) for stage in range(len(swin.layers))]
     return View(
-        family=family,
+        family=generation.family,
+        model_class=generation.model_class.__name__,
         sites=tuple(sites),
         widths=tuple(block.out_features for block in blocks),
         stages=tuple(stages),
@@ -83,7 +116,7 @@ def hierarchical_view(swin: nn.Module, family: str, sites: list[Site], size_boun
         tensors=parameter_sizes(swin, "head.fc"),
         head_drop_paths=("head.drop",),
         drop_path_paths=tuple((f"{b.path}.drop_path1", f"{b.path}.drop_path2") for b in blocks),
-        size_bound=size_bound,
+        size_bound=generation.size_bound,
         input_bound=("patch_embed.proj.weight",),
         patch_size=swin.patch_embed.patch_size,
         img_size=swin.patch_embed.img_size,
@@ -93,11 +126,36 @@ def hierarchical_view(swin: nn.Module, family: str, sites: list[Site], size_boun
     )
 
 
-def swin_stem_sites(swin: nn.Module) -> Iterator[Site]:
+def stage_sites(stages: Sequence[nn.Module], generation: Generation) -> Iterator[Site]:
+    """Iterate over the sites of the stages, patch merging first.
+
+    Args:
+        stages: The stages.
+        generation: Which Swin it is.
+
+    Yields:
+        Their sites, in forward order.
+
+    Raises:
+        BackboneError: If a part is of a class the view does not cover.
+    """
+    number = 0
+    for stage, layer in enumerate(stages):
+        path = f"layers.{stage}"
+        check_class(path, layer, (generation.stage_class,))
+        yield from generation.merging_sites(layer.downsample, f"{path}.downsample", stage)
+        for index, block in enumerate(cast(Iterable[Any], layer.blocks)):
+            check_class(f"{path}.blocks.{index}", block, generation.block_classes)
+            spot = Spot(block.dim, number, stage, "NHWC")
+            yield from generation.block_sites(block, f"{path}.blocks.{index}", spot)
+            number += 1
+
+
+def swin_stem_sites(patch_embed: nn.Module) -> Iterator[Site]:
     """Iterate over the sites in front of the first stage.
 
     Args:
-        swin: The model.
+        patch_embed: The patch embedding.
 
     Yields:
         Its sites, in forward order.
@@ -105,11 +163,11 @@ def swin_stem_sites(swin: nn.Module) -> Iterator[Site]:
     Raises:
         BackboneError: If the patch embedding is of a class the view does not cover.
     """
-    check_class("patch_embed", swin.patch_embed, (PatchEmbed,))
-    proj = swin.patch_embed.proj
+    check_class("patch_embed", patch_embed, (PatchEmbed,))
+    proj = cast(nn.Conv2d, patch_embed.proj)
     spot = Spot(proj.out_channels, stage=0, layout="NHWC")
     yield spot.site("patch_embed.proj", "patch_embed", "conv", proj.in_channels, layout="NCHW")
-    if not is_absent(swin.patch_embed.norm):
+    if not is_absent(cast(nn.Module, patch_embed.norm)):
         yield spot.site("patch_embed.norm", "patch_embed.norm", "norm")
     yield spot.site("", "tokens", "tokens")
 
@@ -153,6 +211,62 @@ def _block_sites(block: SwinTransformerBlock, path: str, spot: Spot) -> Iterator
     yield spot.site(f"{path}.norm2", "norm2", "norm", consumers=(f"{path}.mlp.fc1",))
     yield from mlp_sites(block.mlp, f"{path}.mlp", spot)
 
+
+class _Windows:
+    """What timm's window attention reads off its block, with another shift."""
+
+    def __init__(self, block: Any, shift: tuple[int, ...]) -> None:
+        self.attn, self.window_size, self.window_area = block.attn, block.window_size, block.window_area
+        self.shift_size, self.dynamic_mask, self.timm_block = shift, True, block.timm_block
+
+    def get_attn_mask(self, x: Tensor) -> Tensor | None:
+        """Make the mask of a shifted map, (windows, area, area)."""
+        return cast("Tensor | None", self.timm_block.get_attn_mask(self, x))
+
+
+class AnySizeBlock(nn.Module):
+    """A Swin block that decides on its shift for the map it gets, as timm does for the size a model is built for.
+
+    timm drops the shift along a side that one window covers. A model for any size keeps window and table, and this
+    rule, so that it equals the model built for each size whose maps are not smaller than the window.
+    """
+
+    timm_block: type[nn.Module]
+
+    def _attn(self, x: Tensor) -> Tensor:
+        sides = zip(x.shape[1:3], self.window_size, self.shift_size, strict=True)
+        shift = tuple(0 if side <= window else by for side, window, by in sides)
+        windows = self if shift == tuple(self.shift_size) else _Windows(self, shift)
+        return cast(Tensor, self.timm_block._attn(windows, x))
+
+
+class AnySizeSwinBlock(AnySizeBlock, SwinTransformerBlock):
+    """A `SwinTransformerBlock` for maps of any size."""
+
+    timm_block = SwinTransformerBlock
+
+
+def make_any_size(model: nn.Module, blocks: Mapping[type[nn.Module], type[nn.Module]]) -> None:
+    """Let the blocks of a Swin with pinned windows decide on their shift for each map, in place.
+
+    Args:
+        model: The model, made with ``always_partition=True`` and ``strict_img_size=False``.
+        blocks: timm's class of a block to ours.
+    """
+    for module in model.modules():
+        if type(module) in blocks:
+            module.__class__ = blocks[type(module)]
+
+
+SWIN = Generation(
+    family="swin",
+    model_class=SwinTransformer,
+    stage_class=SwinTransformerStage,
+    block_classes=(SwinTransformerBlock, AnySizeSwinBlock),
+    block_sites=_block_sites,
+    merging_sites=_merging_sites,
+    size_bound=("relative_position_bias_table",),
+)
 
 register_family(
     Family(

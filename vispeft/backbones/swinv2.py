@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
 
-from timm.models.swin_transformer_v2 import PatchMerging, SwinTransformerV2, SwinTransformerV2Block, WindowAttention
+from timm.models.swin_transformer_v2 import (
+    PatchMerging,
+    SwinTransformerV2,
+    SwinTransformerV2Block,
+    SwinTransformerV2Stage,
+    WindowAttention,
+)
 from torch import nn
 
 from vispeft.adapters.model_host import ModelHost
 from vispeft.adapters.sites import Site, View
 from vispeft.backbones.parts import Spot, is_absent, mlp_sites, projection_sites
 from vispeft.backbones.registry import Family, check_class, register_family
-from vispeft.backbones.swin import hierarchical_view, swin_stem_sites, swin_tail_sites
+from vispeft.backbones.swin import AnySizeBlock, Generation, hierarchical_view
 
-__all__ = ["describe_swinv2"]
+__all__ = ["SWINV2", "AnySizeSwinV2Block", "describe_swinv2"]
 
 
 def describe_swinv2(model: nn.Module) -> View:
@@ -30,19 +35,7 @@ def describe_swinv2(model: nn.Module) -> View:
         BackboneError: If a block, an attention, patch merging or the patch embedding is of a class the view does not
             cover.
     """
-    swin = cast(SwinTransformerV2, model)
-    sites = [*swin_stem_sites(swin)]
-    number = 0
-    for stage, layer in enumerate(swin.layers):
-        path = f"layers.{stage}"
-        sites += _merging_sites(layer.downsample, f"{path}.downsample", stage)
-        for index, block in enumerate(layer.blocks):
-            check_class(f"{path}.blocks.{index}", block, (SwinTransformerV2Block,))
-            spot = Spot(block.dim, number, stage, "NHWC")
-            sites += _block_sites(block, f"{path}.blocks.{index}", spot)
-            number += 1
-    sites += swin_tail_sites(swin)
-    return hierarchical_view(swin, "swinv2", sites, size_bound=())
+    return hierarchical_view(model, SWINV2)
 
 
 def _merging_sites(merging: nn.Module, path: str, stage: int) -> Iterator[Site]:
@@ -67,6 +60,22 @@ def _block_sites(block: SwinTransformerV2Block, path: str, spot: Spot) -> Iterat
     yield from mlp_sites(block.mlp, f"{path}.mlp", spot)
     yield spot.site(f"{path}.norm2", "norm2", "norm")
 
+
+class AnySizeSwinV2Block(AnySizeBlock, SwinTransformerV2Block):
+    """A `SwinTransformerV2Block` for maps of any size."""
+
+    timm_block = SwinTransformerV2Block
+
+
+SWINV2 = Generation(
+    family="swinv2",
+    model_class=SwinTransformerV2,
+    stage_class=SwinTransformerV2Stage,
+    block_classes=(SwinTransformerV2Block, AnySizeSwinV2Block),
+    block_sites=_block_sites,
+    merging_sites=_merging_sites,
+    size_bound=(),
+)
 
 register_family(
     Family(

@@ -54,6 +54,7 @@ def describe_vit(model: nn.Module) -> View:
     depth = len(vit.blocks)
     return View(
         family="vit",
+        model_class="VisionTransformer",
         sites=tuple(sites),
         widths=(vit.embed_dim,) * depth,
         stages=(tuple(range(depth)),),

@@ -77,7 +77,7 @@ class SSF(Method):
         "mlp.fc2",
         "final_norm",
     )
-    optional_roles: ClassVar[frozenset[str]] = frozenset({"patch_embed.norm"})
+    optional_roles: ClassVar[frozenset[str]] = frozenset({"patch_embed.norm", "final_norm"})
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -86,6 +86,10 @@ class SSF(Method):
             raise ConfigError(f"SSF(start={self.start!r}): use 'normal' or 'identity'.")
         if not 0 <= self.drop_path < 1:
             raise ConfigError(f"SSF(drop_path={self.drop_path}): a rate from 0 up to, not including, 1 is needed.")
+
+    def paper_roles(self) -> tuple[str, ...]:
+        """Give the sites of the paper, with patch merging where it is switched on."""
+        return (*self.default_roles, "downsample.norm") if self.patch_merging else self.default_roles
 
     def stochastic_depth(self) -> float:
         """Give the rate of the last block."""

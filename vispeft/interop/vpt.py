@@ -1,0 +1,43 @@
+"""Names of the public VPT code (KMnP/vpt at 4410440; facts only, its licence is not ours)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from vispeft.adapters.method import Method
+from vispeft.adapters.plan import Plan
+from vispeft.adapters.sites import View
+from vispeft.errors import FileError
+from vispeft.interop.official import Source, register_source
+from vispeft.methods.vpt import VPT
+
+_NAMES = {
+    "prompts": "prompt_embeddings",
+    "deep": "deep_prompt_embeddings",
+    "proj.weight": "prompt_proj.weight",
+    "proj.bias": "prompt_proj.bias",
+}
+
+
+def _names(plan: Plan) -> dict[str, str]:
+    return {f"{item.key}.{tensor}": _NAMES[tensor] for item in plan for tensor in item.shapes()}
+
+
+def _method(hyper: Mapping[str, Any], tensors: Mapping[str, Tensor], view: View) -> Method:
+    if "prompt_embeddings" not in tensors:
+        raise FileError(f"VPT's tensors hold 'prompt_embeddings'; found {', '.join(sorted(tensors)) or 'nothing'}.")
+    _, number, stored = tensors["prompt_embeddings"].shape
+    return VPT(
+        num_tokens=number,
+        deep="deep_prompt_embeddings" in tensors,
+        project=stored if "prompt_proj.weight" in tensors else None,
+        # What average pooling sees is not to be seen from the tensors; the public code's own choice is all.
+        pool=(hyper.get("config") or {}).get("pool", "all"),
+    )
+
+
+for _source in ("vpt_shallow", "vpt_deep"):
+    register_source(Source(_source, _method, _names))
