@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 
 import vispeft  # first: it makes torchvision importable where its library does not fit
+
 import timm  # isort: skip
 import torch
 from common import alternate, saved_bytes, write

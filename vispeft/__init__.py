@@ -13,7 +13,7 @@ from vispeft.errors import VispeftError  # noqa: E402
 
 globals().update({name: getattr(methods, name) for name in methods.CONFIGURATIONS})
 
-__all__ = [
+__all__ = [  # noqa: PLE0604  (the methods register themselves)
     "AdapterBank",
     "Method",
     "Plan",

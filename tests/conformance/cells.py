@@ -15,10 +15,10 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from vispeft.adapters.bank import AdapterBank
-from vispeft.adapters.verify import unit_tensors
 
 import vispeft
+from vispeft.adapters.bank import AdapterBank
+from vispeft.adapters.verify import unit_tensors
 
 LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
@@ -118,7 +118,9 @@ BACKBONES |= {
         partial(_eva, **{**_EVA02, "qkv_fused": False, "scale_mlp": True, "scale_attn_inner": True}), grid=False
     ),
     "eva_pe": Backbone(
-        partial(_eva, attn_type="rope", global_pool="map", use_pre_transformer_norm=True, use_post_transformer_norm=True),
+        partial(
+            _eva, attn_type="rope", global_pool="map", use_pre_transformer_norm=True, use_post_transformer_norm=True
+        ),
         grid=False,
     ),
     "swin": Backbone(_swin),

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import vispeft
 from safetensors import safe_open
 from timm.layers import DropPath
 from torch import Tensor, nn
+
+import vispeft
+from tests.conformance.cells import BACKBONES, CELLS, METHODS, REFUSED, SELECTIONS, Cell, move, unit_names
 from vispeft.adapters.hosts import Host
 from vispeft.errors import FileError, MergeError, VispeftError
 
-from tests.conformance.cells import BACKBONES, CELLS, METHODS, REFUSED, SELECTIONS, Cell, move, unit_names
 
 def cell_id(cell: Cell) -> str:
     return f"{cell.method}-{cell.backbone}"

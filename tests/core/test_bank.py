@@ -125,7 +125,7 @@ def test_unknown_models_are_refused() -> None:
 
 def test_another_image_size_is_refused(model: nn.Module) -> None:
     VIT.attach(model)
-    with pytest.raises(BackboneError, match="40 x 40.*32 x 32.*flexible_size"):
+    with pytest.raises(BackboneError, match=r"40 x 40.*32 x 32.*flexible_size"):
         model(torch.zeros(1, 3, 40, 40))
     flexible = VIT.model(dynamic_img_size=True)
     VIT.attach(flexible)
@@ -237,7 +237,9 @@ def test_missing_biases_are_made_and_reported() -> None:
 
 def test_a_shift_behind_rms_norm_folds_forward() -> None:
     torch.manual_seed(0)
-    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3, norm_layer=RmsNorm).double()
+    model = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3, norm_layer=RmsNorm
+    ).double()
     model.eval()
     bank = vispeft.attach(model, vispeft.SSF(roles=("norm1", "norm2", "attn.qkv")))
     move(bank, "default")
@@ -249,7 +251,7 @@ def test_a_shift_behind_rms_norm_folds_forward() -> None:
     last = vispeft.attach(VIT.model(), vispeft.SSF())
     assert last.merge().kept == {}
     model = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3, norm_layer=RmsNorm)
-    with pytest.raises(MergeError, match="norm.*no bias"):
+    with pytest.raises(MergeError, match=r"norm.*no bias"):
         vispeft.attach(model, vispeft.SSF()).merge()
 
 

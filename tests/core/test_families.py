@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from torch import nn
 from timm.models.swin_transformer import SwinTransformer
+from torch import nn
 
 import vispeft
 from tests.conformance.cells import METHODS, Cell, move
@@ -59,8 +59,12 @@ def test_features_only_models_work_adapted(method: str, backbone: str, tmp_path)
     weights = {key.replace("layers.", "layers_"): tensor for key, tensor in whole.state_dict().items()}
     own = wrapper.state_dict()
     wrapper.load_state_dict(
-        {key: weights.get(key, weights.get(key.removeprefix("model."), whole.state_dict().get(key.removeprefix("model."))))
-         for key in own}
+        {
+            key: weights.get(
+                key, weights.get(key.removeprefix("model."), whole.state_dict().get(key.removeprefix("model.")))
+            )
+            for key in own
+        }
     )
     images = torch.randn(1, 3, size, size)
     plain = wrapper(images)
@@ -114,7 +118,7 @@ def test_flexible_swin_equals_the_fixed_one_at_its_own_size() -> None:
 def test_a_size_the_window_cannot_serve_is_refused() -> None:
     model = SwinTransformer(img_size=32, patch_size=2, embed_dim=8, depths=(2,), num_heads=(2,), window_size=4)
     vispeft.attach(model, vispeft.SSF())
-    with pytest.raises(BackboneError, match="40 x 40.*flexible_size"):
+    with pytest.raises(BackboneError, match=r"40 x 40.*flexible_size"):
         model(torch.zeros(1, 3, 40, 40))
 
 
@@ -154,3 +158,11 @@ def test_a_merged_shift_of_the_keys_gets_a_bias_that_is_saved(backbone: str) -> 
     assert torch.allclose(model(images), wanted, rtol=1e-9, atol=1e-12)
     bank.unmerge()
     assert torch.equal(model(images), wanted)
+
+
+def test_a_fresh_swinv2_is_attached_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    model = timm.create_model("swinv2_tiny_window8_256", num_classes=3, depths=(1, 1), embed_dim=24)
+    assert not model.layers[0].blocks[0].norm1.weight.any()
+    bank = vispeft.attach(model, vispeft.LoRA())
+    assert "8 of 8 trainable tensors get no gradient while base tensors are all zero" in caplog.text
+    assert bank.names == ["default"]

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-import vispeft
 from safetensors import safe_open
 from torch import Tensor, nn
+
+import vispeft
 from vispeft.interop import list_sources, load_official, to_official
 
 HERE = Path(__file__).parent / "reference"
@@ -28,7 +29,7 @@ PRECISIONS = {torch.float64: "float64", torch.float32: "float32"}
 
 def tolerance(precision: str) -> float:
     """Read the tolerance, relative to a tensor's largest entry, out of the README beside the files."""
-    readme = next((p for p in (FOLDER / "README-A.md", HERE / "README-A.md") if p.is_file()))
+    readme = next(p for p in (FOLDER / "README-A.md", HERE / "README-A.md") if p.is_file())
     sentence = re.search(r"Suggested test tolerances: ([^\n]*)", readme.read_text())
     assert sentence, f"{readme} states no tolerances"
     found = re.search(rf"{precision} ([0-9.e-]+)", sentence.group(1))

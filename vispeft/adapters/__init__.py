@@ -1,0 +1,1 @@
+"""The core: sites, units, hosts, the bank and the adapter file."""

@@ -116,7 +116,9 @@ class AdapterBank:
 
     # ------------------------------------------------------------------ adding and taking off
 
-    def add(self, method: Method, name: str = "default", tasks: Sequence[str] | None = None, verify: bool = True) -> None:
+    def add(
+        self, method: Method, name: str = "default", tasks: Sequence[str] | None = None, verify: bool = True
+    ) -> None:
         """Put one more adapter on the model and activate it alone; see `attach`."""
         self._check_new_name(name)
         self._check_unmerged("attach another adapter")
@@ -315,7 +317,9 @@ class AdapterBank:
         Returns:
             Groups with ``params``, ``lr``, ``weight_decay`` and ``name``, as ``torch.optim`` takes them.
         """
-        exempt = {id(e.tensor) for e in self._entries() if e.name in e.unit.no_decay or self._timm_exempts(e.key, e.name)}
+        exempt = {
+            id(e.tensor) for e in self._entries() if e.name in e.unit.no_decay or self._timm_exempts(e.key, e.name)
+        }
         groups: dict[str, dict[str, Any]] = {}
         for _, parameter in self.trainable_parameters():
             decays = parameter.ndim > 1 and id(parameter) not in exempt
@@ -330,7 +334,8 @@ class AdapterBank:
         return [entry for name in self._active for entry in unit_tensors(self._adapters[name].units)]
 
     def _timm_exempts(self, key: str, name: str) -> bool:
-        exempt = self._model.no_weight_decay() if hasattr(self._model, "no_weight_decay") else set()
+        listing: Any = getattr(self._model, "no_weight_decay", set)
+        exempt = listing()
         path = key.split("/", 1)[0]
         return (f"{path}.{name}" if path else name) in exempt
 
@@ -442,7 +447,8 @@ class AdapterBank:
             raise MergeError("There is nothing to undo: the model is not merged.")
         if not self._merged.keep_original:
             raise MergeError(
-                "The originals were not kept (merge(keep_original=False)). Create the backbone again and load the adapter."
+                "The originals were not kept (merge(keep_original=False)). Create the backbone again and load the "
+                "adapter."
             )
         undo_merge(self._merged)
         if self.view.head_path is not None and not hasattr(self._model, "adapter_heads"):
@@ -649,7 +655,7 @@ class AdapterBank:
         if name is None:
             if len(self._active) != 1:
                 raise ConfigError(
-                    f"Which adapter? {len(self._active)} are active ({', '.join(self._active) or 'none'}); give its name."
+                    f"Which adapter? {len(self._active)} are active ({', '.join(self._active) or 'none'}); give a name."
                 )
             return self._active[0]
         if name not in self._adapters:
@@ -822,8 +828,11 @@ def _backbone_source(model: nn.Module) -> dict[str, Any]:
 def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
     plain = (str, int, float, bool, type(None))
     listed = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-    return {k: v for k, v in listed.items() if isinstance(v, plain) or isinstance(v, list) and all(
-        isinstance(item, plain) for item in v)}
+    return {
+        k: v
+        for k, v in listed.items()
+        if isinstance(v, plain) or (isinstance(v, list) and all(isinstance(item, plain) for item in v))
+    }
 
 
 def _preprocessing(model: nn.Module) -> dict[str, Any]:

@@ -59,7 +59,9 @@ def unpack_bits(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     _check_bits(bits)
     count = int(torch.tensor(shape).prod()) if shape else 1
     if packed.numel() != -(-count * bits // 8):
-        raise FileError(f"{count} codes of {bits} bits take {-(-count * bits // 8)} bytes; the file has {packed.numel()}.")
+        raise FileError(
+            f"{count} codes of {bits} bits take {-(-count * bits // 8)} bytes; the file has {packed.numel()}."
+        )
     shifts = torch.arange(0, 8, bits, device=packed.device)
     codes = (packed.to(torch.int64).unsqueeze(1) >> shifts) & (2**bits - 1)
     return codes.reshape(-1)[:count].reshape(shape)

@@ -156,7 +156,9 @@ def _digest(header: dict[str, Any]) -> str:
 def _to_bytes(tensors: dict[str, Tensor]) -> bytes:
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     # An empty file would lose the promise that every adapter has both; safetensors writes an empty header for it.
-    return save_bytes(plain, metadata={"format": "vispeft"}) if plain else save_bytes({}, metadata={"format": "vispeft"})
+    return (
+        save_bytes(plain, metadata={"format": "vispeft"}) if plain else save_bytes({}, metadata={"format": "vispeft"})
+    )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

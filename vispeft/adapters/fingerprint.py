@@ -27,9 +27,9 @@ __all__ = ["absent_parts", "base_tensors", "check_fingerprint", "fingerprint"]
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def base_tensors(model: nn.Module, head: str | None, replaced: Mapping[str, Tensor | None] | None = None) -> Iterator[
-    tuple[str, Tensor]
-]:
+def base_tensors(
+    model: nn.Module, head: str | None, replaced: Mapping[str, Tensor | None] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Iterate over the tensors of the base, without units and without classifiers.
 
     Args:
@@ -101,7 +101,7 @@ def check_fingerprint(
         )
     parts, bound, dtype = _group(model, view, replaced)
     unknown = [part for part in parts if part not in saved["parts"]]
-    if unknown or len(parts) < len(saved["parts"]) and not _is_prefix(parts, saved["parts"]):
+    if unknown or (len(parts) < len(saved["parts"]) and not _is_prefix(parts, saved["parts"])):
         missing = [part for part in saved["parts"] if part not in parts]
         raise BaseMismatchError(
             f"The adapter was trained on another architecture: this model has {_some(unknown) or 'nothing'} beyond it "
@@ -207,5 +207,5 @@ def _digest(tensors: list[tuple[str, Tensor]], precision: str) -> str:
         if value.is_floating_point():
             value = value.to(torch.float32).to(_PRECISIONS[precision])
         raw = value.cpu().contiguous()
-        digest.update(memoryview(raw.view(torch.uint8).numpy()) if raw.ndim else str(raw.item()).encode())
+        digest.update(raw.view(torch.uint8).numpy().data if raw.ndim else str(raw.item()).encode())
     return digest.hexdigest()[:16]

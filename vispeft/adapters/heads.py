@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from torch import nn
 
@@ -48,7 +49,8 @@ class HeadRack:
         """
         if self.path is None:
             return
-        module = copy.deepcopy(self.get(BASE_HEAD)) if head is None else head
+        module = head or copy.deepcopy(self.get(BASE_HEAD))
+        assert module is not None
         if name == self.placed:
             self._stand(module)
         else:
@@ -96,4 +98,5 @@ class HeadRack:
         parent, _, leaf = self.path.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, module)
         if hasattr(self.model, "num_classes"):
-            self.model.num_classes = getattr(module, "out_features", 0)
+            model: Any = self.model
+            model.num_classes = module.out_features if isinstance(module, nn.Linear) else 0

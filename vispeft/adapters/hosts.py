@@ -1,9 +1,9 @@
 """Hosts: the one mechanism that makes a timm layer obey its units.
 
-A host is a subclass of the class it replaces, put on the module in place (``module.__class__ = ...``). Base tensors keep
-their names and their objects; units hang below the module under ``adapters.<adapter>.<unit>``, so that device moves,
-state dicts, EMA copies and optimisers see them. There is one host class per kind of place and base class, made once and
-rebuilt by name when unpickled.
+A host is a subclass of the class it replaces, put on the module in place (``module.__class__ = ...``). Base tensors
+keep their names and their objects; units hang below the module under ``adapters.<adapter>.<unit>``, so that device
+moves, state dicts, EMA copies and optimisers see them. There is one host class per kind of place and base class, made
+once and rebuilt by name when unpickled.
 
 Tensors that units change as a whole (a norm's weight and bias, a selected tensor, a projection that the model reads
 instead of calling) are *computed on read*: the host class has a property of the tensor's name. timm's own forward then
@@ -12,9 +12,8 @@ works on the computed tensor; no forward is copied, and nothing is kept between 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -26,7 +25,17 @@ from vispeft.adapters.sites import Site
 from vispeft.adapters.units import AffineUnit, DeltaUnit, SelectionUnit, TokensUnit, Unit
 from vispeft.errors import SiteError
 
-__all__ = ["Host", "HostState", "base_class", "ensure_host", "host_class", "host_for", "owner_host", "put_back", "take_off"]
+__all__ = [
+    "Host",
+    "HostState",
+    "base_class",
+    "ensure_host",
+    "host_class",
+    "host_for",
+    "owner_host",
+    "put_back",
+    "take_off",
+]
 
 U = TypeVar("U", bound=Unit)
 
@@ -270,7 +279,13 @@ class IdentityHost(Host):
         return "the model has an identity here, and no plain layer scales and shifts in its place"
 
 
-@cache
+def _reader(name: str) -> Callable[[Host], Tensor | None]:
+    return lambda host: host.read(name)
+
+
+_CLASSES: dict[tuple[type[Host], type[nn.Module], tuple[str, ...]], type[Host]] = {}
+
+
 def host_class(host: type[Host], base: type[nn.Module], computed: tuple[str, ...]) -> type[Host]:
     """Make, once, the host class for a base class.
 
@@ -282,9 +297,12 @@ def host_class(host: type[Host], base: type[nn.Module], computed: tuple[str, ...
     Returns:
         A subclass of both.
     """
-    properties = {name: property(lambda self, name=name: self.read(name)) for name in computed}
+    key = (host, base, computed)
+    if key in _CLASSES:
+        return _CLASSES[key]
+    properties = {name: property(_reader(name)) for name in computed}
     body = {"__module__": __name__, "__doc__": base.__doc__, "base": base, "computed": computed, **properties}
-    return type(f"Adapted{base.__name__}", (host, base), body)
+    return _CLASSES.setdefault(key, type(f"Adapted{base.__name__}", (host, base), body))
 
 
 def _restore(host: type[Host], base: type[nn.Module], computed: tuple[str, ...]) -> Host:
@@ -327,7 +345,8 @@ def ensure_host(module: nn.Module, host: type[Host], computed: tuple[str, ...] =
         computed = tuple(sorted({*computed, *module.computed}))
         module.__class__ = host_class(kind, module.base, computed)
         return module
-    module.__class__ = host_class(host, type(module), tuple(sorted(computed)))
+    plain: Any = module
+    plain.__class__ = host_class(host, type(module), tuple(sorted(computed)))
     adapted = cast(Host, module)
     adapted.adapters = nn.ModuleDict()
     adapted.__dict__.update(host.attributes)
@@ -357,8 +376,9 @@ def take_off(module: Host) -> HostState:
     kind = host_kind(module)
     attributes = {name: module.__dict__.pop(name) for name in kind.attributes}
     state = HostState(module, kind, module.computed, attributes, module.adapters)
-    del module.adapters
-    module.__class__ = module.base
+    plain: Any = module
+    del plain.adapters
+    plain.__class__ = module.base
     return state
 
 

@@ -13,7 +13,7 @@ from vispeft.adapters.model_host import ModelHost
 from vispeft.adapters.sites import Site, View
 from vispeft.errors import MergeError
 
-__all__ = ["Merged", "MergeReport", "apply_merge", "plan_merge", "undo_merge"]
+__all__ = ["MergeReport", "Merged", "apply_merge", "plan_merge", "undo_merge"]
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference of outputs after a merge, over the largest output. Merging is exact algebra carried out in double
@@ -110,7 +110,7 @@ def _lost_shift(host: Host, site: Site | None) -> str | None:
 
 
 def _fold_forward(model: nn.Module, site: Site, shift: Tensor | None, tensors: Plain) -> None:
-    """Move a shift behind a norm into the bias of the linear layers that read it: ``W (n + s) + b = W n + (b + W s)``."""
+    """Move a shift behind a norm into the biases of its readers: ``W (n + s) + b = W n + (b + W s)``."""
     if shift is None:
         return
     for path in site.consumers:

@@ -83,7 +83,9 @@ class Method:
                 continue
             object.__setattr__(self, field, tuple(values))
             if not values:
-                raise ConfigError(f"{type(self).__name__}({field}=()) would adapt nothing; leave it None for the default.")
+                raise ConfigError(
+                    f"{type(self).__name__}({field}=()) would adapt nothing; leave it None for the default."
+                )
         check_roles(self.roles or ())
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:

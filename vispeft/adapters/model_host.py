@@ -38,12 +38,12 @@ class ModelHost(Host):
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Compute features as timm does, for images of a size the model takes."""
         self.check_size(x)
-        return super().forward_features(x, *args, **kwargs)
+        return super().forward_features(x, *args, **kwargs)  # type: ignore[misc]  # timm's
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Compute intermediate features as timm does, for images of a size the model takes."""
         self.check_size(x)
-        return super().forward_intermediates(x, *args, **kwargs)
+        return super().forward_intermediates(x, *args, **kwargs)  # type: ignore[misc]  # timm's
 
     def check_size(self, images: Tensor) -> None:
         """Refuse images the model was not built for.

@@ -35,9 +35,7 @@ def below(method: Method, view: View) -> Callable[[str], bool]:
     return lambda path: any(path == parent or path.startswith(f"{parent}.") for parent in parents)
 
 
-def selections(
-    view: View, model: nn.Module, unit: str, wanted: Callable[[str, str], bool]
-) -> Iterator[PlanItem]:
+def selections(view: View, model: nn.Module, unit: str, wanted: Callable[[str, str], bool]) -> Iterator[PlanItem]:
     """Plan one selection per module that owns wanted parameters, the classifier excepted.
 
     Args:
@@ -83,5 +81,3 @@ def site_of(view: View, path: str) -> Site:
     return replace(
         parent, path=path, alias=None if whole == path else whole, null=(), consumers=(), owner=None, reads_weight=False
     )
-
-

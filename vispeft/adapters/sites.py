@@ -224,9 +224,7 @@ def select(view: View, roles: Sequence[str], blocks: Sequence[int] | None = None
     check_roles(roles)
     roles = _expand(view, roles)
     wanted = None if blocks is None else {_block_index(index, view.depth) for index in blocks}
-    chosen = [
-        site for site in view.sites if site.role in roles and (wanted is None or site.block in wanted)
-    ]
+    chosen = [site for site in view.sites if site.role in roles and (wanted is None or site.block in wanted)]
     found = {site.role for site in chosen}
     for role in roles:
         if role in found or optional:

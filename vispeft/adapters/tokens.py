@@ -27,6 +27,14 @@ class PlainModelHost(ModelHost):
     A family says how it enters the first block (`enter`) and what its blocks take besides tokens (`block_arguments`).
     """
 
+    num_prefix_tokens: int
+    global_pool: str
+    grad_checkpointing: bool
+    patch_embed: Any
+    blocks: Any
+    norm_pre: Any
+    norm: Any
+
     def enter(self, images: Tensor) -> tuple[Tensor, Any]:
         """Run what comes in front of the first block, with timm's own submodules.
 
@@ -60,7 +68,7 @@ class PlainModelHost(ModelHost):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
@@ -129,7 +137,11 @@ class PlainModelHost(ModelHost):
         if all(value is None for value in new):
             return tokens, present
         first = self.num_prefix_tokens
-        old = tokens[:, first : first + present].split([unit.length for unit in units], 1) if present else [None] * len(new)
+        old = (
+            tokens[:, first : first + present].split([unit.length for unit in units], 1)
+            if present
+            else [None] * len(new)
+        )
         middle = [was if value is None else value.to(tokens.dtype) for value, was in zip(new, old, strict=True)]
         rows = [part for part in middle if part is not None]
         joined = torch.cat([tokens[:, :first], *rows, tokens[:, first + present :]], dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from vispeft.adapters.units import Unit
 from vispeft.errors import VerificationError
 
 __all__ = ["UnitTensor", "find_dead", "probe_images", "unit_tensors"]
+
+logger = logging.getLogger(__name__)
 
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-8}
 """A gradient counts as dead below this share of the largest one in the same block: what is left of a gradient that is
@@ -87,6 +90,32 @@ def find_dead(model: nn.Module, view: View, units: dict[str, Unit], blocks: dict
     entries = unit_tensors(units)
     if not entries:
         return
+    dead = _without_gradient(model, view, entries, blocks, {})
+    if not dead:
+        return
+    # A fresh SwinV2 has norms of weight zero behind its branches: wired rightly, and yet nothing passes.
+    zeros = {name: torch.ones_like(t) for name, t in model.named_parameters() if not t.requires_grad and not t.any()}
+    still = _without_gradient(model, view, entries, blocks, zeros) if zeros else dead
+    if not still:
+        logger.warning(
+            "%d of %d trainable tensors get no gradient while base tensors are all zero (%s). That is so in a model "
+            "without pretrained weights; with such a base these tensors will not train.",
+            len(dead),
+            len(entries),
+            ", ".join(list(zeros)[:3]),
+        )
+        return
+    raise VerificationError(
+        f"{len(still)} of {len(entries)} trainable tensors get no gradient: {', '.join(still[:6])}"
+        f"{', ...' if len(still) > 6 else ''}. The model does not use what was put there; choose other roles, or "
+        "pass verify=False if that is on purpose."
+    )
+
+
+def _without_gradient(
+    model: nn.Module, view: View, entries: list[UnitTensor], blocks: dict[str, int | None], base: dict[str, Tensor]
+) -> list[str]:
+    """List the tensors that get no gradient, with some tensors of the base replaced."""
     tensors = [entry.tensor for entry in entries]
     with _undone(model, tensors):
         generator = torch.Generator().manual_seed(1)
@@ -94,7 +123,7 @@ def find_dead(model: nn.Module, view: View, units: dict[str, Unit], blocks: dict
             for tensor in tensors:
                 noise = torch.randn(tensor.shape, generator=generator).to(tensor)
                 tensor.add_(noise * (0.02 + 0.1 * tensor.std(correction=0)))
-        out = _in_float32(model, probe_images(model, view))
+        out = _run(model, probe_images(model, view), base)
         maps = [out] if isinstance(out, Tensor) else list(out)
         loss = torch.stack([(m.float() * torch.randn(m.shape, generator=generator).to(m.device)).sum() for m in maps])
         gradients = torch.autograd.grad(loss.sum(), tensors, allow_unused=True)
@@ -103,27 +132,21 @@ def find_dead(model: nn.Module, view: View, units: dict[str, Unit], blocks: dict
     for entry, size in zip(entries, sizes, strict=True):
         largest[blocks[entry.key]] = max(largest[blocks[entry.key]], size)
     floor = ROUNDING.get(next(model.parameters()).dtype, ROUNDING[torch.float32])
-    dead = [
+    return [
         str(entry)
         for entry, size in zip(entries, sizes, strict=True)
         if entry.name not in entry.unit.zero_gradient and not size > floor * largest[blocks[entry.key]]
     ]
-    if dead:
-        raise VerificationError(
-            f"{len(dead)} of {len(entries)} trainable tensors get no gradient: {', '.join(dead[:6])}"
-            f"{', ...' if len(dead) > 6 else ''}. The model does not use what was put there; choose other roles, or "
-            "pass verify=False if that is on purpose."
-        )
 
 
-def _in_float32(model: nn.Module, images: Tensor) -> Any:
-    """Run a model whose base is in reduced precision as if it were in float32.
+def _run(model: nn.Module, images: Tensor, base: dict[str, Tensor]) -> Any:
+    """Run a model with some tensors replaced, and one whose base is in reduced precision as if it were in float32.
 
     In bfloat16 the attention of a small model can round to uniform, and live tensors then look dead.
     """
     if images.dtype in (torch.float32, torch.float64):
-        return model(images)
-    tensors = {name: t.float() if t.is_floating_point() else t for name, t in _tensors(model)}
+        return torch.func.functional_call(model, base, (images,)) if base else model(images)
+    tensors = {name: t.float() if t.is_floating_point() else t for name, t in {**dict(_tensors(model)), **base}.items()}
     return torch.func.functional_call(model, tensors, (images.float(),))
 
 

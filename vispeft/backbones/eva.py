@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from timm.layers import AttentionRope
 from timm.models.eva import Eva, EvaAttention, EvaBlock
-from torch import Tensor, nn
+from torch import Tensor
 
 from vispeft.adapters.sites import Site, View
 from vispeft.adapters.tokens import PlainModelHost
@@ -27,7 +27,7 @@ from vispeft.backbones.vit import NOT_IN_PLAIN_MODELS, stem_sites, tail_sites
 __all__ = ["EvaHost", "describe_eva"]
 
 
-def describe_eva(model: nn.Module) -> View:
+def describe_eva(model: Any) -> View:
     """Describe an `Eva`.
 
     Args:
@@ -39,7 +39,7 @@ def describe_eva(model: nn.Module) -> View:
     Raises:
         BackboneError: If a block, an attention, an MLP or the patch embedding is of a class the view does not cover.
     """
-    eva = cast(Eva, model)
+    eva = model
     sites = [*stem_sites(eva)]
     for index, block in enumerate(eva.blocks):
         check_class(f"blocks.{index}", block, (EvaBlock,))
@@ -68,7 +68,7 @@ def describe_eva(model: nn.Module) -> View:
     )
 
 
-def _block_sites(block: EvaBlock, path: str, spot: Spot, rotated: bool) -> Iterator[Site]:
+def _block_sites(block: Any, path: str, spot: Spot, rotated: bool) -> Iterator[Site]:
     attn = block.attn
     check_class(f"{path}.attn", attn, (EvaAttention, AttentionRope))
     inner = attn.num_heads * attn.head_dim
@@ -92,6 +92,9 @@ def _block_sites(block: EvaBlock, path: str, spot: Spot, rotated: bool) -> Itera
 
 class EvaHost(PlainModelHost):
     """An adapted `Eva`."""
+
+    _pos_embed: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    rope_mixed: bool
 
     def enter(self, images: Tensor) -> tuple[Tensor, Any]:
         """Run patch embedding, positions and the norm in front of the blocks; rotations go along."""

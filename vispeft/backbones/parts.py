@@ -38,7 +38,13 @@ class Spot:
     """Order of the axes of its tokens."""
 
     def site(
-        self, path: str, role: str, kind: Kind, in_features: int | None = None, out_features: int | None = None, **more: Any
+        self,
+        path: str,
+        role: str,
+        kind: Kind,
+        in_features: int | None = None,
+        out_features: int | None = None,
+        **more: Any,
     ) -> Site:
         """Make a site there, of the block's width where none is given."""
         more = {"layout": self.layout, **more}
@@ -52,7 +58,7 @@ def is_absent(module: nn.Module | None) -> bool:
     return module is None or base_class(module) is nn.Identity
 
 
-def projection_sites(attn: nn.Module, path: str, spot: Spot, inner: int) -> Iterator[Site]:
+def projection_sites(attn: Any, path: str, spot: Spot, inner: int) -> Iterator[Site]:
     """Iterate over the query, key and value projections of an attention module, fused or split.
 
     Args:
@@ -78,7 +84,7 @@ def projection_sites(attn: nn.Module, path: str, spot: Spot, inner: int) -> Iter
         yield spot.site(f"{path}.qkv", f"attn.{part}", "linear", out_features=inner, rows=rows, **more)
 
 
-def query_key_norm_sites(attn: nn.Module, path: str, spot: Spot, rotated: bool) -> Iterator[Site]:
+def query_key_norm_sites(attn: Any, path: str, spot: Spot, rotated: bool) -> Iterator[Site]:
     """Iterate over the norms of queries and keys, where there are any.
 
     Args:
@@ -100,7 +106,7 @@ def query_key_norm_sites(attn: nn.Module, path: str, spot: Spot, rotated: bool) 
         yield spot.site(f"{path}.{name}", f"attn.{name}", "norm", width, width, null=null)
 
 
-def branch_readers(attn: nn.Module, path: str) -> tuple[str, ...]:
+def branch_readers(attn: Any, path: str) -> tuple[str, ...]:
     """List the linear layers that read what enters an attention module."""
     if getattr(attn, "qkv", None) is None:
         readers = [f"{path}.{part}_proj" for part in ("q", "k", "v")]
@@ -111,7 +117,7 @@ def branch_readers(attn: nn.Module, path: str) -> tuple[str, ...]:
     return tuple(readers)
 
 
-def mlp_sites(mlp: nn.Module, path: str, spot: Spot) -> Iterator[Site]:
+def mlp_sites(mlp: Any, path: str, spot: Spot) -> Iterator[Site]:
     """Iterate over the sites of a plain or gated MLP, in forward order.
 
     Args:
@@ -144,6 +150,6 @@ def mlp_sites(mlp: nn.Module, path: str, spot: Spot) -> Iterator[Site]:
     yield spot.site(f"{path}.fc2", "mlp.fc2", "linear", hidden)
 
 
-def first_layers(mlp: nn.Module, path: str) -> tuple[str, ...]:
+def first_layers(mlp: Any, path: str) -> tuple[str, ...]:
     """List the linear layers that read what enters an MLP."""
     return (f"{path}.fc1_g", f"{path}.fc1_x") if base_class(mlp) is SwiGLU else (f"{path}.fc1",)

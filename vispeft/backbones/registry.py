@@ -70,9 +70,7 @@ def family_of(model: nn.Module) -> Family:
     for family in _FAMILIES:
         if cls in family.classes:
             return family
-    known = "; ".join(
-        f"{', '.join(c.__name__ for c in family.classes)} ({family.examples})" for family in _FAMILIES
-    )
+    known = "; ".join(f"{', '.join(c.__name__ for c in family.classes)} ({family.examples})" for family in _FAMILIES)
     raise BackboneError(
         f"An adapter was to be attached to a {cls.__module__}.{cls.__name__}, which vispeft does not describe. "
         f"Supported: {known}. To add a family, write its view in one file of vispeft/backbones and register it "

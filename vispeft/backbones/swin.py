@@ -25,7 +25,7 @@ __all__ = [
     "SWIN",
     "AnySizeBlock",
     "AnySizeSwinBlock",
-    "Generation", 
+    "Generation",
     "describe_swin",
     "hierarchical_view",
     "make_any_size",
@@ -96,7 +96,7 @@ def hierarchical_view(model: nn.Module, generation: Generation) -> View:
     Raises:
         BackboneError: If a part is of a class the view does not cover.
     """
-    swin = cast(SwinTransformer, model)
+    swin: Any = model
     sites = [
         *swin_stem_sites(swin.patch_embed),
         *stage_sites(list(swin.layers), generation),
@@ -126,7 +126,7 @@ def hierarchical_view(model: nn.Module, generation: Generation) -> View:
     )
 
 
-def stage_sites(stages: Sequence[nn.Module], generation: Generation) -> Iterator[Site]:
+def stage_sites(stages: Sequence[Any], generation: Generation) -> Iterator[Site]:
     """Iterate over the sites of the stages, patch merging first.
 
     Args:
@@ -151,7 +151,7 @@ def stage_sites(stages: Sequence[nn.Module], generation: Generation) -> Iterator
             number += 1
 
 
-def swin_stem_sites(patch_embed: nn.Module) -> Iterator[Site]:
+def swin_stem_sites(patch_embed: Any) -> Iterator[Site]:
     """Iterate over the sites in front of the first stage.
 
     Args:
@@ -164,15 +164,15 @@ def swin_stem_sites(patch_embed: nn.Module) -> Iterator[Site]:
         BackboneError: If the patch embedding is of a class the view does not cover.
     """
     check_class("patch_embed", patch_embed, (PatchEmbed,))
-    proj = cast(nn.Conv2d, patch_embed.proj)
+    proj = patch_embed.proj
     spot = Spot(proj.out_channels, stage=0, layout="NHWC")
     yield spot.site("patch_embed.proj", "patch_embed", "conv", proj.in_channels, layout="NCHW")
-    if not is_absent(cast(nn.Module, patch_embed.norm)):
+    if not is_absent(patch_embed.norm):
         yield spot.site("patch_embed.norm", "patch_embed.norm", "norm")
     yield spot.site("", "tokens", "tokens")
 
 
-def swin_tail_sites(swin: nn.Module) -> Iterator[Site]:
+def swin_tail_sites(swin: Any) -> Iterator[Site]:
     """Iterate over the sites behind the last stage.
 
     Args:
@@ -187,7 +187,7 @@ def swin_tail_sites(swin: nn.Module) -> Iterator[Site]:
     yield spot.site("head.fc", "head", "linear", out_features=swin.num_classes)
 
 
-def _merging_sites(merging: nn.Module, path: str, stage: int) -> Iterator[Site]:
+def _merging_sites(merging: Any, path: str, stage: int) -> Iterator[Site]:
     if is_absent(merging):
         return
     check_class(path, merging, (PatchMerging,))
@@ -196,7 +196,7 @@ def _merging_sites(merging: nn.Module, path: str, stage: int) -> Iterator[Site]:
     yield spot.site(f"{path}.reduction", "downsample.reduction", "linear", out_features=merging.out_dim)
 
 
-def _block_sites(block: SwinTransformerBlock, path: str, spot: Spot) -> Iterator[Site]:
+def _block_sites(block: Any, path: str, spot: Spot) -> Iterator[Site]:
     attn = block.attn
     check_class(f"{path}.attn", attn, (WindowAttention,))
     inner = attn.proj.in_features
@@ -231,7 +231,9 @@ class AnySizeBlock(nn.Module):
     rule, so that it equals the model built for each size whose maps are not smaller than the window.
     """
 
-    timm_block: type[nn.Module]
+    timm_block: Any
+    window_size: tuple[int, int]
+    shift_size: tuple[int, int]
 
     def _attn(self, x: Tensor) -> Tensor:
         sides = zip(x.shape[1:3], self.window_size, self.shift_size, strict=True)

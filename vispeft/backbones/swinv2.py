@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from timm.models.swin_transformer_v2 import (
     PatchMerging,
@@ -38,7 +39,7 @@ def describe_swinv2(model: nn.Module) -> View:
     return hierarchical_view(model, SWINV2)
 
 
-def _merging_sites(merging: nn.Module, path: str, stage: int) -> Iterator[Site]:
+def _merging_sites(merging: Any, path: str, stage: int) -> Iterator[Site]:
     if is_absent(merging):
         return
     check_class(path, merging, (PatchMerging,))
@@ -47,7 +48,7 @@ def _merging_sites(merging: nn.Module, path: str, stage: int) -> Iterator[Site]:
     yield spot.site(f"{path}.norm", "downsample.norm", "norm")
 
 
-def _block_sites(block: SwinTransformerV2Block, path: str, spot: Spot) -> Iterator[Site]:
+def _block_sites(block: Any, path: str, spot: Spot) -> Iterator[Site]:
     attn = block.attn
     check_class(f"{path}.attn", attn, (WindowAttention,))
     yield spot.site(path, "block", "block")

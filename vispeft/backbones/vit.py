@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from timm.layers import Attention, AttentionPoolLatent, AttentionPoolPrr, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -33,7 +33,7 @@ NOT_IN_PLAIN_MODELS = {
 """Roles of hierarchical models, with the reason why plain ones lack them."""
 
 
-def describe_vit(model: nn.Module) -> View:
+def describe_vit(model: Any) -> View:
     """Describe a `VisionTransformer`.
 
     Args:
@@ -45,7 +45,7 @@ def describe_vit(model: nn.Module) -> View:
     Raises:
         BackboneError: If a block, an attention, an MLP or the patch embedding is of a class the view does not cover.
     """
-    vit = cast(VisionTransformer, model)
+    vit = model
     sites = [*stem_sites(vit)]
     for index, block in enumerate(vit.blocks):
         check_class(f"blocks.{index}", block, (Block,))
@@ -74,7 +74,7 @@ def describe_vit(model: nn.Module) -> View:
     )
 
 
-def stem_sites(vit: nn.Module) -> Iterator[Site]:
+def stem_sites(vit: Any) -> Iterator[Site]:
     """Iterate over the sites in front of the first block of a plain model.
 
     Args:
@@ -96,7 +96,7 @@ def stem_sites(vit: nn.Module) -> Iterator[Site]:
         yield spot.site("norm_pre", "norm_pre", "norm")
 
 
-def tail_sites(vit: nn.Module) -> Iterator[Site]:
+def tail_sites(vit: Any) -> Iterator[Site]:
     """Iterate over the sites behind the last block of a plain model.
 
     Args:
@@ -119,7 +119,7 @@ def tail_sites(vit: nn.Module) -> Iterator[Site]:
     yield spot.site("head", "head", "linear", out_features=vit.num_classes)
 
 
-def _block_sites(block: Block, path: str, spot: Spot) -> Iterator[Site]:
+def _block_sites(block: Any, path: str, spot: Spot) -> Iterator[Site]:
     attn = block.attn
     check_class(f"{path}.attn", attn, (Attention,))
     inner = attn.attn_dim
@@ -144,6 +144,9 @@ def _block_sites(block: Block, path: str, spot: Spot) -> Iterator[Site]:
 
 class VitHost(PlainModelHost):
     """An adapted `VisionTransformer`."""
+
+    _pos_embed: Callable[[Tensor], Tensor]
+    patch_drop: nn.Module
 
     def enter(self, images: Tensor) -> tuple[Tensor, Any]:
         """Run patch embedding, positions and the norm in front of the blocks."""

@@ -9,7 +9,11 @@ for _module in pkgutil.iter_modules(__path__):
     for _name in (_loaded := importlib.import_module(f"{__name__}.{_module.name}")).__all__:
         globals()[_name] = getattr(_loaded, _name)
 
-CONFIGURATIONS = sorted(name for name, value in globals().items() if isinstance(value, type) and issubclass(value, Method) and value is not Method)
+CONFIGURATIONS = sorted(
+    name
+    for name, value in globals().items()
+    if isinstance(value, type) and issubclass(value, Method) and value is not Method
+)
 """Names of the configuration classes, which the package hands on."""
 
 __all__ = ["CONFIGURATIONS", "Method", "list_methods", "method", "register"]

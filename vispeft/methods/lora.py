@@ -69,8 +69,8 @@ class LowRank(DeltaUnit):
 class LoRA(Method):
     """A low-rank term beside frozen linear layers: ``W' = W + scale * B A``, with ``scale = alpha / rank``.
 
-    By default on queries and values, as in the paper. Papers differ in the multiplier: set ``alpha`` to ``rank * s`` for
-    a plain scale s (PETL-ViT). Roles may be the fused ``attn.qkv`` (one pair on the whole matrix), its slices
+    By default on queries and values, as in the paper. Papers differ in the multiplier: set ``alpha`` to ``rank * s``
+    for a plain scale s (PETL-ViT). Roles may be the fused ``attn.qkv`` (one pair on the whole matrix), its slices
     ``attn.q``, ``attn.k`` and ``attn.v`` (a pair each), ``attn.proj``, ``mlp.fc1`` and ``mlp.fc2``.
     """
 

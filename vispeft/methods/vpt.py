@@ -111,7 +111,8 @@ class VPT(Method):
         """Put one unit with all prompts on the model."""
         if view.layout != "NLC":
             raise SiteError(
-                f"VPT has no form for {view.family}: its tokens are a map, cut into windows. Use SSF, LoRA or BitFit there."
+                f"VPT has no form for {view.family}: its tokens are a map, cut into windows. Use SSF, LoRA or BitFit "
+                "there."
             )
         if self.pool != "all" and view.global_pool == "token":
             raise SiteError(
