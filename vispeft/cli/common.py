@@ -17,7 +17,7 @@ from rich.console import Console
 
 from vispeft.errors import ConfigError, VispeftError
 
-__all__ = ["console", "make_parser", "quiet_libraries", "run_tool", "versions"]
+__all__ = ["console", "make_parser", "one_line", "quiet_libraries", "run_tool", "versions"]
 
 console = Console()
 """Where commands print."""
@@ -76,7 +76,7 @@ class _Parser(argparse.ArgumentParser):
         Raises:
             ConfigError: Always.
         """
-        raise ConfigError(f"{message}. {self.format_usage().strip()} (--help says more)")
+        raise ConfigError(f"{message}. {one_line(self.format_usage())} (--help says more)")
 
 
 def make_parser(script: str, description: str, example: str) -> argparse.ArgumentParser:
@@ -94,6 +94,15 @@ def make_parser(script: str, description: str, example: str) -> argparse.Argumen
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def one_line(text: str) -> str:
+    """Put text of several lines on one.
+
+    Args:
+        text: The text.
+    """
+    return " ".join(text.split())
 
 
 def versions() -> dict[str, str]:

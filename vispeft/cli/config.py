@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -80,11 +81,8 @@ class ConfigCLI(LightningCLI):
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
             )
-        except (ArgumentError, argparse.ArgumentError) as error:
-            cause = _vispeft_cause(error)
-            if cause is not None:
-                raise cause from None
-            raise ConfigError(f"{config}: {_innermost(str(error))}") from error
+        except (ArgumentError, argparse.ArgumentError, ValueError) as error:
+            raise _as_ours(error, str(config)) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link what one part of a config decides for another."""
@@ -385,8 +383,8 @@ def build_method(node: Mapping[str, Any]) -> Method:
     parser.add_class_arguments(cls, "method")
     try:
         return parser.instantiate_classes(parser.parse_object({"method": dict(node["init_args"])})).method
-    except (ArgumentError, argparse.ArgumentError) as error:
-        raise _vispeft_cause(error) or ConfigError(f"{cls.__name__}: {_innermost(str(error))}") from error
+    except (ArgumentError, argparse.ArgumentError, ValueError) as error:
+        raise _as_ours(error, cls.__name__) from error
 
 
 def _find(path: str, name: Any, base: type, known: Sequence[str] = ()) -> str:
@@ -398,7 +396,9 @@ def _find(path: str, name: Any, base: type, known: Sequence[str] = ()) -> str:
     try:
         cls = _import(str(name))
     except (ImportError, AttributeError, ValueError):
-        raise UnknownNameError(what, str(name), known or found) from None
+        prefix = str(name).rpartition(".")[0]
+        names = [f"{prefix}.{short}" for short in found] if prefix else known or found
+        raise UnknownNameError(what, str(name), names) from None
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise ConfigError(f"{path} names {name}, which is no {what} (no subclass of {base.__name__}).")
     return class_path(cls)
@@ -408,7 +408,8 @@ def _subclasses(base: type[T]) -> dict[str, type[T]]:
     found: dict[str, type[T]] = {}
     for cls in base.__subclasses__():
         if not cls.__module__.startswith("lightning."):
-            found = {cls.__name__: cls, **_subclasses(cls), **found}
+            own = {} if inspect.isabstract(cls) else {cls.__name__: cls}
+            found = {**own, **_subclasses(cls), **found}
     return found
 
 
@@ -420,21 +421,21 @@ def _import(path: str) -> Any:
 # ------------------------------------------------------------------ errors of the parser
 
 
-def _vispeft_cause(error: BaseException) -> VispeftError | None:
-    """Find one of our own errors behind the parser's."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, VispeftError):
-            return seen
-        seen = seen.__cause__ or seen.__context__
-    return None
+def _as_ours(error: Exception, source: str) -> Exception:
+    """Turn an error of the parser into one of ours: the one behind it, or what it says about a type."""
+    behind: BaseException | None = error
+    while behind is not None:
+        if isinstance(behind, VispeftError):
+            return behind
+        behind = behind.__cause__ or behind.__context__
+    lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
+    text = " ".join(line for line in lines if line and not line.startswith(_NOISE)) or str(error)
+    text = re.sub(r"(?<!^)(?<!: )Expected an? ", "or ", text).replace("Expected a ", "expected ")
+    keys = ".".join(re.findall(_KEY, text))
+    told = re.sub(_TYPE, r"\1", re.sub(_KEY, "", text)).replace("typing.", "").strip()
+    return ConfigError(f"{source}: {keys + ': ' if keys else ''}{told}")
 
 
 _NOISE = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value", "Problem with")
-
-
-def _innermost(message: str) -> str:
-    """Keep the lines of a parser's message that say what is wrong."""
-    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
-    kept = [line for line in lines if line and not line.startswith(_NOISE)]
-    return " ".join(kept) or message
+_KEY = r'Parser key "([^"]+)":\s*'
+_TYPE = r"<class '([^']+)'>"

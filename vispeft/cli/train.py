@@ -15,9 +15,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from vispeft.cli import runs
-from vispeft.cli.common import console, make_parser, versions
+from vispeft.cli.common import console, make_parser, one_line, versions
 from vispeft.cli.config import ConfigCLI
 from vispeft.cli.evaluation import confusion, evaluate, metrics_table, per_class
+from vispeft.data.base import ImageData
 from vispeft.errors import ConfigError, TrainingError
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.callbacks import progress_bar
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", metavar="DIR", help="run directory; default runs/<config name>/<n>")
     parser.add_argument("--print_config", action="store_true", help="print the whole config and leave")
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
-        raise ConfigError(f"{argv[0]} stands where the config belongs. {parser.format_usage().strip()}")
+        raise ConfigError(f"{argv[0]} stands where the config belongs. {one_line(parser.format_usage())}")
     given, overrides = parser.parse_known_args(list(argv))
     if given.method is not None:
         overrides = ["--model.method", given.method, *overrides]
@@ -77,6 +78,10 @@ def train(config: Path, overrides: Sequence[str] = (), *, out: str | Path | None
     cli = ConfigCLI(config, overrides)
     task, data, settings = cli.model, cli.datamodule, cli.trainer_settings
     _check(settings)
+    if isinstance(data, ImageData):
+        data.fit_to(task.preprocessing)
+        data.setup()
+    task.check_data(data)
     place = runs.claim(out, config)
     try:
         trainer = _trainer(place, task, settings)

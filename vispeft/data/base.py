@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -121,7 +122,7 @@ class MemorySplit(Dataset[tuple[Tensor, Tensor]]):
             return self.augment(image)
 
 
-class ImageData(LightningDataModule):
+class ImageData(LightningDataModule, ABC):
     """Base of the data modules for classification.
 
     Size, mean, deviation and interpolation come from the backbone unless they are given: a Lightning trainer hands
@@ -178,14 +179,22 @@ class ImageData(LightningDataModule):
             settings: Settings of the data module.
         """
         data = cls(**settings)
-        data._from_model = Preprocessing.of(model)
+        data.fit_to(Preprocessing.of(model))
         data.setup()
         return data
 
+    def fit_to(self, preprocessing: Preprocessing) -> None:
+        """Take over what a backbone expects, where the settings leave it open.
+
+        Args:
+            preprocessing: What the backbone expects.
+        """
+        self._from_model = preprocessing
+
     @property
+    @abstractmethod
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes, in the order of the labels."""
-        raise NotImplementedError
 
     @property
     def num_classes(self) -> int:
@@ -216,6 +225,7 @@ class ImageData(LightningDataModule):
         """Channels, height and width of the images as the backbone sees them."""
         return (3, *self.preprocessing.size)
 
+    @abstractmethod
     def load(self, preprocessing: Preprocessing) -> dict[str, Dataset[Any]]:
         """Make the splits ``train``, ``validation`` and ``test``.
 
@@ -225,7 +235,6 @@ class ImageData(LightningDataModule):
         Raises:
             DataError: If images or labels cannot be used.
         """
-        raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
         """Load the splits once; Lightning calls this before training, validation and testing."""

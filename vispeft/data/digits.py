@@ -74,6 +74,8 @@ class DigitsData(ImageData):
                     f"DigitsData(validation={validation}, test={test}) leaves a share of {share:.3g} for {name}; "
                     f"each split needs one image per class, a share of at least {least:.2g}."
                 )
+        if not 0 <= split_seed < 2**32:
+            raise ConfigError(f"DigitsData(split_seed={split_seed}): a whole number from 0, below 2**32, is needed.")
         self.validation, self.test, self.split_seed, self.augment = validation, test, split_seed, augment
 
     @property

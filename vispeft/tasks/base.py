@@ -16,6 +16,7 @@ from torch.optim import AdamW
 from vispeft.adapters.bank import AdapterBank, attach, load
 from vispeft.adapters.method import Method
 from vispeft.backbones.create import create_model
+from vispeft.backbones.registry import unwrap
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.errors import ConfigError, DataError, FileError
 from vispeft.tasks.callbacks import FiniteGuard
@@ -129,27 +130,33 @@ class AdapterTask(LightningModule):
         """
         return self.model(images)
 
-    def setup(self, stage: str) -> None:
-        """Check the data against the model before the first step.
+    def check_data(self, data: Any) -> None:
+        """Check that data fit the model, as far as they say.
+
+        Args:
+            data: A data module.
 
         Raises:
             DataError: If class count or image size do not fit.
         """
-        data = getattr(self.trainer, "datamodule", None)
         classes = getattr(data, "num_classes", self.num_classes)
         if classes != self.num_classes:
             raise DataError(
                 f"The data have {classes} classes, and the model was made for {self.num_classes}. "
                 f"Make it with num_classes={classes}."
             )
-        wanted = getattr(data, "preprocessing", self.preprocessing).size
-        patches = getattr(self.model, "patch_embed", None)
-        if getattr(patches, "strict_img_size", False) and tuple(wanted) != tuple(self.preprocessing.size):
+        wanted, made_for = getattr(data, "preprocessing", self.preprocessing).size, self.preprocessing.size
+        patches = getattr(unwrap(self.model), "patch_embed", None)
+        if getattr(patches, "strict_img_size", False) and tuple(wanted) != tuple(made_for):
             raise DataError(
                 f"The images have {wanted[0]} x {wanted[1]} pixels, and {self.backbone} was made for "
-                f"{self.preprocessing.size[0]} x {self.preprocessing.size[1]}. Leave data.image_size out, or give the "
-                "backbone img_size (model.backbone_args.img_size)."
+                f"{made_for[0]} x {made_for[1]}. Leave data.image_size out, or give the backbone img_size "
+                "(model.backbone_args.img_size), or flexible_size."
             )
+
+    def setup(self, stage: str) -> None:
+        """Check the trainer's data before the first step."""
+        self.check_data(getattr(self.trainer, "datamodule", None))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Give AdamW over the adapter's groups, and its schedule."""
