@@ -391,6 +391,7 @@ def write_backbone(model: nn.Module, recipe: Recipe, folder: Path, result: dict[
     weights = folder / "model.safetensors"
     tensors = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
     save_file(tensors, folder / "model.part", metadata={"format": "pt"})
+    (folder / "model.part").chmod(0o644)  # safetensors lets only the owner read
     os.replace(folder / "model.part", weights)
     size = recipe.args["img_size"]
     config = {
