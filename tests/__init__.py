@@ -1,0 +1,3 @@
+"""The tests. vispeft comes first, since it makes torchvision importable, which timm needs, beside a CPU build of torch."""
+
+import vispeft  # noqa: F401

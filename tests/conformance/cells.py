@@ -195,5 +195,5 @@ def unit_names(bank: AdapterBank, name: str = "default") -> set[int]:
 
 
 CELLS = [Cell(method, backbone) for method in METHODS for backbone in BACKBONES]
-MAIN = [cell for cell in CELLS if cell.backbone in ("vit", "swin")]
+MAIN = [c for c in CELLS if c.backbone in ("vit", "swin") and (c.method, c.backbone) not in REFUSED]
 __all__ = ["BACKBONES", "CELLS", "MAIN", "METHODS", "REFUSED", "SELECTIONS", "Cell", "move", "unit_names"]

@@ -86,12 +86,12 @@ def _train(cell: Cell, images: torch.Tensor, distributed: bool) -> list[tuple[st
     return [(name, p.detach().clone()) for name, p in bank.trainable_parameters()]
 
 
-def _half_of_the_batch(rank: int, port: int, results: dict[tuple[int, Cell], list[tuple[str, torch.Tensor]]]) -> None:
+def _half_of_the_batch(rank: int, port: int, results: dict[tuple[int, str], list[tuple[str, torch.Tensor]]]) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     for cell in ONCE:
-        results[rank, cell] = _train(cell, cell.images(4)[2 * rank : 2 * rank + 2], distributed=True)
+        results[rank, str(cell)] = _train(cell, cell.images(4)[2 * rank : 2 * rank + 2], distributed=True)
     torch.distributed.destroy_process_group()
 
 
@@ -104,7 +104,9 @@ def test_two_processes_equal_one() -> None:
         mp.spawn(_half_of_the_batch, (port, results), nprocs=2)
         for cell in ONCE:
             alone = _train(cell, cell.images(4), distributed=False)
-            for (name, first), (_, second), (_, wanted) in zip(results[0, cell], results[1, cell], alone, strict=True):
+            for (name, first), (_, second), (_, wanted) in zip(
+                results[0, str(cell)], results[1, str(cell)], alone, strict=True
+            ):
                 assert torch.equal(first, second), f"{cell}: {name}"
                 assert torch.allclose(first, wanted, atol=1e-5), f"{cell}: {name}"
 
