@@ -74,7 +74,7 @@ def family_of(model: nn.Module) -> Family:
     raise BackboneError(
         f"An adapter was to be attached to a {cls.__module__}.{cls.__name__}, which vispeft does not describe. "
         f"Supported: {known}. To add a family, write its view in one file of vispeft/backbones and register it "
-        "(docs/contributing.md)."
+        "(CONTRIBUTING.md)."
     )
 
 
