@@ -21,8 +21,8 @@ from vispeft.backbones.parts import (
     projection_sites,
     query_key_norm_sites,
 )
-from vispeft.backbones.registry import Family, check_class, parameter_sizes, register_family
-from vispeft.backbones.vit import NOT_IN_PLAIN_MODELS, stem_sites, tail_sites
+from vispeft.backbones.registry import Family, check_class, register_family
+from vispeft.backbones.vit import plain_view, stem_sites, tail_sites
 
 __all__ = ["EvaHost", "describe_eva"]
 
@@ -45,27 +45,7 @@ def describe_eva(model: Any) -> View:
         check_class(f"blocks.{index}", block, (EvaBlock,))
         sites += _block_sites(block, f"blocks.{index}", Spot(eva.embed_dim, index), rotated=eva.rope is not None)
     sites += tail_sites(eva)
-    depth = len(eva.blocks)
-    return View(
-        family="eva",
-        model_class="Eva",
-        sites=tuple(sites),
-        widths=(eva.embed_dim,) * depth,
-        stages=(tuple(range(depth)),),
-        num_prefix_tokens=eva.num_prefix_tokens,
-        layout="NLC",
-        head_path="head",
-        tensors=parameter_sizes(eva, "head"),
-        head_drop_paths=("head_drop",),
-        drop_path_paths=tuple((f"blocks.{i}.drop_path1", f"blocks.{i}.drop_path2") for i in range(depth)),
-        size_bound=("pos_embed",),
-        input_bound=("patch_embed.proj.weight",),
-        patch_size=eva.patch_embed.patch_size,
-        img_size=eva.patch_embed.img_size,
-        in_chans=eva.in_chans,
-        global_pool=eva.global_pool,
-        not_here=NOT_IN_PLAIN_MODELS,
-    )
+    return plain_view(eva, "eva", Eva, sites)
 
 
 def _block_sites(block: Any, path: str, spot: Spot, rotated: bool) -> Iterator[Site]:

@@ -22,7 +22,7 @@ from vispeft.backbones.parts import (
 )
 from vispeft.backbones.registry import Family, check_class, parameter_sizes, register_family
 
-__all__ = ["VitHost", "describe_vit", "stem_sites", "tail_sites"]
+__all__ = ["VitHost", "describe_vit", "plain_view", "stem_sites", "tail_sites"]
 
 NOT_IN_PLAIN_MODELS = {
     "patch_embed.norm": "its patch embedding has no norm",
@@ -51,25 +51,40 @@ def describe_vit(model: Any) -> View:
         check_class(f"blocks.{index}", block, (Block,))
         sites += _block_sites(block, f"blocks.{index}", Spot(vit.embed_dim, index))
     sites += tail_sites(vit)
-    depth = len(vit.blocks)
+    return plain_view(vit, "vit", VisionTransformer, sites)
+
+
+def plain_view(model: Any, family: str, model_class: type[nn.Module], sites: list[Site]) -> View:
+    """Make the view of a model with one sequence of tokens from its sites.
+
+    Args:
+        model: The model.
+        family: Its family.
+        model_class: timm's class.
+        sites: Its sites.
+
+    Returns:
+        The view.
+    """
+    depth = len(model.blocks)
     return View(
-        family="vit",
-        model_class="VisionTransformer",
+        family=family,
+        model_class=model_class.__name__,
         sites=tuple(sites),
-        widths=(vit.embed_dim,) * depth,
+        widths=(model.embed_dim,) * depth,
         stages=(tuple(range(depth)),),
-        num_prefix_tokens=vit.num_prefix_tokens,
+        num_prefix_tokens=model.num_prefix_tokens,
         layout="NLC",
         head_path="head",
-        tensors=parameter_sizes(vit, "head"),
+        tensors=parameter_sizes(model, "head"),
         head_drop_paths=("head_drop",),
         drop_path_paths=tuple((f"blocks.{i}.drop_path1", f"blocks.{i}.drop_path2") for i in range(depth)),
         size_bound=("pos_embed",),
         input_bound=("patch_embed.proj.weight",),
-        patch_size=vit.patch_embed.patch_size,
-        img_size=vit.patch_embed.img_size,
-        in_chans=vit.in_chans,
-        global_pool=vit.global_pool,
+        patch_size=model.patch_embed.patch_size,
+        img_size=model.patch_embed.img_size,
+        in_chans=model.in_chans,
+        global_pool=model.global_pool,
         not_here=NOT_IN_PLAIN_MODELS,
     )
 
