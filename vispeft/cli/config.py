@@ -100,7 +100,7 @@ class ConfigCLI(LightningCLI):
 
     def resolved(self) -> str:
         """Give the whole config as YAML, defaults included; it reads back to the same."""
-        return str(self.parser.dump(self.config, skip_none=False))
+        return str(self.parser.dump(self.config, skip_unset=False))
 
 
 # ------------------------------------------------------------------ reading

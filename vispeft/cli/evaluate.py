@@ -33,7 +33,8 @@ def main(argv: Sequence[str]) -> None:
     cli = load_run(run, overrides)
     measured = evaluate(cli.trainer, cli.model, cli.datamodule, given.split)
     rows = {"measured now": measured, "metrics.json": run.metrics.get(given.split, {})}
-    console.print(metrics_table(f"{given.run}: {given.split}", rows))
+    console.print(f"{given.run}, {given.split} split", soft_wrap=True)
+    console.print(metrics_table(rows))
 
 
 def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:

@@ -79,16 +79,15 @@ def confusion(task: AdapterTask) -> Tensor | None:
     return None if metric is None else metric.compute()
 
 
-def metrics_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> Table:
+def metrics_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
     """Show metrics as a table.
 
     Args:
-        title: The table's title.
         rows: Metrics by what they were measured on.
     """
     names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
-    table = Table(title=title)
-    table.add_column("")
+    table = Table()
+    table.add_column("", no_wrap=True)
     for name in names:
         table.add_column(name, justify="right")
     for label, metrics in rows.items():

@@ -255,7 +255,7 @@ def _figures(run: runs.Run) -> dict[str, Any]:
 
 def _table(result: dict[str, Any]) -> Table:
     table = Table(title=f"Handwritten digits, seed {result['seed']}")
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     for heading in ("trainable", "+ head", "file bytes", "validation", "test", "seconds"):
         table.add_column(heading, justify="right")
     for label, key in (("SSF", "ssf"), ("linear probe", "linear_probe")):

@@ -97,12 +97,8 @@ def train(config: Path, overrides: Sequence[str] = (), *, out: str | Path | None
     seconds = {"training": time.perf_counter() - fitting}
     metrics = _finish(place, cli, trainer, seconds, began)
     runs.write_json(place / runs.METRICS, {"command": command, **metrics})
-    console.print(
-        metrics_table(
-            f"Best epoch {metrics['best_epoch']} of {metrics['epochs']}, chosen on validation",
-            {split: metrics[split] for split in ("validation", "test")},
-        )
-    )
+    console.print(f"Best of {metrics['epochs']} epochs on validation: epoch {metrics['best_epoch']}")
+    console.print(metrics_table({split: metrics[split] for split in ("validation", "test")}))
     return place
 
 
@@ -116,8 +112,11 @@ def _check(settings: dict[str, Any]) -> None:
         )
     if settings.get("enable_checkpointing") is False:
         raise ConfigError("trainer.enable_checkpointing is off, and the best epoch is chosen among checkpoints.")
-    if settings.get("max_epochs") == 0:
-        raise ConfigError("trainer.max_epochs is 0; at least 1 is needed.")
+    epochs, steps = settings.get("max_epochs"), settings.get("max_steps", -1)
+    if epochs == 0 or steps == 0:
+        raise ConfigError(f"trainer.max_epochs is {epochs} and trainer.max_steps {steps}; at least 1 is needed.")
+    if epochs in (None, -1) and steps == -1:
+        raise ConfigError("trainer.max_epochs sets no end, and the learning rate needs one. Give a number.")
 
 
 def _trainer(place: Path, task: AdapterTask, settings: dict[str, Any]) -> Trainer:

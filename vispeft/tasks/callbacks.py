@@ -83,7 +83,7 @@ def _by_group(trainer: Trainer, module: LightningModule, pick: Callable[[Any], T
 
 
 def _largest(trainer: Trainer) -> str:
-    parts = [f"group {label!r} {max(float(p.abs().max()) for p in ps):.3g}" for label, ps in _groups(trainer) if ps]
+    parts = [f"group {label!r} {max(float(p.detach().abs().max()) for p in ps):.3g}" for label, ps in _groups(trainer) if ps]
     return ", ".join(parts)
 
 

@@ -66,6 +66,7 @@ def learning_curves(history: str | Path | History, path: str | Path, best_epoch:
     """
     values = history if isinstance(history, Mapping) else read_history(history)
     kinds = list(dict.fromkeys(name.partition("/")[2] for name in values if name.startswith(("train/", "validation/"))))
+    kinds.sort(key=lambda kind: kind != "loss")
     if not kinds:
         raise DataError(f"There are no metrics of training or validation; found {', '.join(values) or 'nothing'}.")
     with matplotlib.rc_context(SETTINGS):

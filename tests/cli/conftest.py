@@ -1,0 +1,43 @@
+import contextlib
+import io
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.tiny import CONFIG
+from vispeft.cli import evaluate, inspect, merge, predict, train
+from vispeft.cli.common import run_tool
+
+TOOLS = {"train": train, "evaluate": evaluate, "predict": predict, "merge": merge, "inspect": inspect}
+
+
+def call(tool, *argv):
+    """Run a tool in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    # rich asks for the width of the terminal; a wide one keeps messages on one line
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = run_tool(TOOLS[tool].main, [str(argument) for argument in argv])
+    return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
+
+
+@pytest.fixture
+def run_cli():
+    return call
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A finished run, made once; tests must not change it."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "tiny.yaml").write_text(CONFIG)
+    result = call("train", folder / "tiny.yaml", "--out", folder / "run", "--model.label_smoothing=0.1")
+    assert result.status == 0, result.err
+    return Path(folder / "run")
