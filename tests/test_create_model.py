@@ -192,6 +192,7 @@ def test_missing_file_and_directory(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     class Harm:
         def __reduce__(self) -> tuple[Any, ...]:
