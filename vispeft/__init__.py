@@ -5,7 +5,8 @@ from vispeft._compat import ensure_torchvision
 ensure_torchvision()  # before anything imports torchvision, as timm does
 
 from vispeft import methods  # noqa: E402
-from vispeft.adapters.bank import AdapterBank, attach, load  # noqa: E402
+from vispeft.adapters.attach import attach, load  # noqa: E402
+from vispeft.adapters.bank import AdapterBank  # noqa: E402
 from vispeft.adapters.method import Method, list_methods, method, register  # noqa: E402
 from vispeft.adapters.plan import Plan, plan  # noqa: E402
 from vispeft.backbones.create import create_model  # noqa: E402

@@ -6,21 +6,19 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
-import timm
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 
-from vispeft.adapters.codecs import RAW
-from vispeft.adapters.files import dtype_name, read_adapter, write_adapter
+from vispeft.adapters.depth import StochasticDepth
+from vispeft.adapters.files import check_tensors, read_adapter, write_adapter
 from vispeft.adapters.fingerprint import absent_parts, base_tensors, check_fingerprint, fingerprint
+from vispeft.adapters.header import adapter_part, backbone_part, preprocessing_part, tensor_part
 from vispeft.adapters.heads import BASE_HEAD, HeadRack
 from vispeft.adapters.hosts import Host, ensure_host, host_for, owner_host, take_off
-from vispeft.adapters.merge import TOLERANCE, Merged, MergeReport, apply_merge, plan_merge, undo_merge
+from vispeft.adapters.merge import TOLERANCE, Merged, MergeReport, apply_merge, outputs, plan_merge, undo_merge
 from vispeft.adapters.method import Method, method_from_dict
 from vispeft.adapters.model_host import ModelHost
 from vispeft.adapters.plan import Plan, make_plan
@@ -30,7 +28,7 @@ from vispeft.adapters.verify import find_dead, probe_images, unit_tensors
 from vispeft.backbones.registry import describe, family_of, unwrap
 from vispeft.errors import ConfigError, FileError, MergeError, SiteError, UnknownNameError
 
-__all__ = ["AdapterBank", "attach", "load"]
+__all__ = ["AdapterBank"]
 
 _BANK = "_vispeft_bank"
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -75,7 +73,7 @@ class AdapterBank:
         self._adapters: dict[str, Adapter] = {}
         self._active: tuple[str, ...] = ()
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-        self._stochastic_depth: dict[str, nn.Module] = {}
+        self._depth = StochasticDepth(model, self.view)
         self._merged: Merged | None = None
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -195,12 +193,13 @@ class AdapterBank:
                     take_off(host)
         self._heads.drop(name)
         del self._adapters[name]
-        if not self._adapters:
-            self._close()
+        self.close_if_empty()
 
-    def _close(self) -> None:
-        """Leave the model as it was before the first adapter."""
-        self._set_stochastic_depth(0.0)
+    def close_if_empty(self) -> None:
+        """Leave the model as it was before the first adapter, when there is none left."""
+        if self._adapters or self._model.__dict__.get(_BANK) is not self:
+            return
+        self._depth.set(0.0)
         self._heads.close()
         take_off(cast(Host, self._model))
         del self._model.__dict__[_BANK]
@@ -236,7 +235,7 @@ class AdapterBank:
             head = self._heads.get(name)
             if head is not None:
                 head.requires_grad_(name == self._heads.placed)
-        self._set_stochastic_depth(max((self._adapters[n].method.stochastic_depth() for n in chosen), default=0.0))
+        self._depth.set(max((self._adapters[n].method.stochastic_depth() for n in chosen), default=0.0))
         self._wake()
 
     @contextmanager
@@ -279,24 +278,11 @@ class AdapterBank:
         awake = list(self.view.head_drop_paths)
         if self.view.head_path is not None:
             awake.append(self.view.head_path)
-        awake += self._stochastic_depth
+        awake += self._depth.originals
         if any(self._adapters[name].method.trains_base for name in self._active):
             awake.append("")
         cast(ModelHost, self._model).awake = tuple(awake)
         self._model.train(self._model.training)
-
-    def _set_stochastic_depth(self, rate: float) -> None:
-        """Give each block its rate, growing linearly with depth as in timm; 0 puts the model's own modules back."""
-        for path, module in self._stochastic_depth.items():
-            _set_submodule(self._model, path, module)
-        self._stochastic_depth = {}
-        if rate <= 0:
-            return
-        last = max(1, self.view.depth - 1)
-        for index, paths in enumerate(self.view.drop_path_paths):
-            for path in paths:
-                self._stochastic_depth[path] = self._model.get_submodule(path)
-                _set_submodule(self._model, path, DropPath(rate * index / last))
 
     # ------------------------------------------------------------------ training
 
@@ -398,22 +384,20 @@ class AdapterBank:
             return self._merged.report
         probe = probe_images(self._model, self.view)
         tensors, stays = plan_merge(self._model, self.view, partial)
-        with _evaluating(self._model):
-            before = _features(self._model, probe)
+        before = outputs(self._model, probe)
         if not torch.isfinite(before).all():
             raise MergeError("The adapted model's outputs are not finite, so nothing was merged; look at its tensors.")
-        self._set_stochastic_depth(0.0)
+        self._depth.set(0.0)
         merged = Merged(MergeReport((), (), (), {}, 0.0), self._active)
         apply_merge(self._model, tensors, stays, merged)
-        with _evaluating(self._model):
-            after = _features(self._model, probe)
+        after = outputs(self._model, probe)
         error = float((after - before).abs().max() / before.abs().max().clamp_min(1e-30))
         if not error <= TOLERANCE[probe.dtype]:
             undo_merge(merged)
             self.set_active(self._active)
             raise MergeError(
                 f"After merging, outputs differ by {error:.1e} of the largest one; {TOLERANCE[probe.dtype]:.0e} is "
-                f"rounding in {dtype_name(probe.dtype)}. Nothing was changed. Merge in float32 or better."
+                f"rounding in {probe.dtype}. Nothing was changed. Merge in float32 or better."
             )
         changed = tuple(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
         created = tuple(name for name, old in merged.replaced.items() if old is None)
@@ -503,7 +487,7 @@ class AdapterBank:
         label = self._label(name)
         own = {str(entry): entry.tensor for entry in unit_tensors(self._adapters[label].units)}
         units = {key: tensor for key, tensor in tensors.items() if not key.startswith("head/")}
-        _check_tensors(own, units)
+        check_tensors(own, units)
         head = {key.removeprefix("head/"): tensor for key, tensor in tensors.items() if key.startswith("head/")}
         if head and self.view.head_path is not None:
             self._load_head(label, head)
@@ -539,7 +523,7 @@ class AdapterBank:
         head = self._heads.get(BASE_HEAD)
         if head is not None:
             own.update({f"{self.view.head_path}.{key}": tensor for key, tensor in head.state_dict().items()})
-        _check_tensors(own, state_dict)
+        check_tensors(own, state_dict)
         with torch.no_grad():
             for key, tensor in state_dict.items():
                 own[key].copy_(tensor)
@@ -593,20 +577,15 @@ class AdapterBank:
             if not torch.isfinite(tensor).all():
                 raise FileError(f"{key} of adapter {label!r} is not finite; it was not saved.")
         header = {
-            "vispeft": _own_version(),
-            "timm": timm.__version__,
-            "method": adapter.method.to_dict(),
-            "backbone": {**_backbone_source(self._model), "fingerprint": self._fingerprint()},
+            **adapter_part(adapter.method),
+            "backbone": {**backbone_part(self._model), "fingerprint": self._fingerprint()},
             "tasks": None if adapter.tasks is None else list(adapter.tasks),
             "seed": adapter.seed,
             "head": {key.removeprefix("head/"): list(tensor.shape) for key, tensor in head.items()} or None,
-            "preprocessing": adapter.notes.get("preprocessing") or _preprocessing(self._model),
+            "preprocessing": adapter.notes.get("preprocessing") or preprocessing_part(self._model),
             "class_names": adapter.notes.get("class_names"),
             "metrics": adapter.notes.get("metrics"),
-            "tensors": {
-                key: {"codec": RAW, "dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)}
-                for key, tensor in units.items()
-            },
+            "tensors": tensor_part(units),
             "merge_error": adapter.merge_error,
         }
         write_adapter(Path(path), header, units, head)
@@ -678,84 +657,6 @@ class AdapterBank:
         return fingerprint(self._model, self.view, self._replaced())
 
 
-def attach(
-    model: nn.Module,
-    method: Method,
-    *,
-    name: str = "default",
-    tasks: Sequence[str] | None = None,
-    verify: bool = True,
-) -> AdapterBank:
-    """Put an adapter on a timm model, in place: the base frozen, units injected, gradients verified.
-
-    The model stays what it was: same class, same names of base tensors, same methods. The adapter gets a classifier of
-    its own, a copy of the present one.
-
-    Args:
-        model: A timm model of a supported family, or a ``features_only`` wrapper around one.
-        method: The method, such as ``vispeft.SSF()``.
-        name: Name of the adapter on this model.
-        tasks: Names of the tasks, for methods that have several.
-        verify: Check with one image of noise that every trainable tensor receives a gradient.
-
-    Returns:
-        The model's bank; the same one at every call on the same model.
-
-    Raises:
-        BackboneError: If the model is not supported.
-        SiteError: If a role matches nothing, or the method has no stated form for the family.
-        ConfigError: If the name is taken.
-        VerificationError: If a trainable tensor receives no gradient.
-
-    Example:
-        >>> model = timm.create_model("vit_base_patch16_224", num_classes=100)
-        >>> bank = vispeft.attach(model, vispeft.SSF())
-    """
-    timm_model = unwrap(model)
-    bank = AdapterBank.of(timm_model)
-    fresh = bank is None
-    if bank is None:
-        bank = AdapterBank(timm_model)
-    try:
-        bank.add(method, name, tasks, verify)
-    except Exception:
-        if fresh and not bank.names and AdapterBank.of(timm_model) is not None:
-            bank._close()
-        raise
-    return bank
-
-
-def load(
-    model: nn.Module, path: str | Path, *, name: str | None = None, allow_base_mismatch: bool = False
-) -> AdapterBank:
-    """Put a saved adapter on a timm model.
-
-    Args:
-        model: The backbone the adapter was trained on; its classifier may have any number of classes.
-        path: The adapter's directory.
-        name: Its name on this model; by default ``default``, or the directory's name when that is taken.
-        allow_base_mismatch: Load it also on other weights.
-
-    Returns:
-        The model's bank.
-
-    Raises:
-        FileError: If a file is missing, truncated or altered.
-        BaseMismatchError: If the adapter was trained on another backbone.
-    """
-    timm_model = unwrap(model)
-    bank = AdapterBank.of(timm_model)
-    fresh = bank is None
-    bank = bank or AdapterBank(timm_model)
-    try:
-        bank.load(path, name, allow_base_mismatch)
-    except Exception:
-        if fresh and not bank.names and AdapterBank.of(timm_model) is not None:
-            bank._close()
-        raise
-    return bank
-
-
 def _lies_in(key: str, parts: Sequence[str]) -> bool:
     """Tell whether a unit belongs to a part of the whole model that this one lacks."""
     path = key.split("/", 1)[0].split(":", 1)[0]
@@ -766,83 +667,3 @@ def _slots(host: Host, name: str) -> nn.ModuleDict:
     if name not in host.adapters:
         host.adapters[name] = nn.ModuleDict()
     return cast(nn.ModuleDict, host.adapters[name])
-
-
-def _set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    mode = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(mode)
-
-
-def _features(model: nn.Module, images: Tensor) -> Tensor:
-    out = model(images)
-    tensors = [out] if isinstance(out, Tensor) else list(out)
-    return torch.cat([tensor.double().flatten() for tensor in tensors])
-
-
-def _check_tensors(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that do not fit, before the first one is copied."""
-    missing = [key for key in own if key not in given]
-    if missing:
-        raise FileError(f"{len(missing)} of {len(own)} tensors are missing, first {', '.join(missing[:3])}.")
-    for key, tensor in given.items():
-        if key not in own:
-            raise UnknownTensorError(key, own)
-        if tensor.shape != own[key].shape:
-            raise FileError(f"{key} has shape {tuple(tensor.shape)}; {tuple(own[key].shape)} is needed.")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise FileError(f"{key} is not finite.")
-
-
-class UnknownTensorError(FileError, UnknownNameError):
-    """A tensor in a file belongs to nothing here."""
-
-    def __init__(self, key: str, own: Mapping[str, Tensor]) -> None:
-        """Compose the message.
-
-        Args:
-            key: The tensor's name.
-            own: What there is.
-        """
-        UnknownNameError.__init__(self, "tensor", key, own)
-
-
-def _backbone_source(model: nn.Module) -> dict[str, Any]:
-    """Say how the backbone was made, as far as it is known."""
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    source = model.__dict__.get("_vispeft_source")
-    named = {"name": cfg.get("architecture"), "args": _jsonable(getattr(model, "_model_args", {}))}
-    return {**named, **(source or {})}
-
-
-def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
-    plain = (str, int, float, bool, type(None))
-    listed = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-    return {
-        k: v
-        for k, v in listed.items()
-        if isinstance(v, plain) or (isinstance(v, list) and all(isinstance(item, plain) for item in v))
-    }
-
-
-def _preprocessing(model: nn.Module) -> dict[str, Any]:
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    keys = ("mean", "std", "input_size", "interpolation", "crop_pct")
-    return {key: list(cfg[key]) if isinstance(cfg[key], tuple) else cfg[key] for key in keys if key in cfg}
-
-
-def _own_version() -> str:
-    try:
-        return version("vispeft")
-    except PackageNotFoundError:
-        return "0"

@@ -22,9 +22,20 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
-from vispeft.errors import FileError
+from vispeft.errors import FileError, UnknownNameError
 
-__all__ = ["ADAPTER_FILE", "HEAD_FILE", "JSON_FILE", "SCHEMA", "read_adapter", "write_adapter", "write_atomically"]
+__all__ = [
+    "ADAPTER_FILE",
+    "HEAD_FILE",
+    "JSON_FILE",
+    "SCHEMA",
+    "UnknownTensorError",
+    "check_tensors",
+    "dtype_name",
+    "read_adapter",
+    "write_adapter",
+    "write_atomically",
+]
 
 SCHEMA = 1
 """Version of the layout. It rises when an older version of vispeft could misread a file."""
@@ -164,3 +175,30 @@ def _to_bytes(tensors: dict[str, Tensor]) -> bytes:
 def dtype_name(dtype: torch.dtype) -> str:
     """Name a type as in JSON, such as ``float32``."""
     return str(dtype).removeprefix("torch.")
+
+
+def check_tensors(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that do not fit, before the first one is copied."""
+    missing = [key for key in own if key not in given]
+    if missing:
+        raise FileError(f"{len(missing)} of {len(own)} tensors are missing, first {', '.join(missing[:3])}.")
+    for key, tensor in given.items():
+        if key not in own:
+            raise UnknownTensorError(key, own)
+        if tensor.shape != own[key].shape:
+            raise FileError(f"{key} has shape {tuple(tensor.shape)}; {tuple(own[key].shape)} is needed.")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise FileError(f"{key} is not finite.")
+
+
+class UnknownTensorError(FileError, UnknownNameError):
+    """A tensor in a file belongs to nothing here."""
+
+    def __init__(self, key: str, own: Mapping[str, Tensor]) -> None:
+        """Compose the message.
+
+        Args:
+            key: The tensor's name.
+            own: What there is.
+        """
+        UnknownNameError.__init__(self, "tensor", key, own)

@@ -160,3 +160,20 @@ def undo_merge(merged: Merged) -> None:
         store[name] = old
     for state in reversed(merged.hosts):
         put_back(state)
+
+
+def outputs(model: nn.Module, images: Tensor) -> Tensor:
+    """Run a model in evaluation mode and string all outputs together, in double precision.
+
+    Args:
+        model: The model; its mode is put back.
+        images: (B, C, H, W).
+    """
+    mode = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            out = model(images)
+    finally:
+        model.train(mode)
+    return torch.cat([tensor.double().flatten() for tensor in ([out] if isinstance(out, Tensor) else out)])

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vispeft.adapters.bank import AdapterBank, attach
+from vispeft.adapters.attach import attach
+from vispeft.adapters.bank import AdapterBank
 from vispeft.adapters.method import Method
 from vispeft.adapters.plan import Plan
 from vispeft.adapters.sites import View

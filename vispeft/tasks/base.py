@@ -13,7 +13,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from vispeft.adapters.bank import AdapterBank, attach, load
+from vispeft.adapters.attach import attach, load
+from vispeft.adapters.bank import AdapterBank
 from vispeft.adapters.method import Method
 from vispeft.backbones.create import create_model
 from vispeft.backbones.registry import unwrap

@@ -1,0 +1,86 @@
+"""Attaching and loading: the two ways to get a bank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+
+from vispeft.adapters.bank import AdapterBank
+from vispeft.adapters.method import Method
+from vispeft.backbones.registry import unwrap
+
+__all__ = ["attach", "load"]
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    *,
+    name: str = "default",
+    tasks: Sequence[str] | None = None,
+    verify: bool = True,
+) -> AdapterBank:
+    """Put an adapter on a timm model, in place: the base frozen, units injected, gradients verified.
+
+    The model stays what it was: same class, same names of base tensors, same methods. The adapter gets a classifier of
+    its own, a copy of the present one.
+
+    Args:
+        model: A timm model of a supported family, or a ``features_only`` wrapper around one.
+        method: The method, such as ``vispeft.SSF()``.
+        name: Name of the adapter on this model.
+        tasks: Names of the tasks, for methods that have several.
+        verify: Check with one image of noise that every trainable tensor receives a gradient.
+
+    Returns:
+        The model's bank; the same one at every call on the same model.
+
+    Raises:
+        BackboneError: If the model is not supported.
+        SiteError: If a role matches nothing, or the method has no stated form for the family.
+        ConfigError: If the name is taken.
+        VerificationError: If a trainable tensor receives no gradient.
+
+    Example:
+        >>> model = timm.create_model("vit_base_patch16_224", num_classes=100)
+        >>> bank = vispeft.attach(model, vispeft.SSF())
+    """
+    with _bank_of(model) as bank:
+        bank.add(method, name, tasks, verify)
+    return bank
+
+
+def load(
+    model: nn.Module, path: str | Path, *, name: str | None = None, allow_base_mismatch: bool = False
+) -> AdapterBank:
+    """Put a saved adapter on a timm model.
+
+    Args:
+        model: The backbone the adapter was trained on; its classifier may have any number of classes.
+        path: The adapter's directory.
+        name: Its name on this model; by default ``default``, or the directory's name when that is taken.
+        allow_base_mismatch: Load it also on other weights.
+
+    Returns:
+        The model's bank.
+
+    Raises:
+        FileError: If a file is missing, truncated or altered.
+        BaseMismatchError: If the adapter was trained on another backbone.
+    """
+    with _bank_of(model) as bank:
+        bank.load(path, name, allow_base_mismatch)
+    return bank
+
+
+@contextmanager
+def _bank_of(model: nn.Module) -> Iterator[AdapterBank]:
+    """Give the model's bank, or a new one that goes again when nothing could be put into it."""
+    bank = AdapterBank.of(model) or AdapterBank(unwrap(model))
+    try:
+        yield bank
+    finally:
+        bank.close_if_empty()

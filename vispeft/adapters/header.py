@@ -1,0 +1,76 @@
+"""What ``adapter.json`` says: the method, the backbone and its preprocessing, and every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import timm
+from torch import Tensor, nn
+
+from vispeft.adapters.codecs import RAW
+from vispeft.adapters.files import dtype_name
+from vispeft.adapters.method import Method
+
+__all__ = ["adapter_part", "backbone_part", "preprocessing_part", "tensor_part"]
+
+
+def adapter_part(method: Method) -> dict[str, Any]:
+    """Say which method the adapter is, and which versions made it.
+
+    Args:
+        method: The method.
+    """
+    return {"vispeft": _own_version(), "timm": timm.__version__, "method": method.to_dict()}
+
+
+def backbone_part(model: nn.Module) -> dict[str, Any]:
+    """Say how the backbone was made, as far as it is known.
+
+    Args:
+        model: The timm model.
+    """
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    named = {"name": cfg.get("architecture"), "args": _jsonable(getattr(model, "_model_args", {}))}
+    return {**named, **(model.__dict__.get("_vispeft_source") or {})}
+
+
+def preprocessing_part(model: nn.Module) -> dict[str, Any]:
+    """Say what images the backbone expects, as timm describes it.
+
+    Args:
+        model: The timm model.
+    """
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    keys = ("mean", "std", "input_size", "interpolation", "crop_pct")
+    return {key: list(cfg[key]) if isinstance(cfg[key], tuple) else cfg[key] for key in keys if key in cfg}
+
+
+def tensor_part(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Say how each tensor stands in the file.
+
+    Args:
+        tensors: The tensors by name in the file.
+    """
+    return {
+        key: {"codec": RAW, "dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)}
+        for key, tensor in tensors.items()
+    }
+
+
+def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
+    plain = (str, int, float, bool, type(None))
+    listed = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return {
+        k: v
+        for k, v in listed.items()
+        if isinstance(v, plain) or (isinstance(v, list) and all(isinstance(item, plain) for item in v))
+    }
+
+
+def _own_version() -> str:
+    try:
+        return version("vispeft")
+    except PackageNotFoundError:
+        return "0"
