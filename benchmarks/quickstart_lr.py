@@ -19,10 +19,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from vispeft._compat import ensure_torchvision  # noqa: E402
+
+ensure_torchvision()
+
 import torch  # noqa: E402
 from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
 
-import vispeft  # noqa: E402, F401 - makes torchvision importable before Lightning asks for it
 from vispeft.cli.common import quiet_libraries, versions  # noqa: E402
 from vispeft.cli.config import ConfigCLI  # noqa: E402
 from vispeft.cli.runs import write_json  # noqa: E402

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from vispeft.errors import TrainingError
 
-__all__ = ["FiniteGuard", "PlainProgress", "progress_bar"]
+__all__ = ["FiniteGuard", "NarrowProgress", "PlainProgress", "progress_bar"]
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,9 @@ def _by_group(trainer: Trainer, module: LightningModule, pick: Callable[[Any], T
 
 
 def _largest(trainer: Trainer) -> str:
-    parts = [f"group {label!r} {max(float(p.detach().abs().max()) for p in ps):.3g}" for label, ps in _groups(trainer) if ps]
+    parts = [
+        f"group {label!r} {max(float(p.detach().abs().max()) for p in ps):.3g}" for label, ps in _groups(trainer) if ps
+    ]
     return ", ".join(parts)
 
 
@@ -127,6 +129,21 @@ class PlainProgress(ProgressBar):
         self._show(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {'  '.join(figures)}  {seconds:.1f} s")
 
 
+class NarrowProgress(RichProgressBar):
+    """A bar whose figures fit beside it on a terminal of 80 columns."""
+
+    _SHORT: ClassVar[dict[str, str]] = {"train/loss": "loss", "validation/accuracy": "val"}
+
+    def __init__(self) -> None:
+        """Leave no bar behind; the figures are in the logs."""
+        super().__init__(leave=False, theme=RichProgressBarTheme(metrics_format=".2f"))
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Give the loss and the validation accuracy, under short names."""
+        metrics = super().get_metrics(trainer, pl_module)
+        return {short: metrics[name] for name, short in self._SHORT.items() if name in metrics}
+
+
 def progress_bar(terminal: bool) -> ProgressBar:
     """Choose how progress is shown.
 
@@ -136,6 +153,4 @@ def progress_bar(terminal: bool) -> ProgressBar:
     Returns:
         A bar for a terminal, and plain lines otherwise.
     """
-    if not terminal:
-        return PlainProgress()
-    return RichProgressBar(leave=False, theme=RichProgressBarTheme(metrics_format=".3f"))
+    return NarrowProgress() if terminal else PlainProgress()
