@@ -130,18 +130,19 @@ class PlainProgress(ProgressBar):
 
 
 class NarrowProgress(RichProgressBar):
-    """A bar whose figures fit beside it on a terminal of 80 columns."""
+    """A bar with one figure beside it, which is what fits on a terminal of 80 columns."""
 
-    _SHORT: ClassVar[dict[str, str]] = {"train/loss": "loss", "validation/accuracy": "val"}
+    _SHORT: ClassVar[dict[str, str]] = {"validation/accuracy": "accuracy", "train/loss": "loss"}
+    """Metrics and what they are called beside the bar; the first one there is stands there."""
 
     def __init__(self) -> None:
         """Leave no bar behind; the figures are in the logs."""
-        super().__init__(leave=False, theme=RichProgressBarTheme(metrics_format=".2f"))
+        super().__init__(leave=False, theme=RichProgressBarTheme(metrics_format=".3f"))
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Give the loss and the validation accuracy, under short names."""
+        """Give the validation accuracy, or the loss where there is none yet."""
         metrics = super().get_metrics(trainer, pl_module)
-        return {short: metrics[name] for name, short in self._SHORT.items() if name in metrics}
+        return dict([(short, metrics[name]) for name, short in self._SHORT.items() if name in metrics][:1])
 
 
 def progress_bar(terminal: bool) -> ProgressBar:

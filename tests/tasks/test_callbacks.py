@@ -1,0 +1,24 @@
+from types import SimpleNamespace
+
+import torch
+
+from vispeft.tasks import PlainProgress, progress_bar
+from vispeft.tasks.callbacks import NarrowProgress
+
+
+def test_progress_fits_the_place_it_is_shown():
+    assert isinstance(progress_bar(terminal=True), NarrowProgress)
+    assert isinstance(progress_bar(terminal=False), PlainProgress)
+
+
+def test_a_line_per_epoch():
+    lines = []
+    progress = PlainProgress(lines.append)
+    metrics = {"train/loss": torch.tensor(0.5), "validation/accuracy": torch.tensor(0.25), "lr": torch.tensor(1.0)}
+    trainer = SimpleNamespace(current_epoch=1, max_epochs=3, callback_metrics=metrics)
+    progress.on_train_epoch_start(trainer)
+    progress.on_train_epoch_end(trainer, None)
+    assert lines[0].startswith("epoch 2/3  train/loss 0.5000  validation/accuracy 0.2500  ")
+    progress.disable()
+    progress.on_train_epoch_end(trainer, None)
+    assert len(lines) == 1
