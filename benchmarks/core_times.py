@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import vispeft  # first: it makes torchvision importable where its library does not fit
+
 import timm  # isort: skip
 import torch
 from common import write

@@ -1,3 +1,3 @@
-"""The tests. vispeft comes first, since it makes torchvision importable, which timm needs, beside a CPU build of torch."""
+"""The tests. vispeft comes first: it makes torchvision importable, which timm needs, beside a CPU build of torch."""
 
 import vispeft  # noqa: F401

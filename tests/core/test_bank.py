@@ -500,3 +500,175 @@ def test_a_method_from_outside_does_everything(tmp_path: Path) -> None:
     assert torch.equal(again(images), adapted)
     bank.merge()
     assert torch.allclose(model(images), adapted, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- what a reader found
+
+
+def test_a_backbone_that_computes_something_else_is_refused(saved: Path) -> None:
+    for options, says in (
+        ({"act_layer": "quick_gelu"}, "mlp.act"),
+        ({"num_heads": 6}, "heads"),
+        ({"global_pool": "avg", "fc_norm": False}, "pooling 'token'"),
+    ):
+        with pytest.raises(BaseMismatchError, match=says):
+            vispeft.load(VIT.model(**options), saved)
+
+
+def test_pooling_is_put_back(model: nn.Module) -> None:
+    wanted = model(VIT.images())
+    bank = VIT.attach(model)
+    model.reset_classifier(4, global_pool="avg")
+    bank.detach("default")
+    assert model.global_pool == "token"
+    assert torch.equal(model(VIT.images()), wanted)
+
+
+def test_notes_of_any_plain_kind_are_written_and_others_refused(model: nn.Module, tmp_path: Path) -> None:
+    bank = VIT.attach(model)
+    bank.annotate(metrics={"accuracy": torch.tensor(0.5), "per_class": dict.fromkeys(range(11), 0.1)})
+    bank.save(tmp_path)
+    assert vispeft.load(VIT.model(), tmp_path).notes()["metrics"]["per_class"]["10"] == 0.1
+    with pytest.raises(ConfigError, match="metrics"):
+        bank.annotate(metrics={"what": object()})
+
+
+def test_no_classifier_is_remembered(tmp_path: Path) -> None:
+    model = VIT.model(num_classes=0)
+    VIT.attach(model).save(tmp_path)
+    other = VIT.model(num_classes=7)
+    vispeft.load(other, tmp_path)
+    assert torch.equal(other(VIT.images()), model(VIT.images()))
+
+
+def test_disabled_nests_and_refuses_changes_inside(model: nn.Module) -> None:
+    wanted = model(VIT.images())
+    bank = VIT.attach(model)
+    with bank.disabled():
+        with bank.disabled():
+            pass
+        assert torch.allclose(model(VIT.images()), wanted)
+        with pytest.raises(ConfigError, match="disabled"):
+            bank.merge()
+        with pytest.raises(ConfigError, match="disabled"):
+            bank.set_active([])
+    assert not torch.allclose(model(VIT.images()), wanted)
+
+
+def test_every_adapter_of_a_merged_model_can_be_saved(model: nn.Module, tmp_path: Path) -> None:
+    bank = VIT.attach(model, "one")
+    vispeft.attach(model, vispeft.LoRA(), name="two")
+    bank.merge()
+    for name in ("one", "two"):
+        bank.save(tmp_path / name, name)
+        assert bank.report(name).adapter == name
+    with pytest.raises(MergeError, match="unmerge"):
+        bank.load_state_dict(bank.state_dict("one"), "one")
+
+
+def test_unmerging_follows_a_move_and_notices_other_weights(model: nn.Module) -> None:
+    bank = VIT.attach(model)
+    wanted = model(VIT.images())
+    bank.merge()
+    model.double()
+    bank.unmerge()
+    assert torch.allclose(model(VIT.images().double()).float(), wanted, atol=1e-5)
+    model.float()
+    bank.merge()
+    model.load_state_dict({key: tensor * 1.1 for key, tensor in model.state_dict().items()})
+    with pytest.raises(MergeError, match="changed since"):
+        bank.unmerge()
+
+
+def test_a_classifier_that_starts_at_zero_hides_nothing() -> None:
+    model = VIT.model()
+    nn.init.zeros_(model.head.weight)
+    bank = VIT.attach(model, moved=False)
+    nn.init.zeros_(model.head.weight)
+    assert bank.merge().max_error > 0
+
+
+def test_a_cut_model_is_taken_only_without_a_classifier(saved: Path) -> None:
+    with pytest.raises(BaseMismatchError, match="another architecture"):
+        vispeft.load(VIT.model(depth=1), saved)
+    assert vispeft.load(VIT.model(depth=1, num_classes=0), saved).names == ["default"]
+
+
+def test_a_closed_bank_says_so(model: nn.Module, saved: Path) -> None:
+    bank = VIT.attach(model)
+    bank.detach("default")
+    with pytest.raises(ConfigError, match="closed"):
+        bank.load(saved)
+    assert type(model) is VisionTransformer
+
+
+def test_a_save_that_fails_half_way_is_rolled_back(
+    saved: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    bank = VIT.attach(model)
+    move(bank, "default", seed=12)
+    before, calls, replace = {p.name: p.read_bytes() for p in saved.iterdir()}, [], os.replace
+
+    def third_fails(source: str, target: str) -> None:
+        calls.append(target)
+        if len(calls) == 3:
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", third_fails)
+    with pytest.raises(FileError, match="Input/output"):
+        bank.save(saved)
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+def test_a_save_that_is_cut_off_leaves_the_earlier_adapter(saved: Path, tmp_path: Path) -> None:
+    wanted = vispeft.load(VIT.model(), saved).state_dict()
+    other = VIT.model()
+    bank = VIT.attach(other)
+    move(bank, "default", seed=12)
+    bank.save(tmp_path / "new")
+    (saved / "adapter.safetensors").rename(saved / ".adapter.safetensors.earlier")
+    shutil.copy(tmp_path / "new/adapter.safetensors", saved / "adapter.safetensors")
+    assert all(torch.equal(t, wanted[k]) for k, t in vispeft.load(VIT.model(), saved).state_dict().items())
+
+
+def test_a_half_precision_base_keeps_its_classifier_wide() -> None:
+    model = VIT.model().bfloat16()
+    bank = VIT.attach(model)
+    assert model.head.weight.dtype == torch.float32
+    optimiser = torch.optim.AdamW(bank.parameter_groups(1e-5, 0.0))
+    before = model.head.weight.detach().clone()
+    model(VIT.images().bfloat16()).sum().backward()
+    optimiser.step()
+    assert (model.head.weight != before).float().mean() > 0.9
+    wide = model.head
+    bank.merge()
+    assert type(model.head) is nn.Linear
+    bank.unmerge()
+    assert model.head is wide
+
+
+def test_a_refused_adapter_leaves_the_activation(model: nn.Module) -> None:
+    bank = VIT.attach(model, "one")
+    bank.set_active([])
+    with pytest.raises(SiteError):
+        vispeft.attach(model, vispeft.SSF(roles=("downsample.norm",)), name="two")
+    assert bank.active == []
+    vispeft.attach(model, vispeft.LoRA(), name="two")
+    bank.set_active([])
+    bank.detach("two")
+    assert bank.active == []
+
+
+@pytest.mark.parametrize("make", [lambda: vispeft.LoRA(roles="attn.q"), lambda: vispeft.LoRA(blocks=3)])
+def test_a_single_value_where_a_list_belongs(make: object) -> None:
+    with pytest.raises(ConfigError, match="give a list"):
+        make()
+
+
+def test_places_inside_one_module_have_names_of_their_own() -> None:
+    view = vispeft.attach(Cell("ssf", "eva_dinov3").model(), vispeft.SSF()).view
+    keys = [site.key for site in view.sites]
+    assert len(set(keys)) == len(keys)

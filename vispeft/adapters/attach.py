@@ -10,7 +10,6 @@ from torch import nn
 
 from vispeft.adapters.bank import AdapterBank
 from vispeft.adapters.method import Method
-from vispeft.backbones.registry import unwrap
 
 __all__ = ["attach", "load"]
 
@@ -79,7 +78,7 @@ def load(
 @contextmanager
 def _bank_of(model: nn.Module) -> Iterator[AdapterBank]:
     """Give the model's bank, or a new one that goes again when nothing could be put into it."""
-    bank = AdapterBank.of(model) or AdapterBank(unwrap(model))
+    bank = AdapterBank.of(model) or AdapterBank(model)
     try:
         yield bank
     finally:

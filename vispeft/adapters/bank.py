@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,21 +15,32 @@ from torch import Tensor, nn
 
 from vispeft.adapters.depth import StochasticDepth
 from vispeft.adapters.files import check_tensors, read_adapter, write_adapter
-from vispeft.adapters.fingerprint import absent_parts, base_tensors, check_fingerprint, fingerprint
-from vispeft.adapters.header import adapter_part, backbone_part, preprocessing_part, tensor_part
+from vispeft.adapters.fingerprint import absent_parts, base_tensors, check_fingerprint, fingerprint, pool_of
+from vispeft.adapters.header import adapter_part, backbone_part, plain_values, preprocessing_part, tensor_part
 from vispeft.adapters.heads import BASE_HEAD, HeadRack
 from vispeft.adapters.hosts import Host, ensure_host, host_for, owner_host, take_off
-from vispeft.adapters.merge import TOLERANCE, Merged, MergeReport, apply_merge, outputs, plan_merge, undo_merge
+from vispeft.adapters.merge import (
+    TOLERANCE,
+    Merged,
+    MergeReport,
+    apply_merge,
+    difference,
+    outputs,
+    plan_merge,
+    undo_merge,
+)
 from vispeft.adapters.method import Method, method_from_dict
 from vispeft.adapters.model_host import ModelHost
 from vispeft.adapters.plan import Plan, make_plan
 from vispeft.adapters.report import Report
 from vispeft.adapters.units import SelectionUnit, Unit
 from vispeft.adapters.verify import find_dead, probe_images, unit_tensors
-from vispeft.backbones.registry import describe, family_of, unwrap
-from vispeft.errors import ConfigError, FileError, MergeError, SiteError, UnknownNameError
+from vispeft.backbones.registry import describe, family_of, is_feature_getter, unwrap
+from vispeft.errors import BaseMismatchError, ConfigError, FileError, MergeError, SiteError, UnknownNameError
 
 __all__ = ["AdapterBank"]
+
+logger = logging.getLogger(__name__)
 
 _BANK = "_vispeft_bank"
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -62,14 +74,17 @@ class AdapterBank:
     what was added.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, outer: nn.Module) -> None:
         """Take stock of a bare timm model; `attach` calls this.
 
         Args:
-            model: The timm model.
+            outer: The timm model, or a ``features_only`` wrapper around it.
         """
+        model = unwrap(outer)
+        self._outer = outer if is_feature_getter(outer) else model
         self._model = model
-        self.view = describe(model)
+        self.view = describe(self._outer)
+        self._routed: tuple[str, ...] = ()
         self._adapters: dict[str, Adapter] = {}
         self._active: tuple[str, ...] = ()
         self._requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -119,14 +134,13 @@ class AdapterBank:
     ) -> None:
         """Put one more adapter on the model and activate it alone; see `attach`."""
         self._check_new_name(name)
-        self._check_unmerged("attach another adapter")
+        self._check_ready("attach another adapter")
         if not isinstance(method, Method):
             raise ConfigError(
                 f"attach was given {method!r} as method; give a configuration such as vispeft.SSF(), "
                 "or vispeft.method('ssf')."
             )
-        before = self.active
-        plan = make_plan(method, self._model)
+        plan = make_plan(method, self._outer)
         units, seed = self._build(plan)
         adapter = Adapter(method, plan, units, None if tasks is None else tuple(tasks), seed)
         # Hosts are chosen for all units before the first one is put into place, so that a refusal changes nothing.
@@ -135,18 +149,25 @@ class AdapterBank:
             place = ensure_host(self._model.get_submodule(item.site.path), host, computed)
             _slots(place, name)[item.slot] = units[item.key]
             if item.site.owner is not None:
-                _slots(ensure_host(self._model.get_submodule(item.site.owner), *owner_host(item.site)), name)
+                _slots(ensure_host(self._model.get_submodule(item.site.owner), *owner_host()), name)
         self._adapters[name] = adapter
         self._heads.add(name)
-        self.set_active(name)
-        if verify:
-            try:
+        with self._or_without(name):
+            self.set_active(name)
+            if verify:
                 self.verify()
-            except Exception:
-                self.detach(name)
-                if before:
-                    self.set_active(before)
-                raise
+
+    @contextmanager
+    def _or_without(self, name: str) -> Iterator[None]:
+        """Take a new adapter off again, and switch back, when what is done with it fails."""
+        before = self._active
+        try:
+            yield
+        except Exception:
+            self.detach(name)
+            if self._adapters:
+                self.set_active(before)
+            raise
 
     def _check_new_name(self, name: str) -> None:
         if not _NAME.fullmatch(name):
@@ -184,8 +205,8 @@ class AdapterBank:
         self._adapter(name)
         if self._merged is not None:
             self.unmerge()
-        remaining = [active for active in self._active if active != name]
-        self.set_active(remaining or [n for n in self._adapters if n != name][:1])
+        self._check_ready("detach an adapter")
+        self.set_active([active for active in self._active if active != name])
         for host in self._hosts():
             if name in host.adapters:
                 del host.adapters[name]
@@ -225,7 +246,7 @@ class AdapterBank:
         chosen = (names,) if isinstance(names, str) else tuple(names)
         for name in chosen:
             self._adapter(name)
-        self._check_unmerged("switch adapters")
+        self._check_ready("switch adapters")
         self._check_together(chosen)
         self._route(chosen)
         self._active = chosen
@@ -247,13 +268,15 @@ class AdapterBank:
             ...     base_logits = model(images)
         """
         self._check_unmerged("disable adapters")
+        before = self._routed
         self._route(())
         try:
             yield
         finally:
-            self._route(self._active)
+            self._route(before)
 
     def _route(self, names: tuple[str, ...]) -> None:
+        self._routed = names
         for host in self._hosts():
             host.active = tuple(name for name in names if name in host.adapters)
         self._heads.place(names[-1] if names else BASE_HEAD)
@@ -297,7 +320,7 @@ class AdapterBank:
         do not decay.
 
         Args:
-            lr: Learning rate.
+            lr: Learning rate; units may ask for a multiple of it.
             weight_decay: Weight decay of what decays.
 
         Returns:
@@ -306,13 +329,14 @@ class AdapterBank:
         exempt = {
             id(e.tensor) for e in self._entries() if e.name in e.unit.no_decay or self._timm_exempts(e.key, e.name)
         }
+        factors = {id(e.tensor): e.unit.lr_factors.get(e.name, 1.0) for e in self._entries()}
         groups: dict[str, dict[str, Any]] = {}
         for _, parameter in self.trainable_parameters():
             decays = parameter.ndim > 1 and id(parameter) not in exempt
-            name = "decay" if decays else "no_decay"
-            group = groups.setdefault(
-                name, {"params": [], "lr": lr, "weight_decay": weight_decay if decays else 0.0, "name": name}
-            )
+            factor = factors.get(id(parameter), 1.0)
+            name = ("decay" if decays else "no_decay") + ("" if factor == 1 else f" lr x {factor:g}")
+            decay = weight_decay if decays else 0.0
+            group = groups.setdefault(name, {"params": [], "lr": lr * factor, "weight_decay": decay, "name": name})
             group["params"].append(parameter)
         return list(groups.values())
 
@@ -335,7 +359,8 @@ class AdapterBank:
         """
         units = {key: unit for name in self._active for key, unit in self._adapters[name].units.items()}
         blocks = {key: block for name in self._active for key, block in self._adapters[name].blocks().items()}
-        find_dead(self._model, self.view, units, blocks)
+        self._check_ready("verify its adapters")
+        find_dead(self._model, self._outer, self.view, units, blocks)
 
     def report(self, name: str | None = None) -> Report:
         """Count what an adapter trains and stores; print the result to see a table.
@@ -382,16 +407,17 @@ class AdapterBank:
         """
         if self._merged is not None:
             return self._merged.report
+        self._check_ready("merge its adapters")
         probe = probe_images(self._model, self.view)
         tensors, stays = plan_merge(self._model, self.view, partial)
         before = outputs(self._model, probe)
-        if not torch.isfinite(before).all():
+        if not all(torch.isfinite(tensor).all() for tensor in before):
             raise MergeError("The adapted model's outputs are not finite, so nothing was merged; look at its tensors.")
         self._depth.set(0.0)
         merged = Merged(MergeReport((), (), (), {}, 0.0), self._active)
         apply_merge(self._model, tensors, stays, merged)
         after = outputs(self._model, probe)
-        error = float((after - before).abs().max() / before.abs().max().clamp_min(1e-30))
+        error = difference(after, before)
         if not error <= TOLERANCE[probe.dtype]:
             undo_merge(merged)
             self.set_active(self._active)
@@ -412,12 +438,12 @@ class AdapterBank:
     def _finish_merge(self, merged: Merged, keep_original: bool, stays: bool) -> None:
         for _, parameter in self._model.named_parameters():
             parameter.requires_grad_(False)
-        if not stays and self.view.head_path is not None:
-            self._waiting_heads = self._heads.waiting
-            del self._model.adapter_heads
+        if not stays:
+            self._heads.hide()
         merged.keep_original = keep_original
         if not keep_original:
-            merged.hosts, merged.originals = [], []
+            merged.fingerprint = self._fingerprint()
+            merged.hosts, merged.originals, merged.replaced = [], [], {}
             if not stays:
                 del self._model.__dict__[_BANK]
 
@@ -435,10 +461,21 @@ class AdapterBank:
                 "adapter."
             )
         undo_merge(self._merged)
-        if self.view.head_path is not None and not hasattr(self._model, "adapter_heads"):
-            self._model.adapter_heads = self._waiting_heads
+        if not self._merged.report.kept:
+            self._heads.show()
+        reference = next(self._model.parameters())
+        for adapter in self._adapters.values():
+            for unit in adapter.units.values():
+                unit.to(reference.device)  # the model may have been moved since
         names, self._merged = self._merged.names, None
         self.set_active(names)
+
+    def _check_ready(self, wanted: str) -> None:
+        self._check_unmerged(wanted)
+        if self._model.__dict__.get(_BANK) is not self:
+            raise ConfigError(f"This bank is closed, since its model has no adapters: it cannot {wanted}. Use attach.")
+        if self._routed != self._active:
+            raise ConfigError(f"The adapters are disabled, so the model cannot {wanted}. Leave disabled() first.")
 
     def _check_unmerged(self, wanted: str) -> None:
         if self._merged is not None:
@@ -484,6 +521,7 @@ class AdapterBank:
         Raises:
             FileError: If a tensor is missing, unknown, of another shape, or not finite; nothing is copied then.
         """
+        self._check_unmerged("load an adapter's tensors")
         label = self._label(name)
         own = {str(entry): entry.tensor for entry in unit_tensors(self._adapters[label].units)}
         units = {key: tensor for key, tensor in tensors.items() if not key.startswith("head/")}
@@ -498,6 +536,12 @@ class AdapterBank:
     def _load_head(self, label: str, tensors: dict[str, Tensor]) -> None:
         present = self._heads.get(label)
         assert present is not None
+        width = cast(int, self._model.num_features)
+        for key, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise FileError(f"head/{key} is not finite.")
+            if key == "weight" and (tensor.ndim != 2 or tensor.shape[1] != width):
+                raise FileError(f"head/weight has shape {tuple(tensor.shape)}; (classes, {width}) is needed.")
         shapes = {key: tensor.shape for key, tensor in present.state_dict().items()}
         if shapes != {key: tensor.shape for key, tensor in tensors.items()}:
             if set(tensors) - {"weight", "bias"} or "weight" not in tensors:
@@ -513,7 +557,7 @@ class AdapterBank:
         """Load a plain timm state dict into the base, adapters untouched.
 
         Args:
-            state_dict: Tensors under timm's names; the classifier goes to the base's own.
+            state_dict: Tensors under timm's names; a classifier of the same shape goes to the base's own.
 
         Raises:
             FileError: If a tensor is missing, unknown or of another shape; nothing is copied then.
@@ -521,12 +565,19 @@ class AdapterBank:
         self._check_unmerged("load base weights")
         own = dict(self._base_tensors())
         head = self._heads.get(BASE_HEAD)
-        if head is not None:
-            own.update({f"{self.view.head_path}.{key}": tensor for key, tensor in head.state_dict().items()})
-        check_tensors(own, state_dict)
+        place = f"{self.view.head_path}."
+        given = {key: tensor for key, tensor in state_dict.items() if head is None or not key.startswith(place)}
+        check_tensors(own, given)
         with torch.no_grad():
-            for key, tensor in state_dict.items():
+            for key, tensor in given.items():
                 own[key].copy_(tensor)
+        if head is None:
+            return
+        classifier = {key.removeprefix(place): t for key, t in state_dict.items() if key.startswith(place)}
+        if {k: t.shape for k, t in classifier.items()} == {k: t.shape for k, t in head.state_dict().items()}:
+            head.load_state_dict(classifier)
+        else:
+            logger.info("The classifier in the state dict is of another shape than the base's; that one stays.")
 
     def annotate(
         self,
@@ -551,6 +602,8 @@ class AdapterBank:
             notes["preprocessing"] = dict(preprocessing)
         if metrics is not None:
             notes["metrics"] = dict(metrics)
+        for key, value in notes.items():
+            notes[key] = plain_values(value, key)
 
     def notes(self, name: str | None = None) -> dict[str, Any]:
         """Give what `annotate` noted, or what the adapter's file said.
@@ -578,10 +631,10 @@ class AdapterBank:
                 raise FileError(f"{key} of adapter {label!r} is not finite; it was not saved.")
         header = {
             **adapter_part(adapter.method),
-            "backbone": {**backbone_part(self._model), "fingerprint": self._fingerprint()},
+            "backbone": {**backbone_part(self._model, self._outer), "fingerprint": self._fingerprint()},
             "tasks": None if adapter.tasks is None else list(adapter.tasks),
             "seed": adapter.seed,
-            "head": {key.removeprefix("head/"): list(tensor.shape) for key, tensor in head.items()} or None,
+            "head": self._head_part(label, head),
             "preprocessing": adapter.notes.get("preprocessing") or preprocessing_part(self._model),
             "class_names": adapter.notes.get("class_names"),
             "metrics": adapter.notes.get("metrics"),
@@ -603,30 +656,50 @@ class AdapterBank:
             BaseMismatchError: If it was trained on another backbone.
         """
         folder = Path(path)
-        self._check_unmerged("load an adapter")
+        self._check_ready("load an adapter")
         label = name or ("default" if "default" not in self._adapters else folder.resolve().name)
         self._check_new_name(label)
         header, units, head = read_adapter(folder)
         if not allow_base_mismatch:
             check_fingerprint(header["backbone"]["fingerprint"], self._model, self.view)
+            self._check_pooling(header)
         method = method_from_dict(header["method"])
-        before = self.active
         random = torch.get_rng_state()
         self.add(method, label, header["tasks"], verify=False)
         torch.set_rng_state(random)
         adapter = self._adapters[label]
-        own = self.named_tensors(label)
-        absent = absent_parts(header["backbone"]["fingerprint"], self._model, self.view)
-        units = {key: tensor for key, tensor in units.items() if key in own or not _lies_in(key, absent)}
-        try:
-            self.load_state_dict({**units, **head}, label)
-        except Exception:
-            self.detach(label)
-            if before:
-                self.set_active(before)
-            raise
+        parts = absent_parts(header["backbone"]["fingerprint"], self._model, self.view)
+        lacking = [key for key in units if self._lacks(key, parts)]
+        kept = {key: tensor for key, tensor in units.items() if key not in lacking}
+        with self._or_without(label):
+            self.load_state_dict({**kept, **head}, label)
+            if header["head"] == {} and self.view.head_path is not None:
+                self._heads.add(label, nn.Identity())
+        if lacking:
+            logger.warning("This model is cut: %d tensors of the adapter belong to parts it lacks.", len(lacking))
         adapter.seed, adapter.merge_error = header["seed"], header["merge_error"]
         self.annotate(label, **{key: header[key] for key in ("class_names", "preprocessing", "metrics")})
+
+    def _lacks(self, key: str, parts: Sequence[str]) -> bool:
+        """Tell whether a tensor of a file belongs to a part of the whole model that this one was cut off."""
+        site = key.split("/", 1)[0]
+        if any(site.partition(":")[0] == part or site.startswith(f"{part}.") for part in parts):
+            return site not in {known.key for known in self.view.sites}
+        return self.view.head_path is None and site == "norm" and not any(True for _ in self.view.at("final_norm"))
+
+    def _check_pooling(self, header: Mapping[str, Any]) -> None:
+        saved, found = header["backbone"]["fingerprint"]["function"]["pool"], pool_of(self._model)
+        if header["head"] and self.view.head_path is not None and found and saved != found:
+            raise BaseMismatchError(
+                f"The adapter's classifier was trained behind pooling {saved!r}; this model pools by {found!r}. Create "
+                f"it with global_pool={saved!r}."
+            )
+
+    def _head_part(self, label: str, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """Describe the classifier: its shapes, none for features as they are, None without a place for one."""
+        if self._heads.get(label) is None:
+            return None
+        return {key.removeprefix("head/"): list(tensor.shape) for key, tensor in tensors.items()}
 
     # ------------------------------------------------------------------ helpers
 
@@ -654,13 +727,9 @@ class AdapterBank:
         return {} if self._merged is None else self._merged.replaced
 
     def _fingerprint(self) -> dict[str, Any]:
+        if self._merged is not None and self._merged.fingerprint is not None:
+            return self._merged.fingerprint
         return fingerprint(self._model, self.view, self._replaced())
-
-
-def _lies_in(key: str, parts: Sequence[str]) -> bool:
-    """Tell whether a unit belongs to a part of the whole model that this one lacks."""
-    path = key.split("/", 1)[0].split(":", 1)[0]
-    return any(path == part or path.startswith(f"{part}.") for part in parts)
 
 
 def _slots(host: Host, name: str) -> nn.ModuleDict:

@@ -22,6 +22,7 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
+from vispeft.adapters.codecs import RAW
 from vispeft.errors import FileError, UnknownNameError
 
 __all__ = [
@@ -43,9 +44,10 @@ JSON_FILE, ADAPTER_FILE, HEAD_FILE = "adapter.json", "adapter.safetensors", "hea
 
 
 def write_atomically(files: Mapping[Path, bytes]) -> None:
-    """Write files so that each one is whole or absent, whatever happens.
+    """Write files so that either all of them are new or all of them are as they were.
 
-    All contents are on disk under other names before the first one gets its own.
+    All contents are on disk under other names before the first one gets its own, and what had the names before stays
+    beside them until the last one has. A process killed in between leaves the earlier files to `read_adapter`.
 
     Args:
         files: Contents by path; they get their names in this order.
@@ -64,16 +66,30 @@ def write_atomically(files: Mapping[Path, bytes]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(name, 0o644)
+        for _, path in staged:
+            if path.exists():
+                _earlier(path).unlink(missing_ok=True)
+                os.link(path, _earlier(path))
         for name, path in staged:
             os.replace(name, path)
+        for _, path in staged:
+            _earlier(path).unlink(missing_ok=True)
     except OSError as error:
-        for name, _ in staged:
+        for name, path in staged:
             with contextlib.suppress(OSError):
                 os.unlink(name)
+            with contextlib.suppress(OSError):
+                os.replace(_earlier(path), path)
+                _earlier(path).unlink(missing_ok=True)  # renaming one name of a file to another leaves both
         raise FileError(
             f"{', '.join(str(path) for path in files)} could not be written ({error.strerror or error}). What was "
             "there before is still there; free some space or choose another place."
         ) from error
+
+
+def _earlier(path: Path) -> Path:
+    """Name what stood at a path while something new is put there."""
+    return path.with_name(f".{path.name}.earlier")
 
 
 def write_adapter(folder: Path, header: dict[str, Any], units: dict[str, Tensor], head: dict[str, Tensor]) -> None:
@@ -112,12 +128,20 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
     Raises:
         FileError: If a file is missing, truncated, altered, or of a later schema.
     """
+    if folder.name == JSON_FILE:
+        folder = folder.parent
     header = _read_header(folder)
+    codecs = {entry["codec"] for entry in header["tensors"].values()} - {RAW}
+    if codecs:
+        raise FileError(f"{folder / JSON_FILE} holds tensors coded as {', '.join(sorted(codecs))}; upgrade vispeft.")
     tensors: dict[str, dict[str, Tensor]] = {ADAPTER_FILE: {}, HEAD_FILE: {}}
     for name, sha in header["files"].items():
         if name not in tensors:
             raise FileError(f"{folder / JSON_FILE} names a file {name!r} that no adapter has.")
         content = _read(folder / name)
+        earlier = _earlier(folder / name)
+        if hashlib.sha256(content).hexdigest() != sha and earlier.is_file():
+            content = _read(earlier)  # saving was cut off between this file and the description
         if hashlib.sha256(content).hexdigest() != sha:
             raise FileError(
                 f"{folder / name} is truncated or was altered: its sha256 is not the one in {JSON_FILE}. "
@@ -160,16 +184,14 @@ def _read(path: Path) -> bytes:
 
 
 def _digest(header: dict[str, Any]) -> str:
+    header = json.loads(json.dumps(header))  # as it will be read: keys are strings, tuples are lists
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _to_bytes(tensors: dict[str, Tensor]) -> bytes:
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    # An empty file would lose the promise that every adapter has both; safetensors writes an empty header for it.
-    return (
-        save_bytes(plain, metadata={"format": "vispeft"}) if plain else save_bytes({}, metadata={"format": "vispeft"})
-    )
+    return save_bytes(plain, metadata={"format": "vispeft"})
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vispeft.adapters.hosts import base_class
 from vispeft.adapters.sites import View
 from vispeft.adapters.units import Unit
 from vispeft.errors import BaseMismatchError
 
-__all__ = ["absent_parts", "base_tensors", "check_fingerprint", "fingerprint"]
+__all__ = ["absent_parts", "base_tensors", "check_fingerprint", "fingerprint", "function_of", "pool_of"]
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -71,6 +72,7 @@ def fingerprint(model: nn.Module, view: View, replaced: Mapping[str, Tensor | No
     with ThreadPoolExecutor(2) as pool:
         digests = dict(zip(parts, pool.map(_digests, parts.values()), strict=True))
     return {
+        "function": function_of(model, view),
         "class": view.model_class,
         "dtype": str(dtype).removeprefix("torch."),
         "parts": digests,
@@ -101,12 +103,15 @@ def check_fingerprint(
         )
     parts, bound, dtype = _group(model, view, replaced)
     unknown = [part for part in parts if part not in saved["parts"]]
-    if unknown or (len(parts) < len(saved["parts"]) and not _is_prefix(parts, saved["parts"])):
+    # A model made for its features may be cut; one with a classifier has all of it or is another one.
+    cut = len(parts) < len(saved["parts"])
+    if unknown or (cut and not (_has_no_classifier(model, view) and _is_prefix(parts, saved["parts"]))):
         missing = [part for part in saved["parts"] if part not in parts]
         raise BaseMismatchError(
             f"The adapter was trained on another architecture: this model has {_some(unknown) or 'nothing'} beyond it "
             f"and lacks {_some(missing) or 'nothing'}. Create the backbone with the arguments in its adapter.json."
         )
+    _check_function(saved["function"], function_of(model, view))
     present = "float32" if dtype in (torch.float32, torch.float64) else str(dtype).removeprefix("torch.")
     levels = _levels(saved["dtype"], present)
     with ThreadPoolExecutor(2) as pool:
@@ -122,6 +127,51 @@ def check_fingerprint(
             f"model differ, first {_some(different)}. Load the same pretrained weights, or pass "
             "allow_base_mismatch=True if you know that they are close enough."
         )
+
+
+def function_of(model: nn.Module, view: View) -> dict[str, Any]:
+    """Say what the weights do not: how the model pools, attends, activates and normalises.
+
+    Args:
+        model: The timm model.
+        view: Its description.
+
+    Returns:
+        Plain values.
+    """
+    kinds: dict[str, set[str]] = defaultdict(set)
+    roles = {site.path: site.role for site in view.sites if site.kind in ("norm", "block") and not site.inside}
+    heads = [int(module.num_heads) for site in view.at("attn") if (module := model.get_submodule(site.path))]  # type: ignore[arg-type]
+    for path, module in model.named_modules():
+        role = roles.get(path, "")
+        if role == "mlp.act":
+            detail = module.extra_repr()
+            kinds[role].add(base_class(module).__name__ + (f"({detail})" if detail else ""))
+        elif role not in ("", "block"):
+            kinds[role].add(f"{base_class(module).__name__} {getattr(module, 'eps', '')}".strip())
+    return {**{kind: sorted(values) for kind, values in sorted(kinds.items())}, "heads": heads, "pool": pool_of(model)}
+
+
+def pool_of(model: nn.Module) -> str:
+    """Say how a model pools in front of its classifier, now."""
+    return str(getattr(model, "global_pool", ""))
+
+
+def _check_function(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    for what in saved:
+        # Pooling belongs to the classifier and is checked with it; a cut model lacks what stands behind the cut.
+        if what == "pool" or what not in found or found[what] in (saved[what], ["Identity"]):
+            continue
+        if what == "heads" and found[what] == saved[what][: len(found[what])]:
+            continue
+        raise BaseMismatchError(
+            f"The adapter was trained on a backbone whose {what} is {saved[what]}; here it is "
+            f"{found[what]}. Create the backbone with the arguments in its adapter.json."
+        )
+
+
+def _has_no_classifier(model: nn.Module, view: View) -> bool:
+    return view.head_path is None or base_class(model.get_submodule(view.head_path)) is nn.Identity
 
 
 def absent_parts(saved: Mapping[str, Any], model: nn.Module, view: View) -> list[str]:

@@ -68,7 +68,8 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: Se
     with torch.autocast(x.device.type, enabled=False):
         # The fused backward knows no gradient of the frozen weight; where one is wanted, autograd does the work.
         base_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or base_trains:
+        transformed = torch._C._are_functorch_transforms_active()
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed or base_trains:
             return _low_rank_plain(x, weight, bias, layout, factors)
         # Reshaped out here: a view made inside the function could not be added to in place, which some timm attention
         # modules do with what their projection returns.
@@ -151,21 +152,19 @@ def _written_into(weight: Tensor, layout: Sequence[tuple[float, int, int]], fact
     return written
 
 
-def affine(y: Tensor, scale: Tensor, shift: Tensor, channel_dim: int = -1) -> Tensor:
+def affine(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Scale and shift the channels: ``scale * y + shift`` (SSF, arXiv 2210.08823, eq. 3).
 
     Args:
-        y: Any shape with the channels at `channel_dim`.
+        y: (..., channels).
         scale: (channels,).
         shift: (channels,).
-        channel_dim: -1 for tokens and NHWC maps, 1 for NCHW maps.
 
     Returns:
         The shape and type of `y`.
     """
-    if channel_dim not in (-1, y.ndim - 1):
-        shape = [1] * y.ndim
-        shape[channel_dim] = -1
-        scale, shift = scale.view(shape), shift.view(shape)
-    # addcmul keeps y and scale and nothing else; a product and a sum would also make a temporary of y's size.
-    return torch.addcmul(shift.to(y.dtype), y, scale.to(y.dtype))
+    if y.dtype == scale.dtype:
+        # addcmul keeps y and scale and nothing else; a product and a sum would also make a temporary of y's size.
+        return torch.addcmul(shift, y, scale)
+    # A scale near one would be rounded to a coarse grid; its distance from one is not.
+    return torch.addcmul(y + shift.to(y.dtype), y, (scale - 1).to(y.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from vispeft.adapters.codecs import RAW
 from vispeft.adapters.files import dtype_name
 from vispeft.adapters.method import Method
+from vispeft.errors import ConfigError
 
-__all__ = ["adapter_part", "backbone_part", "preprocessing_part", "tensor_part"]
+__all__ = ["adapter_part", "backbone_part", "plain_values", "preprocessing_part", "tensor_part"]
 
 
 def adapter_part(method: Method) -> dict[str, Any]:
@@ -25,15 +27,32 @@ def adapter_part(method: Method) -> dict[str, Any]:
     return {"vispeft": _own_version(), "timm": timm.__version__, "method": method.to_dict()}
 
 
-def backbone_part(model: nn.Module) -> dict[str, Any]:
+def plain_values(value: Any, name: str) -> Any:
+    """Turn a note into what JSON holds: numbers out of tensors and arrays, lists out of tuples, names for keys.
+
+    Args:
+        value: The note.
+        name: What it is, for the message.
+
+    Raises:
+        ConfigError: If something in it cannot be written down.
+    """
+    try:
+        return json.loads(json.dumps(value, default=lambda item: item.tolist()))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{name} cannot be written to a file ({error}); give numbers, names and lists.") from error
+
+
+def backbone_part(model: nn.Module, outer: nn.Module) -> dict[str, Any]:
     """Say how the backbone was made, as far as it is known.
 
     Args:
         model: The timm model.
+        outer: What the user created: the model itself, or a wrapper around it.
     """
     cfg = getattr(model, "pretrained_cfg", None) or {}
     named = {"name": cfg.get("architecture"), "args": _jsonable(getattr(model, "_model_args", {}))}
-    return {**named, **(model.__dict__.get("_vispeft_source") or {})}
+    return {**named, **(outer.__dict__.get("_vispeft_source") or model.__dict__.get("_vispeft_source") or {})}
 
 
 def preprocessing_part(model: nn.Module) -> dict[str, Any]:

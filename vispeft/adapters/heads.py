@@ -5,12 +5,21 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-__all__ = ["BASE_HEAD", "HeadRack"]
+__all__ = ["BASE_HEAD", "HeadRack", "WideHead"]
 
 BASE_HEAD = "(base)"
 """Name under which the model's original classifier waits; no adapter can be called so."""
+
+
+class WideHead(nn.Linear):
+    """A classifier in float32 behind a backbone in reduced precision, which would round its updates away."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute (B, classes), in float32."""
+        return super().forward(input.to(self.weight.dtype))
 
 
 class HeadRack:
@@ -30,15 +39,32 @@ class HeadRack:
         self.model = model
         self.path = path
         self.placed = BASE_HEAD
+        self.waiting = nn.ModuleDict()
+        self.num_classes = getattr(model, "num_classes", None)
+        self.wide: nn.Module | None = None
+        self.pooling = self._pooling()
         if path is not None:
-            model.adapter_heads = nn.ModuleDict()
+            self.show()
 
-    @property
-    def waiting(self) -> nn.ModuleDict:
-        """The heads that are not in place."""
-        heads = self.model.adapter_heads
-        assert isinstance(heads, nn.ModuleDict)
-        return heads
+    def show(self) -> None:
+        """Hang the waiting heads into the model, where device moves and state dicts see them."""
+        if self.path is not None:
+            self.model.adapter_heads = self.waiting
+            if self.wide is not None:
+                self._stand(self.wide)
+                self.wide = None
+
+    def hide(self) -> None:
+        """Leave a plain model with the head that is in place, for as long as it is merged."""
+        if self.path is None:
+            return
+        del self.model.adapter_heads
+        head = self.model.get_submodule(self.path)
+        if isinstance(head, WideHead):
+            self.wide = head
+            plain = nn.Linear(head.in_features, head.out_features, head.bias is not None)
+            plain.load_state_dict(head.state_dict())
+            self._stand(plain.to(next(self.model.parameters())).train(head.training))
 
     def add(self, name: str, head: nn.Module | None = None) -> None:
         """Give an adapter a head: its own, or a copy of the base's.
@@ -49,8 +75,11 @@ class HeadRack:
         """
         if self.path is None:
             return
-        module = head or copy.deepcopy(self.get(BASE_HEAD))
+        module = head if head is not None else copy.deepcopy(self.get(BASE_HEAD))
         assert module is not None
+        if type(module) is nn.Linear and module.weight.dtype in (torch.bfloat16, torch.float16):
+            module.__class__ = WideHead
+            module.float()
         if name == self.placed:
             self._stand(module)
         else:
@@ -67,7 +96,9 @@ class HeadRack:
         """
         if self.path is None:
             return None
-        return self.model.get_submodule(self.path) if name == self.placed else self.waiting[name]
+        if name == self.placed:
+            return self.wide or self.model.get_submodule(self.path)
+        return self.waiting[name]
 
     def place(self, name: str) -> None:
         """Put a head where timm expects the classifier.
@@ -88,15 +119,27 @@ class HeadRack:
             del self.waiting[name]
 
     def close(self) -> None:
-        """Put the base's head back and leave nothing behind."""
-        if self.path is not None:
-            self.place(BASE_HEAD)
-            del self.model.adapter_heads
+        """Put the base's head and pooling back and leave nothing behind."""
+        if self.path is None:
+            return
+        self.place(BASE_HEAD)
+        del self.model.adapter_heads
+        for owner, name, value in self.pooling:
+            setattr(owner, name, value)
+        if self.num_classes is not None:
+            self.model.num_classes = self.num_classes
+
+    def _pooling(self) -> list[tuple[nn.Module, str, Any]]:
+        """Note what timm's ``reset_classifier(..., global_pool=...)`` changes besides the classifier."""
+        places = [(self.model, "global_pool"), (self.model, "attn_pool")]
+        if self.path is not None and "." in self.path:
+            places.append((self.model.get_submodule(self.path.rpartition(".")[0]), "global_pool"))
+        return [(owner, name, getattr(owner, name)) for owner, name in places if hasattr(owner, name)]
 
     def _stand(self, module: nn.Module) -> None:
         assert self.path is not None
         parent, _, leaf = self.path.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, module)
-        if hasattr(self.model, "num_classes"):
+        if self.num_classes is not None and isinstance(module, nn.Linear | nn.Identity):
             model: Any = self.model
             model.num_classes = module.out_features if isinstance(module, nn.Linear) else 0

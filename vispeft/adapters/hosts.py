@@ -280,7 +280,14 @@ class IdentityHost(Host):
 
 
 def _reader(name: str) -> Callable[[Host], Tensor | None]:
-    return lambda host: host.read(name)
+    def read(host: Host) -> Tensor | None:
+        try:
+            return host.read(name)
+        except AttributeError as error:
+            # nn.Module would take it for a missing attribute and quietly hand out the base's tensor.
+            raise RuntimeError(f"A unit failed to compute {name!r} of a {host.base.__name__}: {error}") from error
+
+    return read
 
 
 _CLASSES: dict[tuple[type[Host], type[nn.Module], tuple[str, ...]], type[Host]] = {}
@@ -394,11 +401,8 @@ def put_back(state: HostState) -> None:
     host.__dict__.update(state.attributes)
 
 
-def owner_host(site: Site) -> tuple[type[Host], tuple[str, ...]]:
-    """Choose the host of the module that reads a site's weight.
-
-    Args:
-        site: A site with `reads_weight`.
+def owner_host() -> tuple[type[Host], tuple[str, ...]]:
+    """Give the host of a module that reads a projection's weight.
 
     Returns:
         The kind of host, and the tensors to be computed on read.

@@ -13,7 +13,7 @@ from vispeft.adapters.model_host import ModelHost
 from vispeft.adapters.sites import Site, View
 from vispeft.errors import MergeError
 
-__all__ = ["MergeReport", "Merged", "apply_merge", "plan_merge", "undo_merge"]
+__all__ = ["MergeReport", "Merged", "apply_merge", "difference", "plan_merge", "undo_merge"]
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference of outputs after a merge, over the largest output. Merging is exact algebra carried out in double
@@ -48,6 +48,10 @@ class Merged:
     replaced: dict[str, Tensor | None] = field(default_factory=dict)
     """The originals by state-dict key."""
     keep_original: bool = True
+    fingerprint: dict[str, Any] | None = None
+    """The base's fingerprint, where the originals are not kept."""
+    written: list[tuple[dict[str, Any], str, torch.dtype | None, float]] = field(default_factory=list)
+    """Type and sum of what stands in their place."""
 
 
 Plain = dict[str, Tensor | None]
@@ -143,7 +147,9 @@ def apply_merge(model: nn.Module, tensors: Plain, stays: dict[str, str], merged:
         if name not in layer._non_persistent_buffers_set:
             merged.replaced[full] = old
         kind = dtype if old is None else old.dtype
-        store[name] = None if tensor is None else nn.Parameter(tensor.to(kind), requires_grad=False)
+        new = None if tensor is None else nn.Parameter(tensor.to(kind), requires_grad=False)
+        store[name] = new
+        merged.written.append((store, name, *_trace(new)))
     for path, module in list(model.named_modules()):
         keeps_model = isinstance(module, ModelHost) and bool(stays)
         if isinstance(module, Host) and path not in stays and not keeps_model:
@@ -156,14 +162,29 @@ def undo_merge(merged: Merged) -> None:
     Args:
         merged: What `apply_merge` filled.
     """
+    for store, name, dtype, total in merged.written:
+        found = _trace(store.get(name))
+        # A model that was moved to another type in between is still the merged one.
+        if found[0] == dtype and found[1] != total:
+            raise MergeError(
+                f"The merged {name} was changed since, so undoing the merge would mix two models. Create the backbone "
+                "again and load the adapter."
+            )
     for store, name, old in reversed(merged.originals):
+        new = store.get(name)
+        if old is not None and new is not None:
+            old.data = old.data.to(device=new.device, dtype=new.dtype)  # the model may have been moved since
         store[name] = old
     for state in reversed(merged.hosts):
         put_back(state)
 
 
-def outputs(model: nn.Module, images: Tensor) -> Tensor:
-    """Run a model in evaluation mode and string all outputs together, in double precision.
+def _trace(tensor: Tensor | None) -> tuple[torch.dtype | None, float]:
+    return (None, 0.0) if tensor is None else (tensor.dtype, float(tensor.detach().double().sum()))
+
+
+def outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Run a model in evaluation mode, and give all it computes in double precision: features as well as logits.
 
     Args:
         model: The model; its mode is put back.
@@ -173,7 +194,16 @@ def outputs(model: nn.Module, images: Tensor) -> Tensor:
     model.eval()
     try:
         with torch.no_grad():
-            out = model(images)
+            result = model(images)
+            out = [result] if isinstance(result, Tensor) else list(result)
+            if hasattr(model, "forward_features"):
+                out.append(cast(Any, model).forward_features(images))
     finally:
         model.train(mode)
-    return torch.cat([tensor.double().flatten() for tensor in ([out] if isinstance(out, Tensor) else out)])
+    return [tensor.double() for tensor in out]
+
+
+def difference(after: list[Tensor], before: list[Tensor]) -> float:
+    """Compute the largest difference of any output, over the largest entry of that output."""
+    pairs = zip(after, before, strict=True)
+    return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs)

@@ -12,7 +12,7 @@ from torch import nn
 
 from vispeft.adapters.sites import Site, View, check_roles, select
 from vispeft.adapters.units import Unit
-from vispeft.errors import ConfigError, UnknownNameError
+from vispeft.errors import ConfigError, SiteError, UnknownNameError
 
 __all__ = ["Method", "PlanItem", "list_methods", "method", "method_from_dict", "register"]
 
@@ -39,7 +39,7 @@ class PlanItem:
     @property
     def slot(self) -> str:
         """Name of the unit inside its host, unique there also when slices of one layer have units of their own."""
-        return self.unit if self.site.rows is None else f"{self.unit}_{self.site.role.rsplit('.', 1)[-1]}"
+        return self.unit if self.site.part is None else f"{self.unit}_{self.site.part}"
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """List the unit's trainable tensors without allocating them."""
@@ -81,12 +81,20 @@ class Method:
         for field, values in (("roles", self.roles), ("blocks", self.blocks)):
             if values is None:
                 continue
+            if isinstance(values, int):
+                raise ConfigError(f"{type(self).__name__}({field}={values!r}): give a list, such as [{values!r}].")
             object.__setattr__(self, field, tuple(values))
+            if isinstance(values, str):
+                raise ConfigError(f"{type(self).__name__}({field}={values!r}): give a list, such as [{values!r}].")
             if not values:
                 raise ConfigError(
                     f"{type(self).__name__}({field}=()) would adapt nothing; leave it None for the default."
                 )
         check_roles(self.roles or ())
+        if any(not isinstance(block, int) for block in self.blocks or ()):
+            raise ConfigError(f"{type(self).__name__}(blocks={self.blocks!r}): block indices are whole numbers.")
+        if "head" in (self.roles or ()):
+            raise SiteError("Role 'head' was asked for; the classifier belongs to the adapter and trains as it is.")
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
         """Say which units go where, in forward order.

@@ -13,6 +13,7 @@ from torch import nn
 
 from vispeft.adapters.method import Method, PlanItem
 from vispeft.backbones.registry import describe, unwrap
+from vispeft.errors import SiteError
 
 __all__ = ["Plan", "make_plan", "plan"]
 
@@ -73,11 +74,11 @@ class Plan:
 
 
 def make_plan(method: Method, model: nn.Module) -> Plan:
-    """Plan a method on a bare timm model.
+    """Plan a method on a model.
 
     Args:
         method: The method.
-        model: The timm model, as `unwrap` gives it.
+        model: What the user holds: a timm model, or a wrapper around one.
 
     Returns:
         The plan.
@@ -87,7 +88,11 @@ def make_plan(method: Method, model: nn.Module) -> Plan:
         SiteError: If a role matches nothing, or the method has no stated form for the family.
     """
     view = describe(model)
-    return Plan(method=method, family=view.family, items=tuple(method.items(view, model)))
+    items = tuple(method.items(view, unwrap(model)))
+    twice = [key for key, count in Counter(item.key for item in items).items() if count > 1]
+    if twice:
+        raise SiteError(f"{type(method).__name__} plans two units under one name: {', '.join(twice[:3])}. Rename one.")
+    return Plan(method=method, family=view.family, items=items)
 
 
 def plan(model: nn.Module, method: Method) -> Plan:
@@ -104,4 +109,4 @@ def plan(model: nn.Module, method: Method) -> Plan:
         BackboneError: If the model is not supported.
         SiteError: If a role matches nothing, or the method has no stated form for the family.
     """
-    return make_plan(method, unwrap(model))
+    return make_plan(method, model)

@@ -92,6 +92,8 @@ class Site:
     """Order of the axes of what leaves."""
     rows: Rows | None = None
     """The rows of the fused layer, for a slice."""
+    inside: bool = False
+    """Whether the place is one of several inside the module at `path`, and needs its role to be told apart."""
     reads_weight: bool = False
     """Whether the model reads the layer's ``.weight`` instead of calling it."""
     owner: str | None = None
@@ -107,7 +109,12 @@ class Site:
     def key(self) -> str:
         """Name of the site in files: its path, with the slice's last name where it is one."""
         path = self.path if self.alias is None else self.alias
-        return path if self.rows is None else f"{path}:{self.role.rsplit('.', 1)[-1]}"
+        return path if self.part is None else f"{path}:{self.part}"
+
+    @property
+    def part(self) -> str | None:
+        """Name of the place inside its module, where the module holds several."""
+        return self.role.rsplit(".", 1)[-1] if self.inside or self.rows is not None else None
 
 
 @dataclass(frozen=True)

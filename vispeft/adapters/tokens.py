@@ -113,7 +113,8 @@ class PlainModelHost(ModelHost):
             if not intermediates_only:
                 named["image_features"] = self._pooled_rows(self.norm(tokens), units)
             return named
-        found: list[Any] = list(zip(maps, prefix, strict=True)) if return_prefix_tokens else maps
+        both = return_prefix_tokens and self.num_prefix_tokens > 0
+        found: list[Any] = list(zip(maps, prefix, strict=True)) if both else maps
         return found if intermediates_only else (self._pooled_rows(self.norm(tokens), units), found)
 
     def _run(

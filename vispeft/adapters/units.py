@@ -29,6 +29,8 @@ class Unit(nn.Module):
     kind: ClassVar[UnitKind]
     no_decay: ClassVar[frozenset[str]] = frozenset()
     """Tensors that must not decay, besides those of fewer than two dimensions."""
+    lr_factors: ClassVar[Mapping[str, float]] = {}
+    """Multiples of the learning rate, by tensor."""
     zero_gradient: frozenset[str] = frozenset()
     """Tensors whose gradient is zero by construction, which `verify` must not complain about."""
     identity_at_start: ClassVar[bool] = True

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,9 @@ def probe_images(model: nn.Module, view: View, batch: int = 1) -> Tensor:
     """
     reference = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, view.in_chans, *view.img_size, generator=generator)
+    # The present size: set_input_size may have changed it since the model was described.
+    size = getattr(cast(Any, model).patch_embed, "img_size", None) or view.img_size
+    images = torch.randn(batch, view.in_chans, *size, generator=generator)
     return images.to(device=reference.device, dtype=reference.dtype)
 
 
@@ -72,7 +74,9 @@ def unit_tensors(units: dict[str, Unit]) -> list[UnitTensor]:
     return [UnitTensor(key, name, unit, t) for key, unit in units.items() for name, t in unit.named_parameters()]
 
 
-def find_dead(model: nn.Module, view: View, units: dict[str, Unit], blocks: dict[str, int | None]) -> None:
+def find_dead(
+    model: nn.Module, outer: nn.Module, view: View, units: dict[str, Unit], blocks: dict[str, int | None]
+) -> None:
     """Run one image forward and backward and look for tensors without a gradient.
 
     Every unit is moved away from its start first: LoRA's first factor, for one, has no gradient while the second one
@@ -80,6 +84,7 @@ def find_dead(model: nn.Module, view: View, units: dict[str, Unit], blocks: dict
 
     Args:
         model: The timm model, with the units' adapter active.
+        outer: What the user runs: the model itself, or a wrapper around it.
         view: Its description.
         units: The units by key.
         blocks: Block index of each unit.
@@ -90,12 +95,13 @@ def find_dead(model: nn.Module, view: View, units: dict[str, Unit], blocks: dict
     entries = unit_tensors(units)
     if not entries:
         return
-    dead = _without_gradient(model, view, entries, blocks, {})
+    images = probe_images(model, view)
+    dead = _without_gradient(outer, images, entries, blocks, _filled_heads(outer))
     if not dead:
         return
     # A fresh SwinV2 has norms of weight zero behind its branches: wired rightly, and yet nothing passes.
-    zeros = {name: torch.ones_like(t) for name, t in model.named_parameters() if not t.requires_grad and not t.any()}
-    still = _without_gradient(model, view, entries, blocks, zeros) if zeros else dead
+    zeros = {n: torch.ones_like(t) for n, t in outer.named_parameters() if not t.requires_grad and not t.any()}
+    still = _without_gradient(outer, images, entries, blocks, {**zeros, **_filled_heads(outer)}) if zeros else dead
     if not still:
         logger.warning(
             "%d of %d trainable tensors get no gradient while base tensors are all zero (%s). That is so in a model "
@@ -112,8 +118,15 @@ def find_dead(model: nn.Module, view: View, units: dict[str, Unit], blocks: dict
     )
 
 
+def _filled_heads(model: nn.Module) -> dict[str, Tensor]:
+    """Make values for classifiers that start at zero, as many recipes have it: no gradient passes one yet."""
+    generator = torch.Generator().manual_seed(2)
+    heads = [(n, t) for n, t in model.named_parameters() if t.requires_grad and t.ndim > 1 and "adapters." not in n]
+    return {name: torch.randn(t.shape, generator=generator).to(t) for name, t in heads if not t.any()}
+
+
 def _without_gradient(
-    model: nn.Module, view: View, entries: list[UnitTensor], blocks: dict[str, int | None], base: dict[str, Tensor]
+    model: nn.Module, images: Tensor, entries: list[UnitTensor], blocks: dict[str, int | None], base: dict[str, Tensor]
 ) -> list[str]:
     """List the tensors that get no gradient, with some tensors of the base replaced."""
     tensors = [entry.tensor for entry in entries]
@@ -123,7 +136,7 @@ def _without_gradient(
             for tensor in tensors:
                 noise = torch.randn(tensor.shape, generator=generator).to(tensor)
                 tensor.add_(noise * (0.02 + 0.1 * tensor.std(correction=0)))
-        out = _run(model, probe_images(model, view), base)
+        out = _run(model, images, base)
         maps = [out] if isinstance(out, Tensor) else list(out)
         loss = torch.stack([(m.float() * torch.randn(m.shape, generator=generator).to(m.device)).sum() for m in maps])
         gradients = torch.autograd.grad(loss.sum(), tensors, allow_unused=True)

@@ -57,17 +57,17 @@ def _block_sites(block: Any, path: str, spot: Spot, rotated: bool) -> Iterator[S
     yield spot.site(f"{path}.attn", "attn", "attention")
     yield from projection_sites(attn, f"{path}.attn", spot, inner)
     yield from query_key_norm_sites(attn, f"{path}.attn", spot, rotated)
-    yield spot.site(f"{path}.attn", "attn.core", "attention", inner, inner)
+    yield spot.site(f"{path}.attn", "attn.core", "attention", inner, inner, inside=True)
     if not is_absent(attn.norm):
         readers = (f"{path}.attn.proj",) if attn.gate is None else ()
         yield spot.site(f"{path}.attn.norm", "attn.norm", "norm", inner, inner, consumers=readers)
     yield spot.site(f"{path}.attn.proj", "attn.proj", "linear", inner)
     if block.gamma_1 is not None:
-        yield spot.site(path, "ls1", "scale")
+        yield spot.site(path, "ls1", "scale", inside=True)
     yield spot.site(f"{path}.norm2", "norm2", "norm", consumers=first_layers(block.mlp, f"{path}.mlp"))
     yield from mlp_sites(block.mlp, f"{path}.mlp", spot)
     if block.gamma_2 is not None:
-        yield spot.site(path, "ls2", "scale")
+        yield spot.site(path, "ls2", "scale", inside=True)
 
 
 class EvaHost(PlainModelHost):

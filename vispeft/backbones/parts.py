@@ -107,7 +107,9 @@ def query_key_norm_sites(attn: Any, path: str, spot: Spot, rotated: bool) -> Ite
 
 
 def branch_readers(attn: Any, path: str) -> tuple[str, ...]:
-    """List the linear layers that read what enters an attention module."""
+    """List the linear layers that read what enters an attention module; none where it keeps their biases itself."""
+    if getattr(attn, "q_bias", None) is not None:
+        return ()
     if getattr(attn, "qkv", None) is None:
         readers = [f"{path}.{part}_proj" for part in ("q", "k", "v")]
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -55,7 +55,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     if isinstance(inner, nn.Module):
         return unwrap(inner)
     inner = getattr(model, "model", None)
-    if type(model).__name__ == "FeatureGetterNet" and isinstance(inner, nn.Module):
+    if is_feature_getter(model) and isinstance(inner, nn.Module):
         return inner
     return model
 
@@ -79,18 +79,31 @@ def family_of(model: nn.Module) -> Family:
 
 
 def describe(model: nn.Module) -> View:
-    """Describe a timm model: its sites, widths, stages, tokens and layout.
+    """Describe a model: its sites, widths, stages, tokens and layout.
 
     Args:
-        model: The timm model, as `unwrap` gives it.
+        model: A timm model, or a wrapper around one.
 
     Returns:
-        The view.
+        The view. Of a model that is wrapped for its features, what stands behind the last feature is left out.
 
     Raises:
         BackboneError: If the model, a block or an attention class is not supported.
     """
-    return family_of(model).describe(model)
+    inner = unwrap(model)
+    view = family_of(inner).describe(inner)
+    if not is_feature_getter(model):
+        return view
+    unused = {"fc_norm", "attn_pool", "head"} | (set() if getattr(model, "norm", False) else {"final_norm"})
+    sites = tuple(site for site in view.sites if site.role not in unused)
+    reason = "a model wrapped for its features does not use it"
+    not_here = {**view.not_here, **dict.fromkeys(unused, reason)}
+    return replace(view, sites=sites, head_path=None, head_drop_paths=(), not_here=not_here)
+
+
+def is_feature_getter(model: nn.Module) -> bool:
+    """Tell whether a model is timm's wrapper that returns intermediate features."""
+    return type(model).__name__ == "FeatureGetterNet"
 
 
 def check_class(path: str, module: nn.Module, supported: Iterable[type[nn.Module]]) -> None:

@@ -55,7 +55,7 @@ def _block_sites(block: Any, path: str, spot: Spot) -> Iterator[Site]:
     yield spot.site(f"{path}.attn", "attn", "attention")
     yield from projection_sites(attn, f"{path}.attn", spot, spot.width)
     yield spot.site(f"{path}.attn.cpb_mlp", "rel_pos", "table")
-    yield spot.site(f"{path}.attn", "attn.core", "attention")
+    yield spot.site(f"{path}.attn", "attn.core", "attention", inside=True)
     yield spot.site(f"{path}.attn.proj", "attn.proj", "linear")
     yield spot.site(f"{path}.norm1", "norm1", "norm")
     yield from mlp_sites(block.mlp, f"{path}.mlp", spot)

@@ -143,7 +143,7 @@ def _block_sites(block: Any, path: str, spot: Spot) -> Iterator[Site]:
     yield spot.site(f"{path}.attn", "attn", "attention")
     yield from projection_sites(attn, f"{path}.attn", spot, inner)
     yield from query_key_norm_sites(attn, f"{path}.attn", spot, rotated=False)
-    yield spot.site(f"{path}.attn", "attn.core", "attention", inner, inner)
+    yield spot.site(f"{path}.attn", "attn.core", "attention", inner, inner, inside=True)
     if not is_absent(attn.norm):
         # A gate stands between this norm and the projection: a shift cannot pass it.
         readers = (f"{path}.attn.proj",) if attn.gate is None else ()

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vispeft.adapters.attach import attach
@@ -104,7 +103,13 @@ def to_official(bank: AdapterBank, source: str, grad: bool = False) -> dict[str,
     """
     entry = _source(source)
     label = bank.active[-1] if len(bank.active) == 1 else None
-    names = _all_names(entry, bank, label)
+    try:
+        names = _all_names(entry, bank, label)
+    except KeyError as error:
+        method = bank.plan(label).method.name
+        raise ConfigError(
+            f"{source!r} has no name for {error} of a {method!r} adapter; is it the right source?"
+        ) from None
     parameters = bank.named_tensors(label)
     out: dict[str, Tensor] = {}
     for own, theirs in names.items():
@@ -113,7 +118,7 @@ def to_official(bank: AdapterBank, source: str, grad: bool = False) -> dict[str,
             raise ConfigError(f"{theirs} has no gradient; call backward() on a loss of the adapted model first.")
         value = tensor.grad if grad else tensor
         assert value is not None
-        out[theirs] = value.detach().clone() if not grad else torch.clone(value)
+        out[theirs] = value.detach().clone()
     return out
 
 
