@@ -30,8 +30,8 @@ from vispeft.cli.common import quiet_libraries, versions  # noqa: E402
 from vispeft.cli.config import ConfigCLI  # noqa: E402
 from vispeft.cli.runs import write_json  # noqa: E402
 
-RATES = {"ssf": (1e-3, 3e-3, 1e-2, 2e-2, 5e-2), "lora": (5e-4, 1e-3, 3e-3, 1e-2, 2e-2)}
-"""Five rates each; the quickstart tries six for the probe."""
+RATES = {"ssf": (1e-3, 3e-3, 1e-2, 2e-2, 5e-2, 1e-1), "lora": (5e-4, 1e-3, 3e-3, 1e-2, 2e-2, 5e-2)}
+"""Six rates each, as many as the quickstart tries for the probe."""
 
 
 class Epochs(Callback):
@@ -64,16 +64,17 @@ def validation_accuracies(config: Path, overrides: list[str]) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where the figures go; what is there already is kept")
+    parser.add_argument("--json", type=Path, help="where the figures go; rates already there are kept")
     parser.add_argument("--methods", nargs="+", default=list(RATES), choices=list(RATES))
     given = parser.parse_args()
     quiet_libraries()
-    results: dict[str, Any] = {}
+    results: dict[str, dict[str, Any]] = {}
     if given.json is not None and given.json.is_file():
         results = json.loads(given.json.read_text(encoding="utf-8"))["methods"]
     for method in given.methods:
-        results[method] = {}
         for rate in RATES[method]:
+            if f"{rate:g}" in results.setdefault(method, {}):
+                continue
             began = time.perf_counter()
             config = ROOT / "configs" / "classification" / f"digits_{method}.yaml"
             accuracies = validation_accuracies(config, ["--seed_everything", "0", "--model.lr", str(rate)])
@@ -86,10 +87,11 @@ def main() -> None:
                 "seconds": time.perf_counter() - began,
             }
             print(f"{method:6s} {rate:<8g} best {best:.4f} in epoch {accuracies.index(best) + 1}", flush=True)
-        if given.json is not None:
-            machine = {"cpus": os.cpu_count(), "threads": torch.get_num_threads()}
-            command = "python benchmarks/quickstart_lr.py"
-            write_json(given.json, {"command": command, "machine": machine, "versions": versions(), "methods": results})
+            if given.json is not None:
+                machine = {"cpus": os.cpu_count(), "threads": torch.get_num_threads()}
+                command = "python benchmarks/quickstart_lr.py --json benchmarks/results/quickstart_lr.json"
+                record = {"command": command, "machine": machine, "versions": versions(), "methods": results}
+                write_json(given.json, record)
 
 
 if __name__ == "__main__":
