@@ -90,7 +90,7 @@ class LoRA(Method):
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
-        if self.rank < 1:
+        if not isinstance(self.rank, int) or self.rank < 1:
             raise ConfigError(f"LoRA(rank={self.rank}): a rank of at least 1 is needed.")
         if not (math.isfinite(self.alpha) and self.alpha != 0):
             raise ConfigError(f"LoRA(alpha={self.alpha}): a number other than zero is needed.")

@@ -96,7 +96,7 @@ class VPT(Method):
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
-        if self.num_tokens < 1:
+        if not isinstance(self.num_tokens, int) or self.num_tokens < 1:
             raise ConfigError(f"VPT(num_tokens={self.num_tokens}): at least one prompt is needed.")
         if self.project is not None and self.project < 1:
             raise ConfigError(f"VPT(project={self.project}): a width of at least 1 is needed, or None for none.")
