@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
@@ -45,14 +46,16 @@ class EpochSampler(Sampler[Index]):
     The epoch travels with the index, so a worker that has started early still draws the augmentation of the right one.
     """
 
-    def __init__(self, length: int, seed: int) -> None:
+    def __init__(self, length: int, seed: int, start: tuple[int, int] = (0, 0)) -> None:
         """Remember what the order depends on.
 
         Args:
             length: Number of images.
             seed: Seed of the order.
+            start: The epoch to begin with, and how many of its images are done already.
         """
-        self.length, self.seed, self.epoch = length, seed, 0
+        self.length, self.seed, self.start = length, seed, start
+        self.epoch = start[0]
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch; Lightning calls this before each one.
@@ -63,9 +66,10 @@ class EpochSampler(Sampler[Index]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Index]:
-        """Iterate over one epoch."""
+        """Iterate over one epoch, or over what is left of the one to begin with."""
         generator = torch.Generator().manual_seed(draw_seed(self.seed, self.epoch))
-        for index in torch.randperm(self.length, generator=generator).tolist():
+        done = self.start[1] if self.epoch == self.start[0] else 0
+        for index in torch.randperm(self.length, generator=generator).tolist()[done:]:
             yield self.epoch, index
 
     def __len__(self) -> int:
@@ -169,6 +173,7 @@ class ImageData(LightningDataModule, ABC):
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self._from_model: Preprocessing | None = None
         self._splits: dict[str, Dataset[Any]] = {}
+        self._position = (0, 0)
 
     @classmethod
     def for_model(cls, model: nn.Module, **settings: Any) -> ImageData:
@@ -262,7 +267,45 @@ class ImageData(LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[Any]:
         """Serve the training images, in another order in each epoch."""
         split = self.split("train")
-        return self._loader(split, EpochSampler(len(split), self.seed))  # type: ignore[arg-type]
+        # The place comes before the loader is made, since workers begin to read as soon as it is iterated over.
+        (epoch, batches), self._position = self._position, (0, 0)
+        return self._loader(split, EpochSampler(len(split), self.seed, (epoch, batches * self.batch_size)))  # type: ignore[arg-type]
+
+    def state_dict(self) -> dict[str, int]:
+        """Say how far a training has come through the images; Lightning puts it into checkpoints."""
+        if self.trainer is None or not self._splits:
+            return {}
+        loop = self.trainer.fit_loop
+        epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
+        between = epochs.processed == epochs.ready
+        return {**self._order(), "epoch": epochs.processed, "batches": 0 if between else batches.processed}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Begin the next training where `state_dict` was made.
+
+        Args:
+            state_dict: What it gave.
+
+        Raises:
+            DataError: If the images are others, so that the order cannot be the same.
+        """
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        changed = [
+            f"{name} was {state_dict[name]} and is {now}"
+            for name, now in self._order().items()
+            if state_dict[name] != now
+        ]
+        if changed:
+            raise DataError(
+                f"The checkpoint was written with other training images: {', '.join(changed)}. Give the same data, or "
+                "begin a new run."
+            )
+        self._position = (state_dict["epoch"], state_dict["batches"])
+
+    def _order(self) -> dict[str, int]:
+        """Give what the order of the training images depends on, besides the epoch."""
+        return {"images": len(self.split("train")), "batch_size": self.batch_size, "seed": self.seed}  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Serve the validation images in a fixed order."""
