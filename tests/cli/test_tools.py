@@ -62,7 +62,7 @@ def test_predict_classifies_a_folder(finished, run_cli, images, tmp_path):
     data.fit_to(cli.model.preprocessing)
     grey = torch.from_numpy(load_digits().images[:5] * 255 / 16).round().to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
     with torch.inference_mode():
-        expected = cli.model(data.preprocessing.transform()(grey)).softmax(1)
+        expected = (cli.model(data.preprocessing.transform()(grey)) / cli.model.temperature).softmax(1)
     assert [row["class"] for row in rows] == [str(int(index)) for index in expected.argmax(1)]
     assert [float(row["probability"]) for row in rows] == pytest.approx(expected.max(1).values.tolist(), abs=2e-6)
 

@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 _BANK = "_vispeft_bank"
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+_NOTES = ("class_names", "preprocessing", "metrics", "output")
+"""What a file says for its user; files of earlier versions lack the last."""
 
 
 @dataclass
@@ -586,6 +588,7 @@ class AdapterBank:
         class_names: Sequence[str] | None = None,
         preprocessing: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
+        output: Mapping[str, Any] | None = None,
     ) -> None:
         """Note what a user of the file will want to know; `save` writes it down.
 
@@ -594,6 +597,7 @@ class AdapterBank:
             class_names: Names of the classes, in the order of the classifier.
             preprocessing: Mean, std, size and interpolation.
             metrics: What the adapter reaches.
+            output: How the model's outputs are read: kind of target, temperature, unit.
         """
         notes = self._adapter(name).notes
         if class_names is not None:
@@ -602,6 +606,8 @@ class AdapterBank:
             notes["preprocessing"] = dict(preprocessing)
         if metrics is not None:
             notes["metrics"] = dict(metrics)
+        if output is not None:
+            notes["output"] = dict(output)
         for key, value in notes.items():
             notes[key] = plain_values(value, key)
 
@@ -638,6 +644,7 @@ class AdapterBank:
             "preprocessing": adapter.notes.get("preprocessing") or preprocessing_part(self._model),
             "class_names": adapter.notes.get("class_names"),
             "metrics": adapter.notes.get("metrics"),
+            "output": adapter.notes.get("output"),
             "tensors": tensor_part(units),
             "merge_error": adapter.merge_error,
         }
@@ -678,7 +685,7 @@ class AdapterBank:
         if lacking:
             logger.warning("This model is cut: %d tensors of the adapter belong to parts it lacks.", len(lacking))
         adapter.seed, adapter.merge_error = header["seed"], header["merge_error"]
-        self.annotate(label, **{key: header[key] for key in ("class_names", "preprocessing", "metrics")})
+        self.annotate(label, **{key: header.get(key) for key in _NOTES})
 
     def _lacks(self, key: str, parts: Sequence[str]) -> bool:
         """Tell whether a tensor of a file belongs to a part of the whole model that this one was cut off."""

@@ -288,11 +288,17 @@ def _all_keys(tree: Node) -> list[str]:
 
 
 def _arguments(cls: type) -> list[str]:
-    """List what a class takes; empty when it takes anything."""
-    parameters = inspect.signature(cls).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return []
-    return [parameter.name for parameter in parameters]
+    """List what a class takes, by itself and by handing further settings on to its base; empty for anything."""
+    names: list[str] = []
+    for part in inspect.getmro(cls):
+        if "__init__" not in vars(part):
+            continue
+        parameters = list(inspect.signature(part.__init__).parameters.values())[1:]  # type: ignore[misc]
+        named = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        names += [name for name in named if name not in names]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return names
+    return []
 
 
 def _mapping(value: Any, path: str) -> Mapping[str, Any]:

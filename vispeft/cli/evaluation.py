@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from rich.table import Table
 from torch import Tensor
 
 from vispeft.tasks.base import AdapterTask
+from vispeft.tasks.supervised import SupervisedTask
 
-__all__ = ["confusion", "evaluate", "evaluation_trainer", "metrics_table", "per_class"]
+__all__ = ["Measured", "Outputs", "evaluate", "evaluation_trainer", "measure", "metrics_table", "output_names"]
 
 _KEPT = (
     "accelerator",
@@ -44,7 +48,27 @@ def evaluation_trainer(**settings: Any) -> Trainer:
     )
 
 
-def evaluate(trainer: Trainer, task: AdapterTask, data: LightningDataModule, split: str) -> dict[str, float]:
+class Outputs(Callback):
+    """Keeps what a task's evaluation step gives: its scores, and the targets beside them."""
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self._parts: list[dict[str, Tensor]] = []
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        """Keep a batch."""
+        self._parts.append({name: tensor.cpu() for name, tensor in outputs.items()})
+
+    on_test_batch_end = on_validation_batch_end
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Give the scores or the targets of all images."""
+        return torch.cat([part[name] for part in self._parts])
+
+
+def evaluate(
+    trainer: Trainer, task: AdapterTask, data: LightningDataModule, split: str, outputs: Outputs | None = None
+) -> dict[str, float]:
     """Measure a task on a split.
 
     Args:
@@ -52,31 +76,83 @@ def evaluate(trainer: Trainer, task: AdapterTask, data: LightningDataModule, spl
         task: The task.
         data: The data.
         split: validation or test.
+        outputs: Takes the scores and the targets of all images, where they are wanted.
 
     Returns:
         Metrics by name, without the split's.
     """
     measure = trainer.validate if split == "validation" else trainer.test
     torch.manual_seed(0)  # nothing here draws random numbers; if a user's task does, it draws the same ones each time
-    results = measure(task, datamodule=data, verbose=False)[0]
+    before = list(trainer.callbacks)  # type: ignore[attr-defined]
+    trainer.callbacks = [*before, *([] if outputs is None else [outputs])]  # type: ignore[attr-defined]
+    try:
+        results = measure(task, datamodule=data, verbose=False)[0]
+    finally:
+        trainer.callbacks = before  # type: ignore[attr-defined]
     return {name.removeprefix(f"{split}/"): value for name, value in results.items()}
 
 
-def per_class(task: AdapterTask, names: tuple[str, ...]) -> dict[str, float]:
-    """Give the accuracy of each class in the last test.
+@dataclass(frozen=True)
+class Measured:
+    """What a finished task reaches."""
+
+    metrics: dict[str, dict[str, float]]
+    """Metrics of validation and test, by split."""
+    details: dict[str, Any]
+    """Further entries of ``metrics.json``: figures per output, calibration."""
+    seconds: dict[str, float]
+    """How long each split took."""
+    _outputs: Outputs
+    """What the model gave for the test split."""
+
+    def draw(self, task: AdapterTask, names: tuple[str, ...], folder: Path) -> None:
+        """Draw the results on the test split.
+
+        Args:
+            task: The task that was measured.
+            names: Names of the outputs.
+            folder: Where pictures go.
+        """
+        if isinstance(task, SupervisedTask):
+            task.draw(self._outputs["scores"], self._outputs["targets"], names, folder)
+
+
+def measure(trainer: Trainer, task: AdapterTask, data: LightningDataModule) -> Measured:
+    """Measure a trained task: validation, on which it may also calibrate itself, and then, once, test.
 
     Args:
+        trainer: As `evaluation_trainer` makes it.
         task: The task.
-        names: Names of the classes.
+        data: The data.
+
+    Returns:
+        Everything for ``metrics.json``.
     """
-    metric = getattr(task, "test_class_accuracy", None)
-    return {} if metric is None else dict(zip(names, metric.compute().tolist(), strict=True))
+    metrics: dict[str, dict[str, float]] = {}
+    seconds: dict[str, float] = {}
+    details: dict[str, Any] = {}
+    supervised = isinstance(task, SupervisedTask)
+    for split in ("validation", "test"):
+        start = time.perf_counter()
+        outputs = Outputs()
+        metrics[split] = evaluate(trainer, task, data, split, outputs if supervised else None)
+        seconds[split] = time.perf_counter() - start
+        if supervised:
+            given = (outputs["scores"], outputs["targets"])
+            names = output_names(data, task.num_classes)
+            details |= task.calibrate(*given) if split == "validation" else task.summary(*given, names)
+    return Measured(metrics, details, seconds, outputs)
 
 
-def confusion(task: AdapterTask) -> Tensor | None:
-    """Give the counts (true class, predicted class) of the last test."""
-    metric = getattr(task, "test_confusion", None)
-    return None if metric is None else metric.compute()
+def output_names(data: Any, count: int) -> tuple[str, ...]:
+    """Give the names of a model's outputs: those the data know, or numbers.
+
+    Args:
+        data: A data module.
+        count: How many there are.
+    """
+    names = tuple(getattr(data, "class_names", ()) or ())
+    return names if len(names) == count else tuple(str(index) for index in range(count))
 
 
 def metrics_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:

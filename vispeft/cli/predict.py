@@ -1,4 +1,4 @@
-"""``tools/predict.py``: classify a folder of images with a finished run."""
+"""``tools/predict.py``: predict a folder of images with a finished run."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from vispeft.cli.runs import Run, write_text
 from vispeft.data.images import ImageFiles, find_images, read_image
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.errors import ConfigError, DataError
+from vispeft.tasks.supervised import SupervisedTask
 
 __all__ = ["main"]
 
@@ -26,8 +27,9 @@ FILE = "predictions.csv"
 EXAMPLE = """example:
   python tools/predict.py runs/digits_ssf/1 my_images --out predictions
 
-Writes predictions/predictions.csv with the columns path, class and probability. Folders are searched through; grey
-images and images with transparency are turned into RGB."""
+Writes predictions/predictions.csv with the path of each image and what the run's task predicts: class and probability
+(at the temperature that was fitted on validation), labels and the probability of each, or numbers in their own unit.
+Folders are searched through; grey images and images with transparency are turned into RGB."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -36,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: Arguments without the program's name.
     """
-    parser = make_parser("tools/predict.py", "Classify images with a finished run.", EXAMPLE)
+    parser = make_parser("tools/predict.py", "Predict images with a finished run.", EXAMPLE)
     parser.add_argument("run", metavar="RUN", help="run directory")
     parser.add_argument("images", metavar="IMAGES", help="folder of images, or one image")
     parser.add_argument("--out", metavar="DIR", required=True, help="where predictions.csv goes")
@@ -50,17 +52,14 @@ def main(argv: Sequence[str]) -> None:
     run = Run.open(given.run)
     paths = find_images(given.images)
     _check_readable(paths)
-    rows = predict(run, paths, given.batch_size)
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("path", "class", "probability"))
-    writer.writerows((str(path), name, f"{probability:.6f}") for path, name, probability in rows)
+    csv.writer(text, lineterminator="\n").writerows(predict(run, paths, given.batch_size))
     write_text(target, text.getvalue())
-    console.print(f"{len(rows)} images classified: {target}", soft_wrap=True)
+    console.print(f"{len(paths)} images predicted: {target}", soft_wrap=True)
 
 
 def _check_readable(paths: Sequence[Path]) -> None:
-    """Read every image once before the first is classified, so that a broken one costs no finished work."""
+    """Read every image once before the first is predicted, so that a broken one costs no finished work."""
     broken = []
     for path in track(paths, "reading", console=console, transient=True, disable=not console.is_terminal):
         try:
@@ -71,12 +70,12 @@ def _check_readable(paths: Sequence[Path]) -> None:
         more = f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise DataError(
             f"{len(broken)} of {len(paths)} images cannot be used: {'; '.join(broken[:5])}{more}. "
-            "Nothing was classified; repair or remove them."
+            "Nothing was predicted; repair or remove them."
         )
 
 
-def predict(run: Run, paths: Sequence[Path], batch_size: int = 64) -> list[tuple[Path, str, float]]:
-    """Classify image files.
+def predict(run: Run, paths: Sequence[Path], batch_size: int = 64) -> list[list[str]]:
+    """Predict image files.
 
     Args:
         run: The run.
@@ -84,13 +83,19 @@ def predict(run: Run, paths: Sequence[Path], batch_size: int = 64) -> list[tuple
         batch_size: Images at a time.
 
     Returns:
-        Path, class and its probability, in the order of the files.
+        A table: its head, then a row per file, in their order.
+
+    Raises:
+        ConfigError: If the run's task does not say how its predictions are written.
     """
     cli = load_run(run)
-    notes = cli.model.bank.notes()
+    task = cli.model
+    if not isinstance(task, SupervisedTask):
+        raise ConfigError(f"{run.path} was trained as {type(task).__name__}, whose predictions are no table.")
+    notes = task.bank.notes()
     transform = Preprocessing.from_dict(notes["preprocessing"]).transform()
     loader = DataLoader(ImageFiles(paths, transform), batch_size=batch_size)
-    probabilities = torch.cat(cast(list[Tensor], cli.trainer.predict(cli.model, loader)))
-    best, indices = probabilities.max(dim=1)
-    names = notes["class_names"] or [str(index) for index in range(probabilities.shape[1])]
-    return [(p, names[i], b) for p, i, b in zip(paths, indices.tolist(), best.tolist(), strict=True)]
+    values = torch.cat(cast(list[Tensor], cli.trainer.predict(task, loader)))
+    names = notes["class_names"] or [str(index) for index in range(values.shape[1])]
+    rows = [[str(path), *task.row(row, names)] for path, row in zip(paths, values, strict=True)]
+    return [["path", *task.columns(names)], *rows]

@@ -17,12 +17,12 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from vispeft.cli import runs
 from vispeft.cli.common import console, make_parser, one_line, versions
 from vispeft.cli.config import ConfigCLI
-from vispeft.cli.evaluation import confusion, evaluate, metrics_table, per_class
+from vispeft.cli.evaluation import Measured, measure, metrics_table, output_names
 from vispeft.data.base import ImageData
 from vispeft.errors import ConfigError, TrainingError
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.callbacks import progress_bar
-from vispeft.viz import confusion_matrix, learning_curves
+from vispeft.viz import learning_curves
 
 __all__ = ["main", "train"]
 
@@ -158,28 +158,24 @@ def _finish(place: Path, cli: ConfigCLI, trainer: Trainer, seconds: dict[str, fl
             "trainer.limit_val_batches above 0?"
         )
     best = task.restore(checkpoints.best_model_path)
-    results: dict[str, dict[str, Any]] = {}
-    for split in ("validation", "test"):
-        start = time.perf_counter()
-        results[split] = dict(evaluate(cli.trainer, task, data, split))
-        seconds[split] = time.perf_counter() - start
-    names = tuple(getattr(data, "class_names", ()))
-    classes = per_class(task, names)
+    measured = measure(cli.trainer, task, data)
+    names = output_names(data, task.num_classes)
     preprocessing = getattr(data, "preprocessing", task.preprocessing)
-    figures = {f"{split}/{name}": value for split, metrics in results.items() for name, value in metrics.items()}
-    task.bank.annotate(class_names=names, preprocessing=preprocessing.to_dict(), metrics=figures)
+    by_split = measured.metrics.items()
+    figures = {f"{split}/{name}": value for split, metrics in by_split for name, value in metrics.items()}
+    task.bank.annotate(class_names=names, preprocessing=preprocessing.to_dict(), metrics=figures, output=task.output())
     task.bank.save(place / runs.ADAPTER)
-    _plot(place, task, names, best)
+    _plot(place, task, measured, names, best)
     return {
-        **results,
-        "test_accuracy_per_class": classes,
+        **measured.metrics,
+        **measured.details,
         "best_epoch": best + 1,
         "epochs": trainer.current_epoch,
         "steps": trainer.global_step,
         "seed": cli.config["seed_everything"],
         "parameters": task.bank.report().to_dict(),
         "adapter_bytes": {path.name: path.stat().st_size for path in sorted((place / runs.ADAPTER).iterdir())},
-        "seconds": {**seconds, "total": time.perf_counter() - began},
+        "seconds": {**seconds, **measured.seconds, "total": time.perf_counter() - began},
         "device": str(trainer.strategy.root_device),
         "threads": torch.get_num_threads(),
         "precision": str(trainer.precision),
@@ -187,9 +183,8 @@ def _finish(place: Path, cli: ConfigCLI, trainer: Trainer, seconds: dict[str, fl
     }
 
 
-def _plot(place: Path, task: AdapterTask, names: tuple[str, ...], best: int) -> None:
+def _plot(place: Path, task: AdapterTask, measured: Measured, names: tuple[str, ...], best: int) -> None:
     plots = place / runs.PLOTS
-    learning_curves(place / runs.LOGS / "csv" / "metrics.csv", plots / "learning_curves.png", best_epoch=best)
-    counts = confusion(task)
-    if counts is not None:
-        confusion_matrix(counts, names, plots / "confusion_matrix.png")
+    log = place / runs.LOGS / "csv" / "metrics.csv"
+    learning_curves(log, plots / "learning_curves.png", best, ("loss", task.monitor.partition("/")[2]))
+    measured.draw(task, names, plots)

@@ -3,13 +3,19 @@
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.callbacks import FiniteGuard, PlainProgress, progress_bar
 from vispeft.tasks.classification import Classification
+from vispeft.tasks.multilabel import MultiLabel
+from vispeft.tasks.regression import Regression
 from vispeft.tasks.schedules import warmup_cosine, warmup_cosine_factor
+from vispeft.tasks.supervised import SupervisedTask
 
 __all__ = [
     "AdapterTask",
     "Classification",
     "FiniteGuard",
+    "MultiLabel",
     "PlainProgress",
+    "Regression",
+    "SupervisedTask",
     "progress_bar",
     "warmup_cosine",
     "warmup_cosine_factor",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import pickle
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -20,7 +20,10 @@ from vispeft.backbones.create import create_model
 from vispeft.backbones.registry import unwrap
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.errors import ConfigError, DataError, FileError
+from vispeft.tasks.average import WeightAverage
 from vispeft.tasks.callbacks import FiniteGuard
+from vispeft.tasks.checkpoints import read_checkpoint
+from vispeft.tasks.layers import decay_by_layer
 from vispeft.tasks.schedules import warmup_cosine
 
 __all__ = ["AdapterTask"]
@@ -36,6 +39,8 @@ class AdapterTask(LightningModule):
     """Name of the validation metric that chooses the best epoch."""
     monitor_mode: str = "max"
     """Whether more or less of it is better: ``max`` or ``min``."""
+    least_outputs: ClassVar[int] = 2
+    """How many outputs the task needs at least."""
 
     def __init__(
         self,
@@ -48,6 +53,9 @@ class AdapterTask(LightningModule):
         lr: float = 1e-3,
         weight_decay: float = 1e-4,
         warmup: float = 0.1,
+        layer_decay: float = 1.0,
+        ema: float = 0.0,
+        base_dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         """Create the backbone, attach the adapter and verify it.
 
@@ -60,6 +68,9 @@ class AdapterTask(LightningModule):
             lr: Highest learning rate.
             weight_decay: Weight decay of matrices; vectors have none.
             warmup: Share of all steps in which the learning rate rises.
+            layer_decay: Learning rate of a layer over that of the layer behind it, for methods that train the backbone.
+            ema: Decay of a running average of what trains, which is then validated and saved; 0 for none.
+            base_dtype: Type of the frozen backbone; adapter and head are float32 in any case.
 
         Raises:
             ConfigError: If a number is out of range, or the backbone is not known.
@@ -72,10 +83,12 @@ class AdapterTask(LightningModule):
             ("lr", lr, lr > 0 and math.isfinite(lr)),
             ("weight_decay", weight_decay, weight_decay >= 0 and math.isfinite(weight_decay)),
             ("warmup", warmup, 0 <= warmup < 1),
-            ("num_classes", num_classes, num_classes >= 2),
+            ("layer_decay", layer_decay, 0 < layer_decay <= 1),
+            ("ema", ema, 0 <= ema < 1),
+            ("num_classes", num_classes, num_classes >= self.least_outputs),
         ):
             if not good:
-                raise ConfigError(f"{type(self).__name__}({name}={value}): {_NEEDED[name]} is needed.")
+                raise ConfigError(f"{type(self).__name__}({name}={value}): {_NEEDED[name].format(self)} is needed.")
         taken = sorted({"num_classes", "weights"} & set(backbone_args or {}))
         if taken:
             raise ConfigError(f"backbone_args has {', '.join(taken)}, which {type(self).__name__} takes by that name.")
@@ -84,7 +97,16 @@ class AdapterTask(LightningModule):
         self.backbone, self.backbone_args, self.weights = backbone, dict(backbone_args or {}), weights
         self.model: nn.Module = create_model(backbone, num_classes=num_classes, weights=weights, **self.backbone_args)
         self.preprocessing = Preprocessing.of(self.model)
+        self.base_dtype: torch.dtype = getattr(torch, base_dtype)
+        self.model.to(self.base_dtype)
         self.bank: AdapterBank = attach(self.model, method)
+        if layer_decay != 1 and not method.trains_base:
+            raise ConfigError(
+                f"{type(self).__name__}(layer_decay={layer_decay}): {method.name} does not train the backbone's "
+                "layers. Leave layer_decay out, or use the method full."
+            )
+        self.layer_decay = layer_decay
+        self.average = WeightAverage(ema) if ema else None
 
     def load_adapter(self, path: str | Path) -> None:
         """Replace the adapter by a saved one.
@@ -101,7 +123,7 @@ class AdapterTask(LightningModule):
         self.bank = load(self.model, path)
 
     def restore(self, checkpoint: str | Path) -> int:
-        """Take the weights of a checkpoint this task wrote.
+        """Take the weights of a checkpoint this task wrote; where an average was kept, that.
 
         Args:
             checkpoint: Its file.
@@ -112,24 +134,24 @@ class AdapterTask(LightningModule):
         Raises:
             FileError: If it cannot be read, or belongs to another method or backbone.
         """
-        try:
-            content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise FileError(f"The checkpoint {checkpoint} cannot be read: {error}") from error
+        content = read_checkpoint(checkpoint)
         self.on_load_checkpoint(content)
-        self.load_state_dict(content["state_dict"], strict=False)
+        averaged = content["average"]["tensors"] if self.average is not None else {}
+        self.load_state_dict({**content["state_dict"], **averaged}, strict=False)
         return int(content["epoch"])
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor | Mapping[str, Tensor]) -> Tensor:
         """Run the adapted model.
 
         Args:
-            images: Normalised images (B, 3, H, W).
+            images: Normalised images (B, 3, H, W), or what the frozen backbone made of them (see `Method.cacheable`).
 
         Returns:
             Class scores (B, classes).
         """
-        return self.model(images)
+        if isinstance(images, Mapping):
+            return self.bank.plan().method.from_outputs(self.model, images)
+        return self.model(images.to(self.base_dtype))
 
     def check_data(self, data: Any) -> None:
         """Check that data fit the model, as far as they say.
@@ -161,27 +183,42 @@ class AdapterTask(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Give AdamW over the adapter's groups, and its schedule."""
-        optimizer = AdamW(self.bank.parameter_groups(self.lr, self.weight_decay))
+        groups = self.bank.parameter_groups(self.lr, self.weight_decay)
+        if self.layer_decay != 1:
+            groups = decay_by_layer(unwrap(self.model), groups, self.layer_decay)
+        optimizer = AdamW(groups)
         schedule = warmup_cosine(optimizer, self.trainer.estimated_stepping_batches, self.warmup)  # type: ignore[arg-type]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def output(self) -> dict[str, Any]:
+        """Say how outputs are read, for the adapter's file."""
+        return {}
+
     def configure_callbacks(self) -> list[Callback]:
-        """Add the guard against values that are not finite to whichever trainer runs the task."""
-        return [FiniteGuard()]
+        """Add the guard against values that are not finite, and the average, to whichever trainer runs the task."""
+        return [FiniteGuard(), *([] if self.average is None else [self.average])]
 
     def _changed(self) -> set[str]:
-        """Name what training changes: what has a gradient, and buffers that stand beside it."""
+        """Name what training can change: what has a gradient, and every buffer but those of the frozen backbone."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         owners = {name.rpartition(".")[0] for name in trained}
-        return trained | {name for name, _ in self.named_buffers() if name.rpartition(".")[0] in owners}
+        whole = any(self.bank.plan(name).method.trains_base for name in self.bank.active)
+        return trained | {
+            name
+            for name, _ in self.named_buffers()
+            if whole or not name.startswith("model.") or ".adapters." in name or name.rpartition(".")[0] in owners
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen tensors out of a checkpoint."""
+        """Leave the frozen tensors out of a checkpoint, and add the average."""
         changed = self._changed()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in changed}
+        state = {**checkpoint["state_dict"], **({} if self.average is None else self.average.trained())}
+        checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name in changed}
+        if self.average is not None:
+            checkpoint["average"] = self.average.state(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that a checkpoint has exactly what training changes.
+        """Check that a checkpoint has exactly what training changes, and take its average over.
 
         Raises:
             FileError: If it belongs to another method or backbone.
@@ -193,11 +230,21 @@ class AdapterTask(LightningModule):
                 f"The checkpoint has {len(found)} trained tensors and this task has {len(needed)}; they differ in "
                 f"{len(found ^ needed)}, first {listing}. Use the method and the backbone it was written with."
             )
+        if (self.average is not None) != ("average" in checkpoint):
+            raise FileError(
+                f"The checkpoint has {'an' if 'average' in checkpoint else 'no'} average of the weights, and this task "
+                f"{'keeps' if self.average is not None else 'has'} {'one' if self.average is not None else 'none'}. "
+                "Give the same ema as it was written with."
+            )
+        if self.average is not None:
+            self.average.load_state(checkpoint["average"])
 
 
 _NEEDED = {
     "lr": "a finite number above 0",
     "weight_decay": "a finite number from 0",
+    "layer_decay": "a share above 0, at most 1,",
+    "ema": "a decay from 0 up to, not including, 1,",
     "warmup": "a share of all steps, from 0 up to, not including, 1,",
-    "num_classes": "at least 2",
+    "num_classes": "at least {0.least_outputs}",
 }

@@ -1,56 +1,59 @@
-"""Classification of images."""
+"""Classification of images: one class each."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+from torchmetrics import MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassCalibrationError,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+)
+from torchmetrics.functional.classification import multiclass_calibration_error
 
-from vispeft.adapters.method import Method
-from vispeft.errors import ConfigError
-from vispeft.tasks.base import AdapterTask
+from vispeft.errors import ConfigError, DataError
+from vispeft.tasks.supervised import Batch, SupervisedTask
+from vispeft.viz import confusion_matrix, reliability_diagram
 
-__all__ = ["Classification"]
+__all__ = ["Classification", "balanced_weights", "fit_temperature", "soft_cross_entropy"]
 
-Batch = tuple[Tensor, Tensor]
+BINS = 15
+"""Bins of the expected calibration error, as in Guo et al. (ICML 2017)."""
 
 
-class Classification(AdapterTask):
-    """One class per image, trained with cross entropy.
+class Classification(SupervisedTask):
+    """One class per image, trained with cross entropy; targets may also be shares per class, as mixup makes them.
 
-    Logs loss and accuracy of training and validation; a test also gives accuracy per class and the confusion matrix.
+    Logs loss and accuracy of training, and of validation also the accuracy among the first five, the mean accuracy and
+    the mean F1 of the classes, and the expected calibration error. A test also gives accuracy per class and the
+    confusion matrix.
     """
 
+    target: ClassVar[str] = "class"
     monitor = "validation/accuracy"
 
     def __init__(
         self,
         *,
-        backbone: str,
-        method: Method,
-        num_classes: int,
-        backbone_args: dict[str, Any] | None = None,
-        weights: str | None = None,
-        lr: float = 1e-3,
-        weight_decay: float = 1e-4,
-        warmup: float = 0.1,
         label_smoothing: float = 0.0,
+        class_weights: list[float] | Literal["balanced"] | None = None,
+        **settings: Any,
     ) -> None:
         """Create the backbone, attach the adapter and verify it.
 
         Args:
-            backbone: Name of a timm model, or ``zoo:NAME``.
-            method: The adapter.
-            num_classes: Number of classes; configs take it from the data.
-            backbone_args: Further arguments for ``timm.create_model``, such as ``pretrained`` or ``img_size``.
-            weights: File with the backbone's weights, instead of pretrained ones.
-            lr: Highest learning rate.
-            weight_decay: Weight decay of matrices; vectors have none.
-            warmup: Share of all steps in which the learning rate rises.
             label_smoothing: Share of each label that is spread evenly over all classes.
+            class_weights: How much each class counts in the training loss; ``balanced`` makes all classes count the
+                same in sum, whatever their numbers of training images.
+            settings: Those of `AdapterTask`.
 
         Raises:
             ConfigError: If a number is out of range, or the backbone is not known.
@@ -62,63 +65,226 @@ class Classification(AdapterTask):
             raise ConfigError(
                 f"Classification(label_smoothing={label_smoothing}): a share from 0 up to, not including, 1 is needed."
             )
-        super().__init__(
-            backbone=backbone,
-            method=method,
-            num_classes=num_classes,
-            backbone_args=backbone_args,
-            weights=weights,
-            lr=lr,
-            weight_decay=weight_decay,
-            warmup=warmup,
-        )
-        self.label_smoothing = label_smoothing
-        self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.validation_accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.test_class_accuracy = MulticlassAccuracy(num_classes, average="none")
-        self.test_confusion = MulticlassConfusionMatrix(num_classes)
+        super().__init__(**settings)
+        self.label_smoothing, self.class_weights, self.temperature = label_smoothing, class_weights, 1.0
+        self.targets_needed = class_weights == "balanced"
+        weights = None if class_weights in (None, "balanced") else _checked_weights(class_weights, self.num_classes)
+        self.register_buffer("_weights", weights, persistent=False)
+        self.test_class_accuracy = MulticlassAccuracy(self.num_classes, average="none")
+        self.test_confusion = MulticlassConfusionMatrix(self.num_classes)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Compute the loss of a batch: images (B, 3, H, W), labels (B,)."""
-        images, labels = batch
-        scores = self(images)
-        loss = F.cross_entropy(scores.float(), labels, label_smoothing=self.label_smoothing)
-        self.train_accuracy(scores, labels)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
-        self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True, batch_size=len(labels))
-        return loss
+    def make_metrics(self, split: str) -> MetricCollection:
+        """Make the metrics of a split.
 
-    def on_train_epoch_start(self) -> None:
-        """Log the learning rate the epoch begins with."""
-        schedule = self.lr_schedulers()
-        self.log("lr", schedule.get_last_lr()[0], on_epoch=True)  # type: ignore[union-attr]
+        Args:
+            split: train, validation or test.
+        """
+        classes = self.num_classes
+        metrics: dict[str, Any] = {"accuracy": MulticlassAccuracy(classes, average="micro")}
+        if split != "train":
+            if classes > 5:
+                metrics["top5_accuracy"] = MulticlassAccuracy(classes, average="micro", top_k=5)
+            metrics["mean_class_accuracy"] = MulticlassAccuracy(classes, average="macro")
+            metrics["f1"] = MulticlassF1Score(classes, average="macro")
+            metrics["calibration_error"] = MulticlassCalibrationError(classes, n_bins=BINS)
+        return MetricCollection(metrics, prefix=f"{split}/", compute_groups=False)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Measure a batch of the validation split."""
-        self._measure("validation", batch, self.validation_accuracy)
+    def training_loss(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Compute the weighted and smoothed cross entropy.
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Measure a batch of the test split."""
-        scores = self._measure("test", batch, self.test_accuracy)
-        self.test_class_accuracy.update(scores, batch[1])
-        self.test_confusion.update(scores, batch[1])
+        Args:
+            scores: Class scores (B, classes).
+            targets: Labels (B,), or shares per class (B, classes).
+        """
+        if targets.is_floating_point():
+            return soft_cross_entropy(scores, targets, self._weights, self.label_smoothing)
+        return F.cross_entropy(scores, targets, self._weights, label_smoothing=self.label_smoothing)
+
+    def plain_loss(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Compute the cross entropy.
+
+        Args:
+            scores: Class scores (B, classes).
+            targets: Labels (B,).
+        """
+        return F.cross_entropy(scores, targets)
+
+    def for_metrics(self, scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Take the class with the largest share for the label of a mixed image.
+
+        Args:
+            scores: Class scores (B, classes).
+            targets: Labels (B,), or shares per class (B, classes).
+        """
+        return scores, targets.argmax(dim=1) if targets.is_floating_point() else targets
+
+    def take_targets(self, targets: Tensor) -> None:
+        """Compute balanced class weights.
+
+        Args:
+            targets: Labels of the training split (N,).
+        """
+        self._weights = balanced_weights(targets, self.num_classes).to(self.device)
 
     def on_test_epoch_start(self) -> None:
         """Begin anew; these two are not logged by Lightning, which would otherwise do it."""
         self.test_class_accuracy.reset()
         self.test_confusion.reset()
 
-    def _measure(self, split: str, batch: Batch, accuracy: Metric) -> Tensor:
-        images, labels = batch
-        scores = self(images)
-        loss = F.cross_entropy(scores.float(), labels)
-        self.log(f"{split}/loss", loss, on_epoch=True, batch_size=len(labels))
-        accuracy(scores, labels)
-        self.log(f"{split}/accuracy", accuracy, on_epoch=True, prog_bar=True, batch_size=len(labels))
-        return scores
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Measure a batch of the test split; gives scores and targets."""
+        measured = super().test_step(batch, batch_idx)
+        self.test_class_accuracy.update(measured["scores"], measured["targets"])
+        self.test_confusion.update(measured["scores"], measured["targets"])
+        return measured
 
-    def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
-        """Give class probabilities (B, classes)."""
-        images = batch if isinstance(batch, Tensor) else batch[0]
-        return self(images).float().softmax(dim=-1)
+    def decode(self, scores: Tensor) -> Tensor:
+        """Give class probabilities (B, classes), at the temperature that validation chose.
+
+        Args:
+            scores: Class scores (B, classes).
+        """
+        return (scores / self.temperature).softmax(dim=-1)
+
+    def calibrate(self, scores: Tensor, targets: Tensor) -> dict[str, Any]:
+        """Fit the temperature that `decode` divides scores by; the class that wins stays the same.
+
+        Args:
+            scores: Class scores of the validation split (N, classes).
+            targets: Labels (N,).
+
+        Returns:
+            The temperature, and the calibration error on validation before and after.
+        """
+        self.temperature = fit_temperature(scores, targets)
+        return {"temperature": self.temperature, "validation_calibration_error": self._before_after(scores, targets)}
+
+    def _before_after(self, scores: Tensor, targets: Tensor) -> dict[str, float]:
+        probabilities = {"before": scores.softmax(dim=-1), "after": self.decode(scores)}
+        return {
+            when: float(multiclass_calibration_error(values, targets, self.num_classes, n_bins=BINS))
+            for when, values in probabilities.items()
+        }
+
+    def output(self) -> dict[str, Any]:
+        """Say how outputs are read, for the adapter's file."""
+        return {**super().output(), "temperature": self.temperature}
+
+    def load_adapter(self, path: str | Path) -> None:
+        """Replace the adapter by a saved one, its temperature included.
+
+        Args:
+            path: Its directory.
+        """
+        super().load_adapter(path)
+        self.temperature = float((self.bank.notes().get("output") or {}).get("temperature", 1.0))
+
+    def summary(self, scores: Tensor, targets: Tensor, names: Sequence[str]) -> dict[str, Any]:
+        """Give the accuracy of each class, and the calibration error before and after.
+
+        Args:
+            scores: Class scores of the test split (N, classes).
+            targets: Labels (N,).
+            names: Names of the classes.
+        """
+        return {
+            "test_accuracy_per_class": dict(zip(names, self.test_class_accuracy.compute().tolist(), strict=True)),
+            "test_calibration_error": self._before_after(scores, targets),
+        }
+
+    def draw(self, scores: Tensor, targets: Tensor, names: Sequence[str], folder: Path) -> None:
+        """Draw the confusion matrix and the reliability diagram.
+
+        Args:
+            scores: Class scores of the test split (N, classes).
+            targets: Labels (N,).
+            names: Names of the classes.
+            folder: Where pictures go.
+        """
+        confusion_matrix(self.test_confusion.compute(), names, folder / "confusion_matrix.png")
+        right = scores.argmax(dim=1) == targets
+        sure = {"as trained": scores.softmax(1).amax(1), "at its temperature": self.decode(scores).amax(1)}
+        reliability_diagram(sure, right, folder / "reliability.png", bins=BINS)
+
+    def columns(self, names: Sequence[str]) -> list[str]:
+        """Name the columns of a table of predictions."""
+        return ["class", "probability"]
+
+    def row(self, values: Tensor, names: Sequence[str]) -> list[str]:
+        """Give the likeliest class and its probability."""
+        best, index = values.max(dim=0)
+        return [names[int(index)], f"{float(best):.6f}"]
+
+
+def soft_cross_entropy(scores: Tensor, shares: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
+    """Compute the cross entropy with shares per class, so that whole labels give what they give as indices.
+
+    Args:
+        scores: Class scores (B, classes).
+        shares: How much of each image is of each class (B, classes).
+        weights: How much each class counts (classes,); None for the same.
+        smoothing: Share that is spread evenly over all classes.
+
+    Returns:
+        The mean, weighted by the classes' weights.
+    """
+    total = F.cross_entropy(scores, shares, weights, label_smoothing=smoothing, reduction="sum")
+    # torch divides by the number of images here, but by the sum of weights where labels are indices.
+    return total / (shares.sum() if weights is None else (shares @ weights).sum())
+
+
+def balanced_weights(labels: Tensor, classes: int) -> Tensor:
+    """Compute weights with which every class counts the same in sum, and all images together as they did.
+
+    Args:
+        labels: Labels of all training images (N,).
+        classes: Number of classes.
+
+    Returns:
+        N / (classes * images of the class), per class.
+
+    Raises:
+        DataError: If a class has no image, or targets are no labels.
+    """
+    if labels.is_floating_point() or labels.ndim != 1:
+        raise DataError("class_weights is 'balanced', which needs one label per image. Give a list of weights instead.")
+    counts = torch.bincount(labels, minlength=classes)
+    empty = (counts == 0).nonzero().flatten().tolist()
+    if empty:
+        raise DataError(
+            f"class_weights is 'balanced', and {len(empty)} of {classes} classes have no training image, first class "
+            f"{empty[0]}. Leave these classes out, or give a list of weights."
+        )
+    return len(labels) / (classes * counts.float())
+
+
+def _checked_weights(weights: Any, classes: int) -> Tensor:
+    if isinstance(weights, str) or len(weights) != classes or not all(math.isfinite(w) and w > 0 for w in weights):
+        raise ConfigError(
+            f"Classification(class_weights={weights!r}): give 'balanced', or one finite number above 0 for each of the "
+            f"{classes} classes."
+        )
+    return torch.tensor(weights, dtype=torch.float32)
+
+
+def fit_temperature(scores: Tensor, labels: Tensor) -> float:
+    """Find the temperature at which scores, divided by it, have the smallest cross entropy.
+
+    The slope of the cross entropy over 1 / temperature rises everywhere, so that halving intervals finds its zero. The
+    temperature stays between 1/20 and 20: without an error on validation there is no smallest cross entropy.
+
+    Args:
+        scores: Class scores (N, classes).
+        labels: Labels (N,).
+
+    Returns:
+        The temperature.
+    """
+    z = scores.double()
+    right = z.gather(1, labels[:, None]).squeeze(1)
+    low, high = -math.log(20), math.log(20)
+    for _ in range(60):
+        middle = (low + high) / 2
+        slope = ((math.exp(middle) * z).softmax(1).mul(z).sum(1) - right).mean()
+        low, high = (middle, high) if slope < 0 else (low, middle)
+    return math.exp(-low)

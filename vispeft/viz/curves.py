@@ -49,13 +49,19 @@ def read_history(path: str | Path) -> dict[str, list[tuple[int, float]]]:
     return {name: sorted(values.items()) for name, values in history.items()}
 
 
-def learning_curves(history: str | Path | History, path: str | Path, best_epoch: int | None = None) -> Path:
-    """Draw loss and accuracy of training and validation over the epochs.
+def learning_curves(
+    history: str | Path | History,
+    path: str | Path,
+    best_epoch: int | None = None,
+    metrics: Sequence[str] | None = None,
+) -> Path:
+    """Draw the metrics of training and validation over the epochs.
 
     Args:
         history: ``metrics.csv``, or what `read_history` made of it.
         path: The PNG file.
         best_epoch: The epoch that was kept, counted from zero.
+        metrics: Names of the metrics to draw, without the split's; None draws all.
 
     Returns:
         The PNG file.
@@ -66,7 +72,7 @@ def learning_curves(history: str | Path | History, path: str | Path, best_epoch:
     """
     values = history if isinstance(history, Mapping) else read_history(history)
     kinds = list(dict.fromkeys(name.partition("/")[2] for name in values if name.startswith(("train/", "validation/"))))
-    kinds.sort(key=lambda kind: kind != "loss")
+    kinds = sorted((kind for kind in kinds if metrics is None or kind in metrics), key=lambda kind: kind != "loss")
     if not kinds:
         raise DataError(f"There are no metrics of training or validation; found {', '.join(values) or 'nothing'}.")
     with matplotlib.rc_context(SETTINGS):
@@ -84,7 +90,7 @@ def _draw(axes: Axes, kind: str, values: History, best_epoch: int | None) -> Non
             axes.plot(epochs, heights, color=COLOURS[split], label=split, linewidth=1.8, marker="o", markersize=3)
     if best_epoch is not None:
         axes.axvline(best_epoch + 1, color=COLOURS["note"], linewidth=1, linestyle=":", label="epoch kept")
-    axes.set(xlabel="epoch", ylabel=kind)
+    axes.set(xlabel="epoch", ylabel=kind.replace("_", " "))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if kind == "loss":
         axes.set_ylim(bottom=0)

@@ -1,0 +1,382 @@
+"""Checkpoints from which a training goes on as if it had never been stopped.
+
+A checkpoint is a file of Lightning's with a digest behind it, so that a truncated or altered one is noticed. It is
+written between two steps, when nothing is half done, and holds everything that training changes; what Lightning's own
+checkpoints leave out is collected in `vispeft.tasks.state`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from vispeft.adapters.files import write_atomically
+from vispeft.adapters.fingerprint import check_fingerprint, fingerprint
+from vispeft.backbones.registry import unwrap
+from vispeft.data.base import ImageData
+from vispeft.errors import ConfigError, FileError, TrainingError
+from vispeft.tasks.logs import RunLog
+from vispeft.tasks.state import between_steps, put_back, training_state
+
+__all__ = ["Cadence", "Found", "RunCheckpoints", "SealedCheckpointIO", "find_checkpoint", "read_checkpoint"]
+
+logger = logging.getLogger(__name__)
+
+SEAL = b"\nvispeft sha256 "
+"""Stands between a checkpoint and its digest. A reader of zip files, torch among them, ignores what follows."""
+STATE = "vispeft"
+"""Key of our part of a checkpoint."""
+
+
+# ------------------------------------------------------------------ files
+
+
+class SealedCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints whole or not at all, with a digest, and reads them without running code."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint.
+
+        Args:
+            checkpoint: What to write.
+            path: The file.
+            storage_options: Not used.
+
+        Raises:
+            FileError: If it cannot be written; what was there before is still there.
+        """
+        buffer = io.BytesIO()
+        torch.save({**checkpoint, "sealed": True}, buffer)
+        content = buffer.getvalue()
+        write_atomically({Path(path): content + SEAL + hashlib.sha256(content).hexdigest().encode()})
+
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        """Read and check a checkpoint.
+
+        Args:
+            path: The file.
+
+        Raises:
+            FileError: If it is missing, truncated or altered.
+        """
+        return read_checkpoint(path)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint and check its digest; one of Lightning's own, which has none, is read as it is.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content, on the CPU.
+
+    Raises:
+        FileError: If it is missing, truncated or altered.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise FileError(f"The checkpoint {path} could not be read ({error.strerror}).") from error
+    body, digest = content[: -len(SEAL) - 64], content[-64:]
+    sealed = content[len(body) : -64] == SEAL
+    if sealed and hashlib.sha256(body).hexdigest().encode() != digest:
+        raise FileError(f"The checkpoint {path} was altered: its digest does not fit its content.")
+    try:
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a parser says about bytes that are no checkpoint
+        raise FileError(f"The checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(loaded, dict) or "state_dict" not in loaded:
+        raise FileError(f"{path} is no checkpoint: it has no state_dict.")
+    if loaded.pop("sealed", False) and not sealed:
+        raise FileError(f"The checkpoint {path} is truncated: its digest is missing.")
+    return loaded
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to go on from."""
+
+    path: Path
+    """Its file."""
+    state: dict[str, Any]
+    """Our part of it."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether training had come to its end."""
+        return bool(self.state["finished"])
+
+
+def find_checkpoint(folder: Path) -> Found | None:
+    """Find the last checkpoint of a run that is whole, together with the best epoch it knows.
+
+    Args:
+        folder: The checkpoints of the run.
+
+    Returns:
+        The checkpoint; None when there is no good one. A damaged one is said in a warning.
+    """
+    for path in sorted(folder.glob("step-*.ckpt"), key=lambda path: path.stem, reverse=True):
+        try:
+            state = read_checkpoint(path)[STATE]
+            if state["best"] is not None:
+                read_checkpoint(folder / state["best"]["file"])
+        except (FileError, KeyError) as error:
+            logger.warning("%s It is left out, and the one before it is used.", error)
+            continue
+        return Found(path, state)
+    return None
+
+
+# ------------------------------------------------------------------ writing them while training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cadence:
+    """How often a checkpoint is written inside an epoch; there is always one between two epochs."""
+
+    every_n_steps: int | None = None
+    """Steps between two checkpoints; None leaves it to the clock."""
+    minutes: float | None = 5.0
+    """Minutes between two checkpoints; None leaves it to the steps."""
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            ConfigError: If one is not above 0.
+        """
+        for name in ("every_n_steps", "minutes"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"checkpoints.{name} is {value}; a number above 0 is needed, or null.")
+
+
+class RunCheckpoints(Checkpoint):
+    """Keeps the best epoch and the last two states of a training, and goes on from such a state bit for bit.
+
+    States are taken at the start of a step, where the step before is wholly done: its validation, its rows in the logs.
+    They are put back at the same place. Use it together with `SealedCheckpointIO` among the trainer's plugins.
+    """
+
+    def __init__(self, folder: str | Path, *, monitor: str, mode: str = "max", cadence: Cadence | None = None) -> None:
+        """Say where checkpoints go.
+
+        Args:
+            folder: Their folder.
+            monitor: Metric that chooses the best epoch.
+            mode: Whether more or less of it is better: ``max`` or ``min``.
+            cadence: How often to write one inside an epoch.
+        """
+        self.folder, self.monitor, self.mode = Path(folder), monitor, mode
+        self.cadence = cadence or Cadence()
+        self.best: dict[str, Any] | None = None
+        """File, epoch and score of the best epoch so far."""
+        self.epochs = self.steps = 0
+        """Epochs and steps of the training, once it is finished."""
+        self.seconds = 0.0
+        """Seconds of training so far, those before a kill included."""
+        self.last_model_path = ""
+        self._generations: list[set[str]] = []
+        self._saving = self._finished = self._validated = False
+        self._pending: dict[str, Any] | None = None
+        self._backbone: dict[str, Any] | None = None
+        self._began = self._saved = 0.0
+
+    @property
+    def best_model_path(self) -> str:
+        """File of the best epoch; empty when there is none yet."""
+        return "" if self.best is None else str(self.folder / self.best["file"])
+
+    # ------------------------------------------------------------------ going on
+
+    def take_over(self, state: dict[str, Any]) -> None:
+        """Take over what a checkpoint says of the run as a whole.
+
+        Args:
+            state: Our part of it.
+        """
+        self.best, self.seconds = state["best"], state["seconds"]
+        self.epochs, self.steps, self._backbone = state["epochs"], state["steps"], state["backbone"]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note the state to put back before the next step.
+
+        Raises:
+            TrainingError: If it was written by another number of processes.
+            BaseMismatchError: If the backbone is another one.
+        """
+        state = checkpoint.get(STATE)
+        if state is None or trainer.state.fn != TrainerFn.FITTING:
+            return
+        if state["processes"] != trainer.world_size:
+            raise TrainingError(
+                f"The checkpoint was written by {state['processes']} processes, and there are {trainer.world_size}. "
+                "Give the same number of devices, or begin a new run."
+            )
+        if state["torch"] != torch.__version__:
+            logger.warning(
+                "The run was begun with torch %s and goes on with %s; the last bits may differ from one run in one go.",
+                state["torch"],
+                torch.__version__,
+            )
+        task = cast(Any, pl_module)
+        check_fingerprint(state["backbone"], unwrap(task.model), task.bank.view)
+        self.take_over(state)
+        self._generations = [self._files(Path(str(trainer.ckpt_path)).name)]
+        self._pending = state
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Verify the adapter after resuming, and start the clock."""
+        self._began = self._saved = time.monotonic()
+        if self._pending is None:
+            return
+        cast(Any, pl_module).bank.verify()
+        # Meant for loaders that begin anew; the data module begins where it was stopped.
+        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
+        if self._pending["batches"] == 0:
+            # With max_steps, Lightning takes a training stopped between two epochs for one stopped inside an epoch.
+            trainer.fit_loop._restarting = False
+            trainer.fit_loop.epoch_loop.restarting = False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Put a state back, or write one where it is time."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            put_back(pending["training"], trainer, pl_module)
+            for log, rows in zip(_logs(trainer), pending["rows"], strict=True):
+                log.rewind(rows)
+        elif self._due(trainer, batch_idx):
+            self._save(trainer)
+        self._validated = False
+
+    def _due(self, trainer: Trainer, batch: int) -> bool:
+        if trainer.global_step == 0:
+            return False  # a run stopped before its first checkpoint begins again, which comes to the same
+        if batch == 0:
+            return True
+        progress = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        # Right after a validation, and while gradients are summed, there is more to a state than what is kept.
+        if self._validated or progress % trainer.accumulate_grad_batches or not _repeatable(trainer):
+            return False
+        steps, minutes = self.cadence.every_n_steps, self.cadence.minutes
+        due = steps is not None and trainer.global_step % steps == 0
+        due = due or (minutes is not None and time.monotonic() - self._saved >= 60 * minutes)
+        return bool(trainer.strategy.broadcast(due))
+
+    # ------------------------------------------------------------------ writing
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the weights when they are the best so far.
+
+        Raises:
+            TrainingError: If the task does not log the metric that chooses.
+        """
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._validated = True
+        score = trainer.callback_metrics.get(self.monitor)
+        if score is None:
+            raise TrainingError(
+                f"The best epoch is chosen by {self.monitor}, which the task does not log; it logs "
+                f"{', '.join(sorted(trainer.callback_metrics)) or 'nothing'}."
+            )
+        if not self._better(float(score)):
+            return
+        epoch = trainer.current_epoch
+        file = f"best-epoch{epoch:03d}-step{trainer.global_step:07d}.ckpt"
+        trainer.save_checkpoint(self.folder / file, weights_only=True)
+        self.best = {"file": file, "epoch": epoch, "score": float(score)}
+
+    def _better(self, score: float) -> bool:
+        if self.best is None:
+            return True
+        best = self.best["score"]
+        if best != best:
+            return score == score  # any number is better than none
+        return score > best if self.mode == "max" else score < best
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last state, after which nothing is left to train."""
+        self._finished = True
+        self.epochs, self.steps = trainer.current_epoch, trainer.global_step
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        now = time.monotonic()
+        self.seconds, self._began, self._saved = self.seconds + now - self._began, now, now
+        for experiment in _writers(trainer):
+            experiment.flush()  # what the state counts as logged must not die with this process
+        path = self.folder / f"step-{trainer.global_step:07d}.ckpt"
+        self._saving = True
+        try:
+            trainer.save_checkpoint(path)
+        finally:
+            self._saving = False
+        self.last_model_path = str(path)
+        if trainer.is_global_zero:
+            self._prune(path.name)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add our part to a checkpoint of our own."""
+        if not self._saving:
+            return
+        task = cast(Any, pl_module)
+        if self._backbone is None:
+            self._backbone = fingerprint(unwrap(task.model), task.bank.view)
+        checkpoint[STATE] = {
+            "finished": self._finished,
+            "best": self.best,
+            "epochs": self.epochs,
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "processes": trainer.world_size,
+            "torch": str(torch.__version__),
+            "backbone": self._backbone,
+            "rows": [log.rows for log in _logs(trainer)],
+            "batches": 0 if self._finished else between_steps(checkpoint["loops"]["fit_loop"]),
+            "training": training_state(trainer, pl_module),
+        }
+
+    def _prune(self, newest: str) -> None:
+        """Remove what neither of the last two states needs, and what a kill left half written."""
+        self._generations = [*self._generations[-1:], self._files(newest)]
+        kept = set().union(*self._generations)
+        for pattern in ("step-*.ckpt", "best-*.ckpt", ".step-*", ".best-*"):
+            for path in self.folder.glob(pattern):
+                if path.name not in kept:
+                    path.unlink(missing_ok=True)
+
+    def _files(self, state: str) -> set[str]:
+        """Name the files that belong to a state: its own, and the best epoch it knows."""
+        return {state} if self.best is None else {state, self.best["file"]}
+
+
+def _repeatable(trainer: Trainer) -> bool:
+    """Tell whether the data can begin inside an epoch."""
+    return isinstance(cast(Any, trainer).datamodule, ImageData)
+
+
+def _logs(trainer: Trainer) -> list[RunLog]:
+    return [log for log in trainer.loggers if isinstance(log, RunLog)]
+
+
+def _writers(trainer: Trainer) -> Iterator[Any]:
+    for log in trainer.loggers:
+        experiment = getattr(log, "experiment", None)
+        if hasattr(experiment, "flush"):
+            yield experiment

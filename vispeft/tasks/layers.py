@@ -1,0 +1,39 @@
+"""Learning rates that fall from the last layer to the first."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, cast
+
+from timm.models import group_with_matcher
+from torch import nn
+
+__all__ = ["decay_by_layer"]
+
+_UNIT = re.compile(r"adapters\.[^.]+\.[^.]+\.")
+"""What a unit that trains a tensor of the base puts into its name."""
+
+
+def decay_by_layer(model: nn.Module, groups: list[dict[str, Any]], decay: float) -> list[dict[str, Any]]:
+    """Split optimiser groups so that each layer learns more slowly than the one behind it, as timm numbers layers.
+
+    Args:
+        model: The adapted timm model.
+        groups: Groups as `AdapterBank.parameter_groups` gives them.
+        decay: Learning rate of a layer over that of the next one; the last one, with the classifier, has the full rate.
+
+    Returns:
+        Groups with ``params``, ``lr``, ``weight_decay`` and ``name``.
+    """
+    plain = {id(parameter): _UNIT.sub("", name) for name, parameter in model.named_parameters()}
+    matcher = cast(Any, model).group_matcher(coarse=False)
+    layers = cast(dict[str, int], group_with_matcher(((name, None) for name in plain.values()), matcher, reverse=True))
+    last = max(layers.values())
+    split: dict[tuple[str, int], dict[str, Any]] = {}
+    for group in groups:
+        for parameter in group["params"]:
+            layer = layers.get(plain.get(id(parameter), ""), last)
+            name = f"{group['name']} layer {layer}"
+            fresh = {**group, "params": [], "lr": group["lr"] * decay ** (last - layer), "name": name}
+            split.setdefault((group["name"], layer), fresh)["params"].append(parameter)
+    return list(split.values())

@@ -1,0 +1,98 @@
+"""The log of a run as a table: one file, whichever number of processes wrote it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers.csv_logs import CSVLogger, ExperimentWriter
+
+from vispeft.adapters.files import write_atomically
+
+__all__ = ["RunLog"]
+
+logger = logging.getLogger(__name__)
+
+
+class RunLog(CSVLogger):
+    """Lightning's ``metrics.csv``, which a resumed run goes on with instead of beginning it anew."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Say where the table goes.
+
+        Args:
+            folder: Folder of the run's logs; the table is ``csv/metrics.csv`` in it.
+        """
+        super().__init__(folder, name="csv", version="")
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """What writes the table."""
+        if self._experiment is None:
+            os.makedirs(self.log_dir, exist_ok=True)
+            self._experiment = _Writer(self.log_dir)
+        return self._experiment
+
+    @property
+    def rows(self) -> int:
+        """Number of rows written so far."""
+        return int(self.experiment.rows)
+
+    def rewind(self, rows: int) -> None:
+        """Take back what was written after a checkpoint.
+
+        Args:
+            rows: Number of rows there were then.
+        """
+        self.experiment.rewind(rows)
+
+
+class _Writer(ExperimentWriter):
+    """Appends rows; a table that needs another column is replaced as a whole, so that no kill can cut it."""
+
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir)
+        before = self._read()
+        self.rows = len(before)
+        self.metrics_keys = sorted({key for row in before for key in row})
+
+    def _check_log_dir_exists(self) -> None:
+        """Keep what is there; Lightning's own deletes it."""
+
+    def save(self) -> None:
+        self.rows += len(self.metrics)
+        super().save()
+
+    def rewind(self, rows: int) -> None:
+        before = self._read()
+        if len(before) < rows:
+            logger.warning("%s has %d rows; %d were written.", self.metrics_file_path, len(before), rows)
+        kept = before[:rows]
+        self.rows, self.metrics = len(kept), []
+        self.metrics_keys = sorted({key for row in kept for key in row})
+        self._write(kept, self.metrics_keys)
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        self._write(self._read(), fieldnames)
+
+    def _read(self) -> list[dict[str, str]]:
+        """Read the table; a row has what was logged in it."""
+        path = Path(self.metrics_file_path)
+        if not path.is_file():
+            return []
+        with path.open(newline="", encoding="utf-8") as file:
+            return [{key: value for key, value in row.items() if key and value} for row in csv.DictReader(file)]
+
+    def _write(self, rows: Sequence[Mapping[str, str]], fieldnames: Sequence[str]) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=fieldnames)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically({Path(self.metrics_file_path): text.getvalue().encode()})

@@ -1,0 +1,250 @@
+"""What classification, multi-label classification and regression share: one target per image."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchmetrics import MetricCollection
+
+from vispeft.errors import DataError
+from vispeft.tasks.base import AdapterTask
+
+__all__ = ["Batch", "SupervisedTask", "train_targets"]
+
+Batch = tuple[Tensor | Mapping[str, Tensor], Tensor]
+"""Images (B, 3, H, W), or what a frozen backbone made of them, and their targets."""
+
+_TASK_OF = {"class": "Classification", "multilabel": "MultiLabel", "regression": "Regression"}
+
+
+class SupervisedTask(AdapterTask):
+    """Base of the tasks with one target per image.
+
+    A subclass says what its targets are, and gives the loss, the metrics and how outputs are read.
+    """
+
+    target: ClassVar[str]
+    """Kind of the data's targets: ``class``, ``multilabel`` or ``regression``."""
+    targets_needed: bool = False
+    """Whether something is computed from all targets of the training split before the first step."""
+
+    def __init__(self, **settings: Any) -> None:
+        """Make the model, then the metrics; see `AdapterTask` for the settings."""
+        super().__init__(**settings)
+        self._targets_taken = False
+        self.train_metrics = self.make_metrics("train")
+        self.validation_metrics = self.make_metrics("validation")
+        self.test_metrics = self.make_metrics("test")
+
+    # ------------------------------------------------------------------ what a subclass gives
+
+    @abstractmethod
+    def make_metrics(self, split: str) -> MetricCollection:
+        """Make the metrics of a split, their names beginning with it.
+
+        Args:
+            split: train, validation or test.
+        """
+
+    @abstractmethod
+    def training_loss(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Compute what training makes small.
+
+        Args:
+            scores: What the model gives (B, outputs), in float32.
+            targets: What the data say.
+        """
+
+    @abstractmethod
+    def plain_loss(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Compute the loss without weights and smoothing, for validation and test.
+
+        Args:
+            scores: What the model gives (B, outputs), in float32.
+            targets: What the data say.
+        """
+
+    @abstractmethod
+    def decode(self, scores: Tensor) -> Tensor:
+        """Turn the model's outputs into probabilities or values (B, outputs).
+
+        Args:
+            scores: What the model gives (B, outputs), in float32.
+        """
+
+    def for_metrics(self, scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Bring outputs and targets into the form the metrics take.
+
+        Args:
+            scores: What the model gives (B, outputs), in float32.
+            targets: What the data say.
+        """
+        return scores, targets
+
+    def take_targets(self, targets: Tensor) -> None:
+        """Compute what is needed from the targets of the training split, when `targets_needed` says so.
+
+        Args:
+            targets: All of them.
+        """
+
+    def calibrate(self, scores: Tensor, targets: Tensor) -> dict[str, Any]:
+        """Fit on the validation split how sure the model may be, where the task knows a way.
+
+        Args:
+            scores: What the model gives (N, outputs).
+            targets: What the data say.
+
+        Returns:
+            Figures for ``metrics.json``; empty where there is no way.
+        """
+        return {}
+
+    def output(self) -> dict[str, Any]:
+        """Say how outputs are read, for the adapter's file."""
+        return {"target": self.target}
+
+    def summary(self, scores: Tensor, targets: Tensor, names: Sequence[str]) -> dict[str, Any]:
+        """Give figures per output for ``metrics.json``.
+
+        Args:
+            scores: What the model gives for the test split (N, outputs).
+            targets: What the data say.
+            names: Names of the outputs.
+        """
+        return {}
+
+    @abstractmethod
+    def draw(self, scores: Tensor, targets: Tensor, names: Sequence[str], folder: Path) -> None:
+        """Draw the results on the test split.
+
+        Args:
+            scores: What the model gives (N, outputs).
+            targets: What the data say.
+            names: Names of the outputs.
+            folder: Where pictures go.
+        """
+
+    @abstractmethod
+    def columns(self, names: Sequence[str]) -> list[str]:
+        """Name the columns of a table of predictions, after the image's path.
+
+        Args:
+            names: Names of the outputs.
+        """
+
+    @abstractmethod
+    def row(self, values: Tensor, names: Sequence[str]) -> list[str]:
+        """Fill these columns for one image.
+
+        Args:
+            values: What `decode` gave for it (outputs,).
+            names: Names of the outputs.
+        """
+
+    # ------------------------------------------------------------------ data
+
+    def check_data(self, data: Any) -> None:
+        """Check that data fit the task and the model, as far as they say.
+
+        Args:
+            data: A data module.
+
+        Raises:
+            DataError: If the kind of target, the class count or the image size do not fit.
+        """
+        found = getattr(data, "target", "class")
+        if found != self.target:
+            raise DataError(
+                f"The data have targets of the kind {found!r}, and {type(self).__name__} needs {self.target!r}. Use "
+                f"the task {_TASK_OF.get(found, 'made for them')}, or other data."
+            )
+        super().check_data(data)
+        if self.targets_needed and not self._targets_taken:
+            self._take_from(data)
+
+    def setup(self, stage: str) -> None:
+        """Check the trainer's data before the first step, and take what the loss needs from them."""
+        if stage == "fit":
+            self._targets_taken = False
+        super().setup(stage)
+
+    def _take_from(self, data: Any) -> None:
+        targets = train_targets(data)
+        if targets is None:
+            return  # the data are not ready yet; `setup` comes here again
+        self.take_targets(targets)
+        self._targets_taken = True
+
+    # ------------------------------------------------------------------ steps
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Compute the loss of a batch."""
+        images, targets = batch
+        scores = self(images).float()
+        loss = self.training_loss(scores, targets)
+        self.train_metrics.update(*self.for_metrics(scores.detach(), targets))
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(targets))
+        self.log_dict(self.train_metrics, on_step=False, on_epoch=True, batch_size=len(targets))
+        return loss
+
+    def on_train_epoch_start(self) -> None:
+        """Log the learning rate the epoch begins with."""
+        schedule = self.lr_schedulers()
+        self.log("lr", schedule.get_last_lr()[0], on_epoch=True)  # type: ignore[union-attr]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Measure a batch of the validation split; gives scores and targets."""
+        return self._measure("validation", batch, self.validation_metrics)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Measure a batch of the test split; gives scores and targets."""
+        return self._measure("test", batch, self.test_metrics)
+
+    def _measure(self, split: str, batch: Batch, metrics: MetricCollection) -> dict[str, Tensor]:
+        images, targets = batch
+        scores = self(images).float()
+        self.log(f"{split}/loss", self.plain_loss(scores, targets), on_epoch=True, batch_size=len(targets))
+        metrics.update(*self.for_metrics(scores, targets))
+        self.log_dict(metrics, on_epoch=True, batch_size=len(targets))
+        return {"scores": scores, "targets": targets}
+
+    def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
+        """Give probabilities or values (B, outputs)."""
+        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        return self.decode(self(images).float())
+
+
+def train_targets(data: Any) -> Tensor | None:
+    """Collect the targets of the training split, without its images where the data allow it.
+
+    Args:
+        data: A data module.
+
+    Returns:
+        All targets (N, ...), in the order of the split; None while the data are not set up.
+
+    Raises:
+        DataError: If they cannot be told without drawing from an augmentation that changes them.
+    """
+    if not isinstance(data, LightningDataModule):
+        return None
+    try:
+        split = data.split("train") if hasattr(data, "split") else data.train_dataloader().dataset
+    except DataError:
+        return None
+    for name in ("targets", "labels"):
+        known = getattr(split, name, None)
+        if known is not None:
+            return torch.as_tensor(known)
+    if not hasattr(split, "__len__"):
+        raise DataError(f"{type(data).__name__} is a stream, whose targets cannot all be seen before training.")
+    loader = DataLoader(split, batch_size=256, num_workers=getattr(data, "num_workers", 0))
+    return torch.cat([batch[1] for batch in loader])
