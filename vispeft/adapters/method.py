@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vispeft.adapters.sites import Site, View, check_roles, select
 from vispeft.adapters.units import Unit
@@ -70,6 +70,9 @@ class Method:
     """Roles out of `default_roles` that many models lack by nature."""
     trains_base: ClassVar[bool] = False
     """Whether the base behaves as in training (dropout, stochastic depth) while the adapter trains."""
+
+    cacheable: ClassVar[bool] = False
+    """Whether the backbone runs as it is, and what trains reads nothing but its outputs, so that these can be kept."""
 
     def __post_init__(self) -> None:
         """Check the fields all methods share.
@@ -143,6 +146,36 @@ class Method:
     def stochastic_depth(self) -> float:
         """Give the rate of the last block while the adapter trains; 0 leaves the base without it."""
         return 0.0
+
+    def frozen_outputs(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+        """Compute what the frozen backbone makes of images, where the method is `cacheable`.
+
+        Args:
+            model: The adapted timm model.
+            images: Normalised images (B, 3, H, W).
+
+        Returns:
+            Tensors by name, one row per image; here what stands in front of the classifier (B, width).
+        """
+        timm_model: Any = model
+        return {"pooled": timm_model.forward_head(timm_model.forward_features(images), pre_logits=True)}
+
+    def from_outputs(self, model: nn.Module, outputs: Mapping[str, Tensor]) -> Tensor:
+        """Compute from `frozen_outputs` what the model would give for the images.
+
+        Args:
+            model: The adapted timm model.
+            outputs: What `frozen_outputs` gave.
+
+        Returns:
+            Class scores (B, classes).
+        """
+        timm_model: Any = model
+        return timm_model.get_classifier()(outputs["pooled"])
+
+    def frozen_fields(self) -> dict[str, Any]:
+        """Give the fields that decide what `frozen_outputs` computes, as plain values."""
+        return {}
 
     def to_dict(self) -> dict[str, Any]:
         """Give name and fields as plain values, for files."""

@@ -21,6 +21,7 @@ class LinearProbe(Method):
     """Nothing but the classifier trains, on features of a frozen backbone in evaluation mode."""
 
     name: ClassVar[str] = "linear_probe"
+    cacheable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse sites, of which there are none."""
