@@ -25,13 +25,14 @@ from vispeft.adapters.method import Method
 from vispeft.cli.evaluation import evaluation_trainer
 from vispeft.errors import ConfigError, FileError, UnknownNameError, VispeftError
 from vispeft.tasks.base import AdapterTask
+from vispeft.tasks.checkpoints import Cadence
 
-__all__ = ["ConfigCLI", "build_method", "class_path", "method_node", "method_presets", "read_config", "split_overrides"]
+__all__ = ["ConfigCLI", "build_data", "build_method", "class_path", "method_node", "method_presets", "read_config", "split_overrides"]
 
 PRESETS = Path(__file__).resolve().parents[2] / "configs" / "method"
 """Where methods with chosen fields lie."""
 
-TOP_KEYS = ("seed_everything", "trainer", "model", "data")
+TOP_KEYS = ("seed_everything", "init", "trainer", "model", "data", "checkpoints", "cache_features")
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 LINKED = {"model.num_classes": "the data", "data.seed": "seed_everything"}
 """Arguments that another part of the config decides, and which."""
@@ -88,6 +89,10 @@ class ConfigCLI(LightningCLI):
         """Link what one part of a config decides for another."""
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.init_args.seed")
+        parser.add_argument("--init", type=str | None, default=None, help="adapter to start from: zoo:NAME or a folder")
+        parser.add_class_arguments(Cadence, "checkpoints")
+        told = "compute what a frozen backbone makes of the images once: true, or the folder where it is kept"
+        parser.add_argument("--cache_features", type=bool | str, default=False, help=told)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the given arguments; the process's own are not looked at."""
@@ -195,6 +200,8 @@ def _check_tree(tree: Node, source: str) -> None:
     _check_seed(tree.get("seed_everything", 0))
     for key in _mapping(tree.get("trainer"), "trainer"):
         _check_name("trainer", key, _arguments(Trainer))
+    for key in _mapping(tree.get("checkpoints"), "checkpoints"):
+        _check_name("checkpoints", key, _arguments(Cadence))
     for section, base in (("model", AdapterTask), ("data", LightningDataModule)):
         if section in tree:
             tree[section] = _check_node(section, tree[section], base)
@@ -233,6 +240,8 @@ def _check_override(tree: Node, key: str, value: str | None) -> list[str]:
         _check_seed(yaml.safe_load(value))
     elif parts[0] == "trainer" and len(parts) > 1:
         _check_name("trainer", parts[1], _arguments(Trainer))
+    elif parts[0] == "checkpoints" and len(parts) > 1:
+        _check_name("checkpoints", parts[1], _arguments(Cadence))
     elif parts[0] in ("model", "data"):
         value = _check_class_override(tree, parts, value)
     return [f"--{key}={value}"]
@@ -281,6 +290,7 @@ def _check_seed(seed: Any) -> None:
 
 def _all_keys(tree: Node) -> list[str]:
     keys = [*TOP_KEYS, *(f"trainer.{name}" for name in _arguments(Trainer))]
+    keys += [f"checkpoints.{name}" for name in _arguments(Cadence)]
     for section in ("model", "data"):
         if section in tree:
             keys += [f"{section}.{name}" for name in _arguments(_import(tree[section]["class_path"]))]
@@ -391,6 +401,32 @@ def build_method(node: Mapping[str, Any]) -> Method:
         return parser.instantiate_classes(parser.parse_object({"method": dict(node["init_args"])})).method
     except (ArgumentError, argparse.ArgumentError, ValueError) as error:
         raise _as_ours(error, cls.__name__) from error
+
+
+def build_data(node: str | Mapping[str, Any], overrides: Sequence[Override], source: str) -> LightningDataModule:
+    """Make the data module of a config, without its model.
+
+    Args:
+        node: The section ``data``.
+        overrides: What `split_overrides` made, all of them beginning with ``data.``.
+        source: Where the config came from, for messages.
+
+    Raises:
+        UnknownNameError: If a key or a class is not known.
+        ConfigError: If a value has the wrong type or is out of range.
+    """
+    tree: Node = {"data": node}
+    _check_tree(tree, source)
+    tokens = [token for key, value in overrides for token in _check_override(tree, key, value)]
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_subclass_arguments(LightningDataModule, "data", required=True)
+    try:
+        config = parser.parse_args([f"--config={yaml.safe_dump(tree, sort_keys=False)}", *tokens])
+        data: LightningDataModule = parser.instantiate_classes(config).data
+    except (ArgumentError, argparse.ArgumentError, ValueError) as error:
+        raise _as_ours(error, source) from error
+    return data
 
 
 def _find(path: str, name: Any, base: type, known: Sequence[str] = ()) -> str:

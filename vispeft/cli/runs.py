@@ -10,7 +10,21 @@ from typing import Any
 from vispeft.adapters.files import JSON_FILE, write_atomically
 from vispeft.errors import ConfigError, FileError
 
-__all__ = ["ADAPTER", "CHECKPOINTS", "CONFIG", "LOGS", "METRICS", "PLOTS", "Run", "claim", "write_json", "write_text"]
+__all__ = [
+    "ADAPTER",
+    "CHECKPOINTS",
+    "CONFIG",
+    "LOGS",
+    "METRICS",
+    "PLOTS",
+    "Run",
+    "begin",
+    "begun",
+    "claim",
+    "command_of",
+    "write_json",
+    "write_text",
+]
 
 ADAPTER, CHECKPOINTS, LOGS, PLOTS = "adapter", "checkpoints", "logs", "plots"
 CONFIG, METRICS = "config.yaml", "metrics.json"
@@ -35,7 +49,7 @@ def claim(out: str | Path | None, config: Path) -> Path:
             return _next_number(Path("runs") / config.stem)
         place = Path(out)
         place.mkdir(parents=True, exist_ok=True)
-        found = sorted(path.name for path in place.iterdir())
+        found = _listing(place)
     except OSError as error:
         raise FileError(f"The run directory {out or 'runs'} could not be made ({error.strerror}).") from error
     if METRICS in found:
@@ -43,9 +57,58 @@ def claim(out: str | Path | None, config: Path) -> Path:
     if found:
         raise ConfigError(
             f"{place} is not empty (found {', '.join(found[:4])}), and what is there is not overwritten. "
-            "Choose another --out, or remove it."
+            f"{'Go on with it by --resume, choose' if CONFIG in found else 'Choose'} another --out, or remove it."
         )
     return place
+
+
+def _listing(place: Path) -> list[str]:
+    """List a run directory, without what a kill left of a file half written."""
+    return sorted(path.name for path in place.iterdir() if not path.name.startswith(f".{CONFIG}."))
+
+
+def begin(place: Path, config: str, command: str) -> None:
+    """Write the config of a run, from when on it can be resumed.
+
+    Args:
+        place: Its directory.
+        config: The whole config.
+        command: What was typed; it stands above the config.
+
+    Raises:
+        FileError: If it cannot be written.
+    """
+    write_text(place / CONFIG, f"# {' '.join(command.splitlines())}\n{config}")
+
+
+def command_of(place: Path) -> str:
+    """Give the command a run was begun with.
+
+    Args:
+        place: Its directory.
+    """
+    with (place / CONFIG).open(encoding="utf-8") as file:
+        return file.readline().removeprefix("# ").rstrip("\n")
+
+
+def begun(path: str | Path) -> bool:
+    """Tell whether a run directory has its config, and so can be resumed.
+
+    Args:
+        path: The directory.
+
+    Raises:
+        FileError: If there is no such directory, or it is none of a run.
+    """
+    place = Path(path)
+    if not place.is_dir():
+        raise FileError(f"There is no run directory {str(place)!r} to resume; tools/train.py makes them.")
+    found = _listing(place)
+    if found and CONFIG not in found:
+        numbered = sorted(int(name) for name in found if name.isdecimal() and (place / name / CONFIG).is_file())
+        hint = f" Did you mean {place / str(numbered[-1])}?" if numbered else ""
+        raise FileError(f"{place} is no run directory: it has no {CONFIG} (found {', '.join(found[:4])}).{hint}")
+    return bool(found)
 
 
 def _next_number(base: Path) -> Path:

@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import shlex
+import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from vispeft.cli import runs
 from vispeft.cli.common import console, make_parser, one_line, versions
 from vispeft.cli.config import ConfigCLI
 from vispeft.cli.evaluation import Measured, measure, metrics_table, output_names
+from vispeft.cli.start import start_from
 from vispeft.data.base import ImageData
-from vispeft.errors import ConfigError, TrainingError
+from vispeft.errors import ConfigError, FileError, TrainingError
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.callbacks import progress_bar
+from vispeft.tasks.checkpoints import Found, RunCheckpoints, SealedCheckpointIO, find_checkpoint
+from vispeft.tasks.logs import RunLog
 from vispeft.viz import learning_curves
 
-__all__ = ["main", "train"]
+__all__ = ["main", "resume", "train"]
+
+FREE = re.compile(
+    r"trainer\.(accelerator|devices|enable_progress_bar|profiler)(\..*)?|data\.init_args\.num_workers|checkpoints\..*"
+)
+"""Keys that may change when a run is resumed: none of them changes what comes out."""
 
 EXAMPLE = """example:
   python tools/train.py configs/classification/digits_ssf.yaml
   python tools/train.py configs/classification/digits_ssf.yaml --model.lr 5e-3 --trainer.max_epochs 10
   python tools/train.py configs/classification/digits_ssf.yaml --method lora --model.method.rank 4 --out runs/mine
+  python tools/train.py --resume runs/digits_ssf/1
+  python tools/train.py configs/classification/digits_ssf.yaml --init runs/digits_ssf/1
 
 Every key of the config can be overridden by its path; --print_config shows them all with their values. The run
 directory then holds adapter/, config.yaml, metrics.json, checkpoints/, logs/ (TensorBoard and CSV) and plots/."""
@@ -42,19 +56,31 @@ def main(argv: Sequence[str]) -> None:
         argv: Arguments without the program's name.
     """
     parser = make_parser("tools/train.py", "Train an adapter as a config says.", EXAMPLE)
-    parser.add_argument("config", metavar="CONFIG", help="YAML file; it comes first")
+    parser.add_argument("config", metavar="CONFIG", help="YAML file; it comes first; with --resume it may be left out")
     parser.add_argument("--method", metavar="NAME", help="method instead of the config's: a name, or a YAML file")
+    parser.add_argument("--init", metavar="ADAPTER", help="adapter to start from: zoo:NAME, or a directory")
     parser.add_argument("--out", metavar="DIR", help="run directory; default runs/<config name>/<n>")
+    parser.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped")
     parser.add_argument("--print_config", action="store_true", help="print the whole config and leave")
+    argv = list(argv)
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
-        raise ConfigError(f"{argv[0]} stands where the config belongs. {one_line(parser.format_usage())}")
-    given, overrides = parser.parse_known_args(list(argv))
-    if given.method is not None:
-        overrides = ["--model.method", given.method, *overrides]
+        if not any(token.partition("=")[0] == "--resume" for token in argv):
+            raise ConfigError(f"{argv[0]} stands where the config belongs. {one_line(parser.format_usage())}")
+        argv = ["", *argv]  # the run has a config of its own
+    given, overrides = parser.parse_known_args(argv)
+    for key, value in (("init", given.init), ("model.method", given.method)):
+        if value is not None:
+            overrides = [f"--{key}", value, *overrides]
     if given.print_config:
         overrides = [*overrides, "--print_config"]
-    command = shlex.join(["python", "tools/train.py", *argv])
-    train(Path(given.config), overrides, out=given.out, command=command)
+    command = shlex.join(["python", "tools/train.py", *(token for token in argv if token)])
+    config = Path(given.config) if given.config else None
+    if given.resume is None:
+        train(cast(Path, config), overrides, out=given.out, command=command)
+        return
+    if given.out is not None:
+        raise ConfigError("--out was given with --resume; a run goes on in its own directory. Leave --out out.")
+    resume(given.resume, config, overrides, command=command)
 
 
 def train(config: Path, overrides: Sequence[str] = (), *, out: str | Path | None = None, command: str = "") -> Path:
@@ -75,31 +101,114 @@ def train(config: Path, overrides: Sequence[str] = (), *, out: str | Path | None
         VispeftError: If something is wrong with what was given, or training cannot go on.
     """
     began = time.perf_counter()
-    cli = ConfigCLI(config, overrides)
-    task, data, settings = cli.model, cli.datamodule, cli.trainer_settings
-    _check(settings)
-    if isinstance(data, ImageData):
-        data.fit_to(task.preprocessing)
-        data.setup()
-    task.check_data(data)
+    cli = _prepared(ConfigCLI(config, overrides))
     place = runs.claim(out, config)
     try:
-        trainer = _trainer(place, task, settings)
+        trainer = _trainer(place, cli, None)
     except Exception:
         if not any(place.iterdir()):
             place.rmdir()
         raise
-    runs.write_text(place / runs.CONFIG, cli.resolved())
+    runs.begin(place, cli.resolved(), command)
+    return _carry_out(place, cli, trainer, None, began)
+
+
+def resume(run: str | Path, config: Path | None = None, overrides: Sequence[str] = (), *, command: str = "") -> Path:
+    """Go on with a run that was stopped, wherever that was, and end as if it had not been.
+
+    Args:
+        run: Its directory.
+        config: The config it was begun with; None takes it from the directory.
+        overrides: Those it was begun with, or none; keys that change nothing about the result may differ.
+        command: What was typed; only used when the run had not begun yet.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        ConfigError: If something was asked for that would change the result.
+        VispeftError: If the run cannot go on.
+    """
+    began = time.perf_counter()
+    place = Path(run)
+    if not runs.begun(place):
+        if config is None:
+            raise FileError(f"{place} was stopped before its config was written. Begin it again: CONFIG --out {place}.")
+        return train(config, overrides, out=place, command=command)
+    cli = ConfigCLI(config or place / runs.CONFIG, overrides)
+    _check_same(place, cli)
+    if (place / runs.METRICS).is_file():
+        console.print(f"{place} is finished; there is nothing to go on with. Its figures are in {runs.METRICS}.")
+        return place
+    _prepared(cli)
+    found = find_checkpoint(place / runs.CHECKPOINTS)
+    if found is None:
+        console.print(f"{place} has no checkpoint, so training begins anew.", soft_wrap=True)
+        shutil.rmtree(place / runs.LOGS, ignore_errors=True)
+    else:
+        console.print(f"Going on from {found.path}.", soft_wrap=True)
+    return _carry_out(place, cli, _trainer(place, cli, found), found, began)
+
+
+def _prepared(cli: ConfigCLI) -> ConfigCLI:
+    """Check everything that can be checked before training, and give the adapter its start."""
+    task, data = cli.model, cli.datamodule
+    _check(cli.trainer_settings)
+    if isinstance(data, ImageData):
+        data.fit_to(task.preprocessing)
+        data.setup()
+    task.check_data(data)
+    if cli.config["init"] is not None:
+        console.print(start_from(task, cli.config["init"], output_names(data, task.num_classes)), soft_wrap=True)
+    return cli
+
+
+def _carry_out(place: Path, cli: ConfigCLI, trainer: Trainer, found: Found | None, began: float) -> Path:
+    """Train, or go on training, and finish."""
+    task, checkpoints = cli.model, cast(RunCheckpoints, trainer.checkpoint_callback)
     console.print(task.bank.report())
     console.print(f"Run directory: {place}", soft_wrap=True)
-    fitting = time.perf_counter()
-    trainer.fit(task, datamodule=data)
-    seconds = {"training": time.perf_counter() - fitting}
-    metrics = _finish(place, cli, trainer, seconds, began)
-    runs.write_json(place / runs.METRICS, {"command": command, **metrics})
+    earlier = 0.0 if found is None else found.state["seconds"]
+    if found is not None and found.finished:
+        checkpoints.take_over(found.state)
+    else:
+        try:
+            trainer.fit(task, datamodule=cli.datamodule, ckpt_path=None if found is None else str(found.path))
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise FileError(f"The disk of {place} is full. Free some space, then go on by --resume {place}.") from error
+    metrics = _finish(place, cli, trainer, {"training": checkpoints.seconds}, began - earlier)
+    runs.write_json(place / runs.METRICS, {"command": runs.command_of(place), **metrics})
     console.print(f"Best of {metrics['epochs']} epochs on validation: epoch {metrics['best_epoch']}")
     console.print(metrics_table({split: metrics[split] for split in ("validation", "test")}))
     return place
+
+
+def _check_same(place: Path, cli: ConfigCLI) -> None:
+    """Refuse to go on with a run under another config.
+
+    Raises:
+        ConfigError: If a key differs that could change the result.
+    """
+    saved = dict(_flat(yaml.safe_load((place / runs.CONFIG).read_text(encoding="utf-8"))))
+    asked = dict(_flat(yaml.safe_load(cli.resolved())))
+    other = [key for key in {**saved, **asked} if saved.get(key) != asked.get(key) and not FREE.fullmatch(key)]
+    if other:
+        listing = ", ".join(f"{key} was {saved.get(key)!r} and is {asked.get(key)!r}" for key in other[:4])
+        raise ConfigError(
+            f"{place} goes on as it was begun, and this would change what comes out: {listing}. Leave it out, or begin "
+            "a new run."
+        )
+
+
+def _flat(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """List the values of a config by dotted key."""
+    if not isinstance(node, dict) or not node:
+        yield path, node
+        return
+    for key, value in node.items():
+        yield from _flat(value, f"{path}.{key}" if path else str(key))
 
 
 def _check(settings: dict[str, Any]) -> None:
@@ -115,43 +224,45 @@ def _check(settings: dict[str, Any]) -> None:
     epochs, steps = settings.get("max_epochs"), settings.get("max_steps", -1)
     if epochs == 0 or steps == 0:
         raise ConfigError(f"trainer.max_epochs is {epochs} and trainer.max_steps {steps}; at least 1 is needed.")
+    if settings.get("limit_val_batches") == 0:
+        raise ConfigError("trainer.limit_val_batches is 0, and the best epoch is chosen on validation. Give more.")
     if epochs in (None, -1) and steps == -1:
         raise ConfigError("trainer.max_epochs sets no end, and the learning rate needs one. Give a number.")
 
 
-def _trainer(place: Path, task: AdapterTask, settings: dict[str, Any]) -> Trainer:
+def _trainer(place: Path, cli: ConfigCLI, found: Found | None) -> Trainer:
     """Make the trainer that fits, with the files of a run directory."""
+    task, settings = cli.model, cli.trainer_settings
     callbacks = list(settings.get("callbacks") or [])
-    callbacks.append(
-        ModelCheckpoint(
-            dirpath=place / runs.CHECKPOINTS,
-            filename="best-epoch{epoch:03d}",
-            monitor=task.monitor,
-            mode=task.monitor_mode,
-            auto_insert_metric_name=False,
-            save_last=True,
-        )
-    )
+    folder, cadence = place / runs.CHECKPOINTS, cli.config_init["checkpoints"]
+    callbacks.append(RunCheckpoints(folder, monitor=task.monitor, mode=task.monitor_mode, cadence=cadence))
     if not any(isinstance(callback, ProgressBar) for callback in callbacks):
         callbacks.append(progress_bar(terminal=sys.stdout.isatty()))
-    given = settings.get("logger")
-    extra = given if isinstance(given, list) else [given] if isinstance(given, Logger) else []
     logs = place / runs.LOGS
-    loggers = [CSVLogger(logs, name="csv", version=""), TensorBoardLogger(logs, name="tensorboard", version="")]
+    # TensorBoard hides what an earlier process logged beyond the checkpoint.
+    purge = {} if found is None else {"purge_step": found.state["logged_steps"]}
+    board = TensorBoardLogger(logs, name="tensorboard", version="", **purge)
     own = {
         "callbacks": callbacks,
-        "logger": [*loggers, *extra],
+        "logger": [RunLog(logs), board, *_listed(settings.get("logger"))],
+        "plugins": [*_listed(settings.get("plugins")), SealedCheckpointIO()],
         "default_root_dir": place,
         "enable_model_summary": False,
     }
     return Trainer(**{**settings, **own})
 
 
+def _listed(value: Any) -> list[Any]:
+    """Make a list of a setting that may also be one thing, or be left open."""
+    if value is None or isinstance(value, bool):
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
 def _finish(place: Path, cli: ConfigCLI, trainer: Trainer, seconds: dict[str, float], began: float) -> dict[str, Any]:
     """Take the best epoch, measure it, and write adapter and plots; ``metrics.json`` comes last, by the caller."""
     task, data = cli.model, cli.datamodule
-    checkpoints = trainer.checkpoint_callback
-    assert isinstance(checkpoints, ModelCheckpoint)
+    checkpoints = cast(RunCheckpoints, trainer.checkpoint_callback)
     if not checkpoints.best_model_path:
         raise TrainingError(
             f"No epoch was measured by {task.monitor}, so there is no best one. Is there a validation split, and is "
@@ -170,8 +281,8 @@ def _finish(place: Path, cli: ConfigCLI, trainer: Trainer, seconds: dict[str, fl
         **measured.metrics,
         **measured.details,
         "best_epoch": best + 1,
-        "epochs": trainer.current_epoch,
-        "steps": trainer.global_step,
+        "epochs": checkpoints.epochs,
+        "steps": checkpoints.steps,
         "seed": cli.config["seed_everything"],
         "parameters": task.bank.report().to_dict(),
         "adapter_bytes": {path.name: path.stat().st_size for path in sorted((place / runs.ADAPTER).iterdir())},

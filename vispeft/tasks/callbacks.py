@@ -114,6 +114,10 @@ class PlainProgress(ProgressBar):
         """Speak again."""
         self._enabled = True
 
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        """Start the clock, for an epoch that is gone on with in its middle."""
+        self._began = time.perf_counter()
+
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         """Start the clock."""
         self._began = time.perf_counter()

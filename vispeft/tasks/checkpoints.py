@@ -347,6 +347,7 @@ class RunCheckpoints(Checkpoint):
             "processes": trainer.world_size,
             "torch": str(torch.__version__),
             "backbone": self._backbone,
+            "logged_steps": trainer.fit_loop.epoch_loop._batches_that_stepped,
             "rows": [log.rows for log in _logs(trainer)],
             "batches": 0 if self._finished else between_steps(checkpoint["loops"]["fit_loop"]),
             "training": training_state(trainer, pl_module),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, cast
 
-from timm.models import group_with_matcher
+from timm.models._manipulate import group_with_matcher
 from torch import nn
 
 __all__ = ["decay_by_layer"]

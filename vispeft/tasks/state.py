@@ -97,7 +97,7 @@ def between_steps(loop: dict[str, Any]) -> int:
 
 def random_state() -> dict[str, Any]:
     """Take the states of all global generators, as tensors and plain values."""
-    name, keys, *rest = np.random.get_state()
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - what users draw from it must go on as well
     return {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
@@ -114,7 +114,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     """
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,91 @@
+"""Starting a new task from an adapter that exists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vispeft.adapters.files import JSON_FILE, read_adapter
+from vispeft.adapters.fingerprint import check_fingerprint
+from vispeft.backbones.create import zoo_folder
+from vispeft.backbones.registry import unwrap
+from vispeft.cli.runs import ADAPTER
+from vispeft.errors import ConfigError, FileError, UnknownNameError
+from vispeft.tasks.base import AdapterTask
+
+__all__ = ["find_adapter", "start_from"]
+
+
+def find_adapter(source: str) -> Path:
+    """Find the directory of an adapter.
+
+    Args:
+        source: ``zoo:NAME``, the directory of an adapter, or that of a run.
+
+    Raises:
+        UnknownNameError: If the zoo has no such adapter.
+        FileError: If there is no adapter.
+    """
+    if source.startswith("zoo:"):
+        name, zoo = source.removeprefix("zoo:"), zoo_folder()
+        known = sorted(path.parent.name for path in zoo.glob(f"*/{JSON_FILE}"))
+        if name not in known:
+            raise UnknownNameError("adapter of the zoo", name, known, f"They are in {zoo}.")
+        return zoo / name
+    for place in (Path(source), Path(source) / ADAPTER):
+        if (place / JSON_FILE).is_file():
+            return place
+    raise FileError(f"init names {source!r}, where there is no adapter: no {JSON_FILE}, and no {ADAPTER}/{JSON_FILE}.")
+
+
+def start_from(task: AdapterTask, source: str, class_names: Sequence[str]) -> str:
+    """Give a task's adapter the values of a saved one.
+
+    Args:
+        task: The task, with a fresh adapter of the same method on the same backbone.
+        source: Where the saved adapter is; see `find_adapter`.
+        class_names: Names of the new task's classes; the saved head is kept for the same ones only.
+
+    Returns:
+        What was done, in one sentence.
+
+    Raises:
+        ConfigError: If the saved adapter is of another method.
+        BaseMismatchError: If it was trained on another backbone.
+        FileError: If it is missing or damaged.
+    """
+    folder = find_adapter(source)
+    header, units, head = read_adapter(folder)
+    _check_method(task.bank.plan().method.to_dict(), header["method"], source)
+    check_fingerprint(header["backbone"]["fingerprint"], unwrap(task.model), task.bank.view)
+    own = task.bank.state_dict()
+    names = header["class_names"] or []
+    fits = {key: tensor.shape for key, tensor in own.items() if key.startswith("head/")} == {
+        key: tensor.shape for key, tensor in head.items()
+    }
+    kept = bool(head) and fits and list(names) == list(class_names)
+    task.bank.load_state_dict({**units, **(head if kept else {})})
+    if kept:
+        return f"Started from {source}, with its classifier."
+    why = f"{len(names)} classes there, {len(class_names)} here" if len(names) != len(class_names) else "other classes"
+    return f"Started from {source}; the classifier is a fresh one ({why})."
+
+
+def _check_method(own: dict[str, Any], saved: dict[str, Any], source: str) -> None:
+    if own["name"] != saved["name"]:
+        raise ConfigError(
+            f"{source} is an adapter of the method {saved['name']}, and this run trains {own['name']}. "
+            f"Give --method {saved['name']}, or another adapter."
+        )
+    fields = {**dict.fromkeys(own["fields"]), **saved["fields"]}
+    other = [
+        f"{name}: {value!r} there, {own['fields'].get(name)!r} here"
+        for name, value in fields.items()
+        if value != own["fields"].get(name)
+    ]
+    if other:
+        raise ConfigError(
+            f"{source} is an adapter of {own['name']} with other fields ({'; '.join(other)}). Set --model.method.NAME "
+            "to the same values."
+        )
