@@ -2,9 +2,18 @@
 
 import os
 
+import pytest
 import torch
 
 import vispeft  # noqa: F401  (makes torchvision importable before any test imports it)
 
 # Workers of pytest-xdist share the processors; alone, a test may use two.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """Keep what tests look at out of the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VISPEFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -4,7 +4,7 @@ from lightning.pytorch import Trainer
 from sklearn.datasets import load_digits
 
 from vispeft.data import DigitsData, EpochSampler, Preprocessing
-from vispeft.data.base import draw_seed
+from vispeft.data.randomness import draw_seed
 from vispeft.errors import ConfigError, DataError
 
 SETTINGS = {"image_size": 16, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -22,7 +22,7 @@ def test_splits_are_whole_disjoint_and_stratified(digits):
     everything = torch.cat(list(indices.values()))
     assert sorted(everything.tolist()) == list(range(1797))
     for name in ("train", "validation", "test"):
-        counts = digits.split(name).labels.bincount()
+        counts = digits.split(name).targets.bincount()
         assert counts.max() - counts.min() <= 5
 
 

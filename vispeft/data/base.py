@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -13,31 +14,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
+from vispeft.data.listing import Target
 from vispeft.data.preprocessing import Preprocessing
+from vispeft.data.randomness import draw_seed, seeded
 from vispeft.errors import ConfigError, DataError
 
-__all__ = ["EpochSampler", "ImageData", "MemorySplit", "draw_seed"]
+__all__ = ["BatchSplit", "EpochSampler", "ImageData", "MemorySplit"]
 
 Index = tuple[int, int]
 """Epoch and position of an image in its split."""
-
-
-def draw_seed(*numbers: int) -> int:
-    """Mix several numbers into one seed, so that neighbouring epochs and images have unrelated random numbers.
-
-    Args:
-        numbers: Such as seed, epoch and index.
-
-    Returns:
-        A seed for `torch.Generator.manual_seed`.
-    """
-    state = 0x9E3779B97F4A7C15  # SplitMix64 (Steele et al., OOPSLA 2014), one round per number
-    for number in numbers:
-        state = (state + (number & 0xFFFFFFFFFFFFFFFF) + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1
 
 
 class EpochSampler(Sampler[Index]):
@@ -77,7 +62,35 @@ class EpochSampler(Sampler[Index]):
         return self.length
 
 
-class MemorySplit(Dataset[tuple[Tensor, Tensor]]):
+class BatchSplit(Dataset[tuple[Tensor, Tensor]], ABC):
+    """A split that makes a whole batch at once, so that what happens to a batch can depend on its indices alone."""
+
+    targets: Tensor
+    """Targets of all images, one row each."""
+
+    def __len__(self) -> int:
+        """Count the images."""
+        return len(self.targets)
+
+    def __getitem__(self, index: Index | int) -> tuple[Tensor, Tensor]:
+        """Give one normalised image (3, H, W) and its target."""
+        images, targets = self.__getitems__([index])
+        return images[0], targets[0]
+
+    def __getitems__(self, indices: Sequence[Index | int]) -> tuple[Tensor, Tensor]:
+        """Give normalised images (B, 3, H, W) and their targets; the data loader calls this."""
+        return self.batch([index if isinstance(index, tuple) else (0, index) for index in indices])
+
+    @abstractmethod
+    def batch(self, indices: list[Index]) -> tuple[Tensor, Tensor]:
+        """Make a batch.
+
+        Args:
+            indices: Epoch and position of each image.
+        """
+
+
+class MemorySplit(BatchSplit):
     """A split whose images are in memory, already resized; a whole batch is made at once."""
 
     def __init__(
@@ -97,32 +110,20 @@ class MemorySplit(Dataset[tuple[Tensor, Tensor]]):
             augment: Applied to each uint8 image (3, H, W), with random numbers of its own.
             seed: Seed of the augmentation.
         """
-        self.images, self.labels, self.augment, self.seed = images, labels, augment, seed
+        self.images, self.targets, self.augment, self.seed = images, labels, augment, seed
         self._normalise = preprocessing.normalise()
 
-    def __len__(self) -> int:
-        """Count the images."""
-        return len(self.images)
-
-    def __getitem__(self, index: Index | int) -> tuple[Tensor, Tensor]:
-        """Give one normalised image (3, H, W) and its label."""
-        images, labels = self.__getitems__([index])
-        return images[0], labels[0]
-
-    def __getitems__(self, indices: Sequence[Index | int]) -> tuple[Tensor, Tensor]:
-        """Give normalised images (B, 3, H, W) and labels (B,)."""
-        pairs = [index if isinstance(index, tuple) else (0, index) for index in indices]
-        order = torch.tensor([index for _, index in pairs])
+    def batch(self, indices: list[Index]) -> tuple[Tensor, Tensor]:
+        """Make a batch."""
+        order = torch.tensor([index for _, index in indices])
         images = self.images[order].expand(-1, 3, -1, -1)
         if self.augment is not None:
-            images = torch.stack([self._augmented(image, *pair) for image, pair in zip(images, pairs, strict=True)])
-        return self._normalise(images), self.labels[order]
+            images = torch.stack([self._augmented(image, *pair) for image, pair in zip(images, indices, strict=True)])
+        return self._normalise(images), self.targets[order]
 
     def _augmented(self, image: Tensor, epoch: int, index: int) -> Tensor:
         assert self.augment is not None
-        # torchvision's transforms draw from the global generator only; its state is put back.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(draw_seed(self.seed, epoch, index))
+        with seeded(self.seed, epoch, index):
             return self.augment(image)
 
 
@@ -136,6 +137,9 @@ class ImageData(LightningDataModule, ABC):
     A subclass gives `class_names` and, in `load`, its three splits.
     """
 
+    target: Target = "class"
+    """What kind of targets there are: ``class``, ``multilabel`` or ``regression``."""
+
     def __init__(
         self,
         *,
@@ -144,6 +148,8 @@ class ImageData(LightningDataModule, ABC):
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
         interpolation: str | None = None,
+        crop_pct: float | None = None,
+        drop_last: bool = False,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
@@ -155,6 +161,9 @@ class ImageData(LightningDataModule, ABC):
             mean: Mean per channel of values in [0, 1]; None takes the backbone's.
             std: Deviation per channel; None takes the backbone's.
             interpolation: nearest, bilinear or bicubic; None takes the backbone's.
+            crop_pct: Share of a proportionally resized image that is cut out of its middle; None stretches the whole
+                image to the size.
+            drop_last: Leave out the last training batch of an epoch when it is smaller than the others.
             num_workers: Processes that prepare batches; 0 is fastest for data in memory.
             seed: Seed of order and augmentation.
 
@@ -166,11 +175,11 @@ class ImageData(LightningDataModule, ABC):
             if value < least:
                 raise ConfigError(f"{type(self).__name__}({name}={value}): at least {least} is needed.")
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        given = {"size": size, "mean": mean, "std": std, "interpolation": interpolation}
+        given = {"size": size, "mean": mean, "std": std, "interpolation": interpolation, "crop_pct": crop_pct}
         self._given: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         # Placeholders stand in for what the backbone will give, so that what was given is checked now.
         Preprocessing(**{"size": (1, 1), "mean": (0, 0, 0), "std": (1, 1, 1), **self._given})
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.batch_size, self.num_workers, self.seed, self.drop_last = batch_size, num_workers, seed, drop_last
         self._from_model: Preprocessing | None = None
         self._splits: dict[str, Dataset[Any]] = {}
         self._position = (0, 0)
@@ -199,11 +208,11 @@ class ImageData(LightningDataModule, ABC):
     @property
     @abstractmethod
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of the labels."""
+        """Names of the classes in the order of the labels, or of the numbers of a regression."""
 
     @property
     def num_classes(self) -> int:
-        """Number of classes."""
+        """Number of classes, or of numbers to predict."""
         return len(self.class_names)
 
     @property
@@ -222,7 +231,7 @@ class ImageData(LightningDataModule, ABC):
                 f"{type(self).__name__} does not know the backbone, and {', '.join(missing)} of its images were not "
                 f"given. Use {type(self).__name__}.for_model(model), or give image_size, mean and std."
             )
-        known = {} if base is None else {f: getattr(base, f) for f in ("size", "mean", "std", "interpolation")}
+        known = {} if base is None else {field.name: getattr(base, field.name) for field in fields(base)}
         return Preprocessing(**{**known, **self._given})
 
     @property
@@ -249,6 +258,12 @@ class ImageData(LightningDataModule, ABC):
         for name in ("train", "validation", "test"):
             if len(splits[name]) == 0:  # type: ignore[arg-type]
                 raise DataError(f"{type(self).__name__} has no image in its {name} split; give it a larger share.")
+        if self.drop_last and len(splits["train"]) < self.batch_size:  # type: ignore[arg-type]
+            raise DataError(
+                f"{type(self).__name__} has {len(splits['train'])} training images, "  # type: ignore[arg-type]
+                f"fewer than batch_size={self.batch_size}, and drop_last leaves smaller batches out. "
+                "Make batch_size smaller."
+            )
         self._splits = splits
 
     def split(self, name: str) -> Dataset[Any]:
@@ -263,6 +278,14 @@ class ImageData(LightningDataModule, ABC):
         if name not in self._splits:
             raise DataError(f"{type(self).__name__} has no {name!r} split loaded. Call setup(), or use for_model.")
         return self._splits[name]
+
+    def replace_splits(self, splits: Mapping[str, Dataset[Any]]) -> None:
+        """Serve something else for the same images, in the same order.
+
+        Args:
+            splits: The splits ``train``, ``validation`` and ``test``.
+        """
+        self._splits = dict(splits)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Serve the training images, in another order in each epoch."""
@@ -320,8 +343,9 @@ class ImageData(LightningDataModule, ABC):
             split,
             batch_size=self.batch_size,
             sampler=sampler,
+            drop_last=self.drop_last and sampler is not None,
             num_workers=self.num_workers,
-            collate_fn=_keep if isinstance(split, MemorySplit) else None,
+            collate_fn=_keep if isinstance(split, BatchSplit) else None,
             pin_memory=torch.cuda.is_available(),
             # Seeds workers and keeps the loader from drawing on the global generator of the training.
             generator=torch.Generator().manual_seed(draw_seed(self.seed)),
@@ -329,5 +353,5 @@ class ImageData(LightningDataModule, ABC):
 
 
 def _keep(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Collate what `MemorySplit` has already collated."""
+    """Collate what `BatchSplit` has already collated."""
     return batch

@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 
 from vispeft.data.base import ImageData, MemorySplit
 from vispeft.data.preprocessing import Preprocessing
+from vispeft.data.splitting import check_drawing, cross_validation
 from vispeft.errors import ConfigError
 
 __all__ = ["DigitsData"]
@@ -27,45 +28,31 @@ class DigitsData(ImageData):
     def __init__(
         self,
         *,
-        batch_size: int = 64,
-        image_size: int | tuple[int, int] | None = None,
-        mean: tuple[float, float, float] | None = None,
-        std: tuple[float, float, float] | None = None,
         interpolation: str | None = "bicubic",
-        num_workers: int = 0,
-        seed: int = 0,
         validation: float = 0.2,
         test: float = 0.2,
         split_seed: int = 0,
+        folds: int | None = None,
+        fold: int = 0,
         augment: bool = False,
+        **settings: Any,
     ) -> None:
         """Check and keep the settings.
 
         Args:
-            batch_size: Images in a batch.
-            image_size: Height and width in pixels, or one number for both; None takes the backbone's.
-            mean: Mean per channel of values in [0, 1]; None takes the backbone's.
-            std: Deviation per channel; None takes the backbone's.
             interpolation: nearest, bilinear or bicubic; None takes the backbone's.
-            num_workers: Processes that prepare batches; 0 is fastest for data in memory.
-            seed: Seed of order and augmentation.
             validation: Share of all images that chooses the best epoch, above 0.
-            test: Share of all images that is looked at once, at the end, above 0.
-            split_seed: Seed of the three splits.
+            test: Share of all images that is looked at once, at the end, above 0; with folds it is one of them.
+            split_seed: Seed of the splits and of the folds.
+            folds: Number of parts for cross-validation; each is the test split of one run. None makes a single split.
+            fold: Which part is tested, from 0.
             augment: Turn training images by up to 10 degrees and shift them by up to a tenth of their size.
+            settings: Those of `ImageData`.
 
         Raises:
             ConfigError: If a number is out of range.
         """
-        super().__init__(
-            batch_size=batch_size,
-            image_size=image_size,
-            mean=mean,
-            std=std,
-            interpolation=interpolation,
-            num_workers=num_workers,
-            seed=seed,
-        )
+        super().__init__(interpolation=interpolation, **settings)
         # Below 10 images scikit-learn cannot give each of the ten classes a place in a split.
         least = 10 / 1797
         for name, share in (("validation", validation), ("test", test), ("train", 1 - validation - test)):
@@ -74,9 +61,9 @@ class DigitsData(ImageData):
                     f"DigitsData(validation={validation}, test={test}) leaves a share of {share:.3g} for {name}; "
                     f"each split needs one image per class, a share of at least {least:.2g}."
                 )
-        if not 0 <= split_seed < 2**32:
-            raise ConfigError(f"DigitsData(split_seed={split_seed}): a whole number from 0, below 2**32, is needed.")
+        check_drawing("DigitsData", validation=validation, test=test, split_seed=split_seed, folds=folds, fold=fold)
         self.validation, self.test, self.split_seed, self.augment = validation, test, split_seed, augment
+        self.folds, self.fold = folds, fold
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -107,12 +94,17 @@ class DigitsData(ImageData):
         }
 
     def _indices(self, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        rest, test = train_test_split(
-            torch.arange(len(labels)).numpy(), test_size=self.test, random_state=self.split_seed, stratify=labels
-        )
+        if self.folds is None:
+            everything = torch.arange(len(labels)).numpy()
+            rest, test = train_test_split(
+                everything, test_size=self.test, random_state=self.split_seed, stratify=labels
+            )
+        else:
+            split = cross_validation(labels, self.folds, self.fold, self.split_seed)
+            rest, test = (indices.numpy() for indices in split)
         train, validation = train_test_split(
             rest,
-            test_size=self.validation / (1 - self.test),
+            test_size=self.validation / (1 - (self.test if self.folds is None else 1 / self.folds)),
             random_state=self.split_seed,
             stratify=labels[rest],
         )

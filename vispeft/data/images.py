@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -13,10 +14,13 @@ from torch.utils.data import Dataset
 
 from vispeft.errors import DataError
 
-__all__ = ["EXTENSIONS", "ImageFiles", "find_images", "read_image"]
+__all__ = ["EXTENSIONS", "UNREADABLE", "ImageFiles", "find_images", "read_image", "to_rgb", "why"]
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """File name endings taken for images."""
+
+UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises for files it cannot read."""
 
 
 def find_images(place: str | Path) -> list[Path]:
@@ -43,13 +47,14 @@ def find_images(place: str | Path) -> list[Path]:
     return paths
 
 
-def read_image(path: str | Path) -> Tensor:
+def read_image(file: str | Path | BinaryIO, name: str | None = None) -> Tensor:
     """Read an image as RGB, turned upright as its metadata says.
 
-    Grey values are repeated, 16-bit ones scaled to 8 bits, and transparency is dropped.
+    Grey values are repeated, 16-bit ones scaled to 8 bits, CMYK is converted, and transparency is dropped.
 
     Args:
-        path: The file.
+        file: A path, or an open file.
+        name: What to call it in messages; by default its path.
 
     Returns:
         uint8 values (3, H, W).
@@ -58,18 +63,41 @@ def read_image(path: str | Path) -> Tensor:
         DataError: If it cannot be read.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16"):
-                # Pillow would clip 16-bit values at 255 instead of scaling them.
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            pixels = np.array(upright.convert("RGB"))
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow's message repeats the path where it cannot identify a file; its first words are enough.
-        reason = str(error).split(" '")[0] or type(error).__name__
-        raise DataError(f"{path} cannot be read as an image ({reason}).") from error
+            pixels = np.array(to_rgb(ImageOps.exif_transpose(image), image.format))
+    except UNREADABLE as error:
+        raise DataError(f"{name or file} cannot be read as an image ({why(error)}).") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
+    """Convert an image to RGB without clipping.
+
+    Args:
+        image: A loaded image of any mode.
+        file_format: Pillow's name of the format of its file.
+
+    Raises:
+        ValueError: If its values have no known range.
+    """
+    # Pillow would clip values above 255 instead of scaling them. It reads 16-bit PGM (and PNG, in older releases) as
+    # "I", already scaled to 16 bits; in other formats "I" and "F" say nothing about the range of their values.
+    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("its 32-bit values have no known range; save it with 8 or 16 bits")
+    return image.convert("RGB")
+
+
+def why(error: BaseException) -> str:
+    """Say shortly why an image cannot be read.
+
+    Args:
+        error: What Pillow raised.
+    """
+    # Pillow's message repeats the path where it cannot identify a file; its first words are enough.
+    return str(error).split(" '")[0].split(" <")[0] or type(error).__name__
 
 
 class ImageFiles(Dataset[Tensor]):

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from timm.data import resolve_model_data_config
-from torch import nn
+from torch import Tensor, nn
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 from vispeft.backbones.registry import unwrap
 from vispeft.errors import DataError
@@ -27,7 +28,10 @@ INTERPOLATIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """Resize to a size (stretched, nothing cut off), scale to [0, 1], subtract a mean, divide by a deviation."""
+    """Resize to a size, scale to [0, 1], subtract a mean, divide by a deviation.
+
+    Images are stretched to the size, so that nothing is cut off, unless `crop_pct` says otherwise.
+    """
 
     size: tuple[int, int]
     """Height and width in pixels."""
@@ -37,6 +41,8 @@ class Preprocessing:
     """Divided by per channel."""
     interpolation: str = "bicubic"
     """How images are resized: nearest, bilinear or bicubic."""
+    crop_pct: float | None = None
+    """Share of a proportionally resized image that is cut out of its middle; None stretches the whole image."""
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -57,6 +63,8 @@ class Preprocessing:
             raise DataError(
                 f"The interpolation is {self.interpolation!r}; the choices are {', '.join(sorted(INTERPOLATIONS))}."
             )
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise DataError(f"crop_pct is {self.crop_pct}; give a share above 0, up to 1, or None.")
 
     @classmethod
     def of(cls, model: nn.Module) -> Preprocessing:
@@ -108,19 +116,28 @@ class Preprocessing:
             mean=tuple(values["mean"]),
             std=tuple(values["std"]),
             interpolation=values["interpolation"],
+            crop_pct=values.get("crop_pct"),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values under timm's names."""
-        return {
+        """Give plain values under timm's names; ``crop_pct`` only where something is cut off."""
+        values = {
             "input_size": [3, *self.size],
             "mean": list(self.mean),
             "std": list(self.std),
             "interpolation": self.interpolation,
         }
+        return values if self.crop_pct is None else {**values, "crop_pct": self.crop_pct}
+
+    def scale(self) -> v2.Transform:
+        """Make the proportional resizing that `resize` cuts the middle out of."""
+        share = self.crop_pct or 1.0
+        return _Cover([int(length / share) for length in self.size], INTERPOLATIONS[self.interpolation])
 
     def resize(self) -> v2.Transform:
         """Make the resizing alone; it takes uint8 tensors (..., H, W)."""
+        if self.crop_pct is not None:
+            return v2.Compose([self.scale(), v2.CenterCrop(list(self.size))])
         return v2.Resize(list(self.size), interpolation=INTERPOLATIONS[self.interpolation], antialias=True)
 
     def normalise(self) -> v2.Transform:
@@ -130,6 +147,22 @@ class Preprocessing:
     def transform(self) -> v2.Transform:
         """Make the whole of it; it takes uint8 tensors (..., 3, H, W)."""
         return v2.Compose([self.resize(), self.normalise()])
+
+
+class _Cover(v2.Transform):
+    """Resizes an image, keeping its proportions, to the smallest size that covers a given one."""
+
+    def __init__(self, size: list[int], interpolation: v2.InterpolationMode) -> None:
+        super().__init__()
+        self.size, self.interpolation = size, interpolation
+
+    def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
+        """Resize a tensor (..., H, W)."""
+        height, width = inpt.shape[-2:]
+        ratio = max(self.size[0] / height, self.size[1] / width)
+        # Along the side that decides, the size is taken as it is: a product could be one pixel short.
+        size = [max(wanted, int(length * ratio)) for wanted, length in zip(self.size, (height, width), strict=True)]
+        return F.resize(inpt, size, interpolation=self.interpolation, antialias=True)
 
 
 def _channels(model: nn.Module) -> int | None:

@@ -1,0 +1,230 @@
+"""``tools/doctor.py``: everything that is wrong with data, on one page, before anything is trained."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from rich.markup import escape
+from rich.table import Table
+
+from vispeft.cli.common import console, make_parser
+from vispeft.cli.config import build_data, read_config, split_overrides
+from vispeft.data import (
+    FgvcData,
+    ImageFolderData,
+    ImageListData,
+    JsonData,
+    ListedData,
+    Report,
+    Vtab1kData,
+    WebDatasetData,
+)
+from vispeft.data.checks import class_counts
+from vispeft.data.fgvc import FGVC
+from vispeft.data.folder import SYNONYMS
+from vispeft.data.vtab import VTAB
+from vispeft.errors import ConfigError, DataError
+
+__all__ = ["KINDS", "diagnose", "main", "open_data"]
+
+EXAMPLE = """example:
+  python tools/doctor.py my_photos
+  python tools/doctor.py lists/train.txt --root my_photos
+  python tools/doctor.py vtab-1k/cifar
+  python tools/doctor.py CUB_200_2011 --kind fgvc --dataset cub
+  python tools/doctor.py configs/classification/folder.yaml --data.root my_photos
+
+DATA is a folder with one folder per class, a folder with train.txt, val.txt and test.txt (or .json), one such list, a
+task of VTAB-1k, tar shards in quotation marks, or a config, whose data are checked. Further settings of its data module
+follow as --name value. The exit status is 1 when there is an error."""
+
+KINDS = ("auto", "folder", "list", "json", "vtab1k", "fgvc", "webdataset")
+"""What DATA can be, besides a config."""
+
+STYLES = {"error": "bold red", "warning": "yellow", "fact": "cyan"}
+PLACES = 8
+"""Places named per finding."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        argv: Arguments without the program's name.
+
+    Raises:
+        SystemExit: With status 1, if the data cannot be used.
+    """
+    parser = make_parser("tools/doctor.py", "Check images, labels and splits; one page.", EXAMPLE)
+    parser.add_argument("data", metavar="DATA", help="a folder, a list, shards, or a YAML config")
+    parser.add_argument("--kind", choices=KINDS, default="auto", help="what DATA is; default: found out")
+    given, overrides = parser.parse_known_args(list(argv))
+    try:
+        data = open_data(given.data, given.kind, overrides)
+        report = data.report()
+    except DataError as error:
+        # Nothing could be listed, so there is no page to show.
+        console.print(f"[{STYLES['error']}]error[/]  {escape(str(error))}", soft_wrap=True)
+        raise SystemExit(1) from None
+    diagnose(report)
+    if report.of("error"):
+        raise SystemExit(1)
+
+
+def open_data(place: str, kind: str = "auto", overrides: Sequence[str] = ()) -> ListedData:
+    """Make the data module for a place.
+
+    Args:
+        place: A folder, a list, shards, or a YAML config.
+        kind: What it is; one of `KINDS`.
+        overrides: Settings of the data module, such as ``["--root", "photos"]``.
+
+    Raises:
+        ConfigError: If the settings do not fit.
+        DataError: If it cannot be told what the place is.
+    """
+    path = Path(place)
+    if path.suffix in (".yaml", ".yml"):
+        if kind != "auto":
+            raise ConfigError(f"--kind {kind} was given for the config {place}, which says itself what its data are.")
+        return _from_config(path, overrides)
+    node = _describe(path, kind if kind != "auto" else _guess(path))
+    settings = [(f"data.{key.removeprefix('data.')}", value) for key, value in split_overrides(overrides)]
+    return _listed(build_data(node, settings, place))
+
+
+def _from_config(path: Path, overrides: Sequence[str]) -> ListedData:
+    tree = read_config(path)
+    if "data" not in tree:
+        raise ConfigError(f"{path} has no section data.")
+    return _listed(build_data(tree["data"], split_overrides(overrides), str(path)))
+
+
+def _listed(data: LightningDataModule) -> ListedData:
+    if not isinstance(data, ListedData):
+        raise ConfigError(f"{type(data).__name__} makes its own images; there are no files to check.")
+    return data
+
+
+# ------------------------------------------------------------------ what is it?
+
+
+def _guess(path: Path) -> str:
+    """Find out what a place is.
+
+    Raises:
+        DataError: If that cannot be told.
+    """
+    if path.suffix == ".txt":
+        return "list"
+    if path.suffix == ".json":
+        return "json"
+    if path.suffix == ".tar":
+        return "webdataset"
+    if not path.is_dir():
+        raise DataError(f"There is no {str(path)!r}. Give a folder, a list (.txt, .json), shards (.tar) or a config.")
+    inside = {entry.name for entry in path.iterdir()}
+    if "train800val200.txt" in inside:
+        return "vtab1k"
+    if {"train.json", "val.json", "test.json"} <= inside and _fgvc_name(path):
+        return "fgvc"
+    for kind, ending in (("json", ".json"), ("list", ".txt")):
+        if any(f"{name}{ending}" in inside for name in SYNONYMS["train"]):
+            return kind
+    return "folder"
+
+
+def _fgvc_name(path: Path) -> str | None:
+    """Find the name of an FGVC set in a path."""
+    return next((name for name in FGVC if name in path.resolve().name.lower()), None)
+
+
+def _describe(path: Path, kind: str) -> dict[str, Any]:
+    """Write down the data module of a place, as a config would."""
+    classes = {
+        "folder": (ImageFolderData, lambda: {"root": str(path)}),
+        "list": (ImageListData, lambda: _lists(path, ".txt")),
+        "json": (JsonData, lambda: _lists(path, ".json")),
+        "vtab1k": (Vtab1kData, lambda: {"root": str(path.parent), "task": _known(path.name, VTAB)}),
+        "fgvc": (FgvcData, lambda: {"root": str(path), **({"dataset": n} if (n := _fgvc_name(path)) else {})}),
+        "webdataset": (WebDatasetData, lambda: {"train_shards": str(path)}),
+    }
+    cls, settings = classes[kind]
+    return {"class_path": f"vispeft.data.{cls.__name__}", "init_args": settings()}
+
+
+def _known(name: str, names: Any) -> str:
+    if name not in names:
+        raise DataError(f"The folder of a VTAB-1k task has its name, one of {', '.join(names)}; found {name!r}.")
+    return name
+
+
+def _lists(path: Path, ending: str) -> dict[str, str]:
+    """Find the lists of the splits in a folder, or take one list for all images."""
+    if path.is_file() or not path.is_dir():
+        return {"train_list": str(path)}
+    found: dict[str, str] = {}
+    for split, names in SYNONYMS.items():
+        file = next((path / f"{name}{ending}" for name in names if (path / f"{name}{ending}").is_file()), None)
+        if file is not None:
+            found[f"{split}_list"] = str(file)
+    if "train_list" not in found:
+        raise DataError(f"{path} has no train{ending}; give the list itself, or --kind.")
+    return found
+
+
+# ------------------------------------------------------------------ the page
+
+
+def diagnose(report: Report) -> None:
+    """Print everything that was found.
+
+    Args:
+        report: What a data module's `report` gives.
+    """
+    listing = report.listing
+    console.print(f"[bold]{escape(listing.place)}[/]", soft_wrap=True)
+    console.print(_splits(report))
+    if listing.target != "regression":
+        console.print(_classes(report))
+    for level in ("error", "warning", "fact"):
+        for finding in report.of(level):
+            console.print(
+                f"[{STYLES[level]}]{level:<7}[/] [dim]{finding.code}[/]  {escape(finding.line(PLACES))}", soft_wrap=True
+            )
+    errors, warnings = len(report.of("error")), len(report.of("warning"))
+    verdict = "cannot be used as they are" if errors else "can be used"
+    style = STYLES["error"] if errors else STYLES["warning"] if warnings else "bold green"
+    console.print(f"[{style}]The data {verdict}[/]: {errors} errors, {warnings} warnings.")
+
+
+def _splits(report: Report) -> Table:
+    table = Table("split", "images", "classes", "fewest", "most", "pixels", "kinds", box=None, header_style="bold")
+    for name, split in report.listing.splits.items():
+        facts = [known for known in report.facts[name] if known.width]
+        sides = [f"{known.width}x{known.height}" for known in sorted(facts, key=lambda f: f.width * f.height)]
+        sizes = sides[0] if len(set(sides)) == 1 else f"{sides[0]} to {sides[-1]}" if sides else "-"
+        modes = ", ".join(f"{mode} {count:,}" for mode, count in Counter(f.mode for f in facts).most_common(4))
+        counts = [] if report.listing.target == "regression" else class_counts(report.listing, split)
+        some = [count for count in counts if count]
+        figures = (len(some), min(some), max(some)) if some else ("-", "-", "-")
+        table.add_row(name, f"{len(split):,}", *map(str, figures), sizes, modes or "-")
+    return table
+
+
+def _classes(report: Report) -> Table:
+    """Show the number of images per class: all of a few, the largest and smallest of many."""
+    listing = report.listing
+    counts = {name: class_counts(listing, split) for name, split in listing.splits.items()}
+    order = sorted(range(len(listing.class_names)), key=lambda i: (-counts["train"][i], i))
+    shown = order if len(order) <= 10 else [*order[:4], *order[-4:]]
+    table = Table("class", *counts, box=None, header_style="bold")
+    for position, index in enumerate(shown):
+        if len(order) > 10 and position == 4:
+            table.add_row(f"... {len(order) - 8} more", *["" for _ in counts])
+        table.add_row(escape(listing.class_names[index]), *(f"{column[index]:,}" for column in counts.values()))
+    return table

@@ -1,0 +1,152 @@
+"""What happens to training images beyond resizing, with the augmentations of torchvision and timm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from timm.data import Mixup, rand_augment_transform
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from vispeft.data.preprocessing import INTERPOLATIONS, Preprocessing
+from vispeft.errors import ConfigError
+
+__all__ = ["Augmentation", "TrainTransform"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Changes of training images. Everything is off unless it is asked for."""
+
+    crop: Literal["none", "random", "resized"] = "none"
+    """Which part is seen: as in evaluation, a window at a random place (needs `crop_pct` of the data module), or a
+    random part of random shape, resized."""
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    """For ``resized``: the smallest and the largest share of the image's area. (0.08, 1) is timm's default."""
+    flip: float = 0.0
+    """Probability of mirroring left and right."""
+    rand_augment: str | None = None
+    """RandAugment in timm's spelling, such as ``rand-m9-n2-mstd0.5``."""
+    erase: float = 0.0
+    """Probability of erasing a random rectangle (timm's, filled with noise per pixel)."""
+    mixup: float = 0.0
+    """Alpha of mixup; 0 is off."""
+    cutmix: float = 0.0
+    """Alpha of cutmix; 0 is off. With both, each batch gets one of them, each half of the time."""
+    mix_probability: float = 1.0
+    """Probability that a batch is mixed at all."""
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            ConfigError: If one of them cannot work.
+        """
+        for field in ("flip", "erase", "mix_probability"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ConfigError(f"Augmentation({field}={getattr(self, field)}): a probability from 0 to 1 is needed.")
+        for field in ("mixup", "cutmix"):
+            if not 0 <= getattr(self, field) < float("inf"):
+                raise ConfigError(f"Augmentation({field}={getattr(self, field)}): a number from 0 is needed.")
+        if self.crop not in ("none", "random", "resized"):
+            raise ConfigError(f"Augmentation(crop={self.crop!r}): the choices are none, random and resized.")
+        least, most = self.crop_area
+        if not 0 < least <= most <= 1:
+            raise ConfigError(f"Augmentation(crop_area={self.crop_area}): two shares above 0, up to 1, are needed.")
+        if self.rand_augment is not None:
+            _rand_augment(self.rand_augment, Preprocessing(size=(8, 8), mean=(0, 0, 0), std=(1, 1, 1)))
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed, which makes the targets soft."""
+        return self.mix_probability > 0 and (self.mixup > 0 or self.cutmix > 0)
+
+    def mixer(self, num_classes: int, multi_label: bool) -> Mixup | None:
+        """Make timm's mixup of a batch, or nothing. Labels are smoothed by the task, not here.
+
+        Args:
+            num_classes: Number of classes.
+            multi_label: Whether targets are (B, classes) already.
+        """
+        if not self.mixes:
+            return None
+        return Mixup(
+            mixup_alpha=self.mixup,
+            cutmix_alpha=self.cutmix,
+            prob=self.mix_probability,
+            label_smoothing=0.0,
+            num_classes=num_classes,
+            multi_label=multi_label,
+        )
+
+
+class TrainTransform:
+    """Prepares one training image: uint8 (3, H, W) in, normalised float32 of the backbone's size out.
+
+    It draws from the global generators; call it inside `vispeft.data.randomness.seeded`.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, augmentation: Augmentation) -> None:
+        """Put the steps together, in timm's order.
+
+        Args:
+            preprocessing: What happens to every image.
+            augmentation: What happens to training images.
+
+        Raises:
+            ConfigError: If a random window is asked for and nothing would be cut off.
+        """
+        if augmentation.crop == "random" and preprocessing.crop_pct is None:
+            raise ConfigError(
+                "Augmentation(crop='random') cuts a window out of a larger image, and images are resized to exactly "
+                "the backbone's size. Give the data module crop_pct, such as 0.875, or take crop='resized'."
+            )
+        self._place = _placing(preprocessing, augmentation)
+        self._flip = v2.RandomHorizontalFlip(augmentation.flip) if augmentation.flip else None
+        named = augmentation.rand_augment
+        self._rand = _rand_augment(named, preprocessing) if named else None
+        self._normalise = preprocessing.normalise()
+        erase = augmentation.erase
+        self._erase = RandomErasing(erase, mode="pixel", device="cpu") if erase else None
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Prepare an image.
+
+        Args:
+            image: uint8 (3, H, W).
+        """
+        image = self._place(image)
+        if self._flip is not None:
+            image = self._flip(image)
+        if self._rand is not None:
+            image = F.pil_to_tensor(self._rand(F.to_pil_image(image)))
+        image = self._normalise(image)
+        return image if self._erase is None else self._erase(image)
+
+
+def _placing(preprocessing: Preprocessing, augmentation: Augmentation) -> v2.Transform:
+    size = list(preprocessing.size)
+    if augmentation.crop == "resized":
+        mode = INTERPOLATIONS[preprocessing.interpolation]
+        return v2.RandomResizedCrop(size, scale=augmentation.crop_area, interpolation=mode, antialias=True)
+    if augmentation.crop == "random":
+        return v2.Compose([preprocessing.scale(), v2.RandomCrop(size)])
+    return preprocessing.resize()
+
+
+def _rand_augment(spelling: str, preprocessing: Preprocessing) -> Any:
+    # timm's own settings (timm.data.transforms_factory): shifts of up to 45 %, gaps filled with the mean colour.
+    settings = {
+        "translate_const": int(min(preprocessing.size) * 0.45),
+        "img_mean": tuple(min(255, max(0, round(255 * value))) for value in preprocessing.mean),
+    }
+    try:
+        return rand_augment_transform(spelling, settings)
+    except (AssertionError, ValueError, KeyError, IndexError) as error:
+        raise ConfigError(
+            f"Augmentation(rand_augment={spelling!r}) is not understood by timm ({error or 'it begins with rand'}); "
+            "give something like rand-m9-n2-mstd0.5."
+        ) from error

@@ -1,0 +1,311 @@
+"""Checks of data before training: everything that is found, in one report."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from vispeft.data.facts import ImageFacts
+from vispeft.data.listing import Finding, ListedSplit, Listing, gather
+from vispeft.errors import DataError
+
+__all__ = ["Report", "examine"]
+
+EXTREME_ASPECT = 4.0
+"""Longer side over shorter side from which stretching an image to a square is worth a warning."""
+IMBALANCE = 10.0
+"""Largest class over smallest class from which a warning is given."""
+
+PROBLEMS = {
+    "missing": ("missing-file", "{n} listed and not there; check paths and root"),
+    "empty": ("empty-file", "{n} with 0 bytes; replace or remove them"),
+    "truncated": ("truncated-image", "{n} cut short or damaged; replace or remove them"),
+    "broken": ("broken-image", "{n} that cannot be opened; replace or remove them"),
+}
+
+MODES = {
+    "1": ("black-and-white", "black and white; repeated over three channels"),
+    "L": ("grayscale", "grayscale; repeated over three channels"),
+    "LA": ("transparency", "grayscale with transparency; grey is repeated, transparency is dropped"),
+    "P": ("palette", "with a palette; looked up as RGB"),
+    "PA": ("palette", "with a palette; looked up as RGB"),
+    "RGBA": ("transparency", "with transparency, which is dropped: what lies under it becomes visible"),
+    "CMYK": ("cmyk", "in CMYK; converted to RGB without a colour profile"),
+    "YCbCr": ("ycbcr", "in YCbCr; converted to RGB"),
+    "LAB": ("lab", "in Lab; converted to RGB"),
+    "I": ("16-bit", "with 16 bits; scaled to 8"),
+    "I;16": ("16-bit", "with 16 bits; scaled to 8"),
+    "I;16B": ("16-bit", "with 16 bits; scaled to 8"),
+    "I;16L": ("16-bit", "with 16 bits; scaled to 8"),
+}
+"""Kinds of pixels other than RGB by Pillow's name, and what happens to them."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything found in data."""
+
+    listing: Listing
+    """The data."""
+    facts: dict[str, list[ImageFacts]]
+    """What is known about each image, by split."""
+    findings: tuple[Finding, ...]
+    """Errors first, then warnings, then facts."""
+
+    def of(self, level: str) -> list[Finding]:
+        """Give the findings of one level.
+
+        Args:
+            level: error, warning or fact.
+        """
+        return [finding for finding in self.findings if finding.level == level]
+
+    def raise_errors(self) -> None:
+        """Refuse data that cannot be used.
+
+        Raises:
+            DataError: If there is an error; it lists all errors and warnings.
+        """
+        errors, warnings = self.of("error"), self.of("warning")
+        if not errors:
+            return
+        lines = [f"The data in {self.listing.place} cannot be used as they are; {_many(len(errors), 'error')}:"]
+        lines += [f"  {finding.line()}" for finding in errors]
+        if warnings:
+            lines += [f"and {_many(len(warnings), 'warning')}:", *(f"  {finding.line()}" for finding in warnings)]
+        raise DataError("\n".join([*lines, "`python tools/doctor.py` shows everything that is known about them."]))
+
+
+def examine(listing: Listing, full: bool = True) -> Report:
+    """Check data.
+
+    Args:
+        listing: The data.
+        full: Decode every image and compare contents; otherwise read headers and compare names.
+
+    Returns:
+        Everything found.
+    """
+    facts = {name: split.source.facts(full) for name, split in listing.splits.items()}
+    findings = [
+        *listing.findings,
+        *_images(listing, facts),
+        *_modes(listing, facts),
+        *_shapes(listing, facts),
+        *_contents(listing, facts, full),
+        *_targets(listing),
+        *_published(listing),
+    ]
+    order = {"error": 0, "warning": 1, "fact": 2}
+    return Report(listing, facts, tuple(sorted(findings, key=lambda finding: order[finding.level])))
+
+
+def _many(count: int, word: str) -> str:
+    return f"{count} {word}{'' if count == 1 else 's'}"
+
+
+def _all(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> Iterable[tuple[str, int, str, ImageFacts]]:
+    """Go through all images: split, position, name for messages, facts."""
+    for name, split in listing.splits.items():
+        for index, known in enumerate(facts[name]):
+            yield name, index, split.source.name(index), known
+
+
+# ------------------------------------------------------------------ images
+
+
+def _images(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> list[Finding]:
+    """Find images that cannot be read."""
+    places: dict[str, list[str]] = defaultdict(list)
+    for _, _, name, known in _all(listing, facts):
+        if known.problem:
+            places[known.problem].append(f"{name} ({known.reason})" if known.reason else name)
+    return gather(
+        "error",
+        {
+            (code, text.replace("{n}", _many(len(places[problem]), "image"))): places[problem]
+            for problem, (code, text) in PROBLEMS.items()
+        },
+    )
+
+
+def _modes(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> list[Finding]:
+    """Find images that are not RGB; a warning where only some are so, which often means a mistake."""
+    places: dict[tuple[str, str], list[str]] = defaultdict(list)
+    frames: list[str] = []
+    total = 0
+    for _, _, name, known in _all(listing, facts):
+        total += 1
+        if known.mode in MODES and not known.problem:
+            places[MODES[known.mode]].append(name)
+        if known.frames > 1:
+            frames.append(f"{name} ({known.frames})")
+    found = []
+    for (code, text), names in places.items():
+        level = "fact" if len(names) == total else "warning"
+        found += gather(level, {(code, f"{_many(len(names), 'image')} {text}"): names})
+    text = f"{_many(len(frames), 'file')} with several images, of which the first is taken"
+    return [*found, *gather("warning", {("several-frames", text): frames})]
+
+
+def _shapes(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> list[Finding]:
+    """Find extreme shapes, and say which sizes there are."""
+    sizes: Counter[tuple[int, int]] = Counter()
+    extreme: list[str] = []
+    for _, _, name, known in _all(listing, facts):
+        if known.width and known.height:
+            sizes[known.width, known.height] += 1
+            if max(known.width, known.height) > EXTREME_ASPECT * min(known.width, known.height):
+                extreme.append(f"{name} ({known.width} x {known.height})")
+    text = (
+        f"{_many(len(extreme), 'image')} longer than {EXTREME_ASPECT:g} times their other side, which resizing distorts"
+    )
+    found = gather("warning", {("extreme-shape", text): extreme})
+    if len(sizes) > 1:
+        least, most = min(sizes, key=_area), max(sizes, key=_area)
+        text = f"Sizes differ, from {least[0]} x {least[1]} to {most[0]} x {most[1]} pixels; all are resized"
+        found.append(Finding("fact", "sizes-differ", text))
+    return found
+
+
+def _area(size: tuple[int, int]) -> int:
+    return size[0] * size[1]
+
+
+# ------------------------------------------------------------------ equal images
+
+
+def _contents(listing: Listing, facts: Mapping[str, list[ImageFacts]], full: bool) -> list[Finding]:
+    """Find images that occur more than once."""
+    by_name = _groups(listing, ((s, i, n, n) for s, i, n, _ in _all(listing, facts)))
+    by_pixels = _groups(listing, ((s, i, n, known.digest) for s, i, n, known in _all(listing, facts) if known.digest))
+    same_file = "{n} listed in two splits, so the test would see what was trained on; leave them in one"
+    same_pixels = "{n} with equal pixels in two splits, so the test would see what was trained on; keep one of each"
+    twice = "{n} listed twice in a split; leave one of each"
+    copies = "{n} with equal pixels in a split; keep one of each unless that is meant"
+    # Published lists are used as they are, and some of the published sets have equal images in train and test.
+    level = "error" if listing.published is None else "warning"
+    known = {place for places in by_name.values() for place in places}
+    found = _counted("error", "same-file-in-two-splits", same_file, by_name["across"])
+    found += _counted(level, "splits-overlap", same_pixels, [p for p in by_pixels["across"] if p not in known])
+    found += _counted("warning", "listed-twice", twice, by_name["inside"])
+    found += _counted("warning", "duplicates", copies, [p for p in by_pixels["inside"] if p not in known])
+    text = "{n} with another label each time they occur; one of the labels is wrong"
+    level = "error" if listing.published is None else "warning"
+    disagreeing = dict.fromkeys([*by_name["disagreeing"], *by_pixels["disagreeing"]])
+    found += _counted(level, "labels-disagree", text, list(disagreeing))
+    if not full and len(listing.splits) > 1:
+        text = "Only headers were read (check: fast), so damaged pixels and equal images in two splits go unnoticed"
+        found.append(Finding("fact", "headers-only", text))
+    return found
+
+
+def _counted(level: str, code: str, text: str, places: list[str]) -> list[Finding]:
+    return gather(level, {(code, text.replace("{n}", _many(len(places), "image"))): places})  # type: ignore[arg-type]
+
+
+def _groups(listing: Listing, images: Iterable[tuple[str, int, str, str]]) -> dict[str, list[str]]:
+    """Find equal keys in two splits, inside one split, and with differing targets."""
+    seen: dict[str, list[tuple[str, int, str]]] = defaultdict(list)
+    for split, index, name, key in images:
+        seen[key].append((split, index, name))
+    found: dict[str, list[str]] = {"across": [], "inside": [], "disagreeing": []}
+    for members in seen.values():
+        if len(members) < 2:
+            continue
+        splits = {split for split, _, _ in members}
+        apart = splits - {"validation"} if listing.nested else splits
+        text = _together(members)
+        if len(apart) > 1:
+            found["across"].append(text)
+        if len(splits) < len(members):
+            found["inside"].append(text)
+        if len({str(listing.splits[split].targets[index].tolist()) for split, index, _ in members}) > 1:
+            found["disagreeing"].append(text)
+    return found
+
+
+def _together(members: list[tuple[str, int, str]]) -> str:
+    named = list(dict.fromkeys(f"{split} {name}" for split, _, name in members))
+    return " = ".join(named[:3]) + (" = ..." if len(named) > 3 else "")
+
+
+# ------------------------------------------------------------------ targets
+
+
+def _targets(listing: Listing) -> list[Finding]:
+    """Check what there is to learn."""
+    if listing.target == "regression":
+        return _numbers(listing)
+    counts = {name: class_counts(listing, split) for name, split in listing.splits.items()}
+    found: list[Finding] = []
+    train = counts.get("train", [])
+    names = listing.class_names
+    everywhere = [sum(column) for column in zip(*counts.values(), strict=True)]
+    present = [name for name, count in zip(names, everywhere, strict=True) if count]
+    if listing.target == "class" and len(present) < 2:
+        text = f"There are images of {'one class only' if present else 'no class'}; two are needed"
+        found.append(Finding("error", "one-class", text, tuple(present)))
+    for name, numbers in counts.items():
+        if name != "train":
+            alone = [names[i] for i, count in enumerate(numbers) if count and not train[i]]
+            text = f"{name} has classes that train lacks and that cannot be learned; add images of them to train"
+            level = "error" if listing.target == "class" and listing.published is None else "warning"
+            found += gather(level, {(f"unseen-in-{name}", text): alone})
+    absent = [names[i] for i, count in enumerate(everywhere) if not count]
+    text = "No image at all of some classes (do the labels start at 0?)"
+    found += gather("warning", {("class-without-images", text): absent})
+    return [*found, *(_imbalance(names, train) if listing.target == "class" else [])]
+
+
+def _imbalance(names: tuple[str, ...], train: list[int]) -> list[Finding]:
+    counts = [count for count in train if count]
+    if not counts or max(counts) <= IMBALANCE * min(counts):
+        return []
+    few, many = names[train.index(min(counts))], names[train.index(max(counts))]
+    text = (
+        f"Classes in train are unequal, from {_many(min(counts), 'image')} ({few}) to {max(counts)} ({many}); "
+        "look at the accuracy per class, or weight the classes"
+    )
+    return [Finding("warning", "imbalance", text)]
+
+
+def class_counts(listing: Listing, split: ListedSplit) -> list[int]:
+    """Count the images of each class.
+
+    Args:
+        listing: Has the classes.
+        split: Has the images.
+    """
+    if listing.target == "class":
+        return split.targets.bincount(minlength=len(listing.class_names)).tolist()
+    return split.targets.sum(0).long().tolist()
+
+
+def _numbers(listing: Listing) -> list[Finding]:
+    found: list[Finding] = []
+    for name, split in listing.splits.items():
+        for column, title in enumerate(listing.class_names):
+            values = split.targets[:, column]
+            if len(values) > 1 and bool((values == values[0]).all()):
+                text = f"Every {title} in {name} is {values[0]:g}, so there is nothing to predict"
+                found.append(Finding("error" if name == "train" else "warning", "constant-target", text))
+    return found
+
+
+def _published(listing: Listing) -> list[Finding]:
+    """Compare with published numbers."""
+    if listing.published is None:
+        return []
+    known, found = listing.published, []
+    counts = [class_counts(listing, split) for split in listing.splits.values()]
+    classes = sum(1 for column in zip(*counts, strict=True) if any(column))
+    if classes != known.classes:
+        text = f"{known.title} has {known.classes} classes as published, and here are images of {classes}"
+        found.append(Finding("error", "published-classes", text))
+    for name, count in known.images.items():
+        if name in listing.splits and len(listing.splits[name]) != count:
+            text = f"{known.title} has {count:,} {name} images as published, and here are {len(listing.splits[name]):,}"
+            found.append(Finding("warning", "published-images", text))
+    return found

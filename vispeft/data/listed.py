@@ -1,0 +1,235 @@
+"""Base of the data modules that list their images first: checks, drawn splits, folds, augmentation."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from timm.data import Mixup
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vispeft.data.augmentation import Augmentation, TrainTransform
+from vispeft.data.base import BatchSplit, ImageData, Index
+from vispeft.data.checks import Report, examine
+from vispeft.data.listing import Finding, ListedSplit, Listing
+from vispeft.data.preprocessing import Preprocessing
+from vispeft.data.randomness import seeded
+from vispeft.data.splitting import check_drawing, cross_validation, hold_out
+from vispeft.errors import ConfigError, DataError
+
+__all__ = ["ImageSplit", "ListedData"]
+
+logger = logging.getLogger(__name__)
+
+MIX = 0x6D6978
+"""Keeps the random numbers of a batch apart from those of its first image."""
+
+
+class ImageSplit(BatchSplit):
+    """A split whose images are read when they are asked for."""
+
+    def __init__(
+        self,
+        listed: ListedSplit,
+        preprocessing: Preprocessing,
+        augment: Augmentation | None = None,
+        mixer: Mixup | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Keep what is needed to make batches.
+
+        Args:
+            listed: Images and targets.
+            preprocessing: What happens to each image.
+            augment: What happens to training images.
+            mixer: timm's mixup.
+            seed: Seed of augmentation and mixing.
+        """
+        self.source, self.targets = listed.source, listed.targets
+        self._plain = preprocessing.transform()
+        self._train = None if augment is None else TrainTransform(preprocessing, augment)
+        self._mixer, self._seed = mixer, seed
+
+    def batch(self, indices: list[Index]) -> tuple[Tensor, Tensor]:
+        """Make a batch; it depends on its indices and the seed alone."""
+        images = torch.stack([self._image(epoch, index) for epoch, index in indices])
+        targets = self.targets[torch.tensor([index for _, index in indices])]
+        if self._mixer is not None:
+            with seeded(self._seed, MIX, *indices[0]):
+                images, targets = self._mixer(images, targets)
+        return images, targets
+
+    def _image(self, epoch: int, index: int) -> Tensor:
+        image = self.source.read(index)
+        if self._train is None:
+            return self._plain(image)
+        with seeded(self._seed, epoch, index):
+            return self._train(image)
+
+
+class ListedData(ImageData):
+    """Base of the data modules that list their images before opening one.
+
+    A subclass gives, in `read`, the splits it finds. Splits it does not find are drawn from ``train``. Before anything
+    is trained, all images are checked, and everything that is wrong with them is said in one message; images that have
+    not changed are not looked at again the next time.
+
+    With `folds`, all images of train and validation (and of test, where that would be drawn) are dealt into so many
+    parts. The chosen one is the test split, and a share of the others is the validation split. A test split that is
+    given is then left alone.
+    """
+
+    def __init__(
+        self,
+        *,
+        check: Literal["full", "fast"] = "full",
+        augment: Augmentation | None = None,
+        validation: float = 0.2,
+        test: float = 0.2,
+        split_seed: int = 0,
+        folds: int | None = None,
+        fold: int = 0,
+        **settings: Any,
+    ) -> None:
+        """Check and keep the settings.
+
+        Args:
+            check: Decode every image and compare contents (``full``), or read headers only (``fast``).
+            augment: What happens to training images.
+            validation: Share of all images that chooses the best epoch, where no validation split is given.
+            test: Share of all images that is looked at once, at the end, where no test split is given.
+            split_seed: Seed of drawn splits and folds.
+            folds: Number of parts for cross-validation; each is the test split of one run. None makes a single split.
+            fold: Which part is tested, from 0.
+            settings: Those of `ImageData`.
+
+        Raises:
+            ConfigError: If a setting cannot work.
+        """
+        super().__init__(**settings)
+        name = type(self).__name__
+        if check not in ("full", "fast"):
+            raise ConfigError(f"{name}(check={check!r}): the choices are full and fast.")
+        check_drawing(name, validation=validation, test=test, split_seed=split_seed, folds=folds, fold=fold)
+        self.check, self.augment = check, augment
+        self.validation, self.test, self.split_seed = validation, test, split_seed
+        self.folds, self.fold = folds, fold
+        self._listing: Listing | None = None
+        self._report: Report | None = None
+
+    @abstractmethod
+    def read(self) -> Listing:
+        """List images and targets, without opening an image.
+
+        Raises:
+            DataError: If there is nothing to list.
+        """
+
+    @property
+    def listing(self) -> Listing:
+        """The images with the splits they are used in."""
+        if self._listing is None:
+            self._listing = self._divide(self.read())
+        return self._listing
+
+    def report(self) -> Report:
+        """Check everything, once.
+
+        Returns:
+            Everything found; nothing is raised because of it.
+        """
+        if self._report is None:
+            self._report = examine(self.listing, full=self.check == "full")
+        return self._report
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes in the order of the targets, or of the numbers.
+
+        Raises:
+            DataError: If the data cannot be used; the message says everything that is wrong.
+        """
+        if self.listing.broken or (self.listing.target == "class" and len(self.listing.class_names) < 2):
+            self.report().raise_errors()
+        return self.listing.class_names
+
+    def load(self, preprocessing: Preprocessing) -> dict[str, Dataset[Any]]:
+        """Check the images and give the splits.
+
+        Args:
+            preprocessing: What happens to each image.
+
+        Raises:
+            DataError: If the data cannot be used; the message says everything that is wrong.
+            ConfigError: If the augmentation does not fit.
+        """
+        mixer = self._mixer()
+        report = self.report()
+        report.raise_errors()
+        for finding in report.of("warning"):
+            logger.warning("%s: %s", self.listing.place, finding.line(3))
+        augment = self.augment if self.augment != Augmentation() else None
+        splits = self.listing.splits
+        return {
+            "train": ImageSplit(splits["train"], preprocessing, augment, mixer, self.seed),
+            **{name: ImageSplit(splits[name], preprocessing) for name in ("validation", "test")},
+        }
+
+    def _mixer(self) -> Mixup | None:
+        if self.augment is None or not self.augment.mixes:
+            return None
+        name, target = type(self).__name__, self.listing.target
+        if target == "regression":
+            raise ConfigError(f"{name}: mixup and cutmix mix labels, and the targets are numbers. Leave them out.")
+        if self.batch_size % 2 or not self.drop_last:
+            raise ConfigError(
+                f"{name}(batch_size={self.batch_size}, drop_last={self.drop_last}): mixup and cutmix pair the images "
+                "of a batch, so they need an even batch_size and drop_last: true."
+            )
+        return self.augment.mixer(self.num_classes, multi_label=target == "multilabel")
+
+    # ------------------------------------------------------------------ drawing splits
+
+    def _divide(self, listing: Listing) -> Listing:
+        """Draw the splits that are not given, or the folds."""
+        splits = dict(listing.splits)
+        drawn: dict[str, ListedSplit] = {}
+        if self.folds is not None:
+            pool = self._pool(listing)
+            if self.folds > len(pool):
+                raise DataError(f"{listing.place} has {len(pool)} images, too few for folds={self.folds}.")
+            rest, tested = cross_validation(pool.targets, self.folds, self.fold, self.split_seed)
+            drawn["test"], splits = pool.take(tested), {"train": pool.take(rest)}
+            share = self.validation / (1 - 1 / self.folds)
+        else:
+            if "test" not in splits:
+                splits["train"], drawn["test"] = self._held(splits["train"], self.test)
+            # A share of all images, of which the test images have been taken already.
+            share = self.validation / (1 - self.test) if "test" in drawn else self.validation
+        if "validation" not in splits:
+            splits["train"], drawn["validation"] = self._held(splits["train"], min(share, 0.5))
+        if not drawn:
+            return listing
+        splits = {name: {**splits, **drawn}[name] for name in ("train", "validation", "test")}
+        drawn_of = f"fold {self.fold + 1} of {self.folds}, " if self.folds else ""
+        text = f"Drawn ({drawn_of}split_seed {self.split_seed}), stratified and disjoint"
+        note = Finding("fact", "drawn-splits", text, tuple(f"{name} {len(split)}" for name, split in drawn.items()))
+        # Folds mix the published splits, whose sizes then say nothing.
+        published = None if self.folds is not None else listing.published
+        findings = [*listing.findings, note]
+        return replace(listing, splits=splits, findings=findings, published=published, nested=False)
+
+    def _held(self, split: ListedSplit, share: float) -> tuple[ListedSplit, ListedSplit]:
+        rest, held = hold_out(split.targets, share, self.split_seed)
+        return split.take(rest), split.take(held)
+
+    def _pool(self, listing: Listing) -> ListedSplit:
+        """Put the images together that folds are made of."""
+        parts = [listing.splits["train"]]
+        if "validation" in listing.splits and not listing.nested:
+            parts.append(listing.splits["validation"])
+        return parts[0] if len(parts) == 1 else parts[0].join(parts[1])

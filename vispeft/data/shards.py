@@ -1,0 +1,174 @@
+"""WebDataset shards: tar files in which an image and its label share a name.
+
+The shards are listed once and their images read in place. So any order is possible at no cost, and order and
+augmentation stay functions of (seed, epoch, index), with any number of workers and after a resume; the streaming
+readers of the webdataset package shuffle in a buffer and cannot promise that.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import json
+import re
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vispeft.data.images import EXTENSIONS
+from vispeft.data.listed import ListedData
+from vispeft.data.listing import Finding, ListedSplit, Listing, Target, gather
+from vispeft.data.sources import ShardSource
+from vispeft.data.targets import Entry, encode
+from vispeft.errors import ConfigError, DataError
+
+__all__ = ["WebDatasetData", "expand"]
+
+Member = tuple[str, str, int, int]
+"""Shard, name in it, offset and size in bytes."""
+
+
+class WebDatasetData(ListedData):
+    """Images in tar shards, as the WebDataset convention has them: ``000017.jpg`` beside ``000017.cls``.
+
+    A label is the text of a member (``.cls``), or a key of a JSON member. Shards are plain tar files on a disk.
+    """
+
+    def __init__(
+        self,
+        *,
+        train_shards: str,
+        validation_shards: str | None = None,
+        test_shards: str | None = None,
+        label: str = "cls",
+        target: Target = "class",
+        names: Sequence[str] | None = None,
+        **settings: Any,
+    ) -> None:
+        """Keep the places.
+
+        Args:
+            train_shards: The training shards: a path with ``{000..012}``, ``{a,b}``, ``*`` or none of them.
+            validation_shards: The validation shards; None draws validation images from train.
+            test_shards: The test shards; None draws test images from train.
+            label: Ending of the member with the label, such as ``cls``, or ``json:KEY`` for a key of a JSON member.
+            target: ``class`` (one class), ``multilabel`` (any number of labels) or ``regression`` (numbers).
+            names: Names of the classes, of the labels or of the numbers; None takes what the shards have.
+            settings: Those of `ListedData` and `ImageData`.
+
+        Raises:
+            ConfigError: If a setting cannot work.
+        """
+        super().__init__(**settings)
+        if target not in ("class", "multilabel", "regression"):
+            raise ConfigError(f"WebDatasetData(target={target!r}): the choices are class, multilabel and regression.")
+        given = {"train": train_shards, "validation": validation_shards, "test": test_shards}
+        self.patterns = {split: pattern for split, pattern in given.items() if pattern is not None}
+        self.label, self.target, self.names = label, target, None if names is None else tuple(names)
+
+    def read(self) -> Listing:
+        """List the images of all shards; only headers and labels are read.
+
+        Raises:
+            DataError: If a shard is missing or is no plain tar file.
+        """
+        findings: list[Finding] = []
+        members: dict[str, dict[str, Member]] = {}
+        entries: dict[str, list[Entry]] = {}
+        for split, pattern in self.patterns.items():
+            members[split], entries[split] = {}, []
+            lost: list[str] = []
+            for shard in expand(pattern):
+                self._list(shard, members[split], entries[split], lost)
+            text = f"Labels in {split} without an image of their name; is a member missing?"
+            findings += gather("error", {("label-without-image", text): lost})
+            if not entries[split]:
+                raise DataError(f"There is no image in the shards {pattern}; looked for {', '.join(EXTENSIONS)}.")
+        names, encoded, problems = encode(entries, self.target, self.names)
+        splits = {
+            split: ListedSplit(ShardSource(members[split][entry.name] for entry in kept), targets)
+            for split, (kept, targets) in encoded.items()
+        }
+        place = ", ".join(self.patterns.values())
+        return Listing(place, names, splits, self.target, [*findings, *problems])
+
+    def _list(self, shard: Path, members: dict[str, Member], entries: list[Entry], lost: list[str]) -> None:
+        """List one shard: a sample is what shares folder and name up to the first dot."""
+        ending, _, key = self.label.partition(":")
+        images: dict[str, Member] = {}
+        labels: dict[str, Any] = {}
+        try:
+            with tarfile.open(shard, "r:") as archive:
+                for member in archive:
+                    if not member.isfile():
+                        continue
+                    sample, _, kind = _parts(member.name)
+                    if f".{kind.rpartition('.')[2].lower()}" in EXTENSIONS:
+                        images[sample] = (str(shard), member.name, member.offset_data, member.size)
+                    elif kind == ending:
+                        content = archive.extractfile(member)
+                        assert content is not None
+                        labels[sample] = _label(content.read(), key if ending == "json" else None)
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise DataError(
+                f"The shard {shard} cannot be read as a plain tar file ({error}). Compressed shards have to be "
+                "unpacked (gunzip) first, so that images can be read in place."
+            ) from error
+        for sample, place in images.items():
+            unique = f"{shard}:{sample}"
+            members[unique] = place
+            entries.append(Entry(unique, labels.get(sample), f"{shard.name}:{place[1]}"))
+        lost += [f"{shard.name}:{sample}" for sample in labels if sample not in images]
+
+
+def expand(pattern: str) -> list[Path]:
+    """List the shards a pattern stands for.
+
+    Args:
+        pattern: A path with ``{000..012}``, ``{a,b}`` or ``*``.
+
+    Returns:
+        The files, in order.
+
+    Raises:
+        DataError: If one of them is not there.
+    """
+    if "://" in pattern or pattern.startswith("pipe:"):
+        raise DataError(f"{pattern} is no path. Shards are read in place, so they have to lie on a disk.")
+    parts = re.split(r"\{([^{}]*)\}", pattern)
+    choices = [_choices(part) if index % 2 else [part] for index, part in enumerate(parts)]
+    paths: list[Path] = []
+    missing: list[str] = []
+    for text in map("".join, itertools.product(*choices)):
+        found = sorted(glob.glob(text)) if glob.has_magic(text) else [text] if Path(text).is_file() else []
+        paths += map(Path, found)
+        missing += [] if found else [text]
+    if missing:
+        more = f", and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise DataError(f"{pattern} names shards that are not there: {', '.join(missing[:3])}{more}.")
+    return paths
+
+
+def _choices(text: str) -> list[str]:
+    bounds = re.fullmatch(r"(\d+)\.\.(\d+)", text)
+    if bounds is None:
+        return text.split(",")
+    return [str(number).zfill(len(bounds[1])) for number in range(int(bounds[1]), int(bounds[2]) + 1)]
+
+
+def _parts(name: str) -> tuple[str, str, str]:
+    folder, slash, file = name.rpartition("/")
+    sample, dot, kind = file.partition(".")
+    return folder + slash + sample, dot, kind
+
+
+def _label(content: bytes, key: str | None) -> Any:
+    """Read a label; None where there is none, which is found later with all others."""
+    text = content.decode("utf-8", errors="replace").strip()
+    if key is None:
+        return text or None
+    try:
+        return json.loads(text).get(key)
+    except (ValueError, AttributeError):
+        return None

@@ -1,0 +1,295 @@
+"""Where images come from: files, shards, data sets of torchvision. A source gives image number i."""
+
+from __future__ import annotations
+
+import io
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from vispeft.data.facts import FactStore, ImageFacts, Key, look_at
+from vispeft.data.images import UNREADABLE, read_image, to_rgb, why
+from vispeft.errors import DataError
+
+__all__ = ["FileSource", "JoinedSource", "ShardSource", "Source", "TorchvisionSource"]
+
+CHUNK = 1024
+"""Images looked at between two writes to the store, so that a check that was stopped goes on where it was."""
+
+
+class Source(ABC):
+    """Images by number."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Count the images."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Name an image for messages."""
+
+    @abstractmethod
+    def read(self, index: int) -> Tensor:
+        """Read an image as uint8 RGB (3, H, W).
+
+        Raises:
+            DataError: If it cannot be read; the message names it.
+        """
+
+    @abstractmethod
+    def facts(self, full: bool) -> list[ImageFacts]:
+        """Look at every image.
+
+        Args:
+            full: Decode and hash the pixels; otherwise only headers are read.
+        """
+
+    @abstractmethod
+    def take(self, indices: Sequence[int]) -> Source:
+        """Give a source of some of the images."""
+
+
+class FileSource(Source):
+    """Image files."""
+
+    def __init__(self, paths: Iterable[Path], root: Path) -> None:
+        """Keep the paths.
+
+        Args:
+            paths: The files.
+            root: Names in messages are relative to it.
+        """
+        # Strings are a tenth of the size of paths, which counts for a million of them in each worker.
+        self.paths, self.root = [str(path) for path in paths], str(root)
+
+    def __len__(self) -> int:
+        """Count the files."""
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        """Give the path, relative to the root where it lies inside."""
+        return self.paths[index].removeprefix(self.root).lstrip("/\\") or self.paths[index]
+
+    def read(self, index: int) -> Tensor:
+        """Read a file."""
+        return read_image(self.paths[index])
+
+    def take(self, indices: Sequence[int]) -> FileSource:
+        """Give a source of some of the files."""
+        return FileSource([Path(self.paths[index]) for index in indices], Path(self.root))
+
+    def facts(self, full: bool) -> list[ImageFacts]:
+        """Look at every file that has changed since the last time."""
+        keys = [_key(path, full) for path in self.paths]
+
+        def look(index: int) -> ImageFacts:
+            try:
+                with open(self.paths[index], "rb") as file:
+                    return look_at(file, full)
+            except FileNotFoundError:
+                return ImageFacts(problem="missing")
+            except OSError as error:
+                return ImageFacts(problem="broken", reason=error.strerror or str(error))
+
+        return _look_all(keys, look)
+
+
+class ShardSource(Source):
+    """Images inside tar files, read in place by offset and size."""
+
+    def __init__(self, members: Iterable[tuple[str, str, int, int]]) -> None:
+        """Keep where the images are.
+
+        Args:
+            members: For each image its shard, its name in there, and offset and size in bytes.
+        """
+        self.members = list(members)
+
+    def __len__(self) -> int:
+        """Count the images."""
+        return len(self.members)
+
+    def name(self, index: int) -> str:
+        """Give shard and name."""
+        shard, name, _, _ = self.members[index]
+        return f"{Path(shard).name}:{name}"
+
+    def read(self, index: int) -> Tensor:
+        """Read an image out of its shard."""
+        try:
+            content = self._content(index)
+        except OSError as error:
+            raise DataError(f"{self.name(index)} cannot be read ({error.strerror or error}).") from error
+        return read_image(io.BytesIO(content), self.name(index))
+
+    def take(self, indices: Sequence[int]) -> ShardSource:
+        """Give a source of some of the images."""
+        return ShardSource(self.members[index] for index in indices)
+
+    def facts(self, full: bool) -> list[ImageFacts]:
+        """Look at every image of a shard that has changed since the last time."""
+        shards = {shard: _key(shard, full) for shard, _, _, _ in self.members}
+        keys = [(f"{shard}:{offset}", *shards[shard][1:]) for shard, _, offset, _ in self.members]
+
+        def look(index: int) -> ImageFacts:
+            try:
+                return look_at(io.BytesIO(self._content(index)), full)
+            except OSError as error:
+                return ImageFacts(problem="broken", reason=error.strerror or str(error))
+
+        return _look_all(keys, look)
+
+    def _content(self, index: int) -> bytes:
+        shard, _, offset, size = self.members[index]
+        with open(shard, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+
+class TorchvisionSource(Source):
+    """Images of a torchvision data set."""
+
+    def __init__(self, dataset: Any, title: str, indices: Sequence[int] | None = None) -> None:
+        """Keep the data set.
+
+        Args:
+            dataset: Its items are an image and a label.
+            title: What to call it in messages.
+            indices: The images to serve; all by default.
+        """
+        self.dataset, self.title = dataset, title
+        self.indices = list(range(len(dataset)) if indices is None else indices)
+
+    def __len__(self) -> int:
+        """Count the images."""
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        """Give the data set and the number of the image."""
+        return f"{self.title}[{self.indices[index]}]"
+
+    def read(self, index: int) -> Tensor:
+        """Take an image out of the data set."""
+        try:
+            image = self._image(index)
+            return F.pil_to_tensor(to_rgb(image, None)) if isinstance(image, Image.Image) else _as_rgb(image)
+        except UNREADABLE as error:
+            raise DataError(f"{self.name(index)} cannot be read ({why(error)}).") from error
+
+    def take(self, indices: Sequence[int]) -> TorchvisionSource:
+        """Give a source of some of the images."""
+        return TorchvisionSource(self.dataset, self.title, [self.indices[index] for index in indices])
+
+    def facts(self, full: bool) -> list[ImageFacts]:
+        """Look at every image; without `full` nothing is known but that torchvision lists it."""
+        if not full:
+            return [ImageFacts() for _ in self.indices]
+        return [self._facts(index) for index in _shown(range(len(self)), len(self))]
+
+    def _facts(self, index: int) -> ImageFacts:
+        try:
+            image = self._image(index)
+            if not isinstance(image, Image.Image):
+                image = F.to_pil_image(_as_rgb(image))
+            content = io.BytesIO()
+            image.save(content, "PNG" if image.mode != "CMYK" else "TIFF")
+        except FileNotFoundError:
+            return ImageFacts(problem="missing")
+        except UNREADABLE as error:
+            return ImageFacts(problem="broken", reason=why(error))
+        content.seek(0)
+        return look_at(content, full=True)
+
+    def _image(self, index: int) -> Any:
+        return self.dataset[self.indices[index]][0]
+
+
+class JoinedSource(Source):
+    """Images of several sources, one after the other."""
+
+    def __init__(self, parts: Sequence[Source], indices: Sequence[tuple[int, int]] | None = None) -> None:
+        """Keep the parts.
+
+        Args:
+            parts: The sources.
+            indices: Part and position of each image; by default all.
+        """
+        self.parts = list(parts)
+        everything = [(part, index) for part, source in enumerate(parts) for index in range(len(source))]
+        self.indices = everything if indices is None else list(indices)
+
+    def __len__(self) -> int:
+        """Count the images."""
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        """Name an image as its source does."""
+        part, position = self.indices[index]
+        return self.parts[part].name(position)
+
+    def read(self, index: int) -> Tensor:
+        """Read an image from its source."""
+        part, position = self.indices[index]
+        return self.parts[part].read(position)
+
+    def take(self, indices: Sequence[int]) -> JoinedSource:
+        """Give a source of some of the images."""
+        return JoinedSource(self.parts, [self.indices[index] for index in indices])
+
+    def facts(self, full: bool) -> list[ImageFacts]:
+        """Look at every image."""
+        found: dict[tuple[int, int], ImageFacts] = {}
+        for part, source in enumerate(self.parts):
+            positions = [position for owner, position in self.indices if owner == part]
+            looked = source.take(positions).facts(full)
+            found.update({(part, position): facts for position, facts in zip(positions, looked, strict=True)})
+        return [found[index] for index in self.indices]
+
+
+def _as_rgb(image: Any) -> Tensor:
+    tensor = torch.as_tensor(image)
+    if tensor.dtype != torch.uint8 or tensor.ndim != 3 or tensor.shape[0] not in (1, 3):
+        raise ValueError(f"images of type {tensor.dtype} and shape {tuple(tensor.shape)} are not understood")
+    return tensor.expand(3, -1, -1)
+
+
+def _key(path: str, full: bool) -> Key | tuple[()]:
+    """Identify the content of a file without reading it; nothing for one that is not there."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ()
+    return (os.path.abspath(path), status.st_size, status.st_mtime_ns, "full" if full else "fast")
+
+
+def _look_all(keys: Sequence[Any], look: Callable[[int], ImageFacts]) -> list[ImageFacts]:
+    """Look at what the store does not know, in several threads; Pillow decodes without Python's lock."""
+    store = FactStore()
+    known = store.get({key for key in keys if key})
+    new = [index for index, key in enumerate(keys) if key not in known]
+    found: dict[int, ImageFacts] = {}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        chunks = [new[start : start + CHUNK] for start in range(0, len(new), CHUNK)]
+        for chunk in _shown(chunks, len(chunks)):
+            fresh = dict(zip(chunk, pool.map(look, chunk), strict=True))
+            store.put({keys[index]: facts for index, facts in fresh.items() if keys[index] and not facts.problem})
+            found.update(fresh)
+    return [found[index] if index in found else known[key] for index, key in enumerate(keys)]
+
+
+def _shown(steps: Sequence[Any], count: int) -> Iterable[Any]:
+    """Go through steps with a progress bar on a terminal, where there are enough of them to wait for."""
+    console = Console(stderr=True)
+    return track(
+        steps, "looking at images", console=console, transient=True, disable=count < 3 or not console.is_terminal
+    )

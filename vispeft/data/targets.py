@@ -1,0 +1,205 @@
+"""Turning labels as they stand in files into targets a task can train on."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vispeft.data.listing import Finding, Target, gather
+
+__all__ = ["Entry", "LabelError", "encode"]
+
+
+class LabelError(ValueError):
+    """A label that cannot be understood; carries the kind of finding and its text."""
+
+    def __init__(self, code: str, text: str) -> None:
+        """Keep the kind of finding.
+
+        Args:
+            code: Its short name.
+            text: What is wrong and what to do.
+        """
+        super().__init__(text)
+        self.code, self.text = code, text
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One image of a list: its name, its label as it was read, and where it stands."""
+
+    name: str
+    label: Any
+    where: str
+
+
+MISSING = LabelError("label-missing", "without a label; give one, or leave the image out")
+
+
+def encode(
+    entries: Mapping[str, Sequence[Entry]],
+    target: Target,
+    class_names: Sequence[str] | None = None,
+    renumber: bool = False,
+) -> tuple[tuple[str, ...], dict[str, tuple[list[Entry], Tensor]], list[Finding]]:
+    """Encode the labels of all splits.
+
+    Classes are whole numbers from 0, or words; words become classes in sorted order.
+
+    Args:
+        entries: Entries by split.
+        target: What kind of targets they are.
+        class_names: Names of the classes; None takes what is found.
+        renumber: Give the classes that occur the numbers 0, 1, ... in sorted order.
+
+    Returns:
+        Names of the classes (or of the numbers), entries that have a usable label with their targets by split, and
+        what is wrong with the others.
+    """
+    read = _number if target == "regression" else _labels if target == "multilabel" else _label
+    problems: dict[tuple[str, str], list[str]] = defaultdict(list)
+    good: dict[str, list[tuple[Entry, Any]]] = {}
+    for split, listed in entries.items():
+        good[split] = []
+        for entry in listed:
+            try:
+                good[split].append((entry, read(entry.label)))
+            except LabelError as error:
+                problems[error.code, f"{{n}} {error.text}"].append(entry.where)
+    names, place = _vocabulary([value for pairs in good.values() for _, value in pairs], target, class_names, renumber)
+    encoded: dict[str, tuple[list[Entry], Tensor]] = {}
+    for split, pairs in good.items():
+        kept, rows = [], []
+        for entry, value in pairs:
+            try:
+                rows.append(place(value))
+                kept.append(entry)
+            except LabelError as error:
+                problems[error.code, f"{{n}} {error.text}"].append(f"{entry.where} ({_shown(value)})")
+        shape = (0,) if target == "class" else (0, len(names))
+        kind = torch.long if target == "class" else torch.float32
+        encoded[split] = (kept, torch.tensor(rows, dtype=kind) if rows else torch.empty(shape, dtype=kind))
+    counted = {(code, _counted(text, len(places))): places for (code, text), places in problems.items()}
+    return names, encoded, gather("error", counted)
+
+
+def _counted(text: str, count: int) -> str:
+    """Write how many images a text is about."""
+    return text.replace("{n}", f"{count} image{'s' if count > 1 else ''}")
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+# ------------------------------------------------------------------ reading
+
+
+def _label(raw: Any) -> int | str:
+    """Read one class: a whole number, or a word."""
+    if raw is None or raw == "" or raw == []:
+        raise MISSING
+    if isinstance(raw, (bool, list, dict)):
+        raise LabelError("label-kind", "with a label that is neither a whole number nor a word")
+    if isinstance(raw, float):
+        if not raw.is_integer():
+            raise LabelError("label-kind", "with a label that is no whole number; for numbers set target: regression")
+        return int(raw)
+    if isinstance(raw, str):
+        text = raw.strip()
+        return int(text) if text.lstrip("-").isdecimal() else text
+    return int(raw)
+
+
+def _labels(raw: Any) -> tuple[int | str, ...]:
+    """Read any number of labels: a list, or text with commas; ``-`` or an empty list stands for none."""
+    if raw is None or raw == "":
+        raise LabelError("label-missing", "without a label; write - (in JSON []) for an image without any")
+    if isinstance(raw, str):
+        raw = [] if raw.strip() == "-" else raw.split(",")
+    return tuple(dict.fromkeys(_label(one) for one in (raw if isinstance(raw, (list, tuple)) else [raw])))
+
+
+def _number(raw: Any) -> tuple[float, ...]:
+    """Read one number or several."""
+    if raw is None or raw == "" or raw == []:
+        raise MISSING
+    if isinstance(raw, str):
+        raw = raw.split(",")
+    try:
+        numbers = tuple(float(one) for one in (raw if isinstance(raw, (list, tuple)) else [raw]))
+    except (TypeError, ValueError):
+        raise LabelError("label-kind", "with a label that is no number, and target is regression") from None
+    if not all(math.isfinite(number) for number in numbers):
+        raise LabelError("label-kind", "with a number that is not finite")
+    return numbers
+
+
+# ------------------------------------------------------------------ giving numbers
+
+
+def _vocabulary(values: Sequence[Any], target: Target, given: Sequence[str] | None, renumber: bool) -> Any:
+    """Find the names, and the function that turns a read label into a target."""
+    if target == "regression":
+        return _numbers(values, given)
+    found = {one for value in values for one in value} if target == "multilabel" else set(values)
+    names, index = _classes(found, given, renumber)
+
+    def place(label: Any) -> int:
+        if label in index:
+            return index[label]
+        if isinstance(label, int):
+            raise LabelError("label-range", f"with a label outside 0 to {len(names) - 1}")
+        raise LabelError("label-range", f"with a label that is none of the {len(names)} class names")
+
+    if target == "class":
+        return names, place
+
+    def place_all(labels: tuple[Any, ...]) -> list[float]:
+        row = [0.0] * len(names)
+        for label in labels:
+            row[place(label)] = 1.0
+        return row
+
+    return names, place_all
+
+
+def _classes(found: set[Any], given: Sequence[str] | None, renumber: bool) -> tuple[tuple[str, ...], dict[Any, int]]:
+    words = sorted(one for one in found if isinstance(one, str))
+    numbers = sorted(one for one in found if isinstance(one, int))
+    if renumber:
+        # By value where all are numbers, as in the published code; otherwise by their text.
+        ordered = numbers if not words else sorted(found, key=str)
+        names = tuple(given) if given is not None else tuple(str(one) for one in ordered)
+        return names, {one: index for index, one in enumerate(ordered) if index < len(names)}
+    if given is None and words:
+        given = sorted({*words, *(str(number) for number in numbers)})
+        return tuple(given), {**{int(n): i for i, n in enumerate(given) if n.isdecimal()}, **_by_name(given)}
+    names = tuple(given) if given is not None else tuple(str(n) for n in range(max([-1, *numbers]) + 1))
+    return names, {**{index: index for index in range(len(names))}, **_by_name(names)}
+
+
+def _by_name(names: Sequence[str]) -> dict[Any, int]:
+    return {name: index for index, name in enumerate(names)}
+
+
+def _numbers(values: Sequence[tuple[float, ...]], given: Sequence[str] | None) -> Any:
+    width = len(given) if given is not None else max((len(value) for value in values), default=1)
+    names = tuple(given) if given is not None else _default_names(width)
+
+    def place(value: tuple[float, ...]) -> list[float]:
+        if len(value) != width:
+            raise LabelError("label-kind", f"without {width} number{'s' if width > 1 else ''}")
+        return list(value)
+
+    return names, place
+
+
+def _default_names(width: int) -> tuple[str, ...]:
+    return ("value",) if width == 1 else tuple(f"value {index}" for index in range(width))
