@@ -7,7 +7,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 
 
 def alternate(steps: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, dict[str, float]]:
@@ -88,6 +89,19 @@ def write(name: str, results: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
+
+
+def write_section(name: str, lines: Iterable[str]) -> None:
+    """Put generated lines between their marks in ``docs/benchmarks.md``.
+
+    Args:
+        name: Name of the section, as its marks have it.
+        lines: Lines of Markdown.
+    """
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, rest = PAGE.read_text(encoding="utf-8").split(begin)
+    after = rest.split(end)[1]
+    PAGE.write_text(before + "\n".join([begin, "", *lines, "", end]) + after, encoding="utf-8")
 
 
 def _gpu() -> str | None:
