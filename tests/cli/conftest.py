@@ -26,6 +26,11 @@ def run_cli():
     return call
 
 
+@pytest.fixture(scope="session")
+def call_cli():
+    return call
+
+
 @pytest.fixture
 def config(tmp_path):
     path = tmp_path / "tiny.yaml"
