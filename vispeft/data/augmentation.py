@@ -146,7 +146,8 @@ def _rand_augment(spelling: str, preprocessing: Preprocessing) -> Any:
     try:
         return rand_augment_transform(spelling, settings)
     except (AssertionError, ValueError, KeyError, IndexError) as error:
+        reason = str(error) or "it begins with rand"
         raise ConfigError(
-            f"Augmentation(rand_augment={spelling!r}) is not understood by timm ({error or 'it begins with rand'}); "
+            f"Augmentation(rand_augment={spelling!r}) is not understood by timm ({reason}); "
             "give something like rand-m9-n2-mstd0.5."
         ) from error

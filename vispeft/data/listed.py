@@ -100,8 +100,8 @@ class ListedData(ImageData):
         Args:
             check: Decode every image and compare contents (``full``), or read headers only (``fast``).
             augment: What happens to training images.
-            validation: Share of all images that chooses the best epoch, where no validation split is given.
-            test: Share of all images that is looked at once, at the end, where no test split is given.
+            validation: Share of train that chooses the best epoch, where no validation split is given.
+            test: Share of train that is looked at once, at the end, where no test split is given.
             split_seed: Seed of drawn splits and folds.
             folds: Number of parts for cross-validation; each is the test split of one run. None makes a single split.
             fold: Which part is tested, from 0.

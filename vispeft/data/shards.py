@@ -79,8 +79,11 @@ class WebDatasetData(ListedData):
         for split, pattern in self.patterns.items():
             members[split], entries[split] = {}, []
             lost: list[str] = []
-            for shard in expand(pattern):
+            shards = expand(pattern)
+            for shard in shards:
                 self._list(shard, members[split], entries[split], lost)
+            text = "Shards without the end mark of a tar file, so they were cut short; make or copy them again"
+            findings += gather("error", {("shard-cut-short", text): [s.name for s in shards if not _ended(s)]})
             text = f"Labels in {split} without an image of their name; is a member missing?"
             findings += gather("error", {("label-without-image", text): lost})
             if not entries[split]:
@@ -155,6 +158,13 @@ def _choices(text: str) -> list[str]:
     if bounds is None:
         return text.split(",")
     return [str(number).zfill(len(bounds[1])) for number in range(int(bounds[1]), int(bounds[2]) + 1)]
+
+
+def _ended(shard: Path) -> bool:
+    """Tell whether a tar file has its end mark, two empty blocks."""
+    with open(shard, "rb") as file:
+        file.seek(max(0, shard.stat().st_size - 1024))
+        return file.read() == bytes(1024)
 
 
 def _parts(name: str) -> tuple[str, str, str]:

@@ -12,7 +12,7 @@ from vispeft.errors import ConfigError
 __all__ = ["check_drawing", "cross_validation", "hold_out"]
 
 BINS = 10
-"""Numbers are put into so many bins of equal count, so that each split sees small and large ones."""
+"""Numbers are put into at most so many bins of equal count, so that each split sees small and large ones."""
 
 
 def check_drawing(name: str, *, validation: float, test: float, split_seed: int, folds: int | None, fold: int) -> None:
@@ -57,9 +57,16 @@ def hold_out(targets: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     Returns:
         Indices of the rest and of what was held out, each sorted.
     """
-    places, lonely = _places(targets, seed)
-    held = (places < share) & ~lonely
-    return (~held).nonzero().flatten(), held.nonzero().flatten()
+    groups = strata(targets)
+    _, which, counts = groups.unique(return_inverse=True, return_counts=True)
+    order, start = _shuffled(groups, seed)
+    order = order[counts[which][order] > 1]
+    # Walking through the images class by class, one is taken whenever another 1 / share of them has been passed: that
+    # is the right number of every class and of all, to within one image.
+    passed = (torch.arange(len(order) + 1, dtype=torch.float64) * share + start).floor()
+    chosen = torch.zeros(len(groups), dtype=torch.bool)
+    chosen[order[passed[1:] > passed[:-1]]] = True
+    return (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
 
 
 def cross_validation(targets: Tensor, folds: int, fold: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -74,25 +81,17 @@ def cross_validation(targets: Tensor, folds: int, fold: int, seed: int) -> tuple
     Returns:
         Indices of the rest and of the fold, each sorted.
     """
-    places, _ = _places(targets, seed)
-    chosen = (places * folds).long().clamp(max=folds - 1) == fold
+    order, _ = _shuffled(strata(targets), seed)
+    chosen = torch.zeros(len(order), dtype=torch.bool)
+    chosen[order[fold::folds]] = True
     return (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
 
 
-def _places(targets: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Give every image a place from 0 to 1, the images of a class at equal distances; and which are alone."""
-    groups = strata(targets)
+def _shuffled(groups: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Order images by group, and at random inside a group; with a random number from 0 to 1 beside it."""
     generator = torch.Generator().manual_seed(draw_seed(seed))
-    places = torch.empty(len(groups), dtype=torch.float64)
-    lonely = torch.zeros(len(groups), dtype=torch.bool)
-    for group in groups.unique():
-        members = (groups == group).nonzero().flatten()
-        ranks = torch.randperm(len(members), generator=generator).double()
-        # A start of its own for each class: otherwise every small class would have its first image in the same fold.
-        start = torch.rand((), generator=generator, dtype=torch.float64)
-        places[members] = (ranks + start) / len(members)
-        lonely[members] = len(members) == 1
-    return places, lonely
+    shuffle = torch.randperm(len(groups), generator=generator)
+    return shuffle[groups[shuffle].argsort(stable=True)], torch.rand((), generator=generator, dtype=torch.float64)
 
 
 def strata(targets: Tensor) -> Tensor:
@@ -111,5 +110,6 @@ def strata(targets: Tensor) -> Tensor:
         rarity = torch.where(targets > 0, counts, torch.inf)
         return torch.where(targets.sum(1) > 0, rarity.argmin(1), -1)
     values = targets[:, 0].numpy()
-    edges = np.unique(np.quantile(values, np.linspace(0, 1, BINS + 1)[1:-1]))
+    bins = min(BINS, max(1, len(values) // 5))
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, bins + 1)[1:-1]))
     return torch.from_numpy(np.digitize(values, edges))
