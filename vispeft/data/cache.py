@@ -110,8 +110,8 @@ def _check(task: AdapterTask, data: Any, trainer: Trainer) -> None:
     method = task.bank.plan().method
     if not method.cacheable:
         raise ConfigError(
-            f"cache_features was asked for, and {method.name} acts inside the backbone, whose outputs change with every "
-            "step. Leave cache_features out, or take a method such as linear_probe."
+            f"cache_features was asked for, and {method.name} acts inside the backbone, whose outputs change with "
+            "every step. Leave cache_features out, or take a method such as linear_probe."
         )
     model = unwrap(task.model)
     drops = [path for path in task.bank.view.head_drop_paths if getattr(model.get_submodule(path), "p", 0) > 0]

@@ -1,0 +1,122 @@
+"""``tools/train.py CONFIG --folds N``: cross-validation, a run per fold."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from vispeft.cli import runs
+from vispeft.cli.common import console
+from vispeft.cli.config import split_overrides
+from vispeft.cli.train import resume, train
+from vispeft.errors import ConfigError, UnknownNameError
+
+__all__ = ["FOLDS", "folds_table", "summarise", "train_folds"]
+
+FOLDS = "folds.json"
+
+
+def train_folds(
+    config: Path, overrides: Sequence[str], folds: int, *, out: str | Path | None = None, command: str = ""
+) -> Path:
+    """Train once per fold, each time with another fold for the test split, and put the figures together.
+
+    The same call goes on where an earlier one was stopped: finished folds are skipped, and one that was begun is
+    resumed.
+
+    Args:
+        config: The YAML file.
+        overrides: Such as ``["--model.lr", "1e-3"]``.
+        folds: Number of folds.
+        out: Directory of the runs; None takes ``runs/<config name>-<folds>-folds``.
+        command: What was typed, for ``folds.json``.
+
+    Returns:
+        The directory; it holds a run per fold and ``folds.json``.
+
+    Raises:
+        ConfigError: If the data cannot be dealt into folds, or the directory was begun with other settings.
+        VispeftError: If a fold cannot be trained.
+    """
+    if folds < 2:
+        raise ConfigError(f"--folds is {folds}; at least 2 are needed.")
+    taken = [key for key, _ in split_overrides(overrides) if key in ("data.folds", "data.fold")]
+    if taken:
+        raise ConfigError(f"--{taken[0]} was given with --folds, which sets it. Leave one of them out.")
+    base = Path(out) if out is not None else Path("runs") / f"{config.stem}-{folds}-folds"
+    places = [base / f"fold-{fold}" for fold in range(folds)]
+    beyond = base / f"fold-{folds}"
+    if beyond.exists():
+        raise ConfigError(
+            f"{base} was begun with more than {folds} folds: it holds {beyond.name}. Choose another --out."
+        )
+    for fold, place in enumerate(places):
+        console.rule(f"Fold {fold + 1} of {folds}")
+        own = [*overrides, "--data.folds", str(folds), "--data.fold", str(fold)]
+        _train(config, own, place, command)
+    result = {"command": command, **summarise([runs.Run.open(place) for place in places])}
+    runs.write_json(base / FOLDS, result)
+    console.print(folds_table(result["test"]))
+    console.print(f"{base / FOLDS} holds these figures.", soft_wrap=True)
+    return base
+
+
+def _train(config: Path, overrides: Sequence[str], place: Path, command: str) -> None:
+    try:
+        if place.exists():
+            resume(place, config, overrides, command=command)
+        else:
+            train(config, overrides, out=place, command=command)
+    except UnknownNameError as error:
+        if "'data.folds'" not in str(error):
+            raise
+        raise ConfigError(
+            "--folds was given, and the config's data module has no settings folds and fold, so its images cannot be "
+            "dealt into folds. Use a module that draws its splits itself, such as ImageFolderData or ImageListData."
+        ) from error
+
+
+def summarise(finished: Sequence[runs.Run]) -> dict[str, Any]:
+    """Put the figures of all folds together.
+
+    Args:
+        finished: The run of each fold.
+
+    Returns:
+        Per split the metrics of each fold, their mean and their standard deviation (of a sample), and seconds.
+    """
+    result: dict[str, Any] = {"folds": len(finished), "runs": [run.path.name for run in finished]}
+    for split in ("validation", "test"):
+        rows = [run.metrics[split] for run in finished]
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        result[split] = {
+            "per_fold": rows,
+            "mean": {name: statistics.fmean(values) for name, values in columns.items()},
+            "std": {name: statistics.stdev(values) for name, values in columns.items()},
+        }
+    result["seconds"] = sum(run.metrics["seconds"]["total"] for run in finished)
+    return json.loads(json.dumps(result))
+
+
+def folds_table(figures: Mapping[str, Any]) -> Table:
+    """Show the figures of a split as a table.
+
+    Args:
+        figures: One split of what `summarise` gives.
+    """
+    names = list(figures["mean"])
+    table = Table(title="on the fold that was left out")
+    table.add_column("fold", no_wrap=True)
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right")
+    for number, row in enumerate(figures["per_fold"], start=1):
+        table.add_row(str(number), *(f"{row[name]:.4f}" for name in names))
+    table.add_section()
+    for label, key in (("mean", "mean"), ("deviation", "std")):
+        table.add_row(label, *(f"{figures[key][name]:.4f}" for name in names))
+    return table
