@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from vispeft.adapters.units import Unit
 from vispeft.errors import BackboneError
 
 __all__ = ["ModelHost"]
+
+_UNIT = re.compile(r"adapters\.[^.]+\.[^.]+\.")
+"""What a unit puts into the name of a tensor of the base that it stands for."""
 
 
 class ModelHost(Host):
@@ -45,6 +49,22 @@ class ModelHost(Host):
         self.check_size(x)
         return super().forward_intermediates(x, *args, **kwargs)  # type: ignore[misc]  # timm's
 
+    def group_matcher(self, coarse: bool = False) -> Any:
+        """Say which layer a tensor belongs to, as timm does, also for units that stand for tensors of the stem.
+
+        Args:
+            coarse: Group whole stages where the family has them.
+        """
+        return {name: _also_in_units(spec) for name, spec in super().group_matcher(coarse).items()}  # type: ignore[misc]
+
+    def no_weight_decay(self) -> set[str]:
+        """Name the tensors that should not decay: timm's, the units that stand for these, and what units exempt."""
+        listing: Any = getattr(super(), "no_weight_decay", set)
+        exempt = set(listing())
+        stand_for = {name for name, _ in self.named_parameters() if _UNIT.sub("", name) in exempt}
+        units = [(path, module) for path, module in self.named_modules() if isinstance(module, Unit)]
+        return exempt | stand_for | {f"{path}.{name}" for path, unit in units for name in unit.no_decay}
+
     def check_size(self, images: Tensor) -> None:
         """Refuse images the model was not built for.
 
@@ -76,3 +96,11 @@ class ModelHost(Host):
         module.training = False
         for name, child in module.named_children():
             self._put_to_sleep(child, f"{path}.{name}" if path else name)
+
+
+def _also_in_units(spec: Any) -> Any:
+    """Let a pattern of names match units of the whole model too, such as the one of a trained position embedding."""
+    if isinstance(spec, str):
+        anywhere = re.sub(r"(^|[|])[\^]", r"\1", spec)  # names are matched from their beginning in any case
+        return f"(?:{_UNIT.pattern})?(?:{anywhere})"
+    return [(_also_in_units(pattern), suffix) for pattern, suffix in spec]
