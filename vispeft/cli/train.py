@@ -24,6 +24,7 @@ from vispeft.cli.config import ConfigCLI
 from vispeft.cli.evaluation import Measured, measure, metrics_table, output_names
 from vispeft.cli.start import start_from
 from vispeft.data.base import ImageData
+from vispeft.data.cache import cache_features
 from vispeft.errors import ConfigError, FileError, TrainingError
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.callbacks import progress_bar
@@ -61,6 +62,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--init", metavar="ADAPTER", help="adapter to start from: zoo:NAME, or a directory")
     parser.add_argument("--out", metavar="DIR", help="run directory; default runs/<config name>/<n>")
     parser.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped")
+    parser.add_argument("--folds", type=int, metavar="N", help="cross-validation: train once for each of N folds")
     parser.add_argument("--print_config", action="store_true", help="print the whole config and leave")
     argv = list(argv)
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
@@ -75,6 +77,13 @@ def main(argv: Sequence[str]) -> None:
         overrides = [*overrides, "--print_config"]
     command = shlex.join(["python", "tools/train.py", *(token for token in argv if token)])
     config = Path(given.config) if given.config else None
+    if given.folds is not None:
+        from vispeft.cli.folds import train_folds  # it calls `train` below
+
+        if given.resume is not None:
+            raise ConfigError("--resume was given with --folds, which goes on by itself: give the same command again.")
+        train_folds(cast(Path, config), overrides, given.folds, out=given.out, command=command)
+        return
     if given.resume is None:
         train(cast(Path, config), overrides, out=given.out, command=command)
         return
@@ -160,6 +169,9 @@ def _prepared(cli: ConfigCLI) -> ConfigCLI:
     task.check_data(data)
     if cli.config["init"] is not None:
         console.print(start_from(task, cli.config["init"], output_names(data, task.num_classes)), soft_wrap=True)
+    kept = cli.config["cache_features"]
+    if kept is not False:
+        cache_features(task, data, cli.trainer, None if kept is True else kept)
     return cli
 
 
