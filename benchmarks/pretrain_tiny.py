@@ -38,6 +38,7 @@ ensure_torchvision()
 import timm  # noqa: E402
 import torchvision  # noqa: E402
 from pretrain_data import PACKAGES, Folders, Source, training_sources  # noqa: E402
+from pretrain_eval import card, measure_backbone, own_probe  # noqa: E402
 from rich.console import Console  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
@@ -101,7 +102,7 @@ RECIPES = {
             "depths": [2, 2, 6, 2],
             "num_heads": [1, 2, 4, 8],
         },
-        steps=3000,
+        steps=2400,
         decay_steps=1200,
         batch={"fashion": 60, "mnist": 16, "emoji": 36, "earth": 16},
     ),
@@ -357,7 +358,7 @@ def main() -> None:
     fashion = "folder of the four IDX .gz files of Fashion-MNIST"
     parser.add_argument("--fashion", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help=fashion)
     parser.add_argument("--downloads", type=Path, default=ROOT / "downloads", help="holds pypi/ and npm/")
-    parser.add_argument("--out", type=Path, help="folder of the result (default: model_zoo/backbones/NAME)")
+    parser.add_argument("--zoo", type=Path, help="the result goes to backbones/NAME in it (default: model_zoo)")
     parser.add_argument("--result", type=Path, help="file of what was measured (default: benchmarks/results/...)")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "pretrain", help="checkpoints and unpacked data")
     parser.add_argument("--steps", type=int, help="another number of steps than the recipe's")
@@ -380,17 +381,18 @@ def main() -> None:
     run = Run(recipe, training_sources(folders, args.limit), args.seed, checkpoint)
     run.train()
 
-    from pretrain_eval import card, measure
-
-    model = run.model
+    model, class_names = run.model, list(torchvision.datasets.FashionMNIST.classes)
     if recipe.patch_drop:
         model.patch_drop.prob = 0.0
+    zoo = args.zoo or ROOT / "model_zoo"
+    out = zoo / "backbones" / args.name
+    weight_bytes = write_backbone(model, recipe, out, class_names)
+    os.environ["VISPEFT_ZOO"] = str(zoo)
+    measured = {}
+    for kind, network in (("pretrained", model), ("random", build(recipe, args.seed + 1))):
+        own = own_probe(args.name, pretrained=kind == "pretrained")
+        measured[kind] = {**measure_backbone(network, recipe, folders), "digits_own_probe": own}
     options = [a for a in ("name", "steps", "limit", "seed", "threads") if getattr(args, a) != parser.get_default(a)]
-    measured = {"pretrained": measure(model, recipe, folders)}
-    untrained = build(recipe, args.seed + 1)
-    measured["random"] = measure(untrained, recipe, folders)
-    class_names = list(torchvision.datasets.FashionMNIST.classes)
-    out = args.out or ROOT / "model_zoo" / "backbones" / args.name
     result = {
         "name": args.name,
         "command": " ".join(["python benchmarks/pretrain_tiny.py", *(f"--{a} {getattr(args, a)}" for a in options)]),
@@ -398,7 +400,7 @@ def main() -> None:
         "seed": args.seed,
         "data": {s.name: {"images": s.count, "classes": s.classes, "source": PACKAGES[s.name]} for s in run.sources},
         "parameters": sum(p.numel() for p in model.parameters()),
-        "weight_bytes": write_backbone(model, recipe, out, class_names),
+        "weight_bytes": weight_bytes,
         "threads": args.threads,
         "seconds": run.seconds,
         "history": run.history,
