@@ -139,6 +139,8 @@ class ImageData(LightningDataModule, ABC):
 
     target: Target = "class"
     """What kind of targets there are: ``class``, ``multilabel`` or ``regression``."""
+    validation_chooses: bool = True
+    """Whether the validation split can choose the best epoch; otherwise the last epoch is kept."""
 
     def __init__(
         self,

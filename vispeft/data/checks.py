@@ -25,9 +25,9 @@ PROBLEMS = {
 }
 
 MODES = {
-    "1": ("black-and-white", "black and white; repeated over three channels"),
-    "L": ("grayscale", "grayscale; repeated over three channels"),
-    "LA": ("transparency", "grayscale with transparency; grey is repeated, transparency is dropped"),
+    "1": ("black-and-white", "in black and white; repeated over three channels"),
+    "L": ("grayscale", "in grayscale; repeated over three channels"),
+    "LA": ("transparency", "in grayscale with transparency; grey is repeated, transparency is dropped"),
     "P": ("palette", "with a palette; looked up as RGB"),
     "PA": ("palette", "with a palette; looked up as RGB"),
     "RGBA": ("transparency", "with transparency, which is dropped: what lies under it becomes visible"),
@@ -191,7 +191,7 @@ def _contents(listing: Listing, facts: Mapping[str, list[ImageFacts]], full: boo
     found += _counted(level, "splits-overlap", same_pixels, [p for p in by_pixels["across"] if p not in known])
     found += _counted("warning", "listed-twice", twice, by_name["inside"])
     found += _counted("warning", "duplicates", copies, [p for p in by_pixels["inside"] if p not in known])
-    text = "{n} with another label each time they occur; one of the labels is wrong"
+    text = "{n} that occur with different labels; one of the labels is wrong"
     level = "error" if listing.published is None else "warning"
     disagreeing = dict.fromkeys([*by_name["disagreeing"], *by_pixels["disagreeing"]])
     found += _counted(level, "labels-disagree", text, list(disagreeing))

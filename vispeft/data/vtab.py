@@ -49,7 +49,7 @@ class Vtab1kData(ListedData):
 
     Hyperparameters are chosen with ``protocol: tune`` (800 images to train, 200 to validate); results are reported
     with ``final``: all 1,000 images train, and the test split is measured. There the validation images are among the
-    training images, so their accuracy says nothing.
+    training images, so their accuracy says nothing, and the last epoch is kept.
 
     As published, images are stretched to the backbone's size (224 x 224), bicubic, normalised with ImageNet's mean and
     deviation, and not augmented; a last, smaller batch is left out.
@@ -89,6 +89,7 @@ class Vtab1kData(ListedData):
         if protocol not in PROTOCOLS:
             raise ConfigError(f"Vtab1kData(protocol={protocol!r}): the choices are tune and final.")
         self.root, self.task, self.protocol = Path(root), task, protocol
+        self.validation_chooses = protocol == "tune" or self.folds is not None
 
     def read(self) -> Listing:
         """List the images.

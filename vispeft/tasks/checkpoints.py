@@ -295,7 +295,8 @@ class RunCheckpoints(Checkpoint):
                 f"The best epoch is chosen by {self.monitor}, which the task does not log; it logs "
                 f"{', '.join(sorted(trainer.callback_metrics)) or 'nothing'}."
             )
-        if not self._better(float(score)):
+        # Where validation images are trained on, their score says nothing, and the last epoch is the one to keep.
+        if getattr(trainer.datamodule, "validation_chooses", True) and not self._better(float(score)):
             return
         epoch = trainer.current_epoch
         file = f"best-epoch{epoch:03d}-step{trainer.global_step:07d}.ckpt"

@@ -1,0 +1,104 @@
+import contextlib
+import io
+
+import pytest
+
+from tests.data.faults import ERRORS, NAMES, WARNINGS, plant
+from tests.data.published import Painter, make_fgvc, make_vtab_task
+from tests.tiny import CONFIG
+from vispeft.cli import doctor
+from vispeft.cli.common import console, run_tool
+
+
+def call(*argv):
+    """Run the doctor in this process: status, what it printed, what it complained about."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = run_tool(doctor.main, [str(argument) for argument in argv])
+        except SystemExit as left:
+            status = left.code
+    return status, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def photos(tmp_path):
+    painter = Painter()
+    for name in "ab":
+        for number in range(10):
+            painter.paint(tmp_path / "photos" / name / f"{number}.png")
+    return tmp_path / "photos"
+
+
+def test_one_page_shows_every_planted_fault(tmp_path, monkeypatch):
+    monkeypatch.setattr(console, "width", 400)
+    root = plant(tmp_path)
+    status, page, _ = call(root, "--root", root / "images", "--names", str(NAMES))
+    assert status == 1
+    for code, place in {**ERRORS, **WARNINGS}.items():
+        line = next(line for line in page.splitlines() if f" {code} " in line)
+        assert place in line
+    assert f"cannot be used as they are: {len(ERRORS)} errors, {len(WARNINGS)} warnings" in page
+
+
+def test_good_data_leave_with_zero(photos):
+    status, page, _ = call(photos)
+    assert status == 0
+    assert "can be used: 0 errors, 0 warnings" in page
+    train = next(line for line in page.splitlines() if line.strip().startswith("train"))
+    assert train.split() == ["train", "12", "2", "6", "6", "6x5", "RGB", "12"]
+
+
+def test_published_sets_are_recognised(tmp_path):
+    make_vtab_task(tmp_path, "kitti", Painter())
+    status, page, _ = call(tmp_path / "kitti")
+    assert status == 0
+    assert "VTAB-1k kitti has 711 test images as published, and here are 4" in page
+    status, page, _ = call(tmp_path / "kitti", "--protocol", "tune")
+    assert "VTAB-1k kitti has 800 train images" in page
+    make_fgvc(tmp_path, "flowers", Painter())
+    status, page, _ = call(tmp_path / "flowers")
+    assert status == 0
+    assert "Oxford Flowers has 6,149 test images as published" in page
+    (tmp_path / "flowers").rename(tmp_path / "mine")
+    status, page, _ = call(tmp_path / "mine", "--kind", "fgvc", "--dataset", "flowers")
+    assert "Oxford Flowers" in page
+    assert "Did you mean 'data.dataset'" in call(tmp_path / "mine", "--kind", "fgvc", "--datset", "flowers")[2]
+
+
+def test_a_config_s_data_are_checked(photos, tmp_path):
+    config = tmp_path / "mine.yaml"
+    model = CONFIG.split("data:")[0]
+    config.write_text(f"{model}data:\n  class_path: vispeft.data.ImageFolderData\n  init_args:\n    root: {photos}\n")
+    assert call(config)[0] == 0
+    (photos / "a/0.png").write_bytes(b"")
+    status, page, _ = call(config)
+    assert status == 1
+    assert "empty-file" in page
+    assert "a/0.png" in page
+    config.write_text(CONFIG)
+    assert "makes its own images" in call(config)[2]
+    status, _, complaint = call(config, "--kind", "folder")
+    assert status == 2
+    assert "says itself what its data are" in complaint
+
+
+def test_what_cannot_be_listed_is_said_without_a_page(tmp_path):
+    status, page, _ = call(tmp_path / "none")
+    assert status == 1
+    assert "There is no" in page
+    (tmp_path / "notes.txt").write_text("")
+    status, page, _ = call(tmp_path / "notes.txt")
+    assert status == 1
+    assert "No image is listed" in page
+    status, _, complaint = call(tmp_path, "--kind", "zip")
+    assert status == 2
+    assert "invalid choice" in complaint
+    assert "needs a value" in call(tmp_path, "--check")[2]
+
+
+def test_help_has_an_example(capsys):
+    with pytest.raises(SystemExit) as left:
+        doctor.main(["--help"])
+    assert left.value.code == 0
+    assert "python tools/doctor.py my_photos" in capsys.readouterr().out
