@@ -423,7 +423,7 @@ def build_data(node: str | Mapping[str, Any], overrides: Sequence[Override], sou
     parser.add_subclass_arguments(LightningDataModule, "data", required=True)
     try:
         config = parser.parse_args([f"--config={yaml.safe_dump(tree, sort_keys=False)}", *tokens])
-        data: LightningDataModule = parser.instantiate_classes(config).data
+        data: LightningDataModule = parser.instantiate(config).data
     except (ArgumentError, argparse.ArgumentError, ValueError) as error:
         raise _as_ours(error, source) from error
     return data

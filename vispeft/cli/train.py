@@ -192,7 +192,8 @@ def _carry_out(place: Path, cli: ConfigCLI, trainer: Trainer, found: Found | Non
             raise FileError(f"The disk of {place} is full. Free some space, then go on by --resume {place}.") from error
     metrics = _finish(place, cli, trainer, {"training": checkpoints.seconds}, began - earlier)
     runs.write_json(place / runs.METRICS, {"command": runs.command_of(place), **metrics})
-    console.print(f"Best of {metrics['epochs']} epochs on validation: epoch {metrics['best_epoch']}")
+    chosen = "Best" if getattr(cli.datamodule, "validation_chooses", True) else "Last"
+    console.print(f"{chosen} of {metrics['epochs']} epochs: epoch {metrics['best_epoch']}")
     console.print(metrics_table({split: metrics[split] for split in ("validation", "test")}))
     return place
 
