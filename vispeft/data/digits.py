@@ -11,11 +11,26 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from vispeft.data.base import ImageData, MemorySplit
+from vispeft.data.listing import Target
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.data.splitting import check_drawing, cross_validation
 from vispeft.errors import ConfigError
 
 __all__ = ["DigitsData"]
+
+PROPERTIES = {
+    "even": (0, 2, 4, 6, 8),
+    "prime": (2, 3, 5, 7),
+    "closed loop": (0, 6, 8, 9),
+    "above four": (5, 6, 7, 8, 9),
+}
+"""Labels of the target ``multilabel``, and the digits that have them; 1 has none."""
+_TARGETS: dict[Target, tuple[str, ...]] = {
+    "class": tuple("0123456789"),
+    "multilabel": tuple(PROPERTIES),
+    "regression": ("digit",),
+}
+"""Names of what the model gives."""
 
 
 class DigitsData(ImageData):
@@ -35,6 +50,7 @@ class DigitsData(ImageData):
         folds: int | None = None,
         fold: int = 0,
         augment: bool = False,
+        target: Target = "class",
         **settings: Any,
     ) -> None:
         """Check and keep the settings.
@@ -47,6 +63,8 @@ class DigitsData(ImageData):
             folds: Number of parts for cross-validation; each is the test split of one run. None makes a single split.
             fold: Which part is tested, from 0.
             augment: Turn training images by up to 10 degrees and shift them by up to a tenth of their size.
+            target: What is asked for: the digit as one of ten classes (``class``), what is true of it
+                (``multilabel``), or its value as a number (``regression``).
             settings: Those of `ImageData`.
 
         Raises:
@@ -61,14 +79,17 @@ class DigitsData(ImageData):
                     f"DigitsData(validation={validation}, test={test}) leaves a share of {share:.3g} for {name}; "
                     f"each split needs one image per class, a share of at least {least:.2g}."
                 )
+        if target not in _TARGETS:
+            raise ConfigError(f"DigitsData(target={target!r}): the choices are {', '.join(_TARGETS)}.")
+        self.target = target
         check_drawing("DigitsData", validation=validation, test=test, split_seed=split_seed, folds=folds, fold=fold)
         self.validation, self.test, self.split_seed, self.augment = validation, test, split_seed, augment
         self.folds, self.fold = folds, fold
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The digits, as text."""
-        return tuple("0123456789")
+        """The digits, as text; or what else the targets are called."""
+        return _TARGETS[self.target]
 
     def load(self, preprocessing: Preprocessing) -> dict[str, Dataset[Any]]:
         """Read the images, resize them once, and draw the splits.
@@ -85,13 +106,21 @@ class DigitsData(ImageData):
         return {
             name: MemorySplit(
                 images[chosen],
-                labels[chosen],
+                self._targets(labels[chosen]),
                 preprocessing,
                 augment if self.augment and name == "train" else None,
                 self.seed,
             )
             for name, chosen in self._indices(labels).items()
         }
+
+    def _targets(self, labels: torch.Tensor) -> torch.Tensor:
+        if self.target == "class":
+            return labels
+        if self.target == "regression":
+            return labels[:, None].float()
+        table = torch.tensor([[digit in digits for digits in PROPERTIES.values()] for digit in range(10)])
+        return table[labels].float()
 
     def _indices(self, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         if self.folds is None:

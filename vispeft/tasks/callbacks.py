@@ -126,7 +126,8 @@ class PlainProgress(ProgressBar):
         """Write the line."""
         if not self._enabled:
             return
-        names = ("train/loss", "train/accuracy", "validation/loss", "validation/accuracy")
+        monitor = _monitor(pl_module)
+        names = ("train/loss", f"train/{monitor.partition('/')[2]}", "validation/loss", monitor)
         metrics = trainer.callback_metrics
         figures = [f"{name} {float(metrics[name]):.4f}" for name in names if name in metrics]
         seconds = time.perf_counter() - self._began
@@ -136,17 +137,23 @@ class PlainProgress(ProgressBar):
 class NarrowProgress(RichProgressBar):
     """A bar with one figure beside it, which is what fits on a terminal of 80 columns."""
 
-    _SHORT: ClassVar[dict[str, str]] = {"validation/accuracy": "accuracy", "train/loss": "loss"}
-    """Metrics and what they are called beside the bar; the first one there is stands there."""
+    _SHORT: ClassVar[dict[str, str]] = {"mean_average_precision": "mAP"}
+    """What metrics with a long name are called beside the bar."""
 
     def __init__(self) -> None:
         """Leave no bar behind; the figures are in the logs."""
         super().__init__(leave=False, theme=RichProgressBarTheme(metrics_format=".3f"))
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Give the validation accuracy, or the loss where there is none yet."""
-        metrics = super().get_metrics(trainer, pl_module)
-        return dict([(short, metrics[name]) for name, short in self._SHORT.items() if name in metrics][:1])
+        """Give the metric that chooses the best epoch, or nothing where there is none yet."""
+        monitor, metrics = _monitor(pl_module), trainer.callback_metrics
+        name = monitor.partition("/")[2]
+        return {self._SHORT.get(name, name): float(metrics[monitor])} if monitor in metrics else {}
+
+
+def _monitor(module: LightningModule) -> str:
+    """Name the metric that chooses the best epoch."""
+    return str(getattr(module, "monitor", "validation/accuracy"))
 
 
 def progress_bar(terminal: bool) -> ProgressBar:
