@@ -63,6 +63,18 @@ def test_a_batch_in_the_middle_of_an_epoch_is_the_same_alone(root):
     assert torch.equal(alone[1], again[1])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_goes_on_in_the_middle_as_if_it_had_not_stopped(root, workers):
+    whole = list(ready(root, augment=EVERYTHING, num_workers=workers).train_dataloader())
+    data = ready(root, augment=EVERYTHING, num_workers=workers)
+    data.load_state_dict({**data._order(), "epoch": 0, "batches": 2})
+    rest = list(data.train_dataloader())
+    assert len(rest) == len(whole) - 2 > 0
+    for (images, targets), (expected, shares) in zip(rest, whole[2:], strict=True):
+        assert torch.equal(images, expected)
+        assert torch.equal(targets, shares)
+
+
 def test_the_global_generators_are_left_as_they_were(root):
     data = ready(root, augment=EVERYTHING)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002

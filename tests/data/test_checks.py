@@ -115,6 +115,21 @@ def test_classes_that_train_lacks_are_refused(tmp_path):
         ready(ImageFolderData(root=str(root)))
 
 
+def test_images_of_one_kind_are_a_fact_and_turned_copies_are_others(tmp_path):
+    root = folder(tmp_path, train__a=2, train__b=2, val__a=1, val__b=1, test__a=1, test__b=1)
+    for path in root.rglob("*.png"):
+        Image.open(path).convert("L").save(path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    first = Image.open(root / "train/a/0.png")
+    first.save(root / "train/a/turned.png", exif=exif)
+    found = codes(ImageFolderData(root=str(root)))
+    assert "duplicates" not in found
+    assert (found["grayscale"].level, found["grayscale"].places) == ("fact", ())
+    first.save(root / "train/a/equal.bmp")
+    assert "train/a/equal.bmp" in codes(ImageFolderData(root=str(root)))["duplicates"].line()
+
+
 def test_an_image_broken_after_the_check_is_named(tmp_path):
     root = folder(tmp_path, train__a=3, train__b=3, val__a=1, val__b=1, test__a=1, test__b=1)
     data = ready(ImageFolderData(root=str(root)))

@@ -143,8 +143,11 @@ def _modes(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> list[Find
             frames.append(f"{name} ({known.frames})")
     found = []
     for (code, text), names in places.items():
-        level = "fact" if len(names) == total else "warning"
-        found += gather(level, {(code, f"{_many(len(names), 'image')} {text}"): names})
+        said = f"{_many(len(names), 'image')} {text}"
+        if len(names) == total:
+            found.append(Finding("fact", code, f"All {said}"))
+        else:
+            found.append(Finding("warning", code, said, tuple(names)))
     text = f"{_many(len(frames), 'file')} with several images, of which the first is taken"
     return [*found, *gather("warning", {("several-frames", text): frames})]
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from vispeft.data.images import UNREADABLE, to_rgb, why
 
@@ -76,7 +76,9 @@ def _decoded(image: Image.Image, header: ImageFacts) -> ImageFacts:
         return replace(header, problem="truncated", reason=why(error))
     to_rgb(image, image.format)
     pixels = hashlib.blake2b(image.tobytes(), digest_size=16)
-    pixels.update(f"{image.mode} {image.size}".encode())
+    # The way an image is turned belongs to it: equal pixels that are turned differently are two images.
+    turned = image.getexif().get(ExifTags.Base.Orientation) or 1
+    pixels.update(f"{image.mode} {image.size} {turned}".encode())
     if image.mode == "P":  # equal indices are other colours under another palette
         pixels.update(bytes(image.getpalette("RGBA") or ()))
     return replace(header, digest=pixels.hexdigest())
