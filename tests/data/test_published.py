@@ -46,14 +46,16 @@ def test_every_vtab_task_is_read(vtab, task):
     assert final.num_classes == classes
     assert [len(final.split(name)) for name in ("train", "validation", "test")] == [classes + 3, 3, classes]
     tune = ready(Vtab1kData(root=str(vtab), task=task, protocol="tune", batch_size=2))
-    assert [len(tune.split(name)) for name in ("train", "validation", "test")] == [classes, 3, classes]
+    # The test images stay unseen while rates are chosen.
+    assert [len(tune.split(name)) for name in ("train", "validation", "test")] == [classes, 3, 3]
+    assert torch.equal(tune.split("test").targets, tune.split("validation").targets)
     assert tune.split("validation").targets.tolist() == [0, classes - 1, classes // 2]
     # Image and label of a line belong together, and the image is the one of the file.
     name, label = (vtab / task / "test.txt").read_text().splitlines()[-1].split()
     pixels = torch.frombuffer(bytearray(Image.open(vtab / task / name).tobytes()), dtype=torch.uint8)
     image = pixels.reshape(5, 6, 3).permute(2, 0, 1)
-    assert torch.equal(tune.split("test").source.read(classes - 1), image)
-    assert int(tune.split("test").targets[-1]) == int(label) == classes - 1
+    assert torch.equal(final.split("test").source.read(classes - 1), image)
+    assert int(final.split("test").targets[-1]) == int(label) == classes - 1
 
 
 def test_vtab_s_preparation_is_the_published_one(vtab):

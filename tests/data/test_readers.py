@@ -19,6 +19,7 @@ from vispeft.data import (
     read_image,
 )
 from vispeft.data.shards import expand
+from vispeft.data.torchvision_sets import SETS
 from vispeft.errors import ConfigError, DataError, UnknownNameError
 
 BACKBONE = Preprocessing(size=(8, 8), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -291,6 +292,14 @@ def test_a_set_that_is_not_there_says_what_to_put_where(tmp_path):
     assert not list(tmp_path.iterdir())  # nothing was downloaded
     with pytest.raises(UnknownNameError, match="Did you mean 'CIFAR10"):
         TorchvisionData(dataset="CIFAR1", root=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", sorted(SETS))
+def test_every_known_set_takes_its_arguments_and_says_what_is_missing(tmp_path, name):
+    with pytest.raises(DataError, match="It is not downloaded here: put ") as refused:
+        TorchvisionData(dataset=name, root=str(tmp_path)).read()
+    assert "unexpected keyword" not in str(refused.value)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 # ------------------------------------------------------------------ shards

@@ -218,7 +218,7 @@ def _groups(listing: Listing, images: Iterable[tuple[str, int, str, str]]) -> di
         if len(members) < 2:
             continue
         splits = {split for split, _, _ in members}
-        apart = splits - {"validation"} if listing.nested else splits
+        apart = splits - listing.repeats
         text = _together(members)
         if len(apart) > 1:
             found["across"].append(text)

@@ -221,7 +221,7 @@ class ListedData(ImageData):
         # Folds mix the published splits, whose sizes then say nothing.
         published = None if self.folds is not None else listing.published
         findings = [*listing.findings, note]
-        return replace(listing, splits=splits, findings=findings, published=published, nested=False)
+        return replace(listing, splits=splits, findings=findings, published=published, repeats=frozenset())
 
     def _held(self, split: ListedSplit, share: float) -> tuple[ListedSplit, ListedSplit]:
         rest, held = hold_out(split.targets, share, self.split_seed)
@@ -230,6 +230,6 @@ class ListedData(ImageData):
     def _pool(self, listing: Listing) -> ListedSplit:
         """Put the images together that folds are made of."""
         parts = [listing.splits["train"]]
-        if "validation" in listing.splits and not listing.nested:
+        if "validation" in listing.splits and "validation" not in listing.repeats:
             parts.append(listing.splits["validation"])
         return parts[0] if len(parts) == 1 else parts[0].join(parts[1])

@@ -99,8 +99,8 @@ class Listing:
     """What is wrong or worth knowing already."""
     published: Published | None = None
     """What is known about the data set, if it is a known one."""
-    nested: bool = False
-    """Whether the protocol has the validation images among the training images."""
+    repeats: frozenset[str] = frozenset()
+    """Splits that have images of other splits because the protocol says so."""
 
     @property
     def broken(self) -> bool:

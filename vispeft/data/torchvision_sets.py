@@ -122,7 +122,8 @@ def _labels(data: Any) -> list[int]:
     for name in ("targets", "labels", "_labels", "y"):
         known = getattr(data, name, None)
         if known is not None and len(known) == len(data):
-            return [int(label) for label in known]
+            # QMNIST keeps more than the class in a row; the class comes first.
+            return [int(label) for label in (known[:, 0] if getattr(known, "ndim", 1) > 1 else known)]
     for name in ("samples", "_samples"):
         known = getattr(data, name, None)
         if isinstance(known, list) and len(known) == len(data):
