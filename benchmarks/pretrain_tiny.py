@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -86,7 +87,7 @@ RECIPES = {
     "vit_tiny": Recipe(
         architecture="vit_tiny_patch16_224",
         args={"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 8, "num_heads": 3},
-        steps=1600,
+        steps=1400,
         decay_steps=600,
         batch={"fashion": 60, "mnist": 16, "emoji": 36, "earth": 16},
         patch_drop=0.5,
@@ -188,18 +189,17 @@ class Run:
         """Train to the last step."""
         self.restore()
         self.model.train()
-        totals: dict[str, float] = {}
+        taken: list[dict[str, float]] = []
         began = time.perf_counter()
         while self.step < self.recipe.steps:
-            for name, value in self.advance().items():
-                totals[name] = totals.get(name, 0.0) + value
+            taken.append(self.advance())
             if self.step % SAVE_EVERY and self.step < self.recipe.steps:
                 continue
             self.seconds += time.perf_counter() - began
             began = time.perf_counter()
-            means = {name: round(value / SAVE_EVERY, 4) for name, value in totals.items()}
+            means = {name: round(statistics.mean(step[name] for step in taken), 4) for name in taken[0]}
             self.history.append({"step": self.step, **means})
-            totals = {}
+            taken.clear()
             self.save()
             shown = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
             console.print(f"step {self.step}/{self.recipe.steps}, {self.seconds:.0f} s: {shown}", soft_wrap=True)
