@@ -2,6 +2,7 @@
 
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.callbacks import FiniteGuard, PlainProgress, progress_bar
+from vispeft.tasks.checkpoints import Cadence, RunCheckpoints, SealedCheckpointIO, find_checkpoint
 from vispeft.tasks.classification import Classification
 from vispeft.tasks.multilabel import MultiLabel
 from vispeft.tasks.regression import Regression
@@ -10,12 +11,16 @@ from vispeft.tasks.supervised import SupervisedTask
 
 __all__ = [
     "AdapterTask",
+    "Cadence",
     "Classification",
     "FiniteGuard",
     "MultiLabel",
     "PlainProgress",
     "Regression",
+    "RunCheckpoints",
+    "SealedCheckpointIO",
     "SupervisedTask",
+    "find_checkpoint",
     "progress_bar",
     "warmup_cosine",
     "warmup_cosine_factor",

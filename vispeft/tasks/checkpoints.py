@@ -98,7 +98,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a parser says about bytes that are no checkpoint
-        raise FileError(f"The checkpoint {path} cannot be read: {str(error).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise FileError(f"The checkpoint {path} cannot be read: {reason}") from error
     if not isinstance(loaded, dict) or "state_dict" not in loaded:
         raise FileError(f"{path} is no checkpoint: it has no state_dict.")
     if loaded.pop("sealed", False) and not sealed:
@@ -239,6 +240,7 @@ class RunCheckpoints(Checkpoint):
         self.take_over(state)
         self._generations = [self._files(Path(str(trainer.ckpt_path)).name)]
         self._pending = state
+        trainer.num_sanity_val_steps = 0  # it has been done, and would reset counters that were just loaded
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Verify the adapter after resuming, and start the clock."""

@@ -97,9 +97,10 @@ def between_steps(loop: dict[str, Any]) -> int:
 
 def random_state() -> dict[str, Any]:
     """Take the states of all global generators, as tensors and plain values."""
+    version, words, spare = random.getstate()
     name, keys, *rest = np.random.get_state()  # noqa: NPY002 - what users draw from it must go on as well
     return {
-        "python": random.getstate(),
+        "python": (version, torch.tensor(words), spare),
         "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -112,7 +113,8 @@ def set_random_state(state: dict[str, Any]) -> None:
     Args:
         state: What `random_state` gave.
     """
-    random.setstate(state["python"])
+    version, words, spare = state["python"]
+    random.setstate((version, tuple(words.tolist()), spare))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(state["torch"])

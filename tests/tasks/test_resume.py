@@ -1,0 +1,299 @@
+"""Trainings that are stopped and gone on with, without the command line."""
+
+# ruff: noqa: NPY002 - the global generator of numpy is what has to go on
+
+import random
+import resource
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import EarlyStopping
+from torch import nn
+
+import vispeft
+from tests.tiny import TINY
+from vispeft.data import DigitsData
+from vispeft.errors import BaseMismatchError, ConfigError, DataError, FileError, TrainingError
+from vispeft.tasks import Classification, warmup_cosine
+from vispeft.tasks.checkpoints import (
+    Cadence,
+    RunCheckpoints,
+    SealedCheckpointIO,
+    find_checkpoint,
+    read_checkpoint,
+)
+from vispeft.tasks.logs import RunLog
+from vispeft.tasks.state import random_state, set_random_state
+
+DATA = {"batch_size": 72, "validation": 0.05, "test": 0.75}
+"""Five steps an epoch."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Killed(BaseException):
+    """Ends a training where it stands; nothing handles it."""
+
+
+class Restless(Classification):
+    """Draws from every generator in every step; its loss has a parameter, and statistics that only training moves."""
+
+    stop = None
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.margin = nn.Parameter(torch.zeros(()))
+        self.register_buffer("seen", torch.zeros(()))
+        self.statistics = nn.BatchNorm1d(self.num_classes, affine=False)
+
+    def training_step(self, batch, batch_idx):
+        if self.stop == (self.current_epoch, batch_idx):
+            raise Killed
+        loss = super().training_step(batch, batch_idx)
+        self.seen += loss.detach() * random.random() * np.random.rand() * torch.rand(())
+        self.statistics(self.model(batch[0]))
+        self.log("train/seen", self.seen, on_step=True, on_epoch=True)
+        return loss * (1 + 0.1 * random.random()) * (1 + 0.1 * np.random.rand()) + self.margin**2 - self.margin
+
+    def configure_optimizers(self):
+        groups = [*self.bank.parameter_groups(self.lr, self.weight_decay), {"params": [self.margin], "lr": 0.1}]
+        optimizer = torch.optim.AdamW(groups)
+        schedule = warmup_cosine(optimizer, self.trainer.estimated_stepping_batches, self.warmup)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def make(cls=Restless, **settings):
+    seed_everything(0)
+    method = settings.pop("method", None) or vispeft.LoRA(rank=2, dropout=0.2)
+    settings = {"backbone": "vit_tiny_patch16_224", "backbone_args": TINY, "num_classes": 10, "lr": 1e-2, **settings}
+    return cls(method=method, **settings)
+
+
+def fit(folder, task, stop=None, data=None, cadence=None, **settings):
+    """Train, going on with what is in the folder."""
+    task.stop = stop
+    found = find_checkpoint(folder / "checkpoints")
+    checkpoints = RunCheckpoints(
+        folder / "checkpoints", monitor=task.monitor, cadence=cadence or Cadence(every_n_steps=1)
+    )
+    settings = {"max_epochs": 3, **settings}
+    trainer = Trainer(
+        default_root_dir=folder,
+        callbacks=[checkpoints, *settings.pop("callbacks", [])],
+        plugins=[SealedCheckpointIO()],
+        logger=RunLog(folder),
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
+    data = data or DigitsData(**DATA)
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=None if found is None else str(found.path), weights_only=True)
+    except Killed:
+        return None
+    return trainer
+
+
+def leaves(value, path=""):
+    if isinstance(value, (dict, list, tuple)):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(part, f"{path}/{key}")
+    elif path != "/vispeft/seconds":
+        yield path, value
+
+
+def check_equal(folder, other):
+    """Compare the logs and everything in the last checkpoints."""
+    assert (folder / "csv/metrics.csv").read_bytes() == (other / "csv/metrics.csv").read_bytes()
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == sorted(path.name for path in (other / "checkpoints").iterdir())
+    for name in names:
+        ours, theirs = (dict(leaves(read_checkpoint(place / "checkpoints" / name))) for place in (folder, other))
+        assert ours.keys() == theirs.keys()
+        for path, value in ours.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, theirs[path]), (name, path)
+            else:
+                assert value == theirs[path], (name, path)
+
+
+MODES = {
+    "epochs": {},
+    "average": {"task": {"ema": 0.9}},
+    "steps": {"max_steps": 13, "max_epochs": -1},
+    "several validations": {"val_check_interval": 2},
+    "summed gradients": {"accumulate_grad_batches": 2},
+    "a part of each epoch": {"limit_train_batches": 3},
+    "early stop": {"callbacks": lambda: [EarlyStopping("validation/loss", mode="max", patience=0)], "max_epochs": 9},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stopped_training_ends_as_one_in_one_go(tmp_path, mode):
+    settings = dict(MODES[mode])
+    arguments, callbacks = settings.pop("task", {}), settings.pop("callbacks", list)
+    fit(tmp_path / "whole", make(**arguments), callbacks=callbacks(), **settings)
+    run = tmp_path / "run"
+    # before the first checkpoint, inside an epoch, twice in a row, at an epoch's first step
+    for stop in [(0, 0), (0, 2), (0, 2), (1, 0), (1, 2)] if mode == "epochs" else [(0, 2), (1, 0)]:
+        assert fit(run, make(**arguments), stop, callbacks=callbacks(), **settings) is None
+        assert find_checkpoint(run / "checkpoints") is not None or stop == (0, 0)
+    fit(run, make(**arguments), callbacks=callbacks(), **settings)
+    check_equal(run, tmp_path / "whole")
+
+
+def test_checkpoints_hold_what_training_changes_and_nothing_frozen(tmp_path):
+    task = make()
+    fit(tmp_path, task, max_epochs=1)
+    found = find_checkpoint(tmp_path / "checkpoints")
+    assert found.finished
+    content = read_checkpoint(found.path)
+    trained = {name for name, parameter in task.named_parameters() if parameter.requires_grad}
+    statistics = {f"statistics.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    assert set(content["state_dict"]) == trained | statistics | {"seen"}
+    assert content["state_dict"]["margin"] != 0
+    assert content["state_dict"]["statistics.num_batches_tracked"] == 5
+    assert set(content["vispeft"]["training"]["random"]) == {"python", "numpy", "torch", "cuda"}
+
+
+# ------------------------------------------------------------------ damaged files
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopped")
+    fit(folder, make(), (1, 3))
+    return folder
+
+
+def test_a_cut_or_altered_checkpoint_is_noticed_and_the_one_before_used(stopped, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("vispeft.tasks.checkpoints.logger.propagate", True)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(stopped / "checkpoints", folder)
+    before, last = sorted(folder.glob("step-*.ckpt"))
+    assert find_checkpoint(folder).path == last
+    content = last.read_bytes()
+    size = len(content)
+    places = [0, 1, 2, 64, 65, size // 2, size - 1, *random.Random(0).sample(range(size), 25)]
+    places += [size - 64, size - 79, size - 80]  # the digest, the seal, the end of what torch wrote
+    for place in places:
+        last.write_bytes(content[:place])
+        with pytest.raises(FileError, match=r"truncated|cannot be read|no checkpoint"):
+            read_checkpoint(last)
+        assert find_checkpoint(folder).path == before
+        if place < size:
+            last.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            with pytest.raises(FileError, match=r"altered|truncated|cannot be read"):
+                read_checkpoint(last)
+    assert "the one before it is used" in caplog.text
+    last.write_bytes(content)
+    assert find_checkpoint(folder).path == last
+    next(iter(folder.glob("best-*"))).write_bytes(b"")
+    assert find_checkpoint(folder) is None
+
+
+def test_going_on_from_the_one_before_gives_the_same(stopped, tmp_path):
+    fit(tmp_path / "whole", make())
+    shutil.copytree(stopped, tmp_path / "run")
+    last = max((tmp_path / "run/checkpoints").glob("step-*.ckpt"))
+    last.write_bytes(last.read_bytes()[:1000])
+    (tmp_path / "run/checkpoints/.step-0000009.ckpt.x1y2").touch()  # what a kill leaves while a file is written
+    fit(tmp_path / "run", make())
+    check_equal(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoints(tmp_path):
+    fit(tmp_path, make(), (0, 4))
+    before = {path: path.read_bytes() for path in (tmp_path / "checkpoints").glob("step-*")}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+    try:
+        with pytest.raises(FileError, match=r"could not be written .*free some space"):
+            fit(tmp_path, make())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert {path: path.read_bytes() for path in (tmp_path / "checkpoints").glob("step-*")} == before
+    fit(tmp_path / "whole", make())
+    fit(tmp_path, make())
+    check_equal(tmp_path, tmp_path / "whole")
+
+
+# ------------------------------------------------------------------ what cannot go on
+
+
+def test_other_data_another_backbone_or_method_are_refused(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "run")
+    with pytest.raises(DataError, match="images was 359 and is 269"):
+        fit(tmp_path / "run", make(), data=DigitsData(**{**DATA, "test": 0.8}))
+    with pytest.raises(FileError, match="trained tensors"):
+        fit(tmp_path / "run", make(method=vispeft.SSF()))
+    with pytest.raises(FileError, match="no average of the weights"):
+        fit(tmp_path / "run", make(ema=0.5))
+    task = make()
+    with torch.no_grad():
+        task.model.norm.weight.add_(0.5)
+    with pytest.raises(BaseMismatchError, match="other weights"):
+        fit(tmp_path / "run", task)
+
+
+def test_a_metric_that_is_not_logged_is_noticed_at_the_first_validation(tmp_path):
+    task = make()
+    task.monitor = "validation/beauty"
+    with pytest.raises(
+        TrainingError, match=r"validation/beauty, which the task does not log; it logs .*validation/acc"
+    ):
+        fit(tmp_path, task)
+
+
+def test_verification_runs_after_resuming(stopped, tmp_path, monkeypatch):
+    shutil.copytree(stopped, tmp_path / "run")
+    task, calls = make(), []
+    verify = task.bank.verify
+    monkeypatch.setattr(task.bank, "verify", lambda: calls.append(verify()))
+    fit(tmp_path / "run", task)
+    assert calls == [None]
+
+
+@pytest.mark.parametrize("settings", [{"every_n_steps": 0}, {"minutes": -1.0}, {"minutes": float("nan")}])
+def test_a_cadence_is_above_zero(settings):
+    with pytest.raises(ConfigError, match="above 0"):
+        Cadence(**settings)
+
+
+# ------------------------------------------------------------------ parts
+
+
+def test_random_numbers_go_on():
+    state = random_state()
+    drawn = [random.random(), np.random.rand(), torch.rand(3).tolist(), random.gauss(0, 1), np.random.randn()]
+    set_random_state(state)
+    assert drawn == [random.random(), np.random.rand(), torch.rand(3).tolist(), random.gauss(0, 1), np.random.randn()]
+
+
+def test_a_log_is_rewound_and_gone_on_with(tmp_path):
+    def write(*rows):
+        log = RunLog(tmp_path)
+        for step, row in enumerate(rows):
+            log.log_metrics(row, step)
+            log.save()
+        return log
+
+    write({"b": 1.5}, {"a": 2.0}, {"a": 3.0}, {"c": 4.0})
+    log = RunLog(tmp_path)
+    assert log.rows == 4
+    log.rewind(2)
+    assert (tmp_path / "csv/metrics.csv").read_text().split() == ["a,b,step", ",1.5,0", "2.0,,1"]
+    log.log_metrics({"c": 5.0}, 2)
+    log.save()
+    assert log.rows == 3
+    assert (tmp_path / "csv/metrics.csv").read_text().split() == ["a,b,c,step", ",1.5,,0", "2.0,,,1", ",,5.0,2"]
