@@ -26,8 +26,18 @@ from vispeft.cli.evaluation import evaluation_trainer
 from vispeft.errors import ConfigError, FileError, UnknownNameError, VispeftError
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.checkpoints import Cadence
+from vispeft.tasks.supervised import check_target
 
-__all__ = ["ConfigCLI", "build_data", "build_method", "class_path", "method_node", "method_presets", "read_config", "split_overrides"]
+__all__ = [
+    "ConfigCLI",
+    "build_data",
+    "build_method",
+    "class_path",
+    "method_node",
+    "method_presets",
+    "read_config",
+    "split_overrides",
+]
 
 PRESETS = Path(__file__).resolve().parents[2] / "configs" / "method"
 """Where methods with chosen fields lie."""
@@ -87,12 +97,19 @@ class ConfigCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link what one part of a config decides for another."""
-        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+        parser.link_arguments("data", "model.init_args.num_classes", self._num_classes, apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.add_argument("--init", type=str | None, default=None, help="adapter to start from: zoo:NAME or a folder")
         parser.add_class_arguments(Cadence, "checkpoints")
         told = "compute what a frozen backbone makes of the images once: true, or the folder where it is kept"
         parser.add_argument("--cache_features", type=bool | str, default=False, help=told)
+
+    def _num_classes(self, data: Any) -> int:
+        """Take the number of outputs from the data, before a task is made that is for others."""
+        check_target(_import(self.config["model"]["class_path"]), data)
+        if not hasattr(data, "num_classes"):
+            raise ConfigError(f"{type(data).__name__} has no num_classes, by which a task knows how wide its head is.")
+        return int(data.num_classes)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the given arguments; the process's own are not looked at."""

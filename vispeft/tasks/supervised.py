@@ -16,7 +16,7 @@ from torchmetrics import MetricCollection
 from vispeft.errors import DataError
 from vispeft.tasks.base import AdapterTask
 
-__all__ = ["Batch", "SupervisedTask", "train_targets"]
+__all__ = ["Batch", "SupervisedTask", "check_target", "train_targets"]
 
 Batch = tuple[Tensor | Mapping[str, Tensor], Tensor]
 """Images (B, 3, H, W), or what a frozen backbone made of them, and their targets."""
@@ -160,12 +160,7 @@ class SupervisedTask(AdapterTask):
         Raises:
             DataError: If the kind of target, the class count or the image size do not fit.
         """
-        found = getattr(data, "target", "class")
-        if found != self.target:
-            raise DataError(
-                f"The data have targets of the kind {found!r}, and {type(self).__name__} needs {self.target!r}. Use "
-                f"the task {_TASK_OF.get(found, 'made for them')}, or other data."
-            )
+        check_target(type(self), data)
         super().check_data(data)
         if self.targets_needed and not self._targets_taken:
             self._take_from(data)
@@ -220,6 +215,25 @@ class SupervisedTask(AdapterTask):
         """Give probabilities or values (B, outputs)."""
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
         return self.decode(self(images).float())
+
+
+def check_target(task: type[AdapterTask], data: Any) -> None:
+    """Check that a task is for the kind of targets that data have, as far as both say.
+
+    Args:
+        task: The task's class.
+        data: A data module.
+
+    Raises:
+        DataError: If it is not.
+    """
+    needed = getattr(task, "target", None)
+    found = getattr(data, "target", needed)
+    if needed is not None and found != needed:
+        raise DataError(
+            f"The data have targets of the kind {found!r}, and {task.__name__} needs {needed!r}. Use the task "
+            f"{_TASK_OF.get(found, 'made for them')}, or other data."
+        )
 
 
 def train_targets(data: Any) -> Tensor | None:
