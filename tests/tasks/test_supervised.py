@@ -14,7 +14,7 @@ from vispeft.data import ImageData, MemorySplit
 from vispeft.errors import ConfigError, DataError, FileError
 from vispeft.tasks import Classification, MultiLabel, Regression
 from vispeft.tasks.classification import balanced_weights, fit_temperature, soft_cross_entropy
-from vispeft.tasks.multilabel import balanced_pos_weights
+from vispeft.tasks.multilabel import PresentMeanAveragePrecision, balanced_pos_weights
 
 SIZES = {"train": 96, "validation": 48, "test": 48}
 
@@ -89,6 +89,22 @@ def test_multilabel_metrics_equal_scikit_learn_s(tmp_path):
     ]
     measured.draw(task, data.class_names, tmp_path)
     assert (tmp_path / "average_precision.png").stat().st_size > 5000
+
+
+def test_a_label_no_image_has_is_left_out(tmp_path, recwarn):
+    scores = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    targets = (torch.arange(60).reshape(20, 3) % 4 == 0).long()
+    targets[:, 1] = 0
+    metric = PresentMeanAveragePrecision(3)
+    metric.update(scores[:12].sigmoid(), targets[:12])
+    metric.update(scores[12:].sigmoid(), targets[12:])
+    expected = [average_precision_score(targets[:, label], scores[:, label]) for label in (0, 2)]
+    assert float(metric.compute()) == pytest.approx(sum(expected) / 2, abs=1e-5)
+    task = make(MultiLabel)
+    listed = task.summary(scores, targets, "abc")["test_average_precision_per_class"]
+    assert listed == {"a": pytest.approx(expected[0], abs=1e-5), "b": None, "c": pytest.approx(expected[1], abs=1e-5)}
+    task.draw(scores, targets, "abc", tmp_path)
+    assert not [warning for warning in recwarn if "positive" in str(warning.message)]
 
 
 @pytest.mark.parametrize("loss", ["mse", "l1"])

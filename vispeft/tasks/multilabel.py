@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,15 +14,40 @@ from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MultilabelAveragePrecision, MultilabelF1Score
 from torchmetrics.functional.classification import multilabel_average_precision
+from torchmetrics.utilities import dim_zero_cat
 
 from vispeft.errors import ConfigError, DataError
 from vispeft.tasks.supervised import SupervisedTask
 from vispeft.viz import bars
 
-__all__ = ["MultiLabel", "balanced_pos_weights"]
+__all__ = ["MultiLabel", "PresentMeanAveragePrecision", "balanced_pos_weights"]
 
 THRESHOLD = 0.5
 """Probability from which a label counts as given, for F1 and for predictions."""
+
+
+class PresentMeanAveragePrecision(MultilabelAveragePrecision):
+    """Mean average precision of the labels that some image has; torchmetrics counts the others as zero."""
+
+    def __init__(self, num_labels: int) -> None:
+        """Measure each label on its own.
+
+        Args:
+            num_labels: Number of labels.
+        """
+        super().__init__(num_labels, average="none")
+
+    def compute(self) -> Tensor:
+        """Give the mean over the labels that are there."""
+        present = (dim_zero_cat(self.target) == 1).any(dim=0)
+        return _quietly(super().compute)[present].mean()
+
+
+def _quietly(compute: Callable[..., Tensor], *arguments: Any, **settings: Any) -> Tensor:
+    """Compute without a warning about labels that are absent, which are left out afterwards."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*No positive samples.*")
+        return compute(*arguments, **settings)
 
 
 class MultiLabel(SupervisedTask):
@@ -63,7 +89,7 @@ class MultiLabel(SupervisedTask):
         """
         metrics: dict[str, Any] = {}
         if split != "train":
-            metrics["mean_average_precision"] = MultilabelAveragePrecision(self.num_classes, average="macro")
+            metrics["mean_average_precision"] = PresentMeanAveragePrecision(self.num_classes)
             metrics["f1"] = MultilabelF1Score(self.num_classes, threshold=THRESHOLD, average="macro")
         return MetricCollection(metrics, prefix=f"{split}/", compute_groups=False)
 
@@ -122,7 +148,7 @@ class MultiLabel(SupervisedTask):
 
     def _precisions(self, scores: Tensor, targets: Tensor) -> list[float | None]:
         values, labels = self.for_metrics(scores, targets)
-        precisions = multilabel_average_precision(values, labels, self.num_classes, average="none")
+        precisions = _quietly(multilabel_average_precision, values, labels, self.num_classes, average="none")
         there = labels.sum(0) > 0
         return [float(value) if known else None for value, known in zip(precisions, there, strict=True)]
 
