@@ -16,7 +16,7 @@ def test_a_probe_on_features_takes_the_steps_of_the_task(config, tmp_path):
     data.setup()
     features = {split: _features(cli.model, data, split) for split in ("train", "validation")}
     _, tensors = train_probe(cli.model, features, lr=0.05, epochs=2, batch_size=256, seed=0)
-    cli.model.restore(folder / "checkpoints/last.ckpt")
+    cli.model.restore(max((folder / "checkpoints").glob("step-*")))
     head = cli.model.model.get_classifier()
     best = torch.load(next((folder / "checkpoints").glob("best-*")), weights_only=True)["epoch"]
     if best == 1:

@@ -35,7 +35,8 @@ def test_a_finished_run_holds_what_it_promises(finished):
     assert described["preprocessing"]["input_size"] == [3, 16, 16]
     assert described["metrics"]["test/accuracy"] == metrics["test"]["accuracy"]
     names = {path.name for path in (finished / "checkpoints").iterdir()}
-    assert names == {"last.ckpt", f"best-epoch{metrics['best_epoch'] - 1:03d}.ckpt"}
+    best = metrics["best_epoch"]
+    assert names == {"step-0000005.ckpt", "step-0000010.ckpt", f"best-epoch{best - 1:03d}-step{5 * best:07d}.ckpt"}
     for picture in ("learning_curves.png", "confusion_matrix.png"):
         with Image.open(finished / "plots" / picture) as image:
             image.load()
@@ -152,6 +153,9 @@ REFUSED = {
     "no end": (["--trainer.max_epochs=-1"], "sets no end"),
     "no logs": (["--trainer.logger=false"], "keeps its logs"),
     "no checkpoints": (["--trainer.enable_checkpointing=false"], "chosen among checkpoints"),
+    "no validation": (["--trainer.limit_val_batches=0"], "the best epoch is chosen on validation"),
+    "unknown checkpoint key": (["--checkpoints.minute=1"], "Did you mean 'checkpoints.minutes'"),
+    "no time between checkpoints": (["--checkpoints.minutes=0"], "checkpoints.minutes is 0"),
     "dry run": (["--trainer.fast_dev_run=true"], "makes no run directory"),
     "no such file": (["--model.weights=none.safetensors", "--model.backbone_args={}"], "no such file"),
 }
@@ -219,8 +223,8 @@ def test_nan_leaves_no_finished_run_and_keeps_checkpoints(config, run_cli, tmp_p
     result = run_cli("train", config, "--out", tmp_path / "run")
     assert result.status == 2
     assert "loss is nan at step 7 (epoch 2)" in result.err
-    assert str(tmp_path / "run/checkpoints/last.ckpt") in result.err
-    assert (tmp_path / "run/checkpoints/last.ckpt").is_file()
+    assert str(tmp_path / "run/checkpoints/step-0000005.ckpt") in result.err
+    assert (tmp_path / "run/checkpoints/step-0000005.ckpt").is_file()
     assert not (tmp_path / "run/metrics.json").exists()
     assert not (tmp_path / "run/adapter").exists()
 

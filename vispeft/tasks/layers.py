@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, cast
 
-from timm.models._manipulate import group_with_matcher
+from timm.models import group_parameters
 from torch import nn
 
 __all__ = ["decay_by_layer"]
-
-_UNIT = re.compile(r"adapters\.[^.]+\.[^.]+\.")
-"""What a unit that trains a tensor of the base puts into its name."""
 
 
 def decay_by_layer(model: nn.Module, groups: list[dict[str, Any]], decay: float) -> list[dict[str, Any]]:
@@ -25,14 +21,13 @@ def decay_by_layer(model: nn.Module, groups: list[dict[str, Any]], decay: float)
     Returns:
         Groups with ``params``, ``lr``, ``weight_decay`` and ``name``.
     """
-    plain = {id(parameter): _UNIT.sub("", name) for name, parameter in model.named_parameters()}
-    matcher = cast(Any, model).group_matcher(coarse=False)
-    layers = cast(dict[str, int], group_with_matcher(((name, None) for name in plain.values()), matcher, reverse=True))
+    numbers = cast(Any, group_parameters(model, cast(Any, model).group_matcher(coarse=False), reverse=True))
+    layers = {id(parameter): numbers[name] for name, parameter in model.named_parameters()}
     last = max(layers.values())
     split: dict[tuple[str, int], dict[str, Any]] = {}
     for group in groups:
         for parameter in group["params"]:
-            layer = layers.get(plain.get(id(parameter), ""), last)
+            layer = layers[id(parameter)]
             name = f"{group['name']} layer {layer}"
             fresh = {**group, "params": [], "lr": group["lr"] * decay ** (last - layer), "name": name}
             split.setdefault((group["name"], layer), fresh)["params"].append(parameter)
