@@ -90,3 +90,27 @@ def test_settings_of_the_base_are_known_and_near_ones_are_named(config, run_cli)
     assert (cli.model.class_weights, cli.model.label_smoothing, cli.model.warmup) == ("balanced", 0.1, 0.2)
     assert "Did you mean 'model.warmup'" in run_cli("train", config, "--model.warmupp=1").err
     assert "give 'balanced', or one finite number" in run_cli("train", config, "--model.class_weights=[1,2]").err
+
+
+def test_predictions_need_no_training_data(run_cli, tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for index in range(12):
+            noise = np.random.default_rng(index).integers(0, 255, (16, 16, 3), np.uint8)
+            Image.fromarray(noise // (1 if name == "cat" else 3)).save(tmp_path / "data" / name / f"{index}.png")
+    text = CONFIG.replace("vispeft.data.DigitsData", "ImageFolderData").replace(
+        "batch_size: 256", f"batch_size: 4\n    root: {tmp_path / 'data'}"
+    )
+    (tmp_path / "folder.yaml").write_text(text)
+    result = run_cli("train", tmp_path / "folder.yaml", "--out", tmp_path / "run", "--model.method=linear_probe")
+    assert result.status == 0, result.err
+    (tmp_path / "data/cat").rename(tmp_path / "images")
+    (tmp_path / "data").rename(tmp_path / "gone")
+    result = run_cli("predict", tmp_path / "run", tmp_path / "images", "--out", tmp_path / "out")
+    assert result.status == 0, result.err
+    with open(tmp_path / "out/predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12
+    assert {row["class"] for row in rows} <= {"cat", "dog"}
+    merged = run_cli("merge", tmp_path / "run", "--out", tmp_path / "plain.safetensors")
+    assert merged.status == 0, merged.err

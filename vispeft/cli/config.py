@@ -12,7 +12,7 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -32,6 +32,7 @@ __all__ = [
     "ConfigCLI",
     "build_data",
     "build_method",
+    "build_task",
     "class_path",
     "method_node",
     "method_presets",
@@ -435,15 +436,38 @@ def build_data(node: str | Mapping[str, Any], overrides: Sequence[Override], sou
     tree: Node = {"data": node}
     _check_tree(tree, source)
     tokens = [token for key, value in overrides for token in _check_override(tree, key, value)]
+    return cast(LightningDataModule, _build("data", LightningDataModule, tree, tokens, source))
+
+
+def build_task(node: Mapping[str, Any], num_classes: int, source: str) -> AdapterTask:
+    """Make the task of a config, without its data.
+
+    Args:
+        node: The section ``model``.
+        num_classes: How many outputs the data of the config asked for.
+        source: Where the config came from, for messages.
+
+    Raises:
+        UnknownNameError: If a key or a class is not known.
+        ConfigError: If a value has the wrong type or is out of range.
+    """
+    tree: Node = {"model": node}
+    _check_tree(tree, source)
+    tree["model"]["init_args"]["num_classes"] = num_classes
+    return cast(AdapterTask, _build("model", AdapterTask, tree, [], source))
+
+
+def _build(section: str, base: type, tree: Node, tokens: Sequence[str], source: str) -> Any:
+    """Make the object of one section alone."""
+    set_parsing_settings(subclasses_enabled=[Method])
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
-    parser.add_subclass_arguments(LightningDataModule, "data", required=True)
+    parser.add_subclass_arguments(base, section, required=True)
     try:
         config = parser.parse_args([f"--config={yaml.safe_dump(tree, sort_keys=False)}", *tokens])
-        data: LightningDataModule = parser.instantiate(config).data
+        return parser.instantiate(config)[section]
     except (ArgumentError, argparse.ArgumentError, ValueError) as error:
         raise _as_ours(error, source) from error
-    return data
 
 
 def _find(path: str, name: Any, base: type, known: Sequence[str] = ()) -> str:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
+from lightning.pytorch import Trainer, seed_everything
+
+from vispeft.adapters.files import JSON_FILE
 from vispeft.cli.common import console, make_parser
-from vispeft.cli.config import ConfigCLI, split_overrides
-from vispeft.cli.evaluation import evaluate, metrics_table
+from vispeft.cli.config import ConfigCLI, build_task, read_config, split_overrides
+from vispeft.cli.evaluation import evaluate, evaluation_trainer, metrics_table
 from vispeft.cli.runs import Run
 from vispeft.errors import ConfigError
+from vispeft.tasks.base import AdapterTask
 
-__all__ = ["load_run", "main"]
+__all__ = ["load_run", "load_task", "main"]
 
 EXAMPLE = """example:
   python tools/evaluate.py runs/digits_ssf/1
@@ -58,3 +63,24 @@ def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:
     cli.model.load_adapter(run.adapter)
     cli.model.eval()
     return cli
+
+
+def load_task(run: Run) -> tuple[AdapterTask, Trainer]:
+    """Make the task of a finished run, the trained adapter on the backbone; its data may be gone.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The task, and a trainer like the run's that only evaluates.
+
+    Raises:
+        BaseMismatchError: If the backbone is not the one that was adapted.
+    """
+    tree = read_config(run.config)
+    names = json.loads((run.adapter / JSON_FILE).read_text(encoding="utf-8"))["class_names"]
+    seed_everything(tree["seed_everything"], verbose=False)  # a backbone without weights from a file is drawn by it
+    task = build_task(tree["model"], len(names), str(run.config))
+    task.load_adapter(run.adapter)
+    settings = {key: value for key, value in tree["trainer"].items() if key != "plugins"}
+    return task.eval(), evaluation_trainer(**settings)

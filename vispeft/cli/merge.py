@@ -18,7 +18,7 @@ from vispeft.adapters.merge import TOLERANCE
 from vispeft.backbones.create import _flexible_args as flexible_args
 from vispeft.backbones.create import zoo_folder
 from vispeft.cli.common import console, make_parser, versions
-from vispeft.cli.evaluate import load_run
+from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run
 from vispeft.errors import ConfigError, MergeError
 from vispeft.tasks.base import AdapterTask
@@ -71,7 +71,7 @@ def merge_run(run: Run, out: Path) -> dict[str, Any]:
     for path in (out, described):
         if path.exists():
             raise ConfigError(f"{path} exists already and is not overwritten. Choose another --out.")
-    task = load_run(run).model
+    task, _ = load_task(run)
     source = json.loads((run.adapter / JSON_FILE).read_text(encoding="utf-8"))
     images = _noise(task.preprocessing.size)
     with torch.inference_mode():

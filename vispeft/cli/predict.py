@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vispeft.cli.common import console, make_parser
-from vispeft.cli.evaluate import load_run
+from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run, write_text
 from vispeft.data.images import ImageFiles, find_images, read_image
 from vispeft.data.preprocessing import Preprocessing
@@ -88,14 +88,13 @@ def predict(run: Run, paths: Sequence[Path], batch_size: int = 64) -> list[list[
     Raises:
         ConfigError: If the run's task does not say how its predictions are written.
     """
-    cli = load_run(run)
-    task = cli.model
+    task, trainer = load_task(run)
     if not isinstance(task, SupervisedTask):
         raise ConfigError(f"{run.path} was trained as {type(task).__name__}, whose predictions are no table.")
     notes = task.bank.notes()
     transform = Preprocessing.from_dict(notes["preprocessing"]).transform()
     loader = DataLoader(ImageFiles(paths, transform), batch_size=batch_size)
-    values = torch.cat(cast(list[Tensor], cli.trainer.predict(task, loader)))
+    values = torch.cat(cast(list[Tensor], trainer.predict(task, loader)))
     names = notes["class_names"] or [str(index) for index in range(values.shape[1])]
     rows = [[str(path), *task.row(row, names)] for path, row in zip(paths, values, strict=True)]
     return [["path", *task.columns(names)], *rows]
