@@ -33,8 +33,22 @@ METHODS: dict[str, vispeft.Method] = {
     "norm_tuning": vispeft.NormTuning(),
     "vpt": vispeft.VPT(num_tokens=3),
     "vpt_shallow": vispeft.VPT(num_tokens=2, deep=False, project=7),
+    "adapter": vispeft.Adapter(bottleneck=3, layernorm="in", scale=None, roles=("attn", "mlp")),
+    "adapter_parallel": vispeft.Adapter(bottleneck=3, parallel=True, layernorm="out", start="bert"),
+    "adaptformer": vispeft.AdaptFormer(bottleneck=3),
+    "adaptformer_1bit": vispeft.AdaptFormer(bottleneck=3, bias=False, bits=1),
+    "lora_2bit": vispeft.LoRA(rank=3, bits=2),
+    "convpass": vispeft.Convpass(bottleneck=4),
+    "convpass_attn": vispeft.Convpass(bottleneck=4, variant="attn", start="identity", bits=4),
+    "repadapter": vispeft.RepAdapter(bottleneck=4),
+    "repadapter_attn": vispeft.RepAdapter(bottleneck=4, groups=1, variant="attn", bits=8),
+    "hydra": vispeft.Hydra(rank=2),
+    "hydra_2bit": vispeft.Hydra(rank=2, scale=0.5, bits=2),
 }
 
+
+PARALLEL = ("adapter_parallel", "adaptformer", "adaptformer_1bit", "convpass", "convpass_attn")
+"""Methods with terms beside the branches of a block."""
 
 SELECTIONS = ("full", "bitfit", "norm_tuning")
 """Methods that replace tensors of the base, so that two of them cannot act at once."""
@@ -134,8 +148,20 @@ REFUSED: dict[tuple[str, str], str] = {
 } | {("ssf_merging", name): "no patch merging in a plain model" for name in BACKBONES if not name.startswith("swin")}
 """Cells that may refuse: (method, backbone) to the reason."""
 
+REFUSED |= {
+    (method, "swinv2"): "a block order without a stated form: it normalises behind its branches"
+    for method in ("convpass", "convpass_attn")
+}
+REFUSED |= {
+    ("repadapter", name): "no first MLP layer in one piece: gate and value are layers of their own"
+    for name in ("vit_aimv2", "eva02", "eva02_split")
+}
+REFUSED |= {("repadapter_attn", "eva02_split"): "no joint projection: q, k and v are layers of their own"}
+
 NO_PLAIN_FORM: dict[tuple[str, str], str] = {
     **{(m, b): "no plain model inserts tokens" for m in ("vpt", "vpt_shallow") for b in BACKBONES},
+    **{(m, b): "no plain block has a term beside a branch" for m in PARALLEL for b in BACKBONES},
+    **{(m, b): "a bottleneck with an activation has no weight form" for m in ("adapter",) for b in BACKBONES},
     ("ssf", "vit_mae"): "an identity stands at the place of the last norm",
     ("ssf", "vit_aimv2"): "an identity stands at the place of the last norm",
 }

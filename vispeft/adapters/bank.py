@@ -17,7 +17,7 @@ from vispeft.adapters.depth import StochasticDepth
 from vispeft.adapters.files import check_tensors, read_adapter, write_adapter
 from vispeft.adapters.fingerprint import absent_parts, base_tensors, check_fingerprint, fingerprint, pool_of
 from vispeft.adapters.header import adapter_part, backbone_part, plain_values, preprocessing_part, tensor_part
-from vispeft.adapters.heads import BASE_HEAD, HeadRack
+from vispeft.adapters.heads import BASE_HEAD, HeadRack, LowBitHead
 from vispeft.adapters.hosts import Host, ensure_host, host_for, owner_host, take_off
 from vispeft.adapters.merge import (
     TOLERANCE,
@@ -32,6 +32,7 @@ from vispeft.adapters.merge import (
 from vispeft.adapters.method import Method, method_from_dict
 from vispeft.adapters.model_host import ModelHost
 from vispeft.adapters.plan import Plan, make_plan
+from vispeft.adapters.quantize import CODECS, LowBit, codec, decode
 from vispeft.adapters.report import Report
 from vispeft.adapters.units import SelectionUnit, Unit
 from vispeft.adapters.verify import find_dead, probe_images, unit_tensors
@@ -153,11 +154,22 @@ class AdapterBank:
             if item.site.owner is not None:
                 _slots(ensure_host(self._model.get_submodule(item.site.owner), *owner_host()), name)
         self._adapters[name] = adapter
-        self._heads.add(name)
+        self._heads.add(name, self._low_bit_head(method))
         with self._or_without(name):
             self.set_active(name)
             if verify:
                 self.verify()
+
+    def _low_bit_head(self, method: Method, classes: int | None = None) -> nn.Module | None:
+        """Make the classifier of a method that wants one of a few bits."""
+        bits = method.low_bit_head()
+        base: Any = self._heads.get(BASE_HEAD)
+        classes = classes or getattr(base, "out_features", 0)
+        if bits == 32 or not classes:
+            return None
+        reference = next(self._model.parameters())
+        head = LowBitHead(cast(int, self._model.num_features), classes, bits).to(reference.device)
+        return head.double() if reference.dtype == torch.float64 else head
 
     @contextmanager
     def _or_without(self, name: str) -> Iterator[None]:
@@ -385,7 +397,7 @@ class AdapterBank:
             trainable=sum(entry.tensor.numel() for entry in entries),
             trainable_head=0 if head is None else sum(p.numel() for p in head.parameters()),
             backbone=sum(tensor.numel() for _, tensor in self._base_tensors()),
-            stored_bytes=sum(entry.tensor.numel() * entry.tensor.element_size() for entry in entries),
+            stored_bytes=sum(t.numel() * t.element_size() for t in self._stored(label)[0].values()),
             by_role=by_role,
         )
 
@@ -550,7 +562,8 @@ class AdapterBank:
                 raise FileError(f"The head in the file has tensors {sorted(tensors)}, which is no linear classifier.")
             reference = next(self._model.parameters())
             classes, width = tensors["weight"].shape
-            present = nn.Linear(width, classes, bias="bias" in tensors, device=reference.device, dtype=reference.dtype)
+            plain = nn.Linear(width, classes, bias="bias" in tensors, device=reference.device, dtype=reference.dtype)
+            present = self._low_bit_head(self._adapters[label].method, classes) or plain
             present.requires_grad_(label == self._heads.placed).train(self._model.training)
             self._heads.add(label, present)
         present.load_state_dict(tensors)
@@ -635,6 +648,7 @@ class AdapterBank:
         for key, tensor in {**units, **head}.items():
             if not torch.isfinite(tensor).all():
                 raise FileError(f"{key} of adapter {label!r} is not finite; it was not saved.")
+        stored, codecs = self._stored(label)
         header = {
             **adapter_part(adapter.method),
             "backbone": {**backbone_part(self._model, self._outer), "fingerprint": self._fingerprint()},
@@ -645,10 +659,27 @@ class AdapterBank:
             "class_names": adapter.notes.get("class_names"),
             "metrics": adapter.notes.get("metrics"),
             "output": adapter.notes.get("output"),
-            "tensors": tensor_part(units),
+            "tensors": {**tensor_part(units, codecs), **tensor_part({k: head[k] for k in head if k in codecs}, codecs)},
             "merge_error": adapter.merge_error,
         }
+        units, head = {key: stored[key] for key in units}, {key: stored[key] for key in head}
         write_adapter(Path(path), header, units, head)
+
+    def _stored(self, label: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Give an adapter's tensors as a file holds them, and the codecs of those that are packed."""
+        stored, codecs = {**self._unit_state(label), **self._head_state(label)}, {}
+        for key, module, name in self._low_bit(label):
+            packed = module.packed(name)
+            if packed is not None:
+                stored[key], codecs[key] = packed, codec(module.bits)
+        return stored, codecs
+
+    def _low_bit(self, label: str) -> Iterator[tuple[str, LowBit, str]]:
+        """Iterate over the tensors that may be packed: name in files, module, name inside it."""
+        yield from ((str(e), e.unit, e.name) for e in unit_tensors(self._adapters[label].units))
+        head = self._heads.get(label)
+        if isinstance(head, LowBitHead):
+            yield "head/weight", head, "weight"
 
     def load(self, path: str | Path, name: str | None = None, allow_base_mismatch: bool = False) -> None:
         """Put an adapter from a file on the model and activate it.
@@ -679,7 +710,13 @@ class AdapterBank:
         lacking = [key for key in units if self._lacks(key, parts)]
         kept = {key: tensor for key, tensor in units.items() if key not in lacking}
         with self._or_without(label):
-            self.load_state_dict({**kept, **head}, label)
+            found = {**kept, **head}
+            packed = {key: found[key] for key in _packed_names(header) if key in found}
+            plain = {key: _unpacked(key, header, tensor) for key, tensor in found.items()}
+            self.load_state_dict(plain, label)
+            for key, module, tensor_name in self._low_bit(label):
+                if key in packed:
+                    module.settle(tensor_name, packed[key])
             if header["head"] == {} and self.view.head_path is not None:
                 self._heads.add(label, nn.Identity())
         if lacking:
@@ -743,3 +780,14 @@ def _slots(host: Host, name: str) -> nn.ModuleDict:
     if name not in host.adapters:
         host.adapters[name] = nn.ModuleDict()
     return cast(nn.ModuleDict, host.adapters[name])
+
+
+def _packed_names(header: Mapping[str, Any]) -> list[str]:
+    return [key for key, entry in header["tensors"].items() if entry["codec"] in CODECS]
+
+
+def _unpacked(key: str, header: Mapping[str, Any], tensor: Tensor) -> Tensor:
+    """Give a tensor of a file as values."""
+    entry = header["tensors"].get(key, {})
+    bits = CODECS.get(entry.get("codec", ""))
+    return tensor if bits is None else decode(tensor, bits, tuple(entry["shape"]))

@@ -23,6 +23,7 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor
 
 from vispeft.adapters.codecs import RAW
+from vispeft.adapters.quantize import CODECS
 from vispeft.errors import FileError, UnknownNameError
 
 __all__ = [
@@ -131,7 +132,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
     if folder.name == JSON_FILE:
         folder = folder.parent
     header = _read_header(folder)
-    codecs = {entry["codec"] for entry in header["tensors"].values()} - {RAW}
+    codecs = {entry["codec"] for entry in header["tensors"].values()} - {RAW, *CODECS}
     if codecs:
         raise FileError(f"{folder / JSON_FILE} holds tensors coded as {', '.join(sorted(codecs))}; upgrade vispeft.")
     tensors: dict[str, dict[str, Tensor]] = {ADAPTER_FILE: {}, HEAD_FILE: {}}

@@ -66,14 +66,15 @@ def preprocessing_part(model: nn.Module) -> dict[str, Any]:
     return {key: list(cfg[key]) if isinstance(cfg[key], tuple) else cfg[key] for key in keys if key in cfg}
 
 
-def tensor_part(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def tensor_part(tensors: Mapping[str, Tensor], codecs: Mapping[str, str]) -> dict[str, Any]:
     """Say how each tensor stands in the file.
 
     Args:
-        tensors: The tensors by name in the file.
+        tensors: The tensors by name in the file, before packing.
+        codecs: Names of the codecs of those that are packed.
     """
     return {
-        key: {"codec": RAW, "dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)}
+        key: {"codec": codecs.get(key, RAW), "dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)}
         for key, tensor in tensors.items()
     }
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BASE_HEAD", "HeadRack", "WideHead"]
+from vispeft.adapters.quantize import LowBit
+
+__all__ = ["BASE_HEAD", "HeadRack", "LowBitHead", "WideHead"]
 
 BASE_HEAD = "(base)"
 """Name under which the model's original classifier waits; no adapter can be called so."""
@@ -20,6 +22,28 @@ class WideHead(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Compute (B, classes), in float32."""
         return super().forward(input.to(self.weight.dtype))
+
+
+class LowBitHead(LowBit, nn.Linear):
+    """A classifier without a bias whose weight has a few bits (the 1-bit head of arXiv 2307.16867)."""
+
+    matrices = ("weight",)
+
+    def __init__(self, width: int, classes: int, bits: int) -> None:
+        """Make it, drawn as PyTorch draws a linear layer.
+
+        Args:
+            width: Number of features.
+            classes: Number of classes.
+            bits: Bits per weight.
+        """
+        super().__init__(width, classes, bias=False)
+        self.bits = bits
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute (B, classes), in the weight's type."""
+        weight = self.matrix("weight")
+        return nn.functional.linear(input.to(weight.dtype), weight)
 
 
 class HeadRack:
@@ -60,10 +84,12 @@ class HeadRack:
             return
         del self.model.adapter_heads
         head = self.model.get_submodule(self.path)
-        if isinstance(head, WideHead):
+        if isinstance(head, WideHead | LowBitHead):
             self.wide = head
             plain = nn.Linear(head.in_features, head.out_features, head.bias is not None)
             plain.load_state_dict(head.state_dict())
+            if isinstance(head, LowBitHead):
+                plain.weight.data = head.matrix("weight").detach().clone()
             self._stand(plain.to(next(self.model.parameters())).train(head.training))
 
     def add(self, name: str, head: nn.Module | None = None) -> None:

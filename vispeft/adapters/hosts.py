@@ -22,7 +22,16 @@ from torch import Tensor, nn
 
 from vispeft.adapters.functional import affine, low_rank_linear
 from vispeft.adapters.sites import Site
-from vispeft.adapters.units import AffineUnit, DeltaUnit, SelectionUnit, TokensUnit, Unit
+from vispeft.adapters.units import (
+    AffineUnit,
+    DeltaUnit,
+    InputUnit,
+    ParallelUnit,
+    SelectionUnit,
+    SequentialUnit,
+    TokensUnit,
+    Unit,
+)
 from vispeft.errors import SiteError
 
 __all__ = [
@@ -34,6 +43,7 @@ __all__ = [
     "host_for",
     "owner_host",
     "put_back",
+    "register_block_host",
     "take_off",
 ]
 
@@ -98,6 +108,10 @@ class Host(nn.Module):
         return _restore, (host_kind(self), self.base, self.computed), self.__dict__
 
 
+COMPOSITION: tuple[type[Unit], ...] = (DeltaUnit, SequentialUnit, InputUnit, AffineUnit)
+"""The order in which units are written into a layer. A change of the input comes after everything that reads it."""
+
+
 class _Foldable(Host):
     """A layer with a weight and a bias into which units can be written."""
 
@@ -119,18 +133,26 @@ class _Foldable(Host):
 
     def _plain(self, name: str) -> Tensor | None:
         own = self.own(name)
-        return self.folded(name, (DeltaUnit, AffineUnit), None if own is None else own.detach().double())
+        return self.folded(name, COMPOSITION, None if own is None else own.detach().double())
 
     def folded(self, name: str, kinds: tuple[type[Unit], ...], value: Tensor | None) -> Tensor | None:
         """Write units into a weight or bias, kind after kind in the order of composition."""
-        live = [unit for kind in kinds for unit in self.units(kind)]
+        live = [unit for kind in kinds for unit in self._written(kind)]
         if value is None and live:
             value = self.missing(name, live)
         if value is None:
             return None
         for unit in live:
-            value = unit.fold_weight(value) if name == "weight" else unit.fold_bias(value)
+            value = unit.fold_weight(value) if name == "weight" else self._shifted(value, unit)
         return value
+
+    def _shifted(self, bias: Tensor, unit: Unit) -> Tensor:
+        return unit.fold_bias(bias)
+
+    def _written(self, kind: type[U]) -> list[U]:
+        """List units in the order in which they are written: of two changes of the input, the nearer one first."""
+        units = list(self.units(kind))
+        return units[::-1] if issubclass(kind, InputUnit) else units
 
     def missing(self, name: str, live: Sequence[Unit]) -> Tensor | None:
         """Make the neutral tensor where the base has none and units need one."""
@@ -141,17 +163,42 @@ class _Foldable(Host):
 
 
 class LinearHost(_Foldable):
-    """An adapted ``nn.Linear``: frozen product, low-rank terms, then scale and shift."""
+    """An adapted ``nn.Linear``: a changed input, frozen product, low-rank terms, what follows, then scale and shift."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute (..., out) from (..., in)."""
+        for entering in self.units(InputUnit):
+            x = entering.enter(x)
         out = self._product(x)
+        for following in self.units(SequentialUnit):
+            out = following.follow(x, out)
         for unit in self.units(AffineUnit):
             out = affine(out, unit.scale, unit.shift)
         return out
 
     def read(self, name: str) -> Tensor | None:
         return self.own(name)
+
+    def input_bias(self, unit: InputUnit, dtype: torch.dtype) -> Tensor:
+        """Compute what the shift of a changed input adds behind the layer.
+
+        Args:
+            unit: The unit that changes it.
+            dtype: Type to compute in.
+
+        Returns:
+            (out,).
+        """
+        weight = self.folded("weight", (DeltaUnit, SequentialUnit), cast(Tensor, self.own("weight")).to(dtype))
+        assert weight is not None
+        for nearer in self._written(InputUnit):
+            if nearer is unit:
+                break
+            weight = nearer.fold_weight(weight)
+        return weight @ unit.input_shift().to(weight.dtype)
+
+    def _shifted(self, bias: Tensor, unit: Unit) -> Tensor:
+        return bias + self.input_bias(unit, bias.dtype) if isinstance(unit, InputUnit) else unit.fold_bias(bias)
 
     def _product(self, x: Tensor) -> Tensor:
         branches, rest = [], []
@@ -174,7 +221,7 @@ class ReadLinearHost(LinearHost):
     Where the owner calls it after all (low-rank terms only, see `ReaderHost`), it acts as a `LinearHost`.
     """
 
-    folds = (DeltaUnit, AffineUnit)
+    folds = COMPOSITION
     foldable = ("weight",)
 
     def read(self, name: str) -> Tensor | None:
@@ -196,36 +243,41 @@ class ReaderHost(Host):
         """Tell timm whether to call the projection and add the biases itself."""
         if self._projection_has(AffineUnit):
             return False
-        return self._projection_has(DeltaUnit) or bool(self.__dict__["qkv_bias_separate"])
+        return self._projection_has(DeltaUnit, InputUnit) or bool(self.__dict__["qkv_bias_separate"])
 
     def read(self, name: str) -> Tensor | None:
         value = self.own(name)
-        if value is None or name not in _BIASES:
-            return value
+        # A projection that is called changes its input itself; only where its weight is read must biases hold it all.
+        read_whole = value is not None and name in _BIASES and self._projection_has(AffineUnit)
+        return self._whole_bias(name, value) if read_whole and value is not None else value
+
+    def _whole_bias(self, name: str, value: Tensor) -> Tensor:
+        """Write the projection's units into one of the biases."""
         start = _BIASES.index(name) * value.numel()
-        folded = value
+        rows = slice(start, start + value.numel())
+        whole = value
+        for entering in self._projection_units(InputUnit):
+            whole = whole + cast(LinearHost, self.qkv).input_bias(entering, value.dtype)[rows]
         for unit in self._projection_units(AffineUnit):
-            rows = slice(start, start + value.numel())
-            folded = unit.scale[rows] * folded + unit.shift[rows]
-        return folded.to(value.dtype)
+            whole = unit.scale[rows] * whole + unit.shift[rows]
+        return whole.to(value.dtype)
 
     def acts(self) -> bool:
-        return super().acts() or self._projection_has(AffineUnit)
+        return super().acts() or self._projection_has(AffineUnit, InputUnit)
 
     def plain_tensors(self) -> dict[str, Tensor | None]:
-        if not self._projection_has(AffineUnit):
+        if not self._projection_has(AffineUnit, InputUnit):
             return super().plain_tensors() if super().acts() else {}
         # timm's key bias is a buffer that no state dict holds: a shift there needs one plain bias of the projection.
-        biases = [self.read(name) for name in _BIASES]
-        whole = torch.cat([cast(Tensor, bias).detach().double() for bias in biases])
-        return {"qkv.bias": whole, **dict.fromkeys(_BIASES)}
+        biases = [self._whole_bias(name, cast(Tensor, self.own(name)).detach().double()) for name in _BIASES]
+        return {"qkv.bias": torch.cat(biases), **dict.fromkeys(_BIASES)}
 
     def _projection_units(self, kind: type[U]) -> Iterator[U]:
         if isinstance(self.qkv, Host):
             yield from self.qkv.units(kind)
 
-    def _projection_has(self, kind: type[Unit]) -> bool:
-        return any(True for _ in self._projection_units(kind))
+    def _projection_has(self, *kinds: type[Unit]) -> bool:
+        return any(True for kind in kinds for _ in self._projection_units(kind))
 
 
 _BIASES = ("q_bias", "k_bias", "v_bias")
@@ -410,6 +462,19 @@ def owner_host() -> tuple[type[Host], tuple[str, ...]]:
     return ReaderHost, _BIASES
 
 
+_BLOCK_HOSTS: dict[type[nn.Module], type[Host]] = {}
+
+
+def register_block_host(block: type[nn.Module], host: type[Host]) -> None:
+    """Say which host a family's blocks need for terms beside their branches.
+
+    Args:
+        block: timm's class of a block.
+        host: The host, with the family's own forward of a block.
+    """
+    _BLOCK_HOSTS[block] = host
+
+
 NORMS_WITHOUT_BIAS = frozenset({"RmsNorm", "RmsNormFp32", "SimpleNorm", "SimpleNormFp32", "RMSNorm"})
 
 
@@ -434,7 +499,11 @@ def host_for(site: Site, module: nn.Module, unit: Unit) -> tuple[type[Host], tup
         return Host, ()
     if site.rows is not None and not isinstance(unit, DeltaUnit):
         raise SiteError(f"A unit of kind {unit.kind!r} acts on whole layers; {site.role!r} is a part of {site.path!r}.")
-    if issubclass(base, nn.Linear) and isinstance(unit, DeltaUnit | AffineUnit):
+    if isinstance(unit, ParallelUnit):
+        found = next((host for block, host in _BLOCK_HOSTS.items() if issubclass(base, block)), None)
+        if found is not None:
+            return found, ()
+    if issubclass(base, nn.Linear) and isinstance(unit, DeltaUnit | AffineUnit | InputUnit | SequentialUnit):
         return (ReadLinearHost, ("weight",)) if site.reads_weight else (LinearHost, ())
     if isinstance(unit, AffineUnit):
         if issubclass(base, nn.Conv2d):

@@ -147,6 +147,10 @@ class Method:
         """Give the rate of the last block while the adapter trains; 0 leaves the base without it."""
         return 0.0
 
+    def low_bit_head(self) -> int:
+        """Give the bits per weight of the classifier; 32 for a plain one."""
+        return 32
+
     def frozen_outputs(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         """Compute what the frozen backbone makes of images, where the method is `cacheable`.
 

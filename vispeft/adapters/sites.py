@@ -195,6 +195,34 @@ class View:
         """
         return (site for site in self.sites if site.role in roles)
 
+    def blocks_of(self, sites: Iterable[Site]) -> Iterator[Site]:
+        """Iterate over the blocks that hold some sites.
+
+        Args:
+            sites: Sites inside blocks.
+
+        Yields:
+            For each of them the site of its block.
+        """
+        blocks = {site.block: site for site in self.at("block")}
+        return (blocks[site.block] for site in sites)
+
+    def needs_norm_first(self, method: str) -> None:
+        """Refuse a family that normalises behind its branches, for methods that read what the norm makes.
+
+        Args:
+            method: Name of the method, for the message.
+
+        Raises:
+            SiteError: If it does.
+        """
+        order = [site.role for site in self.sites]
+        if order.index("norm1") > order.index("attn"):
+            raise SiteError(
+                f"{method} reads what the norm in front of a branch makes, and {self.family} normalises behind its "
+                "branches: there is no stated form for it. Use one that reads the residual stream, such as AdaptFormer."
+            )
+
 
 def check_roles(roles: Iterable[str]) -> None:
     """Refuse names that are not in the vocabulary.

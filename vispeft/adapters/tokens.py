@@ -14,6 +14,7 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor
 
+from vispeft.adapters.blocks import BlockHost
 from vispeft.adapters.model_host import ModelHost
 from vispeft.adapters.units import TokensUnit
 from vispeft.errors import ConfigError
@@ -22,7 +23,9 @@ __all__ = ["PlainModelHost"]
 
 
 class PlainModelHost(ModelHost):
-    """An adapted model with one sequence of tokens. Without token units every call goes to timm's own forward.
+    """An adapted model with one sequence of tokens.
+
+    Without tokens to insert, and without units that look at tokens as an image, every call goes to timm's own forward.
 
     A family says how it enters the first block (`enter`) and what its blocks take besides tokens (`block_arguments`).
     """
@@ -59,7 +62,7 @@ class PlainModelHost(ModelHost):
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Compute (B, N, D) normalised tokens; which rows are there besides prefix and patches is the unit's choice."""
         units = tuple(self.units(TokensUnit))
-        if not units:
+        if not self._runs_itself(units):
             return super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
         _refuse_mask(attn_mask, is_causal)
         tokens, _ = self._run(x, units, frozenset(), len(self.blocks))
@@ -80,7 +83,7 @@ class PlainModelHost(ModelHost):
     ) -> Any:
         """Compute the tokens behind chosen blocks, as timm does; inserted tokens never show in them."""
         units = tuple(self.units(TokensUnit))
-        if not units:
+        if not self._runs_itself(units):
             asked = {"output_dict": True} if output_dict else {}
             return super().forward_intermediates(
                 x,
@@ -117,16 +120,22 @@ class PlainModelHost(ModelHost):
         found: list[Any] = list(zip(maps, prefix, strict=True)) if both else maps
         return found if intermediates_only else (self._pooled_rows(self.norm(tokens), units), found)
 
+    def _runs_itself(self, units: Sequence[TokensUnit]) -> bool:
+        return bool(units) or any(_wants_grid(block) for block in self.blocks)
+
     def _run(
         self, images: Tensor, units: Sequence[TokensUnit], taken: frozenset[int], depth: int
     ) -> tuple[Tensor, list[Tensor]]:
         self.check_size(images)
         tokens, context = self.enter(images)
+        grid = self.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
         inserted, taps = 0, []
         for index in range(depth):
             tokens, inserted = self._insert(tokens, units, index, inserted)
             arguments = self.block_arguments(context, index, inserted)
             block = self.blocks[index]
+            if _wants_grid(block):
+                arguments |= {"grid": grid, "prefix": self.num_prefix_tokens + inserted}
             tokens = checkpoint(block, tokens, **arguments) if self.grad_checkpointing else block(tokens, **arguments)
             if index in taken:
                 taps.append(tokens)
@@ -154,6 +163,8 @@ class PlainModelHost(ModelHost):
 
     def _pooled_rows(self, tokens: Tensor, units: Sequence[TokensUnit]) -> Tensor:
         """Leave the rows that pooling is to see; a class token is pooled whatever stands behind it."""
+        if not units:
+            return tokens
         pool = units[-1].pool
         first, count = self.num_prefix_tokens, sum(unit.length for unit in units)
         if self.global_pool == "token" or pool == "patches":
@@ -161,9 +172,14 @@ class PlainModelHost(ModelHost):
         return tokens if pool == "all" else tokens[:, : first + count]
 
 
+def _wants_grid(block: Any) -> bool:
+    return isinstance(block, BlockHost) and block.wants_grid()
+
+
 def _refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
     if attn_mask is not None or is_causal:
         raise ConfigError(
-            "An attention mask was given to a model with inserted tokens, which it has no rows for. "
+            "An attention mask was given to a model whose adapter inserts tokens, which it has no rows for, or looks "
+            "at tokens as an image, of which it hides some. "
             "Disable the adapter for this call, or leave the mask out."
         )

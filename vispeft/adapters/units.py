@@ -8,21 +8,35 @@ from typing import ClassVar, Literal
 from torch import Generator, Tensor, nn
 
 from vispeft.adapters.functional import Branch
+from vispeft.adapters.quantize import LowBit
 
-__all__ = ["AffineUnit", "DeltaUnit", "SelectionUnit", "TokensUnit", "Unit", "UnitKind"]
+__all__ = [
+    "AffineUnit",
+    "DeltaUnit",
+    "InputUnit",
+    "ParallelUnit",
+    "SelectionUnit",
+    "SequentialUnit",
+    "TokensUnit",
+    "Unit",
+    "UnitKind",
+]
 
-UnitKind = Literal["selection", "delta", "affine", "tokens"]
+UnitKind = Literal["selection", "input", "delta", "sequential", "affine", "parallel", "tokens"]
 
 
-class Unit(nn.Module):
+class Unit(LowBit):
     """What a method puts at one site.
 
     A unit holds every trainable tensor of a site and the arithmetic on it, and knows nothing of attaching, saving or
     merging. Subclass one of the kinds below; the kind is a rule of composition:
 
     * selection: replaces tensors of the base, before everything else;
+    * input: changes what enters a linear layer;
     * delta: is added to the output of the base layer, computed from the same input;
-    * affine: acts on the sum of the two;
+    * sequential: changes what the layer and its deltas give;
+    * affine: acts on what then leaves;
+    * parallel: is added to a branch of a block, computed from what enters that branch;
     * tokens: adds tokens to the sequence.
     """
 
@@ -33,7 +47,7 @@ class Unit(nn.Module):
     """Multiples of the learning rate, by tensor."""
     zero_gradient: frozenset[str] = frozenset()
     """Tensors whose gradient is zero by construction, which `verify` must not complain about."""
-    identity_at_start: ClassVar[bool] = True
+    identity_at_start: bool = True
     """Whether a new unit leaves the model's function as it is."""
 
     def reset(self, generator: Generator) -> None:
@@ -129,6 +143,53 @@ class DeltaUnit(Unit):
         return bias
 
 
+class InputUnit(Unit):
+    """A linear map of what enters a linear layer: ``x' = M x + m``."""
+
+    kind = "input"
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Compute what enters the layer instead.
+
+        Args:
+            x: (..., in).
+
+        Returns:
+            The same shape.
+        """
+        raise NotImplementedError
+
+    def input_shift(self) -> Tensor:
+        """Give ``m``, (in,); `fold_weight` gives ``W M``."""
+        raise NotImplementedError(f"{type(self).__name__} has no weight form.")
+
+    def shifts(self) -> bool:
+        """Tell that a bias is needed."""
+        return True
+
+
+class SequentialUnit(Unit):
+    """A change of what a linear layer gives, computed from that."""
+
+    kind = "sequential"
+
+    def follow(self, x: Tensor, y: Tensor) -> Tensor:
+        """Compute what leaves instead.
+
+        Args:
+            x: What entered the layer, (..., in).
+            y: What it gives, (..., out).
+
+        Returns:
+            The shape of `y`.
+        """
+        raise NotImplementedError
+
+    def shifts(self) -> bool:
+        """Tell that a bias is needed."""
+        return True
+
+
 class AffineUnit(Unit):
     """A scale and a shift per channel behind a layer."""
 
@@ -148,6 +209,34 @@ class AffineUnit(Unit):
     def shifts(self) -> bool:
         """Tell that a bias is needed."""
         return True
+
+
+class ParallelUnit(Unit):
+    """A term beside a branch of a block; the family's own block adds it to the residual stream."""
+
+    kind = "parallel"
+
+    place: Literal["attn", "mlp"]
+    """The branch it stands beside."""
+    reads: Literal["stream", "normed"]
+    """What it is computed from: the residual stream that enters the branch, or what the branch's norm makes of it."""
+    drops: bool = False
+    """Whether stochastic depth acts on it, by a draw of its own."""
+    needs_grid: bool = False
+    """Whether it looks at tokens as an image."""
+
+    def branch(self, x: Tensor, grid: tuple[int, int] | None, prefix: int) -> Tensor:
+        """Compute the term.
+
+        Args:
+            x: Tokens (B, N, D), or a map (B, H, W, D).
+            grid: Height and width of the patches among tokens, for units that need them; None for a map.
+            prefix: Number of tokens in front of the patches.
+
+        Returns:
+            The shape of `x`.
+        """
+        raise NotImplementedError
 
 
 class TokensUnit(Unit):

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from timm.layers import AttentionRope
 from timm.models.eva import Eva, EvaAttention, EvaBlock
-from torch import Tensor
+from torch import Tensor, nn
 
+from vispeft.adapters.blocks import BlockHost
+from vispeft.adapters.hosts import register_block_host
 from vispeft.adapters.sites import Site, View
 from vispeft.adapters.tokens import PlainModelHost
 from vispeft.backbones.parts import (
@@ -95,6 +97,30 @@ class EvaHost(PlainModelHost):
         return {"rope": torch.cat([still, rotation], dim=-2)}
 
 
+class EvaBlockHost(BlockHost):
+    """An adapted `EvaBlock`."""
+
+    attn: nn.Module
+    mlp: nn.Module
+    norm1: nn.Module
+    norm2: nn.Module
+    gamma_1: Tensor | None
+    gamma_2: Tensor | None
+
+    def attention_branch(self, x: Tensor, *args: Any, **arguments: Any) -> tuple[Tensor, Tensor | None]:
+        """Run the attention branch."""
+        normed = self.norm1(x)
+        out = self.attn(normed, *args, **arguments)
+        return self.drop_path1(out if self.gamma_1 is None else self.gamma_1 * out), normed
+
+    def mlp_branch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Run the MLP branch."""
+        normed = self.norm2(x)
+        out = self.mlp(normed)
+        return self.drop_path2(out if self.gamma_2 is None else self.gamma_2 * out), normed
+
+
+register_block_host(EvaBlock, EvaBlockHost)
 register_family(
     Family(
         name="eva",

@@ -16,6 +16,8 @@ from timm.models.swin_transformer import (
 )
 from torch import Tensor, nn
 
+from vispeft.adapters.blocks import BlockHost
+from vispeft.adapters.hosts import register_block_host
 from vispeft.adapters.model_host import ModelHost
 from vispeft.adapters.sites import Site, View
 from vispeft.backbones.parts import Spot, is_absent, mlp_sites, projection_sites
@@ -270,6 +272,27 @@ SWIN = Generation(
     size_bound=("relative_position_bias_table",),
 )
 
+
+class SwinBlockHost(BlockHost):
+    """An adapted `SwinTransformerBlock`."""
+
+    _attn: Callable[[Tensor], Tensor]
+    mlp: nn.Module
+    norm1: nn.Module
+    norm2: nn.Module
+
+    def attention_branch(self, x: Tensor, *args: Any, **arguments: Any) -> tuple[Tensor, Tensor | None]:
+        """Run the attention branch on a map (B, H, W, C)."""
+        normed = self.norm1(x)
+        return self.drop_path1(self._attn(normed)), normed
+
+    def mlp_branch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Run the MLP branch on a map (B, H, W, C)."""
+        normed = self.norm2(x)
+        return self.drop_path2(self.mlp(normed)), normed
+
+
+register_block_host(SwinTransformerBlock, SwinBlockHost)
 register_family(
     Family(
         name="swin",

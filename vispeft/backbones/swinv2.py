@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from timm.models.swin_transformer_v2 import (
@@ -12,8 +12,10 @@ from timm.models.swin_transformer_v2 import (
     SwinTransformerV2Stage,
     WindowAttention,
 )
-from torch import nn
+from torch import Tensor, nn
 
+from vispeft.adapters.blocks import BlockHost
+from vispeft.adapters.hosts import register_block_host
 from vispeft.adapters.model_host import ModelHost
 from vispeft.adapters.sites import Site, View
 from vispeft.backbones.parts import Spot, is_absent, mlp_sites, projection_sites
@@ -78,6 +80,25 @@ SWINV2 = Generation(
     size_bound=(),
 )
 
+
+class SwinV2BlockHost(BlockHost):
+    """An adapted `SwinTransformerV2Block`, which normalises behind its branches."""
+
+    _attn: Callable[[Tensor], Tensor]
+    mlp: nn.Module
+    norm1: nn.Module
+    norm2: nn.Module
+
+    def attention_branch(self, x: Tensor, *args: Any, **arguments: Any) -> tuple[Tensor, Tensor | None]:
+        """Run the attention branch on a map (B, H, W, C)."""
+        return self.drop_path1(self.norm1(self._attn(x))), None
+
+    def mlp_branch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Run the MLP branch on a map (B, H, W, C)."""
+        return self.drop_path2(self.norm2(self.mlp(x))), None
+
+
+register_block_host(SwinTransformerV2Block, SwinV2BlockHost)
 register_family(
     Family(
         name="swinv2",

@@ -9,6 +9,8 @@ from timm.layers import Attention, AttentionPoolLatent, AttentionPoolPrr, PatchE
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from vispeft.adapters.blocks import BlockHost
+from vispeft.adapters.hosts import register_block_host
 from vispeft.adapters.sites import Site, View
 from vispeft.adapters.tokens import PlainModelHost
 from vispeft.backbones.parts import (
@@ -173,6 +175,28 @@ class VitHost(PlainModelHost):
         return {}
 
 
+class VitBlockHost(BlockHost):
+    """An adapted `Block`."""
+
+    attn: nn.Module
+    mlp: nn.Module
+    norm1: nn.Module
+    norm2: nn.Module
+    ls1: nn.Module
+    ls2: nn.Module
+
+    def attention_branch(self, x: Tensor, *args: Any, **arguments: Any) -> tuple[Tensor, Tensor | None]:
+        """Run the attention branch."""
+        normed = self.norm1(x)
+        return self.drop_path1(self.ls1(self.attn(normed, *args, **arguments))), normed
+
+    def mlp_branch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Run the MLP branch."""
+        normed = self.norm2(x)
+        return self.drop_path2(self.ls2(self.mlp(normed))), normed
+
+
+register_block_host(Block, VitBlockHost)
 register_family(
     Family(
         name="vit",

@@ -29,6 +29,16 @@ class Source:
     """Makes the method from the file's metadata, its tensors and the model's view."""
     names: Callable[[Plan], dict[str, str]]
     """Gives the authors' name of each of our tensors."""
+    trailing: tuple[str, ...] = ()
+    """Endings of the names whose tensors have one more axis of length one at the end (1x1 convolutions)."""
+
+    def ours(self, name: str, tensor: Tensor) -> Tensor:
+        """Bring one of the authors' tensors into our shape."""
+        return tensor.squeeze(-1) if name.endswith(self.trailing or ("\0",)) else tensor
+
+    def theirs(self, name: str, tensor: Tensor) -> Tensor:
+        """Bring one of our tensors into the authors' shape."""
+        return tensor.unsqueeze(-1) if name.endswith(self.trailing or ("\0",)) else tensor
 
 
 _SOURCES: dict[str, Source] = {}
@@ -72,6 +82,8 @@ def load_official(
     bank = attach(model, method, name=_free_name(model), verify=False)
     label = bank.active[-1]
     ours = {theirs: own for own, theirs in _all_names(entry, bank, label).items()}
+    place = f"{view.head_path}."  # a model without a classifier gets the one among the tensors
+    ours |= {name: f"head/{name.removeprefix(place)}" for name in tensors if name.startswith(place)}
     unknown = [name for name in tensors if name not in ours]
     try:
         if unknown:
@@ -79,7 +91,7 @@ def load_official(
                 f"{len(unknown)} of {len(tensors)} tensors have names that {source!r} does not use here, first "
                 f"{', '.join(sorted(unknown)[:3])}; expected names like {', '.join(sorted(ours)[:3])}."
             )
-        bank.load_state_dict({ours[name]: tensor for name, tensor in tensors.items()}, label)
+        bank.load_state_dict({ours[name]: entry.ours(name, tensor) for name, tensor in tensors.items()}, label)
     except Exception:
         bank.detach(label)
         raise
@@ -118,7 +130,7 @@ def to_official(bank: AdapterBank, source: str, grad: bool = False) -> dict[str,
             raise ConfigError(f"{theirs} has no gradient; call backward() on a loss of the adapted model first.")
         value = tensor.grad if grad else tensor
         assert value is not None
-        out[theirs] = value.detach().clone()
+        out[theirs] = entry.theirs(theirs, value.detach().clone())
     return out
 
 

@@ -6,14 +6,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from vispeft.adapters.functional import Branch
+from vispeft.adapters.functional import Branch, linear
 from vispeft.adapters.method import Method, PlanItem, register
+from vispeft.adapters.quantize import check_bits, start_above_zero
 from vispeft.adapters.sites import Site, View
 from vispeft.adapters.units import DeltaUnit
 from vispeft.errors import ConfigError, SiteError
@@ -21,46 +22,62 @@ from vispeft.errors import ConfigError, SiteError
 __all__ = ["LoRA", "LowRank"]
 
 
+@dataclass(frozen=True)
+class Dropout:
+    """What a low-rank term drops while training."""
+
+    share: float
+    """Share of channels."""
+    place: str
+    """``input`` of the term, or ``hidden``: what stands between its two factors."""
+
+
 class LowRank(DeltaUnit):
     """A term ``scale * B A x``: A (rank, in) uniform as a linear layer's weight, B (rows, rank) zero."""
 
-    def __init__(self, site: Site, rank: int, scale: float, dropout: float) -> None:
+    matrices = ("A", "B")
+
+    def __init__(self, site: Site, rank: int, scale: float, dropout: Dropout, bits: int) -> None:
         """Make room for the two factors.
 
         Args:
             site: The linear layer, or the slice of one.
             rank: Width in between.
             scale: Multiplier of the term.
-            dropout: Share of inputs dropped in front of A while training.
+            dropout: What is dropped while training.
+            bits: Bits per weight of the two factors.
         """
         super().__init__()
-        self.scale, self.dropout = scale, dropout
+        self.scale, self.dropout, self.bits = scale, dropout, bits
+        self.identity_at_start = bits == 32
         self.start = 0 if site.rows is None else site.rows.start
         self.stop = site.out_features if site.rows is None else site.rows.stop
         self.A = nn.Parameter(torch.empty(rank, site.in_features))
         self.B = nn.Parameter(torch.empty(site.out_features, rank))
 
     def reset(self, generator: Generator) -> None:
-        """Draw A as PyTorch draws a linear layer (Kaiming-uniform with a = sqrt(5)); set B to zero."""
+        """Draw A as PyTorch draws a linear layer (Kaiming-uniform with a = sqrt(5)); set B to zero, or near it."""
         bound = 1 / math.sqrt(self.A.shape[1])
         self.A.uniform_(-bound, bound, generator=generator)
-        self.B.zero_()
+        start_above_zero(self.B, self.bits, generator)
 
     def branch(self) -> Branch | None:
         """Give the term for the fused path, unless dropout is on."""
-        if self.training and self.dropout > 0:
+        if self.training and self.dropout.share > 0:
             return None
-        return Branch(self.A, self.B, self.scale, self.start, self.stop)
+        return Branch(self.matrix("A"), self.matrix("B"), self.scale, self.start, self.stop)
 
     def term(self, x: Tensor) -> Tensor:
-        """Compute the term by itself, with dropout on its input."""
-        x = F.dropout(x, self.dropout, self.training)
-        return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype)) * self.scale
+        """Compute the term by itself, with dropout."""
+        share, on_input = self.dropout.share, self.dropout.place == "input"
+        x = F.dropout(x, share, self.training and on_input)
+        hidden = F.dropout(linear(x, self.matrix("A")), share, self.training and not on_input)
+        return linear(hidden, self.matrix("B")) * self.scale
 
     def fold_weight(self, weight: Tensor) -> Tensor:
         """Add ``scale * B A`` to the rows."""
         dtype = torch.promote_types(weight.dtype, self.A.dtype)
-        delta = (self.B.to(dtype) @ self.A.to(dtype)) * self.scale
+        delta = (self.matrix("B").to(dtype) @ self.matrix("A").to(dtype)) * self.scale
         return weight + F.pad(delta, (0, 0, self.start, weight.shape[0] - self.stop))
 
 
@@ -79,9 +96,17 @@ class LoRA(Method):
     alpha: float = 8.0
     """Numerator of the multiplier; equal to the rank it gives 1."""
     dropout: float = 0.0
-    """Share of inputs dropped in front of the first factor while training."""
+    """Share of channels dropped while training."""
+    dropout_place: Literal["input", "hidden"] = "input"
+    """Where: in front of the first factor (LoRA), or between the two (PETL-ViT, Bi-LoRA)."""
     rslora: bool = False
     """Divide alpha by the root of the rank (rank-stabilised LoRA, arXiv 2312.03732)."""
+    drop_path: float = 0.0
+    """Rate of stochastic depth in the last block while training; 0.1 in most VTAB-1k recipes."""
+    bits: int = 32
+    """Bits per weight of the two factors (1, 2, 4, 8 or 32); below 32 this is Bi-LoRA (arXiv 2307.16867)."""
+    head_bits: int = 32
+    """Bits per weight of a classifier without a bias; 32 for a plain one."""
 
     name: ClassVar[str] = "lora"
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.09685"
@@ -97,6 +122,18 @@ class LoRA(Method):
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"LoRA(dropout={self.dropout}): a share from 0 up to, not including, 1 is needed.")
 
+        if self.dropout_place not in ("input", "hidden"):
+            raise ConfigError(f"LoRA(dropout_place={self.dropout_place!r}): choose 'input' or 'hidden'.")
+        check_bits("LoRA", self.bits, self.head_bits)
+
+    def low_bit_head(self) -> int:
+        """Give the bits per weight of the classifier."""
+        return self.head_bits
+
+    def stochastic_depth(self) -> float:
+        """Give the rate of the last block."""
+        return self.drop_path
+
     @property
     def scale(self) -> float:
         """The multiplier of the term."""
@@ -107,7 +144,8 @@ class LoRA(Method):
         for site in self.sites(view):
             if site.kind != "linear" or site.role == "head":
                 raise SiteError(f"LoRA acts on linear layers of the backbone; {site.role!r} is none.")
-            yield PlanItem(site, "lora", partial(LowRank, site, self.rank, self.scale, self.dropout))
+            dropout = Dropout(self.dropout, self.dropout_place)
+            yield PlanItem(site, "lora", partial(LowRank, site, self.rank, self.scale, dropout, self.bits))
 
     def parameter_count(self, view: View) -> int:
         """Count ``rank * (in + out)`` per site."""

@@ -1,0 +1,256 @@
+"""Matrices of a few bits: the quantiser of Bi-AdaptFormer and Bi-LoRA (Jie et al., ICCV 2023, arXiv 2307.16867).
+
+A matrix is replaced on every pass by codes of 1, 2, 4 or 8 bits times its spread plus its mean. The levels are the best
+ones for a normal variable under the mean absolute error. What a file holds is codes, mean and spread; a matrix that was
+read from a file is used as it stands there and is never quantised a second time, which would shrink it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from vispeft.adapters.codecs import pack_bits, unpack_bits
+from vispeft.errors import ConfigError, FileError
+
+__all__ = [
+    "BITS",
+    "CODECS",
+    "LowBit",
+    "Quantized",
+    "check_bits",
+    "codebook",
+    "codec",
+    "decode",
+    "quantize",
+    "start_above_zero",
+]
+
+BITS = (1, 2, 4, 8, 32)
+"""Bits per weight; 32 means that nothing is quantised."""
+EPSILON = 1e-5
+"""Added to the spread in front of a division, as in the public code."""
+ROUNDS = 500
+"""Rounds of the iteration that makes the levels; at 8 bits it has not converged by then, so the number is part of the
+format."""
+_STATISTICS = 8
+"""Bytes of mean and spread behind the codes."""
+
+
+def codec(bits: int) -> str:
+    """Name how a matrix of a few bits stands in a file; the number of rounds fixes the levels."""
+    return f"l1-normal-{ROUNDS}/{bits}"
+
+
+CODECS = {codec(bits): bits for bits in BITS if bits < 32}
+"""Bits per weight by the name in files."""
+
+
+@cache
+def codebook(bits: int) -> tuple[Tensor, Tensor]:
+    """Make the levels for a standard normal variable: each is the median of its cell, each threshold a midpoint.
+
+    Both are iterated together, `ROUNDS` times from all levels at zero, in double precision (public code of the paper,
+    PETL-ViT ``binary_adapter``).
+
+    Args:
+        bits: 1, 2, 4 or 8.
+
+    Returns:
+        Levels (2**bits,) in rising order and the thresholds between them (2**bits - 1,), float32.
+    """
+    levels = torch.zeros(2**bits, dtype=torch.float64)
+    thresholds = levels[:-1]
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    for _ in range(ROUNDS):
+        thresholds = (levels[:-1] + levels[1:]) / 2
+        below = torch.cat([ends[:1], torch.special.ndtr(thresholds), ends[1:]])
+        levels = torch.special.ndtri((below[:-1] + below[1:]) / 2)
+    return levels.float(), thresholds.float()
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A matrix as codes."""
+
+    codes: Tensor
+    """Indices into the levels, int64, in the matrix's shape."""
+    mean: Tensor
+    """Mean of the matrix, a scalar."""
+    std: Tensor
+    """Unbiased standard deviation of the matrix, a scalar."""
+
+    def values(self, bits: int) -> Tensor:
+        """Compute what the codes stand for: level times spread plus mean, in this order and without fusing."""
+        levels = codebook(bits)[0].to(self.mean)
+        return levels[self.codes] * self.std + self.mean
+
+    def packed(self, bits: int) -> Tensor:
+        """Give the bytes of a file: codes, then mean and spread as float32, little-endian.
+
+        Args:
+            bits: Bits per code.
+
+        Returns:
+            uint8, (ceil(numel * bits / 8) + 8,).
+        """
+        numbers = numpy.array([float(self.mean), float(self.std)], dtype="<f4")
+        tail = torch.from_numpy(numbers.view(numpy.uint8).copy())
+        return torch.cat([pack_bits(self.codes, bits).cpu(), tail])
+
+
+def quantize(weight: Tensor, bits: int) -> Quantized:
+    """Find the codes of a matrix.
+
+    Args:
+        weight: The matrix, any shape of at least two entries.
+        bits: 1, 2, 4 or 8.
+
+    Returns:
+        Codes, mean and spread.
+    """
+    weight = weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
+    mean, std = weight.mean(), weight.std()
+    thresholds = codebook(bits)[1].to(weight)
+    return Quantized(torch.bucketize((weight - mean) / (std + EPSILON), thresholds), mean, std)
+
+
+def decode(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """Undo `Quantized.packed`.
+
+    Args:
+        packed: uint8, (bytes,).
+        bits: Bits per code.
+        shape: Shape of the matrix.
+
+    Returns:
+        What the codes stand for, float32.
+
+    Raises:
+        FileError: If the number of bytes does not fit the shape, or mean or spread is not finite.
+    """
+    codes = unpack_bits(packed[:-_STATISTICS], bits, shape)
+    mean, std = (float(n) for n in packed[-_STATISTICS:].cpu().numpy().view("<f4"))
+    if not (math.isfinite(mean) and math.isfinite(std)):
+        raise FileError(f"The mean {mean} or the spread {std} of a quantised matrix is not finite.")
+    return Quantized(codes, torch.tensor(mean), torch.tensor(std)).values(bits)
+
+
+class _Quantize(torch.autograd.Function):
+    """The quantiser with its gradient: straight through the codes, with mean and spread inside the graph.
+
+    The forward value is exactly what a file gives; a sum such as ``codes + normalised - normalised`` would not be.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bits: int) -> Tensor:
+        found = quantize(weight, bits)
+        ctx.save_for_backward(weight, found.codes.to(torch.uint8), found.mean, found.std)
+        ctx.bits = bits
+        return found.values(bits).to(weight.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        weight, codes, mean, std = ctx.saved_tensors
+        levels = codebook(ctx.bits)[0].to(mean)[codes.long()]
+        grad, centred = grad.to(mean.dtype), weight.to(mean.dtype) - mean
+        share = std / (std + EPSILON)
+        slope = (grad * levels).sum() - share * (grad * centred / (std + EPSILON)).sum()
+        spread = centred / ((weight.numel() - 1) * std.clamp_min(torch.finfo(std.dtype).tiny))
+        return (share * grad + (1 - share) * grad.mean() + spread * slope).to(weight.dtype), None
+
+
+def check_bits(name: str, *numbers: int) -> None:
+    """Refuse a number of bits that no file can hold.
+
+    Args:
+        name: Class of the method, for the message.
+        *numbers: What was asked for.
+
+    Raises:
+        ConfigError: If one is none of `BITS`.
+    """
+    for bits in numbers:
+        if bits not in BITS or isinstance(bits, bool):
+            raise ConfigError(f"{name}: {bits} bits were asked for; choose 1, 2, 4, 8, or 32 for no quantisation.")
+
+
+def start_above_zero(weight: Tensor, bits: int, generator: torch.Generator) -> None:
+    """Start a matrix that closes a branch: at zero, or near it where it is quantised.
+
+    A quantised matrix of zeros has no spread, and rounding noise would decide its first codes. The small start is that
+    of the public code: normal of spread 0.001, cut at twice that.
+
+    Args:
+        weight: The matrix, changed in place.
+        bits: Bits per weight.
+        generator: Source of randomness.
+    """
+    if bits == 32:
+        weight.zero_()
+    else:
+        nn.init.trunc_normal_(weight, 0.0, 0.001, -0.002, 0.002, generator=generator)
+
+
+class LowBit(nn.Module):
+    """A module some of whose matrices may be used and stored with a few bits per weight."""
+
+    bits: int = 32
+    """Bits per weight of the matrices; 32 leaves them alone."""
+    matrices: tuple[str, ...] = ()
+    """Names of the tensors that are quantised."""
+
+    def matrix(self, name: str) -> Tensor:
+        """Give a matrix as it acts: itself, or what its codes stand for.
+
+        Args:
+            name: One of `matrices`.
+        """
+        weight: Tensor = getattr(self, name)
+        if self.bits == 32:
+            return weight
+        read = self._buffers.get(f"{name}_read")
+        if read is None:
+            return cast(Tensor, _Quantize.apply(weight, self.bits))
+        if torch.compiler.is_compiling():
+            return torch.where((weight == read).all(), weight, _Quantize.apply(weight, self.bits))
+        # A matrix that still is what a file gave stands for codes already; once it is trained it does not.
+        return weight if torch.equal(weight, read) else cast(Tensor, _Quantize.apply(weight, self.bits))
+
+    def packed(self, name: str) -> Tensor | None:
+        """Give the bytes a file holds of a tensor, or None where it is stored as it is.
+
+        Args:
+            name: Name of the tensor.
+        """
+        if self.bits == 32 or name not in self.matrices:
+            return None
+        weight: Tensor = getattr(self, name)
+        read = self._buffers.get(f"{name}_read")
+        if read is not None and torch.equal(weight, read):
+            return cast(Tensor, self._buffers[f"{name}_bytes"]).cpu()
+        return quantize(weight, self.bits).packed(self.bits)
+
+    def settle(self, name: str, packed: Tensor) -> None:
+        """Take a matrix from a file: it acts as it stands there, and is stored again bit for bit.
+
+        Args:
+            name: One of `matrices`.
+            packed: Its bytes.
+
+        Raises:
+            FileError: If they do not fit the matrix.
+        """
+        weight: Tensor = getattr(self, name)
+        with torch.no_grad():
+            weight.copy_(decode(packed, self.bits, tuple(weight.shape)))
+        self.register_buffer(f"{name}_read", weight.detach().clone(), persistent=False)
+        self.register_buffer(f"{name}_bytes", packed.clone().to(weight.device), persistent=False)

@@ -1,0 +1,270 @@
+"""Bottleneck adapters, sequential and parallel (Houlsby et al., ICML 2019; He et al., ICLR 2022, arXiv 2110.04366)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from vispeft.adapters.functional import linear
+from vispeft.adapters.method import Method, PlanItem, register
+from vispeft.adapters.quantize import check_bits, start_above_zero
+from vispeft.adapters.sites import View
+from vispeft.adapters.units import ParallelUnit, SequentialUnit, Unit
+from vispeft.errors import ConfigError, SiteError
+
+__all__ = ["Adapter", "Bottleneck", "BottleneckUnit", "ParallelBottleneck", "SequentialBottleneck", "check_bottleneck"]
+
+LAYERNORM_EPS = 1e-5
+"""PyTorch's default, which the public code keeps (jxhe/unify-parameter-efficient-tuning)."""
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+"""What stands between the two layers; ReLU in both papers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bottleneck:
+    """The shape of a bottleneck: ``scale * up(dropout(activation(down(x))))``."""
+
+    width: int
+    """Channels of the stream."""
+    middle: int
+    """Channels in between."""
+    scale: float | None = 1.0
+    """Multiplier; None for one learned number that starts at one."""
+    bias: bool = True
+    """Whether the two layers have biases."""
+    layernorm: str = "none"
+    """A LayerNorm ``in`` front of the first layer, on the way ``out``, or ``none``."""
+    activation: str = "relu"
+    """One of `ACTIVATIONS`."""
+    dropout: float = 0.0
+    """Share of the middle channels dropped while training."""
+    start: str = "lora"
+    """``lora``: first matrix uniform, second zero; ``bert``: both normal of spread 0.02 (public code)."""
+    bits: int = 32
+    """Bits per weight of the two matrices."""
+
+
+class BottleneckUnit(Unit):
+    """The tensors of a bottleneck, and what it makes of tokens."""
+
+    matrices = ("down", "up")
+
+    def __init__(self, shape: Bottleneck) -> None:
+        """Make room for the tensors.
+
+        Args:
+            shape: What the bottleneck looks like.
+        """
+        super().__init__()
+        self.shape, self.bits = shape, shape.bits
+        self.identity_at_start = shape.start == "lora" and shape.bits == 32
+        width, middle = shape.width, shape.middle
+        self.down = nn.Parameter(torch.empty(middle, width))
+        self.up = nn.Parameter(torch.empty(width, middle))
+        self.down_bias = nn.Parameter(torch.empty(middle)) if shape.bias else None
+        self.up_bias = nn.Parameter(torch.empty(width)) if shape.bias else None
+        normed = shape.layernorm != "none"
+        self.norm_weight = nn.Parameter(torch.empty(width)) if normed else None
+        self.norm_bias = nn.Parameter(torch.empty(width)) if normed else None
+        self.scale = nn.Parameter(torch.empty(1)) if shape.scale is None else None
+
+    def reset(self, generator: Generator) -> None:
+        """Draw the first matrix as PyTorch draws a linear layer and close the branch, or draw both as BERT does."""
+        if self.shape.start == "bert":
+            for weight in (self.down, self.up):
+                weight.normal_(0.0, 0.02, generator=generator)
+        else:
+            bound = 1 / math.sqrt(self.shape.width)
+            self.down.uniform_(-bound, bound, generator=generator)
+            start_above_zero(self.up, self.bits, generator)
+        for bias in (self.down_bias, self.up_bias, self.norm_bias):
+            if bias is not None:
+                bias.zero_()
+        for factor in (self.norm_weight, self.scale):
+            if factor is not None:
+                factor.fill_(1.0)
+
+    def change(self, x: Tensor) -> Tensor:
+        """Compute what is added.
+
+        Args:
+            x: (..., width).
+
+        Returns:
+            The same shape.
+        """
+        hidden = self._norm(x) if self.shape.layernorm == "in" else x
+        hidden = ACTIVATIONS[self.shape.activation](linear(hidden, self.matrix("down"), self.down_bias))
+        hidden = F.dropout(hidden, self.shape.dropout, self.training)
+        out = linear(hidden, self.matrix("up"), self.up_bias)
+        factor = self.shape.scale if self.scale is None else self.scale.to(out.dtype)
+        out = out if factor == 1.0 else out * factor
+        return self._norm(out) if self.shape.layernorm == "out" else out
+
+    def _norm(self, x: Tensor) -> Tensor:
+        weight, bias = (cast(Tensor, tensor).to(x.dtype) for tensor in (self.norm_weight, self.norm_bias))
+        return F.layer_norm(x, (self.shape.width,), weight, bias, LAYERNORM_EPS)
+
+
+class SequentialBottleneck(BottleneckUnit, SequentialUnit):
+    """A bottleneck behind a layer: ``y + change(y)``."""
+
+    def follow(self, x: Tensor, y: Tensor) -> Tensor:
+        """Compute (..., width) from the layer's own output."""
+        return y + self.change(y)
+
+
+class ParallelBottleneck(BottleneckUnit, ParallelUnit):
+    """A bottleneck beside a branch of a block."""
+
+    def __init__(self, shape: Bottleneck, place: Literal["attn", "mlp"], reads: Literal["stream", "normed"]) -> None:
+        """Make room for the tensors.
+
+        Args:
+            shape: What the bottleneck looks like.
+            place: The branch it stands beside.
+            reads: What it is computed from.
+        """
+        super().__init__(shape)
+        self.place, self.reads = place, reads
+
+    def branch(self, x: Tensor, grid: tuple[int, int] | None, prefix: int) -> Tensor:
+        """Compute the shape of `x`, token by token."""
+        return self.change(x)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Adapter(Method):
+    """A bottleneck behind the MLP or the attention of each block, or beside the MLP.
+
+    Sequential: ``f + up(relu(down(f)))`` with f the output of the branch's last linear layer, in front of layer scale
+    and residual sum. Parallel: the same term computed from the residual stream that enters the MLP branch, in front of
+    its norm (He et al.; in their pre-norm model the adapter reads the stream), or from what the norm makes of it. In a
+    model that normalises behind its branches (SwinV2) there is no normed input, and the sequential form stands in front
+    of that norm (form of this project).
+    """
+
+    bottleneck: int = 8
+    """Channels in between; 8 in the vision tables, 64 and more in language."""
+    scale: float | None = 1.0
+    """Multiplier of the term; None for one learned number per unit that starts at one."""
+    parallel: bool = False
+    """Beside the MLP instead of behind it."""
+    layernorm: Literal["none", "in", "out"] = "none"
+    """A LayerNorm in front of the first layer (``in``), behind the second (``out``), or none."""
+    reads: Literal["stream", "normed"] = "stream"
+    """What the parallel form is computed from."""
+    activation: Literal["relu", "gelu", "quick_gelu"] = "relu"
+    """What stands between the two layers."""
+    dropout: float = 0.0
+    """Share of the middle channels dropped while training."""
+    bias: bool = True
+    """Whether the two layers have biases."""
+    start: Literal["lora", "bert"] = "lora"
+    """``lora`` starts as the identity; ``bert`` draws both matrices from a normal of spread 0.02."""
+    drop_path: float = 0.0
+    """Rate of stochastic depth in the last block while training; it acts on the backbone's branches alone."""
+    bits: int = 32
+    """Bits per weight of the two matrices (1, 2, 4, 8 or 32)."""
+    head_bits: int = 32
+    """Bits per weight of a classifier without a bias; 32 for a plain one."""
+
+    name: ClassVar[str] = "adapter"
+    paper: ClassVar[str] = "https://arxiv.org/abs/1902.00751"
+    default_roles: ClassVar[tuple[str, ...]] = ("mlp",)
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        check_bottleneck(self, self.bottleneck, self.scale, self.dropout, self.bits, self.head_bits)
+        for field, value, known in (
+            ("layernorm", self.layernorm, ("none", "in", "out")),
+            ("reads", self.reads, ("stream", "normed")),
+            ("activation", self.activation, tuple(ACTIVATIONS)),
+            ("start", self.start, ("lora", "bert")),
+        ):
+            if value not in known:
+                raise ConfigError(f"Adapter({field}={value!r}): choose one of {', '.join(known)}.")
+        if self.layernorm == "out" and self.start == "lora":
+            raise ConfigError(
+                "Adapter(layernorm='out', start='lora') would normalise a constant, whose gradient has no bound. "
+                "Take start='bert', as the public code does."
+            )
+        allowed = ("mlp",) if self.parallel else ("attn", "mlp")
+        for role in self.roles or ():
+            if role not in allowed:
+                raise SiteError(
+                    f"Adapter(parallel={self.parallel}) stands at {' and '.join(allowed)}; {role!r} was asked for."
+                )
+
+    def low_bit_head(self) -> int:
+        """Give the bits per weight of the classifier."""
+        return self.head_bits
+
+    def stochastic_depth(self) -> float:
+        """Give the rate of the last block."""
+        return self.drop_path
+
+    def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
+        """Put one bottleneck behind the last linear layer of each branch, or beside it."""
+        if self.parallel:
+            if self.reads == "normed":
+                view.needs_norm_first(type(self).__name__)
+            for site in view.blocks_of(self.sites(view)):
+                build = partial(ParallelBottleneck, self._shape(site.out_features), "mlp", self.reads)
+                yield PlanItem(site, "adapter", build)
+            return
+        last = {"attn": "attn.proj", "mlp": "mlp.fc2"}
+        for place in self.sites(view):
+            site = next(s for s in view.at(last[place.role]) if s.block == place.block)
+            yield PlanItem(site, "adapter", partial(SequentialBottleneck, self._shape(site.out_features)))
+
+    def _shape(self, width: int) -> Bottleneck:
+        return Bottleneck(
+            width=width,
+            middle=self.bottleneck,
+            scale=self.scale,
+            bias=self.bias,
+            layernorm=self.layernorm,
+            activation=self.activation,
+            dropout=self.dropout,
+            start=self.start,
+            bits=self.bits,
+        )
+
+    def parameter_count(self, view: View) -> int:
+        """Count ``2 m D + m + D`` per site, without biases ``2 m D``; a norm adds ``2 D``, a learned scale 1."""
+        per_width = 2 * self.bottleneck + (1 if self.bias else 0) + (2 if self.layernorm != "none" else 0)
+        fixed = (self.bottleneck if self.bias else 0) + (1 if self.scale is None else 0)
+        return sum(per_width * site.out_features + fixed for site in self.sites(view))
+
+
+def check_bottleneck(method: Method, bottleneck: int, scale: float | None, dropout: float, *bits: int) -> None:
+    """Check the numbers that all bottlenecks have.
+
+    Args:
+        method: The method, for messages.
+        bottleneck: Channels in between.
+        scale: Multiplier of the term.
+        dropout: Share dropped while training.
+        *bits: Bits per weight, of matrices and classifier.
+
+    Raises:
+        ConfigError: If one cannot work.
+    """
+    name = type(method).__name__
+    if not isinstance(bottleneck, int) or bottleneck < 1:
+        raise ConfigError(f"{name}: {bottleneck} channels in between were asked for; at least 1 is needed.")
+    if scale is not None and not (math.isfinite(scale) and scale != 0):
+        raise ConfigError(f"{name}(scale={scale}): a number other than zero is needed.")
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"{name}(dropout={dropout}): a share from 0 up to, not including, 1 is needed.")
+    check_bits(name, *bits)

@@ -1,0 +1,173 @@
+"""Convpass: convolutional bypasses beside attention and MLP (Jie and Deng, arXiv 2207.07039)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from vispeft.adapters.functional import linear
+from vispeft.adapters.method import Method, PlanItem, register
+from vispeft.adapters.quantize import start_above_zero
+from vispeft.adapters.sites import View
+from vispeft.adapters.units import ParallelUnit
+from vispeft.errors import ConfigError
+from vispeft.methods.adapter import ACTIVATIONS, check_bottleneck
+
+__all__ = ["Convpass", "ConvpassUnit"]
+
+quick_gelu = ACTIVATIONS["quick_gelu"]
+
+
+class ConvpassUnit(ParallelUnit):
+    """A bottleneck with a 3x3 convolution over the image of tokens: ``s * up(act(conv(act(down(u)))))``.
+
+    Patches are convolved as the image they are; each prefix token as an image of one pixel, on which the middle of the
+    kernel alone acts (public code for the class token; registers alike, form of this project).
+    """
+
+    needs_grid, reads, drops = True, "normed", True
+
+    def __init__(
+        self,
+        width: int,
+        middle: int,
+        place: Literal["attn", "mlp"],
+        scale: float,
+        dropout: float,
+        start: str,
+        bits: int,
+    ) -> None:
+        """Make room for the tensors.
+
+        Args:
+            width: Channels of the stream.
+            middle: Channels in between.
+            place: The branch it stands beside.
+            scale: Multiplier of the term.
+            dropout: Share of the channels in between dropped while training.
+            start: ``xavier`` or ``identity``: how the kernel starts.
+            bits: Bits per weight of the matrices.
+        """
+        super().__init__()
+        self.place, self.scale, self.dropout, self.start, self.bits = place, scale, dropout, start, bits
+        # A kernel that starts as the identity keeps its precision: rounding it to a few levels would undo the start.
+        self.matrices = ("down", "conv", "up") if start == "xavier" else ("down", "up")
+        self.identity_at_start = bits == 32
+        self.down = nn.Parameter(torch.empty(middle, width))
+        self.down_bias = nn.Parameter(torch.empty(middle))
+        self.conv = nn.Parameter(torch.empty(middle, middle, 3, 3))
+        self.conv_bias = nn.Parameter(torch.empty(middle))
+        self.up = nn.Parameter(torch.empty(width, middle))
+        self.up_bias = nn.Parameter(torch.empty(width))
+
+    def reset(self, generator: Generator) -> None:
+        """Draw matrices Xavier-uniform, close the branch, and start the kernel as asked for (public code)."""
+        nn.init.xavier_uniform_(self.down, generator=generator)
+        if self.start == "xavier":
+            nn.init.xavier_uniform_(self.conv, generator=generator)
+        else:
+            self.conv.zero_()
+            self.conv[:, :, 1, 1] = torch.eye(self.conv.shape[0])
+        start_above_zero(self.up, self.bits, generator)
+        for bias in (self.down_bias, self.conv_bias, self.up_bias):
+            bias.zero_()
+
+    def branch(self, x: Tensor, grid: tuple[int, int] | None, prefix: int) -> Tensor:
+        """Compute the term from normalised tokens (B, N, D), or from a map (B, H, W, D)."""
+        hidden = quick_gelu(linear(x, self.matrix("down"), self.down_bias))
+        hidden = quick_gelu(self._map(hidden) if hidden.ndim == 4 else self._tokens(hidden, grid, prefix))
+        hidden = F.dropout(hidden, self.dropout, self.training)
+        return self.scale * linear(hidden, self.matrix("up"), self.up_bias)
+
+    def _map(self, hidden: Tensor) -> Tensor:
+        kernel = self._kernel().to(hidden.dtype)
+        return F.conv2d(hidden.permute(0, 3, 1, 2), kernel, self.conv_bias.to(hidden.dtype), padding=1).permute(
+            0, 2, 3, 1
+        )
+
+    def _kernel(self) -> Tensor:
+        return self.matrix("conv") if "conv" in self.matrices else self.conv
+
+    def _tokens(self, hidden: Tensor, grid: tuple[int, int] | None, prefix: int) -> Tensor:
+        assert grid is not None, "the model's own forward hands the grid to blocks that want it"
+        patches = self._map(hidden[:, prefix:].unflatten(1, grid)).flatten(1, 2)
+        if not prefix:
+            return patches
+        alone = linear(hidden[:, :prefix], self._kernel()[:, :, 1, 1], self.conv_bias)
+        return torch.cat([alone, patches], dim=1)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Convpass(Method):
+    """A convolutional bypass beside attention and MLP, both reading the normalised input of their branch.
+
+    The term is under stochastic depth of its own, as in the public code. On Swin the image of tokens is the whole map,
+    not a window.
+    """
+
+    bottleneck: int = 8
+    """Channels in between (paper)."""
+    scale: float = 1.0
+    """Multiplier of the term; the paper tunes it by task from 0.01 to 100."""
+    variant: Literal["block", "attn"] = "block"
+    """Beside both branches, or beside the attention alone (``convpass_attn``)."""
+    start: Literal["xavier", "identity"] = "xavier"
+    """How the kernel starts; the paper chooses by task."""
+    dropout: float = 0.1
+    """Share of the channels in between dropped while training (public code)."""
+    drop_path: float = 0.0
+    """Rate of stochastic depth in the last block while training; 0.1 in the paper."""
+    bits: int = 32
+    """Bits per weight of the matrices (1, 2, 4, 8 or 32); an identity kernel keeps 32."""
+    head_bits: int = 32
+    """Bits per weight of a classifier without a bias; 32 for a plain one."""
+
+    name: ClassVar[str] = "convpass"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2207.07039"
+    default_roles: ClassVar[tuple[str, ...]] = ("attn", "mlp")
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        check_bottleneck(self, self.bottleneck, self.scale, self.dropout, self.bits, self.head_bits)
+        if self.variant not in ("block", "attn"):
+            raise ConfigError(f"Convpass(variant={self.variant!r}): choose 'block' or 'attn'.")
+        if self.start not in ("xavier", "identity"):
+            raise ConfigError(f"Convpass(start={self.start!r}): choose 'xavier' or 'identity'.")
+        if set(self.roles or ()) - {"attn", "mlp"}:
+            raise ConfigError(
+                f"Convpass(roles={self.roles}): it stands beside branches; choose among 'attn' and 'mlp'."
+            )
+
+    def low_bit_head(self) -> int:
+        """Give the bits per weight of the classifier."""
+        return self.head_bits
+
+    def stochastic_depth(self) -> float:
+        """Give the rate of the last block."""
+        return self.drop_path
+
+    def paper_roles(self) -> tuple[str, ...]:
+        """Give the places of the variant."""
+        return self.default_roles if self.variant == "block" else self.default_roles[:1]
+
+    def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
+        """Put one bypass beside each branch."""
+        view.needs_norm_first(type(self).__name__)
+        sites = self.sites(view)
+        for branch, block in zip(sites, view.blocks_of(sites), strict=True):
+            options = (branch.role, self.scale, self.dropout, self.start, self.bits)
+            build = partial(ConvpassUnit, block.out_features, self.bottleneck, *options)
+            yield PlanItem(block, f"convpass_{branch.role}", build)
+
+    def parameter_count(self, view: View) -> int:
+        """Count ``2 h D + h + 9 h^2 + h + D`` per branch."""
+        h = self.bottleneck
+        return sum(2 * h * site.out_features + 2 * h + 9 * h * h + site.out_features for site in self.sites(view))

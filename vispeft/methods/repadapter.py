@@ -1,0 +1,156 @@
+"""RepAdapter: a linear bottleneck in front of linear layers (Luo et al., arXiv 2302.08106)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from vispeft.adapters.functional import linear
+from vispeft.adapters.method import Method, PlanItem, register
+from vispeft.adapters.quantize import start_above_zero
+from vispeft.adapters.sites import View
+from vispeft.adapters.units import InputUnit
+from vispeft.errors import ConfigError, SiteError
+from vispeft.methods.adapter import check_bottleneck
+
+__all__ = ["RepAdapter", "RepAdapterUnit"]
+
+
+class RepAdapterUnit(InputUnit):
+    """A dense layer down and a grouped one up, without activation: ``x + s * (B (A x + a) + b)``.
+
+    Each group of output channels sees its own share of the channels in between, as a grouped 1x1 convolution does.
+    """
+
+    matrices = ("down", "up")
+
+    def __init__(self, width: int, middle: int, groups: int, scale: float, dropout: float, bits: int) -> None:
+        """Make room for the tensors.
+
+        Args:
+            width: Channels of what enters the layer.
+            middle: Channels in between.
+            groups: Groups of the second layer.
+            scale: Multiplier of the term.
+            dropout: Share of the channels in between dropped while training.
+            bits: Bits per weight of the two matrices.
+        """
+        super().__init__()
+        self.groups, self.scale, self.dropout, self.bits = groups, scale, dropout, bits
+        self.identity_at_start = bits == 32
+        self.down = nn.Parameter(torch.empty(middle, width))
+        self.down_bias = nn.Parameter(torch.empty(middle))
+        self.up = nn.Parameter(torch.empty(width, middle // groups))
+        self.up_bias = nn.Parameter(torch.empty(width))
+
+    def reset(self, generator: Generator) -> None:
+        """Draw the first matrix Xavier-uniform; everything else is zero (public code)."""
+        nn.init.xavier_uniform_(self.down, generator=generator)
+        start_above_zero(self.up, self.bits, generator)
+        self.down_bias.zero_()
+        self.up_bias.zero_()
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Add the term to what enters the layer."""
+        hidden = F.dropout(linear(x, self.matrix("down"), self.down_bias), self.dropout, self.training)
+        return x + (self.scale * linear(hidden, self._dense_up(), self.up_bias)).to(x.dtype)
+
+    def _dense_up(self) -> Tensor:
+        """Write the grouped matrix out, (width, middle), zero outside of the groups."""
+        return torch.block_diag(*self.matrix("up").chunk(self.groups))
+
+    def fold_weight(self, weight: Tensor) -> Tensor:
+        """Compute ``W M`` with ``M = 1 + s * B A``."""
+        up, down = self._dense_up().to(weight.dtype), self.matrix("down").to(weight.dtype)
+        return weight + self.scale * ((weight @ up) @ down)
+
+    def input_shift(self) -> Tensor:
+        """Compute ``m = s * (B a + b)``, (width,)."""
+        return self.scale * (self._dense_up() @ self.down_bias + self.up_bias)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class RepAdapter(Method):
+    """A linear bottleneck in front of the attention's joint projection and of the first MLP layer; merges exactly.
+
+    It acts on what the linear layers read, so that windows padded with zeros go through it too, and the merged model is
+    the same function at every image size.
+    """
+
+    bottleneck: int = 8
+    """Channels in between (paper)."""
+    groups: int = 2
+    """Groups of the second layer (paper)."""
+    scale: float = 1.0
+    """Multiplier of the term; the paper tunes it by task from 0.1 to 10."""
+    variant: Literal["block", "attn"] = "block"
+    """Both places (``repblock`` in the public code), or the attention alone (``repattn``)."""
+    dropout: float = 0.1
+    """Share of the channels in between dropped while training (public code)."""
+    drop_path: float = 0.0
+    """Rate of stochastic depth in the last block while training; 0.1 in the paper."""
+    bits: int = 32
+    """Bits per weight of the two matrices (1, 2, 4, 8 or 32)."""
+    head_bits: int = 32
+    """Bits per weight of a classifier without a bias; 32 for a plain one."""
+
+    name: ClassVar[str] = "repadapter"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2302.08106"
+    default_roles: ClassVar[tuple[str, ...]] = ("attn.qkv", "mlp.fc1")
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        check_bottleneck(self, self.bottleneck, self.scale, self.dropout, self.bits, self.head_bits)
+        if self.variant not in ("block", "attn"):
+            raise ConfigError(f"RepAdapter(variant={self.variant!r}): choose 'block' or 'attn'.")
+        if not isinstance(self.groups, int) or self.groups < 1 or self.bottleneck % self.groups:
+            raise ConfigError(
+                f"RepAdapter(groups={self.groups}, bottleneck={self.bottleneck}): the channels in between are shared "
+                "out evenly among the groups; choose a divisor."
+            )
+
+    def low_bit_head(self) -> int:
+        """Give the bits per weight of the classifier."""
+        return self.head_bits
+
+    def stochastic_depth(self) -> float:
+        """Give the rate of the last block."""
+        return self.drop_path
+
+    def paper_roles(self) -> tuple[str, ...]:
+        """Give the places of the variant."""
+        return self.default_roles if self.variant == "block" else self.default_roles[:1]
+
+    def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
+        """Put one bottleneck in front of each site."""
+        for site in self.sites(view):
+            if site.kind != "linear" or site.rows is not None or site.role not in _WHOLE:
+                raise SiteError(
+                    f"RepAdapter changes what enters one whole linear layer; {site.role!r} of this {view.family} model "
+                    f"is a part of one, or shares its input with others. It can stand at {', '.join(_WHOLE)} where a "
+                    "model has these as one layer."
+                )
+            width = site.in_features
+            if width % self.groups:
+                raise ConfigError(f"RepAdapter(groups={self.groups}): {site.path} is {width} wide; choose a divisor.")
+            build = partial(
+                RepAdapterUnit, width, self.bottleneck, self.groups, self.scale, self.dropout, self.bits
+            )  # fmt: skip
+            yield PlanItem(site, "repadapter", build)
+
+    def parameter_count(self, view: View) -> int:
+        """Count ``D h (1 + 1 / g) + h + D`` per site."""
+        h = self.bottleneck
+        return sum(s.in_features * h + s.in_features * (h // self.groups) + h + s.in_features for s in self.sites(view))
+
+
+_WHOLE = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+"""Roles of layers that are the only readers of their input."""
