@@ -12,6 +12,18 @@ from vispeft.tasks import Classification
 from vispeft.tasks.layers import decay_by_layer
 
 
+DATA = {"batch_size": 72, "validation": 0.05, "test": 0.75}
+"""Five steps an epoch."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def make(**settings):
     seed_everything(0)
     settings = {"method": vispeft.SSF(), "num_classes": 10, "lr": 1e-2, **settings}
@@ -34,9 +46,7 @@ class Watched(Classification):
 
 def fit(task, **settings):
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    Trainer(max_epochs=2, enable_model_summary=False, **quiet, **settings).fit(
-        task, datamodule=DigitsData(batch_size=256)
-    )
+    Trainer(max_epochs=2, enable_model_summary=False, **quiet, **settings).fit(task, datamodule=DigitsData(**DATA))
     return task
 
 

@@ -147,7 +147,8 @@ def resume(run: str | Path, config: Path | None = None, overrides: Sequence[str]
     cli = ConfigCLI(config or place / runs.CONFIG, overrides)
     _check_same(place, cli)
     if (place / runs.METRICS).is_file():
-        console.print(f"{place} is finished; there is nothing to go on with. Its figures are in {runs.METRICS}.")
+        said = f"{place} is finished; there is nothing to go on with. Its figures are in {runs.METRICS}."
+        console.print(said, soft_wrap=True)
         return place
     _prepared(cli)
     found = find_checkpoint(place / runs.CHECKPOINTS)
