@@ -86,7 +86,7 @@ def test_a_config_s_data_are_checked(photos, tmp_path):
 def test_what_cannot_be_listed_is_said_without_a_page(tmp_path):
     status, page, _ = call(tmp_path / "none")
     assert status == 1
-    assert "There is no" in page
+    assert "none' is not there. Give a folder" in page
     (tmp_path / "notes.txt").write_text("")
     status, page, _ = call(tmp_path / "notes.txt")
     assert status == 1

@@ -83,6 +83,12 @@ def test_what_the_folders_lack_is_drawn_from_train(tmp_path):
     assert set(names_of(data.split("test"))) == {f"test/{c}/{n}.png" for c in "ab" for n in (0, 1)}
 
 
+def test_too_few_images_for_a_split_are_refused(tmp_path):
+    root = folder(tmp_path, a=2, b=2)
+    with pytest.raises(DataError, match="No image in some splits; give more images, or larger shares"):
+        ready(ImageFolderData(root=str(root), validation=0.1, test=0.1))
+
+
 def test_folders_that_cannot_work_are_refused(tmp_path):
     with pytest.raises(DataError, match="There is no folder"):
         ready(ImageFolderData(root=str(tmp_path / "none")))
@@ -211,6 +217,13 @@ def test_wrong_labels_of_every_target_are_found(images):
     constant = {f"img/my photo {n}.png": 1.0 for n in range(12)}
     data = JsonData(train_list=write(images / "b.json", json.dumps(constant)), target="regression")
     assert "constant-target" in {finding.code for finding in data.report().of("error")}
+
+
+def test_a_stray_number_makes_no_classes_below_it(images):
+    lines = [f"img/my photo {n}.png {99_999_999_999 if n == 5 else n % 2}" for n in range(12)]
+    data = ImageListData(train_list=write(images / "a.txt", *lines))
+    with pytest.raises(DataError, match=r"1 image with a label outside 0 to 1: a\.txt:6 \(99999999999\)"):
+        _ = data.num_classes
 
 
 def test_json_ids_are_renumbered_in_sorted_order(images):

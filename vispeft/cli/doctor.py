@@ -126,7 +126,8 @@ def _guess(path: Path) -> str:
     if path.suffix == ".tar":
         return "webdataset"
     if not path.is_dir():
-        raise DataError(f"There is no {str(path)!r}. Give a folder, a list (.txt, .json), shards (.tar) or a config.")
+        found = "is none of these" if path.is_file() else "is not there"
+        raise DataError(f"{str(path)!r} {found}. Give a folder, a list (.txt, .json), shards (.tar) or a config.")
     inside = {entry.name for entry in path.iterdir()}
     if "train800val200.txt" in inside:
         return "vtab1k"

@@ -94,6 +94,7 @@ def examine(listing: Listing, full: bool = True) -> Report:
         *_modes(listing, facts),
         *_shapes(listing, facts),
         *_contents(listing, facts, full),
+        *_empty(listing),
         *_targets(listing),
         *_published(listing),
     ]
@@ -260,6 +261,11 @@ def _targets(listing: Listing) -> list[Finding]:
     text = "No image at all of some classes (do the labels start at 0?)"
     found += gather("warning", {("class-without-images", text): absent})
     return [*found, *(_imbalance(names, train) if listing.target == "class" else [])]
+
+
+def _empty(listing: Listing) -> list[Finding]:
+    empty = [name for name, split in listing.splits.items() if not len(split)]
+    return gather("error", {("empty-split", "No image in some splits; give more images, or larger shares"): empty})
 
 
 def _imbalance(names: tuple[str, ...], train: list[int]) -> list[Finding]:

@@ -39,6 +39,9 @@ class Entry:
     where: str
 
 
+UNNAMED = 1000
+"""So many classes without names are taken as they come; more only where there are as many images."""
+
 MISSING = LabelError("label-missing", "without a label; give one, or leave the image out")
 
 
@@ -149,7 +152,7 @@ def _vocabulary(values: Sequence[Any], target: Target, given: Sequence[str] | No
     if target == "regression":
         return _numbers(values, given)
     found = {one for value in values for one in value} if target == "multilabel" else set(values)
-    names, index = _classes(found, given, renumber)
+    names, index = _classes(found, given, renumber, limit=max(UNNAMED, len(values)))
 
     def place(label: Any) -> int:
         if label in index:
@@ -170,7 +173,10 @@ def _vocabulary(values: Sequence[Any], target: Target, given: Sequence[str] | No
     return names, place_all
 
 
-def _classes(found: set[Any], given: Sequence[str] | None, renumber: bool) -> tuple[tuple[str, ...], dict[Any, int]]:
+def _classes(
+    found: set[Any], given: Sequence[str] | None, renumber: bool, limit: int
+) -> tuple[tuple[str, ...], dict[Any, int]]:
+    """Name the classes, and say which label is which; a stray number from `limit` on makes no classes below it."""
     words = sorted(one for one in found if isinstance(one, str))
     numbers = sorted(one for one in found if isinstance(one, int))
     if renumber:
@@ -181,7 +187,11 @@ def _classes(found: set[Any], given: Sequence[str] | None, renumber: bool) -> tu
     if given is None and words:
         given = sorted({*words, *(str(number) for number in numbers)})
         return tuple(given), {**{int(n): i for i, n in enumerate(given) if n.isdecimal()}, **_by_name(given)}
-    names = tuple(given) if given is not None else tuple(str(n) for n in range(max([-1, *numbers]) + 1))
+    names = (
+        tuple(given)
+        if given is not None
+        else tuple(str(n) for n in range(max([-1, *(n for n in numbers if n < limit)]) + 1))
+    )
     return names, {**{index: index for index in range(len(names))}, **_by_name(names)}
 
 
