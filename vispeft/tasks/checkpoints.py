@@ -238,7 +238,8 @@ class RunCheckpoints(Checkpoint):
         task = cast(Any, pl_module)
         check_fingerprint(state["backbone"], unwrap(task.model), task.bank.view)
         self.take_over(state)
-        self._generations = [self._files(Path(str(trainer.ckpt_path)).name)]
+        self.last_model_path = str(trainer.ckpt_path)
+        self._generations = [self._files(Path(self.last_model_path).name)]
         self._pending = state
         trainer.num_sanity_val_steps = 0  # it has been done, and would reset counters that were just loaded
 
@@ -327,7 +328,7 @@ class RunCheckpoints(Checkpoint):
         path = self.folder / f"step-{trainer.global_step:07d}.ckpt"
         self._saving = True
         try:
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
         finally:
             self._saving = False
         self.last_model_path = str(path)
