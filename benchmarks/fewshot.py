@@ -100,15 +100,15 @@ BACKBONES = {
     "swin_tiny": Backbone(shipped("swin_tiny"), 64, "`zoo:swin_tiny`, which was pretrained on these classes"),
 }
 
-ADAPTER_RATES = (1e-3, 3e-3, 1e-2)
+ADAPTER_RATES = (3e-3, 1e-2, 3e-2)
 """Learning rates tried for a method that has none of its own below."""
 
 METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-    "linear_probe": ({}, (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)),
-    "lora": ({"rank": 8}, (3e-4, 1e-3, 3e-3)),
+    "linear_probe": ({}, (1e-3, 1e-2, 1e-1)),
+    "lora": ({"rank": 8}, (1e-3, 3e-3, 1e-2)),
     "ssf": ({}, ADAPTER_RATES),
     "vpt": ({"num_tokens": 10, "deep": True}, ADAPTER_RATES),
-    "full": ({}, (1e-5, 5e-5, 2e-4)),
+    "full": ({}, (2e-5, 1e-4, 5e-4)),
 }
 """Per method its fields and the rates that are tried."""
 
@@ -161,6 +161,8 @@ class Shots:
         self._sets = read_fashion(folders)
         self._preprocessing = dataclasses.replace(preprocessing, size=(side, side))
         self.normalise = self._preprocessing.normalise()
+        self._drawn: dict[tuple[str, int], Split] = {}
+        self.features: dict[tuple[str, int], Tensor] = {}
 
     def split(self, name: str, seed: int) -> Split:
         """Give a split.
@@ -169,6 +171,9 @@ class Shots:
             name: train, validation or test.
             seed: Decides which images the first two have.
         """
+        key = (name, 0 if name == "test" else seed)
+        if key in self._drawn:
+            return self._drawn[key]
         images, labels = self._sets["test" if name == "test" else "train"]
         if name != "test":
             order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
@@ -177,7 +182,9 @@ class Shots:
             )
             chosen = torch.cat([order[labels[order] == kind][first:last] for kind in range(CLASSES)])
             images, labels = images[chosen], labels[chosen]
-        return Split(self._preprocessing.resize()(images), labels)
+        split = Split(self._preprocessing.resize()(images), labels)
+        self._drawn[key] = split
+        return split
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -201,14 +208,24 @@ class Training:
         self.cached = trial.method == "linear_probe"
         self.best: dict[str, Any] = {"accuracy": -1.0}
 
-    def inputs(self, split: Split) -> Tensor:
-        """Give what `scores` takes: the images, or a probe's features (N, width)."""
+    def inputs(self, name: str) -> Tensor:
+        """Give what `scores` takes of a split: the images, or a probe's features (N, width)."""
+        split = self.shots.split(name, self.trial.seed)
         if not self.cached:
             return split.images
+        # The test images are the same for every seed, and the frozen backbone too.
+        key = (name, 0 if name == "test" else self.trial.seed)
+        if key not in self.shots.features:
+            self.shots.features[key] = self.features(split.images)
+        return self.shots.features[key]
+
+    def features(self, images: Tensor) -> Tensor:
+        """Compute what the classifier sees of bytes (N, 1, H, W)."""
+        self.model.eval()
         with torch.inference_mode(), autocast():
             found = [
                 self.model.forward_head(self.model.forward_features(self.seen(part)), pre_logits=True)  # type: ignore[operator]
-                for part in split.images.split(250)
+                for part in images.split(250)
             ]
         return torch.cat(found).float().clone()
 
@@ -241,8 +258,8 @@ class Training:
         """
         trial, history = self.trial, []
         epochs = PROBE_EPOCHS if self.cached else trial.epochs
-        train, choose = (self.shots.split(name, trial.seed) for name in ("train", "validation"))
-        x, x_choose = self.inputs(train), self.inputs(choose)
+        y, y_choose = (self.shots.split(name, trial.seed).labels for name in ("train", "validation"))
+        x, x_choose = self.inputs("train"), self.inputs("validation")
         optimizer = torch.optim.AdamW(self.bank.parameter_groups(trial.lr, WEIGHT_DECAY))
         schedule = warmup_cosine(optimizer, epochs * -(-len(x) // BATCH), WARMUP)
         sampler = EpochSampler(len(x), trial.seed)
@@ -250,12 +267,12 @@ class Training:
             sampler.set_epoch(epoch)
             self.model.train()
             for batch in torch.tensor([index for _, index in sampler]).split(BATCH):
-                loss = F.cross_entropy(self.scores(x[batch]), train.labels[batch])
+                loss = F.cross_entropy(self.scores(x[batch]), y[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-            history.append(self.accuracy(x_choose, choose.labels))
+            history.append(self.accuracy(x_choose, y_choose))
             report(epoch, history[-1])
             if history[-1] > self.best["accuracy"]:
                 tensors = {name: parameter.detach().clone() for name, parameter in self.bank.trainable_parameters()}
@@ -267,8 +284,7 @@ class Training:
         with torch.no_grad():
             for name, parameter in self.bank.trainable_parameters():
                 parameter.copy_(self.best["tensors"][name])
-        split = self.shots.split("test", self.trial.seed)
-        return self.accuracy(self.inputs(split), split.labels)
+        return self.accuracy(self.inputs("test"), self.shots.split("test", self.trial.seed).labels)
 
 
 def autocast() -> torch.autocast:
