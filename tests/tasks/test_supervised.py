@@ -3,9 +3,10 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from sklearn.metrics import average_precision_score, f1_score, mean_absolute_error, r2_score
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import vispeft
 from tests.tiny import TINY
@@ -15,6 +16,7 @@ from vispeft.errors import ConfigError, DataError, FileError
 from vispeft.tasks import Classification, MultiLabel, Regression
 from vispeft.tasks.classification import balanced_weights, fit_temperature, soft_cross_entropy
 from vispeft.tasks.multilabel import PresentMeanAveragePrecision, balanced_pos_weights
+from vispeft.tasks.supervised import train_targets
 
 SIZES = {"train": 96, "validation": 48, "test": 48}
 
@@ -266,3 +268,19 @@ def test_targets_that_cannot_be_learnt_are_refused(targets, message):
 def test_wrong_settings_are_refused(task, settings):
     with pytest.raises(ConfigError):
         make(task, **settings)
+
+
+class Plain(LightningDataModule):
+    """A data module of a user, which knows nothing of ours."""
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(7, 3, 16, 16), torch.tensor([0, 1, 2, 0, 0, 1, 2])), batch_size=2)
+
+
+def test_targets_of_any_data_module_are_found():
+    assert train_targets(Plain()).tolist() == [0, 1, 2, 0, 0, 1, 2]
+    assert train_targets(object()) is None
+    assert train_targets(Marks()) is None  # not set up yet
+    task = make(class_weights="balanced")
+    task.check_data(Plain())
+    assert torch.allclose(task._weights, 7 / (3 * torch.tensor([3.0, 2.0, 2.0])))

@@ -165,7 +165,7 @@ def metrics_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table()
     table.add_column("", no_wrap=True)
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name.replace("_", " "), justify="right")
     for label, metrics in rows.items():
         table.add_row(label, *(f"{metrics[name]:.4f}" if name in metrics else "" for name in names))
     return table
