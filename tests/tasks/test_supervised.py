@@ -216,6 +216,17 @@ def test_calibration_is_measured_stored_and_used(tmp_path):
         )
 
 
+def test_images_that_were_trained_on_calibrate_nothing():
+    task = make()
+    run, data = fit(task, epochs=1)
+    data.validation_chooses = False
+    measured = measure(run, task, data)
+    assert task.temperature == 1
+    assert "temperature" not in measured.details
+    errors = measured.details["test_calibration_error"]
+    assert errors["before"] == errors["after"]
+
+
 def _calibration_error(probabilities, labels, bins=15):
     """The formula of Guo et al. (ICML 2017), bin by bin."""
     sure, predicted = probabilities.max(1)

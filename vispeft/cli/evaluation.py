@@ -140,7 +140,10 @@ def measure(trainer: Trainer, task: AdapterTask, data: LightningDataModule) -> M
         if supervised:
             given = (outputs["scores"], outputs["targets"])
             names = output_names(data, task.num_classes)
-            details |= task.calibrate(*given) if split == "validation" else task.summary(*given, names)
+            if split == "test":
+                details |= task.summary(*given, names)
+            elif getattr(data, "validation_chooses", True):  # otherwise the model was trained on these images
+                details |= task.calibrate(*given)
     return Measured(metrics, details, seconds, outputs)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -100,7 +99,7 @@ def summarise(finished: Sequence[runs.Run]) -> dict[str, Any]:
             "std": {name: statistics.stdev(values) for name, values in columns.items()},
         }
     result["seconds"] = sum(run.metrics["seconds"]["total"] for run in finished)
-    return json.loads(json.dumps(result))
+    return result
 
 
 def folds_table(figures: Mapping[str, Any]) -> Table:
