@@ -3,9 +3,9 @@
     python benchmarks/resume_kill.py
 
 A process is killed by SIGKILL, so nothing in it can tidy up. Moments are drawn at random from the three parts of a
-run's life: while it starts (imports, data, backbone), while it trains, and after its last step, while it measures,
-draws and saves. Afterwards adapter, metrics, log, plots' data and every tensor of the last checkpoints are compared bit
-by bit. Writes results/resume_kill.json.
+run's life: while it starts (imports, data, backbone), while it trains (some steps further on, and a part of a second
+later), and after its last step, while it measures, draws and saves. Afterwards adapter, metrics, logs and every tensor
+of the last checkpoints are compared bit by bit. Writes results/resume_kill.json.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,14 +151,24 @@ class Process:
         return False
 
 
-def kill(process: Process, phase: str, longest: dict[str, float], draw: Callable[[float, float], float]) -> bool:
-    """Kill a process at a random moment of a phase of its life."""
-    if phase == "training":
-        process.wait_for(STARTED)
-    elif phase == "finishing":
+def kill(process: Process, run: Path, phase: str, longest: dict[str, float]) -> bool:
+    """Kill a process at a random moment of a phase of its life; tells whether it was still there."""
+    if phase == "starting":
+        return process.kill_after(random.uniform(0, longest["starting"]))
+    if phase == "finishing":
         # A process that goes on after the last step prints no epoch.
         process.wait_for(STARTED if process.trained else TRAINED)
-    return process.kill_after(draw(0, longest[phase]))
+        return process.kill_after(random.uniform(0, longest["finishing"]))
+    process.wait_for(STARTED)
+    target = checkpointed(run) + random.uniform(0, longest["steps"])
+    while checkpointed(run) < target and process.process.poll() is None:
+        time.sleep(0.02)
+    return process.kill_after(random.uniform(0, longest["step"]))
+
+
+def checkpointed(run: Path) -> int:
+    """Give the step of the last checkpoint."""
+    return max((int(path.stem.removeprefix("step-")) for path in run.glob("checkpoints/step-*.ckpt")), default=0)
 
 
 def trial(folder: Path, whole: Path, workers: int, phases: list[str], longest: dict[str, float]) -> dict[str, Any]:
@@ -167,9 +177,9 @@ def trial(folder: Path, whole: Path, workers: int, phases: list[str], longest: d
     for phase in phases:
         process = Process(folder, run, workers)
         began = time.perf_counter()
-        killed = kill(process, phase, longest, random.uniform)
-        last = max((path.stem for path in run.glob("checkpoints/step-*.ckpt")), default="none")
-        kills.append({"phase": phase, "killed": killed, "seconds": time.perf_counter() - began, "checkpoint": last})
+        killed = kill(process, run, phase, longest)
+        seconds = time.perf_counter() - began
+        kills.append({"phase": phase, "killed": killed, "seconds": seconds, "checkpoint": checkpointed(run)})
         print(kills[-1], flush=True)
         if process.process.returncode not in (0, -signal.SIGKILL):
             raise SystemExit(process.output.read_text())
@@ -186,9 +196,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, nargs="+", default=[2, 0])
     given = parser.parse_args()
     results = []
-    for workers in (0, 2):
+    for workers in given.workers:
         random.seed(given.seed + workers)
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
@@ -202,8 +213,9 @@ def main() -> None:
             if whole.process.wait() != 0:
                 raise SystemExit(whole.output.read_text())
             inside = given.kills * 7 // 10
-            longest = {"starting": started - began, "training": 2 * (trained - started) / (inside + 4)}
-            longest["finishing"] = time.perf_counter() - trained
+            # Half of the time it took, since the machine may be less busy later and the process must still be there.
+            longest = {"starting": (started - began) / 2, "finishing": (time.perf_counter() - trained) / 2}
+            longest |= {"steps": 2 * STEPS / (inside + 3), "step": 14 * (trained - started) / STEPS}
             early = given.kills * 3 // 20
             phases = ["training"] * inside + ["starting"] * early
             random.shuffle(phases)
