@@ -53,6 +53,7 @@ def main() -> None:
             f"validation_{metric}": metrics["validation"][metric],
             f"test_{metric}": metrics["test"][metric],
             "trainable": metrics["parameters"]["trainable"],
+            "threads": metrics["threads"],
         }
         if os.getloadavg()[0] < (os.cpu_count() or 1) + 1:  # otherwise the time says more about other work
             results[config.stem]["seconds"] = metrics["seconds"]["total"]
