@@ -465,7 +465,7 @@ def main() -> None:
     parser.add_argument("backbone", nargs="?", choices=sorted(BACKBONES), help="which backbone")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="NAME", help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--epochs", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=6, help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no training after so many")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch; default: %(default)s")
     fashion = "folder of the four IDX .gz files of Fashion-MNIST"
