@@ -215,7 +215,7 @@ def main() -> None:
             inside = given.kills * 7 // 10
             # Half of the time it took, since the machine may be less busy later and the process must still be there.
             longest = {"starting": (started - began) / 2, "finishing": (time.perf_counter() - trained) / 2}
-            longest |= {"steps": 2 * STEPS / (inside + 3), "step": 14 * (trained - started) / STEPS}
+            longest |= {"steps": 1.5 * STEPS / (inside + 3), "step": 7 * (trained - started) / STEPS}
             early = given.kills * 3 // 20
             phases = ["training"] * inside + ["starting"] * early
             random.shuffle(phases)
