@@ -568,6 +568,24 @@ class AdapterBank:
             self._heads.add(label, present)
         present.load_state_dict(tensors)
 
+    def settle(self, packed: Mapping[str, Tensor], name: str | None = None) -> None:
+        """Take quantised matrices as the bytes of a file have them: they act as decoded and are stored again as such.
+
+        Args:
+            packed: Codes, mean and spread (uint8) by the matrix's name in files.
+            name: The adapter; may be left out where there is only one active.
+
+        Raises:
+            UnknownNameError: If there is no such matrix.
+            FileError: If the bytes do not fit one.
+        """
+        low = {key: (module, tensor) for key, module, tensor in self._low_bit(self._label(name)) if module.bits < 32}
+        for key, content in packed.items():
+            if key not in low:
+                raise UnknownNameError("quantised matrix", key, low)
+            module, tensor = low[key]
+            module.settle(tensor, content)
+
     def load_base(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load a plain timm state dict into the base, adapters untouched.
 
@@ -714,9 +732,7 @@ class AdapterBank:
             packed = {key: found[key] for key in _packed_names(header) if key in found}
             plain = {key: _unpacked(key, header, tensor) for key, tensor in found.items()}
             self.load_state_dict(plain, label)
-            for key, module, tensor_name in self._low_bit(label):
-                if key in packed:
-                    module.settle(tensor_name, packed[key])
+            self.settle(packed, label)
             if header["head"] == {} and self.view.head_path is not None:
                 self._heads.add(label, nn.Identity())
         if lacking:

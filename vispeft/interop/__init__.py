@@ -1,6 +1,17 @@
 """Bridges to what others have: the authors' checkpoints."""
 
 from vispeft.interop import blocks, ssf, vpt
+from vispeft.interop.binary import load_binary
 from vispeft.interop.official import Source, list_sources, load_official, register_source, to_official
 
-__all__ = ["Source", "blocks", "list_sources", "load_official", "register_source", "ssf", "to_official", "vpt"]
+__all__ = [
+    "Source",
+    "blocks",
+    "list_sources",
+    "load_binary",
+    "load_official",
+    "register_source",
+    "ssf",
+    "to_official",
+    "vpt",
+]

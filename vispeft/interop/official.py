@@ -16,7 +16,15 @@ from vispeft.adapters.sites import View
 from vispeft.backbones.registry import describe, unwrap
 from vispeft.errors import ConfigError, FileError, UnknownNameError
 
-__all__ = ["Source", "list_sources", "load_official", "register_source", "to_official"]
+__all__ = [
+    "Source",
+    "find_source",
+    "list_sources",
+    "load_official",
+    "official_names",
+    "register_source",
+    "to_official",
+]
 
 
 @dataclass(frozen=True)
@@ -76,12 +84,12 @@ def load_official(
         UnknownNameError: If the source is not known.
         FileError: If tensors are missing, unknown or of the wrong shape; the model is unchanged then.
     """
-    entry = _source(source)
+    entry = find_source(source)
     view = describe(unwrap(model))
     method = entry.method(hyper or {}, tensors, view)
     bank = attach(model, method, name=_free_name(model), verify=False)
     label = bank.active[-1]
-    ours = {theirs: own for own, theirs in _all_names(entry, bank, label).items()}
+    ours = {theirs: own for own, theirs in official_names(entry, bank, label).items()}
     place = f"{view.head_path}."  # a model without a classifier gets the one among the tensors
     ours |= {name: f"head/{name.removeprefix(place)}" for name in tensors if name.startswith(place)}
     unknown = [name for name in tensors if name not in ours]
@@ -113,10 +121,10 @@ def to_official(bank: AdapterBank, source: str, grad: bool = False) -> dict[str,
         UnknownNameError: If the source is not known.
         ConfigError: If gradients are asked for and there are none.
     """
-    entry = _source(source)
+    entry = find_source(source)
     label = bank.active[-1] if len(bank.active) == 1 else None
     try:
-        names = _all_names(entry, bank, label)
+        names = official_names(entry, bank, label)
     except KeyError as error:
         method = bank.plan(label).method.name
         raise ConfigError(
@@ -134,13 +142,28 @@ def to_official(bank: AdapterBank, source: str, grad: bool = False) -> dict[str,
     return out
 
 
-def _source(name: str) -> Source:
+def find_source(name: str) -> Source:
+    """Look up a public code.
+
+    Args:
+        name: One of `list_sources`.
+
+    Raises:
+        UnknownNameError: If it is not known.
+    """
     if name not in _SOURCES:
         raise UnknownNameError("source", name, _SOURCES)
     return _SOURCES[name]
 
 
-def _all_names(entry: Source, bank: AdapterBank, label: str | None) -> dict[str, str]:
+def official_names(entry: Source, bank: AdapterBank, label: str | None) -> dict[str, str]:
+    """Give the authors' name of each tensor of an adapter, its classifier's included.
+
+    Args:
+        entry: The public code.
+        bank: The bank.
+        label: The adapter; None where there is only one active.
+    """
     names = entry.names(bank.plan(label))
     heads = [key for key in bank.named_tensors(label) if key.startswith("head/")]
     return {**names, **{key: f"{bank.view.head_path}.{key.removeprefix('head/')}" for key in heads}}
