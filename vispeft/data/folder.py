@@ -57,7 +57,7 @@ class ImageFolderData(ListedData):
                 f"from. Add one, or put the class folders straight into {self.root}."
             )
         folders = {split: _class_folders(place) for split, place in places.items()}
-        names = sorted({name for found in folders.values() for name in found}, key=natural_key)
+        names = sorted({name for found in folders.values() for name in found}, key=_as_people_count)
         if not names:
             found = ", ".join(sorted(path.name for path in places["train"].iterdir())[:5]) or "nothing"
             raise DataError(
@@ -119,8 +119,13 @@ def _class_folders(place: Path) -> dict[str, Path]:
 
 
 def _files(folder: Path) -> list[Path]:
-    inside = sorted(folder.rglob("*"), key=lambda path: natural_key(str(path)))
+    inside = sorted(folder.rglob("*"), key=lambda path: _as_people_count(str(path)))
     return [path for path in inside if path.is_file() and not _hidden(path)]
+
+
+def _as_people_count(name: str) -> tuple[Any, str]:
+    # timm's key takes A for a and 01 for 1; without the name itself, their order would change from process to process.
+    return natural_key(name), name
 
 
 def _hidden(path: Path) -> bool:

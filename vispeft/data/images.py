@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -19,8 +19,9 @@ __all__ = ["EXTENSIONS", "UNREADABLE", "ImageFiles", "find_images", "read_image"
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """File name endings taken for images."""
 
-UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow raises for files it cannot read."""
+UNREADABLE = (Exception,)
+"""What Pillow raises for files it cannot read: besides its own errors also what broken bytes lead its decoders to, such
+as TypeError, IndexError and struct.error."""
 
 
 def find_images(place: str | Path) -> list[Path]:

@@ -98,8 +98,8 @@ class FileSource(Source):
                     return look_at(file, full)
             except FileNotFoundError:
                 return ImageFacts(problem="missing")
-            except OSError as error:
-                return ImageFacts(problem="broken", reason=error.strerror or str(error))
+            except (OSError, ValueError) as error:  # a path with a zero byte is a ValueError
+                return ImageFacts(problem="broken", reason=getattr(error, "strerror", None) or str(error))
 
         return _look_all(keys, look)
 
@@ -267,7 +267,7 @@ def _key(path: str, full: bool) -> Key | tuple[()]:
     """Identify the content of a file without reading it; nothing for one that is not there."""
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):
         return ()
     return (os.path.abspath(path), status.st_size, status.st_mtime_ns, "full" if full else "fast")
 

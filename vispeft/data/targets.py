@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,7 +108,7 @@ def _label(raw: Any) -> int | str:
     """Read one class: a whole number, or a word."""
     if raw is None or raw == "" or raw == []:
         raise MISSING
-    if isinstance(raw, (bool, list, dict)):
+    if isinstance(raw, (bool, list, tuple, dict)):
         raise LabelError("label-kind", "with a label that is neither a whole number nor a word")
     if isinstance(raw, float):
         if not raw.is_integer():
@@ -116,7 +116,7 @@ def _label(raw: Any) -> int | str:
         return int(raw)
     if isinstance(raw, str):
         text = raw.strip()
-        return int(text) if text.lstrip("-").isdecimal() else text
+        return int(text) if text.removeprefix("-").isdecimal() else text
     return int(raw)
 
 
@@ -200,7 +200,9 @@ def _by_name(names: Sequence[str]) -> dict[Any, int]:
 
 
 def _numbers(values: Sequence[tuple[float, ...]], given: Sequence[str] | None) -> Any:
-    width = len(given) if given is not None else max((len(value) for value in values), default=1)
+    # The usual count: a single longer label must not make all others wrong.
+    lengths = Counter(len(value) for value in values).most_common(1)
+    width = len(given) if given is not None else lengths[0][0] if lengths else 1
     names = tuple(given) if given is not None else _default_names(width)
 
     def place(value: tuple[float, ...]) -> list[float]:
