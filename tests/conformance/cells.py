@@ -32,6 +32,8 @@ METHODS: dict[str, vispeft.Method] = {
     "bitfit": vispeft.BitFit(),
     "norm_tuning": vispeft.NormTuning(),
     "vpt": vispeft.VPT(num_tokens=3),
+    "vqt": vispeft.VQT(num_queries=2, dropout=0.0),
+    "vqt_weighted": vispeft.VQT(num_queries=9, aggregate="weighted", normalize=False, dropout=0.0),
     "vpt_shallow": vispeft.VPT(num_tokens=2, deep=False, project=7),
     "adapter": vispeft.Adapter(bottleneck=3, layernorm="in", scale=None, roles=("attn", "mlp")),
     "adapter_parallel": vispeft.Adapter(bottleneck=3, parallel=True, layernorm="out", start="bert"),
@@ -43,18 +45,24 @@ METHODS: dict[str, vispeft.Method] = {
     "repadapter": vispeft.RepAdapter(bottleneck=4, dropout=0),
     "repadapter_attn": vispeft.RepAdapter(bottleneck=4, groups=1, variant="attn", dropout=0, bits=8),
     "hydra": vispeft.Hydra(rank=2),
+    "lst": vispeft.LST(reduction=2),
+    "lst_sparse": vispeft.LST(reduction=5, blocks=(1,), start="random"),
     "hydra_2bit": vispeft.Hydra(rank=2, scale=0.5, bits=2),
     "fact": vispeft.FacT(rank=3, dropout=0.0),
     "fact_tk": vispeft.FacT(rank=3, variant="tk", scale=2.0, dropout=0.0),
-    "fact_4bit": vispeft.FacT(rank=3, variant="tk", bits=4, dropout=0.0),
+    "fact_4bit": vispeft.FacT(rank=3, variant="tk", scale=20.0, bits=4, dropout=0.0),
+    "compacter": vispeft.Compacter(bottleneck=4),
+    "compacter_full": vispeft.Compacter(
+        bottleneck=4, phm_dim=2, rank=None, shared_rule=False, train_layernorm=True, roles=("mlp",), bits=8
+    ),
 }
 
 
 PARALLEL = ("adapter_parallel", "adaptformer", "adaptformer_1bit", "convpass", "convpass_attn")
 """Methods with terms beside the branches of a block."""
 
-SELECTIONS = ("full", "bitfit", "norm_tuning")
-"""Methods that replace tensors of the base, so that two of them cannot act at once."""
+SELECTIONS = ("full", "bitfit", "norm_tuning", "lst", "lst_sparse", "compacter_full", "vqt", "vqt_weighted")
+"""Methods that replace tensors of the base, or what leaves it, so that two of them cannot act at once."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +153,8 @@ BACKBONES |= {
 }
 
 REFUSED: dict[tuple[str, str], str] = {
-    (method, backbone): "no token sequence: VPT on windows has no stated form yet"
+    (method, "swinv2"): "a block order without a stated form: it normalises behind its branches"
     for method in ("vpt", "vpt_shallow")
-    for backbone in ("swin", "swinv2")
 } | {("ssf_merging", name): "no patch merging in a plain model" for name in BACKBONES if not name.startswith("swin")}
 """Cells that may refuse: (method, backbone) to the reason."""
 
@@ -160,11 +167,21 @@ REFUSED |= {
     for name in ("vit_aimv2", "eva02", "eva02_split")
 }
 REFUSED |= {("repadapter_attn", "eva02_split"): "no joint projection: q, k and v are layers of their own"}
+REFUSED |= {
+    (m, "swinv2"): "a block order without a stated form: it normalises behind its branches"
+    for m in ("lst", "lst_sparse")
+}
 
 NO_PLAIN_FORM: dict[tuple[str, str], str] = {
     **{(m, b): "no plain model inserts tokens" for m in ("vpt", "vpt_shallow") for b in BACKBONES},
+    **{(m, b): "no plain model has queries that read" for m in ("vqt", "vqt_weighted") for b in BACKBONES},
     **{(m, b): "no plain block has a term beside a branch" for m in PARALLEL for b in BACKBONES},
-    **{(m, b): "a bottleneck with an activation has no weight form" for m in ("adapter",) for b in BACKBONES},
+    **{
+        (m, b): "a bottleneck with an activation has no weight form"
+        for m in ("adapter", "compacter", "compacter_full")
+        for b in BACKBONES
+    },
+    **{(m, b): "no plain model has a network beside it" for m in ("lst", "lst_sparse") for b in BACKBONES},
     ("ssf", "vit_mae"): "an identity stands at the place of the last norm",
     ("ssf", "vit_aimv2"): "an identity stands at the place of the last norm",
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +17,8 @@ from vispeft.adapters.depth import StochasticDepth
 from vispeft.adapters.files import check_tensors, read_adapter, write_adapter
 from vispeft.adapters.fingerprint import absent_parts, base_tensors, check_fingerprint, fingerprint, pool_of
 from vispeft.adapters.header import adapter_part, backbone_part, plain_values, preprocessing_part, tensor_part
-from vispeft.adapters.heads import BASE_HEAD, HeadRack, LowBitHead
-from vispeft.adapters.hosts import Host, ensure_host, host_for, owner_host, take_off
+from vispeft.adapters.heads import BASE_HEAD, HeadRack, LowBitHead, WideHead
+from vispeft.adapters.hosts import PASSAGE, Host, ensure_host, host_for, owner_host, passing_host, take_off
 from vispeft.adapters.merge import (
     TOLERANCE,
     Merged,
@@ -34,7 +34,7 @@ from vispeft.adapters.model_host import ModelHost
 from vispeft.adapters.plan import Plan, make_plan
 from vispeft.adapters.quantize import CODECS, LowBit, codec, decode
 from vispeft.adapters.report import Report
-from vispeft.adapters.units import SelectionUnit, Unit
+from vispeft.adapters.units import QueryUnit, SelectionUnit, SideUnit, Unit
 from vispeft.adapters.verify import find_dead, probe_images, unit_tensors
 from vispeft.backbones.registry import describe, family_of, is_feature_getter, unwrap
 from vispeft.errors import BaseMismatchError, ConfigError, FileError, MergeError, SiteError, UnknownNameError
@@ -148,28 +148,59 @@ class AdapterBank:
         adapter = Adapter(method, plan, units, None if tasks is None else tuple(tasks), seed)
         # Hosts are chosen for all units before the first one is put into place, so that a refusal changes nothing.
         hosts = [host_for(i.site, self._model.get_submodule(i.site.path), units[i.key]) for i in plan]
+        passages = self._passages(units.values())
         for item, (host, computed) in zip(plan, hosts, strict=True):
             place = ensure_host(self._model.get_submodule(item.site.path), host, computed)
             _slots(place, name)[item.slot] = units[item.key]
             if item.site.owner is not None:
                 _slots(ensure_host(self._model.get_submodule(item.site.owner), *owner_host()), name)
+        for module, passing in passages:
+            _slots(ensure_host(module, passing), name)[PASSAGE] = nn.Identity()
         self._adapters[name] = adapter
-        self._heads.add(name, self._low_bit_head(method))
+        self._heads.add(name, self._own_head(method, seed))
         with self._or_without(name):
             self.set_active(name)
             if verify:
                 self.verify()
 
-    def _low_bit_head(self, method: Method, classes: int | None = None) -> nn.Module | None:
-        """Make the classifier of a method that wants one of a few bits."""
-        bits = method.low_bit_head()
+    def _passages(self, units: Iterable[Unit]) -> list[tuple[nn.Module, type[Host]]]:
+        """List blocks and attention modules, and their hosts, where units make rows beside the tokens."""
+        if not any(unit.passes_rows for unit in units):
+            return []
+        modules = [self._model.get_submodule(site.path) for site in self.view.at("block", "attn")]
+        return [(module, passing_host(module)) for module in modules]
+
+    def _own_head(self, method: Method, seed: int, classes: int | None = None) -> nn.Module | None:
+        """Make the classifier of a method that wants one of a few bits, or of another width than the model's."""
+        bits, width = method.low_bit_head(), method.head_width(self.view)
         base: Any = self._heads.get(BASE_HEAD)
         classes = classes or getattr(base, "out_features", 0)
-        if bits == 32 or not classes:
+        if (bits == 32 and width is None) or not classes:
             return None
         reference = next(self._model.parameters())
-        head = LowBitHead(cast(int, self._model.num_features), classes, bits).to(reference.device)
+        width = width or cast(int, self._model.num_features)
+        head: nn.Linear
+        if bits == 32:
+            full = reference.dtype in (torch.float32, torch.float64)
+            head = (nn.Linear if full else WideHead)(width, classes)
+            with torch.no_grad():
+                method.start_head(head, torch.Generator().manual_seed(seed))
+        else:
+            head = LowBitHead(width, classes, bits)
+        head = head.to(reference.device)
         return head.double() if reference.dtype == torch.float64 else head
+
+    def fit_head(self) -> None:
+        """Give the adapter in place a classifier as its method wants it, where timm has made one of its own kind."""
+        label = self._heads.placed
+        if label not in self._adapters or not getattr(self._model, "num_classes", 0):
+            return
+        adapter = self._adapters[label]
+        if adapter.method.head_width(self.view) is None:
+            return
+        head = self._own_head(adapter.method, adapter.seed, cast(int, self._model.num_classes))
+        if head is not None:
+            self._heads.add(label, head.train(self._model.training))
 
     @contextmanager
     def _or_without(self, name: str) -> Iterator[None]:
@@ -201,6 +232,8 @@ class AdapterBank:
         units: dict[str, Unit] = {}
         for item in plan:
             unit = item.build()
+            if item.lender is not None:
+                unit.borrow(units[item.lender])
             with torch.no_grad():
                 unit.reset(generator)
             units[item.key] = unit.to(device=reference.device, dtype=dtype)
@@ -298,6 +331,7 @@ class AdapterBank:
     def _check_together(self, names: tuple[str, ...]) -> None:
         if len(set(names)) < len(names):
             raise ConfigError(f"An adapter was named twice: {', '.join(names)}.")
+        self._check_beside(names)
         owners: dict[str, str] = {}
         for name in names:
             for entry in unit_tensors(self._adapters[name].units):
@@ -310,6 +344,24 @@ class AdapterBank:
                         "Activate one, or merge one first."
                     )
                 owners[tensor] = name
+
+    def _check_beside(self, names: tuple[str, ...]) -> None:
+        """Refuse a network beside the backbone together with what it would replace or leave without a gradient."""
+        beside = {n: u for n in names for u in self._adapters[n].units.values() if isinstance(u, SideUnit | QueryUnit)}
+        if len(beside) > 1:
+            first, second = list(beside)[:2]
+            raise SiteError(
+                f"Adapters {first!r} and {second!r} both replace what leaves the model; only one of them can act. "
+                "Activate one."
+            )
+        others = [name for name in names if name not in beside and self._adapters[name].units]
+        for name, unit in beside.items():
+            if unit.detach_hidden and others:
+                raise SiteError(
+                    f"Adapter {name!r} runs the backbone without gradients, so {others[0]!r} inside of it would not "
+                    "train. Activate one of them, or attach the first with detach_hidden=False, which costs the memory "
+                    "it saves."
+                )
 
     def _wake(self) -> None:
         awake = list(self.view.head_drop_paths)
@@ -507,7 +559,8 @@ class AdapterBank:
         return {**self._unit_state(label), **self._head_state(label)}
 
     def _unit_state(self, label: str) -> dict[str, Tensor]:
-        return {str(entry): entry.tensor.detach() for entry in unit_tensors(self._adapters[label].units)}
+        units = self._adapters[label].units
+        return {f"{key}.{name}": tensor for key, unit in units.items() for name, tensor in unit.state_dict().items()}
 
     def _head_state(self, label: str) -> dict[str, Tensor]:
         head = self._heads.get(label)
@@ -537,7 +590,7 @@ class AdapterBank:
         """
         self._check_unmerged("load an adapter's tensors")
         label = self._label(name)
-        own = {str(entry): entry.tensor for entry in unit_tensors(self._adapters[label].units)}
+        own = self._unit_state(label)
         units = {key: tensor for key, tensor in tensors.items() if not key.startswith("head/")}
         check_tensors(own, units)
         head = {key.removeprefix("head/"): tensor for key, tensor in tensors.items() if key.startswith("head/")}
@@ -550,7 +603,8 @@ class AdapterBank:
     def _load_head(self, label: str, tensors: dict[str, Tensor]) -> None:
         present = self._heads.get(label)
         assert present is not None
-        width = cast(int, self._model.num_features)
+        adapter = self._adapters[label]
+        width = adapter.method.head_width(self.view) or cast(int, self._model.num_features)
         for key, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise FileError(f"head/{key} is not finite.")
@@ -563,7 +617,7 @@ class AdapterBank:
             reference = next(self._model.parameters())
             classes, width = tensors["weight"].shape
             plain = nn.Linear(width, classes, bias="bias" in tensors, device=reference.device, dtype=reference.dtype)
-            present = self._low_bit_head(self._adapters[label].method, classes) or plain
+            present = self._own_head(adapter.method, adapter.seed, classes) or plain
             present.requires_grad_(label == self._heads.placed).train(self._model.training)
             self._heads.add(label, present)
         present.load_state_dict(tensors)
@@ -662,13 +716,13 @@ class AdapterBank:
         """
         label = self._label(name)
         adapter = self._adapters[label]
-        units, head = self._unit_state(label), self._head_state(label)
+        units, head = self._stored_units(label), self._head_state(label)
         for key, tensor in {**units, **head}.items():
             if not torch.isfinite(tensor).all():
                 raise FileError(f"{key} of adapter {label!r} is not finite; it was not saved.")
         stored, codecs = self._stored(label)
         header = {
-            **adapter_part(adapter.method),
+            **adapter_part(adapter.method.stored()),
             "backbone": {**backbone_part(self._model, self._outer), "fingerprint": self._fingerprint()},
             "tasks": None if adapter.tasks is None else list(adapter.tasks),
             "seed": adapter.seed,
@@ -685,12 +739,16 @@ class AdapterBank:
 
     def _stored(self, label: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Give an adapter's tensors as a file holds them, and the codecs of those that are packed."""
-        stored, codecs = {**self._unit_state(label), **self._head_state(label)}, {}
+        stored, codecs = {**self._stored_units(label), **self._head_state(label)}, {}
         for key, module, name in self._low_bit(label):
             packed = module.packed(name)
             if packed is not None:
                 stored[key], codecs[key] = packed, codec(module.bits)
         return stored, codecs
+
+    def _stored_units(self, label: str) -> dict[str, Tensor]:
+        units = self._adapters[label].units
+        return {f"{key}.{name}": tensor for key, unit in units.items() for name, tensor in unit.stored().items()}
 
     def _low_bit(self, label: str) -> Iterator[tuple[str, LowBit, str]]:
         """Iterate over the tensors that may be packed: name in files, module, name inside it."""
@@ -725,7 +783,10 @@ class AdapterBank:
         torch.set_rng_state(random)
         adapter = self._adapters[label]
         parts = absent_parts(header["backbone"]["fingerprint"], self._model, self.view)
-        lacking = [key for key in units if self._lacks(key, parts)]
+        own = self._unit_state(label)
+        # A unit of the whole model may hold tensors for parts that a cut one lacks.
+        beyond = {key for key in units if parts and key.startswith("/") and key not in own}
+        lacking = [key for key in units if key in beyond or self._lacks(key, parts)]
         kept = {key: tensor for key, tensor in units.items() if key not in lacking}
         with self._or_without(label):
             found = {**kept, **head}

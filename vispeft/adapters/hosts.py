@@ -27,14 +27,20 @@ from vispeft.adapters.units import (
     DeltaUnit,
     InputUnit,
     ParallelUnit,
+    PrefixUnit,
+    QueryUnit,
     SelectionUnit,
     SequentialUnit,
+    SharedUnit,
+    SideUnit,
     TokensUnit,
     Unit,
+    WeightUnit,
 )
 from vispeft.errors import SiteError
 
 __all__ = [
+    "PASSAGE",
     "Host",
     "HostState",
     "base_class",
@@ -42,7 +48,9 @@ __all__ = [
     "host_class",
     "host_for",
     "owner_host",
+    "passing_host",
     "put_back",
+    "register_attention_host",
     "register_block_host",
     "take_off",
 ]
@@ -99,8 +107,16 @@ class Host(nn.Module):
         values = {name: self.own(name) for name in self.computed}
         return {name: value.detach().double() for name, value in values.items() if value is not None}
 
+    def passes(self) -> bool:
+        """Tell whether rows beside the tokens pass here for an active adapter."""
+        return any(PASSAGE in cast(nn.ModuleDict, self.adapters[name]) for name in self.active)
+
     def no_plain_form(self) -> str | None:
         """Say why no plain module does the same, or None where one does."""
+        if any(True for _ in self.units(QueryUnit)):
+            return "no plain model has queries that read its blocks"
+        if any(True for _ in self.units(SideUnit)):
+            return "no plain model has a network beside it"
         return "no plain model inserts tokens" if any(True for _ in self.units(TokensUnit)) else None
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -108,7 +124,10 @@ class Host(nn.Module):
         return _restore, (host_kind(self), self.base, self.computed), self.__dict__
 
 
-COMPOSITION: tuple[type[Unit], ...] = (DeltaUnit, SequentialUnit, InputUnit, AffineUnit)
+_BEFORE_INPUT: tuple[type[Unit], ...] = (WeightUnit, DeltaUnit, SequentialUnit)
+PASSAGE = "rows"
+"""Name under which an adapter marks, among its units of a host, that rows beside the tokens pass there."""
+COMPOSITION: tuple[type[Unit], ...] = (*_BEFORE_INPUT, InputUnit, AffineUnit)
 """The order in which units are written into a layer. A change of the input comes after everything that reads it."""
 
 
@@ -163,7 +182,7 @@ class _Foldable(Host):
 
 
 class LinearHost(_Foldable):
-    """An adapted ``nn.Linear``: a changed input, frozen product, low-rank terms, what follows, then scale and shift."""
+    """An adapted ``nn.Linear``: a changed input, the product, low-rank terms, what follows, then scale and shift."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute (..., out) from (..., in)."""
@@ -189,7 +208,7 @@ class LinearHost(_Foldable):
         Returns:
             (out,).
         """
-        weight = self.folded("weight", (DeltaUnit, SequentialUnit), cast(Tensor, self.own("weight")).to(dtype))
+        weight = self.folded("weight", _BEFORE_INPUT, cast(Tensor, self.own("weight")).to(dtype))
         assert weight is not None
         for nearer in self._written(InputUnit):
             if nearer is unit:
@@ -208,11 +227,16 @@ class LinearHost(_Foldable):
                 rest.append(unit)
             else:
                 branches.append(branch)
-        weight, bias = cast(Tensor, self.own("weight")), self.own("bias")
+        weight, bias = self._whole_weight(), self.own("bias")
         out = low_rank_linear(x, weight, bias, branches) if branches else F.linear(x, weight, bias)
         for unit in rest:
             out = out + F.pad(unit.term(x).to(out.dtype), (unit.start, weight.shape[0] - unit.stop))
         return out
+
+    def _whole_weight(self) -> Tensor:
+        """Give the weight that the product is computed with, in the base's type."""
+        own = cast(Tensor, self.own("weight"))
+        return cast(Tensor, self.folded("weight", (WeightUnit,), own)).to(own.dtype)
 
 
 class ReadLinearHost(LinearHost):
@@ -475,6 +499,40 @@ def register_block_host(block: type[nn.Module], host: type[Host]) -> None:
     _BLOCK_HOSTS[block] = host
 
 
+_ATTENTION_HOSTS: dict[type[nn.Module], tuple[type[Host], type[Host]]] = {}
+
+
+def register_attention_host(attention: type[nn.Module], host: type[Host], reading: type[Host] | None = None) -> None:
+    """Say which host a family's attention modules need for keys, values and rows that are not the tokens'.
+
+    Args:
+        attention: timm's class.
+        host: The host, with the family's own attention.
+        reading: The same for modules that keep the biases of their projection, also a `ReaderHost`.
+    """
+    _ATTENTION_HOSTS[attention] = (host, reading or host)
+
+
+def passing_host(module: nn.Module) -> type[Host]:
+    """Choose the host of a block or an attention that rows beside the tokens pass.
+
+    Args:
+        module: The block or attention.
+
+    Raises:
+        SiteError: If the family has none.
+    """
+    base = base_class(module)
+    if base in _ATTENTION_HOSTS:
+        host, reading = _ATTENTION_HOSTS[base]
+        return reading if getattr(module, "q_bias", None) is not None else host
+    found = next((host for block, host in _BLOCK_HOSTS.items() if issubclass(base, block)), None)
+    if found is None:
+        raise SiteError(f"There is no host that takes rows beside the tokens through a {base.__name__}.")
+    return found
+
+
+_LINEAR_UNITS = (WeightUnit, DeltaUnit, AffineUnit, InputUnit, SequentialUnit)
 NORMS_WITHOUT_BIAS = frozenset({"RmsNorm", "RmsNormFp32", "SimpleNorm", "SimpleNormFp32", "RMSNorm"})
 
 
@@ -495,15 +553,19 @@ def host_for(site: Site, module: nn.Module, unit: Unit) -> tuple[type[Host], tup
     base = base_class(module)
     if isinstance(unit, SelectionUnit):
         return Host, tuple(name for name, _ in unit.named_parameters())
-    if isinstance(unit, TokensUnit) and site.role == "tokens":
+    if isinstance(unit, SharedUnit):
         return Host, ()
-    if site.rows is not None and not isinstance(unit, DeltaUnit):
+    if isinstance(unit, TokensUnit | QueryUnit | SideUnit) and site.role == "tokens":
+        return Host, ()
+    if site.rows is not None and not isinstance(unit, DeltaUnit | WeightUnit):
         raise SiteError(f"A unit of kind {unit.kind!r} acts on whole layers; {site.role!r} is a part of {site.path!r}.")
     if isinstance(unit, ParallelUnit):
         found = next((host for block, host in _BLOCK_HOSTS.items() if issubclass(base, block)), None)
         if found is not None:
             return found, ()
-    if issubclass(base, nn.Linear) and isinstance(unit, DeltaUnit | AffineUnit | InputUnit | SequentialUnit):
+    if isinstance(unit, PrefixUnit):
+        return passing_host(module), ()
+    if issubclass(base, nn.Linear) and isinstance(unit, _LINEAR_UNITS):
         return (ReadLinearHost, ("weight",)) if site.reads_weight else (LinearHost, ())
     if isinstance(unit, AffineUnit):
         if issubclass(base, nn.Conv2d):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vispeft.adapters.hosts import Host, HostState, ShiftlessNormHost, base_class, put_back, take_off
 from vispeft.adapters.model_host import ModelHost
 from vispeft.adapters.sites import Site, View
+from vispeft.adapters.units import Unit
 from vispeft.errors import MergeError
 
 __all__ = ["MergeReport", "Merged", "apply_merge", "difference", "plan_merge", "undo_merge"]
@@ -73,6 +74,7 @@ def plan_merge(model: nn.Module, view: View, partial: bool) -> tuple[Plain, dict
         MergeError: If a layer has no plain form and `partial` is not set, or a merged tensor is not finite.
     """
     tensors: Plain = {}
+    plains: dict[str, Plain] = {}
     stays: dict[str, str] = {}
     hosts = [(path, module) for path, module in model.named_modules() if isinstance(module, Host) and module.acts()]
     norms = {site.path: site for site in view.sites if site.rows is None and site.kind == "norm"}
@@ -85,6 +87,10 @@ def plan_merge(model: nn.Module, view: View, partial: bool) -> tuple[Plain, dict
         if reason:
             stays[path] = reason
         else:
+            plains[path] = plain
+    stays |= _lending(hosts, stays)
+    for path, plain in plains.items():
+        if path not in stays:
             tensors.update({f"{path}.{name}" if path else name: tensor for name, tensor in plain.items()})
     if stays and not partial:
         listing = "; ".join(f"{path or '(model)'}: {reason}" for path, reason in list(stays.items())[:4])
@@ -102,6 +108,16 @@ def plan_merge(model: nn.Module, view: View, partial: bool) -> tuple[Plain, dict
                 "training must have driven off."
             )
     return tensors, stays
+
+
+def _lending(hosts: list[tuple[str, Host]], stays: dict[str, str]) -> dict[str, str]:
+    """Find the layers that hold tensors which layers that stay adapted use, with this reason."""
+    lenders = {id(unit.lender) for path, host in hosts if path in stays for unit in host.units(Unit)}
+    return {
+        path: "layers that stay adapted use its tensors"
+        for path, host in hosts
+        if path not in stays and any(id(unit) in lenders for unit in host.units(Unit))
+    }
 
 
 def _lost_shift(host: Host, site: Site | None) -> str | None:

@@ -30,6 +30,8 @@ class PlanItem:
     """Name of the unit at this place, as in files."""
     build: Callable[[], Unit]
     """Makes the unit, without start values."""
+    lender: str | None = None
+    """Key of an earlier item whose unit holds tensors that this one uses too."""
 
     @property
     def key(self) -> str:
@@ -68,6 +70,8 @@ class Method:
     """Roles of the paper."""
     optional_roles: ClassVar[frozenset[str]] = frozenset()
     """Roles out of `default_roles` that many models lack by nature."""
+    reaches_maps: ClassVar[bool] = True
+    """Whether it changes the maps inside a model too, which dense tasks read, and not its last feature alone."""
     trains_base: ClassVar[bool] = False
     """Whether the base behaves as in training (dropout, stochastic depth) while the adapter trains."""
 
@@ -147,6 +151,25 @@ class Method:
         """Give the rate of the last block while the adapter trains; 0 leaves the base without it."""
         return 0.0
 
+    def head_width(self, view: View) -> int | None:
+        """Give the number of features the classifier reads; None for the model's own.
+
+        Args:
+            view: The model's description.
+        """
+        return None
+
+    def start_head(self, head: nn.Linear, generator: torch.Generator) -> None:
+        """Give a classifier of the method's own width its start values; as PyTorch draws them by default.
+
+        Args:
+            head: The classifier.
+            generator: Source of all randomness.
+        """
+        bound = head.in_features**-0.5
+        for tensor in head.parameters():
+            tensor.uniform_(-bound, bound, generator=generator)
+
     def low_bit_head(self) -> int:
         """Give the bits per weight of the classifier; 32 for a plain one."""
         return 32
@@ -180,6 +203,10 @@ class Method:
     def frozen_fields(self) -> dict[str, Any]:
         """Give the fields that decide what `frozen_outputs` computes, as plain values."""
         return {}
+
+    def stored(self) -> Method:
+        """Give the method a file names; another one where units are stored in its form (`Unit.stored`)."""
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """Give name and fields as plain values, for files."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from vispeft.adapters.method import Method, PlanItem
 from vispeft.backbones.registry import describe, unwrap
-from vispeft.errors import SiteError
+from vispeft.errors import ConfigError, SiteError
 
 __all__ = ["Plan", "make_plan", "plan"]
 
@@ -92,7 +92,19 @@ def make_plan(method: Method, model: nn.Module) -> Plan:
     twice = [key for key, count in Counter(item.key for item in items).items() if count > 1]
     if twice:
         raise SiteError(f"{type(method).__name__} plans two units under one name: {', '.join(twice[:3])}. Rename one.")
+    _check_lenders(method, items)
     return Plan(method=method, family=view.family, items=items)
+
+
+def _check_lenders(method: Method, items: tuple[PlanItem, ...]) -> None:
+    known: set[str] = set()
+    for item in items:
+        if item.lender is not None and item.lender not in known:
+            raise ConfigError(
+                f"{type(method).__name__} plans {item.key} with the tensors of {item.lender}, which is no earlier "
+                f"item; there are {', '.join(sorted(known)[:3]) or 'none'}. Yield the lender first."
+            )
+        known.add(item.key)
 
 
 def plan(model: nn.Module, method: Method) -> Plan:

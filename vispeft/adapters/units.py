@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from vispeft.adapters.functional import Branch
@@ -15,14 +17,19 @@ __all__ = [
     "DeltaUnit",
     "InputUnit",
     "ParallelUnit",
+    "PrefixUnit",
+    "QueryUnit",
     "SelectionUnit",
     "SequentialUnit",
+    "SharedUnit",
+    "SideUnit",
     "TokensUnit",
     "Unit",
     "UnitKind",
+    "WeightUnit",
 ]
 
-UnitKind = Literal["selection", "input", "delta", "sequential", "affine", "parallel", "tokens"]
+UnitKind = Literal["selection", "weight", "input", "delta", "sequential", "affine", "parallel", "prefix", "queries", "tokens", "side", "shared"]
 
 
 class Unit(LowBit):
@@ -32,23 +39,32 @@ class Unit(LowBit):
     merging. Subclass one of the kinds below; the kind is a rule of composition:
 
     * selection: replaces tensors of the base, before everything else;
+    * weight: changes the weight of a linear layer as a whole;
     * input: changes what enters a linear layer;
     * delta: is added to the output of the base layer, computed from the same input;
     * sequential: changes what the layer and its deltas give;
     * affine: acts on what then leaves;
     * parallel: is added to a branch of a block, computed from what enters that branch;
-    * tokens: adds tokens to the sequence.
+    * prefix: adds keys and values to an attention;
+    * queries: reads what is inside the blocks and widens what enters the classifier;
+    * tokens: adds tokens to the sequence;
+    * side: reads what leaves the blocks and gives what leaves the model;
+    * shared: does nothing itself and holds tensors that other units of the adapter use.
+
+    What a unit trains are parameters; what it must remember besides are persistent buffers, and both are in the file.
     """
 
     kind: ClassVar[UnitKind]
-    no_decay: ClassVar[frozenset[str]] = frozenset()
+    no_decay: frozenset[str] = frozenset()
     """Tensors that must not decay, besides those of fewer than two dimensions."""
-    lr_factors: ClassVar[Mapping[str, float]] = {}
+    lr_factors: Mapping[str, float] = {}
     """Multiples of the learning rate, by tensor."""
     zero_gradient: frozenset[str] = frozenset()
     """Tensors whose gradient is zero by construction, which `verify` must not complain about."""
     identity_at_start: bool = True
     """Whether a new unit leaves the model's function as it is."""
+    passes_rows: bool = False
+    """Whether it makes rows beside the tokens, which blocks and attention modules must let pass."""
 
     def reset(self, generator: Generator) -> None:
         """Give every tensor its start value.
@@ -57,6 +73,26 @@ class Unit(LowBit):
             generator: Source of all randomness.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how it starts.")
+
+    def borrow(self, lender: Unit) -> None:
+        """Use the tensors of another unit of the same adapter too.
+
+        The lender keeps its one place in the model: there its tensors are counted, stored, moved and trained.
+
+        Args:
+            lender: The unit that holds them.
+        """
+        self._lender = (lender,)  # in a tuple, or PyTorch would register the lender's tensors here once more
+
+    @property
+    def lender(self) -> Unit | None:
+        """The unit whose tensors this one uses too, if any."""
+        held: tuple[Unit, ...] = self.__dict__.get("_lender", ())
+        return held[0] if held else None
+
+    def stored(self) -> dict[str, Tensor]:
+        """Give the tensors a file holds of this unit, by their names under `Method.stored`."""
+        return dict(self.state_dict())
 
     def fold_weight(self, weight: Tensor) -> Tensor:
         """Give the weight of the plain layer that does the same as `weight` and this unit together.
@@ -113,19 +149,49 @@ class SelectionUnit(Unit):
         return self._parameters.get(name)
 
 
+class SharedUnit(Unit):
+    """Tensors that several units of one adapter use; they get at them by `Unit.borrow`."""
+
+    kind = "shared"
+
+
+class WeightUnit(Unit):
+    """A change of a linear layer's weight as a whole, by `Unit.fold_weight`; it knows which rows it changes.
+
+    It is carried by the weight itself, so that the gradient of the whole weight is computed on the way: as dear as full
+    fine-tuning of that layer. Low-rank terms are better off as a `DeltaUnit`.
+    """
+
+    kind = "weight"
+
+    def fold_bias(self, bias: Tensor) -> Tensor:
+        """Leave the bias alone."""
+        return bias
+
+
 class DeltaUnit(Unit):
     """A low-rank term ``scale * B A`` added to a linear layer's weight."""
 
     kind = "delta"
 
+    scale: float
+    """Multiplier of the term."""
     start: int
     """First output row the term is added to."""
     stop: int
     """Row behind the last one."""
 
-    def branch(self) -> Branch | None:
-        """Give the term for the fused path, or None where only `term` computes it (dropout in training)."""
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Give A (rank, in) and B (rows, rank)."""
         raise NotImplementedError
+
+    def drops(self) -> bool:
+        """Tell whether dropout is on, so that only `term` computes the term."""
+        return False
+
+    def branch(self) -> Branch | None:
+        """Give the term for the fused path, or None where only `term` computes it."""
+        return None if self.drops() else Branch(*self.factors(), self.scale, self.start, self.stop)
 
     def term(self, x: Tensor) -> Tensor:
         """Compute the term by itself.
@@ -137,6 +203,13 @@ class DeltaUnit(Unit):
             (..., rows).
         """
         raise NotImplementedError
+
+    def fold_weight(self, weight: Tensor) -> Tensor:
+        """Add ``scale * B A`` to the rows."""
+        a, b = self.factors()
+        dtype = torch.promote_types(weight.dtype, a.dtype)
+        delta = (b.to(dtype) @ a.to(dtype)) * self.scale
+        return weight + F.pad(delta, (0, 0, self.start, weight.shape[0] - self.stop))
 
     def fold_bias(self, bias: Tensor) -> Tensor:
         """Leave the bias alone."""
@@ -239,6 +312,66 @@ class ParallelUnit(Unit):
         raise NotImplementedError
 
 
+class PrefixUnit(Unit):
+    """Keys and values of an adapter's own, in front of those of the tokens of an attention."""
+
+    kind = "prefix"
+    identity_at_start = False
+
+    def keys_values(self) -> tuple[Tensor, Tensor]:
+        """Give keys and values, (length, heads * width of a head) each; a key is not normalised further."""
+        raise NotImplementedError
+
+
+class QueryUnit(Unit):
+    """Queries of an adapter's own, which read the tokens of the blocks and which nothing sees."""
+
+    kind = "queries"
+    passes_rows = True
+    identity_at_start = False
+
+    length: int
+    """Number of queries of each block."""
+    blocks: tuple[int, ...]
+    """The blocks that are read."""
+    widths: tuple[int, ...]
+    """Their widths."""
+    detach_hidden: bool
+    """Whether the backbone runs without gradients."""
+
+    def rows(self, width: int) -> int:
+        """Count the rows of some width that hold what is read of one image."""
+        return -(-self.length * sum(self.widths) // width)
+
+    def enter(self, tokens: Tensor) -> Tensor:
+        """Change what enters the first block while training, if the method asks for it."""
+        return tokens
+
+    def asked(self, block: int, batch: int) -> Tensor | None:
+        """Give the queries of a block.
+
+        Args:
+            block: Index of the block.
+            batch: Number of images.
+
+        Returns:
+            (batch, length, width of the block), or None where the block is not read.
+        """
+        raise NotImplementedError
+
+    def features(self, pooled: Tensor, reads: Sequence[Tensor]) -> Tensor:
+        """Compute what enters the classifier.
+
+        Args:
+            pooled: The backbone's own feature (batch, width).
+            reads: What left at the queries of each block that is read, (batch, length, width of the block).
+
+        Returns:
+            (batch, features).
+        """
+        raise NotImplementedError
+
+
 class TokensUnit(Unit):
     """Learned tokens in the sequence; the family's own forward puts them there."""
 
@@ -259,5 +392,55 @@ class TokensUnit(Unit):
 
         Returns:
             (batch, length, width), or None where those that came out of the block before go on.
+        """
+        raise NotImplementedError
+
+
+class SideUnit(Unit):
+    """A network beside the backbone, which reads what leaves its blocks and gives what leaves the model."""
+
+    kind = "side"
+    identity_at_start = False
+
+    reads: frozenset[int]
+    """The blocks whose outputs it reads; what enters the first one it always reads, as block -1."""
+    depth: int
+    """Number of blocks of the backbone."""
+    detach_hidden: bool
+    """Whether the backbone runs without gradients."""
+
+    def climb(self, hidden: Mapping[int, Tensor], depth: int, checkpoints: bool) -> list[Tensor]:
+        """Run the network.
+
+        Args:
+            hidden: What leaves each block it reads, by block.
+            depth: Number of blocks of the backbone that were run.
+            checkpoints: Whether to compute its blocks again in the backward pass instead of keeping what they need.
+
+        Returns:
+            Its state behind each of these blocks.
+        """
+        raise NotImplementedError
+
+    def leave(self, state: Tensor) -> Tensor:
+        """Bring a state of the last stage to the backbone's width.
+
+        Args:
+            state: One of what `climb` gave.
+
+        Returns:
+            The shape of what leaves the backbone's last block.
+        """
+        raise NotImplementedError
+
+    def level(self, stage: int, state: Tensor) -> Tensor | None:
+        """Bring the state behind an earlier stage to the backbone's width.
+
+        Args:
+            stage: Index of the stage.
+            state: The state behind its last block.
+
+        Returns:
+            The shape of what leaves the stage, or None where the backbone's own map stands.
         """
         raise NotImplementedError

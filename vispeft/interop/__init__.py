@@ -1,6 +1,6 @@
 """Bridges to what others have: the authors' checkpoints."""
 
-from vispeft.interop import blocks, ssf, vpt
+from vispeft.interop import blocks, lst, shared, ssf, vpt, vqt
 from vispeft.interop.binary import load_binary
 from vispeft.interop.official import Source, list_sources, load_official, register_source, to_official
 
@@ -10,8 +10,11 @@ __all__ = [
     "list_sources",
     "load_binary",
     "load_official",
+    "lst",
     "register_source",
+    "shared",
     "ssf",
     "to_official",
     "vpt",
+    "vqt",
 ]

@@ -86,11 +86,24 @@ def hyper_of(metadata: Mapping[str, Any], source: str, *needed: str) -> dict[str
     return dict(found)
 
 
-def _width(tensors: Mapping[str, Tensor], ending: str) -> int:
+def ending_in(tensors: Mapping[str, Tensor], ending: str) -> Tensor:
+    """Take the first tensor of a kind.
+
+    Args:
+        tensors: Tensors under the authors' names.
+        ending: What the kind's names end in.
+
+    Raises:
+        FileError: If there is none.
+    """
     found = next((tensor for name, tensor in tensors.items() if name.endswith(ending)), None)
     if found is None:
         raise FileError(f"No tensor's name ends in {ending!r}; found {', '.join(sorted(tensors)[:3]) or 'nothing'}.")
-    return int(found.shape[0])
+    return found
+
+
+def _width(tensors: Mapping[str, Tensor], ending: str) -> int:
+    return int(ending_in(tensors, ending).shape[0])
 
 
 def _adaptformer(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], view: View) -> Method:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal, cast
@@ -15,11 +15,19 @@ from torch import Generator, Tensor, nn
 from vispeft.adapters.functional import linear
 from vispeft.adapters.method import Method, PlanItem, register
 from vispeft.adapters.quantize import check_bits, start_above_zero
-from vispeft.adapters.sites import View
+from vispeft.adapters.sites import Site, View
 from vispeft.adapters.units import ParallelUnit, SequentialUnit, Unit
 from vispeft.errors import ConfigError, SiteError
 
-__all__ = ["Adapter", "Bottleneck", "BottleneckUnit", "ParallelBottleneck", "SequentialBottleneck", "check_bottleneck"]
+__all__ = [
+    "Adapter",
+    "Bottleneck",
+    "BottleneckUnit",
+    "ParallelBottleneck",
+    "SequentialBottleneck",
+    "branch_ends",
+    "check_bottleneck",
+]
 
 LAYERNORM_EPS = 1e-5
 """PyTorch's default, which the public code keeps (jxhe/unify-parameter-efficient-tuning)."""
@@ -222,9 +230,7 @@ class Adapter(Method):
                 build = partial(ParallelBottleneck, self._shape(site.out_features), "mlp", self.reads)
                 yield PlanItem(site, "adapter", build)
             return
-        last = {"attn": "attn.proj", "mlp": "mlp.fc2"}
-        for place in self.sites(view):
-            site = next(s for s in view.at(last[place.role]) if s.block == place.block)
+        for site in branch_ends(view, self.sites(view)):
             yield PlanItem(site, "adapter", partial(SequentialBottleneck, self._shape(site.out_features)))
 
     def _shape(self, width: int) -> Bottleneck:
@@ -245,6 +251,21 @@ class Adapter(Method):
         per_width = 2 * self.bottleneck + (1 if self.bias else 0) + (2 if self.layernorm != "none" else 0)
         fixed = (self.bottleneck if self.bias else 0) + (1 if self.scale is None else 0)
         return sum(per_width * site.out_features + fixed for site in self.sites(view))
+
+
+def branch_ends(view: View, branches: Iterable[Site]) -> Iterator[Site]:
+    """Find the last linear layer of attention and MLP branches.
+
+    Args:
+        view: The model's description.
+        branches: Sites of role ``attn`` and ``mlp``.
+
+    Yields:
+        Of each the site of its last layer.
+    """
+    last = {"attn": "attn.proj", "mlp": "mlp.fc2"}
+    for branch in branches:
+        yield next(site for site in view.at(last[branch.role]) if site.block == branch.block)
 
 
 def check_bottleneck(method: Method, bottleneck: int, scale: float | None, dropout: float, *bits: int) -> None:

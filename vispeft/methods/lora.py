@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from vispeft.adapters.functional import Branch, linear
+from vispeft.adapters.functional import linear
 from vispeft.adapters.method import Method, PlanItem, register
 from vispeft.adapters.quantize import check_bits, start_above_zero
 from vispeft.adapters.sites import Site, View
@@ -61,11 +61,13 @@ class LowRank(DeltaUnit):
         self.A.uniform_(-bound, bound, generator=generator)
         start_above_zero(self.B, self.bits, generator)
 
-    def branch(self) -> Branch | None:
-        """Give the term for the fused path, unless dropout is on."""
-        if self.training and self.dropout.share > 0:
-            return None
-        return Branch(self.matrix("A"), self.matrix("B"), self.scale, self.start, self.stop)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Give A (rank, in) and B (rows, rank)."""
+        return self.matrix("A"), self.matrix("B")
+
+    def drops(self) -> bool:
+        """Tell whether dropout is on."""
+        return self.training and self.dropout.share > 0
 
     def term(self, x: Tensor) -> Tensor:
         """Compute the term by itself, with dropout."""
@@ -73,12 +75,6 @@ class LowRank(DeltaUnit):
         x = F.dropout(x, share, self.training and on_input)
         hidden = F.dropout(linear(x, self.matrix("A")), share, self.training and not on_input)
         return linear(hidden, self.matrix("B")) * self.scale
-
-    def fold_weight(self, weight: Tensor) -> Tensor:
-        """Add ``scale * B A`` to the rows."""
-        dtype = torch.promote_types(weight.dtype, self.A.dtype)
-        delta = (self.matrix("B").to(dtype) @ self.matrix("A").to(dtype)) * self.scale
-        return weight + F.pad(delta, (0, 0, self.start, weight.shape[0] - self.stop))
 
 
 @register

@@ -1,0 +1,282 @@
+"""Compacter: adapters whose matrices are sums of Kronecker products (Karimi Mahabadi et al., NeurIPS 2021).
+
+Paper: arXiv 2106.04647; public code rabeehk/compacter at e123daa (read for facts only, it has no licence).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from vispeft.adapters.functional import linear
+from vispeft.adapters.method import Method, PlanItem, register
+from vispeft.adapters.sites import Site, View
+from vispeft.adapters.units import SequentialUnit, SharedUnit
+from vispeft.errors import ConfigError, SiteError
+from vispeft.methods.adapter import branch_ends, check_bottleneck
+from vispeft.methods.norm_tuning import NormTuning
+
+__all__ = ["Compacter", "CompacterUnit", "PHMRule", "UnitShape", "phm_linear", "phm_matrix"]
+
+Factored = Tensor | tuple[Tensor, Tensor]
+"""A stack of matrices, or two stacks whose products these are."""
+SHARED_START, OWN_START = 1e-4, 1e-2
+"""Spread of a new rule: of one that all layers share, and of one that a layer has for itself (public code)."""
+
+
+def phm_matrix(rule: Factored, weight: Factored) -> Tensor:
+    """Build the matrix of a layer as a sum of Kronecker products: ``H = sum_i kron(rule_i, weight_i)``.
+
+    Args:
+        rule: (n, n, n), or its factors (n, n, k) and (n, k, n).
+        weight: (n, in / n, out / n), or its factors (n, in / n, k) and (n, k, out / n).
+
+    Returns:
+        H (in, out), which acts from the right: ``y = x H``.
+    """
+    rule, weight = _product(rule), _product(weight)
+    n, rows, columns = weight.shape
+    return torch.einsum("iab,icd->acbd", rule, weight).reshape(n * rows, n * columns)
+
+
+def phm_linear(x: Tensor, rule: Factored, weight: Factored, bias: Tensor | None = None) -> Tensor:
+    """Apply a parametrised hypercomplex layer: ``y = x H + b`` with the H of `phm_matrix`.
+
+    H is small beside the tokens, so it is cheaper to build it than to mix slices of every token.
+
+    Args:
+        x: (..., in).
+        rule: See `phm_matrix`.
+        weight: See `phm_matrix`.
+        bias: (out,) or None.
+
+    Returns:
+        (..., out), in the type of `x`.
+    """
+    return linear(x, phm_matrix(rule, weight).t(), bias)
+
+
+def _product(stack: Factored) -> Tensor:
+    return stack if isinstance(stack, Tensor) else stack[0] @ stack[1]
+
+
+class PHMRule(SharedUnit):
+    """The rule (n, n, n) of all layers of an adapter."""
+
+    no_decay = frozenset({"rule"})
+
+    def __init__(self, n: int, spread: float) -> None:
+        """Make room for the rule.
+
+        Args:
+            n: Number of Kronecker products, and side of the rule's matrices.
+            spread: Spread of its start values.
+        """
+        super().__init__()
+        self.spread = spread
+        self.rule = nn.Parameter(torch.empty(n, n, n))
+
+    def reset(self, generator: Generator) -> None:
+        """Draw the rule from a normal."""
+        self.rule.normal_(0.0, self.spread, generator=generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitShape:
+    """What a Compacter unit looks like."""
+
+    width: int
+    """Channels of the stream."""
+    middle: int
+    """Channels in between."""
+    n: int
+    """Number of Kronecker products."""
+    rank: int | None
+    """Rank of the blocks; None for full ones."""
+    own_rules: bool = False
+    """Whether it has rules of its own instead of borrowing one."""
+    spread: float = SHARED_START
+    """Spread of the start values of its rule or rules."""
+    bits: int = 32
+    """Bits per weight of the blocks."""
+
+
+class CompacterUnit(SequentialUnit):
+    """A bottleneck behind a layer: ``y + up(gelu(down(y)))`` with two PHM layers and the tanh form of GELU."""
+
+    no_decay = frozenset({"down_rule", "up_rule"})
+
+    def __init__(self, shape: UnitShape) -> None:
+        """Make room for the tensors.
+
+        Args:
+            shape: What the unit looks like.
+        """
+        super().__init__()
+        self.shape, self.bits = shape, shape.bits
+        # Both layers carry the rule, so that a small one closes the branch all but for rounding.
+        self.identity_at_start = shape.spread <= SHARED_START
+        n, k = shape.n, shape.rank
+        matrices = []
+        for layer, (rows, columns) in self._sides().items():
+            parts = {"": (rows, columns)} if k is None else {"_left": (rows, k), "_right": (k, columns)}
+            for part, (height, width) in parts.items():
+                matrices.append(f"{layer}{part}")
+                self.register_parameter(matrices[-1], nn.Parameter(torch.empty(n, height, width)))
+            self.register_parameter(f"{layer}_bias", nn.Parameter(torch.empty(n * columns)))
+            if shape.own_rules:
+                self.register_parameter(f"{layer}_rule", nn.Parameter(torch.empty(n, n, n)))
+        self.matrices = tuple(matrices)
+
+    def _sides(self) -> dict[str, tuple[int, int]]:
+        """Give rows and columns of each layer's blocks."""
+        width, middle = self.shape.width // self.shape.n, self.shape.middle // self.shape.n
+        return {"down": (width, middle), "up": (middle, width)}
+
+    def reset(self, generator: Generator) -> None:
+        """Draw blocks Glorot-uniform with a gain of sqrt(2), rules from a normal; biases are zero (public code)."""
+        for name in self.matrices:
+            for block in getattr(self, name):
+                nn.init.xavier_uniform_(block, gain=math.sqrt(2), generator=generator)
+        for layer in self._sides():
+            getattr(self, f"{layer}_bias").zero_()
+            if self.shape.own_rules:
+                getattr(self, f"{layer}_rule").normal_(0.0, self.shape.spread, generator=generator)
+
+    def follow(self, x: Tensor, y: Tensor) -> Tensor:
+        """Compute (..., width) from the layer's own output."""
+        return y + self.change(y)
+
+    def change(self, x: Tensor) -> Tensor:
+        """Compute what is added.
+
+        Args:
+            x: (..., width).
+
+        Returns:
+            The same shape.
+        """
+        return self._layer("up", F.gelu(self._layer("down", x), approximate="tanh"))
+
+    def _layer(self, layer: str, x: Tensor) -> Tensor:
+        if not self.shape.own_rules:
+            rule = cast(PHMRule, self.lender).rule
+        else:
+            rule = getattr(self, f"{layer}_rule")
+        parts = [self.matrix(name) for name in self.matrices if name.startswith(layer)]
+        weight = parts[0] if len(parts) == 1 else (parts[0], parts[1])
+        return phm_linear(x, rule, weight, getattr(self, f"{layer}_bias"))
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Compacter(Method):
+    """A bottleneck behind attention and MLP of each block, whose matrices are sums of Kronecker products.
+
+    ``h + up(gelu(down(h)))`` with h the output of the branch's last linear layer, in front of layer scale and residual
+    sum (the authors adapt a language model; this is the same place in a ViT). Compacter++ stands behind the MLP alone
+    (``roles=["mlp"]``); PHM-Adapter has ``rank=None, shared_rule=False, phm_dim=12``. The start is almost the identity.
+    """
+
+    bottleneck: int | None = None
+    """Channels in between; None for the width over `reduction`, rounded up to a multiple of `phm_dim`."""
+    phm_dim: int = 4
+    """Number of Kronecker products; it must divide the width and the channels in between (paper)."""
+    rank: int | None = 1
+    """Rank of the blocks (paper); None for full blocks."""
+    shared_rule: bool = True
+    """One rule for the whole adapter (paper), or two in each unit."""
+    reduction: int = 32
+    """Width over channels in between (paper)."""
+    rule_start: float | None = None
+    """Spread of the rules' start values; None for the public code's: 0.0001 where shared, 0.01 otherwise. Take
+    0.01 where a short training does not move it."""
+    train_layernorm: bool = False
+    """Whether the backbone's norms train as well, as in the authors' runs."""
+    drop_path: float = 0.0
+    """Rate of stochastic depth in the last block while training."""
+    bits: int = 32
+    """Bits per weight of the blocks (1, 2, 4, 8 or 32); rules and biases are not quantised."""
+    head_bits: int = 32
+    """Bits per weight of a classifier without a bias; 32 for a plain one."""
+
+    name: ClassVar[str] = "compacter"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2106.04647"
+    default_roles: ClassVar[tuple[str, ...]] = ("attn", "mlp")
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        check_bottleneck(self, self.bottleneck or self.reduction, self._spread, 0.0, self.bits, self.head_bits)
+        for field in ("bottleneck", "phm_dim", "rank", "reduction"):
+            value = getattr(self, field)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"Compacter({field}={value!r}): a whole number of at least 1 is needed.")
+        if self._spread < 0:
+            raise ConfigError(f"Compacter(rule_start={self.rule_start}): a spread above 0 is needed.")
+        for role in self.roles or ():
+            if role not in self.default_roles:
+                raise SiteError(f"Compacter stands at attn and mlp; {role!r} was asked for.")
+
+    def low_bit_head(self) -> int:
+        """Give the bits per weight of the classifier."""
+        return self.head_bits
+
+    def stochastic_depth(self) -> float:
+        """Give the rate of the last block."""
+        return self.drop_path
+
+    @property
+    def _spread(self) -> float:
+        return self.rule_start if self.rule_start is not None else SHARED_START if self.shared_rule else OWN_START
+
+    def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
+        """Put the shared rule at the first block and a bottleneck behind the last linear layer of each branch."""
+        ends = list(branch_ends(view, self.sites(view)))
+        lender = None
+        if self.shared_rule:
+            rule = PlanItem(next(view.blocks_of(ends)), "compacter_rule", partial(PHMRule, self.phm_dim, self._spread))
+            lender = rule.key
+            yield rule
+        for site in ends:
+            yield PlanItem(site, "compacter", partial(CompacterUnit, self._shape(site)), lender)
+        if self.train_layernorm:
+            yield from self._norms().items(view, model)
+
+    def _norms(self) -> NormTuning:
+        return NormTuning(blocks=self.blocks)
+
+    def _shape(self, site: Site) -> UnitShape:
+        width, n = site.out_features, self.phm_dim
+        middle = self.bottleneck or -(-(width // self.reduction or 1) // n) * n
+        if width % n or middle % n:
+            raise ConfigError(
+                f"Compacter(phm_dim={n}, bottleneck={self.bottleneck}): {site.path} is {width} wide, with {middle} "
+                f"channels in between; {n} must divide both. Choose another phm_dim or bottleneck."
+            )
+        return UnitShape(
+            width=width,
+            middle=middle,
+            n=n,
+            rank=self.rank,
+            own_rules=not self.shared_rule,
+            spread=self._spread,
+            bits=self.bits,
+        )
+
+    def parameter_count(self, view: View) -> int:
+        """Count ``2 k (d + m) + m + d`` per unit (``2 d m / n + m + d`` with full blocks), and ``n^3`` per rule."""
+        n, total = self.phm_dim, 0
+        ends = list(branch_ends(view, self.sites(view)))
+        for shape in map(self._shape, ends):
+            d, m = shape.width, shape.middle
+            total += (2 * d * m // n if self.rank is None else 2 * self.rank * (d + m)) + m + d
+        rules = 1 if self.shared_rule else 2 * len(ends)
+        return total + rules * n**3 + (self._norms().parameter_count(view) if self.train_layernorm else 0)

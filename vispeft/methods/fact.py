@@ -1,0 +1,232 @@
+"""FacT: factors of a weight tensor, shared by the whole model (Jie and Deng, AAAI 2023, arXiv 2212.03145)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from vispeft.adapters.functional import linear
+from vispeft.adapters.method import Method, PlanItem, register
+from vispeft.adapters.quantize import start_above_zero
+from vispeft.adapters.sites import Site, View
+from vispeft.adapters.units import DeltaUnit, SharedUnit
+from vispeft.errors import ConfigError, SiteError
+from vispeft.methods.adapter import check_bottleneck
+
+__all__ = ["FacT", "FacTFactors", "FacTUnit"]
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What all units of one set of factors have in common."""
+
+    width: int
+    """Width of the stream, and of one slice of a weight."""
+    rank: int
+    scale: float
+    dropout: float
+    bits: int
+
+
+class FacTFactors(SharedUnit):
+    """U (rank, width) and V (width, rank) of one set; in the Tucker form also the core C and the last factor P."""
+
+    def __init__(self, shape: _Shape, slices: int | None) -> None:
+        """Make room for the factors.
+
+        Args:
+            shape: What the set looks like.
+            slices: Number of slices that share the core; None for the tensor-train form, which has no core.
+        """
+        super().__init__()
+        self.bits = shape.bits
+        self.matrices = ("U", "V") if slices is None else ("U", "V", "C", "P")
+        self.U = nn.Parameter(torch.empty(shape.rank, shape.width))
+        self.V = nn.Parameter(torch.empty(shape.width, shape.rank))
+        self.C = None if slices is None else nn.Parameter(torch.empty(shape.rank, shape.rank, shape.rank))
+        self.P = None if slices is None else nn.Parameter(torch.empty(shape.rank, slices))
+
+    def reset(self, generator: Generator) -> None:
+        """Draw U as PyTorch draws a linear layer and C and P Xavier-uniform; V is zero (public code)."""
+        bound = 1 / math.sqrt(self.U.shape[1])
+        self.U.uniform_(-bound, bound, generator=generator)
+        start_above_zero(self.V, self.bits, generator)
+        for tensor in (self.C, self.P):
+            if tensor is not None:
+                nn.init.xavier_uniform_(tensor, generator=generator)
+
+
+class FacTUnit(DeltaUnit):
+    """The term of one linear layer: ``scale * V S U x``, with the layer cut into slices of the stream's width.
+
+    Slices of the input meet U each, slices of the output V each; what stands between, S (rank * slices out, rank *
+    slices in), is the unit's own tensor or, in the Tucker form, made of the shared core: ``S_j = sum_p C[:, :, p] P[p,
+    j]``. A last slice that is wider than what is left of the layer is cut off.
+    """
+
+    matrices = ("S",)
+
+    def __init__(self, site: Site, shape: _Shape, columns: range | None) -> None:
+        """Make room for the tensors.
+
+        Args:
+            site: The linear layer, or the slice of one.
+            shape: What the set of factors looks like.
+            columns: The layer's columns of P; None for the tensor-train form.
+        """
+        super().__init__()
+        self.scale, self.dropout, self.bits = shape.scale, shape.dropout, shape.bits
+        self.identity_at_start = shape.bits == 32
+        self.rank, self.columns = shape.rank, columns
+        self.sizes = site.in_features, site.out_features
+        self.start = 0 if site.rows is None else site.rows.start
+        self.stop = site.out_features if site.rows is None else site.rows.stop
+        self.slices = _slices(site.in_features, shape.width), _slices(site.out_features, shape.width)
+        before, behind = (count * shape.rank for count in self.slices)
+        self.S = nn.Parameter(torch.empty(behind, before)) if columns is None else None
+
+    def reset(self, generator: Generator) -> None:
+        """Draw S as PyTorch draws a linear layer (public code)."""
+        if self.S is not None:
+            bound = 1 / math.sqrt(self.S.shape[1])
+            self.S.uniform_(-bound, bound, generator=generator)
+
+    def _shared(self, name: str) -> Tensor:
+        return cast(FacTFactors, self.lender).matrix(name)
+
+    def _middle(self) -> Tensor:
+        """Give S, (rank * slices out, rank * slices in)."""
+        if self.columns is None:
+            return self.matrix("S")
+        part = self._shared("P")[:, self.columns.start : self.columns.stop]
+        # The public code reshapes (rank, rank, slices) row by row, so that the slice runs fastest.
+        core = (self._shared("C") @ part).reshape(self.rank, -1)
+        return core if self.slices[0] > 1 else core.t()
+
+    def _first(self) -> Tensor:
+        """Give ``S U``, (rank * slices out, in)."""
+        before, behind = self.slices
+        by_slice = self._middle().reshape(behind * self.rank, before, self.rank) @ self._shared("U")
+        return by_slice.reshape(behind * self.rank, -1)[:, : self.sizes[0]]
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Give two factors of the whole term: of the narrower inner width, which is the rank on either side."""
+        before, behind = self.slices
+        if behind == 1:
+            return self._first(), self._shared("V")
+        u = torch.block_diag(*[self._shared("U")] * before)[:, : self.sizes[0]]
+        by_slice = self._shared("V") @ self._middle().reshape(behind, self.rank, before * self.rank)
+        return u, by_slice.flatten(0, 1)[: self.sizes[1]]
+
+    def drops(self) -> bool:
+        """Tell whether dropout is on; it acts between S and V."""
+        return self.training and self.dropout > 0
+
+    def term(self, x: Tensor) -> Tensor:
+        """Compute the term by itself, with dropout."""
+        if self.slices[0] == 1:
+            hidden = linear(linear(x, self._shared("U")[:, : self.sizes[0]]), self._middle())
+        else:
+            hidden = linear(x, self._first())
+        hidden = F.dropout(hidden, self.dropout, self.training)
+        by_slice = linear(hidden.unflatten(-1, (self.slices[1], self.rank)), self._shared("V"))
+        return by_slice.flatten(-2)[..., : self.sizes[1]] * self.scale
+
+
+def _slices(features: int, width: int) -> int:
+    """Count the slices of the stream's width that cover a layer's side."""
+    return -(-features // width)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class FacT(Method):
+    """Low-rank terms at all linear layers of the blocks, whose outer factors U and V all layers share.
+
+    The weights of a block are twelve square slices: q, k, v, the output projection and four each of the two MLP layers.
+    In the tensor-train form (``tt``) each slice has a small matrix of its own between U and V; in the Tucker form
+    (``tk``) these come from one core, and each slice has one column. A Swin has one set per stage. Layers that are no
+    whole number of slices wide (SwiGLU) count a last slice that is cut off (form of this project).
+    """
+
+    rank: int = 16
+    """Width in between; 4 to 16 (tt) and 16 or 32 (tk) in the paper."""
+    scale: float = 1.0
+    """Multiplier of the terms; the paper tunes it by task from 0.01 to 100."""
+    variant: Literal["tt", "tk"] = "tt"
+    """Tensor train, or Tucker."""
+    dropout: float = 0.1
+    """Share of channels in front of V dropped while training (public code)."""
+    drop_path: float = 0.0
+    """Rate of stochastic depth in the last block while training; 0.1 in the paper."""
+    bits: int = 32
+    """Bits per weight of all factors (1, 2, 4, 8 or 32)."""
+    head_bits: int = 32
+    """Bits per weight of a classifier without a bias; 32 for a plain one."""
+
+    name: ClassVar[str] = "fact"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2212.03145"
+    default_roles: ClassVar[tuple[str, ...]] = ("attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        check_bottleneck(self, self.rank, self.scale, self.dropout, self.bits, self.head_bits)
+        if self.variant not in ("tt", "tk"):
+            raise ConfigError(f"FacT(variant={self.variant!r}): choose 'tt' or 'tk'.")
+
+    def low_bit_head(self) -> int:
+        """Give the bits per weight of the classifier."""
+        return self.head_bits
+
+    def stochastic_depth(self) -> float:
+        """Give the rate of the last block."""
+        return self.drop_path
+
+    def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
+        """Put each set of factors at the first block that uses it, and a term at each layer."""
+        for sites in self._sets(view):
+            block = next(view.blocks_of(sites))
+            shape = _Shape(block.out_features, self.rank, self.scale, self.dropout, self.bits)
+            slices = sum(_square_slices(site, shape.width) for site in sites)
+            tucker = self.variant == "tk"
+            factors = PlanItem(block, "fact_factors", partial(FacTFactors, shape, slices if tucker else None))
+            yield factors
+            column = 0
+            for site in sites:
+                columns = range(column, column := column + _square_slices(site, shape.width))
+                build = partial(FacTUnit, site, shape, columns if tucker else None)
+                yield PlanItem(site, "fact", build, lender=factors.key)
+
+    def _sets(self, view: View) -> Iterator[list[Site]]:
+        """Share the sites out by stage, which has one width."""
+        sites = self.sites(view)
+        for site in sites:
+            if site.kind != "linear" or site.block is None:
+                raise SiteError(f"FacT acts on linear layers of the blocks; {site.role!r} is none.")
+        for stage in view.stages:
+            inside = [site for site in sites if site.block in stage]
+            if inside:
+                yield inside
+
+    def parameter_count(self, view: View) -> int:
+        """Count ``2 r d + 12 L r^2`` (tt) or ``2 r d + 12 L r + r^3`` (tk) per set, by the slices there are."""
+        blocks = {site.block: site.out_features for site in view.at("block")}
+        per_slice = self.rank**2 if self.variant == "tt" else self.rank
+        total = 0
+        for sites in self._sets(view):
+            width = blocks[sites[0].block]
+            total += 2 * self.rank * width + (0 if self.variant == "tt" else self.rank**3)
+            total += per_slice * sum(_square_slices(site, width) for site in sites)
+        return total
+
+
+def _square_slices(site: Site, width: int) -> int:
+    return _slices(site.in_features, width) * _slices(site.out_features, width)
