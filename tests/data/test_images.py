@@ -1,5 +1,4 @@
 import io
-import random
 
 import numpy as np
 import pytest
@@ -68,24 +67,23 @@ def test_an_unreadable_image_is_named(tmp_path, content):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow says much about such bytes
-@pytest.mark.parametrize("kind", ["jpg", "gif", "tif", "png"])
+@pytest.mark.parametrize("kind", ["jpeg", "tiff", "webp"])
 def test_whatever_broken_bytes_do_to_pillow_the_image_is_named(kind):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8))
-    whole, exif, draw = io.BytesIO(), Image.Exif(), random.Random(0)
-    exif[0x0112] = 6
-    image.save(whole, {"jpg": "JPEG", "tif": "TIFF"}.get(kind, kind), **({} if kind == "gif" else {"exif": exif}))
-    for _ in range(400):
-        content = bytearray(whole.getvalue())
-        for _ in range(draw.choice((1, 2, 8))):
-            content[draw.randrange(min(len(content), 100))] = draw.randrange(256)
-        known = look_at(io.BytesIO(content), full=True)
-        if known.problem:
-            assert known.problem in ("truncated", "broken")
-            assert known.reason
-        try:
-            assert read_image(io.BytesIO(content), "mine").shape[0] == 3
-        except DataError as error:
-            assert str(error).startswith("mine cannot be read as an image (")  # noqa: PT017 - most can be read
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112], exif[0x0131], exif[0x011A] = 6, "x", 72.0
+    image.save(file, kind, exif=exif)
+    whole = file.getvalue()
+    for place in range(min(len(whole), 300)):
+        for byte in (b"\0", b"\2"):
+            content = whole[:place] + byte + whole[place + 1 :]
+            known = look_at(io.BytesIO(content), full=True)
+            assert bool(known.reason) == bool(known.problem)
+            assert known.problem in ("", "truncated", "broken")
+            try:
+                assert read_image(io.BytesIO(content), "mine").shape[0] == 3
+            except DataError as error:
+                assert str(error).startswith("mine cannot be read as an image (")  # noqa: PT017 - most can be read
 
 
 def test_images_are_found_in_order(tmp_path):
