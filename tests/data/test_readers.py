@@ -312,6 +312,25 @@ def test_a_torchvision_set_on_disk_is_read(tmp_path):
     assert {finding.code for finding in data.report().of("fact")} >= {"grayscale", "drawn-splits"}
 
 
+def test_faults_nobody_can_mend_do_not_refuse_a_torchvision_set(tmp_path):
+    raw = make_idx(tmp_path) / "FashionMNIST/raw"
+    images, test = raw / "train-images-idx3-ubyte", raw / "t10k-images-idx3-ubyte"
+    test.write_bytes(test.read_bytes()[:-784] + images.read_bytes()[16 : 16 + 784])  # one image in train and in test
+    data = ready(TorchvisionData(dataset="FashionMNIST", root=str(tmp_path), check="full"))
+    found = {finding.code: finding for finding in data.report().of("warning")}
+    assert {"splits-overlap", "labels-disagree"} <= set(found)
+    assert "FashionMNIST train[0] = test FashionMNIST test[19]" in found["splits-overlap"].line()
+
+
+def test_a_torchvision_set_that_was_cut_short_is_refused(tmp_path):
+    raw = make_idx(tmp_path) / "FashionMNIST/raw"
+    whole = (raw / "train-images-idx3-ubyte").read_bytes()
+    for size in (0, 3, 10, 500):
+        (raw / "train-images-idx3-ubyte").write_bytes(whole[:size])
+        with pytest.raises(DataError, match=r"torchvision cannot open FashionMNIST in '.*' \(.+\)"):
+            TorchvisionData(dataset="FashionMNIST", root=str(tmp_path)).read()
+
+
 def test_cifar_in_its_published_layout_is_read(tmp_path, monkeypatch):
     random = np.random.default_rng(0)
     place = tmp_path / "cifar-10-batches-py"
@@ -419,3 +438,25 @@ def test_shards_with_faults_are_refused(shards):
     (shards / "short.tar").write_bytes(whole[: len(whole) // 3])
     with pytest.raises(DataError, match=r"cut short; make or copy them again: short\.tar"):
         ready(WebDatasetData(train_shards=str(shards / "short.tar")))
+
+
+def test_of_several_members_the_image_is_taken_and_two_images_are_refused(tmp_path):
+    painter = Painter()
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number in range(12):
+            for ending in ("png", "seg.png"):
+                archive.add(painter.paint(tmp_path / f"{number}.{ending}"), f"{number}.{ending}")
+            (tmp_path / "label").write_text(str(number % 2))
+            archive.add(tmp_path / "label", f"{number}.cls")
+    data = ready(WebDatasetData(train_shards=str(tmp_path / "a.tar"), validation=0.3, test=0.3))
+    assert names_of(data.read().splits["train"]) == [f"a.tar:{number}.png" for number in range(12)]
+    with tarfile.open(tmp_path / "a.tar", "a") as archive:
+        archive.add(painter.paint(tmp_path / "x.bmp"), "5.bmp")
+    with pytest.raises(DataError, match=r"Several images under one name in train.*: a\.tar:5\.bmp"):
+        ready(WebDatasetData(train_shards=str(tmp_path / "a.tar")))
+
+
+@pytest.mark.parametrize("settings", [{"label": "json"}, {"label": "cls:x"}, {"label": ""}, {"names": ["a", "a"]}])
+def test_wrong_settings_of_shards_are_refused_at_once(settings):
+    with pytest.raises(ConfigError):
+        WebDatasetData(train_shards="a.tar", **settings)

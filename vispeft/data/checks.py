@@ -189,14 +189,13 @@ def _contents(listing: Listing, facts: Mapping[str, list[ImageFacts]], full: boo
     twice = "{n} listed twice in a split; leave one of each"
     copies = "{n} with equal pixels in a split; keep one of each unless that is meant"
     # Published lists are used as they are, and some of the published sets have equal images in train and test.
-    level = "error" if listing.published is None else "warning"
+    level = listing.blame
     known = {place for places in by_name.values() for place in places}
     found = _counted("error", "same-file-in-two-splits", same_file, by_name["across"])
     found += _counted(level, "splits-overlap", same_pixels, [p for p in by_pixels["across"] if p not in known])
     found += _counted("warning", "listed-twice", twice, by_name["inside"])
     found += _counted("warning", "duplicates", copies, [p for p in by_pixels["inside"] if p not in known])
     text = "{n} that occur with different labels; one of the labels is wrong"
-    level = "error" if listing.published is None else "warning"
     disagreeing = dict.fromkeys([*by_name["disagreeing"], *by_pixels["disagreeing"]])
     found += _counted(level, "labels-disagree", text, list(disagreeing))
     if not full and len(listing.splits) > 1:
@@ -255,7 +254,7 @@ def _targets(listing: Listing) -> list[Finding]:
         if name != "train":
             alone = [names[i] for i, count in enumerate(numbers) if count and not train[i]]
             text = f"{name} has classes that train lacks and that cannot be learned; add images of them to train"
-            level = "error" if listing.target == "class" and listing.published is None else "warning"
+            level = listing.blame if listing.target == "class" else "warning"
             found += gather(level, {(f"unseen-in-{name}", text): alone})
     absent = [names[i] for i, count in enumerate(everywhere) if not count]
     text = "No image at all of some classes (do the labels start at 0?)"

@@ -99,8 +99,15 @@ class Listing:
     """What is wrong or worth knowing already."""
     published: Published | None = None
     """What is known about the data set, if it is a known one."""
+    settled: bool = False
+    """Whether it is a published set that is used as it is, although nothing is known here about its numbers."""
     repeats: frozenset[str] = frozenset()
     """Splits that have images of other splits because the protocol says so."""
+
+    @property
+    def blame(self) -> Literal["error", "warning"]:
+        """How bad faults are that nobody can mend in a published set, such as equal images in train and test."""
+        return "error" if self.published is None and not self.settled else "warning"
 
     @property
     def broken(self) -> bool:

@@ -13,8 +13,8 @@ from typing import Any
 from vispeft.data.listed import ListedData
 from vispeft.data.listing import Finding, ListedSplit, Listing, Published, Target, gather
 from vispeft.data.sources import FileSource
-from vispeft.data.targets import Entry, encode
-from vispeft.errors import ConfigError, DataError
+from vispeft.data.targets import Entry, check_labelling, encode
+from vispeft.errors import DataError
 
 __all__ = ["ImageListData", "JsonData", "ListFileData", "list_splits", "read_json", "read_lines"]
 
@@ -51,12 +51,7 @@ class ListFileData(ListedData):
             ConfigError: If a setting cannot work.
         """
         super().__init__(**settings)
-        if target not in ("class", "multilabel", "regression"):
-            raise ConfigError(
-                f"{type(self).__name__}(target={target!r}): the choices are class, multilabel and regression."
-            )
-        if names is not None and len(set(names)) != len(names):
-            raise ConfigError(f"{type(self).__name__}: names has the same name twice.")
+        check_labelling(type(self).__name__, target, names)
         given = {"train": train_list, "validation": validation_list, "test": test_list}
         self.lists = {split: Path(path) for split, path in given.items() if path is not None}
         self.root = Path(root) if root is not None else self.lists["train"].parent

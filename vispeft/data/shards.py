@@ -20,7 +20,7 @@ from vispeft.data.images import EXTENSIONS
 from vispeft.data.listed import ListedData
 from vispeft.data.listing import Finding, ListedSplit, Listing, Target, gather
 from vispeft.data.sources import ShardSource
-from vispeft.data.targets import Entry, encode
+from vispeft.data.targets import Entry, check_labelling, encode
 from vispeft.errors import ConfigError, DataError
 
 __all__ = ["WebDatasetData", "expand"]
@@ -61,8 +61,13 @@ class WebDatasetData(ListedData):
             ConfigError: If a setting cannot work.
         """
         super().__init__(**settings)
-        if target not in ("class", "multilabel", "regression"):
-            raise ConfigError(f"WebDatasetData(target={target!r}): the choices are class, multilabel and regression.")
+        check_labelling("WebDatasetData", target, names)
+        ending, _, key = label.partition(":")
+        if not ending or (ending == "json") != bool(key):
+            raise ConfigError(
+                f"WebDatasetData(label={label!r}): give the ending of a member, such as cls, or json:KEY for a key of "
+                "a JSON member."
+            )
         given = {"train": train_shards, "validation": validation_shards, "test": test_shards}
         self.patterns = {split: pattern for split, pattern in given.items() if pattern is not None}
         self.label, self.target, self.names = label, target, None if names is None else tuple(names)
@@ -79,13 +84,16 @@ class WebDatasetData(ListedData):
         for split, pattern in self.patterns.items():
             members[split], entries[split] = {}, []
             lost: list[str] = []
+            several: list[str] = []
             shards = expand(pattern)
             for shard in shards:
-                self._list(shard, members[split], entries[split], lost)
+                self._list(shard, members[split], entries[split], lost, several)
             text = "Shards without the end mark of a tar file, so they were cut short; make or copy them again"
             findings += gather("error", {("shard-cut-short", text): [s.name for s in shards if not _ended(s)]})
             text = f"Labels in {split} without an image of their name; is a member missing?"
             findings += gather("error", {("label-without-image", text): lost})
+            text = f"Several images under one name in {split}, so it cannot be told which one is meant"
+            findings += gather("error", {("several-images", text): several})
             if not entries[split]:
                 raise DataError(f"There is no image in the shards {pattern}; looked for {', '.join(EXTENSIONS)}.")
         names, encoded, problems = encode(entries, self.target, self.names)
@@ -96,7 +104,9 @@ class WebDatasetData(ListedData):
         place = ", ".join(self.patterns.values())
         return Listing(place, names, splits, self.target, [*findings, *problems])
 
-    def _list(self, shard: Path, members: dict[str, Member], entries: list[Entry], lost: list[str]) -> None:
+    def _list(
+        self, shard: Path, members: dict[str, Member], entries: list[Entry], lost: list[str], several: list[str]
+    ) -> None:
         """List one shard: a sample is what shares folder and name up to the first dot."""
         ending, _, key = self.label.partition(":")
         images: dict[str, Member] = {}
@@ -107,7 +117,10 @@ class WebDatasetData(ListedData):
                     if not member.isfile():
                         continue
                     sample, _, kind = _parts(member.name)
-                    if f".{kind.rpartition('.')[2].lower()}" in EXTENSIONS:
+                    # The whole ending counts: a.seg.png beside a.jpg is a mask.
+                    if f".{kind.lower()}" in EXTENSIONS:
+                        if sample in images:
+                            several.append(f"{shard.name}:{member.name}")
                         images[sample] = (str(shard), member.name, member.offset_data, member.size)
                     elif kind == ending:
                         content = archive.extractfile(member)

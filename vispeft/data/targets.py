@@ -6,14 +6,15 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from vispeft.data.listing import Finding, Target, gather
+from vispeft.errors import ConfigError
 
-__all__ = ["Entry", "LabelError", "encode"]
+__all__ = ["Entry", "LabelError", "check_labelling", "encode"]
 
 
 class LabelError(ValueError):
@@ -43,6 +44,23 @@ UNNAMED = 1000
 """So many classes without names are taken as they come; more only where there are as many images."""
 
 MISSING = LabelError("label-missing", "without a label; give one, or leave the image out")
+
+
+def check_labelling(owner: str, target: str, names: Sequence[str] | None) -> None:
+    """Check the settings that say what labels mean.
+
+    Args:
+        owner: The data module, for messages.
+        target: What kind of targets they are.
+        names: Names of the classes, or None.
+
+    Raises:
+        ConfigError: If one of them cannot work.
+    """
+    if target not in get_args(Target):
+        raise ConfigError(f"{owner}(target={target!r}): the choices are class, multilabel and regression.")
+    if names is not None and len(set(names)) != len(names):
+        raise ConfigError(f"{owner}: names has the same name twice.")
 
 
 def encode(

@@ -102,16 +102,17 @@ class TorchvisionData(ListedData):
             for split, data in opened.items()
         }
         names = _names(opened["train"], max(int(split.targets.max()) for split in splits.values()) + 1)
-        return Listing(f"{self.root} ({self.dataset})", names, splits)
+        return Listing(f"{self.root} ({self.dataset})", names, splits, settled=True)
 
     def _open(self, arguments: Mapping[str, Any]) -> Any:
         cls = getattr(datasets, self.dataset)
         quiet = {"download": False} if "download" in inspect.signature(cls).parameters else {}
         try:
             return cls(str(self.root), **arguments, **quiet)
-        except (RuntimeError, OSError, ImportError, ValueError) as error:
+        except Exception as error:  # files that were cut short lead it to assertions, pickle's errors and others
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(
-                f"torchvision cannot open {self.dataset} in {str(self.root)!r} ({' '.join(str(error).split())}). "
+                f"torchvision cannot open {self.dataset} in {str(self.root)!r} ({reason}). "
                 f"It is not downloaded here: put {SETS[self.dataset][1]} into that folder. If it is there, compare "
                 "with what torchvision says above."
             ) from error
