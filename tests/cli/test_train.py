@@ -13,7 +13,7 @@ from PIL import Image
 import vispeft
 from vispeft.cli import train as train_tool
 from vispeft.cli.common import run_tool
-from vispeft.cli.config import ConfigCLI, class_path, method_node, method_presets
+from vispeft.cli.config import ConfigCLI, build_method, class_path, method_node, method_presets
 from vispeft.errors import FileError
 from vispeft.viz import read_history
 
@@ -101,7 +101,7 @@ def test_one_seed_for_weights_and_order(config):
 def test_presets_are_methods(name):
     node = method_node(name)
     assert issubclass(vispeft.__dict__[node["class_path"].rpartition(".")[2]], vispeft.Method)
-    assert vispeft.method(name, **node["init_args"])
+    assert build_method(node).name in vispeft.list_methods()
     assert method_presets()[name].read_text().startswith("# python tools/train.py ")
 
 
@@ -159,6 +159,7 @@ REFUSED = {
     "no validation": (["--trainer.limit_val_batches=0"], "the best epoch is chosen on validation"),
     "unknown checkpoint key": (["--checkpoints.minute=1"], "Did you mean 'checkpoints.minutes'"),
     "no time between checkpoints": (["--checkpoints.minutes=0"], "checkpoints.minutes is 0"),
+    "several processes": (["--trainer.devices=2", "--trainer.accelerator=cpu"], "asks for 2 processes"),
     "dry run": (["--trainer.fast_dev_run=true"], "makes no run directory"),
     "no such file": (["--model.weights=none.safetensors", "--model.backbone_args={}"], "no such file"),
 }
