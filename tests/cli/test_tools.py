@@ -98,6 +98,8 @@ def test_merge_writes_a_plain_timm_model(finished, run_cli, tmp_path):
         expected = task(images)
         assert torch.allclose(model(images), expected, atol=1e-5 * float(expected.abs().max()))
     assert described["class_names"] == list("0123456789")
+    assert described["output"] == json.loads((finished / "adapter/adapter.json").read_text())["output"]
+    assert described["output"]["temperature"] > 0
     again = run_cli("merge", finished, "--out", tmp_path / "plain.safetensors")
     assert "not overwritten" in again.err
     assert "should end in .safetensors" in run_cli("merge", finished, "--out", tmp_path / "plain.pth").err

@@ -177,6 +177,19 @@ def test_class_weights_come_from_the_training_images():
         balanced_pos_weights(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), 2)
 
 
+def test_scores_that_look_like_probabilities_are_none():
+    task = make()
+    generator = torch.Generator().manual_seed(0)
+    scores, labels = torch.rand(200, 3, generator=generator), torch.randint(3, (200,), generator=generator)
+    metrics = task.make_metrics("test")
+    metrics.update(*task.for_metrics(scores, labels))
+    found = metrics.compute()
+    assert float(found["test/calibration_error"]) == pytest.approx(
+        _calibration_error(scores.softmax(1), labels), abs=1e-5
+    )
+    assert float(found["test/accuracy"]) == pytest.approx(float((scores.argmax(1) == labels).float().mean()))
+
+
 def test_the_temperature_is_the_one_that_was_used():
     generator = torch.Generator().manual_seed(0)
     true = torch.randn(4000, 5, generator=generator) * 2

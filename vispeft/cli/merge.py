@@ -85,6 +85,7 @@ def merge_run(run: Run, out: Path) -> dict[str, Any]:
         "args": args,
         "class_names": source["class_names"],
         "preprocessing": source["preprocessing"],
+        "output": source["output"],
         "metrics": source["metrics"],
         "method": source["method"],
         "max_error": error,

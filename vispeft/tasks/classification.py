@@ -116,7 +116,9 @@ class Classification(SupervisedTask):
             scores: Class scores (B, classes).
             targets: Labels (B,), or shares per class (B, classes).
         """
-        return scores, targets.argmax(dim=1) if targets.is_floating_point() else targets
+        # torchmetrics takes scores for probabilities where all of a batch happen to lie between 0 and 1; logarithms of
+        # probabilities never do.
+        return scores.log_softmax(dim=1), targets.argmax(dim=1) if targets.is_floating_point() else targets
 
     def take_targets(self, targets: Tensor) -> None:
         """Compute balanced class weights.
