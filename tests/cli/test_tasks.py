@@ -10,6 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from tests.cli.conftest import call
+from tests.data.published import Painter, make_vtab_task
 from tests.tiny import CONFIG
 from vispeft.cli.config import ConfigCLI
 from vispeft.cli.evaluate import load_run
@@ -90,6 +91,23 @@ def test_settings_of_the_base_are_known_and_near_ones_are_named(config, run_cli)
     assert (cli.model.class_weights, cli.model.label_smoothing, cli.model.warmup) == ("balanced", 0.1, 0.2)
     assert "Did you mean 'model.warmup'" in run_cli("train", config, "--model.warmupp=1").err
     assert "give 'balanced', or one finite number" in run_cli("train", config, "--model.class_weights=[1,2]").err
+
+
+def test_the_last_epoch_is_kept_only_where_it_is_validated(run_cli, tmp_path):
+    make_vtab_task(tmp_path, "kitti", Painter())
+    text = CONFIG.replace("vispeft.data.DigitsData", "Vtab1kData").replace(
+        "batch_size: 256", f"batch_size: 4\n    root: {tmp_path}\n    task: kitti"
+    )
+    (tmp_path / "vtab.yaml").write_text(text)
+    seldom = "--trainer.check_val_every_n_epoch=2"
+    result = run_cli("train", tmp_path / "vtab.yaml", seldom, "--out", tmp_path / "run")
+    assert result.status == 2
+    assert "Vtab1kData keeps the last epoch, which has to be one that is validated" in result.err
+    result = run_cli("train", tmp_path / "vtab.yaml", seldom, "--data.protocol=tune", "--out", tmp_path / "tune")
+    assert result.status == 0, result.err
+    result = run_cli("train", tmp_path / "vtab.yaml", "--out", tmp_path / "final")
+    assert result.status == 0, result.err
+    assert "Last of 2 epochs: epoch 2" in result.out
 
 
 def test_predictions_need_no_training_data(run_cli, tmp_path):

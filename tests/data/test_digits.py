@@ -26,6 +26,12 @@ def test_splits_are_whole_disjoint_and_stratified(digits):
         assert counts.max() - counts.min() <= 5
 
 
+def test_two_folds_leave_images_to_train_on():
+    data = DigitsData(folds=2, validation=0.5, image_size=8, mean=(0.5,) * 3, std=(0.5,) * 3)
+    data.setup()
+    assert [len(data.split(name)) for name in ("train", "validation", "test")] == [449, 449, 899]
+
+
 def test_split_does_not_depend_on_the_training_seed(digits):
     other = DigitsData(**SETTINGS, seed=7)
     other.setup()

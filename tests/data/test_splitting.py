@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vispeft.data.splitting import cross_validation, hold_out, strata
+from vispeft.data.splitting import cross_validation, hold_out, share_of_rest, strata
 
 
 @settings(max_examples=60, deadline=None)
@@ -18,6 +18,13 @@ def test_what_is_held_out_has_its_share_of_every_class(labels, share, seed):
         assert taken < count
     again = hold_out(targets, share, seed)
     assert torch.equal(again[1], held)
+
+
+def test_a_share_of_all_images_is_one_of_what_the_test_images_leave():
+    assert share_of_rest(0.2, 0.2) == pytest.approx(0.25)
+    assert share_of_rest(0.6, 0.2) == pytest.approx(0.75)
+    assert share_of_rest(0.2, 0) == 0.2
+    assert share_of_rest(0.5, 1 / 2) == 0.5
 
 
 @settings(max_examples=60, deadline=None)

@@ -235,6 +235,12 @@ def test_other_data_another_backbone_or_method_are_refused(stopped, tmp_path):
     shutil.copytree(stopped, tmp_path / "run")
     with pytest.raises(DataError, match="images was 359 and is 269"):
         fit(tmp_path / "run", make(), data=DigitsData(**{**DATA, "test": 0.8}))
+    relabelled = DigitsData(**DATA)
+    relabelled.fit_to(make().preprocessing)
+    relabelled.setup()
+    relabelled.split("train").targets[0] = 9 - relabelled.split("train").targets[0]
+    with pytest.raises(DataError, match="digest of the targets was"):
+        fit(tmp_path / "run", make(), data=relabelled)
     with pytest.raises(FileError, match="trained tensors"):
         fit(tmp_path / "run", make(method=vispeft.SSF()))
     with pytest.raises(FileError, match="no average of the weights"):

@@ -83,7 +83,7 @@ class ConfigCLI(LightningCLI):
                 AdapterTask,
                 LightningDataModule,
                 save_config_callback=None,
-                trainer_defaults={"max_epochs": 20, "log_every_n_steps": 1},
+                trainer_defaults={"max_epochs": 20, "log_every_n_steps": 1, "devices": 1},
                 seed_everything_default=0,
                 parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
                 subclass_mode_model=True,

@@ -164,6 +164,8 @@ def _prepared(cli: ConfigCLI) -> ConfigCLI:
     """Check everything that can be checked before training, and give the adapter its start."""
     task, data = cli.model, cli.datamodule
     _check(cli.trainer_settings)
+    _check_processes(cli.trainer)
+    _check_last(cli.trainer_settings, data)
     if isinstance(data, ImageData):
         data.fit_to(task.preprocessing)
         data.setup()
@@ -242,6 +244,24 @@ def _check(settings: dict[str, Any]) -> None:
         raise ConfigError("trainer.limit_val_batches is 0, and the best epoch is chosen on validation. Give more.")
     if epochs in (None, -1) and steps == -1:
         raise ConfigError("trainer.max_epochs sets no end, and the learning rate needs one. Give a number.")
+
+
+def _check_processes(trainer: Trainer) -> None:
+    processes = trainer.num_devices * trainer.num_nodes
+    if processes > 1:
+        raise ConfigError(
+            f"trainer.devices asks for {processes} processes, and tools/train.py trains in one: each of them would "
+            "begin a run directory of its own. Set trainer.devices to 1."
+        )
+
+
+def _check_last(settings: dict[str, Any], data: Any) -> None:
+    every = settings.get("check_val_every_n_epoch", 1)
+    if every != 1 and not getattr(data, "validation_chooses", True):
+        raise ConfigError(
+            f"trainer.check_val_every_n_epoch is {every}, and {type(data).__name__} keeps the last epoch, which has to "
+            "be one that is validated. Leave it out."
+        )
 
 
 def _trainer(place: Path, cli: ConfigCLI, found: Found | None) -> Trainer:

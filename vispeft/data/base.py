@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -296,7 +297,7 @@ class ImageData(LightningDataModule, ABC):
         (epoch, batches), self._position = self._position, (0, 0)
         return self._loader(split, EpochSampler(len(split), self.seed, (epoch, batches * self.batch_size)))  # type: ignore[arg-type]
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Say how far a training has come through the images; Lightning puts it into checkpoints."""
         if self.trainer is None or not self._splits:
             return {}
@@ -305,7 +306,7 @@ class ImageData(LightningDataModule, ABC):
         between = epochs.processed == epochs.ready
         return {**self._order(), "epoch": epochs.processed, "batches": 0 if between else batches.processed}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Begin the next training where `state_dict` was made.
 
         Args:
@@ -319,7 +320,7 @@ class ImageData(LightningDataModule, ABC):
         changed = [
             f"{name} was {state_dict[name]} and is {now}"
             for name, now in self._order().items()
-            if state_dict[name] != now
+            if state_dict.get(name, now) != now
         ]
         if changed:
             raise DataError(
@@ -328,9 +329,13 @@ class ImageData(LightningDataModule, ABC):
             )
         self._position = (state_dict["epoch"], state_dict["batches"])
 
-    def _order(self) -> dict[str, int]:
-        """Give what the order of the training images depends on, besides the epoch."""
-        return {"images": len(self.split("train")), "batch_size": self.batch_size, "seed": self.seed}  # type: ignore[arg-type]
+    def _order(self) -> dict[str, Any]:
+        """Give what the order of the training images depends on, besides the epoch, and their targets."""
+        split = self.split("train")
+        known = {"images": len(split), "batch_size": self.batch_size, "seed": self.seed}  # type: ignore[arg-type]
+        if isinstance(targets := getattr(split, "targets", None), Tensor):
+            known["digest of the targets"] = hashlib.sha256(targets.numpy().tobytes()).hexdigest()[:16]
+        return known
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Serve the validation images in a fixed order."""

@@ -296,6 +296,9 @@ def _numbers(listing: Listing) -> list[Finding]:
     for name, split in listing.splits.items():
         for column, title in enumerate(listing.class_names):
             values = split.targets[:, column]
+            if len(values) == 1 and column == 0:
+                text = f"{name} has one image only, and how much is explained (R²) needs two"
+                found.append(Finding("error", "one-image", text))
             if len(values) > 1 and bool((values == values[0]).all()):
                 text = f"Every {title} in {name} is {values[0]:g}, so there is nothing to predict"
                 found.append(Finding("error" if name == "train" else "warning", "constant-target", text))

@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from vispeft.data.base import ImageData, MemorySplit
 from vispeft.data.listing import Target
 from vispeft.data.preprocessing import Preprocessing
-from vispeft.data.splitting import check_drawing, cross_validation
+from vispeft.data.splitting import check_drawing, cross_validation, share_of_rest
 from vispeft.errors import ConfigError
 
 __all__ = ["DigitsData"]
@@ -133,7 +133,7 @@ class DigitsData(ImageData):
             rest, test = (indices.numpy() for indices in split)
         train, validation = train_test_split(
             rest,
-            test_size=self.validation / (1 - (self.test if self.folds is None else 1 / self.folds)),
+            test_size=share_of_rest(self.validation, self.test if self.folds is None else 1 / self.folds),
             random_state=self.split_seed,
             stratify=labels[rest],
         )

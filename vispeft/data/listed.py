@@ -18,7 +18,7 @@ from vispeft.data.checks import Report, examine
 from vispeft.data.listing import Finding, ListedSplit, Listing
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.data.randomness import seeded
-from vispeft.data.splitting import check_drawing, cross_validation, hold_out
+from vispeft.data.splitting import check_drawing, cross_validation, hold_out, share_of_rest
 from vispeft.errors import ConfigError, DataError
 
 __all__ = ["ImageSplit", "ListedData"]
@@ -204,14 +204,13 @@ class ListedData(ImageData):
                 raise DataError(f"{listing.place} has {len(pool)} images, too few for folds={self.folds}.")
             rest, tested = cross_validation(pool.targets, self.folds, self.fold, self.split_seed)
             drawn["test"], splits = pool.take(tested), {"train": pool.take(rest)}
-            share = self.validation / (1 - 1 / self.folds)
+            share = share_of_rest(self.validation, 1 / self.folds)
         else:
             if "test" not in splits:
                 splits["train"], drawn["test"] = self._held(splits["train"], self.test)
-            # A share of all images, of which the test images have been taken already.
-            share = self.validation / (1 - self.test) if "test" in drawn else self.validation
+            share = share_of_rest(self.validation, self.test if "test" in drawn else 0)
         if "validation" not in splits:
-            splits["train"], drawn["validation"] = self._held(splits["train"], min(share, 0.5))
+            splits["train"], drawn["validation"] = self._held(splits["train"], share)
         if not drawn:
             return listing
         splits = {name: {**splits, **drawn}[name] for name in ("train", "validation", "test")}

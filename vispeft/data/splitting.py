@@ -9,7 +9,7 @@ from torch import Tensor
 from vispeft.data.randomness import draw_seed
 from vispeft.errors import ConfigError
 
-__all__ = ["check_drawing", "cross_validation", "hold_out"]
+__all__ = ["check_drawing", "cross_validation", "hold_out", "share_of_rest"]
 
 BINS = 10
 """Numbers are put into at most so many bins of equal count, so that each split sees small and large ones."""
@@ -41,6 +41,19 @@ def check_drawing(name: str, *, validation: float, test: float, split_seed: int,
     if not 0 <= fold < (folds or 1):
         most = f"0 to {folds - 1}" if folds else "0, because folds is not set"
         raise ConfigError(f"{name}(fold={fold}): the choice is {most}.")
+
+
+def share_of_rest(validation: float, test: float) -> float:
+    """Turn a share of all images into one of those that the test images leave.
+
+    Args:
+        validation: Share of all images that chooses the best epoch.
+        test: Share that is taken already, a fold's included.
+
+    Returns:
+        The share; half, where not even one image would be left to train on, as with two folds and a share of a half.
+    """
+    return validation / (1 - test) if validation + test < 1 else 0.5
 
 
 def hold_out(targets: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -372,8 +372,8 @@ class RunCheckpoints(Checkpoint):
 
 
 def _repeatable(trainer: Trainer) -> bool:
-    """Tell whether the data can begin inside an epoch."""
-    return isinstance(cast(Any, trainer).datamodule, ImageData)
+    """Tell whether the data can begin inside an epoch: with several processes each has a share of it only."""
+    return trainer.world_size == 1 and isinstance(cast(Any, trainer).datamodule, ImageData)
 
 
 def _logs(trainer: Trainer) -> list[RunLog]:
