@@ -82,13 +82,18 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: Se
     with torch.autocast(x.device.type, enabled=False):
         # The fused backward knows no gradient of the frozen weight; where one is wanted, autograd does the work.
         base_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-        transformed = torch._C._are_functorch_transforms_active()
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed or base_trains:
+        if _leaves_a_graph() or base_trains:
             return _low_rank_plain(x, weight, bias, layout, factors)
         # Reshaped out here: a view made inside the function could not be added to in place, which some timm attention
         # modules do with what their projection returns.
         out: Tensor = _LowRankLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, layout, *factors)
         return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _leaves_a_graph() -> bool:
+    """Tell whether somebody records or transforms the operations, who needs plain ones."""
+    transformed = torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed
 
 
 def _low_rank_plain(
@@ -193,7 +198,47 @@ def affine(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         The shape and type of `y`.
     """
     if y.dtype == scale.dtype:
+        if _can_recover(y, scale, shift):
+            return cast(Tensor, _Affine.apply(y, scale, shift))
         # addcmul keeps y and scale and nothing else; a product and a sum would also make a temporary of y's size.
         return torch.addcmul(shift, y, scale)
     # A scale near one would be rounded to a coarse grid; its distance from one is not.
     return torch.addcmul(y + shift.to(y.dtype), y, (scale - 1).to(y.dtype))
+
+
+RECOVERY = 64
+"""Largest factor by which recovering the input of an affine map from its output may enlarge rounding."""
+
+
+def _can_recover(y: Tensor, scale: Tensor, shift: Tensor) -> bool:
+    """Tell whether the input of an affine map need not be kept: in float32, where no scale is near zero.
+
+    With ``out`` rounded to ``eps |out|``, ``(out - shift) / scale`` is off by ``eps (|y| + |shift| / |scale|)``.
+    """
+    if y.dtype != torch.float32 or not (torch.is_grad_enabled() and scale.requires_grad):
+        return False
+    if _leaves_a_graph() or torch.is_autocast_enabled(y.device.type):
+        return False
+    with torch.no_grad():
+        return bool((scale.abs() * RECOVERY >= shift.abs() + 1).all())
+
+
+class _Affine(torch.autograd.Function):
+    """Scale and shift, keeping the output instead of the input: what reads the output mostly keeps it anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        out = torch.addcmul(shift, y, scale)
+        ctx.save_for_backward(out, scale, shift)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        out, scale, shift = ctx.saved_tensors
+        rows = tuple(range(grad.ndim - 1))
+        total = grad.sum(rows) if rows else grad
+        product = (grad * out).sum(rows) if rows else grad * out
+        # The sum over rows of grad * (out - shift) / scale, without a tensor for what is in the brackets.
+        grad_scale = (product - shift * total) / scale if ctx.needs_input_grad[1] else None
+        return grad * scale if ctx.needs_input_grad[0] else None, grad_scale, total

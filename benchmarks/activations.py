@@ -1,0 +1,164 @@
+"""What every method keeps for the backward pass, and what one training step takes, against full fine-tuning.
+
+    python benchmarks/activations.py                  # all methods; a few minutes
+    python benchmarks/activations.py --methods ssf lst
+    python benchmarks/activations.py --table          # writes the table in docs/benchmarks.md
+
+Writes results/activations.json. Activations are the bytes of distinct storages kept for the backward pass, without
+parameters and input; full fine-tuning is plain timm with fused attention, float32, all of it trained, on the same
+input. Times are medians of alternating steps in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import vispeft  # first: it makes torchvision importable where its library does not fit
+
+import torch  # isort: skip
+from common import RESULTS, alternate, saved_bytes, write, write_section
+from rich.console import Console
+from rich.table import Table
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from vispeft.errors import VispeftError
+
+NAME = "activations"
+FULL = "full fine-tuning"
+WIDTH, DEPTH, SIZE, BATCH = 192, 12, 224, 4
+"""The network the bars are stated for: ViT 192 wide, 12 deep, 224 px, four images."""
+FIELDS: dict[str, dict[str, Any]] = {"vqt": {"num_queries": 1}}
+"""Fields that differ from a method's defaults."""
+BARS = {"vqt": (0.10, 0.45), "ssf": (0.80, None), "lst": (0.30, 0.50)}
+"""Largest share of full fine-tuning in activations and in the time of a step, where one is stated."""
+
+
+def network(seed: int = 0) -> nn.Module:
+    """Make the network, the same one at every call."""
+    torch.manual_seed(seed)
+    return VisionTransformer(img_size=SIZE, embed_dim=WIDTH, depth=DEPTH, num_heads=WIDTH // 64, num_classes=100)
+
+
+def adapted(name: str) -> tuple[nn.Module, vispeft.AdapterBank]:
+    """Put a method on the network, with its own defaults.
+
+    Args:
+        name: The method.
+
+    Returns:
+        The model and its bank.
+    """
+    model = network()
+    return model, vispeft.attach(model, vispeft.method(name, **FIELDS.get(name, {})))
+
+
+def step(model: nn.Module, optimiser: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
+    """Run forward, backward and one update."""
+    nn.functional.cross_entropy(model(images), labels).backward()
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+
+
+def measure(names: list[str], rounds: int) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Measure methods side by side.
+
+    Args:
+        names: The methods.
+        rounds: Counted steps of each.
+
+    Returns:
+        Figures by method, full fine-tuning among them, and the reasons why others are left out.
+    """
+    images, labels = torch.randn(BATCH, 3, SIZE, SIZE), torch.randint(0, 100, (BATCH,))
+    plain = network()
+    figures: dict[str, dict[str, Any]] = {FULL: {"trained": sum(p.numel() for p in plain.parameters())}}
+    models, left_out = {FULL: plain}, {}
+    for name in names:
+        try:
+            models[name], bank = adapted(name)
+        except (VispeftError, TypeError) as error:
+            left_out[name] = str(error)
+            continue
+        plan = bank.plan()
+        figures[name] = {"trained": bank.report().trainable, "fields": plan.method.to_dict()["fields"]}
+    steps = {}
+    for name, model in models.items():
+        model.train()
+        figures[name]["saved_bytes"] = saved_bytes(model, images)
+        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
+        steps[name] = lambda m=model, o=optimiser: step(m, o, images, labels)
+    for name, seconds in (alternate(steps, rounds) if rounds else {}).items():
+        figures[name]["seconds"] = seconds
+    return figures, left_out
+
+
+def share(figures: dict[str, dict[str, Any]], name: str) -> tuple[float, float | None]:
+    """Compute a method's share of full fine-tuning, in activations and in time."""
+    own, full = figures[name], figures[FULL]
+    time = own["seconds"]["median"] / full["seconds"]["median"] if "seconds" in own else None
+    return own["saved_bytes"] / full["saved_bytes"], time
+
+
+def missed(figures: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Say which bars are missed."""
+    for name in BARS.keys() & figures.keys():
+        for what, found, bar in zip(("activations", "time of a step"), share(figures, name), BARS[name], strict=True):
+            if bar is not None and found is not None and found > bar:
+                yield f"{name}: {what} {found:.3f} of full fine-tuning; the bar is {bar:.2f}"
+
+
+def rows(figures: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, str, str, str]]:
+    """Make the rows of the table, least memory first."""
+    for name in sorted(figures, key=lambda name: figures[name]["saved_bytes"]):
+        kept, time = share(figures, name)
+        bar = BARS.get(name, (None, None))
+        cells = [
+            "not measured" if found is None else f"{found:.3f}" + ("" if limit is None else f" (bar {limit:.2f})")
+            for found, limit in ((kept, bar[0]), (time, bar[1]))
+        ]
+        yield name, f"{figures[name]['trained']:,}", f"{figures[name]['saved_bytes'] / 2**20:.1f}", *cells
+
+
+HEADINGS = ("method", "trained", "kept, MiB", "of full fine-tuning", "time of a step, of full fine-tuning")
+
+
+def table_lines() -> list[str]:
+    """Make the section of docs/benchmarks.md from the results."""
+    record = json.loads((RESULTS / f"{NAME}.json").read_text())
+    body = ["| " + " | ".join(row) + " |" for row in rows(record["figures"])]
+    left = [f"Left out: {name} ({reason})" for name, reason in record["left_out"].items()]
+    return ["| " + " | ".join(HEADINGS) + " |", "|---|--:|--:|--:|--:|", *body, *(["", *left] if left else [])]
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=vispeft.list_methods(), help="all of them by default")
+    parser.add_argument("--rounds", type=int, default=7, help="counted steps of each method; 0 measures memory alone")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--table", action="store_true", help="write the page from the results and stop")
+    args = parser.parse_args()
+    if args.table:
+        write_section(NAME, table_lines())
+        return
+    torch.set_num_threads(args.threads)
+    figures, left_out = measure(args.methods, args.rounds)
+    network_part = {"width": WIDTH, "depth": DEPTH, "image_size": SIZE, "batch": BATCH}
+    path = write(NAME, {"network": network_part, "arguments": vars(args), "figures": figures, "left_out": left_out})
+    table = Table(title=f"ViT {WIDTH} wide, {DEPTH} deep, {SIZE} px, batch {BATCH}")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for row in rows(figures):
+        table.add_row(*row)
+    Console().print(table)
+    print(f"written to {path.name}")
+    for line in missed(figures):
+        print(f"BAR MISSED: {line}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Scale and shift with the output kept instead of the input: gradients, and when the input is kept after all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+import vispeft
+from vispeft.adapters.functional import affine
+
+
+def tensors(scale_values: float | None = None, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(4, 9, 6, generator=generator)
+    scale = 1 + 0.2 * torch.randn(6, generator=generator)
+    shift = torch.randn(6, generator=generator)
+    if scale_values is not None:
+        scale[2] = scale_values
+    return [t.to(dtype).requires_grad_() for t in (y, scale, shift)]
+
+
+def gradients(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    return list(torch.autograd.grad((out * weights).sum(), inputs))
+
+
+def kept(inputs: list[Tensor]) -> set[int]:
+    """List the storages of what is kept of a call, of the input (0) and the output (-1)."""
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = affine(*inputs)
+    places = {inputs[0].untyped_storage().data_ptr(): 0, out.untyped_storage().data_ptr(): -1}
+    return {places[place] for place in saved if place in places}
+
+
+@pytest.mark.parametrize("value", [None, 0.0, 1e-4, -1e-3, 0.05], ids=str)
+def test_gradients_are_those_in_double_precision(value: float | None) -> None:
+    single, double = tensors(value), tensors(value, torch.float64)
+    wanted = gradients(double[1] * double[0] + double[2], double)
+    for found, exact in zip(gradients(affine(*single), single), wanted, strict=True):
+        assert (found - exact).abs().max() <= 1e-5 * exact.abs().max()
+    assert (affine(*single) - affine(*double)).abs().max() <= 1e-6
+
+
+def test_the_input_is_kept_where_it_cannot_be_recovered() -> None:
+    assert kept(tensors()) == {-1}
+    assert kept(tensors(0.0)) == {0}
+    assert kept(tensors(1e-3)) == {0}
+    assert kept(tensors(dtype=torch.float64)) == {0}
+    far = tensors()
+    far[2].data[3] = 1000.0
+    assert kept(far) == {0}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kept(tensors()) == {0}
+
+
+def test_checked_by_finite_differences_where_the_input_is_kept() -> None:
+    assert torch.autograd.gradcheck(affine, tensors(0.0, torch.float64))
+
+
+def test_a_model_with_a_scale_of_zero_trains_rightly() -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=2, num_classes=3)
+    bank = vispeft.attach(model, vispeft.SSF())
+    with torch.no_grad():
+        for key, tensor in bank.named_tensors().items():
+            if key.endswith("scale"):
+                tensor[1] = 0.0
+    images = torch.randn(2, 3, 16, 16)
+    found = torch.autograd.grad(model(images).square().sum(), [p for _, p in bank.trainable_parameters()])
+    model.double()
+    wanted = torch.autograd.grad(model(images.double()).square().sum(), [p for _, p in bank.trainable_parameters()])
+    for (name, _), one, other in zip(bank.trainable_parameters(), found, wanted, strict=True):
+        assert (one - other).abs().max() <= 1e-4 * other.abs().max(), name

@@ -1,0 +1,275 @@
+"""LST: ladder side-tuning (Sung et al., NeurIPS 2022, arXiv 2206.06522).
+
+The authors have published it for language models only; the form for vision transformers is this project's, from the
+equations of their code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, cast
+
+import torch
+from timm.layers import LayerNorm
+from timm.models._manipulate import checkpoint
+from timm.models.swin_transformer import PatchMerging
+from torch import Generator, Tensor, nn
+
+from vispeft.adapters.functional import linear
+from vispeft.adapters.method import Method, PlanItem, register
+from vispeft.adapters.pruning import prune
+from vispeft.adapters.side import ENTRY, Rung, SideHost
+from vispeft.adapters.sites import View, select
+from vispeft.adapters.units import SideUnit
+from vispeft.backbones.registry import family_of
+from vispeft.errors import ConfigError, SiteError
+
+__all__ = ["LST", "Ladder"]
+
+TEMPERATURE = 0.1
+"""What the gates are divided by in front of the sigmoid; public code."""
+SPREAD = 0.01
+"""Standard deviation of the start of the maps between the two widths; public code."""
+BLOCK_SPREAD = 0.02
+"""The same inside blocks that start at random; timm."""
+TABLE = "relative_position_bias_table"
+"""timm's name of the position bias of a Swin's attention."""
+
+Start = Callable[[], Mapping[str, Tensor]]
+"""Gives start values by name."""
+
+
+class Ladder(SideUnit):
+    """A narrow network that takes in, rung after rung, what leaves the blocks of the backbone.
+
+    With ``h`` what leaves a block: ``s <- g s + (1 - g) (W h + b)`` with ``g = sigmoid(gate / 0.1)``, then a block of
+    its own on ``s``. In front of the first one ``s`` comes from what enters the backbone; behind the last one it is
+    normalised and brought back to the backbone's width.
+    """
+
+    def __init__(
+        self, rungs: Sequence[Rung], blocks: Mapping[int, nn.Module], options: LST, start: Start | None
+    ) -> None:
+        """Make room for the network.
+
+        Args:
+            rungs: Its size beside every block of the backbone.
+            blocks: Its own blocks, by the block of the backbone they stand beside.
+            options: The method.
+            start: Gives start values of its blocks and norms; None draws them.
+        """
+        super().__init__()
+        self.depth, self.reads, self._start = len(rungs), frozenset(blocks), start
+        self.detach_hidden = options.detach_hidden
+        entry, last = rungs[0], rungs[-1]
+        ends = [(below, above) for below, above in zip(rungs, rungs[1:], strict=False) if below.stage != above.stage]
+        norm = partial(LayerNorm, eps=1e-5 if ends else 1e-6)  # as timm's Swin and ViT
+        self.first = nn.Linear(entry.wide, entry.width)
+        self.down = nn.ModuleDict({str(r.block): nn.Linear(r.wide, r.width) for r in rungs if r.block in blocks})
+        self.gates = nn.ParameterDict({str(index): nn.Parameter(torch.empty(1)) for index in blocks})
+        self.blocks = nn.ModuleDict({str(index): block for index, block in blocks.items()})
+        self.merging = nn.ModuleDict({str(a.block): PatchMerging(b.width, a.width) for b, a in ends})
+        levels = [below for below, _ in ends] if options.levels else []
+        self.levels = nn.ModuleDict(
+            {str(r.stage): nn.Sequential(norm(r.width), nn.Linear(r.width, r.wide)) for r in levels}
+        )
+        self.norm = norm(last.width)
+        self.up = nn.Linear(last.width, last.wide)
+        names = [name for name, _ in self.named_parameters()]
+        self.no_decay = frozenset(name for name in names if name.endswith(TABLE))
+        # Only who asks for intermediate features gives the levels a gradient.
+        self.zero_gradient = frozenset(name for name in names if name.startswith("levels."))
+
+    def reset(self, generator: Generator) -> None:
+        """Draw the maps between the widths, open every gate half, and start blocks as the backbone's or at random."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, 0.0, BLOCK_SPREAD, generator=generator)
+                if module.bias is not None:
+                    module.bias.zero_()
+            elif isinstance(module, nn.LayerNorm):
+                module.weight.fill_(1.0)
+                module.bias.zero_()
+            elif hasattr(module, TABLE):
+                nn.init.trunc_normal_(getattr(module, TABLE), 0.0, BLOCK_SPREAD, generator=generator)
+        levels = [level[1] for level in cast(Any, self.levels).values()]
+        for layer in [self.first, *cast(Any, self.down).values(), *levels, self.up]:
+            layer.weight.normal_(0.0, SPREAD, generator=generator)
+        for gate in self.gates.values():
+            gate.zero_()
+        if self._start is not None:
+            own = dict(self.named_parameters())
+            for name, value in self._start().items():
+                if name in own:  # blocks without a rung are walked through as well
+                    own[name].copy_(value)
+            self._start = None
+
+    def climb(self, hidden: Mapping[int, Tensor], depth: int, checkpoints: bool) -> list[Tensor]:
+        """Run the network and give its state (B, N, d) or (B, H, W, d) behind each block of the backbone."""
+        dtype = self.norm.weight.dtype
+        state = linear(hidden[ENTRY], self.first.weight, self.first.bias).to(dtype)
+        states = []
+        for index in range(depth):
+            if str(index) in self.merging:
+                state = self.merging[str(index)](state)
+            if index in self.reads:
+                state = self._mix(state, hidden[index], str(index))
+                block = self.blocks[str(index)]
+                state = checkpoint(block, state) if checkpoints else block(state)
+            states.append(state)
+        return states
+
+    def _mix(self, state: Tensor, hidden: Tensor, rung: str) -> Tensor:
+        down = cast(nn.Linear, self.down[rung])
+        taken = linear(hidden, down.weight, down.bias).to(state.dtype)
+        return torch.lerp(taken, state, torch.sigmoid(self.gates[rung] / TEMPERATURE).to(state.dtype))
+
+    def leave(self, state: Tensor) -> Tensor:
+        """Normalise a state of the last stage and bring it to the backbone's width."""
+        out: Tensor = self.up(self.norm(state))
+        return out
+
+    def level(self, stage: int, state: Tensor) -> Tensor | None:
+        """Do the same behind an earlier stage, where `LST.levels` asks for it."""
+        key = str(stage)
+        return self.levels[key](state) if key in self.levels else None
+
+    def follow(self, blocks: Sequence[nn.Module]) -> None:
+        """Take over the windows of a Swin's blocks."""
+        for index, block in cast(Any, self.blocks).items():
+            base: Any = blocks[int(index)]
+            block.set_input_size(base.input_resolution, base.window_size, base.always_partition)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class LST(Method):
+    """A narrow side network that reads the blocks of a backbone which runs without gradients; memory stays low.
+
+    Its blocks are the family's (norm first, biases, GELU, no layer scale) at a width divided by `reduction`, with the
+    backbone's heads where these divide that width, else with the largest number below that does. Its output is pooled
+    as the backbone pools, and goes to the classifier without the backbone's last norm. On a Swin it has windows,
+    position tables and patch merging of its own. On Eva its blocks rotate nothing: what they read knows its position.
+
+    Intermediate features are the network's. On a plain model every level goes through the last norm and the last map.
+    On a Swin the maps of earlier stages are the frozen backbone's unless `levels` is set.
+    """
+
+    reduction: int = 8
+    """What the backbone's width is divided by."""
+    start: str = "magnitude"
+    """How its blocks start: ``magnitude`` (pruned out of the backbone by the size of its weights) or ``random``."""
+    per_head: bool = True
+    """Prune each head by the same share; without it heads mix, as in most of the public code."""
+    levels: bool = False
+    """Train a norm and a map behind every stage but the last, for dense tasks on a Swin."""
+    detach_hidden: bool = True
+    """Run the backbone without gradients; without it adapters inside the backbone can train beside this one."""
+
+    name: ClassVar[str] = "lst"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2206.06522"
+    default_roles: ClassVar[tuple[str, ...]] = ("tokens",)
+    cacheable: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        if not isinstance(self.reduction, int) or self.reduction < 1:
+            raise ConfigError(f"LST(reduction={self.reduction!r}): a whole number of at least 1 is needed.")
+        if self.start not in ("magnitude", "random"):
+            raise ConfigError(f"LST(start={self.start!r}): use 'magnitude' or 'random'.")
+        if self.roles not in (None, ("tokens",)):
+            raise ConfigError("LST stands beside the whole model; leave roles out, and choose the blocks it reads.")
+
+    def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
+        """Put the whole network on the model, as one unit."""
+        host = family_of(model).host
+        if not (issubclass(host, SideHost) and host.takes_side):
+            what = f"{view.family} wrapped for its features" if view.aliases else view.family
+            raise SiteError(
+                f"LST has no stated form for {what}. It stands beside blocks that normalise first (ViT, Eva, Swin), in "
+                "a whole model; for maps take forward_intermediates of that. Elsewhere use AdaptFormer, LoRA or SSF."
+            )
+        rungs = self.rungs(view)
+        paths = {cast(int, site.block): site.path for site in select(view, ("block",), self.blocks)}
+        start = partial(prune, view, model, rungs, self.per_head) if self.start == "magnitude" else None
+        for site in view.at("tokens"):
+            yield PlanItem(site, "lst", partial(_build, model, host, rungs, paths, self, start))
+
+    def rungs(self, view: View) -> tuple[Rung, ...]:
+        """Work out the network's size beside every block of a backbone.
+
+        Args:
+            view: The backbone's description.
+
+        Raises:
+            ConfigError: If the network would have no channel left.
+        """
+        if min(view.widths) < self.reduction:
+            raise ConfigError(
+                f"LST(reduction={self.reduction}) leaves nothing of a width of {min(view.widths)}; use at most that."
+            )
+        hidden = {site.block: site.in_features for site in view.at("mlp.fc2")}
+        stage_of = {block: stage for stage, blocks in enumerate(view.stages) for block in blocks}
+        rungs = []
+        for block, (wide, heads) in enumerate(zip(view.widths, view.heads, strict=True)):
+            width = wide // self.reduction
+            fitting = next(number for number in range(min(heads, width), 0, -1) if width % number == 0)
+            rungs.append(Rung(block, stage_of[block], wide, width, fitting, hidden[block] * width // wide))
+        return tuple(rungs)
+
+    def parameter_count(self, view: View) -> int:
+        """Count, on a ViT with an MLP ratio of 4: ``(1+|S|)(Dd+d) + |S|(12d^2+13d) + |S| + 2d + dD + D``."""
+        rungs = self.rungs(view)
+        chosen = {site.block for site in select(view, ("block",), self.blocks)}
+        entry, last = rungs[0], rungs[-1]
+        count = entry.wide * entry.width + entry.width
+        for rung in (rung for rung in rungs if rung.block in chosen):
+            d, inner = rung.width, rung.hidden
+            block = 4 * d + 4 * d * d + 4 * d + 2 * d * inner + inner + d
+            count += rung.wide * d + d + 1 + block + _table_entries(view, rung)
+        for below, above in zip(rungs, rungs[1:], strict=False):
+            if below.stage != above.stage:
+                count += 8 * below.width + 4 * below.width * above.width
+                count += 2 * below.width + below.width * below.wide + below.wide if self.levels else 0
+        return count + 2 * last.width + last.width * last.wide + last.wide
+
+    def frozen_outputs(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+        """Compute what leaves the blocks that are read, and what enters the first one."""
+        host = cast(SideHost, model)
+        unit = host.side()
+        assert unit is not None
+        hidden = host.read_hidden(unit, images, frozenset(), unit.depth)
+        return {f"block{index}": tensor for index, tensor in hidden.items()}
+
+    def from_outputs(self, model: nn.Module, outputs: Mapping[str, Tensor]) -> Tensor:
+        """Run the network and the classifier on these."""
+        host: Any = model
+        unit = host.side()
+        hidden = {int(name.removeprefix("block")): tensor for name, tensor in outputs.items()}
+        return cast(Tensor, host.forward_head(host.features_beside(unit, hidden, unit.depth)))
+
+    def frozen_fields(self) -> dict[str, Any]:
+        """Give the blocks that are read."""
+        return {"blocks": self.blocks}
+
+
+def _table_entries(view: View, rung: Rung) -> int:
+    """Count the relative-position bias of a block of the network; it has a row per pair of positions."""
+    owner = next((site.path for site in view.at("rel_pos") if site.block == rung.block), None)
+    whole = 0 if owner is None else view.tensors[owner][TABLE]
+    return whole // view.heads[rung.block] * rung.heads
+
+
+def _build(
+    model: nn.Module,
+    host: type[SideHost],
+    rungs: Sequence[Rung],
+    paths: Mapping[int, str],
+    options: LST,
+    start: Start | None,
+) -> Ladder:
+    blocks = {r.block: host.side_block(model.get_submodule(paths[r.block]), r) for r in rungs if r.block in paths}
+    return Ladder(rungs, blocks, options, start)
