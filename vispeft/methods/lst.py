@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, ClassVar, cast
 
 import torch
@@ -64,7 +65,7 @@ class Ladder(SideUnit):
         self.depth, self.reads, self._start = len(rungs), frozenset(blocks), start
         self.detach_hidden = options.detach_hidden
         entry, last = rungs[0], rungs[-1]
-        ends = [(below, above) for below, above in zip(rungs, rungs[1:], strict=False) if below.stage != above.stage]
+        ends = [(below, above) for below, above in pairwise(rungs) if below.stage != above.stage]
         norm = partial(LayerNorm, eps=1e-5 if ends else 1e-6)  # as timm's Swin and ViT
         self.first = nn.Linear(entry.wide, entry.width)
         self.down = nn.ModuleDict({str(r.block): nn.Linear(r.wide, r.width) for r in rungs if r.block in blocks})
@@ -230,7 +231,7 @@ class LST(Method):
             d, inner = rung.width, rung.hidden
             block = 4 * d + 4 * d * d + 4 * d + 2 * d * inner + inner + d
             count += rung.wide * d + d + 1 + block + _table_entries(view, rung)
-        for below, above in zip(rungs, rungs[1:], strict=False):
+        for below, above in pairwise(rungs):
             if below.stage != above.stage:
                 count += 8 * below.width + 4 * below.width * above.width
                 count += 2 * below.width + below.width * below.wide + below.wide if self.levels else 0
