@@ -34,12 +34,18 @@ METHODS: dict[str, vispeft.Method] = {
     "vpt": vispeft.VPT(num_tokens=3),
     "vqt": vispeft.VQT(num_queries=2, dropout=0.0),
     "vqt_weighted": vispeft.VQT(num_queries=9, aggregate="weighted", normalize=False, dropout=0.0),
+    "prefix": vispeft.Prefix(length=3),
+    "prefix_mlp": vispeft.Prefix(length=2, mid_dim=4),
+    "mam": vispeft.MAM(length=2, bottleneck=3, scale=1.0),
     "vpt_shallow": vispeft.VPT(num_tokens=2, deep=False, project=7),
     "adapter": vispeft.Adapter(bottleneck=3, layernorm="in", scale=None, roles=("attn", "mlp")),
     "adapter_parallel": vispeft.Adapter(bottleneck=3, parallel=True, layernorm="out", start="bert"),
     "adaptformer": vispeft.AdaptFormer(bottleneck=3, dropout=0),
     "adaptformer_1bit": vispeft.AdaptFormer(bottleneck=3, dropout=0, bias=False, bits=1),
     "lora_2bit": vispeft.LoRA(rank=3, bits=2),
+    "dora": vispeft.LoRA(rank=3, dora=True, roles=LINEARS),
+    "pissa": vispeft.LoRA(rank=3, alpha=6, start="pissa"),
+    "lora_fa": vispeft.LoRA(rank=3, freeze_a=True, lr_ratio=16.0),
     "convpass": vispeft.Convpass(bottleneck=4, dropout=0),
     "convpass_attn": vispeft.Convpass(bottleneck=4, variant="attn", start="identity", dropout=0, bits=4),
     "repadapter": vispeft.RepAdapter(bottleneck=4, dropout=0),
@@ -53,13 +59,23 @@ METHODS: dict[str, vispeft.Method] = {
     "fact_4bit": vispeft.FacT(rank=3, variant="tk", scale=20.0, bits=4, dropout=0.0),
     "compacter": vispeft.Compacter(bottleneck=4),
     "compacter_full": vispeft.Compacter(
-        bottleneck=4, phm_dim=2, rank=None, shared_rule=False, train_layernorm=True, roles=("mlp",), bits=8
+        bottleneck=4,
+        phm_dim=2,
+        rank=None,
+        shared_rule=False,
+        rule_start=0.5,
+        train_layernorm=True,
+        roles=("mlp",),
+        bits=8,
     ),
 }
 
 
 PARALLEL = ("adapter_parallel", "adaptformer", "adaptformer_1bit", "convpass", "convpass_attn")
 """Methods with terms beside the branches of a block."""
+
+STORES_MORE = ("pissa", "lora_fa")
+"""Methods whose files hold tensors besides the trained ones: what these start from."""
 
 SELECTIONS = ("full", "bitfit", "norm_tuning", "lst", "lst_sparse", "compacter_full", "vqt", "vqt_weighted")
 """Methods that replace tensors of the base, or what leaves it, so that two of them cannot act at once."""
@@ -174,6 +190,7 @@ REFUSED |= {
 
 NO_PLAIN_FORM: dict[tuple[str, str], str] = {
     **{(m, b): "no plain model inserts tokens" for m in ("vpt", "vpt_shallow") for b in BACKBONES},
+    **{(m, b): "no plain attention has keys of its own" for m in ("prefix", "prefix_mlp", "mam") for b in BACKBONES},
     **{(m, b): "no plain model has queries that read" for m in ("vqt", "vqt_weighted") for b in BACKBONES},
     **{(m, b): "no plain block has a term beside a branch" for m in PARALLEL for b in BACKBONES},
     **{
@@ -242,4 +259,15 @@ def unit_names(bank: AdapterBank, name: str = "default") -> set[int]:
 
 CELLS = [Cell(method, backbone) for method in METHODS for backbone in BACKBONES]
 MAIN = [c for c in CELLS if c.backbone in ("vit", "swin") and (c.method, c.backbone) not in REFUSED]
-__all__ = ["BACKBONES", "CELLS", "MAIN", "METHODS", "REFUSED", "SELECTIONS", "Cell", "move", "unit_names"]
+__all__ = [
+    "BACKBONES",
+    "CELLS",
+    "MAIN",
+    "METHODS",
+    "REFUSED",
+    "SELECTIONS",
+    "STORES_MORE",
+    "Cell",
+    "move",
+    "unit_names",
+]

@@ -17,7 +17,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 import vispeft
-from tests.conformance.cells import BACKBONES, CELLS, METHODS, REFUSED, SELECTIONS, Cell, move, unit_names
+from tests.conformance.cells import BACKBONES, CELLS, METHODS, REFUSED, SELECTIONS, STORES_MORE, Cell, move, unit_names
 from vispeft.adapters.hosts import Host
 from vispeft.errors import FileError, MergeError, VispeftError
 
@@ -144,7 +144,9 @@ def test_save_and_load(cell: Cell, tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
     with safe_open(path, "pt") as file:
         names = list(file.keys())
-        assert sum(file.get_tensor(name).numel() for name in names) == report.trainable
+        stored = sum(file.get_tensor(name).numel() for name in names)
+        wanted_count = METHODS[cell.method].stored().parameter_count(bank.view)
+        assert stored > wanted_count if cell.method in STORES_MORE else stored == wanted_count
     assert path.stat().st_size <= report.stored_bytes + 2048 + 160 * len(names)
     header = json.loads((tmp_path / "adapter.json").read_text())
     assert set(header["tensors"]) == set(names)
@@ -271,7 +273,7 @@ def test_intermediates_agree_with_features(cell: Cell) -> None:
     last = features if features.ndim == 4 else features[:, -side * side :].unflatten(1, (side, side))
     assert torch.allclose(maps[-1], last.permute(0, 3, 1, 2), atol=1e-6)
     if bank.plan().trainable:
-        assert not torch.allclose(maps[-1], plain[-1], atol=1e-4)
+        assert torch.allclose(maps[-1], plain[-1], atol=1e-4) != METHODS[cell.method].reaches_maps
 
 
 def test_reduced_precision(cell: Cell) -> None:
@@ -370,7 +372,7 @@ def test_dense_maps_without_a_classifier(cell: Cell, tmp_path: Path) -> None:
     bank = cell.attach(model)
     assert bank.report().trainable_head == 0
     maps = model.forward_intermediates(images, intermediates_only=True)
-    if bank.plan().trainable:
+    if bank.plan().trainable and METHODS[cell.method].reaches_maps:
         sum(m.square().mean() for m in maps).backward()
         reached = [p.grad is not None for _, p in bank.trainable_parameters()]
         assert sum(reached) >= 0.5 * len(reached)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vispeft.adapters.recipes import Recipe, choose_recipe
 from vispeft.adapters.sites import Site, View, check_roles, select
 from vispeft.adapters.units import Unit
 from vispeft.errors import ConfigError, SiteError, UnknownNameError
@@ -66,6 +67,8 @@ class Method:
     """Name in the registry, in configs and in files."""
     paper: ClassVar[str] = ""
     """Where the method was published."""
+    recipes: ClassVar[tuple[Recipe, ...]] = ()
+    """Published learning rates and sizes; the first that fits a model and a number of images is recommended."""
     default_roles: ClassVar[tuple[str, ...]] = ()
     """Roles of the paper."""
     optional_roles: ClassVar[frozenset[str]] = frozenset()
@@ -169,6 +172,27 @@ class Method:
         bound = head.in_features**-0.5
         for tensor in head.parameters():
             tensor.uniform_(-bound, bound, generator=generator)
+
+    def recommended(self, model: nn.Module, n_images: int) -> Recipe:
+        """Give learning rate, weight decay and size that were published for this method, with their source.
+
+        A model narrower than those of the papers is warned about.
+
+        Args:
+            model: A timm model.
+            n_images: Number of training images.
+
+        Raises:
+            ConfigError: If the method states no recipe.
+
+        Example:
+            >>> recipe = vispeft.LoRA().recommended(model, n_images=1000)
+            >>> recipe.lr, recipe.fields
+            (0.001, {'rank': 8})
+        """
+        from vispeft.backbones.registry import describe  # which needs the methods' bases
+
+        return choose_recipe(type(self).__name__, self.recipes, describe(model), n_images)
 
     def low_bit_head(self) -> int:
         """Give the bits per weight of the classifier; 32 for a plain one."""

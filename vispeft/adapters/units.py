@@ -444,3 +444,10 @@ class SideUnit(Unit):
             The shape of what leaves the stage, or None where the backbone's own map stands.
         """
         raise NotImplementedError
+
+    def follow(self, blocks: Sequence[nn.Module]) -> None:
+        """Take over what a change of the image size has changed in the backbone's blocks.
+
+        Args:
+            blocks: All of them.
+        """

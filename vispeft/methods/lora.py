@@ -1,12 +1,16 @@
-"""LoRA: low-rank adaptation of linear layers (Hu et al., ICLR 2022, arXiv 2106.09685)."""
+"""LoRA: low-rank adaptation of linear layers (Hu et al., ICLR 2022, arXiv 2106.09685), and what was built on it.
+
+LoRA+ (arXiv 2402.12354), LoRA-FA (arXiv 2308.03303), PiSSA (arXiv 2404.02948) and DoRA (arXiv 2402.09353) are fields.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +20,10 @@ from vispeft.adapters.functional import linear
 from vispeft.adapters.method import Method, PlanItem, register
 from vispeft.adapters.quantize import check_bits, start_above_zero
 from vispeft.adapters.sites import Site, View
-from vispeft.adapters.units import DeltaUnit
+from vispeft.adapters.units import DeltaUnit, Unit, WeightUnit
 from vispeft.errors import ConfigError, SiteError
 
-__all__ = ["LoRA", "LowRank"]
+__all__ = ["DoRAUnit", "LoRA", "LowRank", "PiSSAUnit"]
 
 
 @dataclass(frozen=True)
@@ -32,34 +36,62 @@ class Dropout:
     """``input`` of the term, or ``hidden``: what stands between its two factors."""
 
 
-class LowRank(DeltaUnit):
-    """A term ``scale * B A x``: A (rank, in) uniform as a linear layer's weight, B (rows, rank) zero."""
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """What the two factors of a term look like."""
+
+    rank: int
+    """Width in between."""
+    scale: float
+    """Multiplier of the term."""
+    bits: int
+    """Bits per weight."""
+    freeze_a: bool
+    """Whether A keeps its start values."""
+    lr_ratio: float
+    """Multiple of the learning rate for B."""
+
+
+class _Factored(Unit):
+    """A (rank, in), uniform as a linear layer's weight, and B (rows, rank), zero."""
 
     matrices = ("A", "B")
 
-    def __init__(self, site: Site, rank: int, scale: float, dropout: Dropout, bits: int) -> None:
-        """Make room for the two factors.
-
-        Args:
-            site: The linear layer, or the slice of one.
-            rank: Width in between.
-            scale: Multiplier of the term.
-            dropout: What is dropped while training.
-            bits: Bits per weight of the two factors.
-        """
+    def __init__(self, site: Site, factors: Factors) -> None:
         super().__init__()
-        self.scale, self.dropout, self.bits = scale, dropout, bits
-        self.identity_at_start = bits == 32
+        self.scale, self.bits = factors.scale, factors.bits
+        self.identity_at_start = factors.bits == 32
+        if factors.lr_ratio != 1:
+            self.lr_factors = {"B": factors.lr_ratio}
         self.start = 0 if site.rows is None else site.rows.start
         self.stop = site.out_features if site.rows is None else site.rows.stop
-        self.A = nn.Parameter(torch.empty(rank, site.in_features))
-        self.B = nn.Parameter(torch.empty(site.out_features, rank))
+        a = torch.empty(factors.rank, site.in_features)
+        if factors.freeze_a:
+            self.register_buffer("A", a)  # does not train and is in files: its start values are random
+        else:
+            self.A = nn.Parameter(a)
+        self.B = nn.Parameter(torch.empty(site.out_features, factors.rank))
 
     def reset(self, generator: Generator) -> None:
         """Draw A as PyTorch draws a linear layer (Kaiming-uniform with a = sqrt(5)); set B to zero, or near it."""
         bound = 1 / math.sqrt(self.A.shape[1])
         self.A.uniform_(-bound, bound, generator=generator)
         start_above_zero(self.B, self.bits, generator)
+
+
+class LowRank(_Factored, DeltaUnit):
+    """A term ``scale * B A x`` beside a linear layer."""
+
+    def __init__(self, site: Site, factors: Factors, dropout: Dropout) -> None:
+        """Make room for the two factors.
+
+        Args:
+            site: The linear layer, or the slice of one.
+            factors: What the factors look like.
+            dropout: What is dropped while training.
+        """
+        super().__init__(site, factors)
+        self.dropout = dropout
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Give A (rank, in) and B (rows, rank)."""
@@ -71,10 +103,84 @@ class LowRank(DeltaUnit):
 
     def term(self, x: Tensor) -> Tensor:
         """Compute the term by itself, with dropout."""
-        share, on_input = self.dropout.share, self.dropout.place == "input"
+        (a, b), share, on_input = self.factors(), self.dropout.share, self.dropout.place == "input"
         x = F.dropout(x, share, self.training and on_input)
-        hidden = F.dropout(linear(x, self.matrix("A")), share, self.training and not on_input)
-        return linear(hidden, self.matrix("B")) * self.scale
+        hidden = F.dropout(linear(x, a), share, self.training and not on_input)
+        return linear(hidden, b) * self.scale
+
+
+class PiSSAUnit(LowRank):
+    """A term that starts as the layer's own largest directions, less these: ``scale * (B A - B0 A0) x``.
+
+    The authors write ``W - scale * B0 A0`` into the frozen weight; here the weight stays as it is and the term carries
+    both, which is the same sum. A file holds it as one term of twice the rank, which needs no decomposition to load.
+    """
+
+    def __init__(self, site: Site, factors: Factors, dropout: Dropout, weight: Tensor) -> None:
+        """Make room for the factors.
+
+        Args:
+            site: The linear layer, or the slice of one.
+            factors: What the factors look like.
+            dropout: What is dropped while training.
+            weight: The layer's frozen weight, (all rows, in).
+        """
+        super().__init__(site, factors, dropout)
+        self.register_buffer("A0", torch.empty(self.A.shape))
+        self.register_buffer("B0", torch.empty(self.B.shape))
+        self._weight = (weight,)
+
+    def reset(self, generator: Generator) -> None:
+        """Share out the largest singular values evenly between both factors."""
+        (weight,) = self.__dict__.pop("_weight")
+        rank = self.A.shape[0]
+        u, s, v = torch.linalg.svd(weight[self.start : self.stop].detach().double(), full_matrices=False)
+        root = (s[:rank] / abs(self.scale)).sqrt()
+        first, second = root[:, None] * v[:rank], u[:, :rank] * root * math.copysign(1, self.scale)
+        for tensor, value in ((self.A, first), (self.A0, first), (self.B, second), (self.B0, second)):
+            cast(Tensor, tensor).copy_(value)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Give (2 rank, in) and (rows, 2 rank)."""
+        start_a, start_b = cast(Tensor, self.A0), cast(Tensor, self.B0)
+        return torch.cat([self.A, start_a]), torch.cat([self.B, -start_b], dim=1)
+
+    def stored(self) -> dict[str, Tensor]:
+        """Give the tensors of a `LowRank` of twice the rank."""
+        return {name: tensor.detach() for name, tensor in zip("AB", self.factors(), strict=True)}
+
+
+class DoRAUnit(_Factored, WeightUnit):
+    """Length and direction of each row of a weight apart: ``m * (W + scale * B A) / |W + scale * B A|``."""
+
+    def __init__(self, site: Site, factors: Factors, weight: Tensor) -> None:
+        """Make room for the factors and the lengths.
+
+        Args:
+            site: The linear layer, or the slice of one.
+            factors: What the factors look like.
+            weight: The layer's frozen weight, (all rows, in).
+        """
+        super().__init__(site, factors)
+        self.magnitude = nn.Parameter(torch.empty(site.out_features))
+        self._weight = (weight,)
+
+    def reset(self, generator: Generator) -> None:
+        """Start with the lengths the frozen weight has."""
+        super().reset(generator)
+        (weight,) = self.__dict__.pop("_weight")
+        self.magnitude.copy_(torch.linalg.vector_norm(weight[self.start : self.stop].detach().double(), dim=1))
+
+    def fold_weight(self, weight: Tensor) -> Tensor:
+        """Rescale the rows; their length counts as a constant in the gradient (section 4.3 of the paper)."""
+        dtype = torch.promote_types(weight.dtype, self.B.dtype)
+        rows = weight[self.start : self.stop].to(dtype)
+        rows = rows + self.scale * (self.matrix("B").to(dtype) @ self.matrix("A").to(dtype))
+        length = torch.linalg.vector_norm(rows.detach(), dim=1)
+        # A row of zeros has no direction and stays one.
+        length = torch.where(length == 0, torch.ones_like(length), length)
+        rows = (self.magnitude.to(dtype) / length)[:, None] * rows
+        return torch.cat([weight[: self.start].to(dtype), rows, weight[self.stop :].to(dtype)])
 
 
 @register
@@ -97,6 +203,16 @@ class LoRA(Method):
     """Where: in front of the first factor (LoRA), or between the two (PETL-ViT, Bi-LoRA)."""
     rslora: bool = False
     """Divide alpha by the root of the rank (rank-stabilised LoRA, arXiv 2312.03732)."""
+    start: Literal["uniform", "pissa"] = "uniform"
+    """``uniform``: A random, B zero; ``pissa``: both from the largest singular values of the frozen weight, which needs
+    its decomposition once (files hold the outcome as plain LoRA of twice the rank)."""
+    dora: bool = False
+    """Train the length of each row of the weight beside its direction (DoRA); a step then computes the gradient of the
+    whole weight."""
+    freeze_a: bool = False
+    """Train B alone (LoRA-FA)."""
+    lr_ratio: float = 1.0
+    """Multiple of the learning rate for B (LoRA+, which recommends 16)."""
     drop_path: float = 0.0
     """Rate of stochastic depth in the last block while training; 0.1 in most VTAB-1k recipes."""
     bits: int = 32
@@ -117,10 +233,30 @@ class LoRA(Method):
             raise ConfigError(f"LoRA(alpha={self.alpha}): a number other than zero is needed.")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"LoRA(dropout={self.dropout}): a share from 0 up to, not including, 1 is needed.")
-
-        if self.dropout_place not in ("input", "hidden"):
-            raise ConfigError(f"LoRA(dropout_place={self.dropout_place!r}): choose 'input' or 'hidden'.")
+        if not (math.isfinite(self.lr_ratio) and self.lr_ratio > 0):
+            raise ConfigError(f"LoRA(lr_ratio={self.lr_ratio}): a number above 0 is needed.")
+        for field, known in (("dropout_place", ("input", "hidden")), ("start", ("uniform", "pissa"))):
+            if getattr(self, field) not in known:
+                raise ConfigError(f"LoRA({field}={getattr(self, field)!r}): choose {known[0]!r} or {known[1]!r}.")
         check_bits("LoRA", self.bits, self.head_bits)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Refuse fields that contradict each other."""
+        if self.dora and self.dropout > 0:
+            raise ConfigError(
+                f"LoRA(dora=True, dropout={self.dropout}): DoRA changes the weight as a whole, which dropout inside a "
+                "term cannot follow. Set dropout=0."
+            )
+        if self.start == "pissa" and (self.dora or self.freeze_a or self.bits < 32):
+            raise ConfigError(
+                "LoRA(start='pissa') takes both factors from the frozen weight and trains them in full precision; it "
+                f"does not go together with dora={self.dora}, freeze_a={self.freeze_a}, bits={self.bits}."
+            )
+        if self.freeze_a and self.bits < 32:
+            raise ConfigError(
+                f"LoRA(freeze_a=True, bits={self.bits}): a frozen factor is stored as it is; take bits=32."
+            )
 
     def low_bit_head(self) -> int:
         """Give the bits per weight of the classifier."""
@@ -129,6 +265,14 @@ class LoRA(Method):
     def stochastic_depth(self) -> float:
         """Give the rate of the last block."""
         return self.drop_path
+
+    def stored(self) -> Method:
+        """Give plain LoRA of twice the rank and the same multiplier for what started from singular values."""
+        if self.start != "pissa":
+            return self
+        return dataclasses.replace(
+            self, start="uniform", rank=2 * self.rank, alpha=self.alpha * (math.sqrt(2) if self.rslora else 2)
+        )
 
     @property
     def scale(self) -> float:
@@ -140,9 +284,29 @@ class LoRA(Method):
         for site in self.sites(view):
             if site.kind != "linear" or site.role == "head":
                 raise SiteError(f"LoRA acts on linear layers of the backbone; {site.role!r} is none.")
-            dropout = Dropout(self.dropout, self.dropout_place)
-            yield PlanItem(site, "lora", partial(LowRank, site, self.rank, self.scale, dropout, self.bits))
+            yield PlanItem(site, "lora", self._builder(site, model.get_submodule(site.path)))
+
+    def _builder(self, site: Site, layer: nn.Module) -> Callable[[], Unit]:
+        factors = Factors(
+            rank=self.rank, scale=self.scale, bits=self.bits, freeze_a=self.freeze_a, lr_ratio=self.lr_ratio
+        )
+        dropout = Dropout(self.dropout, self.dropout_place)
+        weight = cast(Tensor, layer._parameters["weight"])  # `layer.weight` would be what other adapters make of it
+        if self.dora:
+            return partial(DoRAUnit, site, factors, weight)
+        if self.start == "uniform":
+            return partial(LowRank, site, factors, dropout)
+        if self.rank > min(site.in_features, site.out_features):
+            raise ConfigError(
+                f"LoRA(start='pissa', rank={self.rank}): {site.key} has {min(site.in_features, site.out_features)} "
+                "singular values. Choose a lower rank."
+            )
+        return partial(PiSSAUnit, site, factors, dropout, weight)
 
     def parameter_count(self, view: View) -> int:
-        """Count ``rank * (in + out)`` per site."""
-        return sum(self.rank * (site.in_features + site.out_features) for site in self.sites(view))
+        """Count ``rank * (in + out)`` per site, without ``rank * in`` where A is frozen; DoRA adds ``out``."""
+        seen = 0 if self.freeze_a else 1
+        return sum(
+            self.rank * (seen * site.in_features + site.out_features) + (site.out_features if self.dora else 0)
+            for site in self.sites(view)
+        )
