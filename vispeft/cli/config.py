@@ -103,7 +103,7 @@ class ConfigCLI(LightningCLI):
         parser.add_argument("--init", type=str | None, default=None, help="adapter to start from: zoo:NAME or a folder")
         parser.add_class_arguments(Cadence, "checkpoints")
         told = "compute what a frozen backbone makes of the images once: true, or the folder where it is kept"
-        parser.add_argument("--cache_features", type=bool | str, default=False, help=told)
+        parser.add_argument("--cache_features", type=bool | str | None, default=False, help=told)
 
     def _num_classes(self, data: Any) -> int:
         """Take the number of outputs from the data, before a task is made that is for others."""
@@ -255,7 +255,7 @@ def _check_override(tree: Node, key: str, value: str | None) -> list[str]:
     if value is None:
         raise ConfigError(f"--{key} needs a value.")
     if parts[0] == "seed_everything":
-        _check_seed(yaml.safe_load(value))
+        _check_seed(_parsed(value))
     elif parts[0] == "trainer" and len(parts) > 1:
         _check_name("trainer", parts[1], _arguments(Trainer))
     elif parts[0] == "checkpoints" and len(parts) > 1:

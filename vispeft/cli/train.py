@@ -173,7 +173,7 @@ def _prepared(cli: ConfigCLI) -> ConfigCLI:
     if cli.config["init"] is not None:
         console.print(start_from(task, cli.config["init"], output_names(data, task.num_classes)), soft_wrap=True)
     kept = cli.config["cache_features"]
-    if kept is not False:
+    if kept not in (False, None):
         cache_features(task, data, cli.trainer, None if kept is True else kept)
     return cli
 
