@@ -36,7 +36,7 @@ def _zoo(tmp_path_factory):
     save_file(
         vispeft.create_model("vit_tiny_patch16_224", num_classes=10, **TINY).state_dict(), folder / "model.safetensors"
     )
-    described = json.loads((zoo_folder() / "backbones/vit_fashion/config.json").read_text())
+    described = json.loads((zoo_folder() / "backbones/vit_tiny/config.json").read_text())
     args = {name: value for name, value in TINY.items() if name != "pretrained"}
     sha = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     (folder / "config.json").write_text(json.dumps({**described, "args": args, "sha256": sha}))

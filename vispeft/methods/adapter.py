@@ -15,6 +15,7 @@ from torch import Generator, Tensor, nn
 from vispeft.adapters.functional import linear
 from vispeft.adapters.method import Method, PlanItem, register
 from vispeft.adapters.quantize import check_bits, start_above_zero
+from vispeft.adapters.recipes import FGVC, VTAB, Recipe
 from vispeft.adapters.sites import Site, View
 from vispeft.adapters.units import ParallelUnit, SequentialUnit, Unit
 from vispeft.errors import ConfigError, SiteError
@@ -187,6 +188,7 @@ class Adapter(Method):
 
     name: ClassVar[str] = "adapter"
     paper: ClassVar[str] = "https://arxiv.org/abs/1902.00751"
+    recipes: ClassVar[tuple[Recipe, ...]] = (VTAB.sized(bottleneck=8), FGVC.sized(bottleneck=8))
     default_roles: ClassVar[tuple[str, ...]] = ("mlp",)
 
     def __post_init__(self) -> None:

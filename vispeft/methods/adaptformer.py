@@ -10,6 +10,7 @@ from typing import ClassVar
 from torch import nn
 
 from vispeft.adapters.method import Method, PlanItem, register
+from vispeft.adapters.recipes import FGVC, VTAB, Recipe
 from vispeft.adapters.sites import View
 from vispeft.errors import SiteError
 from vispeft.methods.adapter import Bottleneck, ParallelBottleneck, check_bottleneck
@@ -44,6 +45,7 @@ class AdaptFormer(Method):
 
     name: ClassVar[str] = "adaptformer"
     paper: ClassVar[str] = "https://arxiv.org/abs/2205.13535"
+    recipes: ClassVar[tuple[Recipe, ...]] = (VTAB.sized(bottleneck=8), FGVC.sized(bottleneck=64))
     default_roles: ClassVar[tuple[str, ...]] = ("mlp",)
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from vispeft.adapters.method import Method, PlanItem, register
+from vispeft.adapters.recipes import FGVC, Recipe
 from vispeft.adapters.selection import below, selections
 from vispeft.adapters.sites import View
 
@@ -32,6 +33,7 @@ class BitFit(Method):
 
     name: ClassVar[str] = "bitfit"
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.10199"
+    recipes: ClassVar[tuple[Recipe, ...]] = (FGVC,)
 
     def _chosen(self) -> frozenset[str]:
         return _BIASES | ({"relative_position_bias_table"} if self.include_rel_pos_bias else frozenset())

@@ -17,6 +17,7 @@ from torch import Generator, Tensor, nn
 
 from vispeft.adapters.functional import linear
 from vispeft.adapters.method import Method, PlanItem, register
+from vispeft.adapters.recipes import Recipe
 from vispeft.adapters.sites import Site, View
 from vispeft.adapters.units import SequentialUnit, SharedUnit
 from vispeft.errors import ConfigError, SiteError
@@ -209,6 +210,13 @@ class Compacter(Method):
 
     name: ClassVar[str] = "compacter"
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.04647"
+    recipes: ClassVar[tuple[Recipe, ...]] = (
+        Recipe(
+            lr=3e-3,
+            weight_decay=1e-4,
+            source="language (GLUE): 3e-3 (rabeehk/compacter e123daa); no recipe for images was published",
+        ),
+    )
     default_roles: ClassVar[tuple[str, ...]] = ("attn", "mlp")
 
     def __post_init__(self) -> None:

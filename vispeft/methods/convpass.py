@@ -14,6 +14,7 @@ from torch import Generator, Tensor, nn
 from vispeft.adapters.functional import linear
 from vispeft.adapters.method import Method, PlanItem, register
 from vispeft.adapters.quantize import start_above_zero
+from vispeft.adapters.recipes import FGVC, VTAB, Recipe
 from vispeft.adapters.sites import View
 from vispeft.adapters.units import ParallelUnit
 from vispeft.errors import ConfigError
@@ -131,6 +132,7 @@ class Convpass(Method):
 
     name: ClassVar[str] = "convpass"
     paper: ClassVar[str] = "https://arxiv.org/abs/2207.07039"
+    recipes: ClassVar[tuple[Recipe, ...]] = (VTAB.sized(bottleneck=8), FGVC.sized(bottleneck=8))
     default_roles: ClassVar[tuple[str, ...]] = ("attn", "mlp")
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from torch import Generator, Tensor, nn
 from vispeft.adapters.functional import linear
 from vispeft.adapters.method import Method, PlanItem, register
 from vispeft.adapters.quantize import start_above_zero
+from vispeft.adapters.recipes import FGVC, VTAB, Recipe
 from vispeft.adapters.sites import Site, View
 from vispeft.adapters.units import DeltaUnit, SharedUnit
 from vispeft.errors import ConfigError, SiteError
@@ -173,6 +174,7 @@ class FacT(Method):
 
     name: ClassVar[str] = "fact"
     paper: ClassVar[str] = "https://arxiv.org/abs/2212.03145"
+    recipes: ClassVar[tuple[Recipe, ...]] = (VTAB.sized(rank=16), FGVC.sized(rank=16))
     default_roles: ClassVar[tuple[str, ...]] = ("attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc1", "mlp.fc2")
 
     def __post_init__(self) -> None:

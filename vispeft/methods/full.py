@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from vispeft.adapters.method import Method, PlanItem, register
+from vispeft.adapters.recipes import Recipe
 from vispeft.adapters.selection import below, selections
 from vispeft.adapters.sites import View
 from vispeft.errors import ConfigError
@@ -28,6 +29,13 @@ class Full(Method):
     """Rate of stochastic depth in the last block while training."""
 
     name: ClassVar[str] = "full"
+    recipes: ClassVar[tuple[Recipe, ...]] = (
+        Recipe(
+            lr=1e-4,
+            weight_decay=1e-2,
+            source="FGVC: AdamW, searched from 1e-4 to 5e-3 times batch / 256, decay 0 to 0.01 (KMnP/vpt 4410440)",
+        ),
+    )
     trains_base: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from torch import Generator, Tensor, nn
 from vispeft.adapters.functional import linear
 from vispeft.adapters.method import Method, PlanItem, register
 from vispeft.adapters.quantize import start_above_zero
+from vispeft.adapters.recipes import Recipe
 from vispeft.adapters.sites import Site, View
 from vispeft.adapters.units import SequentialUnit
 from vispeft.errors import SiteError
@@ -105,6 +106,14 @@ class Hydra(Method):
 
     name: ClassVar[str] = "hydra"
     paper: ClassVar[str] = "https://arxiv.org/abs/2309.06922"
+    recipes: ClassVar[tuple[Recipe, ...]] = (
+        Recipe(
+            lr=1e-3,
+            weight_decay=1e-4,
+            fields={"rank": 2},
+            source="VTAB-1k: 5e-4 to 5e-3 by data set, AdamW, 100 epochs, drop path 0.1 (extremebird/Hydra 4138457)",
+        ),
+    )
     default_roles: ClassVar[tuple[str, ...]] = ("attn.proj", "mlp.fc2")
 
     def __post_init__(self) -> None:

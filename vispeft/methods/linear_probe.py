@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from vispeft.adapters.method import Method, PlanItem, register
+from vispeft.adapters.recipes import Recipe
 from vispeft.adapters.sites import View
 from vispeft.errors import ConfigError
 
@@ -21,6 +22,13 @@ class LinearProbe(Method):
     """Nothing but the classifier trains, on features of a frozen backbone in evaluation mode."""
 
     name: ClassVar[str] = "linear_probe"
+    recipes: ClassVar[tuple[Recipe, ...]] = (
+        Recipe(
+            lr=1e-2,
+            weight_decay=1e-4,
+            source="chosen out of 1e-3, 1e-2 and 1e-1 in benchmarks/results/fewshot; papers use SGD",
+        ),
+    )
     cacheable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

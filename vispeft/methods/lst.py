@@ -21,6 +21,7 @@ from torch import Generator, Tensor, nn
 from vispeft.adapters.functional import linear
 from vispeft.adapters.method import Method, PlanItem, register
 from vispeft.adapters.pruning import prune
+from vispeft.adapters.recipes import Recipe
 from vispeft.adapters.side import ENTRY, Rung, SideHost
 from vispeft.adapters.sites import View, select
 from vispeft.adapters.units import SideUnit
@@ -171,6 +172,14 @@ class LST(Method):
 
     name: ClassVar[str] = "lst"
     paper: ClassVar[str] = "https://arxiv.org/abs/2206.06522"
+    recipes: ClassVar[tuple[Recipe, ...]] = (
+        Recipe(
+            lr=3e-3,
+            weight_decay=0.03,
+            fields={"reduction": 8},
+            source="language, and images with text: AdamW 3e-3, weight decay 0.03 (ylsung/Ladder-Side-Tuning 1798e82)",
+        ),
+    )
     default_roles: ClassVar[tuple[str, ...]] = ("tokens",)
     cacheable: ClassVar[bool] = True
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from vispeft.adapters.method import Method, PlanItem, register
+from vispeft.adapters.recipes import FGVC, Recipe
 from vispeft.adapters.selection import below, selections
 from vispeft.adapters.sites import View
 
@@ -25,6 +26,7 @@ class NormTuning(Method):
     """
 
     name: ClassVar[str] = "norm_tuning"
+    recipes: ClassVar[tuple[Recipe, ...]] = (FGVC,)
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
         """Select the tensors of the norms, or of those below the chosen roles and blocks."""

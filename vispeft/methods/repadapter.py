@@ -14,6 +14,7 @@ from torch import Generator, Tensor, nn
 from vispeft.adapters.functional import linear
 from vispeft.adapters.method import Method, PlanItem, register
 from vispeft.adapters.quantize import start_above_zero
+from vispeft.adapters.recipes import FGVC, VTAB, Recipe
 from vispeft.adapters.sites import View
 from vispeft.adapters.units import InputUnit
 from vispeft.errors import ConfigError, SiteError
@@ -103,6 +104,7 @@ class RepAdapter(Method):
 
     name: ClassVar[str] = "repadapter"
     paper: ClassVar[str] = "https://arxiv.org/abs/2302.08106"
+    recipes: ClassVar[tuple[Recipe, ...]] = (VTAB.sized(bottleneck=8), FGVC.sized(bottleneck=8))
     default_roles: ClassVar[tuple[str, ...]] = ("attn.qkv", "mlp.fc1")
 
     def __post_init__(self) -> None:

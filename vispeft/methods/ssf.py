@@ -11,6 +11,7 @@ import torch
 from torch import Generator, nn
 
 from vispeft.adapters.method import Method, PlanItem, register
+from vispeft.adapters.recipes import FEW_IMAGES, Recipe
 from vispeft.adapters.sites import View
 from vispeft.adapters.units import AffineUnit
 from vispeft.errors import ConfigError
@@ -66,6 +67,20 @@ class SSF(Method):
 
     name: ClassVar[str] = "ssf"
     paper: ClassVar[str] = "https://arxiv.org/abs/2210.08823"
+    recipes: ClassVar[tuple[Recipe, ...]] = (
+        Recipe(
+            lr=5e-3,
+            weight_decay=5e-5,
+            images=FEW_IMAGES,
+            source="VTAB-1k: 1e-3 to 5e-2 by data set, 5e-3 for ten of 19; AdamW, 100 epochs (dongzelian/SSF e94e0e7)",
+        ),
+        Recipe(
+            lr=1e-3, weight_decay=5e-2, layout="NLC", source="CIFAR-100 on all images, ViT (dongzelian/SSF e94e0e7)"
+        ),
+        Recipe(
+            lr=5e-3, weight_decay=5e-2, layout="NHWC", source="CIFAR-100 on all images, Swin (dongzelian/SSF e94e0e7)"
+        ),
+    )
     default_roles: ClassVar[tuple[str, ...]] = (
         "patch_embed",
         "patch_embed.norm",
