@@ -159,6 +159,7 @@ REFUSED = {
     "no validation": (["--trainer.limit_val_batches=0"], "the best epoch is chosen on validation"),
     "unknown checkpoint key": (["--checkpoints.minute=1"], "Did you mean 'checkpoints.minutes'"),
     "no time between checkpoints": (["--checkpoints.minutes=0"], "checkpoints.minutes is 0"),
+    "seed": (["--seed_everything=a: b: c"], "is no valid YAML"),
     "several processes": (["--trainer.devices=2", "--trainer.accelerator=cpu"], "asks for 2 processes"),
     "dry run": (["--trainer.fast_dev_run=true"], "makes no run directory"),
     "no such file": (["--model.weights=none.safetensors", "--model.backbone_args={}"], "no such file"),

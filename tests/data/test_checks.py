@@ -109,6 +109,23 @@ def test_one_class_is_refused_before_a_backbone_is_made(tmp_path):
         _ = ImageFolderData(root=str(root)).num_classes
 
 
+def test_a_link_that_leads_nowhere_is_a_missing_file(tmp_path):
+    root = folder(tmp_path, a=9, b=9)
+    (root / "a/x.png").symlink_to(root / "gone.png")
+    assert "a/x.png" in codes(ImageFolderData(root=str(root)))["missing-file"].line()
+
+
+def test_images_without_any_label_are_refused(tmp_path):
+    root = folder(tmp_path, a=9)
+    (root / "list.txt").write_text("".join(f"a/{number}.png -\n" for number in range(9)))
+    for names in (None, ["red", "big"]):
+        data = ImageListData(train_list=str(root / "list.txt"), target="multilabel", names=names)
+        with pytest.raises(DataError, match="No image has a label, so there is nothing to learn"):
+            ready(data)
+    with pytest.raises(DataError, match="No image has a label"):
+        _ = ImageListData(train_list=str(root / "list.txt"), target="multilabel").class_names
+
+
 def test_classes_that_train_lacks_are_refused(tmp_path):
     root = folder(tmp_path, train__a=3, train__b=3, val__a=1, val__b=1, test__a=1, test__c=2)
     with pytest.raises(DataError, match=r"test has classes that train lacks.*: c\."):

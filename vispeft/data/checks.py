@@ -250,6 +250,8 @@ def _targets(listing: Listing) -> list[Finding]:
     if listing.target == "class" and len(present) < 2:
         text = f"There are images of {'one class only' if present else 'no class'}; two are needed"
         found.append(Finding("error", "one-class", text, tuple(present)))
+    elif not present:
+        found.append(Finding("error", "no-labels", "No image has a label, so there is nothing to learn"))
     for name, numbers in counts.items():
         if name != "train":
             alone = [names[i] for i, count in enumerate(numbers) if count and not train[i]]

@@ -120,7 +120,8 @@ def _class_folders(place: Path) -> dict[str, Path]:
 
 def _files(folder: Path) -> list[Path]:
     inside = sorted(folder.rglob("*"), key=lambda path: _as_people_count(str(path)))
-    return [path for path in inside if path.is_file() and not _hidden(path)]
+    # A link that leads nowhere is an image that is missing, and is found as such.
+    return [path for path in inside if (path.is_file() or not path.exists()) and not _hidden(path)]
 
 
 def _as_people_count(name: str) -> tuple[Any, str]:

@@ -153,7 +153,7 @@ class ListedData(ImageData):
         Raises:
             DataError: If the data cannot be used; the message says everything that is wrong.
         """
-        if self.listing.broken or (self.listing.target == "class" and len(self.listing.class_names) < 2):
+        if self.listing.broken or len(self.listing.class_names) < (2 if self.listing.target == "class" else 1):
             self.report().raise_errors()
         return self.listing.class_names
 

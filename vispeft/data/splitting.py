@@ -118,6 +118,8 @@ def strata(targets: Tensor) -> Tensor:
     """
     if targets.ndim == 1:
         return targets.long()
+    if targets.shape[1] == 0:
+        return torch.zeros(len(targets), dtype=torch.long)
     if bool(((targets == 0) | (targets == 1)).all()):
         counts = targets.sum(0)
         rarity = torch.where(targets > 0, counts, torch.inf)
