@@ -74,8 +74,8 @@ METHODS: dict[str, vispeft.Method] = {
 PARALLEL = ("adapter_parallel", "adaptformer", "adaptformer_1bit", "convpass", "convpass_attn")
 """Methods with terms beside the branches of a block."""
 
-STORES_MORE = ("pissa", "lora_fa")
-"""Methods whose files hold tensors besides the trained ones: what these start from."""
+STORES_MORE = ("lora_fa",)
+"""Methods whose files hold tensors that do not train."""
 
 SELECTIONS = ("full", "bitfit", "norm_tuning", "lst", "lst_sparse", "compacter_full", "vqt", "vqt_weighted")
 """Methods that replace tensors of the base, or what leaves it, so that two of them cannot act at once."""
