@@ -10,6 +10,7 @@ from torch import nn
 
 import vispeft
 from tests.conformance.cells import METHODS, Cell, move
+from vispeft.adapters.attention import AttentionHost
 from vispeft.errors import BackboneError, SiteError
 
 COUNTS = {
@@ -25,6 +26,17 @@ COUNTS = {
     ("vit_base_patch16_224", vispeft.NormTuning()): 38_400,
     ("vit_base_patch16_224", vispeft.VPT(num_tokens=50, deep=True)): 460_800,
     ("vit_base_patch16_224", vispeft.VPT(num_tokens=50, deep=False)): 38_400,
+    ("swin_base_patch4_window7_224", vispeft.VPT(num_tokens=50, deep=True)): 601_600,
+    ("swin_base_patch4_window7_224", vispeft.VPT(num_tokens=50, deep=False)): 6_400,
+    ("vit_base_patch16_224", vispeft.VPT(num_tokens=5, deep=True, project=64)): 5 * 64 * 12 + 64 * 768 + 768,
+    ("vit_base_patch16_224", vispeft.VQT(num_queries=10)): 92_160,
+    ("vit_base_patch16_224", vispeft.VQT(num_queries=10, aggregate="weighted")): 92_280,
+    ("swin_base_patch4_window7_224", vispeft.VQT()): 12_032,
+    ("vit_base_patch16_224", vispeft.Prefix(length=30)): 552_960,
+    ("swin_base_patch4_window7_224", vispeft.Prefix(length=16)): 385_024,
+    ("vit_base_patch16_224", vispeft.Prefix(length=4, mid_dim=800)): 4 * 768 + 769 * 800 + 801 * 2 * 9_216,
+    ("vit_base_patch16_224", vispeft.MAM(length=16, bottleneck=16)): 599_232,
+    ("swin_base_patch4_window7_224", vispeft.MAM(length=16, bottleneck=16)): 782_464,
 }
 
 
@@ -38,7 +50,7 @@ def test_published_counts(entry: tuple[str, vispeft.Method], count: int) -> None
 
 
 @pytest.mark.parametrize("backbone", ["swin", "swinv2", "eva_dinov3", "eva02", "vit"])
-@pytest.mark.parametrize("method", ["ssf", "lora_all", "bitfit"])
+@pytest.mark.parametrize("method", ["ssf", "lora_all", "bitfit", "vpt"])
 def test_features_only_models_work_adapted(method: str, backbone: str, tmp_path) -> None:
     name = {
         "swin": "swin_tiny_patch4_window7_224",
@@ -122,9 +134,11 @@ def test_a_size_the_window_cannot_serve_is_refused() -> None:
         model(torch.zeros(1, 3, 40, 40))
 
 
-def test_vpt_says_why_it_has_no_form_on_swin() -> None:
-    with pytest.raises(SiteError, match=r"windows.*SSF"):
-        vispeft.attach(Cell("vpt", "swin").model(), vispeft.VPT())
+def test_vpt_says_why_it_has_no_form_on_swinv2() -> None:
+    with pytest.raises(SiteError, match=r"normalises behind.*AdaptFormer"):
+        vispeft.attach(Cell("vpt", "swinv2").model(), vispeft.VPT())
+    with pytest.raises(SiteError, match=r"several widths.*deep=False"):
+        vispeft.attach(Cell("vpt", "swin").model(), vispeft.VPT(project=4))
 
 
 @pytest.mark.parametrize("backbone", ["swinv2", "eva02", "eva_dinov3", "eva_dinov3_qkvb"])
@@ -166,3 +180,92 @@ def test_a_fresh_swinv2_is_attached_with_a_warning(caplog: pytest.LogCaptureFixt
     bank = vispeft.attach(model, vispeft.LoRA())
     assert "8 of 8 trainable tensors get no gradient while base tensors are all zero" in caplog.text
     assert bank.names == ["default"]
+
+
+HEADS = {  # backbone, queries, classes: (head, total) of the specification
+    ("vit_base_patch16_224", 1): 1_007_716 - 9_216,
+    ("vit_base_patch16_224", 20): 18_693_220 - 184_320,
+    ("swin_base_patch4_window7_224", 1): 1_317_732 - 12_032,
+}
+
+
+@pytest.mark.parametrize(("entry", "count"), HEADS.items(), ids=str)
+def test_the_classifier_of_queries_is_as_wide_as_published(entry: tuple[str, int], count: int) -> None:
+    name, queries = entry
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=100)
+    method = vispeft.VQT(num_queries=queries)
+    assert (method.head_width(vispeft.backbones.describe(model)) + 1) * 100 == count
+
+
+def test_queries_say_what_they_cannot_act_with() -> None:
+    cell = Cell("vqt", "vit")
+    model, images = cell.model().double(), cell.images().double()
+    bank = vispeft.attach(model, vispeft.LoRA(rank=2), name="lora")
+    bank = vispeft.attach(model, vispeft.VQT(num_queries=2, dropout=0.0), name="vqt")
+    with pytest.raises(SiteError, match=r"without gradients.*'lora'.*detach_hidden=False"):
+        bank.set_active(["lora", "vqt"])
+    bank.detach("vqt")
+    vispeft.attach(model, vispeft.VQT(num_queries=2, dropout=0.0, detach_hidden=False), name="vqt")
+    for name in ("lora", "vqt"):
+        move(bank, name)
+    bank.set_active(["lora", "vqt"])
+    bank.verify()
+    model(images).square().sum().backward()
+    parameter = next(t for key, t in bank.named_tensors("lora").items() if not key.startswith("head/"))
+    found = parameter.grad.flatten()[0].clone()
+    losses = []
+    for step in (1e-6, -2e-6):
+        with torch.no_grad():
+            parameter.view(-1)[0].add_(step)
+            losses.append(model(images).square().sum())
+    assert torch.allclose(found, (losses[0] - losses[1]) / 2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backbone", ["vit", "swin", "swinv2", "eva_dinov3", "vit_glu"])
+def test_queries_leave_the_backbone_without_a_graph(backbone: str) -> None:
+    cell = Cell("vqt", backbone)
+    model, images = cell.model().double(), cell.images().double()
+    cell.attach(model)
+    blocks = [module for module in model.modules() if type(module).__name__.endswith("Block")]
+    graphs: list[bool] = []
+    for block in blocks:
+        block.register_forward_hook(lambda _m, _a, rows: graphs.append(rows.tokens.requires_grad))
+    model(images).sum().backward()
+    assert graphs == [False] * len(blocks)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", ["vit", "swin"])
+def test_reading_without_keys_and_values_is_exact(backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = Cell("vqt", backbone)
+    model, images = cell.model().double(), cell.images().double()
+    cell.attach(model)
+    attention = next(m for m in model.modules() if isinstance(m, AttentionHost))
+    assert attention._folds(torch.zeros(1, 2, attention.qkv.in_features), {})
+    folded = model(images)
+    monkeypatch.setattr(AttentionHost, "_folds", lambda *_: False)
+    assert torch.allclose(model(images), folded, rtol=1e-10, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["vpt", "vpt_shallow", "vqt"])
+def test_images_in_windows_are_computed_as_they_would_be_alone(method: str) -> None:
+    cell = Cell(method, "swin")
+    model, images = cell.model().double(), cell.images(3).double()
+    cell.attach(model)
+    alone = torch.cat([model(image[None]) for image in images])
+    assert torch.allclose(model(images), alone, rtol=1e-10, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", ["vit", "vit_glu", "eva_dinov3", "eva02", "eva_pe", "swin", "swinv2"])
+def test_own_attention_equals_timms(backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows beside the tokens that nothing sees leave the tokens as timm computes them."""
+    cell = Cell("vqt", backbone)
+    model, images = cell.model().double(), cell.images().double()
+    wanted = model.forward_intermediates(images, intermediates_only=True)
+    cell.attach(model)
+    monkeypatch.setattr(AttentionHost, "_folds", lambda *_: False)
+    found = model.forward_intermediates(images, intermediates_only=True)
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(found, wanted, strict=True))

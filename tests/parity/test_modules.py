@@ -16,7 +16,7 @@ from vispeft.adapters.heads import LowBitHead
 from vispeft.adapters.quantize import codebook, decode, quantize
 from vispeft.adapters.sites import Site
 from vispeft.adapters.units import Unit
-from vispeft.methods import Bottleneck, BottleneckUnit, HydraUnit, phm_linear, phm_matrix
+from vispeft.methods import Bottleneck, BottleneckUnit, HydraUnit, PrefixMLP, PrefixSlot, phm_linear, phm_matrix
 from vispeft.methods.compacter import CompacterUnit, PHMRule, UnitShape
 
 Run = Callable[[Tensor], Tensor]
@@ -66,6 +66,23 @@ def unified_adapter(hyper: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     norm = {f"norm_{part}": f"adapter_layer_norm_before.{part}" for part in ("weight", "bias")}
     leaves = filled(unit, {**layers("down", "up"), **norm, "scale": "scale"}, below(tensors, "adapter."))
     assert_equal_module(tensors, lambda x: unit.change(x) + x if hyper["add_residual"] else unit.change(x), leaves)
+
+
+def unified_prefix(hyper: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    width, depth = hyper["dim"], hyper["depth"]
+    network = PrefixMLP(hyper["prefix_len"], width, hyper["mid_dim"], 2 * depth * width, 0.0)
+    names = {
+        f"{ours}.{part}": f"control_trans.{number}.{part}"
+        for ours, number in (("inner", 0), ("outer", 2))
+        for part in ("weight", "bias")
+    }
+    filled(network, {**names, "embedding": "wte.weight"}, below(tensors, "adapter."))
+    for layer in range(depth):
+        slot = PrefixSlot(width, 2 * layer * width)
+        slot.borrow(network)
+        for kind, table in zip(("key", "value"), slot.keys_values(), strict=True):
+            heads = table.unflatten(1, (hyper["heads"], -1)).transpose(0, 1)
+            assert (heads - tensors[f"prefix_{kind}.{layer}"]).abs().max() <= OUTPUT, f"{kind} {layer}"
 
 
 def hydra_module(hyper: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -154,6 +171,7 @@ def levels_of(case: dict[str, Tensor], bits: int) -> Tensor:
 
 
 MODULES = {
+    "unified_prefix_mlp": unified_prefix,
     "unified_adapter_": unified_adapter,
     "hydra_module_": hydra_module,
     "compacter_phm_": compacter_phm,

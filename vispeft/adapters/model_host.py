@@ -8,7 +8,7 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from vispeft.adapters.hosts import Host
-from vispeft.adapters.units import Unit
+from vispeft.adapters.units import QueryUnit, Unit
 from vispeft.errors import BackboneError
 
 __all__ = ["ModelHost"]
@@ -48,6 +48,17 @@ class ModelHost(Host):
         """Compute intermediate features as timm does, for images of a size the model takes."""
         self.check_size(x)
         return super().forward_intermediates(x, *args, **kwargs)  # type: ignore[misc]  # timm's
+
+    def reader(self) -> QueryUnit | None:
+        """Look up the active queries that read the blocks, if any."""
+        return next(self.units(QueryUnit), None)
+
+    def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
+        """Make a new classifier as timm does, as wide as the method that is active wants it."""
+        super().reset_classifier(num_classes, *args, **kwargs)  # type: ignore[misc]  # timm's
+        bank = self.__dict__.get("_vispeft_bank")
+        if bank is not None:
+            bank.fit_head()
 
     def group_matcher(self, coarse: bool = False) -> Any:
         """Say which layer a tensor belongs to, as timm does, also for units that stand for tensors of the stem.

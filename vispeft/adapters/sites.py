@@ -132,6 +132,8 @@ class View:
     """Width of each block."""
     stages: tuple[tuple[int, ...], ...]
     """Block indices of each stage; one stage for a plain model."""
+    heads: tuple[int, ...]
+    """Attention heads of each block."""
     num_prefix_tokens: int
     """Class and register tokens in front of the patch tokens."""
     layout: Layout
@@ -219,8 +221,8 @@ class View:
         order = [site.role for site in self.sites]
         if order.index("norm1") > order.index("attn"):
             raise SiteError(
-                f"{method} reads what the norm in front of a branch makes, and {self.family} normalises behind its "
-                "branches: there is no stated form for it. Use one that reads the residual stream, such as AdaptFormer."
+                f"{method} works on what the norm in front of a branch makes, and {self.family} normalises behind its "
+                "branches: there is no stated form for it. Use a method that does not, such as AdaptFormer."
             )
 
 

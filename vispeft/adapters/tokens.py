@@ -6,30 +6,34 @@ and several calls at once are safe.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 
 from vispeft.adapters.blocks import BlockHost
-from vispeft.adapters.model_host import ModelHost
-from vispeft.adapters.units import TokensUnit
+from vispeft.adapters.reading import joined, taken_apart
+from vispeft.adapters.side import ENTRY, SideHost
+from vispeft.adapters.units import SideUnit, TokensUnit
 from vispeft.errors import ConfigError
 
 __all__ = ["PlainModelHost"]
 
 
-class PlainModelHost(ModelHost):
+class PlainModelHost(SideHost):
     """An adapted model with one sequence of tokens.
 
-    Without tokens to insert, and without units that look at tokens as an image, every call goes to timm's own forward.
+    Without tokens to insert, without units that look at tokens as an image, and without a network beside the model,
+    every call goes to timm's own forward.
 
     A family says how it enters the first block (`enter`) and what its blocks take besides tokens (`block_arguments`).
     """
 
+    takes_side: ClassVar[bool] = True
     num_prefix_tokens: int
     global_pool: str
     grad_checkpointing: bool
@@ -37,6 +41,10 @@ class PlainModelHost(ModelHost):
     blocks: Any
     norm_pre: Any
     norm: Any
+    pool: Callable[[Tensor], Tensor]
+    fc_norm: nn.Module
+    head_drop: nn.Module
+    head: nn.Module
 
     def enter(self, images: Tensor) -> tuple[Tensor, Any]:
         """Run what comes in front of the first block, with timm's own submodules.
@@ -65,8 +73,29 @@ class PlainModelHost(ModelHost):
         if not self._runs_itself(units):
             return super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
         _refuse_mask(attn_mask, is_causal)
-        tokens, _ = self._run(x, units, frozenset(), len(self.blocks))
-        return self._pooled_rows(self.norm(tokens), units)
+        final, _ = self._levels(x, units, frozenset(), len(self.blocks), norm=True)
+        return final()
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool and classify as timm does; what a network beside the model gives is not normalised again.
+
+        Args:
+            x: (B, N, D), what `forward_features` gave.
+            pre_logits: Leave the classifier out.
+
+        Returns:
+            (B, classes), or (B, D).
+        """
+        queries = self.reader()
+        if queries is not None:
+            x, reads = taken_apart(x, queries, self.num_prefix_tokens)
+            x = self.head_drop(queries.features(self.fc_norm(self.pool(x)), reads))
+            return x if pre_logits else self.head(x)
+        if self.side() is None:
+            out: Tensor = super().forward_head(x, pre_logits=pre_logits)  # type: ignore[misc]  # timm's
+            return out
+        x = self.head_drop(self.pool(x))
+        return x if pre_logits else self.head(x)
 
     def forward_intermediates(
         self,
@@ -102,8 +131,7 @@ class PlainModelHost(ModelHost):
             raise ConfigError(f"forward_intermediates(output_fmt={output_fmt!r}): use 'NCHW' or 'NLC'.")
         taken, last = feature_take_indices(len(self.blocks), indices)
         depth = last + 1 if stop_early else len(self.blocks)
-        tokens, taps = self._run(x, units, frozenset(taken), depth)
-        taps = [self._without_inserted(self.norm(tap) if norm else tap, units) for tap in taps]
+        final, taps = self._levels(x, units, frozenset(taken), depth, norm)
         prefix = [tap[:, : self.num_prefix_tokens] for tap in taps]
         maps = [tap[:, self.num_prefix_tokens :] for tap in taps]
         if output_fmt == "NCHW":
@@ -114,29 +142,72 @@ class PlainModelHost(ModelHost):
             if return_prefix_tokens and self.num_prefix_tokens:
                 named["image_intermediates_prefix"] = prefix
             if not intermediates_only:
-                named["image_features"] = self._pooled_rows(self.norm(tokens), units)
+                named["image_features"] = final()
             return named
         both = return_prefix_tokens and self.num_prefix_tokens > 0
         found: list[Any] = list(zip(maps, prefix, strict=True)) if both else maps
-        return found if intermediates_only else (self._pooled_rows(self.norm(tokens), units), found)
+        return found if intermediates_only else (final(), found)
 
     def _runs_itself(self, units: Sequence[TokensUnit]) -> bool:
-        return bool(units) or any(_wants_grid(block) for block in self.blocks)
+        beside = self.side() is not None or self.reader() is not None
+        return bool(units) or beside or any(_wants_grid(block) for block in self.blocks)
+
+    def _levels(
+        self, images: Tensor, units: Sequence[TokensUnit], taken: frozenset[int], depth: int, norm: bool
+    ) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        """Run the model: what computes its features, and the tokens behind chosen blocks without inserted ones."""
+        side = self.side()
+        if side is not None:
+            hidden = self.read_hidden(side, images, frozenset(), depth)
+            states = side.climb(hidden, depth, self.grad_checkpointing)
+            dtype = hidden[ENTRY].dtype
+            return partial(_left, side, states[-1], dtype), [_left(side, states[i], dtype) for i in sorted(taken)]
+        reads: list[Tensor] = []
+        tokens, taps = self._run(images, units, taken, depth, reads)
+        found = [self._without_inserted(self.norm(tap) if norm else tap, units) for tap in taps]
+        first = self.num_prefix_tokens
+        return lambda: joined(self._pooled_rows(self.norm(tokens), units), reads, self.reader(), first), found
+
+    def hidden(self, images: Tensor, blocks: frozenset[int], depth: int) -> dict[int, Tensor]:
+        """Run the backbone and give (B, N, D) behind chosen blocks, and in front of the first one."""
+        units = tuple(self.units(TokensUnit))
+        wanted = {ENTRY, *(block for block in blocks if block < depth)}
+        _, taps = self._run(images, units, frozenset(wanted), depth)
+        rows = [taps[0], *(self._without_inserted(tap, units) if units else tap for tap in taps[1:])]
+        return dict(zip(sorted(wanted), rows, strict=True))
+
+    def checkpoints(self) -> bool:
+        """Tell whether blocks are to be computed again in the backward pass."""
+        return self.grad_checkpointing
 
     def _run(
-        self, images: Tensor, units: Sequence[TokensUnit], taken: frozenset[int], depth: int
+        self,
+        images: Tensor,
+        units: Sequence[TokensUnit],
+        taken: frozenset[int],
+        depth: int,
+        reads: list[Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
+        """Run blocks; what queries read of them is appended to `reads`, where there is a list for it."""
         self.check_size(images)
         tokens, context = self.enter(images)
+        reader = self.reader() if reads is not None else None
+        tokens = tokens if reader is None else reader.enter(tokens)
         grid = self.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
-        inserted, taps = 0, []
+        inserted, taps = 0, [tokens] if ENTRY in taken else []
         for index in range(depth):
             tokens, inserted = self._insert(tokens, units, index, inserted)
             arguments = self.block_arguments(context, index, inserted)
             block = self.blocks[index]
             if _wants_grid(block):
                 arguments |= {"grid": grid, "prefix": self.num_prefix_tokens + inserted}
-            tokens = checkpoint(block, tokens, **arguments) if self.grad_checkpointing else block(tokens, **arguments)
+            queries = None if reader is None else reader.asked(index, tokens.shape[0])
+            if queries is not None:
+                arguments["queries"] = queries.to(tokens.dtype)
+            out = checkpoint(block, tokens, **arguments) if self.grad_checkpointing else block(tokens, **arguments)
+            tokens = out if queries is None else out.tokens
+            if queries is not None and reads is not None:
+                reads.append(out.queries)
             if index in taken:
                 taps.append(tokens)
         return tokens, taps
@@ -172,6 +243,11 @@ class PlainModelHost(ModelHost):
         return tokens if pool == "all" else tokens[:, : first + count]
 
 
+def _left(side: SideUnit, state: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute what leaves a network beside the model, in the model's type."""
+    return side.leave(state).to(dtype)
+
+
 def _wants_grid(block: Any) -> bool:
     return isinstance(block, BlockHost) and block.wants_grid()
 
@@ -179,7 +255,7 @@ def _wants_grid(block: Any) -> bool:
 def _refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
     if attn_mask is not None or is_causal:
         raise ConfigError(
-            "An attention mask was given to a model whose adapter inserts tokens, which it has no rows for, or looks "
-            "at tokens as an image, of which it hides some. "
+            "An attention mask was given to a model whose adapter inserts tokens, which it has no rows for, looks at "
+            "tokens as an image, of which it hides some, or stands beside the model and has tokens of its own. "
             "Disable the adapter for this call, or leave the mask out."
         )

@@ -29,7 +29,20 @@ __all__ = [
     "WeightUnit",
 ]
 
-UnitKind = Literal["selection", "weight", "input", "delta", "sequential", "affine", "parallel", "prefix", "queries", "tokens", "side", "shared"]
+UnitKind = Literal[
+    "selection",
+    "weight",
+    "input",
+    "delta",
+    "sequential",
+    "affine",
+    "parallel",
+    "prefix",
+    "queries",
+    "tokens",
+    "side",
+    "shared",
+]
 
 
 class Unit(LowBit):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import AttentionRope
+from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 
+from vispeft.adapters.attention import Heads, TokenAttentionHost, attended, projected, split_heads
 from vispeft.adapters.blocks import BlockHost
-from vispeft.adapters.hosts import register_block_host
+from vispeft.adapters.hosts import ReaderHost, register_attention_host, register_block_host
+from vispeft.adapters.rows import Rows
 from vispeft.adapters.sites import Site, View
 from vispeft.adapters.tokens import PlainModelHost
 from vispeft.backbones.parts import (
@@ -100,27 +103,78 @@ class EvaHost(PlainModelHost):
 class EvaBlockHost(BlockHost):
     """An adapted `EvaBlock`."""
 
-    attn: nn.Module
+    attn: Any
     mlp: nn.Module
     norm1: nn.Module
     norm2: nn.Module
     gamma_1: Tensor | None
     gamma_2: Tensor | None
 
-    def attention_branch(self, x: Tensor, *args: Any, **arguments: Any) -> tuple[Tensor, Tensor | None]:
+    def attention_branch(self, rows: Rows, *args: Any, **arguments: Any) -> tuple[Rows, Rows | None]:
         """Run the attention branch."""
-        normed = self.norm1(x)
-        out = self.attn(normed, *args, **arguments)
-        return self.drop_path1(out if self.gamma_1 is None else self.gamma_1 * out), normed
+        normed = rows.each(self.norm1)
+        out = attended(self.attn, normed, *args, **arguments)
+        return out.each(partial(_scaled, self.gamma_1)).each(self.drop_path1), normed
 
-    def mlp_branch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def mlp_branch(self, rows: Rows) -> tuple[Rows, Rows | None]:
         """Run the MLP branch."""
-        normed = self.norm2(x)
-        out = self.mlp(normed)
-        return self.drop_path2(out if self.gamma_2 is None else self.gamma_2 * out), normed
+        normed = rows.each(self.norm2)
+        return normed.each(self.mlp).each(partial(_scaled, self.gamma_2)).each(self.drop_path2), normed
+
+
+def _scaled(scale: Tensor | None, x: Tensor) -> Tensor:
+    return x if scale is None else scale * x
+
+
+class EvaAttentionHost(TokenAttentionHost):
+    """An adapted `EvaAttention` or `AttentionRope`, which rotates positions into queries and keys."""
+
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    head_dim: int
+    num_prefix_tokens: int
+    rotate_half: bool
+    folds = False
+
+    def order(self) -> tuple[str, ...]:
+        """Name what timm hands to the module by position, behind the tokens."""
+        return "rope", "attn_mask", "is_causal"
+
+    def in_heads(self, x: Tensor) -> Heads:
+        """Compute queries, keys and values in front of their norms, fused or split."""
+        if self.qkv is not None:
+            return split_heads(projected(self, x), self.num_heads)
+        parts = (layer(x) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        queries, keys, values = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
+        return queries, keys, values
+
+    def project(self, x: Tensor) -> Heads:
+        """Compute normalised queries, keys and values, each key and value once per head that shares it."""
+        queries, keys, values = super().project(x)
+        shared = self.num_heads // keys.shape[1]
+        return queries, keys.repeat_interleave(shared, 1), values.repeat_interleave(shared, 1)
+
+    def place(self, heads: Heads, arguments: dict[str, Any]) -> Heads:
+        """Rotate queries and keys behind the prefix."""
+        queries, keys, values = heads
+        rope = arguments.get("rope")
+        if rope is None:
+            return heads
+        return self._rotated(queries, rope).type_as(values), self._rotated(keys, rope).type_as(values), values
+
+    def _rotated(self, x: Tensor, rope: Tensor) -> Tensor:
+        first = self.num_prefix_tokens
+        return torch.cat([x[:, :, :first], apply_rot_embed_cat(x[:, :, first:], rope, half=self.rotate_half)], dim=2)
+
+
+class EvaReadingHost(EvaAttentionHost, ReaderHost):
+    """The same where the module keeps the biases of its projection."""
 
 
 register_block_host(EvaBlock, EvaBlockHost)
+register_attention_host(EvaAttention, EvaAttentionHost, EvaReadingHost)
+register_attention_host(AttentionRope, EvaAttentionHost)
 register_family(
     Family(
         name="eva",

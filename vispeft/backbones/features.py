@@ -10,8 +10,9 @@ from timm.models._features import FeatureListNet
 from torch import Tensor, nn
 
 from vispeft.adapters.hosts import base_class
-from vispeft.adapters.model_host import ModelHost
 from vispeft.adapters.sites import View
+from vispeft.adapters.stages import StageModelHost
+from vispeft.adapters.units import TokensUnit
 from vispeft.backbones.registry import Family, parameter_sizes, register_family
 from vispeft.backbones.swin import NOT_IN_SWIN, SWIN, Generation, stage_sites, swin_stem_sites
 from vispeft.backbones.swinv2 import SWINV2
@@ -56,6 +57,7 @@ def describe_features(model: nn.Module) -> View:
         sites=tuple(sites),
         widths=tuple(block.out_features for block in blocks),
         stages=tuple(tuple(cast(int, b.block) for b in blocks if b.stage == stage) for stage in range(len(stages))),
+        heads=tuple(block.attn.num_heads for layer in stages for block in cast(Any, layer).blocks),
         num_prefix_tokens=0,
         layout="NHWC",
         head_path=None,
@@ -80,11 +82,23 @@ def _generation(stages: list[nn.Module]) -> Generation:
     raise BackboneError(f"Of features_only models, those of Swin and SwinV2 are described; this one has {found}.")
 
 
-class FeatureListHost(ModelHost):
+class FeatureListHost(StageModelHost):
     """An adapted `FeatureListNet`, which takes all its children for layers to run."""
+
+    return_layers: dict[str, str]
+    global_pool = ""
+
+    def stages(self) -> list[Any]:
+        """List timm's stages."""
+        return [child for name, child in self.items() if name.startswith("layers_")]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Compute the maps of the chosen stages."""
+        units = tuple(self.units(TokensUnit))
+        if units:
+            names = [name for name, _ in self.items() if name.startswith("layers_")]
+            levels = dict(zip(names, self.run_stages(x, units).levels, strict=True))
+            return [levels[name] for name in self.return_layers]
         self.check_size(x)
         return super().forward(x)
 

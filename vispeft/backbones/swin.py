@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from timm.layers import PatchEmbed
 from timm.models.swin_transformer import (
@@ -16,10 +16,14 @@ from timm.models.swin_transformer import (
 )
 from torch import Tensor, nn
 
+from vispeft.adapters.attention import WindowAttentionHost
 from vispeft.adapters.blocks import BlockHost
-from vispeft.adapters.hosts import register_block_host
-from vispeft.adapters.model_host import ModelHost
+from vispeft.adapters.hosts import base_class, register_attention_host, register_block_host
+from vispeft.adapters.rows import Rows
+from vispeft.adapters.side import Rung
 from vispeft.adapters.sites import Site, View
+from vispeft.adapters.stages import StageModelHost
+from vispeft.adapters.units import SideUnit
 from vispeft.backbones.parts import Spot, is_absent, mlp_sites, projection_sites
 from vispeft.backbones.registry import Family, check_class, parameter_sizes, register_family
 
@@ -28,6 +32,7 @@ __all__ = [
     "AnySizeBlock",
     "AnySizeSwinBlock",
     "Generation",
+    "WindowBlockHost",
     "describe_swin",
     "hierarchical_view",
     "make_any_size",
@@ -112,6 +117,7 @@ def hierarchical_view(model: nn.Module, generation: Generation) -> View:
         sites=tuple(sites),
         widths=tuple(block.out_features for block in blocks),
         stages=tuple(stages),
+        heads=tuple(block.attn.num_heads for layer in swin.layers for block in layer.blocks),
         num_prefix_tokens=0,
         layout="NHWC",
         head_path="head.fc",
@@ -273,32 +279,108 @@ SWIN = Generation(
 )
 
 
-class SwinBlockHost(BlockHost):
-    """An adapted `SwinTransformerBlock`."""
+class SwinHost(StageModelHost):
+    """An adapted `SwinTransformer`."""
 
-    _attn: Callable[[Tensor], Tensor]
+    takes_side: ClassVar[bool] = True
+
+    @staticmethod
+    def side_block(block: Any, rung: Rung) -> nn.Module:
+        """Make a block with the windows of another one, at another width."""
+        made: Any = SwinTransformerBlock(
+            rung.width,
+            block.input_resolution,
+            rung.heads,
+            window_size=block.window_size,
+            shift_size=block.shift_size,
+            always_partition=block.always_partition,
+            dynamic_mask=block.dynamic_mask,
+            mlp_ratio=(rung.hidden + 0.5) / rung.width,  # timm rounds down
+        )
+        made.target_shift_size = block.target_shift_size
+        made.__class__ = base_class(block)
+        return cast(nn.Module, made)
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """Prepare for images of another size as timm does; networks beside the model follow."""
+        super().set_input_size(*args, **kwargs)  # type: ignore[misc]  # timm's
+        blocks = [block for stage in self.stages() for block in stage.blocks]
+        for unit in self.modules():
+            if isinstance(unit, SideUnit):
+                unit.follow(blocks)
+
+
+class _Seen:
+    """A Swin block as timm's window attention sees it, with another attention in it."""
+
+    def __init__(self, block: Any, attn: Callable[..., Tensor]) -> None:
+        self.block, self.attn = block, attn
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.block, name)
+
+
+class WindowBlockHost(BlockHost):
+    """An adapted block with attention in windows."""
+
+    attn: Any
     mlp: nn.Module
     norm1: nn.Module
     norm2: nn.Module
+    _attn: Callable[[Tensor], Tensor]
 
-    def attention_branch(self, x: Tensor, *args: Any, **arguments: Any) -> tuple[Tensor, Tensor | None]:
-        """Run the attention branch on a map (B, H, W, C)."""
-        normed = self.norm1(x)
-        return self.drop_path1(self._attn(normed)), normed
+    def attend(self, rows: Rows, keep: bool = True) -> Rows:
+        """Cut the map into windows and put it together again as timm does, with rows beside every window.
 
-    def mlp_branch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Run the MLP branch on a map (B, H, W, C)."""
-        normed = self.norm2(x)
-        return self.drop_path2(self.mlp(normed)), normed
+        Args:
+            rows: A map (B, H, W, C) and rows beside it, as they enter the attention.
+            keep: Whether what leaves at the prompts' rows is needed.
+        """
+        if rows.alone:
+            return Rows(self._attn(rows.tokens))
+        left: list[Rows] = []
+
+        def attn(windows: Tensor, mask: Tensor | None = None) -> Tensor:
+            left.append(self.attn(windows, mask, beside=rows, keep=keep))
+            return left[-1].tokens
+
+        timm_block: Any = base_class(self)
+        out = timm_block._attn(_Seen(self, attn), rows.tokens)
+        return left[-1]._replace(tokens=out)
+
+
+class SwinBlockHost(WindowBlockHost):
+    """An adapted `SwinTransformerBlock`."""
+
+    def attention_branch(self, rows: Rows, *args: Any, **arguments: Any) -> tuple[Rows, Rows | None]:
+        """Run the attention branch on a map (B, H, W, C) and rows beside it."""
+        normed = rows.each(self.norm1)
+        return self.attend(normed, **arguments).each(self.drop_path1), normed
+
+    def mlp_branch(self, rows: Rows) -> tuple[Rows, Rows | None]:
+        """Run the MLP branch."""
+        normed = rows.each(self.norm2)
+        return normed.each(self.mlp).each(self.drop_path2), normed
+
+
+class SwinAttentionHost(WindowAttentionHost):
+    """An adapted `WindowAttention`."""
+
+    _get_rel_pos_bias: Callable[[], Tensor]
+
+    def position_bias(self) -> Tensor:
+        """Give timm's relative-position bias, (1, heads, N, N)."""
+        return self._get_rel_pos_bias()
 
 
 register_block_host(SwinTransformerBlock, SwinBlockHost)
+register_attention_host(WindowAttention, SwinAttentionHost)
 register_family(
     Family(
         name="swin",
         classes=(SwinTransformer,),
         describe=describe_swin,
-        host=ModelHost,
+        host=SwinHost,
         examples="swin_*",
     )
 )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from timm.models.swin_transformer_v2 import (
     PatchMerging,
     SwinTransformerV2,
@@ -14,13 +17,14 @@ from timm.models.swin_transformer_v2 import (
 )
 from torch import Tensor, nn
 
-from vispeft.adapters.blocks import BlockHost
-from vispeft.adapters.hosts import register_block_host
-from vispeft.adapters.model_host import ModelHost
+from vispeft.adapters.attention import WindowAttentionHost, projected, split_heads
+from vispeft.adapters.hosts import ReaderHost, register_attention_host, register_block_host
+from vispeft.adapters.rows import Rows
 from vispeft.adapters.sites import Site, View
+from vispeft.adapters.stages import StageModelHost
 from vispeft.backbones.parts import Spot, is_absent, mlp_sites, projection_sites
 from vispeft.backbones.registry import Family, check_class, register_family
-from vispeft.backbones.swin import AnySizeBlock, Generation, hierarchical_view
+from vispeft.backbones.swin import AnySizeBlock, Generation, WindowBlockHost, hierarchical_view
 
 __all__ = ["SWINV2", "AnySizeSwinV2Block", "describe_swinv2"]
 
@@ -81,30 +85,64 @@ SWINV2 = Generation(
 )
 
 
-class SwinV2BlockHost(BlockHost):
+class SwinV2BlockHost(WindowBlockHost):
     """An adapted `SwinTransformerV2Block`, which normalises behind its branches."""
 
-    _attn: Callable[[Tensor], Tensor]
-    mlp: nn.Module
-    norm1: nn.Module
-    norm2: nn.Module
+    def attention_branch(self, rows: Rows, *args: Any, **arguments: Any) -> tuple[Rows, Rows | None]:
+        """Run the attention branch on a map (B, H, W, C) and rows beside it."""
+        return self.attend(rows, **arguments).each(self.norm1).each(self.drop_path1), None
 
-    def attention_branch(self, x: Tensor, *args: Any, **arguments: Any) -> tuple[Tensor, Tensor | None]:
-        """Run the attention branch on a map (B, H, W, C)."""
-        return self.drop_path1(self.norm1(self._attn(x))), None
+    def mlp_branch(self, rows: Rows) -> tuple[Rows, Rows | None]:
+        """Run the MLP branch."""
+        return rows.each(self.mlp).each(self.norm2).each(self.drop_path2), None
 
-    def mlp_branch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Run the MLP branch on a map (B, H, W, C)."""
-        return self.drop_path2(self.norm2(self.mlp(x))), None
+
+class SwinV2AttentionHost(WindowAttentionHost):
+    """An adapted `WindowAttention` of the second generation, whose score is a cosine times a learned scale."""
+
+    logit_scale: Tensor
+    cpb_mlp: nn.Module
+    relative_coords_table: Tensor
+    relative_position_index: Tensor
+    window_size: tuple[int, int]
+    scale = 1.0
+    folds = False
+    neutral = 8.0  # what timm makes of a zero of the network that gives the bias: 16 * sigmoid(0)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute queries, keys and values from (B, N, D), in front of the cosine."""
+        return split_heads(projected(self, x), self.num_heads)
+
+    def mix(self, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        """Compare by cosine; keys of an adapter's own too."""
+        scale = self.logit_scale.clamp(max=math.log(1.0 / 0.01)).exp()
+        queries = (F.normalize(queries, dim=-1) * scale).to(values.dtype)
+        return super().mix(queries, F.normalize(keys, dim=-1).to(values.dtype), values, bias)
+
+    def position_bias(self) -> Tensor:
+        """Compute the relative-position bias, (1, heads, N, N)."""
+        area = self.window_size[0] * self.window_size[1]
+        table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
+        bias = table[self.relative_position_index.view(-1)].view(area, area, -1).permute(2, 0, 1)
+        return 16 * torch.sigmoid(bias).unsqueeze(0)
+
+
+class SwinV2ReadingHost(SwinV2AttentionHost, ReaderHost):
+    """The same where the module keeps the biases of its projection."""
+
+
+class SwinV2Host(StageModelHost):
+    """An adapted `SwinTransformerV2`."""
 
 
 register_block_host(SwinTransformerV2Block, SwinV2BlockHost)
+register_attention_host(WindowAttention, SwinV2AttentionHost, SwinV2ReadingHost)
 register_family(
     Family(
         name="swinv2",
         classes=(SwinTransformerV2,),
         describe=describe_swinv2,
-        host=ModelHost,
+        host=SwinV2Host,
         examples="swinv2_*",
     )
 )

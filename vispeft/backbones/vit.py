@@ -9,8 +9,10 @@ from timm.layers import Attention, AttentionPoolLatent, AttentionPoolPrr, PatchE
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from vispeft.adapters.attention import TokenAttentionHost, attended
 from vispeft.adapters.blocks import BlockHost
-from vispeft.adapters.hosts import register_block_host
+from vispeft.adapters.hosts import register_attention_host, register_block_host
+from vispeft.adapters.rows import Rows
 from vispeft.adapters.sites import Site, View
 from vispeft.adapters.tokens import PlainModelHost
 from vispeft.backbones.parts import (
@@ -75,6 +77,7 @@ def plain_view(model: Any, family: str, model_class: type[nn.Module], sites: lis
         sites=tuple(sites),
         widths=(model.embed_dim,) * depth,
         stages=(tuple(range(depth)),),
+        heads=tuple(block.attn.num_heads for block in model.blocks),
         num_prefix_tokens=model.num_prefix_tokens,
         layout="NLC",
         head_path="head",
@@ -178,25 +181,26 @@ class VitHost(PlainModelHost):
 class VitBlockHost(BlockHost):
     """An adapted `Block`."""
 
-    attn: nn.Module
+    attn: Any
     mlp: nn.Module
     norm1: nn.Module
     norm2: nn.Module
     ls1: nn.Module
     ls2: nn.Module
 
-    def attention_branch(self, x: Tensor, *args: Any, **arguments: Any) -> tuple[Tensor, Tensor | None]:
+    def attention_branch(self, rows: Rows, *args: Any, **arguments: Any) -> tuple[Rows, Rows | None]:
         """Run the attention branch."""
-        normed = self.norm1(x)
-        return self.drop_path1(self.ls1(self.attn(normed, *args, **arguments))), normed
+        normed = rows.each(self.norm1)
+        return attended(self.attn, normed, *args, **arguments).each(self.ls1).each(self.drop_path1), normed
 
-    def mlp_branch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def mlp_branch(self, rows: Rows) -> tuple[Rows, Rows | None]:
         """Run the MLP branch."""
-        normed = self.norm2(x)
-        return self.drop_path2(self.ls2(self.mlp(normed))), normed
+        normed = rows.each(self.norm2)
+        return normed.each(self.mlp).each(self.ls2).each(self.drop_path2), normed
 
 
 register_block_host(Block, VitBlockHost)
+register_attention_host(Attention, TokenAttentionHost)
 register_family(
     Family(
         name="vit",

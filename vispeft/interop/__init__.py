@@ -1,6 +1,6 @@
 """Bridges to what others have: the authors' checkpoints."""
 
-from vispeft.interop import blocks, lst, shared, ssf, vpt, vqt
+from vispeft.interop import blocks, lst, shared, ssf, unified, vpt, vqt
 from vispeft.interop.binary import load_binary
 from vispeft.interop.official import Source, list_sources, load_official, register_source, to_official
 
@@ -15,6 +15,7 @@ __all__ = [
     "shared",
     "ssf",
     "to_official",
+    "unified",
     "vpt",
     "vqt",
 ]

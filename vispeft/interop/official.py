@@ -37,6 +37,8 @@ class Source:
     """Makes the method from the file's metadata, its tensors and the model's view."""
     names: Callable[[Plan], dict[str, str]]
     """Gives the authors' name of each of our tensors."""
+    head: str | None = None
+    """The authors' name of the classifier; None for timm's."""
     trailing: tuple[str, ...] = ()
     """Endings of the names whose tensors have one more axis of length one at the end (1x1 convolutions)."""
 
@@ -90,7 +92,7 @@ def load_official(
     bank = attach(model, method, name=_free_name(model), verify=False)
     label = bank.active[-1]
     ours = {theirs: own for own, theirs in official_names(entry, bank, label).items()}
-    place = f"{view.head_path}."  # a model without a classifier gets the one among the tensors
+    place = f"{entry.head or view.head_path}."  # a model without a classifier gets the one among the tensors
     ours |= {name: f"head/{name.removeprefix(place)}" for name in tensors if name.startswith(place)}
     unknown = [name for name in tensors if name not in ours]
     try:
@@ -166,7 +168,8 @@ def official_names(entry: Source, bank: AdapterBank, label: str | None) -> dict[
     """
     names = entry.names(bank.plan(label))
     heads = [key for key in bank.named_tensors(label) if key.startswith("head/")]
-    return {**names, **{key: f"{bank.view.head_path}.{key.removeprefix('head/')}" for key in heads}}
+    place = entry.head or bank.view.head_path
+    return {**names, **{key: f"{place}.{key.removeprefix('head/')}" for key in heads}}
 
 
 def _free_name(model: nn.Module) -> str:

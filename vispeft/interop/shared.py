@@ -28,9 +28,7 @@ def _fact(variant: Literal["tt", "tk"]) -> Callable[[Mapping[str, Any], Mapping[
         source = f"fact_{variant}"
         hyper = hyper_of(metadata, source, "scale")
         if len(view.stages) > 1:
-            raise FileError(
-                f"{source!r} has one set of factors for a model; {view.family} needs one a stage."
-            )
+            raise FileError(f"{source!r} has one set of factors for a model; {view.family} needs one a stage.")
         rank = ending_in(tensors, _FACTORS["U"]).shape[0]
         return FacT(rank=rank, scale=hyper["scale"], variant=variant, dropout=hyper.get("dropout", 0.1))
 

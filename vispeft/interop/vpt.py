@@ -23,7 +23,12 @@ _NAMES = {
 
 
 def _names(plan: Plan) -> dict[str, str]:
-    return {f"{item.key}.{tensor}": _NAMES[tensor] for item in plan for tensor in item.shapes()}
+    return {f"{item.key}.{tensor}": _theirs(tensor) for item in plan for tensor in item.shapes()}
+
+
+def _theirs(tensor: str) -> str:
+    """Name a tensor; those of Swin's stages end in the stage."""
+    return _NAMES.get(tensor) or tensor.replace("deep_", "deep_prompt_embeddings_")
 
 
 def _method(hyper: Mapping[str, Any], tensors: Mapping[str, Tensor], view: View) -> Method:
@@ -32,7 +37,7 @@ def _method(hyper: Mapping[str, Any], tensors: Mapping[str, Tensor], view: View)
     _, number, stored = tensors["prompt_embeddings"].shape
     return VPT(
         num_tokens=number,
-        deep="deep_prompt_embeddings" in tensors,
+        deep=any(name.startswith("deep_prompt_embeddings") for name in tensors),
         project=stored if "prompt_proj.weight" in tensors else None,
         # What average pooling sees is not to be seen from the tensors; the public code's own choice is all.
         pool=(hyper.get("config") or {}).get("pool", "all"),
@@ -40,4 +45,4 @@ def _method(hyper: Mapping[str, Any], tensors: Mapping[str, Tensor], view: View)
 
 
 for _source in ("vpt_shallow", "vpt_deep"):
-    register_source(Source(_source, _method, _names))
+    register_source(Source(_source, _method, _names, head="head"))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from vispeft.adapters.sites import View
 from vispeft.adapters.units import TokensUnit
 from vispeft.errors import ConfigError, SiteError
 
-__all__ = ["VPT", "Prompts"]
+__all__ = ["VPT", "Prompts", "StagePrompts"]
 
 
 class Prompts(TokensUnit):
@@ -47,9 +48,9 @@ class Prompts(TokensUnit):
     def reset(self, generator: Generator) -> None:
         """Draw the start values."""
         bound = math.sqrt(6 / (self.fan + self.prompts.shape[-1]))
-        self.prompts.uniform_(-bound, bound, generator=generator)
-        if self.deep is not None:
-            self.deep.uniform_(-bound, bound, generator=generator)
+        for name, tensor in self.named_parameters():
+            if not name.startswith("proj."):
+                tensor.uniform_(-bound, bound, generator=generator)
         if self.proj is not None:
             # Kaiming-normal over outputs, and PyTorch's own start of a bias, as in the public code.
             out, width = self.proj.weight.shape
@@ -58,14 +59,59 @@ class Prompts(TokensUnit):
 
     def tokens(self, block: int, batch: int) -> Tensor | None:
         """Give the prompts of a block, (batch, length, width); None where the ones before go on."""
-        if block == 0:
-            stored = self.prompts
-        elif self.deep is not None:
-            stored = self.deep[block - 1 : block]
-        else:
+        stored = self.prompts if block == 0 else self.own(block)
+        if stored is None:
             return None
         mapped = stored if self.proj is None else self.proj(stored)
         return F.dropout(mapped.expand(batch, -1, -1), self.dropout, self.training)
+
+    def own(self, block: int) -> Tensor | None:
+        """Give what is stored for a block behind the first, (1, length, stored width); None in the shallow form."""
+        return None if self.deep is None else self.deep[block - 1 : block]
+
+
+class StagePrompts(Prompts):
+    """Prompts in every window of a hierarchical model; deep ones are as wide as their stage.
+
+    All start in the range that the first stage's width gives (public code).
+    """
+
+    passes_rows = True
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        stages: tuple[tuple[int, int], ...],
+        width: int,
+        fan: int,
+        dropout: float,
+        pool: str,
+    ) -> None:
+        """Make room for the prompts.
+
+        Args:
+            shape: Number of prompts, and the width they are stored at.
+            stages: Number of blocks and width of each stage; none for the shallow form.
+            width: Width of the first stage.
+            fan: Numbers in one patch, for the start values.
+            dropout: Share of prompt entries dropped while training, drawn anew for each image.
+            pool: What average pooling sees.
+        """
+        super().__init__(shape, 1, width, fan, dropout, pool)
+        self.ends = tuple(accumulate(depth for depth, _ in stages))
+        for stage, (depth, wide) in enumerate(stages):
+            number = depth - 1 if stage == 0 else depth  # the first block has the prompts that every form has
+            if number:
+                deep = nn.Parameter(torch.empty(number, self.length, wide))
+                self.register_parameter(f"deep_{stage}", deep)
+
+    def own(self, block: int) -> Tensor | None:
+        """Give what is stored for a block behind the first, (1, length, width of its stage)."""
+        stage = next((stage for stage, end in enumerate(self.ends) if block < end), None)
+        if stage is None:
+            return None
+        first = 1 if stage == 0 else self.ends[stage - 1]
+        return self.get_parameter(f"deep_{stage}")[block - first : block - first + 1]
 
 
 @register
@@ -75,7 +121,9 @@ class VPT(Method):
 
     On a ViT and on Eva the prompts stand behind class and register tokens and in front of the patches. They have no
     position: on Eva the rotation skips them. They are queries, keys and values like any token, and never show in maps
-    (``forward_intermediates``). On Swin the prompts would stand in every window; that form does not exist here yet.
+    (``forward_intermediates``). On Swin they stand in every window, see its tokens and are seen by them, without a
+    position; what leaves at their rows is averaged over the windows of the image. The public code of the shallow form
+    mixes the images of a batch there; here each image is computed as it would be alone.
     """
 
     num_tokens: int = 10
@@ -109,27 +157,37 @@ class VPT(Method):
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
         """Put one unit with all prompts on the model."""
-        if view.layout != "NLC":
-            raise SiteError(
-                f"VPT has no form for {view.family}: its tokens are a map, cut into windows. Use SSF, LoRA or BitFit "
-                "there."
-            )
         if self.pool != "all" and view.global_pool == "token":
             raise SiteError(
                 f"VPT(pool={self.pool!r}) chooses what average pooling sees, but this model pools its class token. "
                 "Leave it at 'all'."
             )
-        shape = (self.num_tokens, self._stored(view))
-        depth = view.depth if self.deep else 1
+        shape, width = (self.num_tokens, self._stored(view)), view.widths[0]
         fan = view.in_chans * view.patch_size[0] * view.patch_size[1]
+        rest = (width, fan, self.dropout, self.pool)
+        if view.layout == "NHWC":
+            self._check_windows(view)
+            stages = tuple((len(blocks), view.widths[blocks[0]]) for blocks in view.stages) if self.deep else ()
+            build: Callable[[], Prompts] = partial(StagePrompts, shape, stages, *rest)
+        else:
+            build = partial(Prompts, shape, view.depth if self.deep else 1, *rest)
         for site in self.sites(view):
-            yield PlanItem(site, "vpt", partial(Prompts, shape, depth, view.widths[0], fan, self.dropout, self.pool))
+            yield PlanItem(site, "vpt", build)
+
+    def _check_windows(self, view: View) -> None:
+        view.needs_norm_first("VPT")
+        if self.deep and self.project is not None:
+            raise SiteError(
+                f"VPT(deep=True, project={self.project}) maps all prompts by one shared layer, but the blocks of this "
+                f"{view.family} have several widths. Use deep=False, or leave project out."
+            )
 
     def _stored(self, view: View) -> int:
         return view.widths[0] if self.project is None else self.project
 
     def parameter_count(self, view: View) -> int:
-        """Count ``T D`` (shallow) or ``L T D`` (deep), at the stored width, and the shared projection."""
+        """Count ``T D`` (shallow) or T times the sum of widths (deep), as stored, and the shared projection."""
         width, stored = view.widths[0], self._stored(view)
-        prompts = self.num_tokens * stored * (view.depth if self.deep else 1)
+        widths = view.widths if self.project is None else (stored,) * view.depth
+        prompts = self.num_tokens * (sum(widths) if self.deep else stored)
         return prompts + (0 if stored == width else stored * width + width)

@@ -1,0 +1,81 @@
+"""MAM: a mix and match of prefix and scaled parallel adapter (He et al., ICLR 2022, arXiv 2110.04366)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from vispeft.adapters.method import Method, PlanItem, register
+from vispeft.adapters.sites import View
+from vispeft.errors import ConfigError
+from vispeft.methods.adapter import Bottleneck, ParallelBottleneck, check_bottleneck
+from vispeft.methods.prefix import check_prefix, prefix_count, prefix_items
+
+__all__ = ["MAM"]
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class MAM(Method):
+    """A short prefix in each attention and a scaled bottleneck beside each MLP.
+
+    The bottleneck reads the residual stream in front of the MLP's norm, as in the authors' own pre-norm model, and
+    starts closed. Both parts are those of `Prefix` and `Adapter`.
+    """
+
+    length: int = 16
+    """Number of keys and values in each attention; 16 in the paper's GLUE runs, 30 in XSum."""
+    bottleneck: int = 16
+    """Channels in between; 16 and 512 there."""
+    scale: float = 2.0
+    """Multiplier of the bottleneck; 2 and 4 there."""
+    mid_dim: int | None = None
+    """Width inside the network that makes keys and values while training; None for tables alone."""
+    prefix_dropout: float = 0.0
+    """Share of what that network makes that is dropped while training."""
+    dropout: float = 0.0
+    """Share of the bottleneck's middle channels dropped while training."""
+    reads: Literal["stream", "normed"] = "stream"
+    """What the bottleneck is computed from; the paper's drawing suggests what the norm makes."""
+
+    name: ClassVar[str] = "mam"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2110.04366"
+    default_roles: ClassVar[tuple[str, ...]] = ("attn.core", "mlp")
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        check_prefix(self, self.length, self.mid_dim, self.prefix_dropout)
+        check_bottleneck(self, self.bottleneck, self.scale, self.dropout)
+        if self.reads not in ("stream", "normed"):
+            raise ConfigError(f"MAM(reads={self.reads!r}): choose one of stream, normed.")
+        if self.roles not in (None, self.default_roles):
+            raise ConfigError("MAM acts in the attention and beside the MLP; leave roles out. See Prefix and Adapter.")
+
+    def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
+        """Put keys and values at each attention, and a bottleneck beside each MLP."""
+        if self.reads == "normed":
+            view.needs_norm_first("MAM(reads='normed')")
+        sites = self.sites(view)
+        attention = [site for site in sites if site.role == "attn.core"]
+        yield from prefix_items(attention, view, self.length, self.mid_dim, self.prefix_dropout)
+        for site in view.blocks_of(site for site in sites if site.role == "mlp"):
+            shape = Bottleneck(width=site.out_features, middle=self.bottleneck, scale=self.scale, dropout=self.dropout)
+            yield PlanItem(site, "adapter", partial(ParallelBottleneck, shape, "mlp", self.reads))
+
+    def stored(self) -> Method:
+        """Give the method without the network, whose tables a file holds."""
+        return dataclasses.replace(self, mid_dim=None, prefix_dropout=0.0)
+
+    def parameter_count(self, view: View) -> int:
+        """Count the prefix, and ``2 m D + m + D`` per block."""
+        sites = self.sites(view)
+        attention = [site for site in sites if site.role == "attn.core"]
+        widths = [site.out_features for site in sites if site.role == "mlp"]
+        bottlenecks = sum((2 * self.bottleneck + 1) * width + self.bottleneck for width in widths)
+        return prefix_count(attention, view, self.length, self.mid_dim) + bottlenecks

@@ -1,0 +1,182 @@
+"""VQT: visual query tuning (Tu, Mai and Chao, CVPR 2023, arXiv 2212.03220).
+
+Swin's form is this project's: the public code has none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from vispeft.adapters.method import Method, PlanItem, register
+from vispeft.adapters.sites import Site, View, select
+from vispeft.adapters.units import QueryUnit
+from vispeft.errors import ConfigError, SiteError
+
+__all__ = ["VQT", "Queries"]
+
+NORM_EPS = 1e-12
+"""Smallest length a feature is divided by; PyTorch's default, which the public code keeps."""
+PRIOR = 0.01
+"""What a class scores at the start: the bias is the logit of it (public code)."""
+
+
+class Queries(QueryUnit):
+    """Queries of each block, as wide as their stage, and what becomes of what they read."""
+
+    def __init__(self, stages: Sequence[tuple[int, Sequence[Site]]], fan: int, options: VQT) -> None:
+        """Make room for the queries.
+
+        Args:
+            stages: Number of each stage that is read, and the sites of its blocks.
+            fan: Numbers in one patch, for the start values.
+            options: The method.
+        """
+        super().__init__()
+        sites = [site for _, blocks in stages for site in blocks]
+        self.length, self.fan = options.num_queries, fan
+        self.blocks = tuple(site.block for site in sites if site.block is not None)
+        self.widths = tuple(site.out_features for site in sites)
+        self.detach_hidden = options.detach_hidden
+        self.aggregate, self.normalize = options.aggregate, options.normalize
+        self.dropout, self.token_dropout = options.dropout, options.token_dropout
+        self.places: dict[int, tuple[str, int]] = {}
+        for stage, blocks in stages:
+            name = "queries" if len(stages) == 1 else f"queries_{stage}"
+            queries = nn.Parameter(torch.empty(len(blocks), self.length, blocks[0].out_features))
+            self.register_parameter(name, queries)
+            self.places.update({site.block: (name, row) for row, site in enumerate(blocks) if site.block is not None})
+        weighted = self.aggregate == "weighted"
+        self.weights = nn.Parameter(torch.empty(len(sites), self.length)) if weighted else None
+        if weighted and self.normalize and self.length == 1:
+            # One weight per block scales its whole piece, whose length is then set to one.
+            self.zero_gradient = frozenset({"weights"})
+
+    def reset(self, generator: Generator) -> None:
+        """Draw queries uniform in the range of prompts, and weigh them alike."""
+        first = self.get_parameter(self.places[self.blocks[0]][0])
+        bound = math.sqrt(6 / (self.fan + first.shape[-1]))
+        for name in dict.fromkeys(name for name, _ in self.places.values()):
+            self.get_parameter(name).uniform_(-bound, bound, generator=generator)
+        if self.weights is not None:
+            self.weights.fill_(1.0)
+
+    def enter(self, tokens: Tensor) -> Tensor:
+        """Drop entries of what enters the first block while training, as the public supervised code does."""
+        return F.dropout(tokens, self.token_dropout, self.training) if self.token_dropout else tokens
+
+    def asked(self, block: int, batch: int) -> Tensor | None:
+        """Give a block's queries, (batch, length, width); each image drops entries of its own."""
+        if block not in self.places:
+            return None
+        name, row = self.places[block]
+        own = self.get_parameter(name)[row]
+        return F.dropout(own.expand(batch, -1, -1), self.dropout, self.training)
+
+    def features(self, pooled: Tensor, reads: Sequence[Tensor]) -> Tensor:
+        """Put the backbone's feature and one piece per block side by side, each of length one if so asked."""
+        dtype = torch.promote_types(pooled.dtype, self.get_parameter(self.places[self.blocks[0]][0]).dtype)
+        pieces = [pooled.to(dtype), *(self._piece(index, read.to(dtype)) for index, read in enumerate(reads))]
+        if self.normalize:
+            pieces = [F.normalize(piece, dim=1, eps=NORM_EPS) for piece in pieces]
+        return torch.cat(pieces, dim=1)
+
+    def _piece(self, index: int, read: Tensor) -> Tensor:
+        if self.aggregate == "concat":
+            return read.flatten(1)
+        if self.weights is None:
+            return read.mean(dim=1)
+        return (read * self.weights[index].to(read.dtype).unsqueeze(1)).sum(dim=1)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class VQT(Method):
+    """Queries of their own read every block; what they read goes to a wide classifier, and nothing goes back.
+
+    In each block the queries pass the frozen norm, ask the tokens by the block's own attention, and pass its MLP. They
+    never are keys or values, so the tokens are those of the plain backbone, which runs without a backward pass. What
+    leaves at the queries stands, without a last norm, beside the backbone's own feature. Maps inside the model stay as
+    they are: the method gives vectors.
+
+    On Swin and SwinV2 (form of this project) queries ask every window, without position bias and mask, and what leaves
+    behind the output projection is averaged over the windows of the image.
+    """
+
+    num_queries: int = 1
+    """Queries of each block; 1, 10 or 20 in the public recipes."""
+    aggregate: Literal["concat", "pool", "weighted"] = "concat"
+    """How a block's queries become one piece: side by side, their mean, or their sum with learned weights."""
+    normalize: bool = True
+    """Whether each piece, a block's as a whole, gets the length one."""
+    dropout: float = 0.1
+    """Share of query entries dropped while training, drawn anew for each image (public recipes)."""
+    token_dropout: float = 0.0
+    """The same of what enters the first block; the public supervised code has 0.1, which the paper does not mention."""
+    detach_hidden: bool = True
+    """Whether the backbone runs without gradients; such queries cannot act together with what trains inside of it."""
+
+    name: ClassVar[str] = "vqt"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2212.03220"
+    default_roles: ClassVar[tuple[str, ...]] = ("tokens",)
+    reaches_maps: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        if not isinstance(self.num_queries, int) or self.num_queries < 1:
+            raise ConfigError(f"VQT(num_queries={self.num_queries}): at least one query is needed.")
+        if self.aggregate not in ("concat", "pool", "weighted"):
+            raise ConfigError(f"VQT(aggregate={self.aggregate!r}): choose one of concat, pool, weighted.")
+        for name, share in (("dropout", self.dropout), ("token_dropout", self.token_dropout)):
+            if not 0 <= share < 1:
+                raise ConfigError(f"VQT({name}={share}): a share from 0 up to, not including, 1 is needed.")
+        if self.roles not in (None, ("tokens",)):
+            raise ConfigError("VQT reads whole blocks; leave roles out, and choose blocks by blocks=[...].")
+
+    def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
+        """Put one unit with all queries on the model."""
+        if view.head_path is None:
+            raise SiteError(
+                "VQT gives what enters a classifier, and a model wrapped for its features has none. Attach it to the "
+                "whole model, or use a method that changes the maps, such as SSF or LoRA."
+            )
+        if not view.global_pool:
+            raise SiteError("VQT needs the backbone's pooled feature, and this model does not pool (global_pool='').")
+        fan = view.in_chans * view.patch_size[0] * view.patch_size[1]
+        for site in view.at("tokens"):
+            yield PlanItem(site, "vqt", partial(Queries, self._stages(view), fan, self))
+
+    def _read(self, view: View) -> list[Site]:
+        return select(view, ("block",), self.blocks)
+
+    def _stages(self, view: View) -> list[tuple[int, list[Site]]]:
+        """Sort the blocks that are read by their stage."""
+        read = self._read(view)
+        stages = [
+            (number, [site for site in read if site.block in blocks]) for number, blocks in enumerate(view.stages)
+        ]
+        return [(number, sites) for number, sites in stages if sites]
+
+    def head_width(self, view: View) -> int:
+        """Count the features: the backbone's own, and ``Q D`` (side by side) or ``D`` per block."""
+        each = self.num_queries if self.aggregate == "concat" else 1
+        return view.widths[-1] + each * sum(site.out_features for site in self._read(view))
+
+    def start_head(self, head: nn.Linear, generator: Generator) -> None:
+        """Draw the weight Kaiming-normal over classes, and let every class be rare (public code)."""
+        head.weight.normal_(0.0, math.sqrt(2 / head.out_features), generator=generator)
+        head.bias.fill_(-math.log((1 - PRIOR) / PRIOR))
+
+    def parameter_count(self, view: View) -> int:
+        """Count Q times the sum of widths (``L Q D`` on a ViT), and one weight per query where they are weighted."""
+        read = self._read(view)
+        weights = len(read) * self.num_queries if self.aggregate == "weighted" else 0
+        return self.num_queries * sum(site.out_features for site in read) + weights
