@@ -19,6 +19,7 @@ from torch import Generator, Tensor, nn
 from vispeft.adapters.functional import linear
 from vispeft.adapters.method import Method, PlanItem, register
 from vispeft.adapters.quantize import check_bits, start_above_zero
+from vispeft.adapters.recipes import FGVC, VTAB, Recipe
 from vispeft.adapters.sites import Site, View
 from vispeft.adapters.units import DeltaUnit, Unit, WeightUnit
 from vispeft.errors import ConfigError, SiteError
@@ -222,6 +223,7 @@ class LoRA(Method):
 
     name: ClassVar[str] = "lora"
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.09685"
+    recipes: ClassVar[tuple[Recipe, ...]] = (VTAB.sized(rank=8), FGVC.sized(rank=8))
     default_roles: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v")
 
     def __post_init__(self) -> None:

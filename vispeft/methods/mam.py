@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from vispeft.adapters.method import Method, PlanItem, register
+from vispeft.adapters.recipes import FGVC, VTAB, Recipe
 from vispeft.adapters.sites import View
 from vispeft.errors import ConfigError
 from vispeft.methods.adapter import Bottleneck, ParallelBottleneck, check_bottleneck
@@ -45,6 +46,7 @@ class MAM(Method):
 
     name: ClassVar[str] = "mam"
     paper: ClassVar[str] = "https://arxiv.org/abs/2110.04366"
+    recipes: ClassVar[tuple[Recipe, ...]] = (VTAB.sized(length=16, bottleneck=16), FGVC.sized(length=16, bottleneck=16))
     default_roles: ClassVar[tuple[str, ...]] = ("attn.core", "mlp")
 
     def __post_init__(self) -> None:

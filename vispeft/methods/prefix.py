@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from vispeft.adapters.method import Method, PlanItem, register
+from vispeft.adapters.recipes import FGVC, VTAB, Recipe
 from vispeft.adapters.sites import Site, View
 from vispeft.adapters.units import PrefixUnit, SharedUnit
 from vispeft.errors import ConfigError, SiteError
@@ -215,6 +216,7 @@ class Prefix(Method):
 
     name: ClassVar[str] = "prefix"
     paper: ClassVar[str] = "https://arxiv.org/abs/2101.00190"
+    recipes: ClassVar[tuple[Recipe, ...]] = (VTAB.sized(length=16), FGVC.sized(length=16))
     default_roles: ClassVar[tuple[str, ...]] = ("attn.core",)
 
     def __post_init__(self) -> None:

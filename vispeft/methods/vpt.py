@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from vispeft.adapters.method import Method, PlanItem, register
+from vispeft.adapters.recipes import Recipe
 from vispeft.adapters.sites import View
 from vispeft.adapters.units import TokensUnit
 from vispeft.errors import ConfigError, SiteError
@@ -139,6 +140,14 @@ class VPT(Method):
 
     name: ClassVar[str] = "vpt"
     paper: ClassVar[str] = "https://arxiv.org/abs/2203.12119"
+    recipes: ClassVar[tuple[Recipe, ...]] = (
+        Recipe(
+            lr=5e-3,
+            weight_decay=1e-4,
+            fields={"num_tokens": 16},
+            source="V-PETL's runs with AdamW: 7e-4 to 6e-2 by data set (c188fad); the paper's are SGD, 0.025 to 25",
+        ),
+    )
     default_roles: ClassVar[tuple[str, ...]] = ("tokens",)
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from vispeft.adapters.method import Method, PlanItem, register
+from vispeft.adapters.recipes import Recipe
 from vispeft.adapters.sites import Site, View, select
 from vispeft.adapters.units import QueryUnit
 from vispeft.errors import ConfigError, SiteError
@@ -125,6 +126,14 @@ class VQT(Method):
 
     name: ClassVar[str] = "vqt"
     paper: ClassVar[str] = "https://arxiv.org/abs/2212.03220"
+    recipes: ClassVar[tuple[Recipe, ...]] = (
+        Recipe(
+            lr=5e-2,
+            weight_decay=1e-4,
+            fields={"num_queries": 1},
+            source="VTAB-1k: Adam with 0.025 to 0.5, by validation, 100 epochs, batch 128 (andytu28/VQT 9bca87e)",
+        ),
+    )
     default_roles: ClassVar[tuple[str, ...]] = ("tokens",)
     reaches_maps: ClassVar[bool] = False
 

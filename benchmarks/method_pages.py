@@ -1,0 +1,293 @@
+"""Make ``docs/methods``: a page for every registered method, and an index.
+
+    python benchmarks/method_pages.py             # after a change of a method, a preset, or of results
+    python benchmarks/method_pages.py --measure   # also measure activations and merging again
+
+Texts come from the methods themselves, counts from their formulas and from plans on models without weights, published
+results from ``docs/methods/published.yaml``, and measured figures from JSON files in ``benchmarks/results``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import vispeft  # noqa: E402, I001 - before timm
+import timm  # noqa: E402
+import torch  # noqa: E402
+from common import RESULTS, saved_bytes, write  # noqa: E402
+from vispeft.cli.config import method_node, method_presets  # noqa: E402
+from vispeft.errors import MergeError, VispeftError  # noqa: E402
+
+PAGES = ROOT / "docs" / "methods"
+FACTS = "method_facts"
+BACKBONES = {"ViT-B/16": "vit_base_patch16_224", "Swin-B": "swin_base_patch4_window7_224"}
+MEASURED = "vit_tiny_patch16_224"
+"""192 wide, 12 blocks: the model on which kept activations are counted."""
+SMALL = {
+    "ViT": ("vit_tiny_patch16_224", {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}),
+    "Swin": (
+        "swin_tiny_patch4_window7_224",
+        {"img_size": 32, "embed_dim": 24, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4, "num_classes": 5},
+    ),
+}
+"""Models on which merging is tried."""
+FEWSHOT = {
+    "dinov2_vit_s14": "DINOv2-S/14",
+    "clip_vit_b16": "CLIP ViT-B/16",
+    "vit_tiny": "vit_tiny",
+    "swin_tiny": "swin_tiny",
+}
+BATCH = 4
+
+
+def names() -> list[str]:
+    """List the methods that ship."""
+    found = vispeft.list_methods()
+    return [name for name in found if type(vispeft.method(name)).__module__.startswith("vispeft.methods.")]
+
+
+# ------------------------------------------------------------------------------------------------- measuring
+
+
+def measure() -> dict[str, Any]:
+    """Count kept activations and try to merge, method by method."""
+    images = torch.randn(BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    whole = saved_bytes(timm.create_model(MEASURED).train(), images)
+    facts = {}
+    for name in names():
+        model = timm.create_model(MEASURED)
+        vispeft.attach(model, vispeft.method(name), verify=False)
+        kept = saved_bytes(model.train(), images)
+        facts[name] = {"activations": kept / whole, "merge": {kind: merges(name, *SMALL[kind]) for kind in SMALL}}
+        print(name, facts[name])
+    return {"model": MEASURED, "batch": BATCH, "full_bytes": whole, "methods": facts}
+
+
+def merges(name: str, model: str, arguments: dict[str, Any]) -> str:
+    """Say whether a method merges into a plain model: yes, no, in part, or refused where it cannot act.
+
+    Args:
+        name: Registry name.
+        model: A timm model.
+        arguments: What makes it small.
+    """
+    torch.manual_seed(0)
+    backbone = timm.create_model(model, **arguments).eval()
+    try:
+        bank = vispeft.attach(backbone, vispeft.method(name), verify=False)
+    except VispeftError:
+        return "refused"
+    with torch.no_grad():
+        for _, tensor in bank.trainable_parameters():
+            tensor.add_(torch.randn_like(tensor) * 0.02)
+    try:
+        bank.merge()
+    except MergeError:
+        return "in part" if bank.merge(partial=True).merged else "no"
+    return "yes"
+
+
+# ----------------------------------------------------------------------------------------------------- pages
+
+
+def pages() -> dict[str, str]:
+    """Make all pages by file name."""
+    models = {}
+    with torch.device("meta"):
+        for label, name in BACKBONES.items():
+            models[label] = timm.create_model(name)
+    facts = json.loads((RESULTS / f"{FACTS}.json").read_text(encoding="utf-8"))["methods"]
+    published = yaml.safe_load((PAGES / "published.yaml").read_text(encoding="utf-8"))
+    counted = {name: {label: count(name, model) for label, model in models.items()} for name in names()}
+    made = {f"{name}.md": "\n".join(page(name, models, counted[name], facts.get(name), published)) for name in names()}
+    return {**made, "README.md": "\n".join(index(counted, facts))}
+
+
+Counts = tuple[int, int, list[str]] | str
+"""By formula, measured, and roles; or why the method refuses the model."""
+
+
+def count(name: str, model: torch.nn.Module) -> Counts:
+    """Count a method's parameters on a model by its formula and by what it would build."""
+    method = vispeft.method(name)
+    try:
+        plan = vispeft.plan(model, method)
+    except VispeftError as error:
+        return str(error)
+    roles = dict.fromkeys(item.site.role for item in plan)
+    return method.parameter_count(vispeft.backbones.registry.describe(model)), plan.trainable, list(roles)
+
+
+def page(
+    name: str,
+    models: dict[str, torch.nn.Module],
+    counted: dict[str, Counts],
+    facts: dict[str, Any] | None,
+    published: dict[str, Any],
+) -> Iterator[str]:
+    """Make the page of a method, line by line."""
+    method = vispeft.method(name)
+    cls = type(method)
+    summary, _, rest = inspect.cleandoc(cls.__doc__ or "").partition("\n")
+    yield from (f"# {cls.__name__} (`{name}`)", "", "<!-- made by benchmarks/method_pages.py -->", "", summary)
+    if rest.strip():
+        yield from ("", " ".join(rest.split("\n\n", 1)[0].split()) if "\n\n" not in rest.strip() else rest.strip())
+    yield from ("", f"Paper: <{cls.paper}>" if cls.paper else "No paper of its own: a baseline of many.", "")
+    yield from ("```bash", f"python tools/train.py configs/classification/digits.yaml --method {name}", "```", "")
+    yield from ("## Counts", "", "Trainable parameters with the default fields, without the classifier.", "")
+    formula = inspect.cleandoc(cls.parameter_count.__doc__ or "").splitlines()[0]
+    yield from (formula, "", "| backbone | by formula | built | acts at |", "|---|--:|--:|---|")
+    for label, found in counted.items():
+        if isinstance(found, str):
+            yield f"| {label} | refused | | {found} |"
+        else:
+            roles = ", ".join(f"`{role}`" for role in found[2]) or "nothing"
+            yield f"| {label} | {found[0]:,} | {found[1]:,} | {roles} |"
+    yield from ("", "## Memory and merging", "", *costs(facts), "", "## What to train it with", "")
+    yield from advice(method, models)
+    yield from ("", "## Presets", "", *presets(name), "", "## Published results", "", *results(name, published))
+    yield from ("", "## Own results", "", *own(name), "")
+
+
+def costs(facts: dict[str, Any] | None) -> Iterator[str]:
+    """Say what a method costs in memory, and whether it merges."""
+    if facts is None:
+        yield "Not measured yet."
+        return
+    share = facts["activations"]
+    kinds = (
+        (0.1, "nothing of the backbone is kept"),
+        (0.5, "the backbone keeps little"),
+        (2.0, "the backbone's own are kept"),
+    )
+    told = next(text for limit, text in kinds if share <= limit)
+    yield (
+        f"Activations kept for the backward pass: **{share:.2f}** of full fine-tuning ({told}; ViT-Ti/16, 224 pixels, "
+        f"{BATCH} images, float32)."
+    )
+    told = {
+        "yes": "exactly, into a plain timm model",
+        "no": "no",
+        "in part": "in part (`partial=True`)",
+        "refused": "-",
+    }
+    yield from ("", "Merges: " + "; ".join(f"{kind}: {told[result]}" for kind, result in facts["merge"].items()) + ".")
+
+
+def advice(method: vispeft.Method, models: dict[str, torch.nn.Module]) -> Iterator[str]:
+    """List what the method recommends, as `Method.recommended` gives it."""
+    if not method.recipes:
+        yield "No recipe is stated; choose a learning rate on validation images."
+        return
+    yield from ("| model | images | learning rate | decay | fields | source |", "|---|--:|--:|--:|---|---|")
+    for label, model in models.items():
+        for images in (1000, 50_000):
+            recipe = method.recommended(model, images)
+            fields = ", ".join(f"{key}={value}" for key, value in recipe.fields.items())
+            numbers = f"{recipe.lr:g} | {recipe.weight_decay:g} | {fields}"
+            yield f"| {label} | {images:,} | {numbers} | {recipe.source} |"
+
+
+def presets(name: str) -> Iterator[str]:
+    """List the files of ``configs/method`` that configure this method."""
+    for preset in method_presets():
+        node = method_node(preset)
+        if node["class_path"] == method_node(name)["class_path"]:
+            fields = ", ".join(f"{key}={value}" for key, value in node["init_args"].items())
+            yield f"* [`{preset}`](../../configs/method/{preset}.yaml): {fields or 'the default fields'}"
+
+
+def results(name: str, published: dict[str, Any]) -> Iterator[str]:
+    """List what others report."""
+    found = published["results"].get(name)
+    if not found:
+        yield "None that could be checked at its source."
+        return
+    yield from ("| data | value | read in |", "|---|--:|---|")
+    for entry in found:
+        yield f"| {entry['data']} | {entry['value']} | {published['sources'][entry['source']]} |"
+
+
+def own(name: str) -> Iterator[str]:
+    """List what this project measured."""
+    rows = list(own_rows(name))
+    if not rows:
+        yield "Not run yet."
+        return
+    yield from ("| data | test accuracy | from |", "|---|--:|---|", *rows)
+
+
+def own_rows(name: str) -> Iterator[str]:
+    """Make a line per result of this project."""
+    for backbone, label in FEWSHOT.items():
+        runs = [
+            json.loads(p.read_text(encoding="utf-8"))
+            for p in sorted(RESULTS.glob(f"fewshot/{backbone}/{name}-lr*.json"))
+        ]
+        tests = [100 * run["test"] for run in runs if run["method"] == name and "test" in run]
+        if tests:
+            spread = f" ± {statistics.stdev(tests):.1f}" if len(tests) > 1 else ""
+            mean = f"{statistics.mean(tests):.1f}{spread}"
+            told = f"few-shot Fashion-MNIST, {label}, {len(tests)} of 3 seeds"
+            yield f"| {told} | {mean} | `results/fewshot/{backbone}` |"
+    digits = RESULTS / "digits_configs.json"
+    entry = (
+        json.loads(digits.read_text(encoding="utf-8"))["configs"].get(f"digits_{name}", {}) if digits.is_file() else {}
+    )
+    if "test_accuracy" in entry:
+        yield f"| digits of scikit-learn | {100 * entry['test_accuracy']:.1f} | `results/digits_configs.json` |"
+
+
+def index(counted: dict[str, dict[str, Counts]], facts: dict[str, Any]) -> Iterator[str]:
+    """Make the page that lists all methods."""
+    yield from ("# Methods", "", "<!-- made by benchmarks/method_pages.py -->", "")
+    yield from (
+        "Every method is attached in one line (`vispeft.attach(model, vispeft.method(name))`) and trained by its name:",
+        "",
+        "```bash",
+        "python tools/train.py configs/classification/digits.yaml --method adaptformer",
+        "```",
+        "",
+        "Trainable parameters with the default fields, without the classifier; activations kept for the backward pass "
+        "as a share of full fine-tuning (ViT-Ti/16).",
+        "",
+        f"| method | {' | '.join(BACKBONES)} | activations | merges (ViT, Swin) |",
+        "|---|--:|--:|--:|---|",
+    )
+    for name, found in counted.items():
+        numbers = " | ".join("refused" if isinstance(entry, str) else f"{entry[1]:,}" for entry in found.values())
+        fact = facts.get(name)
+        told = f"{fact['activations']:.2f} | {', '.join(fact['merge'].values())}" if fact else "not measured | "
+        yield f"| [{name}]({name}.md) | {numbers} | {told} |"
+    yield from ("", "`method.recommended(model, n_images)` gives learning rate, decay and size with their source.", "")
+
+
+def main() -> None:
+    """Read the command line and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", action="store_true", help="measure activations and merging again")
+    if parser.parse_args().measure or not (RESULTS / f"{FACTS}.json").is_file():
+        write(FACTS, measure())
+    made = pages()
+    for file in PAGES.glob("*.md"):
+        if file.name not in made:
+            file.unlink()
+    for file_name, text in made.items():
+        (PAGES / file_name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
