@@ -20,7 +20,7 @@ __all__ = ["main"]
 EXAMPLE = """example:
   python tools/inspect.py vit_base_patch16_224 ssf
   python tools/inspect.py vit_small_patch16_224 lora --rank 4 --roles [attn.qkv]
-  python tools/inspect.py zoo:vit_fashion configs/classification/digits_ssf.yaml
+  python tools/inspect.py zoo:vit_tiny configs/classification/digits_ssf.yaml
 
 Fields of the method follow as --field value. The backbone's weights are not needed."""
 

@@ -37,7 +37,7 @@ EXAMPLE = """example:
   python tools/quickstart.py
   python tools/quickstart.py --seeds 3 --json quickstart.json
 
-Trains SSF on scikit-learn's handwritten digits over zoo:vit_fashion, merges it, reloads it from its file, compares the
+Trains SSF on scikit-learn's handwritten digits over zoo:vit_tiny, merges it, reloads it from its file, compares the
 three models' predictions, and measures it beside a linear probe. The probe trains as many epochs as SSF, once for each
 of several learning rates, and its best rate and epoch are chosen on validation like SSF's best epoch."""
 
