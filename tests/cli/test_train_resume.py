@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 
 from benchmarks.resume_kill import differences
+from tests.data.published import Painter
 from tests.tiny import CONFIG
 from vispeft.adapters.files import read_adapter
 from vispeft.cli import train as train_tool
@@ -95,6 +96,32 @@ def test_a_difference_would_be_found(whole, tmp_path):
     table.write_text(table.read_text().replace("0,", "1,", 1))
     (tmp_path / "run/adapter/adapter.json").write_text("{}")
     assert differences(tmp_path / "run", whole) == ["adapter/adapter.json", "logs/csv/metrics.csv"]
+
+
+def test_images_that_were_moved_are_noticed(config, run_cli, tmp_path, monkeypatch):
+    """Drawn splits would be others, and images that were trained on could be among the test images."""
+    painter, root = Painter(), tmp_path / "photos"
+    for name in "ab":
+        for number in range(15):
+            painter.paint(root / name / f"{number}.png")
+    init = f"ImageFolderData\n  init_args:\n    root: {root}\n    batch_size: 6"
+    config.write_text(CONFIG.split("vispeft.data.")[0] + init + "\ntrainer:\n  max_epochs: 1\n")
+    stop_at(monkeypatch, 2)
+    often = "--checkpoints.every_n_steps=1"
+    with pytest.raises(Killed):
+        run_cli("train", config, often, "--out", tmp_path / "training")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_tool, "measure", killed)
+        with pytest.raises(Killed):
+            run_cli("train", config, often, "--out", tmp_path / "trained")
+    (root / "a/3.png").rename(root / "b/33.png")
+    for out in ("training", "trained"):
+        assert "other images or labels: digest was" in run_cli("train", "--resume", tmp_path / out).err
+    (root / "b/33.png").rename(root / "a/3.png")
+    for out in ("training", "trained"):
+        result = run_cli("train", "--resume", tmp_path / out)
+        assert result.status == 0, result.err
+    assert differences(tmp_path / "training", tmp_path / "trained") == []
 
 
 def test_a_run_stopped_before_it_began(whole, config, run_cli, tmp_path):

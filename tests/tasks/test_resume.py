@@ -239,7 +239,7 @@ def test_other_data_another_backbone_or_method_are_refused(stopped, tmp_path):
     relabelled.fit_to(make().preprocessing)
     relabelled.setup()
     relabelled.split("train").targets[0] = 9 - relabelled.split("train").targets[0]
-    with pytest.raises(DataError, match="digest of the targets was"):
+    with pytest.raises(DataError, match="other images or labels: digest was"):
         fit(tmp_path / "run", make(), data=relabelled)
     with pytest.raises(FileError, match="trained tensors"):
         fit(tmp_path / "run", make(method=vispeft.SSF()))

@@ -28,7 +28,7 @@ from vispeft.data.cache import cache_features
 from vispeft.errors import ConfigError, FileError, TrainingError
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.callbacks import progress_bar
-from vispeft.tasks.checkpoints import Found, RunCheckpoints, SealedCheckpointIO, find_checkpoint
+from vispeft.tasks.checkpoints import Found, RunCheckpoints, SealedCheckpointIO, find_checkpoint, read_checkpoint
 from vispeft.tasks.logs import RunLog
 from vispeft.viz import learning_curves
 
@@ -185,6 +185,7 @@ def _carry_out(place: Path, cli: ConfigCLI, trainer: Trainer, found: Found | Non
     console.print(f"Run directory: {place}", soft_wrap=True)
     earlier = 0.0 if found is None else found.state["seconds"]
     if found is not None and found.finished:
+        _check_measured(cli.datamodule, found)
         checkpoints.take_over(found.state)
     else:
         try:
@@ -199,6 +200,13 @@ def _carry_out(place: Path, cli: ConfigCLI, trainer: Trainer, found: Found | Non
     console.print(f"{chosen} of {metrics['epochs']} epochs: epoch {metrics['best_epoch']}")
     console.print(metrics_table({split: metrics[split] for split in ("validation", "test")}))
     return place
+
+
+def _check_measured(data: Any, found: Found) -> None:
+    """Check that a training that is over is measured on the splits it was trained with."""
+    state = read_checkpoint(found.path).get(type(data).__qualname__)
+    if isinstance(data, ImageData) and state:
+        data.check_same(state)
 
 
 def _check_same(place: Path, cli: ConfigCLI) -> None:

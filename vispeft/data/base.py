@@ -186,6 +186,7 @@ class ImageData(LightningDataModule, ABC):
         self._from_model: Preprocessing | None = None
         self._splits: dict[str, Dataset[Any]] = {}
         self._position = (0, 0)
+        self._digest: str | None = None
 
     @classmethod
     def for_model(cls, model: nn.Module, **settings: Any) -> ImageData:
@@ -317,6 +318,18 @@ class ImageData(LightningDataModule, ABC):
         """
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return
+        self.check_same(state_dict)
+        self._position = (state_dict["epoch"], state_dict["batches"])
+
+    def check_same(self, state_dict: Mapping[str, Any]) -> None:
+        """Check that splits are those of an earlier training, so that none of its images is a test image now.
+
+        Args:
+            state_dict: What its `state_dict` gave.
+
+        Raises:
+            DataError: If images, targets or their order are others.
+        """
         changed = [
             f"{name} was {state_dict[name]} and is {now}"
             for name, now in self._order().items()
@@ -324,18 +337,26 @@ class ImageData(LightningDataModule, ABC):
         ]
         if changed:
             raise DataError(
-                f"The checkpoint was written with other training images: {', '.join(changed)}. Give the same data, or "
+                f"The checkpoint was written with other images or labels: {', '.join(changed)}. Give the same data, or "
                 "begin a new run."
             )
-        self._position = (state_dict["epoch"], state_dict["batches"])
 
     def _order(self) -> dict[str, Any]:
-        """Give what the order of the training images depends on, besides the epoch, and their targets."""
-        split = self.split("train")
-        known = {"images": len(split), "batch_size": self.batch_size, "seed": self.seed}  # type: ignore[arg-type]
-        if isinstance(targets := getattr(split, "targets", None), Tensor):
-            known["digest of the targets"] = hashlib.sha256(targets.numpy().tobytes()).hexdigest()[:16]
-        return known
+        """Give what the order of the training images depends on, besides the epoch, and what tells them from others."""
+        if self._digest is None:
+            digest = hashlib.sha256()
+            for part in self.identity():
+                digest.update(part)
+            self._digest = digest.hexdigest()[:16]
+        images = len(self.split("train"))  # type: ignore[arg-type]
+        return {"images": images, "batch_size": self.batch_size, "seed": self.seed, "digest": self._digest}
+
+    def identity(self) -> Iterator[bytes]:
+        """Give what tells the images and targets of all splits from others."""
+        for name, split in self._splits.items():
+            yield f"{name} {len(split)}".encode()  # type: ignore[arg-type]
+            if isinstance(targets := getattr(split, "targets", None), Tensor):
+                yield targets.numpy().tobytes()
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Serve the validation images in a fixed order."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -178,6 +179,14 @@ class ListedData(ImageData):
             "train": ImageSplit(splits["train"], preprocessing, augment, mixer, self.seed),
             **{name: ImageSplit(splits[name], preprocessing) for name in ("validation", "test")},
         }
+
+    def identity(self) -> Iterator[bytes]:
+        """Give what tells the images and targets of all splits from others: names, and pixels where they were read."""
+        yield from super().identity()
+        facts = self.report().facts
+        for name, split in self.listing.splits.items():
+            for index, known in enumerate(facts[name]):
+                yield f"{name} {split.source.name(index)} {known.digest}\n".encode(errors="surrogateescape")
 
     def _mixer(self) -> Mixup | None:
         if self.augment is None or not self.augment.mixes:
