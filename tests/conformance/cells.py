@@ -257,7 +257,19 @@ def unit_names(bank: AdapterBank, name: str = "default") -> set[int]:
     return {id(entry.tensor) for entry in unit_tensors(bank._adapters[name].units)}
 
 
-CELLS = [Cell(method, backbone) for method in METHODS for backbone in BACKBONES]
+SECOND_FORMS = {
+    *("ssf_merging", "vpt_shallow", "vqt_weighted", "prefix_mlp", "adapter_parallel", "adaptformer_1bit", "lora_2bit"),
+    *("dora", "pissa", "lora_fa", "convpass_attn", "repadapter_attn", "hydra_2bit", "lst_sparse", "fact_tk"),
+    *("fact_4bit", "compacter_full"),
+}
+"""Further settings of a method: they run on the main families, and not on the variants of one family as well."""
+
+CELLS = [
+    Cell(method, backbone)
+    for method in METHODS
+    for backbone in BACKBONES
+    if BACKBONES[backbone].grid or method not in SECOND_FORMS
+]
 MAIN = [c for c in CELLS if c.backbone in ("vit", "swin") and (c.method, c.backbone) not in REFUSED]
 __all__ = [
     "BACKBONES",
