@@ -200,8 +200,9 @@ def test_bad_input_is_refused() -> None:
     for fields in ({"reduction": 0}, {"reduction": 2.5}, {"start": "fisher"}, {"roles": ("mlp",)}):
         with pytest.raises(ConfigError):
             vispeft.LST(**fields)
-    with pytest.raises(ConfigError, match="24"):
-        vispeft.attach(Cell("lst", "vit").model(), vispeft.LST(reduction=25))
+    for reduction in (13, 25):
+        with pytest.raises(ConfigError, match="at most reduction=12"):
+            vispeft.attach(Cell("lst", "vit").model(), vispeft.LST(reduction=reduction))
     with pytest.raises(ConfigError, match="Block 7"):
         vispeft.attach(Cell("lst", "vit").model(), vispeft.LST(reduction=2, blocks=(7,)))
     getter = timm.create_model("swin_tiny_patch4_window7_224", features_only=True)

@@ -215,11 +215,12 @@ class LST(Method):
             view: The backbone's description.
 
         Raises:
-            ConfigError: If the network would have no channel left.
+            ConfigError: If the network would have fewer than two channels: a norm makes zero of one.
         """
-        if min(view.widths) < self.reduction:
+        if min(view.widths) // self.reduction < 2:
             raise ConfigError(
-                f"LST(reduction={self.reduction}) leaves nothing of a width of {min(view.widths)}; use at most that."
+                f"LST(reduction={self.reduction}) leaves {min(view.widths) // self.reduction} of {min(view.widths)} "
+                f"channels, and a norm needs two. Use at most reduction={min(view.widths) // 2} on this model."
             )
         hidden = {site.block: site.in_features for site in view.at("mlp.fc2")}
         stage_of = {block: stage for stage, blocks in enumerate(view.stages) for block in blocks}
