@@ -60,7 +60,8 @@ def test_identity_at_start(cell: Cell) -> None:
     wanted = model(images)
     bank = cell.attach(model, moved=False)
     promised = all(unit.identity_at_start for unit in bank._adapters["default"].units.values())
-    assert promised == torch.allclose(model(images), wanted, atol=1e-6)
+    # Relative to the largest output: a fresh Eva's logits are of the order of 1e-4.
+    assert promised == ((model(images) - wanted).abs().max() <= 1e-5 * wanted.abs().max())
 
 
 @torch.no_grad()
@@ -262,7 +263,7 @@ def test_equal_gradients_under_checkpointing(cell: Cell) -> None:
 @torch.no_grad()
 def test_intermediates_agree_with_features(cell: Cell) -> None:
     model, images = cell.model(), cell.images()
-    plain = model.forward_intermediates(images)[1]
+    plain = model.forward_intermediates(images, norm=True)[1]
     bank = cell.attach(model)
     final, maps = model.forward_intermediates(images, norm=True)
     assert [m.shape for m in maps] == [m.shape for m in plain]

@@ -138,10 +138,10 @@ class AttentionHost(Host):
         asked = self.project(queries)[0]
         heads, count, width = asked.shape[1:]
         weight = cast(Tensor, self.qkv.weight).to(asked.dtype).view(3, heads, width, -1)
-        keys = (asked * self.scale) @ weight[1]
+        keys = _by_head(asked * self.scale, weight[1])
         scores = _spread(keys, x).flatten(1, 2) @ x.transpose(1, 2).to(asked.dtype)
         mixed = (scores.softmax(dim=-1) @ x.to(asked.dtype)).unflatten(1, (heads, count))
-        values = mixed @ weight[2].transpose(1, 2)
+        values = _by_head(mixed, weight[2].transpose(1, 2))
         if self.qkv.bias is not None:
             values = values + self.qkv.bias.view(3, heads, 1, width)[2].to(values.dtype)
         return _averaged(self.leave(values, _spread(queries, x)), queries)
@@ -293,6 +293,12 @@ def _joined(
         keys = torch.cat([_own(own_keys, keys), keys], dim=2)
         values = torch.cat([_own(own_values, values), values], dim=2)
     return keys, values
+
+
+def _by_head(rows: Tensor, weight: Tensor) -> Tensor:
+    """Multiply rows (B, heads, R, width) by a matrix of each head (heads, width, out), which is not copied for it."""
+    joined = rows.transpose(0, 1).flatten(1, 2) @ weight
+    return joined.unflatten(1, (-1, rows.shape[2])).transpose(0, 1)
 
 
 def _own(table: Tensor, like: Tensor) -> Tensor:
