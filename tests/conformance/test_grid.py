@@ -60,8 +60,10 @@ def test_identity_at_start(cell: Cell) -> None:
     wanted = model(images)
     bank = cell.attach(model, moved=False)
     promised = all(unit.identity_at_start for unit in bank._adapters["default"].units.values())
-    # Relative to the largest output: a fresh Eva's logits are of the order of 1e-4.
-    assert promised == ((model(images) - wanted).abs().max() <= 1e-5 * wanted.abs().max())
+    difference = (model(images) - wanted).abs().max()
+    # Relative to the largest output, since a fresh Eva's logits are of the order of 1e-4. What promises nothing may still
+    # start close by, such as a matrix of a few bits that stands near zero.
+    assert difference <= 1e-5 * wanted.abs().max() if promised else difference > 0
 
 
 @torch.no_grad()
