@@ -36,7 +36,7 @@ METHODS: dict[str, vispeft.Method] = {
     "vqt_weighted": vispeft.VQT(num_queries=9, aggregate="weighted", normalize=False, dropout=0.0),
     "prefix": vispeft.Prefix(length=3),
     "prefix_mlp": vispeft.Prefix(length=2, mid_dim=4),
-    "mam": vispeft.MAM(length=2, bottleneck=5, scale=1.0),
+    "mam": vispeft.MAM(length=2, bottleneck=8, scale=0.3),
     "vpt_shallow": vispeft.VPT(num_tokens=2, deep=False, project=7),
     "adapter": vispeft.Adapter(bottleneck=3, layernorm="in", scale=None, roles=("attn", "mlp")),
     "adapter_parallel": vispeft.Adapter(bottleneck=3, parallel=True, layernorm="out", start="bert"),

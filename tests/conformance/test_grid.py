@@ -61,8 +61,8 @@ def test_identity_at_start(cell: Cell) -> None:
     bank = cell.attach(model, moved=False)
     promised = all(unit.identity_at_start for unit in bank._adapters["default"].units.values())
     difference = (model(images) - wanted).abs().max()
-    # Relative to the largest output, since a fresh Eva's logits are of the order of 1e-4. What promises nothing may still
-    # start close by, such as a matrix of a few bits that stands near zero.
+    # Relative to the largest output: a fresh Eva has logits of the order of 1e-4. What promises nothing may yet start
+    # close by, such as a matrix of a few bits that stands near zero.
     assert difference <= 1e-5 * wanted.abs().max() if promised else difference > 0
 
 

@@ -108,13 +108,13 @@ class FacTUnit(DeltaUnit):
             return self.matrix("S")
         part = self._shared("P")[:, self.columns.start : self.columns.stop]
         # The public code reshapes (rank, rank, slices) row by row, so that the slice runs fastest.
-        core = (self._shared("C") @ part).reshape(self.rank, -1)
+        core = (self._shared("C").flatten(0, 1) @ part).reshape(self.rank, -1)
         return core if self.slices[0] > 1 else core.t()
 
     def _first(self) -> Tensor:
         """Give ``S U``, (rank * slices out, in)."""
-        before, behind = self.slices
-        by_slice = self._middle().reshape(behind * self.rank, before, self.rank) @ self._shared("U")
+        behind = self.slices[1]
+        by_slice = self._middle().reshape(-1, self.rank) @ self._shared("U")
         return by_slice.reshape(behind * self.rank, -1)[:, : self.sizes[0]]
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,9 @@ class FacTUnit(DeltaUnit):
         if behind == 1:
             return self._first(), self._shared("V")
         u = torch.block_diag(*[self._shared("U")] * before)[:, : self.sizes[0]]
-        by_slice = self._shared("V") @ self._middle().reshape(behind, self.rank, before * self.rank)
+        # One product of two matrices: how PyTorch folds more axes depends on who trains, and so would the last bits.
+        middle = self._middle().reshape(behind, self.rank, -1).transpose(0, 1).flatten(1)
+        by_slice = (self._shared("V") @ middle).unflatten(1, (behind, -1)).transpose(0, 1)
         return u, by_slice.flatten(0, 1)[: self.sizes[1]]
 
     def drops(self) -> bool:
