@@ -9,7 +9,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 import vispeft
-from tests.conformance.cells import METHODS, Cell, move
+from tests.conformance.cells import METHODS, REFUSED, Cell, move
 from vispeft.adapters.attention import AttentionHost
 from vispeft.errors import BackboneError, SiteError
 
@@ -49,8 +49,12 @@ def test_published_counts(entry: tuple[str, vispeft.Method], count: int) -> None
     assert plan.trainable == count
 
 
-@pytest.mark.parametrize("backbone", ["swin", "swinv2", "eva_dinov3", "eva02", "vit"])
-@pytest.mark.parametrize("method", ["ssf", "lora_all", "bitfit", "vpt"])
+FEATURED = [
+    (m, b) for m in ("ssf", "lora_all", "bitfit", "vpt") for b in ("swin", "swinv2", "eva_dinov3", "eva02", "vit")
+]
+
+
+@pytest.mark.parametrize(("method", "backbone"), [cell for cell in FEATURED if cell not in REFUSED])
 def test_features_only_models_work_adapted(method: str, backbone: str, tmp_path) -> None:
     name = {
         "swin": "swin_tiny_patch4_window7_224",
@@ -270,3 +274,20 @@ def test_own_attention_equals_timms(backbone: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(AttentionHost, "_folds", lambda *_: False)
     found = model.forward_intermediates(images, intermediates_only=True)
     assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(found, wanted, strict=True))
+
+
+@torch.no_grad()
+def test_a_projection_stays_with_the_attention_that_holds_its_biases() -> None:
+    cell = Cell("prefix", "swinv2")
+    model, images = cell.model().double(), cell.images().double()
+    vispeft.attach(model, vispeft.SSF(), name="ssf")
+    bank = vispeft.attach(model, vispeft.Prefix(length=3), name="prefix")
+    for name in ("ssf", "prefix"):
+        move(bank, name)
+    bank.set_active(["ssf", "prefix"])
+    wanted = model(images)
+    report = bank.merge(partial=True)
+    assert {path.rpartition(".")[2] for path in report.kept} == {"attn", "qkv"}
+    assert torch.allclose(model(images), wanted, rtol=1e-9, atol=1e-12)
+    bank.unmerge()
+    assert torch.equal(model(images), wanted)

@@ -746,6 +746,14 @@ class AdapterBank:
                 stored[key], codecs[key] = packed, codec(module.bits)
         return stored, codecs
 
+    def stored_tensors(self, name: str | None = None) -> dict[str, Tensor]:
+        """Give the tensors of an adapter's units under their names in files, in the form of `Method.stored`.
+
+        Args:
+            name: The adapter; may be left out where there is only one active.
+        """
+        return self._stored_units(self._label(name))
+
     def _stored_units(self, label: str) -> dict[str, Tensor]:
         units = self._adapters[label].units
         return {f"{key}.{name}": tensor for key, unit in units.items() for name, tensor in unit.stored().items()}
@@ -787,7 +795,7 @@ class AdapterBank:
         # A unit of the whole model may hold tensors for parts that a cut one lacks.
         beyond = {key for key in units if parts and key.startswith("/") and key not in own}
         lacking = [key for key in units if key in beyond or self._lacks(key, parts)]
-        kept = {key: tensor for key, tensor in units.items() if key not in lacking}
+        kept = {key: self._fitted(label, key, tensor) for key, tensor in units.items() if key not in lacking}
         with self._or_without(label):
             found = {**kept, **head}
             packed = {key: found[key] for key in _packed_names(header) if key in found}
@@ -800,6 +808,13 @@ class AdapterBank:
             logger.warning("This model is cut: %d tensors of the adapter belong to parts it lacks.", len(lacking))
         adapter.seed, adapter.merge_error = header["seed"], header["merge_error"]
         self.annotate(label, **{key: header.get(key) for key in _NOTES})
+
+    def _fitted(self, label: str, key: str, tensor: Tensor) -> Tensor:
+        """Give what this model needs of a tensor of a file, which may be of a whole one that this was cut from."""
+        place, _, name = key.rpartition("/")
+        unit_name, _, tensor_name = name.partition(".")
+        unit = self._adapters[label].units.get(f"{place}/{unit_name}")
+        return tensor if unit is None else unit.fitted(tensor_name, tensor)
 
     def _lacks(self, key: str, parts: Sequence[str]) -> bool:
         """Tell whether a tensor of a file belongs to a part of the whole model that this one was cut off."""

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vispeft.adapters.hosts import Host, HostState, ShiftlessNormHost, base_class, put_back, take_off
+from vispeft.adapters.hosts import Host, HostState, ReadLinearHost, ShiftlessNormHost, base_class, put_back, take_off
 from vispeft.adapters.model_host import ModelHost
 from vispeft.adapters.sites import Site, View
 from vispeft.adapters.units import Unit
@@ -88,7 +88,7 @@ def plan_merge(model: nn.Module, view: View, partial: bool) -> tuple[Plain, dict
             stays[path] = reason
         else:
             plains[path] = plain
-    stays |= _lending(hosts, stays)
+    stays |= _lending(hosts, stays) | _read_by(hosts, stays)
     for path, plain in plains.items():
         if path not in stays:
             tensors.update({f"{path}.{name}" if path else name: tensor for name, tensor in plain.items()})
@@ -117,6 +117,15 @@ def _lending(hosts: list[tuple[str, Host]], stays: dict[str, str]) -> dict[str, 
         path: "layers that stay adapted use its tensors"
         for path, host in hosts
         if path not in stays and any(id(unit) in lenders for unit in host.units(Unit))
+    }
+
+
+def _read_by(hosts: list[tuple[str, Host]], stays: dict[str, str]) -> dict[str, str]:
+    """Find projections whose biases an attention keeps that stays adapted, with this reason."""
+    return {
+        path: "the attention that holds its biases stays adapted"
+        for path, host in hosts
+        if isinstance(host, ReadLinearHost) and path not in stays and path.rpartition(".")[0] in stays
     }
 
 

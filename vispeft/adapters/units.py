@@ -103,6 +103,15 @@ class Unit(LowBit):
         held: tuple[Unit, ...] = self.__dict__.get("_lender", ())
         return held[0] if held else None
 
+    def fitted(self, name: str, tensor: Tensor) -> Tensor:
+        """Give what a unit of a model that was cut off behind some block needs of a tensor of the whole model's unit.
+
+        Args:
+            name: The tensor's name in the unit.
+            tensor: The whole model's.
+        """
+        return tensor
+
     def stored(self) -> dict[str, Tensor]:
         """Give the tensors a file holds of this unit, by their names under `Method.stored`."""
         return dict(self.state_dict())

@@ -66,6 +66,10 @@ class Prompts(TokensUnit):
         mapped = stored if self.proj is None else self.proj(stored)
         return F.dropout(mapped.expand(batch, -1, -1), self.dropout, self.training)
 
+    def fitted(self, name: str, tensor: Tensor) -> Tensor:
+        """Leave out the prompts of blocks that are not there."""
+        return tensor if name != "deep" or self.deep is None else tensor[: self.deep.shape[0]]
+
     def own(self, block: int) -> Tensor | None:
         """Give what is stored for a block behind the first, (1, length, stored width); None in the shallow form."""
         return None if self.deep is None else self.deep[block - 1 : block]
