@@ -2,6 +2,7 @@
 
     python benchmarks/activations.py                  # all methods; a few minutes
     python benchmarks/activations.py --methods ssf lst
+    python benchmarks/activations.py --busy --threads 1       # on a machine that does other work
     python benchmarks/activations.py --table          # writes the table in docs/benchmarks.md
 
 Writes results/activations.json. Activations are the bytes of distinct storages kept for the backward pass, without
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import vispeft  # first: it makes torchvision importable where its library does not fit
@@ -63,12 +65,15 @@ def step(model: nn.Module, optimiser: torch.optim.Optimizer, images: Tensor, lab
     optimiser.zero_grad(set_to_none=True)
 
 
-def measure(names: list[str], rounds: int) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+def measure(
+    names: list[str], rounds: int, clock: Callable[[], float]
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Measure methods side by side.
 
     Args:
         names: The methods.
         rounds: Counted steps of each.
+        clock: Tells the seconds.
 
     Returns:
         Figures by method, full fine-tuning among them, and the reasons why others are left out.
@@ -91,7 +96,7 @@ def measure(names: list[str], rounds: int) -> tuple[dict[str, dict[str, Any]], d
         figures[name]["saved_bytes"] = saved_bytes(model, images)
         optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
         steps[name] = lambda m=model, o=optimiser: step(m, o, images, labels)
-    for name, seconds in (alternate(steps, rounds) if rounds else {}).items():
+    for name, seconds in (alternate(steps, rounds, clock=clock) if rounds else {}).items():
         figures[name]["seconds"] = seconds
     return figures, left_out
 
@@ -131,6 +136,9 @@ def table_lines() -> list[str]:
     record = json.loads((RESULTS / f"{NAME}.json").read_text())
     body = ["| " + " | ".join(row) + " |" for row in rows(record["figures"])]
     left = [f"Left out: {name} ({reason})" for name, reason in record["left_out"].items()]
+    how = record["arguments"]
+    clock = "CPU seconds of the process" if how["busy"] else "Seconds on the wall"
+    left.append(f"{clock}, {how['threads']} thread(s), {how['rounds']} steps of each.")
     return ["| " + " | ".join(HEADINGS) + " |", "|---|--:|--:|--:|--:|", *body, *(["", *left] if left else [])]
 
 
@@ -140,13 +148,14 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=vispeft.list_methods(), help="all of them by default")
     parser.add_argument("--rounds", type=int, default=7, help="counted steps of each method; 0 measures memory alone")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--busy", action="store_true", help="count the seconds this process computes, of all threads")
     parser.add_argument("--table", action="store_true", help="write the page from the results and stop")
     args = parser.parse_args()
     if args.table:
         write_section(NAME, table_lines())
         return
     torch.set_num_threads(args.threads)
-    figures, left_out = measure(args.methods, args.rounds)
+    figures, left_out = measure(args.methods, args.rounds, time.process_time if args.busy else time.perf_counter)
     network_part = {"width": WIDTH, "depth": DEPTH, "image_size": SIZE, "batch": BATCH}
     path = write(NAME, {"network": network_part, "arguments": vars(args), "figures": figures, "left_out": left_out})
     table = Table(title=f"ViT {WIDTH} wide, {DEPTH} deep, {SIZE} px, batch {BATCH}")

@@ -18,13 +18,16 @@ RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 
 
-def alternate(steps: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, dict[str, float]]:
+def alternate(
+    steps: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, dict[str, float]]:
     """Time steps in turn, A B C A B C, so that a drifting machine is the same for all.
 
     Args:
         steps: What to time, by name.
         rounds: Counted rounds.
         warmup: Rounds before them.
+        clock: Tells the seconds.
 
     Returns:
         Median, minimum and maximum seconds by name.
@@ -32,10 +35,10 @@ def alternate(steps: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(warmup + rounds):
         for name, step in steps.items():
-            start = time.perf_counter()
+            start = clock()
             step()
             if number >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {
         name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
         for name, values in seconds.items()

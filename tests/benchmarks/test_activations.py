@@ -1,0 +1,37 @@
+"""What methods keep for the backward pass stays below what is promised, and the page is made from the record."""
+
+import sys
+import time
+
+import activations
+import common
+
+
+def test_no_bar_on_what_is_kept_is_missed():
+    figures, left_out = activations.measure(list(activations.BARS), 0, time.perf_counter)
+    assert not left_out
+    assert set(figures) == {activations.FULL, *activations.BARS}
+    assert list(activations.missed(figures)) == []
+    assert activations.share(figures, activations.FULL) == (1.0, None)
+    figures["ssf"]["saved_bytes"] = figures[activations.FULL]["saved_bytes"]
+    assert [line.split(":")[0] for line in activations.missed(figures)] == ["ssf"]
+
+
+def test_the_table_is_made_from_the_record(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- activations: begin -->\nold\n<!-- activations: end -->\nafter\n")
+    monkeypatch.setattr(activations, "RESULTS", tmp_path)
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(common, "PAGE", page)
+    seconds = {"full fine-tuning": 0.4, "lst": 0.1}
+    figures = {n: {"trained": 1000, "saved_bytes": 2**20, "seconds": {"median": s}} for n, s in seconds.items()}
+    arguments = {"busy": True, "threads": 1, "rounds": 3}
+    common.write("activations", {"arguments": arguments, "figures": figures, "left_out": {"other": "it needs tasks"}})
+    monkeypatch.setattr(sys, "argv", ["activations.py", "--table"])
+    activations.main()
+    text = page.read_text()
+    assert "| lst | 1,000 | 1.0 | 1.000 (bar 0.30) | 0.250 (bar 0.50) |" in text
+    assert "CPU seconds of the process, 1 thread(s), 3 steps" in text
+    assert "other (it needs tasks)" in text
+    assert text.startswith("before\n")
+    assert "old" not in text
