@@ -180,7 +180,7 @@ REFUSED |= {
 }
 REFUSED |= {
     ("repadapter", name): "no first MLP layer in one piece: gate and value are layers of their own"
-    for name in ("vit_aimv2", "eva02", "eva02_split")
+    for name in ("vit_aimv2", "eva02_split")
 }
 REFUSED |= {("repadapter_attn", "eva02_split"): "no joint projection: q, k and v are layers of their own"}
 REFUSED |= {
