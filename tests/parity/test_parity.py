@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import vispeft
+from vispeft.adapters.reading import taken_apart
 from vispeft.interop import list_sources, load_official, to_official
 
 HERE = Path(__file__).parent / "reference"
@@ -77,6 +78,9 @@ def compare(model: nn.Module, tensors: dict[str, Tensor], group: str, dtype: tor
     images, precision = tensors["input.images"].to(dtype), PRECISIONS[dtype]
     features = model.forward_head(model.forward_features(images), pre_logits=True)
     found = {"features": features, "logits": model(images)}
+    if model.reader() is not None:
+        tokens = model.forward_features(images)
+        found["query_outputs"] = torch.stack(taken_apart(tokens, model.reader(), model.num_prefix_tokens)[1])
     wanted = {key: t for key, t in below(tensors, group).items() if key in found}
     for key, value in wanted.items():
         assert_close(f"{group}{key}", found[key], value, precision)
