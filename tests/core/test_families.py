@@ -291,3 +291,12 @@ def test_a_projection_stays_with_the_attention_that_holds_its_biases() -> None:
     assert torch.allclose(model(images), wanted, rtol=1e-9, atol=1e-12)
     bank.unmerge()
     assert torch.equal(model(images), wanted)
+
+
+def test_a_learned_scale_trains_from_its_start() -> None:
+    model = Cell("adapter", "vit").model()
+    bank = vispeft.attach(model, vispeft.Adapter(bottleneck=8, scale=None, start="bert"))
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    scales = [p for name, p in bank.trainable_parameters() if name.endswith(".scale")]
+    assert len(scales) == 2
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in scales)

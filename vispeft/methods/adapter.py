@@ -113,8 +113,10 @@ class BottleneckUnit(Unit):
         hidden = ACTIVATIONS[self.shape.activation](linear(hidden, self.matrix("down"), self.down_bias))
         hidden = F.dropout(hidden, self.shape.dropout, self.training)
         out = linear(hidden, self.matrix("up"), self.up_bias)
-        factor = self.shape.scale if self.scale is None else self.scale.to(out.dtype)
-        out = out if factor == 1.0 else out * factor
+        if self.scale is not None:
+            out = out * self.scale.to(out.dtype)
+        elif self.shape.scale != 1.0:
+            out = out * self.shape.scale
         return self._norm(out) if self.shape.layernorm == "out" else out
 
     def _norm(self, x: Tensor) -> Tensor:
