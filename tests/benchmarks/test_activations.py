@@ -8,13 +8,14 @@ import common
 
 
 def test_no_bar_on_what_is_kept_is_missed():
-    figures, left_out = activations.measure(list(activations.BARS), 0, time.perf_counter)
+    network = activations.NETWORKS["narrow"]
+    figures, left_out = activations.measure(network, list(network.bars), 0, time.perf_counter)
     assert not left_out
-    assert set(figures) == {activations.FULL, *activations.BARS}
-    assert list(activations.missed(figures)) == []
+    assert set(figures) == {activations.FULL, *network.bars}
+    assert list(activations.missed(network, figures)) == []
     assert activations.share(figures, activations.FULL) == (1.0, None)
     figures["ssf"]["saved_bytes"] = figures[activations.FULL]["saved_bytes"]
-    assert [line.split(":")[0] for line in activations.missed(figures)] == ["ssf"]
+    assert [line.split(":")[0] for line in activations.missed(network, figures)] == ["ssf"]
 
 
 def test_the_table_is_made_from_the_record(tmp_path, monkeypatch):
@@ -26,12 +27,14 @@ def test_the_table_is_made_from_the_record(tmp_path, monkeypatch):
     seconds = {"full fine-tuning": 0.4, "lst": 0.1}
     figures = {n: {"trained": 1000, "saved_bytes": 2**20, "seconds": {"median": s}} for n, s in seconds.items()}
     arguments = {"busy": True, "threads": 1, "rounds": 3}
-    common.write("activations", {"arguments": arguments, "figures": figures, "left_out": {"other": "it needs tasks"}})
+    common.write(
+        "activations_vit_s", {"arguments": arguments, "figures": figures, "left_out": {"other": "it needs tasks"}}
+    )
     monkeypatch.setattr(sys, "argv", ["activations.py", "--table"])
     activations.main()
     text = page.read_text()
-    assert "| lst | 1,000 | 1.0 | 1.000 (bar 0.30) | 0.250 (bar 0.50) |" in text
-    assert "CPU seconds of the process, 1 thread(s), 3 steps" in text
+    assert "| lst | 1,000 | 1.0 | 1.000 | 0.250 (bar 0.50) |" in text
+    assert "**ViT 384 wide, 12 deep, 224 px, 8 images** (CPU seconds of the process, 1 thread(s), 3 steps" in text
     assert "other (it needs tasks)" in text
     assert text.startswith("before\n")
     assert "old" not in text
