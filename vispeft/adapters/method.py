@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -18,6 +19,8 @@ from vispeft.errors import ConfigError, SiteError, UnknownNameError
 __all__ = ["Method", "PlanItem", "list_methods", "method", "method_from_dict", "register"]
 
 _METHODS: dict[str, type[Method]] = {}
+_ELSEWHERE = {"peft": "vispeft.interop.peft"}
+"""Methods that need an extra, and the modules that register them: they are imported when one is asked for."""
 M = TypeVar("M", bound="type[Method]")
 
 
@@ -282,6 +285,8 @@ def method(name: str, **fields: Any) -> Method:
     Example:
         >>> vispeft.method("lora", rank=4)
     """
+    if name not in _METHODS and name in _ELSEWHERE:
+        importlib.import_module(_ELSEWHERE[name])
     if name not in _METHODS:
         raise UnknownNameError("method", name, _METHODS)
     cls = _METHODS[name]
