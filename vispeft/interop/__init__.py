@@ -1,10 +1,17 @@
 """Bridges to what others have: the authors' checkpoints."""
 
+import importlib
+from typing import Any
+
 from vispeft.interop import blocks, lst, shared, ssf, unified, vpt, vqt
 from vispeft.interop.binary import load_binary
 from vispeft.interop.official import Source, list_sources, load_official, register_source, to_official
 
-__all__ = [
+_PEFT = ("PeftMethod", "from_peft", "to_peft")
+"""What the extra `peft` brings; its module is imported when one of them is asked for."""
+
+__all__ = [  # noqa: PLE0604  (those of the extra are added by name)
+    *_PEFT,
     "Source",
     "blocks",
     "list_sources",
@@ -19,3 +26,9 @@ __all__ = [
     "vpt",
     "vqt",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PEFT:
+        return getattr(importlib.import_module("vispeft.interop.peft"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
