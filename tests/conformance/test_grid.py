@@ -339,17 +339,19 @@ def test_one_batch_overfits(cell: Cell) -> None:
     model, images = cell.model(), cell.images(4) + torch.randn(4, 3, 1, 1).mul(3)
     labels = torch.arange(4)
     bank = cell.attach(model, moved=False)
-    optimiser = torch.optim.AdamW(bank.parameter_groups(1e-2 if cell.method == "full" else 3e-2, 0.0))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 80)
+    optimiser = torch.optim.AdamW(bank.parameter_groups(1e-2 if cell.method in ("full", "convpass", "convpass_attn") else 3e-2, 0.0))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 300)
     model.train()
     losses = []
-    for _ in range(80):
+    for _ in range(300):  # most need a few dozen; a class token that only frozen attention tells anything needs more
         loss = nn.functional.cross_entropy(model(images), labels)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         schedule.step()
         losses.append(float(loss.detach()))
+        if losses[-1] < 0.5 * losses[0]:
+            break
     assert losses[-1] < 0.7 * losses[0], losses
 
 

@@ -86,9 +86,9 @@ def test_packed_bytes_are_the_authors(path: Path, tmp_path: Path) -> None:
 
 
 def _names(bank: Any, source: str) -> dict[str, str]:
-    from vispeft.interop.official import _all_names, _source
+    from vispeft.interop.official import find_source, official_names
 
-    return _all_names(_source(source), bank, bank.active[0])
+    return official_names(find_source(source), bank, bank.active[0])
 
 
 MERGING = [path for path in NETWORKS if "merged_output" in read(path)[1]]
