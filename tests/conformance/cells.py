@@ -46,7 +46,7 @@ METHODS: dict[str, vispeft.Method] = {
     "dora": vispeft.LoRA(rank=3, dora=True, roles=LINEARS),
     "pissa": vispeft.LoRA(rank=3, alpha=6, start="pissa"),
     "lora_fa": vispeft.LoRA(rank=3, freeze_a=True, lr_ratio=16.0),
-    "convpass": vispeft.Convpass(bottleneck=8, scale=4.0, dropout=0),
+    "convpass": vispeft.Convpass(bottleneck=4, dropout=0),
     "convpass_attn": vispeft.Convpass(bottleneck=8, scale=4.0, variant="attn", start="identity", dropout=0, bits=4),
     "repadapter": vispeft.RepAdapter(bottleneck=4, dropout=0),
     "repadapter_attn": vispeft.RepAdapter(bottleneck=4, groups=1, variant="attn", dropout=0, bits=8),

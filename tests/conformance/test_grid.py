@@ -339,7 +339,9 @@ def test_one_batch_overfits(cell: Cell) -> None:
     model, images = cell.model(), cell.images(4) + torch.randn(4, 3, 1, 1).mul(3)
     labels = torch.arange(4)
     bank = cell.attach(model, moved=False)
-    optimiser = torch.optim.AdamW(bank.parameter_groups(1e-2 if cell.method in ("full", "convpass", "convpass_attn") else 3e-2, 0.0))
+    optimiser = torch.optim.AdamW(
+        bank.parameter_groups(1e-2 if cell.method in ("full", "convpass", "convpass_attn") else 3e-2, 0.0)
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 300)
     model.train()
     losses = []
