@@ -15,7 +15,6 @@ from typing import Any, cast
 import numpy
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from vispeft.adapters.codecs import pack_bits, unpack_bits
 from vispeft.errors import ConfigError, FileError
@@ -143,29 +142,63 @@ def decode(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     return Quantized(codes, torch.tensor(mean), torch.tensor(std)).values(bits)
 
 
-class _Quantize(torch.autograd.Function):
-    """The quantiser with its gradient: straight through the codes, with mean and spread inside the graph.
+@torch.library.custom_op("vispeft::quantized", mutates_args=())
+def _quantized(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Replace a matrix by what its codes stand for: one node for a compiler, whatever happens inside.
 
-    The forward value is exactly what a file gives; a sum such as ``codes + normalised - normalised`` would not be.
+    The value is exactly what a file gives; a sum such as ``codes + normalised - normalised`` would not be. Traced
+    through instead, the sorting into cells kept `torch.compile` busy for hours deciding what to keep for backward.
+
+    Returns:
+        The matrix as it acts, its codes as uint8, its mean and its spread.
     """
+    found = quantize(weight, bits)
+    return found.values(bits).to(weight.dtype), found.codes.to(torch.uint8), found.mean, found.std
 
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, bits: int) -> Tensor:
-        found = quantize(weight, bits)
-        ctx.save_for_backward(weight, found.codes.to(torch.uint8), found.mean, found.std)
-        ctx.bits = bits
-        return found.values(bits).to(weight.dtype)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        weight, codes, mean, std = ctx.saved_tensors
-        levels = codebook(ctx.bits)[0].to(mean)[codes.long()]
-        grad, centred = grad.to(mean.dtype), weight.to(mean.dtype) - mean
-        share = std / (std + EPSILON)
-        slope = (grad * levels).sum() - share * (grad * centred / (std + EPSILON)).sum()
-        spread = centred / ((weight.numel() - 1) * std.clamp_min(torch.finfo(std.dtype).tiny))
-        return (share * grad + (1 - share) * grad.mean() + spread * slope).to(weight.dtype), None
+@_quantized.register_fake
+def _(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Give the shapes of `_quantized`."""
+    exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    statistic = weight.new_empty((), dtype=exact)
+    return (
+        torch.empty_like(weight, memory_format=torch.contiguous_format),
+        torch.empty_like(weight, dtype=torch.uint8, memory_format=torch.contiguous_format),
+        statistic,
+        torch.empty_like(statistic),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    """Keep what the gradient needs."""
+    weight, ctx.bits = inputs
+    _, codes, mean, std = output
+    ctx.save_for_backward(weight, codes, mean, std)
+
+
+@torch.library.custom_op("vispeft::quantized_gradient", mutates_args=())
+def _gradient(grad: Tensor, weight: Tensor, codes: Tensor, mean: Tensor, std: Tensor, bits: int) -> Tensor:
+    """Compute the gradient of `_quantized`: straight through the codes, with mean and spread inside the graph."""
+    levels = codebook(bits)[0].to(mean)[codes.long()]
+    exact, centred = grad.to(mean.dtype), weight.to(mean.dtype) - mean
+    share = std / (std + EPSILON)
+    slope = (exact * levels).sum() - share * (exact * centred / (std + EPSILON)).sum()
+    spread = centred / ((weight.numel() - 1) * std.clamp_min(torch.finfo(std.dtype).tiny))
+    return (share * exact + (1 - share) * exact.mean() + spread * slope).to(weight.dtype)
+
+
+@_gradient.register_fake
+def _(grad: Tensor, weight: Tensor, codes: Tensor, mean: Tensor, std: Tensor, bits: int) -> Tensor:
+    """Give the shape of `_gradient`."""
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor, None]:
+    """Hand the gradient of the values back; codes and statistics have none."""
+    return _gradient(grad, *ctx.saved_tensors, ctx.bits), None
+
+
+_quantized.register_autograd(_backward, setup_context=_keep)
 
 
 def check_bits(name: str, *numbers: int) -> None:
@@ -219,11 +252,11 @@ class LowBit(nn.Module):
             return weight
         read = self._buffers.get(f"{name}_read")
         if read is None:
-            return cast(Tensor, _Quantize.apply(weight, self.bits))
+            return _quantized(weight, self.bits)[0]
         if torch.compiler.is_compiling():
-            return torch.where((weight == read).all(), weight, _Quantize.apply(weight, self.bits))
+            return torch.where((weight == read).all(), weight, _quantized(weight, self.bits)[0])
         # A matrix that still is what a file gave stands for codes already; once it is trained it does not.
-        return weight if torch.equal(weight, read) else cast(Tensor, _Quantize.apply(weight, self.bits))
+        return weight if torch.equal(weight, read) else _quantized(weight, self.bits)[0]
 
     def packed(self, name: str) -> Tensor | None:
         """Give the bytes a file holds of a tensor, or None where it is stored as it is.
