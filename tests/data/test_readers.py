@@ -219,6 +219,14 @@ def test_numbers(images):
     assert data.read().splits["train"].targets[3].tolist() == [3, -3]
 
 
+def test_an_image_may_have_been_measured_twice(images):
+    lines = [f"img/my photo {n}.png {n / 2}" for n in (*range(12), 3)]
+    lines[-1] = "img/my photo 3.png 1.75"
+    data = ImageListData(train_list=write(images / "a.txt", *lines), target="regression")
+    found = {finding.code: finding.level for finding in data.report().findings}
+    assert found["labels-disagree"] == "warning"
+
+
 def test_wrong_labels_of_every_target_are_found(images):
     wrong = {"img/my photo 0.png": "x", "img/my photo 1.png": None, "img/my photo 2.png": [1, 2]}
     good = {f"img/my photo {n}.png": float(n) for n in range(3, 12)}

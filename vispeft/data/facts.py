@@ -92,6 +92,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vispeft"
 
 
+VERSION = 1
+"""Of the stored facts: raised when one of them is found in another way, so that older ones are not believed."""
+
+
 class FactStore:
     """Facts on disk, by path, size and time of the last change.
 
@@ -100,7 +104,7 @@ class FactStore:
 
     def __init__(self) -> None:
         """Remember where the store is."""
-        self.file = cache_folder() / "images.sqlite"
+        self.file = cache_folder() / f"images-{VERSION}.sqlite"
 
     def get(self, keys: Iterable[Key]) -> dict[Key, ImageFacts]:
         """Give what is known.
