@@ -6,10 +6,17 @@ from types import SimpleNamespace
 import pytest
 
 from tests.tiny import CONFIG
-from vispeft.cli import evaluate, inspect, merge, predict, train
+from vispeft.cli import evaluate, inspect, merge, predict, select_features, train
 from vispeft.cli.common import run_tool
 
-TOOLS = {"train": train, "evaluate": evaluate, "predict": predict, "merge": merge, "inspect": inspect}
+TOOLS = {
+    "train": train,
+    "evaluate": evaluate,
+    "predict": predict,
+    "merge": merge,
+    "inspect": inspect,
+    "select_features": select_features,
+}
 
 
 def call(tool, *argv):

@@ -33,7 +33,7 @@ METHODS: dict[str, vispeft.Method] = {
     "norm_tuning": vispeft.NormTuning(),
     "vpt": vispeft.VPT(num_tokens=3),
     "vqt": vispeft.VQT(num_queries=2, dropout=0.0),
-    "vqt_weighted": vispeft.VQT(num_queries=9, aggregate="weighted", normalize=False, dropout=0.0),
+    "vqt_weighted": vispeft.VQT(num_queries=9, aggregate="weighted", normalize=False, dropout=0.0, keep=0.7),
     "prefix": vispeft.Prefix(length=3),
     "prefix_mlp": vispeft.Prefix(length=2, mid_dim=4),
     "mam": vispeft.MAM(length=2, bottleneck=8, scale=0.3),
@@ -74,7 +74,7 @@ METHODS: dict[str, vispeft.Method] = {
 PARALLEL = ("adapter_parallel", "adaptformer", "adaptformer_1bit", "convpass", "convpass_attn")
 """Methods with terms beside the branches of a block."""
 
-STORES_MORE = ("lora_fa",)
+STORES_MORE = ("lora_fa", "vqt_weighted")
 """Methods whose files hold tensors that do not train."""
 
 SELECTIONS = ("full", "bitfit", "norm_tuning", "lst", "lst_sparse", "compacter_full", "vqt", "vqt_weighted")

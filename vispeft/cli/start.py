@@ -64,10 +64,14 @@ def start_from(task: AdapterTask, source: str, class_names: Sequence[str]) -> st
     fits = {key: tensor.shape for key, tensor in own.items() if key.startswith("head/")} == {
         key: tensor.shape for key, tensor in head.items()
     }
-    kept = bool(head) and fits and list(names) == list(class_names)
+    # A classifier whose columns are to say which features matter starts anew (public code of VQT).
+    scoring = bool(getattr(task, "head_sparsity", 0))
+    kept = bool(head) and fits and list(names) == list(class_names) and not scoring
     task.bank.load_state_dict({**units, **(head if kept else {})})
     if kept:
         return f"Started from {source}, with its classifier."
+    if scoring:
+        return f"Started from {source}; the classifier is a fresh one, because head_sparsity is to score its features."
     why = f"{len(names)} classes there, {len(class_names)} here" if len(names) != len(class_names) else "other classes"
     return f"Started from {source}; the classifier is a fresh one ({why})."
 

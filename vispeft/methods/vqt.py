@@ -21,7 +21,7 @@ from vispeft.adapters.sites import Site, View, select
 from vispeft.adapters.units import QueryUnit
 from vispeft.errors import ConfigError, SiteError
 
-__all__ = ["VQT", "Queries"]
+__all__ = ["VQT", "Queries", "feature_scores", "select_features"]
 
 NORM_EPS = 1e-12
 """Smallest length a feature is divided by; PyTorch's default, which the public code keeps."""
@@ -29,20 +29,53 @@ PRIOR = 0.01
 """What a class scores at the start: the bias is the logit of it (public code)."""
 
 
+def feature_scores(weight: Tensor) -> Tensor:
+    """Score features by how much a classifier uses them: the length of each one's column (public code).
+
+    Args:
+        weight: Of the classifier, (classes, features).
+
+    Returns:
+        (features,), at least 0. Their sum is the penalty that makes a classifier do with few features.
+    """
+    # At a column of zeros the plain length has a gradient of 0, as it should.
+    return torch.linalg.vector_norm(weight, dim=0)
+
+
+def select_features(weight: Tensor, keep: float) -> Tensor:
+    """Choose the features a classifier uses most.
+
+    Args:
+        weight: Of a classifier trained on all features with `feature_scores` as a penalty, (classes, features).
+        keep: Share of the features, above 0 and at most 1.
+
+    Returns:
+        Their indices in rising order, int64, (int(features * keep),).
+    """
+    return feature_scores(weight).topk(_kept(weight.shape[1], keep)).indices.sort().values
+
+
+def _kept(features: int, keep: float) -> int:
+    return max(1, int(features * keep))
+
+
 class Queries(QueryUnit):
     """Queries of each block, as wide as their stage, and what becomes of what they read."""
 
-    def __init__(self, stages: Sequence[tuple[int, Sequence[Site]]], fan: int, options: VQT) -> None:
+    selected: Tensor | None
+    """Indices of the features that the classifier sees; None for all."""
+
+    def __init__(self, stages: Sequence[tuple[int, Sequence[Site]]], view: View, options: VQT) -> None:
         """Make room for the queries.
 
         Args:
             stages: Number of each stage that is read, and the sites of its blocks.
-            fan: Numbers in one patch, for the start values.
+            view: The backbone.
             options: The method.
         """
         super().__init__()
         sites = [site for _, blocks in stages for site in blocks]
-        self.length, self.fan = options.num_queries, fan
+        self.length, self.fan = options.num_queries, view.in_chans * view.patch_size[0] * view.patch_size[1]
         self.blocks = tuple(site.block for site in sites if site.block is not None)
         self.widths = tuple(site.out_features for site in sites)
         self.detach_hidden = options.detach_hidden
@@ -59,6 +92,9 @@ class Queries(QueryUnit):
         if weighted and self.normalize and self.length == 1:
             # One weight per block scales its whole piece, whose length is then set to one.
             self.zero_gradient = frozenset({"weights"})
+        self.all_features = options.all_features(view)
+        some = options.keep < 1
+        self.register_buffer("selected", torch.arange(options.head_width(view)) if some else None)
 
     def reset(self, generator: Generator) -> None:
         """Draw queries uniform in the range of prompts, and weigh them alike."""
@@ -68,6 +104,9 @@ class Queries(QueryUnit):
             self.get_parameter(name).uniform_(-bound, bound, generator=generator)
         if self.weights is not None:
             self.weights.fill_(1.0)
+        if self.selected is not None:
+            drawn = torch.randperm(self.all_features, generator=generator, device=generator.device)
+            self.selected.copy_(drawn[: len(self.selected)].sort().values)
 
     def enter(self, tokens: Tensor) -> Tensor:
         """Drop entries of what enters the first block while training, as the public supervised code does."""
@@ -87,7 +126,8 @@ class Queries(QueryUnit):
         pieces = [pooled.to(dtype), *(self._piece(index, read.to(dtype)) for index, read in enumerate(reads))]
         if self.normalize:
             pieces = [F.normalize(piece, dim=1, eps=NORM_EPS) for piece in pieces]
-        return torch.cat(pieces, dim=1)
+        joined = torch.cat(pieces, dim=1)
+        return joined if self.selected is None else joined.index_select(1, self.selected)
 
     def _piece(self, index: int, read: Tensor) -> Tensor:
         if self.aggregate == "concat":
@@ -107,6 +147,9 @@ class VQT(Method):
     leaves at the queries stands, without a last norm, beside the backbone's own feature. Maps inside the model stay as
     they are: the method gives vectors.
 
+    With ``keep`` below 1 the classifier sees a share of these features. ``tools/select_features.py`` chooses them by a
+    classifier that was trained with ``head_sparsity``, and lists the four steps.
+
     On Swin and SwinV2 (form of this project) queries ask every window, without position bias and mask, and what leaves
     behind the output projection is averaged over the windows of the image.
     """
@@ -121,6 +164,9 @@ class VQT(Method):
     """Share of query entries dropped while training, drawn anew for each image (public recipes)."""
     token_dropout: float = 0.0
     """The same of what enters the first block; the public supervised code has 0.1, which the paper does not mention."""
+    keep: float = 1.0
+    """Share of the features that the classifier sees (0.7 in the public code's second stage). Which ones is part of the
+    adapter: `select_features` chooses them, and a fresh adapter draws them."""
     detach_hidden: bool = True
     """Whether the backbone runs without gradients; such queries cannot act together with what trains inside of it."""
 
@@ -147,6 +193,8 @@ class VQT(Method):
         for name, share in (("dropout", self.dropout), ("token_dropout", self.token_dropout)):
             if not 0 <= share < 1:
                 raise ConfigError(f"VQT({name}={share}): a share from 0 up to, not including, 1 is needed.")
+        if not 0 < self.keep <= 1:
+            raise ConfigError(f"VQT(keep={self.keep}): a share above 0, at most 1, is needed.")
         if self.roles not in (None, ("tokens",)):
             raise ConfigError("VQT reads whole blocks; leave roles out, and choose blocks by blocks=[...].")
 
@@ -159,9 +207,8 @@ class VQT(Method):
             )
         if not view.global_pool:
             raise SiteError("VQT needs the backbone's pooled feature, and this model does not pool (global_pool='').")
-        fan = view.in_chans * view.patch_size[0] * view.patch_size[1]
         for site in view.at("tokens"):
-            yield PlanItem(site, "vqt", partial(Queries, self._stages(view), fan, self))
+            yield PlanItem(site, "vqt", partial(Queries, self._stages(view), view, self))
 
     def _read(self, view: View) -> list[Site]:
         return select(view, ("block",), self.blocks)
@@ -175,6 +222,10 @@ class VQT(Method):
         return [(number, sites) for number, sites in stages if sites]
 
     def head_width(self, view: View) -> int:
+        """Count the features the classifier sees."""
+        return _kept(self.all_features(view), self.keep)
+
+    def all_features(self, view: View) -> int:
         """Count the features: the backbone's own, and ``Q D`` (side by side) or ``D`` per block."""
         each = self.num_queries if self.aggregate == "concat" else 1
         return view.widths[-1] + each * sum(site.out_features for site in self._read(view))

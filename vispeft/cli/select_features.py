@@ -1,0 +1,79 @@
+"""``tools/select_features.py``: keep the features of a VQT adapter that matter."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from vispeft.adapters.attach import attach
+from vispeft.adapters.bank import AdapterBank
+from vispeft.adapters.files import JSON_FILE, read_adapter
+from vispeft.cli.common import console, make_parser
+from vispeft.cli.evaluate import load_task
+from vispeft.cli.runs import Run
+from vispeft.errors import ConfigError
+from vispeft.methods.vqt import VQT, select_features
+
+__all__ = ["main", "select"]
+
+EXAMPLE = """example (the four steps; halve the learning rate from the second on, as the public code does):
+  python tools/train.py CONFIG --method vqt                                                     # runs/NAME/1
+  python tools/train.py CONFIG --method vqt --init runs/NAME/1 --model.head_sparsity 1e-4       # runs/NAME/2
+  python tools/select_features.py runs/NAME/1 runs/NAME/2 --keep 0.7 --out selected
+  python tools/train.py CONFIG --method vqt --model.method.keep 0.7 --init selected"""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        argv: Arguments without the program's name.
+    """
+    parser = make_parser("tools/select_features.py", "Keep the features of a VQT adapter that matter.", EXAMPLE)
+    parser.add_argument("run", metavar="RUN", help="run whose queries are taken")
+    parser.add_argument("scored", metavar="SCORED", help="run that went on from it with head_sparsity")
+    parser.add_argument("--keep", type=float, default=0.7, help="share of the features; default: %(default)s")
+    parser.add_argument("--out", metavar="DIR", required=True, help="directory for the new adapter")
+    given = parser.parse_args(list(argv))
+    bank = select(Run.open(given.run), Run.open(given.scored), given.keep, Path(given.out))
+    method = bank.plan().method
+    assert isinstance(method, VQT)
+    kept, of = method.head_width(bank.view), method.all_features(bank.view)
+    console.print(f"{given.out} holds the queries and the {kept:,} of {of:,} features that matter most.")
+
+
+def select(run: Run, scored: Run, keep: float, out: Path) -> AdapterBank:
+    """Write an adapter with a run's queries and the features another run's classifier uses most.
+
+    Args:
+        run: The run whose queries are taken.
+        scored: The run whose classifier was trained with ``head_sparsity``.
+        keep: Share of the features, above 0 and at most 1.
+        out: Directory for the adapter.
+
+    Returns:
+        The bank of the model that has the new adapter.
+
+    Raises:
+        ConfigError: If one of the runs is not of VQT with all features, they differ, or the directory holds an adapter.
+    """
+    if (out / JSON_FILE).exists():
+        raise ConfigError(f"{out} holds an adapter already and is not overwritten. Choose another --out.")
+    task, _ = load_task(run)
+    method = task.bank.plan().method
+    if not isinstance(method, VQT) or method.keep < 1:
+        raise ConfigError(f"{run.path} is no run of VQT with all features, so there is nothing to select.")
+    header, _, head = read_adapter(scored.adapter)
+    if header["method"] != read_adapter(run.adapter)[0]["method"]:
+        raise ConfigError(f"{scored.path} is a run of another method or other fields than {run.path}.")
+    chosen = dataclasses.replace(method, keep=keep)
+    units = task.bank.state_dict()
+    for name in task.bank.names:
+        task.bank.detach(name)
+    bank = attach(task.model, chosen)
+    (place,) = (key for key in bank.state_dict() if key.endswith(".selected"))
+    queries = {key: tensor for key, tensor in units.items() if not key.startswith("head/")}
+    bank.load_state_dict({**queries, place: select_features(head["head/weight"], keep)})
+    bank.save(out)
+    return bank
