@@ -40,7 +40,7 @@ quickstart: $(READY)
 
 # One thread per worker: the workers share the processors.
 test: $(READY)
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

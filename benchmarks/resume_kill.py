@@ -214,7 +214,8 @@ def main() -> None:
                 raise SystemExit(whole.output.read_text())
             inside = given.kills * 7 // 10
             # Half of the time it took, since the machine may be less busy later and the process must still be there.
-            longest = {"starting": (started - began) / 2, "finishing": (time.perf_counter() - trained) / 2}
+            # A process that goes on after the last step has less left to do than the first one had: a quarter.
+            longest = {"starting": (started - began) / 2, "finishing": (time.perf_counter() - trained) / 4}
             longest |= {"steps": 1.5 * STEPS / (inside + 3), "step": 7 * (trained - started) / STEPS}
             early = given.kills * 3 // 20
             phases = ["training"] * inside + ["starting"] * early
