@@ -59,6 +59,7 @@ def test_the_four_steps(run_cli, config, tmp_path):
     train(run_cli, config, last, "--init", chosen, "--model.method.keep", "0.7")
     assert torch.equal(load_file(last / "adapter" / "adapter.safetensors")[key], stored[key])
     assert "is not overwritten" in run_cli("select_features", first, second, "--out", chosen).err
+    assert "below 1 is needed" in run_cli("select_features", first, second, "--keep", "1", "--out", tmp_path / "x").err
     assert "nothing to select" in run_cli("select_features", last, second, "--out", tmp_path / "x").err
 
 

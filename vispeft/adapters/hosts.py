@@ -220,18 +220,9 @@ class LinearHost(_Foldable):
         return bias + self.input_bias(unit, bias.dtype) if isinstance(unit, InputUnit) else unit.fold_bias(bias)
 
     def _product(self, x: Tensor) -> Tensor:
-        branches, rest = [], []
-        for unit in self.units(DeltaUnit):
-            branch = unit.branch()
-            if branch is None:
-                rest.append(unit)
-            else:
-                branches.append(branch)
+        branches = [branch for unit in self.units(DeltaUnit) for branch in unit.branches()]
         weight, bias = self._whole_weight(), self.own("bias")
-        out = low_rank_linear(x, weight, bias, branches) if branches else F.linear(x, weight, bias)
-        for unit in rest:
-            out = out + F.pad(unit.term(x).to(out.dtype), (unit.start, weight.shape[0] - unit.stop))
-        return out
+        return low_rank_linear(x, weight, bias, branches) if branches else F.linear(x, weight, bias)
 
     def _whole_weight(self) -> Tensor:
         """Give the weight that the product is computed with, in the base's type."""

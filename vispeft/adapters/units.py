@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from vispeft.adapters.functional import Branch
+from vispeft.adapters.functional import Branch, Dropout
 from vispeft.adapters.quantize import LowBit
 
 __all__ = [
@@ -202,29 +202,20 @@ class DeltaUnit(Unit):
     """First output row the term is added to."""
     stop: int
     """Row behind the last one."""
+    dropout: Dropout = Dropout()
+    """What is dropped while training."""
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Give A (rank, in) and B (rows, rank)."""
         raise NotImplementedError
 
-    def drops(self) -> bool:
-        """Tell whether dropout is on, so that only `term` computes the term."""
-        return False
+    def branches(self) -> list[Branch]:
+        """Give the term as it is computed now, in one piece or several."""
+        return [Branch(*self.factors(), self.scale, self.start, self.stop, self.dropped())]
 
-    def branch(self) -> Branch | None:
-        """Give the term for the fused path, or None where only `term` computes it."""
-        return None if self.drops() else Branch(*self.factors(), self.scale, self.start, self.stop)
-
-    def term(self, x: Tensor) -> Tensor:
-        """Compute the term by itself.
-
-        Args:
-            x: (..., in).
-
-        Returns:
-            (..., rows).
-        """
-        raise NotImplementedError
+    def dropped(self) -> Dropout:
+        """Give what is dropped now: nothing unless the unit trains."""
+        return self.dropout if self.training else Dropout()
 
     def fold_weight(self, weight: Tensor) -> Tensor:
         """Add ``scale * B A`` to the rows."""

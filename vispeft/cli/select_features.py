@@ -49,15 +49,18 @@ def select(run: Run, scored: Run, keep: float, out: Path) -> AdapterBank:
     Args:
         run: The run whose queries are taken.
         scored: The run whose classifier was trained with ``head_sparsity``.
-        keep: Share of the features, above 0 and at most 1.
+        keep: Share of the features, above 0 and below 1.
         out: Directory for the adapter.
 
     Returns:
         The bank of the model that has the new adapter.
 
     Raises:
-        ConfigError: If one of the runs is not of VQT with all features, they differ, or the directory holds an adapter.
+        ConfigError: If the share is out of range, one of the runs is not of VQT with all features, they differ, or the
+            directory holds an adapter.
     """
+    if not 0 < keep < 1:
+        raise ConfigError(f"--keep {keep}: a share above 0 and below 1 is needed.")
     if (out / JSON_FILE).exists():
         raise ConfigError(f"{out} holds an adapter already and is not overwritten. Choose another --out.")
     task, _ = load_task(run)

@@ -9,10 +9,9 @@ from functools import partial
 from typing import ClassVar, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from vispeft.adapters.functional import linear
+from vispeft.adapters.functional import Branch, Dropout
 from vispeft.adapters.method import Method, PlanItem, register
 from vispeft.adapters.quantize import start_above_zero
 from vispeft.adapters.recipes import FGVC, VTAB, Recipe
@@ -83,7 +82,8 @@ class FacTUnit(DeltaUnit):
             columns: The layer's columns of P; None for the tensor-train form.
         """
         super().__init__()
-        self.scale, self.dropout, self.bits = shape.scale, shape.dropout, shape.bits
+        self.scale, self.bits = shape.scale, shape.bits
+        self.dropout = Dropout(shape.dropout, "hidden")
         self.identity_at_start = shape.bits == 32
         self.rank, self.columns = shape.rank, columns
         self.sizes = site.in_features, site.out_features
@@ -128,19 +128,12 @@ class FacTUnit(DeltaUnit):
         by_slice = (self._shared("V") @ middle).unflatten(1, (behind, -1)).transpose(0, 1)
         return u, by_slice.flatten(0, 1)[: self.sizes[1]]
 
-    def drops(self) -> bool:
-        """Tell whether dropout is on; it acts between S and V."""
-        return self.training and self.dropout > 0
-
-    def term(self, x: Tensor) -> Tensor:
-        """Compute the term by itself, with dropout."""
-        if self.slices[0] == 1:
-            hidden = linear(linear(x, self._shared("U")[:, : self.sizes[0]]), self._middle())
-        else:
-            hidden = linear(x, self._first())
-        hidden = F.dropout(hidden, self.dropout, self.training)
-        by_slice = linear(hidden.unflatten(-1, (self.slices[1], self.rank)), self._shared("V"))
-        return by_slice.flatten(-2)[..., : self.sizes[1]] * self.scale
+    def branches(self) -> list[Branch]:
+        """Give the term with V apart while dropout acts, which stands between S and V."""
+        if not self.dropped().share:
+            return super().branches()
+        b = torch.block_diag(*[self._shared("V")] * self.slices[1])[: self.sizes[1]]
+        return [Branch(self._first(), b, self.scale, self.start, self.stop, self.dropout)]
 
 
 def _slices(features: int, width: int) -> int:

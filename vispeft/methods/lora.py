@@ -13,10 +13,9 @@ from functools import partial
 from typing import ClassVar, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from vispeft.adapters.functional import linear
+from vispeft.adapters.functional import Branch, Dropout
 from vispeft.adapters.method import Method, PlanItem, register
 from vispeft.adapters.quantize import check_bits, start_above_zero
 from vispeft.adapters.recipes import FGVC, VTAB, Recipe
@@ -25,16 +24,6 @@ from vispeft.adapters.units import DeltaUnit, Unit, WeightUnit
 from vispeft.errors import ConfigError, SiteError
 
 __all__ = ["DoRAUnit", "LoRA", "LowRank", "PiSSAUnit"]
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """What a low-rank term drops while training."""
-
-    share: float
-    """Share of channels."""
-    place: str
-    """``input`` of the term, or ``hidden``: what stands between its two factors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,17 +87,6 @@ class LowRank(_Factored, DeltaUnit):
         """Give A (rank, in) and B (rows, rank)."""
         return self.matrix("A"), self.matrix("B")
 
-    def drops(self) -> bool:
-        """Tell whether dropout is on."""
-        return self.training and self.dropout.share > 0
-
-    def term(self, x: Tensor) -> Tensor:
-        """Compute the term by itself, with dropout."""
-        (a, b), share, on_input = self.factors(), self.dropout.share, self.dropout.place == "input"
-        x = F.dropout(x, share, self.training and on_input)
-        hidden = F.dropout(linear(x, a), share, self.training and not on_input)
-        return linear(hidden, b) * self.scale
-
 
 class PiSSAUnit(LowRank):
     """A term that starts as the layer's own largest directions, less these: ``scale * (B A - B0 A0) x``.
@@ -143,8 +121,19 @@ class PiSSAUnit(LowRank):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Give (2 rank, in) and (rows, 2 rank)."""
-        start_a, start_b = cast(Tensor, self.A0), cast(Tensor, self.B0)
-        return torch.cat([self.A, start_a]), torch.cat([self.B, -start_b], dim=1)
+        (a, start_a), (b, start_b) = self._pairs()
+        return torch.cat([a, start_a]), torch.cat([b, -start_b], dim=1)
+
+    def branches(self) -> list[Branch]:
+        """Give what trains and what it started from apart while dropout acts, which leaves the latter alone."""
+        if not self.dropped().share:
+            return super().branches()
+        (a, start_a), (b, start_b) = self._pairs()
+        start = Branch(start_a, -start_b, self.scale, self.start, self.stop)
+        return [Branch(a, b, self.scale, self.start, self.stop, self.dropout), start]
+
+    def _pairs(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        return (self.A, cast(Tensor, self.A0)), (self.B, cast(Tensor, self.B0))
 
     def stored(self) -> dict[str, Tensor]:
         """Give the tensors of a `LowRank` of twice the rank."""

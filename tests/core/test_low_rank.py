@@ -1,0 +1,132 @@
+"""The fused low-rank linear layer: values, gradients and dropout against plain formulas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vispeft
+from tests.conformance.cells import Cell, move
+from vispeft.adapters import functional
+from vispeft.adapters.functional import Branch, Dropout, low_rank_linear
+
+PLACES = ["input", "hidden"]
+KEPT = 1 - round(0.4 * 2**16) / 2**16
+"""Of a share of 0.4 dropped, drawn with 16 bits."""
+
+
+def tensors(rows: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"x": (rows, 6), "a": (2, 6), "b": (3, 2), "c": (1, 6), "d": (5, 1), "weight": (5, 6), "bias": (5,)}
+    made = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    for name in "xabcd":
+        made[name].requires_grad_()
+    return made
+
+
+def two_terms(t: dict[str, Tensor], dropout: Dropout) -> Tensor:
+    first = Branch(t["a"], t["b"], 0.7, 1, 4, dropout)
+    return low_rank_linear(t["x"], t["weight"], t["bias"], [first, Branch(t["c"], t["d"], -1.5, 0, 5)])
+
+
+@pytest.mark.parametrize("rows", [4, 9], ids=["added", "folded"])
+@pytest.mark.parametrize("dropout", [Dropout(), *(Dropout(0.4, place) for place in PLACES)], ids=str)  # type: ignore[arg-type]
+def test_gradients_agree_with_differences(rows: int, dropout: Dropout) -> None:
+    made = tensors(rows)
+
+    def compute(*values: Tensor) -> Tensor:
+        torch.manual_seed(3)  # the same draws in every call
+        return two_terms({**made, **dict(zip("xabcd", values, strict=True))}, dropout)
+
+    assert torch.autograd.gradcheck(compute, tuple(made[name] for name in "xabcd"))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_is_dropped_is_dropped_from_one_term_only(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, drawn = tensors(9), []
+    draw = functional._kept
+
+    def recorded(x: Tensor, share: float) -> Tensor | None:
+        kept = draw(x, share)
+        drawn.extend([] if kept is None else [kept])
+        return kept
+
+    monkeypatch.setattr(functional, "_kept", recorded)
+    out = two_terms(made, Dropout(0.4, place))
+    (kept,) = drawn
+    assert 0 < kept.double().mean() < 1
+    seen = made["x"] * kept / KEPT if place == "input" else made["x"]
+    hidden = seen @ made["a"].t()
+    hidden = hidden * kept / KEPT if place == "hidden" else hidden
+    expected = made["x"] @ made["weight"].t() + made["bias"] - 1.5 * made["x"] @ made["c"].t() @ made["d"].t()
+    expected[:, 1:4] += 0.7 * hidden @ made["b"].t()
+    assert torch.allclose(out, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.999])
+def test_the_share_that_is_dropped(share: float) -> None:
+    torch.manual_seed(0)
+    kept = functional._kept(torch.empty(1001, 999), share)
+    assert kept is not None
+    assert kept.shape == (1001, 999)
+    assert set(kept.unique().tolist()) == {0, 1}
+    for part in (kept, kept[:, 0], kept.flatten()[3::4]):
+        spread = (share * (1 - share) / part.numel()) ** 0.5
+        assert abs(1 - part.double().mean() - share) < 5 * spread + 2**-16
+    assert functional._kept(torch.empty(3), 0.0) is None
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("plain", [False, True], ids=["fused", "plain"])
+def test_dropout_changes_no_mean(place: Any, plain: bool) -> None:
+    made = tensors(9)
+    torch.manual_seed(0)
+    drops, still = Dropout(0.4, place), Dropout()
+    if plain:
+        made["bias"].requires_grad_()  # the base trains: autograd does the work
+    with torch.no_grad():
+        mean = torch.stack([two_terms(made, drops) for _ in range(4000)]).mean(0)
+        exact = two_terms(made, still)
+    assert (mean - exact).abs().max() < 0.12
+    assert not torch.allclose(two_terms(made, drops), exact)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        vispeft.LoRA(rank=3, dropout=0.3, roles=("mlp.fc1",)),
+        vispeft.LoRA(rank=3, dropout=0.3, dropout_place="hidden", roles=("mlp.fc1",)),
+        vispeft.LoRA(rank=3, dropout=0.3, start="pissa", roles=("mlp.fc1",)),
+        vispeft.FacT(rank=3, dropout=0.3, roles=("mlp.fc1",)),
+        vispeft.FacT(rank=3, dropout=0.3, variant="tk", roles=("mlp.fc1",)),
+    ],
+    ids=["lora", "hidden", "pissa", "fact", "fact_tk"],
+)
+def test_dropout_of_a_method_changes_no_mean(method: vispeft.Method) -> None:
+    model = Cell("lora", "vit").model().double()
+    move(vispeft.attach(model, method), "default")
+    layer, x = model.blocks[1].mlp.fc1, torch.randn(4, 24, dtype=torch.float64)
+    with torch.no_grad():
+        model.eval()
+        exact = layer(x)
+        model.train()
+        draws = torch.stack([layer(x) for _ in range(3000)])
+    spread = draws.std(0)
+    assert spread.max() > 0
+    assert ((draws.mean(0) - exact).abs() <= 5 * spread / 3000**0.5 + 1e-12).all()
+
+
+def test_dropout_leaves_the_start_of_pissa_alone() -> None:
+    model = Cell("lora", "vit").model().double()
+    bank = vispeft.attach(model, vispeft.LoRA(rank=3, dropout=0.5, start="pissa", roles=("mlp.fc1",)))
+    layer, x = model.train().blocks[1].mlp.fc1, torch.randn(4, 24, dtype=torch.float64)
+    unit = next(iter(layer.adapters["default"].values()))
+    with torch.no_grad():
+        unit.A.zero_()
+        drawn = [layer(x) for _ in range(2)]
+    without = layer.weight - bank.plan().method.scale * unit.B0 @ unit.A0
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.allclose(drawn[0], x @ without.t() + layer.bias, rtol=1e-10, atol=1e-12)
