@@ -2,7 +2,7 @@
 
     python benchmarks/fewshot.py dinov2_vit_s14 --pilot              # minutes: two epochs per rate, no test images
     python benchmarks/fewshot.py dinov2_vit_s14 --minutes 60         # as much as fits; start again to go on
-    python benchmarks/fewshot.py vit_tiny --methods lora ssf
+    python benchmarks/fewshot.py vit_tiny --methods lora ssf         # the shipped backbones take every method
     python benchmarks/fewshot.py --table                             # writes the table into docs/benchmarks.md
 
 Each seed draws 100 training images of a class and 20 to choose by. The learning rate of a method is chosen once, with
@@ -36,6 +36,7 @@ from pretrain_data import Folders, read_fashion  # noqa: E402
 
 import vispeft  # noqa: E402
 from vispeft.cli.common import versions  # noqa: E402
+from vispeft.cli.config import build_method, method_node  # noqa: E402
 from vispeft.data.base import EpochSampler  # noqa: E402
 from vispeft.data.preprocessing import Preprocessing  # noqa: E402
 from vispeft.tasks.schedules import warmup_cosine  # noqa: E402
@@ -61,6 +62,8 @@ class Backbone:
     """Height and width of images in pixels."""
     says: str
     """What it is, for the table."""
+    methods: tuple[str, ...] = ()
+    """What is run on it; every method where none is named."""
 
 
 def shipped(name: str) -> Callable[[], nn.Module]:
@@ -93,24 +96,45 @@ def fresh_head(model: nn.Module) -> nn.Module:
     return model
 
 
+FEW = ("linear_probe", "lora", "ssf", "vpt", "full")
+"""Methods that are run on the large backbones."""
+
 BACKBONES = {
-    "dinov2_vit_s14": Backbone(converted("dinov2_vit_s14", 56, 11), 56, "DINOv2-S/14, first 11 blocks"),
-    "clip_vit_b16": Backbone(converted("clip_vit_b16", 64, 12), 64, "CLIP ViT-B/16, int8 weights"),
+    "dinov2_vit_s14": Backbone(converted("dinov2_vit_s14", 56, 11), 56, "DINOv2-S/14, first 11 blocks", FEW),
+    "clip_vit_b16": Backbone(converted("clip_vit_b16", 64, 12), 64, "CLIP ViT-B/16, int8 weights", FEW),
     "vit_tiny": Backbone(shipped("vit_tiny"), 32, "`zoo:vit_tiny`, which was pretrained on these classes"),
     "swin_tiny": Backbone(shipped("swin_tiny"), 64, "`zoo:swin_tiny`, which was pretrained on these classes"),
 }
 
-ADAPTER_RATES = (3e-3, 1e-2, 3e-2)
-"""Learning rates tried for a method that has none of its own below."""
+PROMPT_RATES = (3e-3, 1e-2, 3e-2)
+"""Learning rates tried for prompts and for scales, whose entries act alone."""
+RATES = (1e-3, 3e-3, 1e-2)
+"""Learning rates tried for everything else without rates of its own."""
 
 METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "linear_probe": ({}, (1e-3, 1e-2, 1e-1)),
-    "lora": ({"rank": 8}, (1e-3, 3e-3, 1e-2)),
-    "ssf": ({}, ADAPTER_RATES),
-    "vpt": ({"num_tokens": 10, "deep": True}, ADAPTER_RATES),
+    "bitfit": ({}, RATES),
+    "norm_tuning": ({}, RATES),
+    "lora": ({"rank": 8}, RATES),
+    "ssf": ({}, PROMPT_RATES),
+    "vpt": ({"num_tokens": 10, "deep": True}, PROMPT_RATES),
+    "vqt": ({}, RATES),
+    "lst": ({}, RATES),
+    "adapter": ({}, RATES),
+    "adaptformer": ({}, RATES),
+    "bi_adaptformer": ({}, RATES),
+    "bi_adaptformer 32 bits": ({"class_path": "bi_adaptformer", "bits": 32}, RATES),
+    "prefix": ({}, RATES),
+    "mam": ({}, RATES),
+    "convpass": ({}, RATES),
+    "fact": ({}, RATES),
+    "repadapter": ({}, RATES),
+    "compacter": ({}, RATES),
+    "hydra": ({}, RATES),
+    "bi_lora": ({}, RATES),
     "full": ({}, (2e-5, 1e-4, 5e-4)),
 }
-"""Per method its fields and the rates that are tried."""
+"""Per method of the registry or ``configs/method`` its fields and the rates that are tried."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +144,7 @@ class Trial:
     backbone: str
     """A key of `BACKBONES`."""
     method: str
-    """A registry name."""
+    """A key of `METHODS`, or a name of the registry."""
     lr: float
     """Highest learning rate."""
     seed: int
@@ -131,7 +155,7 @@ class Trial:
     @property
     def stem(self) -> str:
         """Name of its files."""
-        return f"{self.method}-lr{self.lr:g}-seed{self.seed}"
+        return f"{self.method.replace(' ', '_')}-lr{self.lr:g}-seed{self.seed}"
 
 
 # ------------------------------------------------------------------------------------------------------ images
@@ -203,7 +227,7 @@ class Training:
         self.trial, self.shots = trial, shots
         torch.manual_seed(trial.seed)
         self.model = BACKBONES[trial.backbone].make()
-        self.bank = vispeft.attach(self.model, vispeft.method(trial.method, **fields_of(trial.method)))
+        self.bank = vispeft.attach(self.model, method_of(trial.method))
         # A probe sees the same features in every epoch, so they are computed once.
         self.cached = trial.method == "linear_probe"
         self.best: dict[str, Any] = {"accuracy": -1.0}
@@ -292,14 +316,20 @@ def autocast() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16)
 
 
-def fields_of(method: str) -> dict[str, Any]:
-    """Give the fields a method is built with."""
-    return METHODS.get(method, ({}, ADAPTER_RATES))[0]
+def method_of(label: str) -> vispeft.Method:
+    """Build a method by its key in `METHODS`, or by its name in the registry or ``configs/method``."""
+    fields = dict(METHODS.get(label, ({}, ()))[0])
+    return build_method(method_node({"class_path": fields.pop("class_path", label), "init_args": fields}))
 
 
 def rates_of(method: str) -> tuple[float, ...]:
     """Give the learning rates that are tried for a method."""
-    return METHODS.get(method, ({}, ADAPTER_RATES))[1]
+    return METHODS.get(method, ({}, RATES))[1]
+
+
+def methods_of(backbone: str) -> list[str]:
+    """List the methods that are run on a backbone."""
+    return list(BACKBONES[backbone].methods or METHODS)
 
 
 # -------------------------------------------------------------------------------------------------- the search
@@ -383,7 +413,7 @@ class Search:
         counts = training.bank.report()
         facts = {
             **dataclasses.asdict(trial),
-            "fields": fields_of(trial.method),
+            "fields": training.bank.plan().method.to_dict()["fields"],
             "validation": training.best["accuracy"],
             "best_epoch": training.best["epoch"],
             "history": history,
@@ -433,7 +463,7 @@ def table_lines() -> Iterator[str]:
         yield "| method | trainable | + head | stored bytes | rate | validation | test | seconds of a training |"
         yield "|---|--:|--:|--:|--:|--:|--:|--:|"
         known = {facts["method"] for facts in found}
-        for method in [*METHODS, *sorted(known - METHODS.keys())]:
+        for method in [*methods_of(name), *sorted(known - set(methods_of(name)))]:
             yield row(method, [facts for facts in found if facts["method"] == method and "test" in facts])
         yield ""
 
@@ -463,7 +493,7 @@ def main() -> None:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("backbone", nargs="?", choices=sorted(BACKBONES), help="which backbone")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: all that are meant for the backbone")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--epochs", type=int, default=6, help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no training after so many")
@@ -477,14 +507,15 @@ def main() -> None:
         parser.error("name a backbone, or give --table")
     torch.set_num_threads(args.threads)
     if args.backbone is not None:
+        methods = args.methods or methods_of(args.backbone)
         work = ROOT / "runs" / "pretrain" / "data"
         work.mkdir(parents=True, exist_ok=True)
         folders = Folders(args.fashion, ROOT / "downloads" / "pypi", ROOT / "downloads" / "npm", work)
         search = Search(args.backbone, folders, args.epochs, time.monotonic() + 60 * args.minutes)
         if args.pilot:
-            search.pilot(args.methods)
+            search.pilot(methods)
         else:
-            for name in args.methods:
+            for name in methods:
                 search.method(name, args.seeds)
     if args.table:
         write_section("fewshot", table_lines())

@@ -416,7 +416,7 @@ def build_method(node: Mapping[str, Any]) -> Method:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, "method")
     try:
-        return parser.instantiate_classes(parser.parse_object({"method": dict(node["init_args"])})).method
+        return parser.instantiate(parser.parse_object({"method": dict(node["init_args"])})).method
     except (ArgumentError, argparse.ArgumentError, ValueError) as error:
         raise _as_ours(error, cls.__name__) from error
 
