@@ -1,0 +1,163 @@
+"""Maps for dense tasks: what a backbone hands to a decoder, fine to coarse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import torch
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+
+from vispeft.adapters.sites import View
+from vispeft.backbones.registry import describe, is_feature_getter, unwrap
+from vispeft.errors import BackboneError, ConfigError
+
+__all__ = ["DensePyramid", "MapReader"]
+
+LEVELS = ("taps", "vitdet")
+TAPS = 4
+"""Maps taken from a plain ViT, evenly spread and the last block among them (DINOv2, BEiT and DPT take four)."""
+
+
+class MapReader(nn.Module):
+    """Reads maps off a backbone, which stays the caller's.
+
+    ``taps`` gives what leaves the chosen blocks (ViT) or stages (Swin), as timm's ``forward_intermediates`` does, the
+    last norm included. ``vitdet`` makes four levels, at a quarter of the patch to twice the patch, out of the last tap
+    alone: the simple feature pyramid of ViTDet (arXiv 2203.16527, section 3), for decoders that need a pyramid.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        taps: Sequence[int] | None = None,
+        levels: Literal["taps", "vitdet"] = "taps",
+        width: int = 256,
+    ) -> None:
+        """Say which maps are read.
+
+        Args:
+            model: A timm model of a supported family, adapted or not.
+            taps: Blocks of a ViT or stages of a Swin, in rising order; negative ones count from the last. None takes
+                four blocks evenly spread, or all stages.
+            levels: Hand the maps on as they are, or make a pyramid.
+            width: Channels of each level of a ``vitdet`` pyramid.
+
+        Raises:
+            ConfigError: If a tap does not exist, or a pyramid is asked for where there is one already.
+            BackboneError: If the model gives maps itself and has no ``forward_intermediates``.
+        """
+        super().__init__()
+        if is_feature_getter(model):
+            raise BackboneError("A features_only model gives maps by itself. Give the whole model (num_classes=0).")
+        view = describe(unwrap(model))
+        self.taps = _checked(view, taps)
+        self.side = cast(int, view.patch_size[0])
+        widths, strides = _shapes(view, self.taps)
+        if levels not in LEVELS:
+            raise ConfigError(f"levels={levels!r}: choose 'taps' or 'vitdet'.")
+        self.levels: nn.ModuleList | None = None
+        if levels == "vitdet":
+            if len(set(strides)) > 1:
+                raise ConfigError(
+                    "levels='vitdet' makes a pyramid out of one map, and this model has one already. Leave it out."
+                )
+            self.taps, widths, strides = self.taps[-1:], widths[-1:], strides[-1:]
+            self.levels = nn.ModuleList(_level(widths[0], width, share) for share in (4, 2, 1, 0.5))
+            widths, strides = [width] * 4, [int(strides[0] / share) for share in (4, 2, 1, 0.5)]
+        self.channels, self.strides = widths, strides
+
+    @property
+    def divisor(self) -> int:
+        """What height and width should be multiples of, so that no map ends inside a patch."""
+        return max(self.side, *self.strides)
+
+    def forward(self, model: nn.Module, images: Tensor) -> list[Tensor]:
+        """Compute the maps.
+
+        Args:
+            model: The model that was described, or a copy of it.
+            images: (B, 3, H, W) in the model's type.
+
+        Returns:
+            Maps (B, C, h, w) in float32 (autocast may say otherwise), fine to coarse.
+        """
+        run = cast(Any, unwrap(model)).forward_intermediates
+        maps = run(images, indices=self.taps, norm=True, stop_early=False, output_fmt="NCHW", intermediates_only=True)
+        if not torch.is_autocast_enabled(images.device.type):
+            maps = [level.float() if level.dtype in (torch.bfloat16, torch.float16) else level for level in maps]
+        if self.levels is None:
+            return list(maps)
+        return [level(maps[0]) for level in self.levels]
+
+
+class DensePyramid(nn.Module):
+    """A backbone together with its `MapReader`: images in, maps out."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        taps: Sequence[int] | None = None,
+        levels: Literal["taps", "vitdet"] = "taps",
+        width: int = 256,
+    ) -> None:
+        """Put both together; see `MapReader` for the arguments."""
+        super().__init__()
+        self.model = model
+        self.reader = MapReader(model, taps, levels, width)
+        self.channels, self.strides = self.reader.channels, self.reader.strides
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Compute the maps, fine to coarse.
+
+        Args:
+            images: (B, 3, H, W).
+        """
+        return cast(list[Tensor], self.reader(self.model, images))
+
+
+def _checked(view: View, taps: Sequence[int] | None) -> list[int]:
+    """Give taps from 0, in order."""
+    staged = _has_stages(view)
+    count, what = (len(view.stages), "stages") if staged else (len(view.widths), "blocks")
+    if taps is None:
+        if staged:
+            return list(range(count))
+        return sorted({(index + 1) * count // TAPS - 1 for index in range(TAPS)} - {-1})
+    found = [tap + count if tap < 0 else tap for tap in taps]
+    if not found or any(not 0 <= tap < count for tap in found) or sorted(set(found)) != found:
+        raise ConfigError(
+            f"taps={list(taps)}: the model has {count} {what}; give some of 0 to {count - 1} in rising order."
+        )
+    return found
+
+
+def _has_stages(view: View) -> bool:
+    return view.layout == "NHWC"
+
+
+def _shapes(view: View, taps: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Give channels and strides of the maps at taps."""
+    patch = cast(int, view.patch_size[0])
+    if not _has_stages(view):
+        return [view.widths[-1]] * len(taps), [patch] * len(taps)
+    return [view.widths[view.stages[tap][0]] for tap in taps], [patch * 2**tap for tap in taps]
+
+
+def _level(width: int, out: int, share: float) -> nn.Sequential:
+    """Make one level: change the size, then bring it to the pyramid's width by a 1x1 and a 3x3 convolution."""
+    resize: list[nn.Module]
+    narrow = width
+    if share == 4:
+        half, narrow = width // 2, width // 4
+        resize = [nn.ConvTranspose2d(width, half, 2, 2), LayerNorm2d(half), nn.GELU()]
+        resize += [nn.ConvTranspose2d(half, narrow, 2, 2)]
+    elif share == 2:
+        narrow = width // 2
+        resize = [nn.ConvTranspose2d(width, narrow, 2, 2)]
+    else:
+        resize = [nn.Identity() if share == 1 else nn.MaxPool2d(2, 2)]
+    smooth = [nn.Conv2d(narrow, out, 1, bias=False), LayerNorm2d(out)]
+    smooth += [nn.Conv2d(out, out, 3, padding=1, bias=False), LayerNorm2d(out)]
+    return nn.Sequential(*resize, *smooth)
