@@ -190,7 +190,7 @@ def test_unchanged_images_are_not_looked_at_again(tmp_path, monkeypatch):
 def test_a_damaged_store_only_costs_time(tmp_path, monkeypatch):
     monkeypatch.setenv("VISPEFT_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache").mkdir()
-    facts_module.FactStore().file.write_bytes(b"no database at all" * 100)
+    facts_module.FactStore(facts_module.ImageFacts).file.write_bytes(b"no database at all" * 100)
     root = folder(tmp_path / "data", train__a=3, train__b=3)
     assert not ImageFolderData(root=str(root), validation=0.3, test=0.3).report().of("error")
     monkeypatch.setenv("VISPEFT_CACHE", "/proc/no/such/place")

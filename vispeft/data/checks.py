@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from vispeft.data.facts import ImageFacts
 from vispeft.data.listing import Finding, ListedSplit, Listing, gather
+from vispeft.data.mask_checks import check_masks, image_counts
+from vispeft.data.masks import ListedMasks
 from vispeft.errors import DataError
 
 __all__ = ["Report", "examine"]
@@ -88,6 +90,8 @@ def examine(listing: Listing, full: bool = True) -> Report:
         Everything found.
     """
     facts = {name: split.source.facts(full) for name, split in listing.splits.items()}
+    # Masks come first, because equal images are compared by them too.
+    targets = check_masks(listing, facts, full) if listing.target == "mask" else _targets(listing)
     findings = [
         *listing.findings,
         *_images(listing, facts),
@@ -95,7 +99,7 @@ def examine(listing: Listing, full: bool = True) -> Report:
         *_shapes(listing, facts),
         *_contents(listing, facts, full),
         *_empty(listing),
-        *_targets(listing),
+        *targets,
         *_published(listing),
     ]
     order = {"error": 0, "warning": 1, "fact": 2}
@@ -226,7 +230,7 @@ def _groups(listing: Listing, images: Iterable[tuple[str, int, str, str]]) -> di
             found["across"].append(text)
         if len(splits) < len(members):
             found["inside"].append(text)
-        if len({str(listing.splits[split].targets[index].tolist()) for split, index, _ in members}) > 1:
+        if len({listing.splits[split].label(index) for split, index, _ in members}) > 1:
             found["disagreeing"].append(text)
     return found
 
@@ -288,8 +292,10 @@ def class_counts(listing: Listing, split: ListedSplit) -> list[int]:
 
     Args:
         listing: Has the classes.
-        split: Has the images.
+        split: Has the images. With masks, an image counts for each class it shows.
     """
+    if isinstance(split, ListedMasks):
+        return image_counts(listing, split)
     if listing.target == "class":
         return split.targets.bincount(minlength=len(listing.class_names)).tolist()
     return split.targets.sum(0).long().tolist()
@@ -309,13 +315,17 @@ def _numbers(listing: Listing) -> list[Finding]:
     return found
 
 
+def _classes_with_images(listing: Listing) -> int:
+    counts = [class_counts(listing, split) for split in listing.splits.values()]
+    return sum(1 for column in zip(*counts, strict=True) if any(column))
+
+
 def _published(listing: Listing) -> list[Finding]:
     """Compare with published numbers."""
     if listing.published is None:
         return []
     known, found = listing.published, []
-    counts = [class_counts(listing, split) for split in listing.splits.values()]
-    classes = sum(1 for column in zip(*counts, strict=True) if any(column))
+    classes = len(listing.class_names) if listing.target == "mask" else _classes_with_images(listing)
     if classes != known.classes:
         text = f"{known.title} has {known.classes} classes as published, and here are images of {classes}"
         found.append(Finding("error", "published-classes", text))

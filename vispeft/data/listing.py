@@ -13,8 +13,8 @@ from vispeft.data.sources import JoinedSource, Source
 
 __all__ = ["Finding", "ListedSplit", "Listing", "Published", "Target"]
 
-Target = Literal["class", "multilabel", "regression"]
-"""One class per image, any number of labels, or numbers."""
+Target = Literal["class", "multilabel", "regression", "mask"]
+"""One class per image, any number of labels, numbers, or a class for each pixel."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,14 @@ class ListedSplit:
     def __len__(self) -> int:
         """Count the images."""
         return len(self.source)
+
+    def label(self, index: int) -> str:
+        """Tell the target of an image from others.
+
+        Args:
+            index: Its position.
+        """
+        return str(self.targets[index].tolist())
 
     def take(self, indices: Tensor) -> ListedSplit:
         """Give some of the images.

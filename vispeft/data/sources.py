@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from PIL import Image
@@ -17,7 +17,7 @@ from rich.progress import track
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from vispeft.data.facts import FactStore, ImageFacts, Key, look_at
+from vispeft.data.facts import Facts, FactStore, ImageFacts, Key, look_at
 from vispeft.data.images import UNREADABLE, read_image, to_rgb, why
 from vispeft.errors import DataError
 
@@ -90,18 +90,28 @@ class FileSource(Source):
 
     def facts(self, full: bool) -> list[ImageFacts]:
         """Look at every file that has changed since the last time."""
-        keys = [_key(path, full) for path in self.paths]
+        return self.look("full" if full else "fast", lambda file: look_at(file, full), ImageFacts)
 
-        def look(index: int) -> ImageFacts:
+    def look(self, level: str, look_at: Callable[[BinaryIO], Facts], kind: type[Facts]) -> list[Facts]:
+        """Look at every file that was not looked at in this way since it changed.
+
+        Args:
+            level: Name of the way.
+            look_at: Looks at an open file.
+            kind: What it gives.
+        """
+        keys = [_key(path, level) for path in self.paths]
+
+        def look(index: int) -> Facts:
             try:
                 with open(self.paths[index], "rb") as file:
-                    return look_at(file, full)
+                    return look_at(file)
             except FileNotFoundError:
-                return ImageFacts(problem="missing")
+                return kind(problem="missing")
             except (OSError, ValueError) as error:  # a path with a zero byte is a ValueError
-                return ImageFacts(problem="broken", reason=getattr(error, "strerror", None) or str(error))
+                return kind(problem="broken", reason=getattr(error, "strerror", None) or str(error))
 
-        return _look_all(keys, look)
+        return _look_all(keys, look, kind)
 
 
 class ShardSource(Source):
@@ -138,7 +148,8 @@ class ShardSource(Source):
 
     def facts(self, full: bool) -> list[ImageFacts]:
         """Look at every image of a shard that has changed since the last time."""
-        shards = {shard: _key(shard, full) for shard, _, _, _ in self.members}
+        level = "full" if full else "fast"
+        shards = {shard: _key(shard, level) for shard, _, _, _ in self.members}
         keys = [(f"{shard}:{offset}", *shards[shard][1:]) for shard, _, offset, _ in self.members]
 
         def look(index: int) -> ImageFacts:
@@ -147,7 +158,7 @@ class ShardSource(Source):
             except OSError as error:
                 return ImageFacts(problem="broken", reason=error.strerror or str(error))
 
-        return _look_all(keys, look)
+        return _look_all(keys, look, ImageFacts)
 
     def _content(self, index: int) -> bytes:
         shard, _, offset, size = self.members[index]
@@ -263,21 +274,21 @@ def _as_rgb(image: Any) -> Tensor:
     return tensor.expand(3, -1, -1)
 
 
-def _key(path: str, full: bool) -> Key | tuple[()]:
+def _key(path: str, level: str) -> Key | tuple[()]:
     """Identify the content of a file without reading it; nothing for one that is not there."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):
         return ()
-    return (os.path.abspath(path), status.st_size, status.st_mtime_ns, "full" if full else "fast")
+    return (os.path.abspath(path), status.st_size, status.st_mtime_ns, level)
 
 
-def _look_all(keys: Sequence[Any], look: Callable[[int], ImageFacts]) -> list[ImageFacts]:
+def _look_all(keys: Sequence[Any], look: Callable[[int], Facts], kind: type[Facts]) -> list[Facts]:
     """Look at what the store does not know, in several threads; Pillow decodes without Python's lock."""
-    store = FactStore()
+    store = FactStore(kind)
     known = store.get({key for key in keys if key})
     new = [index for index, key in enumerate(keys) if key not in known]
-    found: dict[int, ImageFacts] = {}
+    found: dict[int, Facts] = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         chunks = [new[start : start + CHUNK] for start in range(0, len(new), CHUNK)]
         for chunk in _shown(chunks, len(chunks)):

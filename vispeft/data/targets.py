@@ -57,7 +57,7 @@ def check_labelling(owner: str, target: str, names: Sequence[str] | None) -> Non
     Raises:
         ConfigError: If one of them cannot work.
     """
-    if target not in get_args(Target):
+    if target == "mask" or target not in get_args(Target):
         raise ConfigError(f"{owner}(target={target!r}): the choices are class, multilabel and regression.")
     if names is not None and len(set(names)) != len(names):
         raise ConfigError(f"{owner}: names has the same name twice.")

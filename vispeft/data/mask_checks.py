@@ -1,0 +1,195 @@
+"""Checks of masks before training: files, sizes, values, and which classes occur in which split."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+
+from vispeft.data.facts import ImageFacts
+from vispeft.data.listing import Finding, Listing, gather
+from vispeft.data.masks import IGNORE, ListedMasks, MaskFacts, show_code
+
+__all__ = ["check_masks", "image_counts", "mask_splits", "pixel_shares"]
+
+PROBLEMS = {
+    "missing": ("missing-mask", "{n} without a mask; add it, or leave the image out"),
+    "empty": ("empty-mask", "{n} with a mask of 0 bytes; replace or remove it"),
+    "truncated": ("truncated-mask", "{n} with a mask that is cut short or damaged; replace or remove it"),
+    "broken": ("broken-mask", "{n} with a mask that cannot be read; replace or remove it"),
+}
+
+SHOWN = 12
+"""Values named in one finding."""
+
+
+def mask_splits(listing: Listing) -> dict[str, ListedMasks]:
+    """Give the splits of data whose targets are masks.
+
+    Args:
+        listing: The data.
+    """
+    return {name: split for name, split in listing.splits.items() if isinstance(split, ListedMasks)}
+
+
+def check_masks(listing: Listing, facts: Mapping[str, list[ImageFacts]], full: bool) -> list[Finding]:
+    """Check the masks of all splits.
+
+    Args:
+        listing: The data.
+        facts: What is known about the images, by split.
+        full: Decode the masks and look at their values; otherwise only headers are read.
+    """
+    for split in mask_splits(listing).values():
+        split.mask_facts(full)
+    found = [*_files(listing), *_sizes(listing, facts)]
+    if not full:
+        text = "Values of masks were not looked at (check: fast)"
+        return [*found, Finding("fact", "mask-headers-only", text)]
+    return [*found, *_values(listing), *_colours(listing), *_unlabelled(listing), *_classes(listing)]
+
+
+def image_counts(listing: Listing, split: ListedMasks) -> list[int]:
+    """Count, for each class, the images that show it; zeros where masks were not decoded.
+
+    Args:
+        listing: Has the classes.
+        split: Has the masks.
+    """
+    seen = Counter(index for known in split.mask_facts(full=False) for index in known.classes)
+    return [seen[index] for index in range(len(listing.class_names))]
+
+
+def pixel_shares(listing: Listing, split: ListedMasks) -> list[float]:
+    """Give the share of each class in the labelled pixels; zeros where masks were not decoded.
+
+    Args:
+        listing: Has the classes.
+        split: Has the masks.
+    """
+    pixels: Counter[int] = Counter()
+    for known in split.mask_facts(full=False):
+        pixels.update(known.classes)
+    counts = [pixels[index] for index in range(len(listing.class_names))]
+    return [count / max(1, sum(counts)) for count in counts]
+
+
+def _all(listing: Listing) -> Iterator[tuple[str, int, str, MaskFacts]]:
+    """Go through all masks: split, position, name for messages, facts."""
+    for name, split in mask_splits(listing).items():
+        for index, known in enumerate(split.mask_facts(full=False)):
+            yield name, index, split.masks.name(index), known
+
+
+def _many(count: int, word: str = "image") -> str:
+    return f"{count} {word}{'' if count == 1 else 's'}"
+
+
+def _files(listing: Listing) -> list[Finding]:
+    """Find masks that are not there or cannot be read."""
+    places: dict[str, list[str]] = defaultdict(list)
+    for _, _, name, known in _all(listing):
+        if known.problem:
+            places[known.problem].append(f"{name} ({known.reason})" if known.reason else name)
+    found = {
+        (code, text.replace("{n}", _many(len(places[problem])))): places[problem]
+        for problem, (code, text) in PROBLEMS.items()
+    }
+    return gather("error", found)
+
+
+def _sizes(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> list[Finding]:
+    """Find masks of another size than their image."""
+    differing = []
+    for split, index, name, known in _all(listing):
+        image = facts[split][index]
+        if image.width and known.width and image.upright != known.upright:
+            sizes = "{} x {} for an image of {} x {}".format(*known.upright, *image.upright)
+            differing.append(f"{name} ({sizes})")
+    text = f"{_many(len(differing))} with a mask of another size; every pixel needs its label"
+    return gather("error", {("mask-size", text): differing})
+
+
+def _values(listing: Listing) -> list[Finding]:
+    """Find values that stand for no class."""
+    files: dict[int, list[str]] = defaultdict(list)
+    for _, _, name, known in _all(listing):
+        if not known.coloured:
+            for code, _ in known.outside:
+                files[code].append(name)
+    if not files:
+        return []
+    named = ", ".join(f"{code} ({_many(len(files[code]), 'file')})" for code in sorted(files)[:SHOWN])
+    more = f" and {len(files) - SHOWN} more" if len(files) > SHOWN else ""
+    count = len(listing.class_names)
+    lossy = any(name.lower().endswith((".jpg", ".jpeg")) for names in files.values() for name in names)
+    hint = "JPEG changes values, so save masks as PNG" if lossy else "set ids or reduce_zero_label, or mend the masks"
+    text = (
+        f"Masks have values that are none of the {count} classes 0 to {count - 1} and not {IGNORE} (no label): "
+        f"{named}{more}; {hint}. Found in"
+    )
+    return [Finding("error", "mask-values", text, tuple(dict.fromkeys(n for names in files.values() for n in names)))]
+
+
+def _colours(listing: Listing) -> list[Finding]:
+    """Find RGB masks whose colours stand for no class."""
+    colours: Counter[int] = Counter()
+    names, more = [], 0
+    for _, _, name, known in _all(listing):
+        if known.coloured and known.outside:
+            colours.update(code for code, _ in known.outside)
+            names.append(name)
+            more = max(more, known.more)
+    if not names:
+        return []
+    text = f"{_many(len(names), 'mask')} in RGB instead of class indices, with colours that stand for no class: "
+    text += ", ".join(show_code(code, True) for code, _ in colours.most_common(SHOWN))
+    rest = len(colours) - SHOWN + more
+    text += f" and {rest} more" if rest > 0 else ""
+    if all(code >> 16 == code & 255 == code >> 8 & 255 for code in colours):
+        hint = "they are grey, so save the masks with one channel"
+    elif len(colours) + more > IGNORE:
+        hint = "so many are no classes: is this a photo, or was it saved as JPEG?"
+    else:
+        hint = "give rgb_masks: true and a palette with the colour of each class, or convert them to indices"
+    return [Finding("error", "rgb-masks", f"{text}; {hint}. Found in", tuple(names))]
+
+
+def _unlabelled(listing: Listing) -> list[Finding]:
+    """Find masks without a labelled pixel."""
+    found: list[Finding] = []
+    for split, masks in mask_splits(listing).items():
+        known = masks.mask_facts(full=False)
+        blank = [masks.masks.name(index) for index, facts in enumerate(known) if set(facts.classes) == {IGNORE}]
+        if blank and len(blank) == len(known):
+            found.append(Finding("error", "split-unlabelled", f"No mask of {split} has a labelled pixel"))
+        elif blank:
+            text = f"{_many(len(blank), 'mask')} in {split} without a labelled pixel ({IGNORE} everywhere)"
+            found.append(Finding("warning", "mask-unlabelled", text, tuple(blank)))
+    return found
+
+
+def _classes(listing: Listing) -> list[Finding]:
+    """Find classes that do not occur where they should."""
+    counts = {name: image_counts(listing, split) for name, split in mask_splits(listing).items()}
+    everywhere = [sum(column) for column in zip(*counts.values(), strict=True)]
+    names, train = listing.class_names, counts["train"]
+    if sum(count > 0 for count in everywhere) < 2 <= len(names):
+        return _one_class(listing, [name for name, count in zip(names, everywhere, strict=True) if count])
+    text = "Classes that never occur in train and cannot be learned"
+    found = gather("warning", {("never-in-train", text): [n for n, c in zip(names, train, strict=True) if not c]})
+    for split, numbers in counts.items():
+        if split != "train":
+            unseen = [names[i] for i, count in enumerate(numbers) if count and not train[i]]
+            text = f"{split} has classes that train lacks, so their scores will be 0; add images of them to train"
+            found += gather("warning", {(f"unseen-in-{split}", text): unseen})
+    return found
+
+
+def _one_class(listing: Listing, present: list[str]) -> list[Finding]:
+    """Say that there is nothing to tell apart; masks of 0 and 255 are the usual reason."""
+    values = {code for _, _, _, known in _all(listing) for code, _ in known.codes}
+    if any(known.outside for _, _, _, known in _all(listing)):
+        return []  # that is the reason, and said already
+    hint = f": {IGNORE} means no label; for black and white masks set ids: {{0: 0, 255: 1}}" if IGNORE in values else ""
+    text = f"Masks show {'one class only' if present else 'no class'}; two are needed{hint}. Found"
+    return [Finding("error", "one-class", text, tuple(present) or ("nothing",))]
