@@ -2,13 +2,16 @@
 
 from vispeft.viz.curves import learning_curves, read_history
 from vispeft.viz.matrix import confusion_matrix
+from vispeft.viz.overlays import colour_mask, overlay_grid
 from vispeft.viz.reliability import reliability_diagram
 from vispeft.viz.values import bars, predicted_against_true
 
 __all__ = [
     "bars",
+    "colour_mask",
     "confusion_matrix",
     "learning_curves",
+    "overlay_grid",
     "predicted_against_true",
     "read_history",
     "reliability_diagram",

@@ -1,0 +1,166 @@
+"""Pictures of masks: images beside what was labelled and what was predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torch import Tensor
+
+from vispeft.data.masks import IGNORE
+from vispeft.data.palettes import Colour, make_palette
+from vispeft.errors import DataError
+from vispeft.viz.style import SETTINGS, save
+
+__all__ = ["colour_mask", "overlay_grid"]
+
+OPACITY = 0.6
+"""Share of a class's colour in an overlay; the rest is the image."""
+UNLABELLED: Colour = (128, 128, 128)
+"""Colour of pixels without a label."""
+_STRIPES = 40
+"""Stripes over pixels without a label, along the sum of height and width."""
+_PANEL = 2.6
+"""Width of one picture in inches."""
+_LEGEND_ROWS, _LEGEND_COLUMNS = 16, 4
+"""At most so many names are listed; a longer legend would leave no room for pictures."""
+
+
+def colour_mask(mask: Tensor, palette: Sequence[Colour]) -> Tensor:
+    """Paint a mask in the colours of its classes.
+
+    Args:
+        mask: Class indices, and `IGNORE` for pixels without a label (H, W); they become grey.
+        palette: Red, green and blue, 0 to 255, per class.
+
+    Returns:
+        RGB, uint8 (3, H, W).
+
+    Raises:
+        DataError: If the mask has another shape, or a value that is no class.
+    """
+    if mask.ndim != 2:
+        raise DataError(f"The mask has shape {tuple(mask.shape)}; (height, width) is needed.")
+    indices = mask.detach().cpu().long()
+    strange = (indices < 0) | ((indices >= len(palette)) & (indices != IGNORE))
+    if strange.any():
+        raise DataError(
+            f"The mask has the value {int(indices[strange][0])}, and there are colours for 0 to {len(palette) - 1}; "
+            f"only {IGNORE} may stand for pixels without a label."
+        )
+    colours = torch.tensor([*palette, UNLABELLED], dtype=torch.uint8)
+    return colours[torch.where(indices == IGNORE, len(palette), indices)].permute(2, 0, 1)
+
+
+def overlay_grid(
+    images: Sequence[Tensor] | Tensor,
+    labels: Sequence[Tensor] | Tensor,
+    predictions: Sequence[Tensor] | Tensor,
+    palette: Sequence[Colour] | None,
+    class_names: Sequence[str],
+    path: str | Path,
+) -> Path:
+    """Draw a row for each image: the image, its label, and what was predicted, with the names of the classes below.
+
+    Colours lie over the image; pixels without a label are striped in grey. The legend names the classes that occur,
+    those with the most pixels first.
+
+    Args:
+        images: RGB, uint8, each (3, H, W); sizes may differ.
+        labels: Class indices, or `IGNORE`, each (H, W).
+        predictions: Class indices, each (H, W).
+        palette: Red, green and blue, 0 to 255, per class; None takes the colours of PASCAL VOC.
+        class_names: Names of the classes.
+        path: The PNG file.
+
+    Returns:
+        The PNG file.
+
+    Raises:
+        DataError: If there is nothing to draw, or shapes, types or values do not fit.
+        FileError: If the picture cannot be written.
+    """
+    colours = tuple(palette or make_palette(len(class_names)))
+    _check(images, labels, predictions, colours, class_names)
+    rows = [
+        (image.cpu(), _blend(image, label, colours), _blend(image, prediction, colours))
+        for image, label, prediction in zip(images, labels, predictions, strict=True)
+    ]
+    legend = _legend([*labels, *predictions], colours, class_names)
+    shares = [image.shape[1] / image.shape[2] for image in images]
+    height = _PANEL * sum(shares) + 0.3 + 0.25 * -(-len(legend) // _LEGEND_COLUMNS)
+    with matplotlib.rc_context({**SETTINGS, "axes.grid": False}):
+        figure = Figure(figsize=(3 * _PANEL, height), layout="constrained")
+        panels = figure.subplots(len(rows), 3, squeeze=False, gridspec_kw={"height_ratios": shares})
+        for axes, picture in zip(panels.flat, chain.from_iterable(rows), strict=True):
+            axes.imshow(picture.permute(1, 2, 0).numpy())
+            axes.axis("off")
+        for axes, title in zip(panels[0], ("image", "label", "prediction"), strict=True):
+            axes.set_title(title, fontsize=10)
+        figure.legend(handles=legend, loc="outside lower center", ncols=_LEGEND_COLUMNS, fontsize=8)
+        return save(figure, path)
+
+
+def _check(
+    images: Sequence[Tensor] | Tensor,
+    labels: Sequence[Tensor] | Tensor,
+    predictions: Sequence[Tensor] | Tensor,
+    colours: Sequence[Colour],
+    class_names: Sequence[str],
+) -> None:
+    """Refuse what cannot be drawn.
+
+    Raises:
+        DataError: If there is nothing to draw, or numbers, shapes or types do not fit.
+    """
+    if not len(images) == len(labels) == len(predictions) > 0:
+        raise DataError(
+            f"There are {len(images)} images, {len(labels)} labels and {len(predictions)} predictions; the same number "
+            "of each is needed, at least one."
+        )
+    if len(colours) != len(class_names):
+        raise DataError(f"There are {len(colours)} colours and {len(class_names)} class names.")
+    for image, label, prediction in zip(images, labels, predictions, strict=True):
+        if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
+            raise DataError(f"An image is {image.dtype} of shape {tuple(image.shape)}; uint8 (3, H, W) is needed.")
+        for mask in (label, prediction):
+            if mask.shape != image.shape[1:]:
+                raise DataError(f"A mask of shape {tuple(mask.shape)} lies over an image of {tuple(image.shape[1:])}.")
+
+
+def _blend(image: Tensor, mask: Tensor, colours: Sequence[Colour]) -> Tensor:
+    """Lay a mask's colours over an image (3, H, W); of pixels without a label, over stripes of it."""
+    height, width = mask.shape
+    lines = torch.arange(height)[:, None] + torch.arange(width)
+    striped = lines * _STRIPES // (height + width) % 2 == 0
+    covered = (mask.cpu() != IGNORE) | striped
+    painted = (1 - OPACITY) * image.cpu().float() + OPACITY * colour_mask(mask, colours).float()
+    return torch.where(covered, painted.round().to(torch.uint8), image.cpu())
+
+
+def _legend(masks: Sequence[Tensor], colours: Sequence[Colour], class_names: Sequence[str]) -> list[Patch]:
+    """Make entries for the classes that occur, the most frequent first, and one for pixels without a label."""
+    pixels = torch.zeros(IGNORE + 1, dtype=torch.long)
+    for mask in masks:
+        pixels += torch.bincount(mask.detach().cpu().flatten().long(), minlength=IGNORE + 1)
+    unlabelled = int(pixels[IGNORE])
+    pixels[IGNORE] = 0
+    occurring = [int(index) for index in pixels.argsort(descending=True) if pixels[index] > 0]
+    shown = occurring[: _LEGEND_ROWS * _LEGEND_COLUMNS]
+    entries = [Patch(color=_share(colours[index]), label=class_names[index]) for index in shown]
+    if len(shown) < len(occurring):
+        entries.append(Patch(color="none", label=f"and {len(occurring) - len(shown)} more"))
+    if unlabelled:
+        entries.append(Patch(facecolor="white", edgecolor="grey", hatch="/////", label="no label"))
+    return entries
+
+
+def _share(colour: Colour) -> tuple[float, float, float]:
+    """Give a colour as matplotlib takes it, from 0 to 1."""
+    red, green, blue = colour
+    return red / 255, green / 255, blue / 255
