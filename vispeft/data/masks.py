@@ -344,9 +344,11 @@ class ListedMasks(ListedSplit):
         Args:
             full: Decode them and count their values; otherwise what is known already, at least the headers.
         """
-        if self._facts is None or (full and not self._facts[0]):
-            self._facts = full, self.masks.facts(full)  # type: ignore[assignment]
-        return self._facts[1]
+        if self._facts is not None and (self._facts[0] or not full):
+            return self._facts[1]
+        found: list[MaskFacts] = self.masks.facts(full)  # type: ignore[assignment]
+        self._facts = full, found
+        return found
 
     def label(self, index: int) -> str:
         """Tell the mask of an image from others: by its values, where they were read."""
