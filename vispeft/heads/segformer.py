@@ -1,0 +1,51 @@
+"""SegFormer's all-MLP decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from vispeft.heads.base import Decoder, register_decoder
+from vispeft.heads.layers import ConvBlock, concat_resized
+
+__all__ = ["SegFormerDecoder"]
+
+
+@register_decoder
+class SegFormerDecoder(Decoder):
+    """A 1x1 convolution per map, all resized to the finest, joined and mixed by another one.
+
+    Follows ``SegformerHead`` of mmsegmentation, which differs from the paper's formula in that BatchNorm and ReLU
+    follow the layer of each map too. The maps may have any sizes, so that it serves a plain ViT as well.
+    """
+
+    name: ClassVar[str] = "segformer"
+    paper: ClassVar[str] = "arXiv 2105.15203"
+
+    def __init__(
+        self, in_channels: Sequence[int], num_classes: int, *, channels: int = 256, dropout: float = 0.1
+    ) -> None:
+        """Make it.
+
+        Args:
+            in_channels: Channels of each map, fine to coarse.
+            num_classes: Number of scores per pixel.
+            channels: Channels each map is brought to; 256 in the paper for B0 and B1, 768 above.
+            dropout: Probability with which a channel is dropped in training.
+
+        Raises:
+            ConfigError: If a number is out of range.
+        """
+        super().__init__(in_channels, num_classes, channels=channels, dropout=dropout)
+        self.convs = nn.ModuleList(ConvBlock(width, channels) for width in self.in_channels)
+        self.fusion_conv = ConvBlock(channels * len(self.in_channels), channels)
+
+    def fuse(self, maps: Sequence[Tensor]) -> Tensor:
+        """Project, resize, join and mix the maps.
+
+        Args:
+            maps: Maps (B, in_channels[i], h_i, w_i).
+        """
+        return self.fusion_conv(concat_resized([conv(x) for conv, x in zip(self.convs, maps, strict=True)]))

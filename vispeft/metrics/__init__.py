@@ -1,0 +1,6 @@
+"""Scores that torchmetrics lacks."""
+
+from vispeft.metrics.boundary import BoundaryF
+from vispeft.metrics.segmentation import SegmentationScores
+
+__all__ = ["BoundaryF", "SegmentationScores"]
