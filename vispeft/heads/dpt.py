@@ -85,8 +85,8 @@ class DPTDecoder(Decoder):
         super().check(maps)
         if len({tuple(level.shape[-2:]) for level in maps}) > 1:
             raise ConfigError(
-                "Decoder 'dpt' makes its own scales out of maps of one size, as a plain ViT gives them, and got maps of "
-                f"{sizes_of(maps)}. For a pyramid take 'segformer' or 'uper'."
+                "Decoder 'dpt' makes its own scales out of maps of one size, as a plain ViT gives them, and got maps "
+                f"of {sizes_of(maps)}. For a pyramid take 'segformer' or 'uper'."
             )
 
     def fuse(self, maps: Sequence[Tensor]) -> Tensor:
