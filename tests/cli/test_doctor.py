@@ -4,7 +4,15 @@ import io
 import pytest
 
 from tests.data.faults import ERRORS, NAMES, WARNINGS, plant
-from tests.data.published import Painter, make_fgvc, make_vtab_task
+from tests.data.published import (
+    Painter,
+    make_ade20k,
+    make_cityscapes,
+    make_context,
+    make_fgvc,
+    make_voc,
+    make_vtab_task,
+)
 from tests.tiny import CONFIG
 from vispeft.cli import doctor
 from vispeft.cli.common import console, run_tool
@@ -102,3 +110,30 @@ def test_help_has_an_example(capsys):
         doctor.main(["--help"])
     assert left.value.code == 0
     assert "python tools/doctor.py my_photos" in capsys.readouterr().out
+
+
+def test_masks_are_checked_and_published_sets_recognised(tmp_path, monkeypatch):
+    monkeypatch.setattr(console, "width", 200)
+    for make, title, count in (
+        (make_voc, "PASCAL VOC 2012", 1_464),
+        (make_context, "PASCAL-Context", 4_998),
+        (make_ade20k, "ADE20K", 20_210),
+        (make_cityscapes, "Cityscapes", 2_975),
+    ):
+        status, page, _ = call(make(tmp_path / title, Painter()))
+        assert status == 0, page
+        assert f"{title} has {count:,} train images as published" in page
+        assert "pixels in train" in page
+    painter, root = Painter(), tmp_path / "mine"
+    for split, value in (("train", 1), ("val", 1), ("test", 2)):
+        for number in range(2):
+            painter.paint(root / f"images/{split}/{number}.jpg")
+            painter.label(root / f"masks/{split}/{number}.png", [0, 0, 0, value, 255])
+    status, page, _ = call(root, "--class_names", "[road, house]")
+    assert status == 1
+    line = next(line for line in page.splitlines() if " mask-values " in line)
+    assert "2 (2 files)" in line
+    assert "masks/test/0.png" in line
+    status, page, _ = call(root, "--class_names", "[road, house, tree]")
+    assert status == 0
+    assert "unseen-in-test" in page

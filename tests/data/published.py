@@ -1,9 +1,9 @@
-"""Makes small data in the layouts VTAB-1k and FGVC are published in.
+"""Makes small data in the layouts VTAB-1k, FGVC and sets with masks are published in.
 
 python -m tests.data.published FOLDER
 
-The folder then has ``vtab-1k/<task>/`` for all 19 tasks and a folder for each of the five fine-grained sets. No two
-images are equal, and every class occurs in the training lists.
+The folder then has ``vtab-1k/<task>/`` for all 19 tasks and a folder for each of the five fine-grained sets and of the
+four with masks. No two images are equal, and every class occurs in the training lists.
 """
 
 import json
@@ -52,6 +52,19 @@ class Painter:
         Image.fromarray(pixels).save(path, **({"compress_level": 0} if path.suffix == ".png" else {}))
         return path
 
+    def label(self, path: Path, values: list[int], size: tuple[int, int] = (6, 5), palette: bool = False) -> Path:
+        """Paint a mask that has all of some values, in the order of its pixels and then at random."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        count = size[0] * size[1]
+        pixels = [*values, *self.random.choice(values, max(0, count - len(values))).tolist()][:count]
+        mask = Image.fromarray(np.array(pixels, np.uint8).reshape(size[1], size[0]))
+        if palette:
+            mask = mask.convert("P")
+            mask.putdata(pixels)
+            mask.putpalette([value // 2 for value in range(256) for _ in range(3)])
+        mask.save(path)
+        return path
+
 
 def make_vtab_task(root: Path, task: str, painter: Painter) -> Path:
     """Make one task: one image per class in train800 and in test, three in val200."""
@@ -96,9 +109,66 @@ def make_fgvc(root: Path, name: str, painter: Painter, classes: int | None = Non
     return place
 
 
+def make_voc(root: Path, painter: Painter) -> Path:
+    """Make VOC 2012 with 4 train and 2 validation images, and 2 more masks of the Semantic Boundaries Dataset."""
+    place = root / "VOCdevkit/VOC2012"
+    lists = {"train": [f"2007_{n:06d}" for n in range(4)], "val": ["2008_000001", "2008_000002"]}
+    lists["aug"] = ["2009_000001", "2009_000002"]
+    for name, stems in lists.items():
+        folder = "SegmentationClassAug" if name == "aug" else "SegmentationClass"
+        for stem in stems:
+            painter.paint(place / f"JPEGImages/{stem}.jpg", (8, 6))
+            painter.label(place / f"{folder}/{stem}.png", [*range(21), 255], (8, 6), palette=name != "aug")
+        text = "".join(f"{stem}\n" for stem in stems)
+        (place / "ImageSets/Segmentation").mkdir(parents=True, exist_ok=True)
+        (place / f"ImageSets/Segmentation/{name}.txt").write_text(text)
+    return root
+
+
+def make_context(root: Path, painter: Painter) -> Path:
+    """Make PASCAL-Context with 3 train and 2 validation images: 0 is the background, 1 to 59 are the classes."""
+    place = root / "VOCdevkit/VOC2010"
+    for name, stems in {"train": ["2008_000002", "2008_000003", "2008_000004"], "val": ["2010_1", "2010_2"]}.items():
+        for stem in stems:
+            painter.paint(place / f"JPEGImages/{stem}.jpg", (10, 8))
+            painter.label(place / f"SegmentationClassContext/{stem}.png", list(range(60)), (10, 8))
+        (place / "ImageSets/SegmentationContext").mkdir(parents=True, exist_ok=True)
+        (place / f"ImageSets/SegmentationContext/{name}.txt").write_text("\n".join(stems))
+    return root
+
+
+def make_ade20k(root: Path, painter: Painter) -> Path:
+    """Make ADE20K with 3 train and 2 validation images: 0 is everything else, 1 to 150 are the classes."""
+    place = root / "ADEChallengeData2016"
+    for folder, short, count in (("training", "train", 3), ("validation", "val", 2)):
+        for number in range(1, count + 1):
+            stem, size = f"ADE_{short}_{number:08d}", (16, 9 + number)
+            painter.paint(place / f"images/{folder}/{stem}.jpg", size)
+            painter.label(place / f"annotations/{folder}/{stem}.png", list(range(151)), size)
+    return root
+
+
+def make_cityscapes(root: Path, painter: Painter, train_ids: bool = False) -> Path:
+    """Make Cityscapes with 2 cities in train and 1 in val, 2 images each."""
+    for split, cities in {"train": ["aachen", "bochum"], "val": ["lindau"]}.items():
+        for city in cities:
+            for number in range(2):
+                stem = f"{city}_{number:06d}_000019"
+                painter.paint(root / f"leftImg8bit/{split}/{city}/{stem}_leftImg8bit.png", (8, 6))
+                mask = root / f"gtFine/{split}/{city}/{stem}_gtFine"
+                painter.label(Path(f"{mask}_labelIds.png"), list(range(34)), (8, 6))
+                if train_ids:
+                    painter.label(Path(f"{mask}_labelTrainIds.png"), [*range(19), 255], (8, 6))
+    return root
+
+
 def make_all(root: Path) -> None:
     """Make everything."""
     painter = Painter()
+    make_voc(root, painter)
+    make_context(root, painter)
+    make_ade20k(root, painter)
+    make_cityscapes(root / "cityscapes", painter)
     for task in VTAB_CLASSES:
         make_vtab_task(root / "vtab-1k", task, painter)
     for name in FGVC_CLASSES:

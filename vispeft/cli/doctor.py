@@ -14,18 +14,24 @@ from rich.table import Table
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.config import build_data, read_config, split_overrides
 from vispeft.data import (
+    ADE20KData,
+    CityscapesData,
     FgvcData,
     ImageFolderData,
     ImageListData,
     JsonData,
     ListedData,
+    MaskFolderData,
+    PascalContextData,
     Report,
+    VOCData,
     Vtab1kData,
     WebDatasetData,
 )
 from vispeft.data.checks import class_counts
 from vispeft.data.fgvc import FGVC
 from vispeft.data.folder import SYNONYMS
+from vispeft.data.mask_checks import mask_splits, pixel_shares
 from vispeft.data.vtab import VTAB
 from vispeft.errors import ConfigError, DataError
 
@@ -37,12 +43,31 @@ EXAMPLE = """example:
   python tools/doctor.py vtab-1k/cifar
   python tools/doctor.py CUB_200_2011 --kind fgvc --dataset cub
   python tools/doctor.py configs/classification/folder.yaml --data.root my_photos
+  python tools/doctor.py my_masks --class_names '[road, house]'
 
 DATA is a folder with one folder per class, a folder with train.txt, val.txt and test.txt (or .json), one such list, a
-task of VTAB-1k, tar shards in quotation marks, or a config, whose data are checked. Further settings of its data module
-follow as --name value. The exit status is 1 when there is an error."""
+task of VTAB-1k, tar shards in quotation marks, folders of images and masks, VOCdevkit, ADEChallengeData2016, the folder
+of Cityscapes, or a config, whose data are checked. Further settings of its data module follow as --name value. The exit
+status is 1 when there is an error."""
 
-KINDS = ("auto", "folder", "list", "json", "vtab1k", "fgvc", "webdataset")
+SEGMENTATION: dict[str, type[ListedData]] = {
+    "voc": VOCData,
+    "pascal_context": PascalContextData,
+    "ade20k": ADE20KData,
+    "cityscapes": CityscapesData,
+}
+"""Readers of published sets with masks."""
+
+LAYOUTS = {
+    "ade20k": ("images/training", "annotations/training"),
+    "cityscapes": ("leftImg8bit", "gtFine"),
+    "voc": ("JPEGImages", "ImageSets/Segmentation"),
+    "pascal_context": ("JPEGImages", "ImageSets/SegmentationContext"),
+    "masks": ("images", "masks"),
+}
+"""Folders by which data with masks are known; VOC 2012 and PASCAL-Context (VOC 2010) differ in their lists."""
+
+KINDS = ("auto", "folder", "list", "json", "vtab1k", "fgvc", "webdataset", "masks", *SEGMENTATION)
 """What DATA can be, besides a config."""
 
 STYLES = {"error": "bold red", "warning": "yellow", "fact": "cyan"}
@@ -128,6 +153,9 @@ def _guess(path: Path) -> str:
     if not path.is_dir():
         found = "is none of these" if path.is_file() else "is not there"
         raise DataError(f"{str(path)!r} {found}. Give a folder, a list (.txt, .json), shards (.tar) or a config.")
+    for kind, folders in LAYOUTS.items():
+        if _has(path, folders):
+            return kind
     inside = {entry.name for entry in path.iterdir()}
     if "train800val200.txt" in inside:
         return "vtab1k"
@@ -137,6 +165,12 @@ def _guess(path: Path) -> str:
         if any(f"{name}{ending}" in inside for name in SYNONYMS["train"]):
             return kind
     return "folder"
+
+
+def _has(path: Path, folders: Sequence[str]) -> bool:
+    """Say whether a place, or the folder of a published set in it, has some folders."""
+    places = (path, *path.glob("VOC20*"), *path.glob("VOCdevkit/VOC20*"), path / "ADEChallengeData2016")
+    return any(all((place / folder).is_dir() for folder in folders) for place in places)
 
 
 def _fgvc_name(path: Path) -> str | None:
@@ -153,6 +187,10 @@ def _describe(path: Path, kind: str) -> dict[str, Any]:
         "vtab1k": (Vtab1kData, lambda: {"root": str(path.parent), "task": _known(path.name, VTAB)}),
         "fgvc": (FgvcData, lambda: {"root": str(path), **({"dataset": n} if (n := _fgvc_name(path)) else {})}),
         "webdataset": (WebDatasetData, lambda: {"train_shards": str(path)}),
+        **{
+            name: (reader, lambda: {"root": str(path)})
+            for name, reader in {**SEGMENTATION, "masks": MaskFolderData}.items()
+        },
     }
     cls, settings = classes[kind]
     return {"class_path": f"vispeft.data.{cls.__name__}", "init_args": settings()}
@@ -218,14 +256,17 @@ def _splits(report: Report) -> Table:
 
 
 def _classes(report: Report) -> Table:
-    """Show the number of images per class: all of a few, the largest and smallest of many."""
+    """Show the number of images per class: all of a few, the largest and smallest of many; with masks also pixels."""
     listing = report.listing
     counts = {name: class_counts(listing, split) for name, split in listing.splits.items()}
     order = sorted(range(len(listing.class_names)), key=lambda i: (-counts["train"][i], i))
     shown = order if len(order) <= 10 else [*order[:4], *order[-4:]]
-    table = Table("class", *counts, box=None, header_style="bold")
+    shares = [pixel_shares(listing, split) for name, split in mask_splits(listing).items() if name == "train"]
+    columns = [*counts, "pixels in train"] if shares else [*counts]
+    table = Table("class", *columns, box=None, header_style="bold")
     for position, index in enumerate(shown):
         if len(order) > 10 and position == 4:
-            table.add_row(f"... {len(order) - 8} more", *["" for _ in counts])
-        table.add_row(escape(listing.class_names[index]), *(f"{column[index]:,}" for column in counts.values()))
+            table.add_row(f"... {len(order) - 8} more", *["" for _ in columns])
+        figures = [f"{column[index]:,}" for column in counts.values()] + [f"{share[index]:.2%}" for share in shares]
+        table.add_row(escape(listing.class_names[index]), *figures)
     return table

@@ -1,23 +1,32 @@
 """Data modules, preprocessing and image reading."""
 
+from vispeft.data.ade20k import ADE20KData
 from vispeft.data.augmentation import Augmentation
 from vispeft.data.base import BatchSplit, EpochSampler, ImageData, MemorySplit
 from vispeft.data.checks import Report, examine
+from vispeft.data.cityscapes import CityscapesData
 from vispeft.data.digits import DigitsData
 from vispeft.data.fgvc import FgvcData
 from vispeft.data.folder import ImageFolderData
 from vispeft.data.images import ImageFiles, find_images, read_image
+from vispeft.data.joint import MaskAugmentation
 from vispeft.data.listed import ImageSplit, ListedData
 from vispeft.data.listing import Finding, ListedSplit, Listing, Published
 from vispeft.data.lists import ImageListData, JsonData
+from vispeft.data.masks import IGNORE, ListedMasks, MaskCoding
 from vispeft.data.preprocessing import Preprocessing
+from vispeft.data.segmentation import MaskFolderData, SegmentationData, list_masks
 from vispeft.data.shards import WebDatasetData
 from vispeft.data.torchvision_sets import TorchvisionData
+from vispeft.data.voc import PascalContextData, VOCData
 from vispeft.data.vtab import Vtab1kData
 
 __all__ = [
+    "IGNORE",
+    "ADE20KData",
     "Augmentation",
     "BatchSplit",
+    "CityscapesData",
     "DigitsData",
     "EpochSampler",
     "FgvcData",
@@ -29,16 +38,24 @@ __all__ = [
     "ImageSplit",
     "JsonData",
     "ListedData",
+    "ListedMasks",
     "ListedSplit",
     "Listing",
+    "MaskAugmentation",
+    "MaskCoding",
+    "MaskFolderData",
     "MemorySplit",
+    "PascalContextData",
     "Preprocessing",
     "Published",
     "Report",
+    "SegmentationData",
     "TorchvisionData",
+    "VOCData",
     "Vtab1kData",
     "WebDatasetData",
     "examine",
     "find_images",
+    "list_masks",
     "read_image",
 ]

@@ -129,7 +129,7 @@ class MemorySplit(BatchSplit):
 
 
 class ImageData(LightningDataModule, ABC):
-    """Base of the data modules for classification.
+    """Base of all data modules.
 
     Size, mean, deviation and interpolation come from the backbone unless they are given: a Lightning trainer hands
     them over from its task, and `for_model` reads them where there is no trainer. Order and augmentation are functions
@@ -139,7 +139,7 @@ class ImageData(LightningDataModule, ABC):
     """
 
     target: Target = "class"
-    """What kind of targets there are: ``class``, ``multilabel`` or ``regression``."""
+    """What kind of targets there are: ``class``, ``multilabel``, ``regression`` or ``mask``."""
     validation_chooses: bool = True
     """Whether the validation split can choose the best epoch; otherwise the last epoch is kept."""
 
@@ -366,10 +366,14 @@ class ImageData(LightningDataModule, ABC):
         """Serve the test images in a fixed order."""
         return self._loader(self.split("test"))
 
+    def _batch_of(self, split: Dataset[Any], sampler: Sampler[Index] | None) -> int:
+        """Say how many images a batch of a split has; training images come with a sampler."""
+        return self.batch_size
+
     def _loader(self, split: Dataset[Any], sampler: Sampler[Index] | None = None) -> DataLoader[Any]:
         return DataLoader(
             split,
-            batch_size=self.batch_size,
+            batch_size=self._batch_of(split, sampler),
             sampler=sampler,
             drop_last=self.drop_last and sampler is not None,
             num_workers=self.num_workers,

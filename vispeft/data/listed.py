@@ -169,16 +169,24 @@ class ListedData(ImageData):
             ConfigError: If the augmentation does not fit.
         """
         mixer = self._mixer()
-        report = self.report()
-        report.raise_errors()
-        for finding in report.of("warning"):
-            logger.warning("%s: %s", self.listing.place, finding.line(3))
+        self.accept()
         augment = self.augment if self.augment != Augmentation() else None
         splits = self.listing.splits
         return {
             "train": ImageSplit(splits["train"], preprocessing, augment, mixer, self.seed),
             **{name: ImageSplit(splits[name], preprocessing) for name in ("validation", "test")},
         }
+
+    def accept(self) -> None:
+        """Refuse data with errors, and log what else looks wrong.
+
+        Raises:
+            DataError: If the data cannot be used; the message says everything that is wrong.
+        """
+        report = self.report()
+        report.raise_errors()
+        for finding in report.of("warning"):
+            logger.warning("%s: %s", self.listing.place, finding.line(3))
 
     def identity(self) -> Iterator[bytes]:
         """Give what tells the images and targets of all splits from others: names, and pixels where they were read."""

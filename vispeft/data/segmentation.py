@@ -1,0 +1,429 @@
+"""Data modules for semantic segmentation: images with a mask each."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from vispeft.data.base import BatchSplit, Index
+from vispeft.data.folder import SYNONYMS, find_split_folders
+from vispeft.data.images import EXTENSIONS
+from vispeft.data.joint import EvaluationPair, MaskAugmentation, TrainPair
+from vispeft.data.listed import ListedData
+from vispeft.data.listing import Finding, Listing, Published, gather
+from vispeft.data.masks import ListedMasks, MaskCoding, MaskFiles
+from vispeft.data.palettes import ClassTable, Colour, make_palette, read_palette
+from vispeft.data.preprocessing import Preprocessing
+from vispeft.data.randomness import seeded
+from vispeft.data.sources import FileSource
+from vispeft.errors import ConfigError, DataError
+
+__all__ = ["MaskFolderData", "MaskSplit", "PublishedMasks", "SegmentationData", "list_masks"]
+
+Pair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Prepares an image and its mask."""
+
+
+class MaskSplit(BatchSplit):
+    """A split whose images and masks are read when they are asked for."""
+
+    def __init__(self, listed: ListedMasks, prepare: Pair, seed: int = 0) -> None:
+        """Keep what is needed to make batches.
+
+        Args:
+            listed: Images and masks.
+            prepare: What happens to each of them, with random numbers of its own.
+            seed: Seed of these.
+        """
+        self.source, self.masks, self.targets = listed.source, listed.masks, listed.targets
+        self._prepare, self._seed = prepare, seed
+
+    def batch(self, indices: list[Index]) -> tuple[Tensor, Tensor]:
+        """Make a batch of images (B, 3, H, W) and masks (B, h, w)."""
+        images, masks = zip(*(self._pair(epoch, index) for epoch, index in indices), strict=True)
+        return torch.stack(images), torch.stack(masks)
+
+    def _pair(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+        image, mask = self.source.read(index), self.masks.read(index)
+        with seeded(self._seed, epoch, index):
+            return self._prepare(image, mask)
+
+
+class SegmentationData(ListedData):
+    """Base of the data modules for semantic segmentation.
+
+    Batches are images (B, 3, H, W) and masks int64 (B, h, w) of classes from 0, with 255 for pixels without a label.
+    Training images are crops of one size. In validation and test the whole image is seen, and its mask keeps the size
+    it has on the disk, to which scores are to be resized. Batches there hold one image, unless all of a split have one
+    size.
+
+    A subclass gives, in `read`, a listing whose splits are `ListedMasks`.
+    """
+
+    def __init__(
+        self,
+        *,
+        augment: MaskAugmentation | None = MaskAugmentation(),  # noqa: B008 - it is frozen
+        evaluation: Literal["stretch", "whole"] = "stretch",
+        short_side: int | None = None,
+        batch_size: int = 8,
+        **settings: Any,
+    ) -> None:
+        """Check and keep the settings.
+
+        Args:
+            augment: What happens to training images; None stretches them to the size, without random changes.
+            evaluation: In validation and test, images are stretched to the size (``stretch``), or keep their
+                proportions (``whole``), for models that take any size, or windows.
+            short_side: Shorter side in pixels that images are resized to, keeping their proportions, in training
+                before the random factor and with ``whole``; None leaves them as they are.
+            batch_size: Images in a batch.
+            settings: Those of `ListedData` and `ImageData`.
+
+        Raises:
+            ConfigError: If a setting cannot work.
+        """
+        super().__init__(batch_size=batch_size, **settings)
+        name = type(self).__name__
+        if evaluation not in ("stretch", "whole"):
+            raise ConfigError(f"{name}(evaluation={evaluation!r}): the choices are stretch and whole.")
+        if short_side is not None and short_side < 1:
+            raise ConfigError(f"{name}(short_side={short_side}): at least one pixel is needed, or None.")
+        if "crop_pct" in self._given:
+            raise ConfigError(f"{name}(crop_pct=...): it cuts images and not their masks; leave it out.")
+        self.target = "mask"
+        self.crops, self.evaluation, self.short_side = augment, evaluation, short_side
+
+    @property
+    def palette(self) -> tuple[Colour, ...]:
+        """A colour for each class, red, green and blue from 0 to 255."""
+        return make_palette(self.num_classes)
+
+    def load(self, preprocessing: Preprocessing) -> dict[str, Dataset[Any]]:
+        """Check images and masks and give the splits.
+
+        Args:
+            preprocessing: What happens to each image.
+
+        Raises:
+            DataError: If the data cannot be used; the message says everything that is wrong.
+        """
+        self.accept()
+        train = TrainPair(preprocessing, self.crops, self.short_side)
+        evaluate = EvaluationPair(preprocessing, self.evaluation == "whole", self.short_side)
+        listed: Mapping[str, Any] = self.listing.splits
+        return {
+            "train": MaskSplit(listed["train"], train, self.seed),
+            **{name: MaskSplit(listed[name], evaluate) for name in ("validation", "test")},
+        }
+
+    def identity(self) -> Iterator[bytes]:
+        """Give what tells images and masks of all splits from others."""
+        yield from super().identity()
+        for name, split in self.listing.splits.items():
+            for index in range(len(split)):
+                yield f"{name} mask {split.label(index)}\n".encode()
+
+    def _batch_of(self, split: Dataset[Any], sampler: Sampler[Index] | None) -> int:
+        """Take one image at a time where sizes differ."""
+        if sampler is not None:
+            return self.batch_size
+        names = [name for name, loaded in self._splits.items() if loaded is split]
+        sizes = {known.upright for name in names for known in self.report().facts[name]}
+        return self.batch_size if len(sizes) == 1 else 1
+
+
+def list_masks(images: Iterable[Path], masks: Iterable[Path], root: Path, coding: MaskCoding) -> ListedMasks:
+    """Put the files of a split together.
+
+    Args:
+        images: Its images.
+        masks: A mask for each of them.
+        root: Names in messages are relative to it.
+        coding: Which class a value of a mask stands for.
+    """
+    return ListedMasks(FileSource(images, root), MaskFiles(masks, root, coding))
+
+
+# ------------------------------------------------------------------ folders
+
+
+class MaskFolderData(SegmentationData):
+    """A folder of images and a folder of masks: ``root/images/train/a.jpg`` and ``root/masks/train/a.png``.
+
+    Images and masks belong together by their path without its ending. The splits are folders inside of these two, or
+    around them (``root/train/images/a.jpg``), under the names of `ImageFolderData`; without such folders, or where one
+    is missing, splits are drawn from train.
+
+    Masks have the index of a class in each pixel: grey files of 1 to 16 bits, or files with a palette, which is not
+    looked at. RGB masks are read with ``rgb_masks`` and `palette`.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        class_names: Sequence[str],
+        images: str = "images",
+        masks: str = "masks",
+        palette: Sequence[tuple[int, int, int]] | None = None,
+        rgb_masks: bool = False,
+        reduce_zero_label: bool = False,
+        ids: dict[int, int] | None = None,
+        image_suffix: str = "",
+        mask_suffix: str = ".png",
+        **settings: Any,
+    ) -> None:
+        """Keep the place.
+
+        Args:
+            root: The folder.
+            class_names: Names of the classes, in the order of their indices.
+            images: Folder of the images.
+            masks: Folder of the masks.
+            palette: Colour of each class; None makes colours.
+            rgb_masks: Masks are RGB, in the colours of `palette`.
+            reduce_zero_label: 0 stands for pixels without a label, and the classes begin at 1.
+            ids: Class by value of the masks, where they are not the same, such as ``{0: 0, 255: 1}``; 255 as a class
+                stands for no label.
+            image_suffix: How names of images end, such as ``_leftImg8bit.png``; by default any ending of an image.
+            mask_suffix: How names of masks end.
+            settings: Those of `SegmentationData`, `ListedData` and `ImageData`.
+
+        Raises:
+            ConfigError: If a setting cannot work.
+        """
+        super().__init__(**settings)
+        self.root, self.names = Path(root), tuple(class_names)
+        if len(self.names) < 2 or len(set(self.names)) < len(self.names):
+            raise ConfigError(
+                f"MaskFolderData(class_names={list(self.names)}): two or more different names are needed."
+            )
+        count = len(self.names)
+        self._palette = make_palette(count) if palette is None else read_palette(palette, count, "MaskFolderData")
+        if rgb_masks and (palette is None or ids or reduce_zero_label):
+            raise ConfigError(
+                "MaskFolderData(rgb_masks=True) reads masks by the colours of palette, which has to be given, without "
+                "ids and reduce_zero_label."
+            )
+        colours = self._palette if rgb_masks else None
+        self.coding = MaskCoding(num_classes=count, ids=ids, reduce_zero_label=reduce_zero_label, colours=colours)
+        self.images, self.masks = images, masks
+        self.image_suffix, self.mask_suffix = image_suffix, mask_suffix
+
+    @property
+    def palette(self) -> tuple[Colour, ...]:
+        """The colours that were given, or made."""
+        return self._palette
+
+    def read(self) -> Listing:
+        """List images and masks.
+
+        Raises:
+            DataError: If there are no such folders.
+        """
+        places = self._places()
+        findings: list[Finding] = []
+        splits: dict[str, Any] = {}
+        for split, (images, masks) in places.items():
+            splits[split] = self._split(images, masks)
+            findings += self._strays(split, splits[split], masks)
+        return Listing(str(self.root), self.names, splits, target="mask", findings=findings)
+
+    def _places(self) -> dict[str, tuple[Path, Path]]:
+        """Find the folders of images and masks of each split."""
+        images, masks = self.root / self.images, self.root / self.masks
+        if images.is_dir() and masks.is_dir():
+            inside = find_split_folders(images)
+            # The same folder name on the side of the masks; one that is missing shows in every mask of the split.
+            found = {split: (place, masks / place.name) for split, place in inside.items()} or {
+                "train": (images, masks)
+            }
+        else:
+            around = find_split_folders(self.root) if self.root.is_dir() else {}
+            found = {split: (place / self.images, place / self.masks) for split, place in around.items()}
+            found = {split: pair for split, pair in found.items() if all(place.is_dir() for place in pair)}
+        if "train" not in found:
+            inside_root = sorted(path.name for path in self.root.iterdir())[:6] if self.root.is_dir() else []
+            raise DataError(
+                f"{self.root} needs the folders {self.images} and {self.masks}, or {self.images}/train and "
+                f"{self.masks}/train, or train/{self.images} and train/{self.masks}; found "
+                f"{', '.join(inside_root) or 'nothing'}. Set root, images and masks."
+            )
+        return found
+
+    def _split(self, images: Path, masks: Path) -> ListedMasks:
+        paths = [path for path in _files(images) if path.name.lower().endswith(self._endings())]
+        pairs = [(path, masks / f"{self._stem(path.relative_to(images))}{self.mask_suffix}") for path in paths]
+        return list_masks((image for image, _ in pairs), (mask for _, mask in pairs), self.root, self.coding)
+
+    def _endings(self) -> tuple[str, ...]:
+        return (self.image_suffix.lower(),) if self.image_suffix else EXTENSIONS
+
+    def _stem(self, path: Path) -> str:
+        return str(path)[: -len(self.image_suffix)] if self.image_suffix else str(path.with_suffix(""))
+
+    def _strays(self, split: str, listed: ListedMasks, masks: Path) -> list[Finding]:
+        """Find masks without an image."""
+        assert isinstance(listed.masks, MaskFiles)
+        expected = set(listed.masks.paths)
+        alone = [
+            str(path.relative_to(self.root))
+            for path in (_files(masks) if masks.is_dir() else [])
+            if path.name.endswith(self.mask_suffix) and str(path) not in expected
+        ]
+        text = f"{len(alone)} mask{'s' if len(alone) > 1 else ''} in {split} without an image, left out"
+        return gather("warning", {("mask-without-image", text): alone})
+
+
+def _files(folder: Path) -> list[Path]:
+    """List the files of a folder and of the folders in it, without hidden ones."""
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+
+
+# ------------------------------------------------------------------ published sets
+
+
+class PublishedMasks(SegmentationData):
+    """Base of the readers of published sets, which have a train and a validation split with public masks.
+
+    Numbers are published for the validation split. With the protocol ``final`` all of train is trained on, the
+    published validation images are the test split and stand in for the validation split too, and the last epoch is
+    kept. With ``tune`` the validation split is drawn from train, so that it can choose settings and epochs.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        protocol: Literal["final", "tune"] = "final",
+        validation: float = 0.1,
+        **settings: Any,
+    ) -> None:
+        """Keep the place.
+
+        Args:
+            root: The folder of the set.
+            protocol: Whether all of train is trained on (``final``) or a share of it validates (``tune``).
+            validation: With ``tune``, this share.
+            settings: Those of `SegmentationData`, `ListedData` and `ImageData`.
+
+        Raises:
+            ConfigError: If a setting cannot work.
+        """
+        super().__init__(validation=validation, **settings)
+        if protocol not in ("final", "tune"):
+            raise ConfigError(f"{type(self).__name__}(protocol={protocol!r}): the choices are final and tune.")
+        self.root, self.protocol = Path(root), protocol
+        self.validation_chooses = protocol == "tune"
+
+    @abstractmethod
+    def pairs(self, split: Literal["train", "validation"]) -> Sequence[tuple[Path, Path]]:
+        """List images and masks of a published split.
+
+        Args:
+            split: Which of the two.
+
+        Raises:
+            DataError: If it is not there.
+        """
+
+    @property
+    @abstractmethod
+    def table(self) -> ClassTable:
+        """The published classes."""
+
+    @property
+    @abstractmethod
+    def counts(self) -> Mapping[str, int]:
+        """Published number of images of ``train`` and ``validation``."""
+
+    @property
+    def coding(self) -> MaskCoding:
+        """Which class a value of a mask stands for."""
+        return MaskCoding(num_classes=len(self.table.class_names))
+
+    @property
+    def palette(self) -> tuple[Colour, ...]:
+        """The published colours."""
+        return self.table.palette
+
+    def read(self) -> Listing:
+        """List images and masks.
+
+        Raises:
+            DataError: If the layout is another one.
+        """
+        listed = {}
+        for split in ("train", "validation"):
+            images, masks = zip(*self.pairs(split), strict=True)
+            listed[split] = list_masks(images, masks, self.root, self.coding)
+        splits: dict[str, Any] = {"train": listed["train"], "test": listed["validation"]}
+        expected = {"test": self.counts["validation"]}
+        repeats: frozenset[str] = frozenset()
+        if self.protocol == "final":
+            splits["validation"], repeats = listed["validation"], frozenset({"validation"})
+            expected["train"] = self.counts["train"]
+        names = self.table.class_names
+        known = Published(self.table.title, len(names), expected)
+        return Listing(str(self.root), names, splits, target="mask", published=known, repeats=repeats)
+
+    def place(self, *candidates: str, needs: Sequence[str]) -> Path:
+        """Find the folder of the set.
+
+        Args:
+            candidates: Where it may be, relative to root.
+            needs: Folders it must have.
+
+        Raises:
+            DataError: If it is in none of them.
+        """
+        for candidate in candidates:
+            if all((self.root / candidate / need).is_dir() for need in needs):
+                return self.root / candidate
+        found = sorted(path.name for path in self.root.iterdir())[:6] if self.root.is_dir() else []
+        raise DataError(
+            f"{type(self).__name__}(root={str(self.root)!r}): no folder with {', '.join(needs)} there or in "
+            f"{', '.join(c for c in candidates if c != '.')}; found {', '.join(found) or 'nothing'}."
+        )
+
+
+def find_split(place: Path, split: str) -> Path:
+    """Find the folder of a split by its usual names.
+
+    Args:
+        place: Where to look.
+        split: train, validation or test.
+
+    Raises:
+        DataError: If there is none.
+    """
+    found = next((place / name for name in SYNONYMS[split] if (place / name).is_dir()), None)
+    if found is None:
+        raise DataError(f"{place} has no folder {SYNONYMS[split][0]}; the published layout has one.")
+    return found
+
+
+def read_stems(path: Path) -> list[str]:
+    """Read a published list of images, one name without ending per line.
+
+    Args:
+        path: Its file.
+
+    Raises:
+        DataError: If it is not there, or empty.
+    """
+    if not path.is_file():
+        found = sorted(other.name for other in path.parent.glob("*.txt")) if path.parent.is_dir() else []
+        raise DataError(f"There is no list {path}; found {', '.join(found) or 'no list beside it'}.")
+    # mmsegmentation's lists have a name per line; those of the development kit's class sets have a number behind it.
+    stems = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not stems:
+        raise DataError(f"No image is listed in {path}.")
+    return stems
