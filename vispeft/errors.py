@@ -10,6 +10,7 @@ __all__ = [
     "BaseMismatchError",
     "ConfigError",
     "DataError",
+    "ExportError",
     "FileError",
     "MergeError",
     "SiteError",
@@ -53,6 +54,10 @@ class SiteError(VispeftError):
 
 class MergeError(VispeftError):
     """No plain layer computes the same as the adapted one, or the values are not finite."""
+
+
+class ExportError(VispeftError):
+    """A model cannot be traced or written in a format, or what was written computes something else."""
 
 
 class VerificationError(VispeftError):

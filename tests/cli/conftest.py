@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.tiny import CONFIG
-from vispeft.cli import evaluate, inspect, merge, predict, select_features, train
+from vispeft.cli import evaluate, export, inspect, merge, predict, select_features, train
 from vispeft.cli.common import run_tool
 
 TOOLS = {
@@ -14,6 +14,7 @@ TOOLS = {
     "evaluate": evaluate,
     "predict": predict,
     "merge": merge,
+    "export": export,
     "inspect": inspect,
     "select_features": select_features,
 }

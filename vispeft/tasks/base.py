@@ -153,6 +153,10 @@ class AdapterTask(LightningModule):
             return self.bank.plan().method.from_outputs(self.model, images)
         return self.model(images.to(self.base_dtype))
 
+    def deployed(self) -> nn.Module:
+        """Give what is exported: a module that takes normalised images (B, 3, H, W) and gives scores."""
+        return self.model
+
     def check_data(self, data: Any) -> None:
         """Check that data fit the model, as far as they say.
 

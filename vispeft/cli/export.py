@@ -1,0 +1,209 @@
+"""``tools/export.py``: write a finished run as a `torch.export` program or an ONNX file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from vispeft.adapters.merge import MergeReport
+from vispeft.backbones.registry import unwrap
+from vispeft.cli.common import console, make_parser, versions
+from vispeft.cli.evaluate import load_task
+from vispeft.cli.runs import Run, write_json
+from vispeft.errors import ConfigError, ExportError
+from vispeft.interop.export import INPUT, TOLERANCE, Difference, check, export_onnx, export_program, staged
+from vispeft.tasks.base import AdapterTask
+
+__all__ = ["Exported", "InputSize", "export_run", "main"]
+
+ENDINGS = {"onnx": ".onnx", "export": ".pt2"}
+"""Endings of file names by format."""
+EXAMPLE = """examples:
+  python tools/export.py runs/digits_ssf/1 --out digits.onnx
+  python tools/export.py runs/digits_ssf/1 --format export --out digits.pt2
+  python tools/export.py runs/digits_ssf/1 --out digits.onnx --batch 8
+
+Merges the adapter where its method allows, writes the model, runs the file and compares it with the run. The input is a
+batch of normalised images (B, 3, H, W) in float32, the output are the scores. Mean, standard deviation, size and class
+names stand in the ONNX file's metadata, or in a JSON file beside a .pt2 file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSize:
+    """Which images an export takes."""
+
+    height: int
+    """In pixels."""
+    width: int
+    """In pixels."""
+    batch: int | None = None
+    """How many at a time; None for any number."""
+    step: tuple[int, int] | None = None
+    """Height and width of a patch where other sizes are taken too; None where they are not."""
+
+    @property
+    def dynamic(self) -> dict[str, bool]:
+        """Say what is free, as the functions of `vispeft.interop.export` take it."""
+        return {"dynamic_batch": self.batch is None, "dynamic_size": self.step is not None}
+
+    def example(self) -> Tensor:
+        """Make noise to trace with."""
+        return self._noise(0, self.batch or 2, self.height, self.width)
+
+    def others(self) -> list[Tensor]:
+        """Make noise to compare with: other numbers of images, and other sizes, where both are free."""
+        sizes = [(self.height, self.width)] * 2
+        if self.step is not None:
+            down, right = self.step
+            sizes += [(self.height + down, self.width + 2 * right), (max(2 * down, self.height - down), self.width)]
+        counts = [self.batch] * 4 if self.batch else [1, 3, 2, 1]
+        return [self._noise(1 + i, count, *size) for i, (count, size) in enumerate(zip(counts, sizes, strict=False))]
+
+    def axes(self) -> list[Any]:
+        """Describe the input's shape, with names for what is free."""
+        height, width = (self.height, self.width) if self.step is None else ("height", "width")
+        return [self.batch or "batch", 3, height, width]
+
+    def _noise(self, seed: int, count: int, height: int, width: int) -> Tensor:
+        return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export did."""
+
+    path: Path
+    """The file."""
+    shape: list[Any]
+    """The input's shape."""
+    report: MergeReport
+    """What was merged."""
+    difference: Difference
+    """How far the file's outputs are from the run's."""
+
+    @property
+    def merged(self) -> str:
+        """Say whether the adapter was merged, and why not."""
+        return _merged(self.report)
+
+    def table(self) -> Table:
+        """Show it."""
+        table = Table(show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        table.add_row("file", str(self.path))
+        table.add_row("bytes", f"{_size(self.path):,}")
+        table.add_row("input", f"{INPUT}: float32 {' x '.join(map(str, self.shape))}")
+        table.add_row("merged", self.merged)
+        table.add_row("largest difference", f"{self.difference.absolute:.1e}")
+        table.add_row("over the largest output", f"{self.difference.relative:.1e}")
+        return table
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        argv: Arguments without the program's name.
+    """
+    parser = make_parser("tools/export.py", "Write a finished run for deployment, and check what was written.", EXAMPLE)
+    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument("--format", choices=tuple(ENDINGS), default="onnx", help="onnx (default) or torch.export")
+    parser.add_argument("--out", metavar="FILE", required=True, help="the file, ending in .onnx or .pt2")
+    parser.add_argument("--batch", type=int, metavar="N", help="take N images at a time; default any number")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="size of the images; default the run's")
+    parser.add_argument("--any_size", action="store_true", help="take images of any size (ViT made with flexible_size)")
+    given = parser.parse_args(list(argv))
+    out = Path(given.out)
+    if out.suffix != ENDINGS[given.format]:
+        raise ConfigError(f"--out is {str(out)!r}; with --format {given.format} it ends in {ENDINGS[given.format]}.")
+    for option, value in (("batch", given.batch), ("size", min(given.size or [1]))):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{option} is {value}; at least 1 is needed.")
+    task, _ = load_task(Run.open(given.run))
+    step = _patch(task) if given.any_size else None
+    height, width = given.size or task.bank.notes()["preprocessing"]["input_size"][-2:]
+    exported = export_run(task, out, InputSize(height=height, width=width, batch=given.batch, step=step))
+    console.print(exported.table())
+
+
+def export_run(task: AdapterTask, out: Path, size: InputSize) -> Exported:
+    """Write a task's model in the format of the file's ending, and compare the file with the adapted model.
+
+    The model is exported merged where the method allows, and in float32.
+
+    Args:
+        task: The task of a finished run; its model is in float32 afterwards.
+        out: The file, ending in ``.onnx`` or ``.pt2``.
+        size: Which images it is to take.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ConfigError: If the file exists, or the extra is not installed.
+        ExportError: If the model cannot be exported, or the file computes something else; nothing is left then.
+        MergeError: If the adapter's values are not finite.
+    """
+    model = task.deployed().float().eval().requires_grad_(False)
+    onnx = out.suffix == ENDINGS["onnx"]
+    with staged(out, *([] if onnx else [out.with_suffix(".json")])) as place:
+        report = task.bank.merge(partial=True)
+        try:
+            notes = _notes(task, size, report)
+            if onnx:
+                export_onnx(model, size.example(), place, **size.dynamic, notes=notes)
+            else:
+                torch.export.save(export_program(model, size.example(), **size.dynamic), place)
+                write_json(place.with_suffix(".json"), notes)
+        finally:
+            task.bank.unmerge()  # the model as it was trained is what the file is held to
+        difference = check(model, place, size.others())
+        if not difference.relative <= TOLERANCE:
+            raise ExportError(
+                f"The outputs of the {out.suffix} file differ from the run's by {difference.relative:.1e} of the "
+                f"largest output; {TOLERANCE:.0e} is rounding. No file was left. Try the other format."
+            )
+    return Exported(out, size.axes(), report, difference)
+
+
+def _notes(task: AdapterTask, size: InputSize, report: MergeReport) -> dict[str, Any]:
+    """Gather what a user of the file needs to prepare images and to read scores."""
+    notes = task.bank.notes()
+    return {
+        "class_names": notes.get("class_names"),
+        "preprocessing": notes.get("preprocessing"),
+        "output": notes.get("output"),
+        "metrics": notes.get("metrics"),
+        "input": {"name": INPUT, "shape": size.axes(), "dtype": "float32"},
+        "task": type(task).__name__,
+        "backbone": task.backbone,
+        "merged": _merged(report),
+        "versions": versions(),
+    }
+
+
+def _merged(report: MergeReport) -> str:
+    if not report.kept:
+        return "yes"
+    reasons = "; ".join(dict.fromkeys(report.kept.values()))
+    return f"{f'partly, {len(report.kept)} layers stay adapted' if report.merged else 'no'}: {reasons}"
+
+
+def _patch(task: AdapterTask) -> tuple[int, int]:
+    """Give height and width of a patch, by whole numbers of which the sizes of images differ."""
+    backbone: Any = unwrap(task.model)
+    height, width = backbone.patch_embed.patch_size
+    return int(height), int(width)
+
+
+def _size(path: Path) -> int:
+    """Add up a file and the weights that did not fit into it."""
+    further = path.with_name(f"{path.name}.data")
+    return path.stat().st_size + (further.stat().st_size if further.exists() else 0)

@@ -1,0 +1,259 @@
+"""Export for deployment: `torch.export` programs and ONNX files, compared with the model they were made from.
+
+A model takes one batch of images and gives one tensor. ONNX needs the extra `export`, which is imported where it is
+used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from vispeft.errors import ConfigError, ExportError, FileError
+
+__all__ = ["INPUT", "OUTPUT", "TOLERANCE", "Difference", "check", "export_onnx", "export_program", "staged"]
+
+INPUT, OUTPUT = "images", "scores"
+"""Names of an ONNX model's input and output."""
+TOLERANCE = 1e-4
+"""Largest difference of float32 outputs, over the largest output, that is rounding. Runtimes fuse and reorder sums; a
+wrong operator or a shape that was traced as a constant shows in the first digits."""
+_AXES = {0: "batch", 2: "height", 3: "width"}
+_WINDOWED = (SwinTransformerBlock, SwinTransformerV2Block)
+"""Blocks that choose by the size of the maps whether and where windows are padded and shifted, in Python, so that a
+trace holds the choice of one size."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far an export is from the model it was made from."""
+
+    absolute: float
+    """Largest difference of any output."""
+    largest: float
+    """Largest absolute output of the model."""
+
+    @property
+    def relative(self) -> float:
+        """The one over the other; infinite where something is not finite."""
+        share = self.absolute / max(self.largest, 1e-30)
+        return share if math.isfinite(share) else math.inf
+
+
+def export_program(
+    model: nn.Module, example: Tensor, *, dynamic_batch: bool = True, dynamic_size: bool = False
+) -> ExportedProgram:
+    """Trace a model with `torch.export`.
+
+    Args:
+        model: Takes images and gives one tensor; in evaluation mode.
+        example: Images (B, 3, H, W) of the sizes that stay fixed.
+        dynamic_batch: Whether the program takes any number of images.
+        dynamic_size: Whether it takes images of any height and width that the model takes.
+
+    Returns:
+        The program.
+
+    Raises:
+        ConfigError: If the model is in training mode.
+        ExportError: If the model's computation depends on a size that is to be free, or cannot be traced.
+    """
+    if any(module.training for module in model.modules()):
+        raise ConfigError("The model is in training mode, and would be exported so. Call model.eval() first.")
+    if dynamic_size and any(isinstance(module, _WINDOWED) for module in model.modules()):
+        raise ExportError(
+            "Swin cuts, pads and shifts its windows as the size of the images asks for, and a trace holds one of these "
+            "ways. Leave the size fixed, and export a file for each size that is needed."
+        )
+    if dynamic_batch and len(example) < 2:
+        example = example.expand(2, -1, -1, -1).contiguous()  # a batch of 1 is traced as the constant 1
+    free: dict[int, Any] = {0: Dim("batch", min=1)} if dynamic_batch else {}
+    if dynamic_size:
+        free |= {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}  # the bounds are the model's own: whole patches, mostly
+    try:
+        with torch.no_grad():
+            program = torch.export.export(model, (example,), dynamic_shapes=(free,))
+    # Dynamo's errors, those of symbolic shapes and timm's own assertions share no other base.
+    except Exception as error:
+        wanted = ", ".join(_AXES[axis] for axis in free) or "nothing"
+        raise ExportError(
+            f"{type(model).__name__} could not be traced with images of shape {tuple(example.shape)} and {wanted} "
+            f"free: {_first_line(error)}. A backbone takes images of any size if it is made with flexible_size."
+        ) from error
+    if len(program.graph_signature.user_outputs) != 1:
+        raise ExportError(
+            f"{type(model).__name__} gives {len(program.graph_signature.user_outputs)} tensors; wrap it in a module "
+            "that gives one."
+        )
+    return program
+
+
+def export_onnx(
+    model: nn.Module,
+    example: Tensor,
+    path: str | Path,
+    *,
+    dynamic_batch: bool = True,
+    dynamic_size: bool = False,
+    notes: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a model as an ONNX file, whole or not at all; its input is ``images``, its output ``scores``.
+
+    Weights of more than 2 GiB, the most a file of this format holds, go into a second file ``<name>.data``.
+
+    Args:
+        model: Takes images and gives one tensor; in evaluation mode.
+        example: Images (B, 3, H, W) of the sizes that stay fixed.
+        path: The file.
+        dynamic_batch: Whether the file takes any number of images.
+        dynamic_size: Whether it takes images of any height and width that the model takes.
+        notes: Values by name, written as JSON into the file's ``metadata_props``.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: If the extra is not installed, the model is in training mode, or the file exists.
+        ExportError: If the model cannot be traced, or uses an operator that ONNX lacks.
+        FileError: If the file cannot be written.
+    """
+    _extra("onnx", "onnxscript")
+    with staged(Path(path)) as place:
+        program = export_program(model, example, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
+        names = {axis: name for axis, name in _AXES.items() if (dynamic_batch if axis == 0 else dynamic_size)}
+        try:
+            exported = torch.onnx.export(
+                program, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=(names,)
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise ExportError(f"{type(model).__name__} has no ONNX form: {_first_line(error)}.") from error
+        assert exported is not None
+        for node in exported.model.graph.all_nodes():
+            node.metadata_props.clear()  # stack traces with the paths of this machine
+        exported.model.metadata_props.update({key: json.dumps(value) for key, value in (notes or {}).items()})
+        exported.save(place)
+    return Path(path)
+
+
+def check(model: nn.Module, exported: ExportedProgram | str | Path, batches: Iterable[Tensor]) -> Difference:
+    """Compare an export with the model it was made from.
+
+    Args:
+        model: The model, in evaluation mode on the CPU.
+        exported: A program; or a file, ``.onnx``, which is run in onnxruntime on the CPU, or ``.pt2``.
+        batches: Images (B, 3, H, W), also of other numbers and sizes than were traced.
+
+    Returns:
+        The largest difference on any of them.
+
+    Raises:
+        ConfigError: If the extra is not installed and the file is ONNX.
+        ExportError: If the export does not run on one of the batches.
+        FileError: If the file cannot be read.
+    """
+    run = _runner(exported)
+    absolute = largest = 0.0
+    for images in batches:
+        with torch.no_grad():
+            wanted = model(images)
+            try:
+                found = run(images)
+            except Exception as error:  # onnxruntime's errors have no base of their own
+                raise ExportError(
+                    f"The export does not run on images of shape {tuple(images.shape)}: {_first_line(error)}."
+                ) from error
+        if found.shape != wanted.shape:
+            raise ExportError(
+                f"For images of shape {tuple(images.shape)} the export gives {tuple(found.shape)}, and the model "
+                f"{tuple(wanted.shape)}."
+            )
+        differs = float((found.double() - wanted.double()).abs().max())
+        absolute = max(absolute, differs if math.isfinite(differs) else math.inf)
+        largest = max(largest, float(wanted.abs().max()))
+    return Difference(absolute, largest)
+
+
+@contextmanager
+def staged(path: Path, *others: Path) -> Iterator[Path]:
+    """Give a place to write a file, and files beside it, that get their names only if nothing went wrong.
+
+    Args:
+        path: The file.
+        others: Files that will be written into the same folder and are moved with it, as far as they are known.
+
+    Yields:
+        A path of the same name in a folder beside it.
+
+    Raises:
+        ConfigError: If a file of one of the names exists.
+        FileError: If nothing can be written there.
+    """
+    for file in (path, *others):
+        _refuse_existing(file)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            yield Path(folder, path.name)
+            written = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)  # the named one last
+            for file in written:
+                _refuse_existing(path.with_name(file.name))
+                with file.open("rb+") as content:
+                    os.fsync(content.fileno())
+            for file in written:
+                file.replace(path.with_name(file.name))
+    except OSError as error:
+        raise FileError(f"{path} could not be written ({error.strerror or error}). Choose another place.") from error
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise ConfigError(f"{path} exists already and is not overwritten. Choose another name.")
+
+
+def _runner(exported: ExportedProgram | str | Path) -> Callable[[Tensor], Tensor]:
+    """Make a function of an export: images in, outputs out."""
+    if isinstance(exported, ExportedProgram):
+        return exported.module()
+    path = Path(exported)
+    if not path.is_file():
+        raise FileError(f"There is no file {str(path)!r}.")
+    if path.suffix != ".onnx":
+        return torch.export.load(path).module()
+    (runtime,) = _extra("onnxruntime")
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+
+
+def _extra(*names: str) -> list[Any]:
+    """Import what the extra brings.
+
+    Raises:
+        ConfigError: If it is not installed.
+    """
+    try:
+        return [importlib.import_module(name) for name in names]
+    except ImportError as error:
+        raise ConfigError(
+            f"ONNX was asked for, and {error.name or names[0]} cannot be imported ({error}). Install the extra: "
+            'pip install "vispeft[export]".'
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """Give the first line of a message; those of the tracer go on for pages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].partition(" For more information")[0].rstrip(".!") if lines else type(error).__name__
