@@ -1,0 +1,145 @@
+"""``tools/train.py CONFIG.py``: train a segmentor of mmsegmentation with mmengine's Runner."""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vispeft.cli import runs
+from vispeft.cli.common import make_parser, versions
+from vispeft.errors import ConfigError, DataError, FileError
+
+__all__ = ["main", "train"]
+
+EXAMPLE = """example:
+  python tools/train.py configs/mmseg/earth_swin_tiny_segformer.py
+  python tools/train.py configs/mmseg/earth_swin_tiny_segformer.py --out runs/mine --cfg-options train_cfg.max_iters=200
+  python tools/train.py configs/mmseg/earth_swin_tiny_segformer.py --resume runs/mine
+
+mmsegmentation's own tools/train.py takes the same configs, for several GPUs for example. The run directory then holds
+adapter/ (and adapter_best/), mmengine's checkpoints and logs, and metrics.json."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command.
+
+    Args:
+        argv: Arguments without the program's name.
+
+    Raises:
+        ConfigError: If mmsegmentation is not installed, or the arguments contradict each other.
+    """
+    importlib.import_module("vispeft.mmseg")  # says what to install; mmengine is only imported behind it
+    from mmengine.config import DictAction
+
+    parser = make_parser("tools/train.py", "Train a segmentor of mmsegmentation with mmengine's Runner.", EXAMPLE)
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="mmengine config, a .py file")
+    parser.add_argument("--out", "--work-dir", metavar="DIR", help="run directory; default runs/<config name>/<n>")
+    parser.add_argument("--resume", metavar="RUN", help="go on from the newest checkpoint of a run")
+    parser.add_argument(
+        "--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="values instead of the config's"
+    )
+    given = parser.parse_args(argv)
+    if given.out is not None and given.resume is not None:
+        raise ConfigError("--out was given with --resume; a run goes on in its own directory. Leave --out out.")
+    command = shlex.join(["python", "tools/train.py", *argv])
+    train(given.config, given.cfg_options, out=given.out, resume=given.resume, command=command)
+
+
+def train(
+    config: Path,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    command: str = "",
+) -> Path:
+    """Train as a config says.
+
+    Args:
+        config: The ``.py`` file.
+        overrides: Values by dotted key, instead of the config's.
+        out: The run directory; None takes the next number under ``runs/<config name>``.
+        resume: Directory of a run that goes on from its newest checkpoint.
+        command: What was typed, for ``metrics.json``.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        ConfigError: If mmsegmentation is not installed, or the config's parts do not fit together.
+        FileError: If the config, or the run to go on with, is missing or cannot be read.
+        DataError: If the data are not where the config says.
+    """
+    importlib.import_module("vispeft.mmseg")  # says what to install; mmengine is only imported behind it
+    from mmengine.runner import Runner
+
+    began = time.perf_counter()
+    tree = read(config, overrides)
+    place = runs.claim(out, config) if resume is None else _begun(Path(resume))
+    tree.work_dir, tree.resume = str(place), resume is not None
+    tree.load_from = None if tree.resume else tree.get("load_from")
+    try:
+        runner = Runner.from_cfg(tree)
+        runner.train()
+    except FileNotFoundError as error:
+        raise DataError(f"{config} names data that are not there: {error}. Correct data_root in it.") from error
+    runs.write_json(place / runs.METRICS, _summary(runner, command, time.perf_counter() - began))
+    return place
+
+
+def read(config: Path, overrides: Mapping[str, Any] | None = None) -> Any:
+    """Read an mmengine config.
+
+    Args:
+        config: The ``.py`` file.
+        overrides: Values by dotted key, instead of the config's.
+
+    Returns:
+        mmengine's ``Config``.
+
+    Raises:
+        FileError: If it is missing or no config.
+    """
+    from mmengine.config import Config
+
+    try:
+        tree = Config.fromfile(config)
+    except (OSError, SyntaxError, NameError) as error:
+        raise FileError(f"{config} cannot be read as a config of mmengine: {error}.") from error
+    if overrides:
+        tree.merge_from_dict(dict(overrides))
+    return tree
+
+
+def _begun(place: Path) -> Path:
+    from mmengine.runner import find_latest_checkpoint
+
+    if not place.is_dir() or find_latest_checkpoint(str(place)) is None:
+        raise FileError(f"{place} was to be resumed, and there is no checkpoint. Name a run directory that has one.")
+    return place
+
+
+def _summary(runner: Any, command: str, seconds: float) -> dict[str, Any]:
+    """Collect what the run came to, as far as mmengine says."""
+    import mmcv
+    import mmengine
+    import mmseg
+
+    from vispeft.mmseg.files import backbones
+
+    scalars = runner.message_hub.log_scalars.items()
+    banks = {name: backbone.bank for name, backbone in backbones(runner.model).items()}
+    return {
+        "validation": {name[4:]: float(log.current()) for name, log in scalars if name.startswith("val/")},
+        "steps": runner.iter,
+        "seed": runner.seed,
+        "parameters": {name: bank.report().to_dict() for name, bank in banks.items() if bank is not None},
+        "seconds": {"total": seconds},
+        "command": command,
+        "versions": {**versions(), **{package.__name__: package.__version__ for package in (mmseg, mmcv, mmengine)}},
+    }

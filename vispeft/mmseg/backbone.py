@@ -1,0 +1,234 @@
+"""The backbone: a timm model with an adapter, as mmsegmentation builds, trains, saves and loads one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from mmengine.model import BaseModule
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+
+from vispeft.adapters.attach import attach, load
+from vispeft.adapters.bank import AdapterBank
+from vispeft.adapters.files import check_tensors, read_decoder
+from vispeft.adapters.fingerprint import base_tensors, check_fingerprint, fingerprint
+from vispeft.adapters.method import Method
+from vispeft.adapters.model_host import ModelHost
+from vispeft.backbones.create import create_model
+from vispeft.errors import ConfigError, FileError
+from vispeft.heads.pyramid import MapReader
+from vispeft.tasks.inference import padded_to
+
+__all__ = ["BASE_KEY", "VispeftBackbone"]
+
+BASE_KEY = "base_fingerprint"
+"""Entry of a checkpoint without frozen tensors that says which ones they were: bytes of JSON."""
+_OWN = ("flexible_size", "num_classes", "pretrained", "weights")
+"""Arguments of `create_model` that do not belong into ``model_args``."""
+
+
+@MODELS.register_module()
+class VispeftBackbone(BaseModule):
+    """A timm ViT or Swin with an adapter: images in, a tuple of NCHW maps out, fine to coarse.
+
+    The frozen part behaves as in evaluation whatever the mode of the segmentor. Weights are loaded when it is built,
+    not in `init_weights`, because some adapters start from them; so ``init_model`` finds them in the config too. A
+    checkpoint may lack the frozen tensors, and must have everything else.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        peft: Mapping[str, Any] | None = None,
+        out_indices: Sequence[int] | None = None,
+        *,
+        levels: Literal["taps", "vitdet"] = "taps",
+        width: int = 256,
+        pretrained: bool = True,
+        weights: str | None = None,
+        model_args: Mapping[str, Any] | None = None,
+        with_cp: bool = False,
+        init_cfg: None = None,
+    ) -> None:
+        """Create the model, attach or load the adapter, and verify that it trains through the maps.
+
+        Args:
+            model: Name of a timm model, or ``zoo:NAME``.
+            peft: The adapter: ``dict(type="SSF", ...)`` with a method's name in the registry, in ``configs/method``, or
+                of its class, and its fields; or ``dict(load=...)`` with the directory of an adapter or of a run, or
+                ``zoo:NAME``. None leaves the model as it is, and all of it trains.
+            out_indices: Stages of a Swin or blocks of a ViT whose maps are given. None takes all stages, or four blocks
+                evenly spread.
+            levels: ``vitdet`` makes four levels out of the last map of a plain ViT, for heads that need a pyramid.
+            width: Channels of each level of a ``vitdet`` pyramid.
+            pretrained: Whether to load weights. False gives random ones.
+            weights: File with the model's weights, instead of those timm would fetch.
+            model_args: Further arguments of ``timm.create_model``, such as ``img_size`` or ``drop_path_rate``.
+            with_cp: Whether to compute activations again in the backward pass, which saves memory.
+            init_cfg: For mmengine's sake; must be None.
+
+        Raises:
+            ConfigError: If an argument cannot work, or the method is not known.
+            BackboneError: If the model is not supported, or its weights cannot be had.
+            FileError: If the adapter or the weights are missing or damaged.
+            BaseMismatchError: If the adapter was trained on another backbone.
+            VerificationError: If a trainable tensor receives no gradient.
+        """
+        if init_cfg is not None:
+            raise ConfigError(
+                f"VispeftBackbone(init_cfg={dict(init_cfg)}): the weights have to be there before the adapter is. Give "
+                "a file of timm's tensors as weights=, or pretrained=True."
+            )
+        super().__init__()
+        given = dict(model_args or {})
+        taken = sorted(set(_OWN) & set(given))
+        if taken:
+            raise ConfigError(
+                f"model_args has {', '.join(taken)}. VispeftBackbone takes pretrained and weights by these names, and "
+                "sets num_classes=0 and flexible_size=True itself."
+            )
+        # A name on a hub does not tell the family, and so not how it takes any size; model_args can.
+        flexible = ":" not in model or model.startswith("zoo:")
+        self.model: nn.Module = create_model(
+            model, pretrained=pretrained, weights=weights, num_classes=0, flexible_size=flexible, **given
+        )
+        if peft is not None:
+            _adapt(self.model, dict(peft))
+        self.reader = MapReader(self.model, out_indices, levels, width)
+        self.channels, self.strides = self.reader.channels, self.reader.strides
+        if self.bank is not None:
+            self.bank.verify(self)
+        if peft is not None and levels == "vitdet" and "load" in peft:
+            _load_reader(self.reader, str(peft["load"]))
+        if with_cp:
+            self.model.set_grad_checkpointing()  # type: ignore[operator]  # timm's
+
+    @property
+    def bank(self) -> AdapterBank | None:
+        """The adapters of the model; None without, and after merging for good."""
+        return AdapterBank.of(self.model)
+
+    def init_weights(self) -> None:
+        """Leave everything as it is: mmengine would call timm's ``init_weights``, which draws the backbone anew."""
+        self._is_init = True
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Compute the maps.
+
+        Args:
+            images: (B, 3, H, W), of any size. Where the model's patches do not divide it, zeros are added at the bottom
+                and at the right, and maps are cut to the cells that hold a part of the image.
+
+        Returns:
+            Maps (B, C, ceil(H / stride), ceil(W / stride)), fine to coarse.
+        """
+        height, width = images.shape[-2:]
+        maps = self.reader(self.model, padded_to(images, self.reader.divisor))
+        return tuple(
+            level[..., : -(-height // stride), : -(-width // stride)]
+            for level, stride in zip(maps, self.strides, strict=True)
+        )
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def frozen_keys(self) -> set[str]:
+        """Name the tensors of the state dict that training leaves as they are; none without an adapter, or merged."""
+        if self.bank is None or not isinstance(self.model, ModelHost):
+            return set()
+        return {f"model.{name}" for name, _ in base_tensors(self.model, self.bank.view.head_path)}
+
+    def slim(self, state: MutableMapping[str, Any], prefix: str = "") -> None:
+        """Take the frozen tensors out of a checkpoint, and note which ones they were.
+
+        Args:
+            state: The state dict; changed in place.
+            prefix: What stands before this module's names in it.
+        """
+        frozen = [key for name in self.frozen_keys() if (key := prefix + name) in state]
+        if self.bank is None or not frozen:
+            return
+        for key in frozen:
+            del state[key]
+        text = json.dumps(fingerprint(self.model, self.bank.view))
+        state[f"{prefix}{BASE_KEY}"] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Let torch and mmengine load a checkpoint with or without the frozen tensors, and no other one."""
+        self._complete(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _complete(self, state: MutableMapping[str, Any], prefix: str) -> None:
+        """Check the names in a state dict, and fill in the frozen tensors it lacks.
+
+        Raises:
+            FileError: If a tensor that trains is missing, or one is unknown.
+            BaseMismatchError: If the frozen tensors it lacks are others than here.
+        """
+        base = state.pop(f"{prefix}{BASE_KEY}", None)
+        own = {prefix + name: tensor for name, tensor in self.state_dict().items()}
+        frozen = {prefix + name for name in self.frozen_keys()}
+        missing = [key for key in own if key not in state and key not in frozen]
+        unknown = [key for key in state if key.startswith(prefix) and key not in own]
+        if missing or unknown:
+            raise FileError(
+                f"The checkpoint does not belong to this backbone: it lacks {_some(missing)}, and has {_some(unknown)} "
+                "beside it. Give VispeftBackbone the model, peft and levels the checkpoint was written with; a file of "
+                "backbone weights goes into weights=."
+            )
+        if base is not None and self.bank is not None:
+            saved = json.loads(bytes(base.tolist()).decode())
+            check_fingerprint(saved, self.model, self.bank.view)
+        for key in frozen - set(state):
+            state[key] = own[key]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join([*names[:3], *([f"{len(names) - 3} more"] if len(names) > 3 else [])]) or "nothing"
+
+
+def _adapt(model: nn.Module, peft: dict[str, Any]) -> None:
+    """Put the adapter of a config on a model, unverified: that is done through the maps."""
+    if "load" in peft:
+        if set(peft) != {"load"}:
+            others = ", ".join(sorted(set(peft) - {"load"}))
+            raise ConfigError(f"peft has load and {others}: what is loaded brings its method with it. Drop {others}.")
+        bank = load(model, _find(str(peft["load"])))
+    else:
+        bank = attach(model, _method(peft), verify=False)
+    method = bank.plan().method
+    if not method.reaches_maps:
+        raise ConfigError(
+            f"{method.name} changes the backbone's last feature and no map inside it, which is all that a decoder "
+            "reads. Choose another method, such as LoRA, SSF or AdaptFormer."
+        )
+
+
+def _method(peft: dict[str, Any]) -> Method:
+    """Build a method as the YAML configs of this project do."""
+    from vispeft.cli.config import build_method, method_node
+
+    if "type" not in peft:
+        raise ConfigError(
+            f"peft={peft}: give dict(type=METHOD, ...), such as dict(type='SSF'), or dict(load='zoo:NAME' or a folder)."
+        )
+    fields = {name: value for name, value in peft.items() if name != "type"}
+    return build_method(method_node({"class_path": peft["type"], "init_args": fields}))
+
+
+def _load_reader(reader: MapReader, source: str) -> None:
+    """Take over the pyramid an adapter was trained with, where there is one beside it."""
+    beside = read_decoder(_find(source))
+    tensors = {key.removeprefix("reader."): tensor for key, tensor in beside.items() if key.startswith("reader.")}
+    if tensors:
+        check_tensors(reader.state_dict(), tensors)
+        reader.load_state_dict(tensors)
+
+
+def _find(source: str) -> Path:
+    from vispeft.cli.start import find_adapter
+
+    return find_adapter(source)

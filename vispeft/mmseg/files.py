@@ -1,0 +1,125 @@
+"""Adapters of segmentors as files: the adapter, the map reader and the decoder, nothing of the backbone.
+
+The tensors have the names a Lightning `Segmentation` task gives them, and its FCN, SegFormer and UPer decoders have
+those of mmsegmentation's heads, so that a directory goes from one to the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vispeft.adapters.files import check_tensors, read_decoder
+from vispeft.data.preprocessing import Preprocessing
+from vispeft.errors import ConfigError, FileError
+from vispeft.mmseg.backbone import VispeftBackbone
+
+__all__ = ["adapted_backbone", "backbones", "load_decoder", "save_adapter"]
+
+_DECODERS = {"FCNHead": "fcn", "SegformerHead": "segformer", "UPerHead": "uper"}
+"""Heads of mmsegmentation that are a decoder of this project too."""
+
+
+def backbones(model: nn.Module) -> dict[str, VispeftBackbone]:
+    """Find the backbones of this plug-in in a model.
+
+    Args:
+        model: A segmentor, or a wrapper around one.
+
+    Returns:
+        Backbones by their names in the model.
+    """
+    return {name: module for name, module in model.named_modules() if isinstance(module, VispeftBackbone)}
+
+
+def adapted_backbone(model: nn.Module) -> VispeftBackbone:
+    """Find the one backbone of a segmentor that has an adapter.
+
+    Args:
+        model: The segmentor.
+
+    Raises:
+        ConfigError: If there is none, or several.
+    """
+    found = [backbone for backbone in backbones(model).values() if backbone.bank is not None]
+    if len(found) != 1:
+        raise ConfigError(f"One VispeftBackbone with an adapter is needed; this model has {len(found)}.")
+    return found[0]
+
+
+def save_adapter(model: nn.Module, path: str | Path, *, metrics: Mapping[str, Any] | None = None) -> None:
+    """Write a segmentor's adapter, with its map reader and its decoder beside it.
+
+    Args:
+        model: The segmentor; of its heads only ``decode_head`` is written, since the others only help training.
+        path: The directory; made where it is missing.
+        metrics: What it reaches, for ``adapter.json``; None when it was not measured.
+
+    Raises:
+        ConfigError: If it has no adapter.
+        FileError: If the directory cannot be written.
+    """
+    backbone = adapted_backbone(model)
+    bank: Any = backbone.bank
+    known = getattr(model, "dataset_meta", None) or {}
+    bank.annotate(
+        class_names=known.get("classes"),
+        preprocessing=_preprocessing(model, backbone),
+        metrics={name: float(value) for name, value in (metrics or {}).items()},
+        output=_output(model, backbone),
+    )
+    bank.save(path, decoder=_decoder_state(model))
+
+
+def load_decoder(model: nn.Module, path: str | Path) -> None:
+    """Copy the map reader and the decoder that stand beside an adapter into a segmentor.
+
+    Args:
+        model: The segmentor.
+        path: The directory of the adapter, or of a run.
+
+    Raises:
+        FileError: If there is none, or a tensor is missing, unknown, of another shape, or not finite.
+    """
+    from vispeft.cli.start import find_adapter
+
+    tensors = read_decoder(find_adapter(str(path)))
+    if not tensors:
+        raise FileError(f"{path} holds an adapter without a decoder. Train the decoder anew, or name another one.")
+    own = _decoder_state(model)
+    check_tensors(own, tensors)
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            own[key].copy_(tensor)
+
+
+def _decoder_state(model: Any) -> dict[str, Tensor]:
+    """List the tensors beside the adapter that inference needs, under their names in files."""
+    parts = {"reader": adapted_backbone(model).reader, "decoder": model.decode_head}
+    if model.with_neck:
+        parts["neck"] = model.neck
+    return {f"{part}.{key}": tensor for part, module in parts.items() for key, tensor in module.state_dict().items()}
+
+
+def _preprocessing(model: Any, backbone: VispeftBackbone) -> dict[str, Any] | None:
+    """Say how images were normalised; None where they were not made RGB, which no other part of this project reads."""
+    found = model.data_preprocessor
+    if not getattr(found, "channel_conversion", False) or not getattr(found, "_enable_normalize", False):
+        return None
+    mean, std = (tuple(round(float(v) / 255, 6) for v in values.flatten()) for values in (found.mean, found.std))
+    return replace(Preprocessing.of(backbone.model), mean=mean, std=std).to_dict()
+
+
+def _output(model: Any, backbone: VispeftBackbone) -> dict[str, Any]:
+    """Say how outputs are read, as a Lightning task does."""
+    head, reader = model.decode_head, backbone.reader
+    name = _DECODERS.get(type(head).__name__, type(head).__name__)
+    levels = "taps" if reader.levels is None else "vitdet"
+    args = {"channels": head.channels}
+    decoder = {"name": name, "args": args, "taps": list(reader.taps), "levels": levels}
+    return {"target": "mask", "decoder": decoder, "ignore": head.ignore_index}

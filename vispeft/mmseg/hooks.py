@@ -1,0 +1,140 @@
+"""The hook: prints what trains, saves the adapter and the decoder by themselves, keeps checkpoints small."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import master_only
+from mmengine.hooks import EMAHook, Hook
+from mmengine.model import is_model_wrapper
+from mmseg.models.decode_heads import UPerHead
+from mmseg.registry import HOOKS
+from torch import nn
+
+from vispeft.errors import ConfigError
+from vispeft.mmseg.backbone import VispeftBackbone
+from vispeft.mmseg.files import backbones, load_decoder, save_adapter
+
+__all__ = ["VispeftHook"]
+
+
+@HOOKS.register_module()
+class VispeftHook(Hook):
+    """Saves adapters from mmengine's Runner and keeps its checkpoints small.
+
+    ``<work_dir>/adapter`` always belongs to the newest checkpoint, and ``<work_dir>/adapter_best`` to the one that
+    ``CheckpointHook(save_best=...)`` found best. Both hold the decoder too. Where an ``EMAHook`` averages the weights,
+    the average is saved.
+    """
+
+    # Behind EMAHook (50), which swaps averages in and out, and behind CheckpointHook (90), which chooses the best.
+    priority = "LOWEST"
+
+    def __init__(self, slim: bool = True, decoder: str | None = None) -> None:
+        """Set it up.
+
+        Args:
+            slim: Leave the frozen tensors out of mmengine's checkpoints. They come back from the config's ``model``
+                and ``weights``, and are compared with those of the training when a checkpoint is loaded.
+            decoder: Directory of an adapter whose decoder training starts from.
+        """
+        self.slim, self.decoder = slim, decoder
+        self._best: str | None = None
+
+    def before_train(self, runner: Any) -> None:
+        """Check backbone, heads and data against each other, print what trains, and load the decoder to start from.
+
+        Raises:
+            ConfigError: If there is no backbone of this plug-in, or one of the three does not fit the others.
+            FileError: If the decoder is missing or does not fit.
+        """
+        model = _unwrapped(runner.model)
+        found = backbones(model)
+        if not found:
+            raise ConfigError("VispeftHook is in custom_hooks, and the model has no VispeftBackbone. Drop the hook.")
+        _check(model, runner.train_dataloader.dataset.metainfo.get("classes"))
+        for name, backbone in found.items():
+            what = "no adapter; all of it trains" if backbone.bank is None else f"\n{backbone.bank.report()}"
+            runner.logger.info(f"{name}: {what}")
+        self._best = runner.message_hub.runtime_info.get("best_ckpt")
+        if self.decoder is not None and not runner._resume:
+            load_decoder(model, self.decoder)
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Save the adapter, and take the frozen tensors out of the checkpoint."""
+        _save(runner, "adapter")
+        if not self.slim:
+            return
+        for name, backbone in backbones(_unwrapped(runner.model)).items():
+            for part, prefix in (("state_dict", f"{name}."), ("ema_state_dict", f"module.{name}.")):
+                backbone.slim(checkpoint.get(part, {}), prefix)
+
+    def after_val_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
+        """Save the adapter once more where this validation is the best so far."""
+        best = runner.message_hub.runtime_info.get("best_ckpt")
+        if best is not None and best != self._best:
+            _save(runner, "adapter_best", metrics)
+            self._best = best
+
+    def after_train(self, runner: Any) -> None:
+        """Save the adapter as training leaves it."""
+        _save(runner, "adapter")
+
+
+@master_only
+def _save(runner: Any, name: str, metrics: Mapping[str, float] | None = None) -> None:
+    """Write the adapter of what is trained, or of its average."""
+    averages = [hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook)]
+    model = averages[0] if averages else _unwrapped(runner.model)
+    if any(backbone.bank is not None for backbone in backbones(model).values()):
+        model.dataset_meta = runner.train_dataloader.dataset.metainfo
+        save_adapter(model, Path(runner.work_dir) / name, metrics=metrics)
+
+
+def _unwrapped(model: Any) -> nn.Module:
+    return model.module if is_model_wrapper(model) else model
+
+
+def _check(model: Any, classes: Any) -> None:
+    """Refuse heads that cannot read the backbone's maps, or score other classes than the data have.
+
+    Raises:
+        ConfigError: With everything that was found.
+    """
+    heads = {"decode_head": model.decode_head}
+    if model.with_auxiliary_head:
+        several = isinstance(model.auxiliary_head, nn.ModuleList)
+        listed = list(model.auxiliary_head) if several else [model.auxiliary_head]
+        heads |= {f"auxiliary_head{f'[{i}]' if several else ''}": head for i, head in enumerate(listed)}
+    found = []
+    for name, head in heads.items():
+        if isinstance(model.backbone, VispeftBackbone) and not model.with_neck:
+            found += _unreadable(name, head, model.backbone)
+        if classes is not None and len(classes) != head.num_classes:
+            found.append(f"{name}.num_classes is {head.num_classes}, and the data have {len(classes)} classes")
+    if found:
+        raise ConfigError(f"The config does not fit together: {'; '.join(found)}. Correct it there.")
+
+
+def _unreadable(name: str, head: Any, backbone: VispeftBackbone) -> list[str]:
+    """Say why a head cannot read a backbone's maps, if so."""
+    several = isinstance(head.in_index, (list, tuple))
+    chosen = list(head.in_index) if several else [head.in_index]
+    count = len(backbone.channels)
+    if any(not -count <= index < count for index in chosen):
+        return [f"{name}.in_index is {head.in_index}, and the backbone gives {count} maps"]
+    widths: Any = [backbone.channels[index] for index in chosen]
+    given = sum(widths) if head.input_transform == "resize_concat" else widths if several else widths[0]
+    wanted = list(head.in_channels) if isinstance(head.in_channels, (list, tuple)) else head.in_channels
+    if wanted != given:
+        return [f"{name}.in_channels is {wanted}, and the backbone's maps have {given}"]
+    strides = [backbone.strides[index] for index in chosen]
+    if isinstance(head, UPerHead) and any(fine >= coarse for fine, coarse in pairwise(strides)):
+        return [
+            f"{name} needs a pyramid, and the maps of a plain ViT have one size (strides {strides}): give the "
+            "backbone levels='vitdet', or take another head"
+        ]
+    return []
