@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vispeft.adapters.depth import StochasticDepth
-from vispeft.adapters.files import check_tensors, read_adapter, write_adapter
+from vispeft.adapters.files import DECODER, check_tensors, read_adapter, write_adapter
 from vispeft.adapters.fingerprint import absent_parts, base_tensors, check_fingerprint, fingerprint, pool_of
 from vispeft.adapters.header import adapter_part, backbone_part, plain_values, preprocessing_part, tensor_part
 from vispeft.adapters.heads import BASE_HEAD, HeadRack, LowBitHead, WideHead
@@ -415,10 +415,14 @@ class AdapterBank:
         path = key.split("/", 1)[0]
         return (f"{path}.{name}" if path else name) in exempt
 
-    def verify(self) -> None:
+    def verify(self, outer: nn.Module | None = None) -> None:
         """Check that every trainable tensor of the active adapters receives a gradient.
 
         One image of noise goes forward and backward with every unit moved away from its start; all values are put back.
+
+        Args:
+            outer: What is run, where that is not the model as it was given: a module around it that takes images and
+                gives a tensor or several, such as the maps a decoder reads.
 
         Raises:
             VerificationError: If a tensor gets none; the message names the sites.
@@ -426,7 +430,7 @@ class AdapterBank:
         units = {key: unit for name in self._active for key, unit in self._adapters[name].units.items()}
         blocks = {key: block for name in self._active for key, block in self._adapters[name].blocks().items()}
         self._check_ready("verify its adapters")
-        find_dead(self._model, self._outer, self.view, units, blocks)
+        find_dead(self._model, outer or self._outer, self.view, units, blocks)
 
     def report(self, name: str | None = None) -> Report:
         """Count what an adapter trains and stores; print the result to see a table.
@@ -704,12 +708,15 @@ class AdapterBank:
         """
         return dict(self._adapter(name).notes)
 
-    def save(self, path: str | Path, name: str | None = None) -> None:
+    def save(
+        self, path: str | Path, name: str | None = None, *, decoder: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Write an adapter: ``adapter.json``, ``adapter.safetensors`` and ``head.safetensors``, nothing of the base.
 
         Args:
             path: The directory; made where it is missing.
             name: The adapter; may be left out where there is only one active.
+            decoder: Tensors of a decoder that belongs to the task; `files.read_decoder` gives them back.
 
         Raises:
             FileError: If it cannot be written; what was there before is still there.
@@ -717,7 +724,8 @@ class AdapterBank:
         label = self._label(name)
         adapter = self._adapters[label]
         units, head = self._stored_units(label), self._head_state(label)
-        for key, tensor in {**units, **head}.items():
+        beside = {f"{DECODER}{key}": tensor for key, tensor in (decoder or {}).items()}
+        for key, tensor in {**units, **head, **beside}.items():
             if not torch.isfinite(tensor).all():
                 raise FileError(f"{key} of adapter {label!r} is not finite; it was not saved.")
         stored, codecs = self._stored(label)
@@ -735,7 +743,7 @@ class AdapterBank:
             "merge_error": adapter.merge_error,
         }
         units, head = {key: stored[key] for key in units}, {key: stored[key] for key in head}
-        write_adapter(Path(path), header, units, head)
+        write_adapter(Path(path), header, units, {**head, **beside})
 
     def _stored(self, label: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Give an adapter's tensors as a file holds them, and the codecs of those that are packed."""
@@ -797,7 +805,7 @@ class AdapterBank:
         lacking = [key for key in units if key in beyond or self._lacks(key, parts)]
         kept = {key: self._fitted(label, key, tensor) for key, tensor in units.items() if key not in lacking}
         with self._or_without(label):
-            found = {**kept, **head}
+            found = {**kept, **{key: tensor for key, tensor in head.items() if not key.startswith(DECODER)}}
             packed = {key: found[key] for key in _packed_names(header) if key in found}
             plain = {key: _unpacked(key, header, tensor) for key, tensor in found.items()}
             self.load_state_dict(plain, label)

@@ -28,6 +28,7 @@ from vispeft.errors import FileError, UnknownNameError
 
 __all__ = [
     "ADAPTER_FILE",
+    "DECODER",
     "HEAD_FILE",
     "JSON_FILE",
     "SCHEMA",
@@ -35,6 +36,7 @@ __all__ = [
     "check_tensors",
     "dtype_name",
     "read_adapter",
+    "read_decoder",
     "write_adapter",
     "write_atomically",
 ]
@@ -42,6 +44,8 @@ __all__ = [
 SCHEMA = 1
 """Version of the layout. It rises when an older version of vispeft could misread a file."""
 JSON_FILE, ADAPTER_FILE, HEAD_FILE = "adapter.json", "adapter.safetensors", "head.safetensors"
+DECODER = "decoder/"
+"""What the names of a decoder's tensors begin with; those of an adapter's own classifier begin with ``head/``."""
 
 
 def write_atomically(files: Mapping[Path, bytes]) -> None:
@@ -153,6 +157,22 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
         except SafetensorError as error:
             raise FileError(f"{folder / name} is no safetensors file ({error}).") from error
     return header, tensors[ADAPTER_FILE], tensors[HEAD_FILE]
+
+
+def read_decoder(folder: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a task's decoder that stand beside an adapter.
+
+    Args:
+        folder: The adapter's directory.
+
+    Returns:
+        Tensors by their names in the decoder; empty where there is none.
+
+    Raises:
+        FileError: If a file is missing, truncated or altered.
+    """
+    _, _, head = read_adapter(Path(folder))
+    return {key.removeprefix(DECODER): tensor for key, tensor in head.items() if key.startswith(DECODER)}
 
 
 def _read_header(folder: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from rich.table import Table
 from torch import Tensor
 
 from vispeft.tasks.base import AdapterTask
-from vispeft.tasks.supervised import SupervisedTask
 
 __all__ = ["Measured", "Outputs", "evaluate", "evaluation_trainer", "measure", "metrics_table", "output_names"]
 
@@ -49,21 +48,26 @@ def evaluation_trainer(**settings: Any) -> Trainer:
 
 
 class Outputs(Callback):
-    """Keeps what a task's evaluation step gives: its scores, and the targets beside them."""
+    """Keeps of what a task's evaluation step gives what the task wants kept of all images."""
 
-    def __init__(self) -> None:
-        """Begin with nothing."""
-        self._parts: list[dict[str, Tensor]] = []
+    def __init__(self, names: Sequence[str]) -> None:
+        """Begin with nothing.
+
+        Args:
+            names: What is kept.
+        """
+        self._parts: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         """Keep a batch."""
-        self._parts.append({name: tensor.cpu() for name, tensor in outputs.items()})
+        for name, parts in self._parts.items():
+            parts.append(outputs[name].cpu())
 
     on_test_batch_end = on_validation_batch_end
 
-    def __getitem__(self, name: str) -> Tensor:
-        """Give the scores or the targets of all images."""
-        return torch.cat([part[name] for part in self._parts])
+    def joined(self) -> dict[str, Tensor]:
+        """Give what was kept, of all images."""
+        return {name: torch.cat(parts) for name, parts in self._parts.items()}
 
 
 def evaluate(
@@ -102,8 +106,8 @@ class Measured:
     """Further entries of ``metrics.json``: figures per output, calibration."""
     seconds: dict[str, float]
     """How long each split took."""
-    _outputs: Outputs
-    """What the model gave for the test split."""
+    _outputs: dict[str, Tensor]
+    """What the task kept of the test split."""
 
     def draw(self, task: AdapterTask, names: tuple[str, ...], folder: Path) -> None:
         """Draw the results on the test split.
@@ -113,8 +117,7 @@ class Measured:
             names: Names of the outputs.
             folder: Where pictures go.
         """
-        if isinstance(task, SupervisedTask):
-            task.draw(self._outputs["scores"], self._outputs["targets"], names, folder)
+        task.draw_results(self._outputs, names, folder)
 
 
 def measure(trainer: Trainer, task: AdapterTask, data: LightningDataModule) -> Measured:
@@ -131,20 +134,18 @@ def measure(trainer: Trainer, task: AdapterTask, data: LightningDataModule) -> M
     metrics: dict[str, dict[str, float]] = {}
     seconds: dict[str, float] = {}
     details: dict[str, Any] = {}
-    supervised = isinstance(task, SupervisedTask)
+    kept: dict[str, Tensor] = {}
+    names = output_names(data, task.num_classes)
     for split in ("validation", "test"):
         start = time.perf_counter()
-        outputs = Outputs()
-        metrics[split] = evaluate(trainer, task, data, split, outputs if supervised else None)
+        outputs = Outputs(task.kept_outputs)
+        metrics[split] = evaluate(trainer, task, data, split, outputs)
         seconds[split] = time.perf_counter() - start
-        if supervised:
-            given = (outputs["scores"], outputs["targets"])
-            names = output_names(data, task.num_classes)
-            if split == "test":
-                details |= task.summary(*given, names)
-            elif getattr(data, "validation_chooses", True):  # otherwise the model was trained on these images
-                details |= task.calibrate(*given)
-    return Measured(metrics, details, seconds, outputs)
+        kept = outputs.joined()
+        # Where validation chose nothing, the model was trained on these images.
+        if split == "test" or getattr(data, "validation_chooses", True):
+            details |= task.details(split, kept, names)
+    return Measured(metrics, details, seconds, kept)
 
 
 def output_names(data: Any, count: int) -> tuple[str, ...]:

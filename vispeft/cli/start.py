@@ -59,21 +59,20 @@ def start_from(task: AdapterTask, source: str, class_names: Sequence[str]) -> st
     header, units, head = read_adapter(folder)
     _check_method(task.bank.plan().method.to_dict(), header["method"], source)
     check_fingerprint(header["backbone"]["fingerprint"], unwrap(task.model), task.bank.view)
-    own = task.bank.state_dict()
-    names = header["class_names"] or []
-    fits = {key: tensor.shape for key, tensor in own.items() if key.startswith("head/")} == {
-        key: tensor.shape for key, tensor in head.items()
-    }
+    names, word = list(header["class_names"] or []), "classifier" if task.classifies else "decoder"
+    fits = {key: t.shape for key, t in task.head_tensors().items()} == {key: t.shape for key, t in head.items()}
     # A classifier whose columns are to say which features matter starts anew (public code of VQT).
     scoring = bool(getattr(task, "head_sparsity", 0))
-    kept = bool(head) and fits and list(names) == list(class_names) and not scoring
-    task.bank.load_state_dict({**units, **(head if kept else {})})
+    kept = bool(head) and fits and names == list(class_names) and not scoring
+    task.take(units, head if kept else {})
     if kept:
-        return f"Started from {source}, with its classifier."
+        return f"Started from {source}, with its {word}."
     if scoring:
-        return f"Started from {source}; the classifier is a fresh one, because head_sparsity is to score its features."
+        return f"Started from {source}; the {word} is a fresh one, because head_sparsity is to score its features."
+    if names == list(class_names):
+        return f"Started from {source}; the {word} is a fresh one (another shape)."
     why = f"{len(names)} classes there, {len(class_names)} here" if len(names) != len(class_names) else "other classes"
-    return f"Started from {source}; the classifier is a fresh one ({why})."
+    return f"Started from {source}; the {word} is a fresh one ({why})."
 
 
 def _check_method(own: dict[str, Any], saved: dict[str, Any], source: str) -> None:

@@ -27,7 +27,7 @@ from vispeft.data.base import ImageData
 from vispeft.data.cache import cache_features
 from vispeft.errors import ConfigError, FileError, TrainingError
 from vispeft.tasks.base import AdapterTask
-from vispeft.tasks.callbacks import progress_bar
+from vispeft.tasks.callbacks import EpochPictures, progress_bar
 from vispeft.tasks.checkpoints import Found, RunCheckpoints, SealedCheckpointIO, find_checkpoint, read_checkpoint
 from vispeft.tasks.logs import RunLog
 from vispeft.viz import learning_curves
@@ -47,7 +47,9 @@ EXAMPLE = """example:
   python tools/train.py configs/classification/digits_ssf.yaml --init runs/digits_ssf/1
 
 Every key of the config can be overridden by its path; --print_config shows them all with their values. The run
-directory then holds adapter/, config.yaml, metrics.json, checkpoints/, logs/ (TensorBoard and CSV) and plots/."""
+directory then holds adapter/, config.yaml, metrics.json, checkpoints/, logs/ (TensorBoard and CSV) and plots/.
+
+A config of mmsegmentation, a .py file, is run by mmengine's Runner; CONFIG.py --help says with which options."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -65,6 +67,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--folds", type=int, metavar="N", help="cross-validation: train once for each of N folds")
     parser.add_argument("--print_config", action="store_true", help="print the whole config and leave")
     argv = list(argv)
+    if argv and argv[0].endswith(".py"):
+        from vispeft.cli.mmseg import main as train_segmentor  # needs an extra
+
+        train_segmentor(argv)
+        return
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         if not any(token.partition("=")[0] == "--resume" for token in argv):
             raise ConfigError(f"{argv[0]} stands where the config belongs. {one_line(parser.format_usage())}")
@@ -277,6 +284,7 @@ def _trainer(place: Path, cli: ConfigCLI, found: Found | None) -> Trainer:
     task, settings = cli.model, cli.trainer_settings
     callbacks = list(settings.get("callbacks") or [])
     folder, cadence = place / runs.CHECKPOINTS, cli.config_init["checkpoints"]
+    callbacks.append(EpochPictures(place / runs.PLOTS))
     callbacks.append(RunCheckpoints(folder, monitor=task.monitor, mode=task.monitor_mode, cadence=cadence))
     if not any(isinstance(callback, ProgressBar) for callback in callbacks):
         callbacks.append(progress_bar(terminal=sys.stdout.isatty()))
@@ -317,7 +325,7 @@ def _finish(place: Path, cli: ConfigCLI, trainer: Trainer, seconds: dict[str, fl
     by_split = measured.metrics.items()
     figures = {f"{split}/{name}": value for split, metrics in by_split for name, value in metrics.items()}
     task.bank.annotate(class_names=names, preprocessing=preprocessing.to_dict(), metrics=figures, output=task.output())
-    task.bank.save(place / runs.ADAPTER)
+    task.save_adapter(place / runs.ADAPTER)
     _plot(place, task, measured, names, best)
     return {
         **measured.metrics,

@@ -4,9 +4,12 @@ from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.callbacks import FiniteGuard, PlainProgress, progress_bar
 from vispeft.tasks.checkpoints import Cadence, RunCheckpoints, SealedCheckpointIO, find_checkpoint
 from vispeft.tasks.classification import Classification
+from vispeft.tasks.inference import Inference, predict_masks
+from vispeft.tasks.losses import SegmentationLoss
 from vispeft.tasks.multilabel import MultiLabel
 from vispeft.tasks.regression import Regression
 from vispeft.tasks.schedules import warmup_cosine, warmup_cosine_factor
+from vispeft.tasks.segmentation import Segmentation, SegmentationNetwork
 from vispeft.tasks.supervised import SupervisedTask
 
 __all__ = [
@@ -14,13 +17,18 @@ __all__ = [
     "Cadence",
     "Classification",
     "FiniteGuard",
+    "Inference",
     "MultiLabel",
     "PlainProgress",
     "Regression",
     "RunCheckpoints",
     "SealedCheckpointIO",
+    "Segmentation",
+    "SegmentationLoss",
+    "SegmentationNetwork",
     "SupervisedTask",
     "find_checkpoint",
+    "predict_masks",
     "progress_bar",
     "warmup_cosine",
     "warmup_cosine_factor",

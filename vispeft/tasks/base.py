@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -24,13 +24,13 @@ from vispeft.tasks.average import WeightAverage
 from vispeft.tasks.callbacks import FiniteGuard
 from vispeft.tasks.checkpoints import read_checkpoint
 from vispeft.tasks.layers import decay_by_layer
-from vispeft.tasks.schedules import warmup_cosine
+from vispeft.tasks.schedules import DECAYS, warmup_decay
 
 __all__ = ["AdapterTask"]
 
 
 class AdapterTask(LightningModule):
-    """Base of every task: a frozen backbone with one adapter, trained with AdamW, warm-up and cosine.
+    """Base of every task: a frozen backbone with one adapter, trained with AdamW, a warm-up and a decay.
 
     Checkpoints hold what training changes and nothing of the frozen backbone.
     """
@@ -41,6 +41,10 @@ class AdapterTask(LightningModule):
     """Whether more or less of it is better: ``max`` or ``min``."""
     least_outputs: ClassVar[int] = 2
     """How many outputs the task needs at least."""
+    kept_outputs: ClassVar[tuple[str, ...]] = ()
+    """What of the results of an evaluation step is kept of all images, for `details` and `draw_results`."""
+    classifies: ClassVar[bool] = True
+    """Whether the backbone's own classifier gives the outputs; otherwise the task has a decoder."""
 
     def __init__(
         self,
@@ -56,6 +60,7 @@ class AdapterTask(LightningModule):
         layer_decay: float = 1.0,
         ema: float = 0.0,
         base_dtype: Literal["float32", "bfloat16"] = "float32",
+        schedule: Literal["cosine", "poly"] = "cosine",
     ) -> None:
         """Create the backbone, attach the adapter and verify it.
 
@@ -71,6 +76,7 @@ class AdapterTask(LightningModule):
             layer_decay: Learning rate of a layer over that of the layer behind it, for methods that train the backbone.
             ema: Decay of a running average of what trains, which is then validated and saved; 0 for none.
             base_dtype: Type of the frozen backbone; adapter and head are float32 in any case.
+            schedule: How the learning rate falls after the warm-up: half a cosine, or a polynomial of power 0.9.
 
         Raises:
             ConfigError: If a number is out of range, or the backbone is not known.
@@ -89,13 +95,17 @@ class AdapterTask(LightningModule):
         ):
             if not good:
                 raise ConfigError(f"{type(self).__name__}({name}={value}): {_NEEDED[name].format(self)} is needed.")
+        if schedule not in DECAYS:
+            raise ConfigError(f"{type(self).__name__}(schedule={schedule!r}): choose {' or '.join(sorted(DECAYS))}.")
+        self.schedule = schedule
         taken = sorted({"num_classes", "weights"} & set(backbone_args or {}))
         if taken:
             raise ConfigError(f"backbone_args has {', '.join(taken)}, which {type(self).__name__} takes by that name.")
         self.strict_loading = False  # checkpoints have no frozen tensors; on_load_checkpoint checks the others
         self.lr, self.weight_decay, self.warmup, self.num_classes = lr, weight_decay, warmup, num_classes
         self.backbone, self.backbone_args, self.weights = backbone, dict(backbone_args or {}), weights
-        self.model: nn.Module = create_model(backbone, num_classes=num_classes, weights=weights, **self.backbone_args)
+        outputs = num_classes if self.classifies else 0
+        self.model: nn.Module = create_model(backbone, num_classes=outputs, weights=weights, **self.backbone_args)
         self.preprocessing = Preprocessing.of(self.model)
         self.base_dtype: torch.dtype = getattr(torch, base_dtype)
         self.model.to(self.base_dtype)
@@ -107,6 +117,17 @@ class AdapterTask(LightningModule):
             )
         self.layer_decay = layer_decay
         self.average = WeightAverage(ema) if ema else None
+
+    def save_adapter(self, path: str | Path) -> None:
+        """Write the adapter, and what belongs to the task beside it.
+
+        Args:
+            path: Its directory.
+
+        Raises:
+            FileError: If it cannot be written.
+        """
+        self.bank.save(path)
 
     def load_adapter(self, path: str | Path) -> None:
         """Replace the adapter by a saved one.
@@ -121,6 +142,22 @@ class AdapterTask(LightningModule):
         for name in self.bank.names:
             self.bank.detach(name)
         self.bank = load(self.model, path)
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        """Give the tensors of the task's head under their names in files."""
+        return {key: tensor for key, tensor in self.bank.state_dict().items() if key.startswith("head/")}
+
+    def take(self, units: Mapping[str, Tensor], head: Mapping[str, Tensor]) -> None:
+        """Copy the tensors of a saved adapter.
+
+        Args:
+            units: Those of its units.
+            head: Those of its head, all of them or none.
+
+        Raises:
+            FileError: If one is missing, unknown, of another shape, or not finite.
+        """
+        self.bank.load_state_dict({**units, **head})
 
     def restore(self, checkpoint: str | Path) -> int:
         """Take the weights of a checkpoint this task wrote; where an average was kept, that.
@@ -187,16 +224,53 @@ class AdapterTask(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Give AdamW over the adapter's groups, and its schedule."""
-        groups = self.bank.parameter_groups(self.lr, self.weight_decay)
+        groups = [*self.bank.parameter_groups(self.lr, self.weight_decay), *self.further_groups()]
         if self.layer_decay != 1:
             groups = decay_by_layer(unwrap(self.model), groups, self.layer_decay)
         optimizer = AdamW(groups)
-        schedule = warmup_cosine(optimizer, self.trainer.estimated_stepping_batches, self.warmup)  # type: ignore[arg-type]
+        steps: Any = self.trainer.estimated_stepping_batches
+        schedule = warmup_decay(optimizer, steps, self.warmup, self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def further_groups(self) -> list[dict[str, Any]]:
+        """Give groups for the optimiser of what trains besides the adapter and its classifier."""
+        return []
+
+    def on_train_epoch_start(self) -> None:
+        """Log the learning rate the epoch begins with."""
+        schedule: Any = self.lr_schedulers()
+        self.log("lr", schedule.get_last_lr()[0], on_epoch=True)
 
     def output(self) -> dict[str, Any]:
         """Say how outputs are read, for the adapter's file."""
         return {}
+
+    def details(self, split: str, outputs: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Any]:
+        """Give further figures for ``metrics.json``, after a split was measured.
+
+        Args:
+            split: validation or test.
+            outputs: What `kept_outputs` names, of all images.
+            names: Names of the outputs.
+        """
+        return {}
+
+    def draw_epoch(self, folder: Path, epoch: int) -> None:
+        """Draw something after an epoch was measured on the validation split, where the task has something to show.
+
+        Args:
+            folder: Where pictures go.
+            epoch: Counted from zero.
+        """
+
+    def draw_results(self, outputs: Mapping[str, Tensor], names: Sequence[str], folder: Path) -> None:
+        """Draw the results on the test split.
+
+        Args:
+            outputs: What `kept_outputs` names, of all images.
+            names: Names of the outputs.
+            folder: Where pictures go.
+        """
 
     def configure_callbacks(self) -> list[Callback]:
         """Add the guard against values that are not finite, and the average, to whichever trainer runs the task."""

@@ -1,11 +1,12 @@
-"""Callbacks: stopping at the first value that is not finite, and showing progress."""
+"""Callbacks: stopping at the first value that is not finite, drawing after each epoch, and showing progress."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 
 from vispeft.errors import TrainingError
 
-__all__ = ["FiniteGuard", "NarrowProgress", "PlainProgress", "progress_bar"]
+__all__ = ["EpochPictures", "FiniteGuard", "NarrowProgress", "PlainProgress", "progress_bar"]
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,23 @@ def _largest(trainer: Trainer) -> str:
 def _groups(trainer: Trainer) -> list[tuple[str, list[Tensor]]]:
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     return [(str(group.get("name", index)), list(group["params"])) for index, group in enumerate(groups)]
+
+
+class EpochPictures(Callback):
+    """Lets a task draw what it shows after each validation."""
+
+    def __init__(self, folder: Path) -> None:
+        """Say where pictures go.
+
+        Args:
+            folder: Made when the first one is drawn.
+        """
+        self.folder = folder
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw, but not for the few batches that are tried before training."""
+        if not trainer.sanity_checking:
+            cast(Any, pl_module).draw_epoch(self.folder, trainer.current_epoch)
 
 
 class PlainProgress(ProgressBar):

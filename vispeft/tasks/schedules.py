@@ -10,7 +10,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from vispeft.errors import ConfigError
 
-__all__ = ["warmup_cosine", "warmup_cosine_factor"]
+__all__ = ["DECAYS", "warmup_cosine", "warmup_cosine_factor", "warmup_decay", "warmup_poly_factor"]
+
+POWER = 0.9
+"""Exponent of the polynomial decay, as in DeepLab (arXiv 1606.00915) and most recipes of mmsegmentation."""
 
 
 def warmup_cosine_factor(step: int, steps: int, warmup_steps: int) -> float:
@@ -29,27 +32,62 @@ def warmup_cosine_factor(step: int, steps: int, warmup_steps: int) -> float:
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
-    return 0.5 * (1 + math.cos(math.pi * progress))
+    return 0.5 * (1 + math.cos(math.pi * _progress(step, steps, warmup_steps)))
 
 
-def warmup_cosine(optimizer: Optimizer, steps: int, warmup: float) -> LambdaLR:
+def warmup_poly_factor(step: int, steps: int, warmup_steps: int) -> float:
+    """Compute the same with a decay by ``(1 - progress) ** 0.9`` instead of half a cosine.
+
+    Args:
+        step: The step, counted from zero.
+        steps: Steps of the whole training.
+        warmup_steps: Steps of the warm-up.
+
+    Returns:
+        A number from 0 to 1.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return float((1 - _progress(step, steps, warmup_steps)) ** POWER)
+
+
+def _progress(step: int, steps: int, warmup_steps: int) -> float:
+    return min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
+
+
+DECAYS = {"cosine": warmup_cosine_factor, "poly": warmup_poly_factor}
+"""How the learning rate falls, by name."""
+
+
+def warmup_decay(optimizer: Optimizer, steps: int, warmup: float, decay: str) -> LambdaLR:
     """Make the schedule for an optimiser, to be stepped after each of its steps.
 
     Args:
         optimizer: The optimiser; each group falls from its own learning rate.
         steps: Steps of the whole training.
         warmup: Share of the steps in which the rate rises, from 0 up to, not including, 1.
+        decay: A key of `DECAYS`.
 
     Raises:
         ConfigError: If the training has no end, or the warm-up leaves nothing of it.
     """
     if not math.isfinite(steps) or steps < 1:
         raise ConfigError(
-            f"A cosine schedule needs to know its end, and this training has {steps} steps. "
+            f"A {decay} schedule needs to know its end, and this training has {steps} steps. "
             "Give trainer.max_epochs or trainer.max_steps, at least 1."
         )
     if not 0 <= warmup < 1:
         raise ConfigError(f"warmup is {warmup}; give a share of all steps, from 0 up to, not including, 1.")
-    factor = partial(warmup_cosine_factor, steps=int(steps), warmup_steps=round(warmup * steps))
+    factor = partial(DECAYS[decay], steps=int(steps), warmup_steps=round(warmup * steps))
     return LambdaLR(optimizer, factor)
+
+
+def warmup_cosine(optimizer: Optimizer, steps: int, warmup: float) -> LambdaLR:
+    """Make the schedule with a cosine; see `warmup_decay`.
+
+    Args:
+        optimizer: The optimiser.
+        steps: Steps of the whole training.
+        warmup: Share of the steps in which the rate rises.
+    """
+    return warmup_decay(optimizer, steps, warmup, "cosine")

@@ -34,6 +34,7 @@ class SupervisedTask(AdapterTask):
 
     target: ClassVar[str]
     """Kind of the data's targets: ``class``, ``multilabel`` or ``regression``."""
+    kept_outputs: ClassVar[tuple[str, ...]] = ("scores", "targets")
     targets_needed: bool = False
     """Whether something is computed from all targets of the training split before the first step."""
 
@@ -163,6 +164,16 @@ class SupervisedTask(AdapterTask):
             names: Names of the outputs.
         """
 
+    def details(self, split: str, outputs: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Any]:
+        """Give figures per output after the test, and calibrate after validation."""
+        if split == "test":
+            return self.summary(outputs["scores"], outputs["targets"], names)
+        return self.calibrate(outputs["scores"], outputs["targets"])
+
+    def draw_results(self, outputs: Mapping[str, Tensor], names: Sequence[str], folder: Path) -> None:
+        """Draw the results on the test split."""
+        self.draw(outputs["scores"], outputs["targets"], names, folder)
+
     # ------------------------------------------------------------------ data
 
     def check_data(self, data: Any) -> None:
@@ -205,11 +216,6 @@ class SupervisedTask(AdapterTask):
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(targets))
         self.log_dict(self.train_metrics, on_step=False, on_epoch=True, batch_size=len(targets))
         return loss
-
-    def on_train_epoch_start(self) -> None:
-        """Log the learning rate the epoch begins with."""
-        schedule = self.lr_schedulers()
-        self.log("lr", schedule.get_last_lr()[0], on_epoch=True)  # type: ignore[union-attr]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Measure a batch of the validation split; gives scores and targets."""

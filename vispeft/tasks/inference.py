@@ -1,0 +1,167 @@
+"""From images to masks: whole images or sliding windows, with test-time augmentation, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vispeft.errors import ConfigError, DataError
+
+__all__ = ["Inference", "padded_to", "predict_masks"]
+
+Scores = Callable[[Tensor], Tensor]
+"""Images (B, 3, H, W) in, class scores (B, classes, H, W) out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inference:
+    """How masks are computed in validation, test and prediction.
+
+    A sliding window gives what mmsegmentation's ``slide`` mode gives: windows one stride apart, the last ones moved
+    back to the border, their scores averaged where they overlap. Flips and scales act on what is seen at once (the
+    image, or the window), and class probabilities are then averaged instead of scores.
+    """
+
+    mode: Literal["whole", "slide"] = "whole"
+    """The whole image at once, or windows."""
+    window: int = 512
+    """Height and width of a window in pixels."""
+    stride: int = 341
+    """Pixels from one window to the next; two thirds of the window is customary."""
+    flip: bool = False
+    """See everything mirrored too."""
+    scales: tuple[float, ...] = (1.0,)
+    """Sizes in which everything is seen, as multiples of its own."""
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            ConfigError: If one of them cannot work.
+        """
+        object.__setattr__(self, "scales", tuple(self.scales))
+        if self.mode not in ("whole", "slide"):
+            raise ConfigError(f"Inference(mode={self.mode!r}): choose 'whole' or 'slide'.")
+        if self.window < 1 or not 1 <= self.stride <= self.window:
+            raise ConfigError(
+                f"Inference(window={self.window}, stride={self.stride}): the stride is from 1 to the window, or pixels "
+                "between windows would be left out."
+            )
+        if not self.scales or min(self.scales) <= 0:
+            raise ConfigError(f"Inference(scales={self.scales}): give numbers above 0, such as (0.75, 1.0, 1.25).")
+
+    @property
+    def plain(self) -> bool:
+        """Whether everything is seen once, as it is."""
+        return not self.flip and self.scales == (1.0,)
+
+
+@torch.no_grad()
+def predict_masks(scores: Scores, images: Tensor, inference: Inference, size: tuple[int, int] | None = None) -> Tensor:
+    """Compute the likeliest class of every pixel.
+
+    With windows the memory needed is that of one row of windows, whatever the height of the image: each band of rows is
+    decided as soon as no further window reaches it.
+
+    Args:
+        scores: The model.
+        images: (B, 3, H, W).
+        inference: How.
+        size: Height and width of the masks; None for those of the images. Whole images have their scores resized
+            bilinearly; masks made of windows are resized by their nearest pixels.
+
+    Returns:
+        Class indices (B, h, w), int64.
+
+    Raises:
+        DataError: If an image is smaller than the window.
+    """
+    height, width = images.shape[-2:]
+    wanted = (height, width) if size is None else tuple(size)
+    if inference.mode == "whole":
+        found = _seen(scores, images, inference)
+        if wanted != (height, width):
+            found = F.interpolate(found, wanted, mode="bilinear", align_corners=False)
+        return found.argmax(1)
+    if min(height, width) < inference.window:
+        raise DataError(
+            f"An image of {height} x {width} pixels was given, and the sliding window has {inference.window}. Make "
+            "inference.window smaller, the images larger, or take inference.mode=whole."
+        )
+    masks = torch.cat(list(_bands(scores, images, inference)), dim=1)
+    if wanted != (height, width):
+        masks = F.interpolate(masks[:, None].float(), wanted, mode="nearest-exact")[:, 0].long()
+    return masks
+
+
+def _seen(scores: Scores, images: Tensor, inference: Inference) -> Tensor:
+    """Compute the scores of what is seen at once, or the mean of its probabilities under augmentation."""
+    if inference.plain:
+        return scores(images).float()
+    size = tuple(images.shape[-2:])
+    total: Tensor | None = None
+    for scale in inference.scales:
+        scaled = images
+        if scale != 1:
+            smaller = [max(1, round(side * scale)) for side in size]
+            scaled = F.interpolate(images, smaller, mode="bilinear", align_corners=False, antialias=scale < 1)
+        for flipped in (False, True) if inference.flip else (False,):
+            found = scores(scaled.flip(-1) if flipped else scaled).float()
+            found = found.flip(-1) if flipped else found
+            if tuple(found.shape[-2:]) != size:
+                found = F.interpolate(found, size, mode="bilinear", align_corners=False)
+            found = found.softmax(1)
+            total = found if total is None else total.add_(found)
+    assert total is not None
+    return total / (len(inference.scales) * (1 + inference.flip))
+
+
+def _starts(side: int, window: int, stride: int) -> list[int]:
+    """Give where windows begin along a side; the last one ends with it."""
+    count = max(0, -(-(side - window) // stride)) + 1
+    return [min(index * stride, side - window) for index in range(count)]
+
+
+def _bands(scores: Scores, images: Tensor, inference: Inference) -> Iterator[Tensor]:
+    """Yield bands of the masks (B, rows, W), from the top."""
+    height, width = images.shape[-2:]
+    window, stride = inference.window, inference.stride
+    tops, lefts = _starts(height, window, stride), _starts(width, window, stride)
+    band: Tensor | None = None
+    for top, following in zip(tops, [*tops[1:], height], strict=True):
+        for left in lefts:
+            part = _seen(scores, images[..., top : top + window, left : left + window], inference)
+            if band is None:
+                band = part.new_zeros(*part.shape[:2], window, width)
+            band[..., left : left + window] += part
+            del part
+        assert band is not None
+        done = following - top
+        # The mean is the sum over the number of windows, the same for all classes: the largest sum is the largest mean.
+        yield band[:, :, :done].argmax(1)
+        if following < height:
+            _shift(band, done)
+
+
+def _shift(band: Tensor, done: int) -> None:
+    """Move rows up in place, class by class so that no second band is needed, and make room below."""
+    for plane in band.flatten(0, 1):
+        kept = plane[done:].clone()
+        plane[: kept.shape[0]] = kept
+        plane[kept.shape[0] :] = 0
+
+
+def padded_to(images: Tensor, divisor: int) -> Tensor:
+    """Pad images at the bottom and at the right with zeros, which is the mean colour of normalised ones.
+
+    Args:
+        images: (B, 3, H, W).
+        divisor: What height and width are to be multiples of.
+    """
+    below, beside = ((-side) % divisor for side in images.shape[-2:])
+    return F.pad(images, (0, beside, 0, below)) if below or beside else images
