@@ -83,7 +83,7 @@ class DPTDecoder(Decoder):
             ConfigError: If number or channels do not fit, or the sizes differ.
         """
         super().check(maps)
-        if len({tuple(level.shape[-2:]) for level in maps}) > 1:
+        if any(level.shape[-2:] != maps[0].shape[-2:] for level in maps):
             raise ConfigError(
                 "Decoder 'dpt' makes its own scales out of maps of one size, as a plain ViT gives them, and got maps "
                 f"of {sizes_of(maps)}. For a pyramid take 'segformer' or 'uper'."
