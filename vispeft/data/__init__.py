@@ -6,6 +6,7 @@ from vispeft.data.base import BatchSplit, EpochSampler, ImageData, MemorySplit
 from vispeft.data.checks import Report, examine
 from vispeft.data.cityscapes import CityscapesData
 from vispeft.data.digits import DigitsData
+from vispeft.data.earth import EarthData
 from vispeft.data.fgvc import FgvcData
 from vispeft.data.folder import ImageFolderData
 from vispeft.data.images import ImageFiles, find_images, read_image
@@ -28,6 +29,7 @@ __all__ = [
     "BatchSplit",
     "CityscapesData",
     "DigitsData",
+    "EarthData",
     "EpochSampler",
     "FgvcData",
     "Finding",
