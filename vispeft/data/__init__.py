@@ -16,6 +16,7 @@ from vispeft.data.listing import Finding, ListedSplit, Listing, Published
 from vispeft.data.lists import ImageListData, JsonData
 from vispeft.data.masks import IGNORE, ListedMasks, MaskCoding
 from vispeft.data.preprocessing import Preprocessing
+from vispeft.data.scenes import Scene, ScenesData, render_scene
 from vispeft.data.segmentation import MaskFolderData, SegmentationData, list_masks
 from vispeft.data.shards import WebDatasetData
 from vispeft.data.torchvision_sets import TorchvisionData
@@ -51,6 +52,8 @@ __all__ = [
     "Preprocessing",
     "Published",
     "Report",
+    "Scene",
+    "ScenesData",
     "SegmentationData",
     "TorchvisionData",
     "VOCData",
@@ -60,4 +63,5 @@ __all__ = [
     "find_images",
     "list_masks",
     "read_image",
+    "render_scene",
 ]

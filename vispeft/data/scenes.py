@@ -1,0 +1,427 @@
+"""Generated scenes of balls, boxes and cylinders in a room, with everything known about each pixel.
+
+A scene is a function of (seed, index) alone; at another size the same scene is seen. It is ray-cast: one ray through
+the middle of each pixel, one more to the light. Colours and patterns say nothing about what a thing is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vispeft.data.facts import ImageFacts
+from vispeft.data.listing import Listing
+from vispeft.data.masks import ListedMasks, MaskCoding, MaskFacts
+from vispeft.data.palettes import Colour
+from vispeft.data.segmentation import SegmentationData
+from vispeft.data.sources import Source
+from vispeft.errors import ConfigError
+
+__all__ = ["SCENE_CLASSES", "SCENE_PARTS", "Scene", "SceneSource", "ScenesData", "render_scene"]
+
+VERSION = 1
+"""Of the generator: raised when the same seed gives another scene."""
+
+SCENE_CLASSES = ("wall", "floor", "ball", "box", "cylinder")
+SCENE_PARTS = (
+    "none",
+    "upper half of a ball",
+    "lower half of a ball",
+    "top of a box",
+    "side of a box",
+    "top of a cylinder",
+    "side of a cylinder",
+)
+COLOURS: tuple[Colour, ...] = ((128, 128, 128), (166, 118, 29), (231, 41, 138), (27, 158, 119), (117, 112, 179))
+
+VIEW = 60.0
+"""Degrees that are seen along the longer side."""
+AMBIENT = 0.35
+"""Share of the light that reaches shadows."""
+NEAR = 1e-4
+"""Metres from which a ray meets something, so that a ray to the light does not meet where it begins."""
+
+FACES = 6
+"""Most faces a thing has."""
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A rendered scene and what is known about each of its pixels."""
+
+    image: Tensor
+    """Colours, uint8 (3, H, W)."""
+    mask: Tensor
+    """Index into `SCENE_CLASSES`, uint8 (H, W)."""
+    parts: Tensor
+    """Index into `SCENE_PARTS`, uint8 (H, W); equal for all things of a kind."""
+    depth: Tensor
+    """Metres along the axis of the camera, float32 (H, W)."""
+    normals: Tensor
+    """Unit vectors that point away from the surface, float32 (3, H, W): right, up, and towards the camera."""
+    edges: Tensor
+    """Whether the pixel to the right or the one below shows another thing or another face, bool (H, W)."""
+
+
+@lru_cache(maxsize=8)  # an image and its mask are asked for one after the other
+def render_scene(seed: int, index: int, size: tuple[int, int]) -> Scene:
+    """Render a scene.
+
+    Args:
+        seed: Of a set of scenes, from 0.
+        index: Number of the scene, from 0.
+        size: Height and width in pixels.
+    """
+    random = np.random.default_rng([VERSION, seed, index])
+    things = _furnish(random)
+    camera, turn = _camera(random)
+    light = _unit(np.array([[random.uniform(-1, 1)], [random.uniform(0.8, 1.6)], [random.uniform(-1.2, -0.2)]]))
+    rays = _rays(size)
+    distance, which = _first_hit(things, camera, turn @ rays)
+    points = camera + distance * (turn @ rays)
+    seen = _look(things, which, points)
+    lit = np.maximum((light * seen["normals"]).sum(0), 0) * ~_shadowed(things, points, light)
+    colours = seen["colours"] * (AMBIENT + (1 - AMBIENT) * lit)
+    normals = turn.T @ seen["normals"] * [[1], [1], [-1]]
+    return Scene(
+        image=_as_map((colours * 255).round(), size, np.uint8),
+        mask=_as_map(seen["classes"], size, np.uint8),
+        parts=_as_map(seen["parts"], size, np.uint8),
+        depth=_as_map(distance * rays[2], size, np.float32),
+        normals=_as_map(normals, size, np.float32),
+        edges=torch.from_numpy(_edges((which * FACES + seen["faces"]).reshape(size))),
+    )
+
+
+def _as_map(values: Array, size: tuple[int, int], kind: type) -> Tensor:
+    """Give values of all pixels (..., H * W) the shape (..., H, W)."""
+    return torch.from_numpy(values.reshape(*values.shape[:-1], *size).astype(kind))
+
+
+# ------------------------------------------------------------------ things
+# Vectors are columns, (3, N), so that numpy adds their parts up fast. The axes of the room point right, up, and away
+# from the camera.
+
+
+@dataclass(frozen=True)
+class _Thing:
+    """A solid of size one, stretched, turned about the vertical axis and put somewhere."""
+
+    kind: int
+    """Index into `SCENE_CLASSES`."""
+    centre: Array
+    """Metres (3, 1)."""
+    scale: Array
+    """Half its width, height and length in metres (3, 1)."""
+    turn: Array
+    """From the room's axes to its own (3, 3)."""
+    pattern: Callable[[Array], Array]
+    """Colours (3, N) in [0, 1] at points (3, N), in metres from its centre along its own axes."""
+
+    def inward(self, points: Array) -> Array:
+        """Go from points in the room to the solid of size one."""
+        return self.turn @ (points - self.centre) / self.scale
+
+    def hit(self, origins: Array, rays: Array) -> Array:
+        """Give how far along each ray (3, N) it is met first, in lengths of the ray (N,); infinity for never."""
+        # Stretching changes lengths and not the share of a ray, so that the result needs no stretching back.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return _HITS[self.kind](self.inward(origins), self.turn @ rays / self.scale)
+
+
+def _wall(origins: Array, rays: Array) -> Array:
+    """Meet the plane z = 0 from the side of the camera."""
+    return _beyond(-origins[2] / rays[2], rays[2] > 0)
+
+
+def _floor(origins: Array, rays: Array) -> Array:
+    """Meet the plane y = 0 from above."""
+    return _beyond(-origins[1] / rays[1], rays[1] < 0)
+
+
+def _round(origins: Array, rays: Array) -> Array:
+    """Meet the unit ball, or in two dimensions the unit circle, from outside: the nearer root of |o + t r| = 1."""
+    a, b = (rays**2).sum(0), (origins * rays).sum(0)
+    inside = b**2 - a * ((origins**2).sum(0) - 1)
+    return _beyond((-b - np.sqrt(np.maximum(inside, 0))) / a, inside > 0)
+
+
+def _box(origins: Array, rays: Array) -> Array:
+    """Meet the cube from -1 to 1: behind the last of the planes that are entered, before one is left."""
+    one, other = (-1 - origins) / rays, (1 - origins) / rays
+    entered, left = np.fmin(one, other).max(0), np.fmax(one, other).min(0)
+    return _beyond(entered, entered <= left)
+
+
+def _cylinder(origins: Array, rays: Array) -> Array:
+    """Meet the upright cylinder of radius 1 from -1 to 1."""
+    level = [0, 2]
+    side = _round(origins[level], rays[level])
+    height = origins[1] + np.where(np.isfinite(side), side, 0) * rays[1]
+    side = np.where(np.abs(height) <= 1, side, np.inf)
+    lid = (np.where(rays[1] < 0, 1, -1) - origins[1]) / rays[1]
+    place = origins[level] + lid * rays[level]
+    return np.minimum(side, _beyond(lid, (place**2).sum(0) <= 1))
+
+
+def _beyond(distance: Array, met: Array) -> Array:
+    return np.where(met & (distance > NEAR), distance, np.inf)
+
+
+_HITS = (_wall, _floor, _round, _box, _cylinder)
+
+
+def _surface(thing: _Thing, points: Array) -> tuple[Array, Array, Array]:
+    """Give outward normals (3, N) in the room, faces and parts (N,) at points on a thing."""
+    own = thing.inward(points)
+    normals, count = np.zeros_like(own), own.shape[1]
+    faces, parts = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    name = SCENE_CLASSES[thing.kind]
+    if name == "wall":
+        normals[2] = -1
+    elif name == "floor":
+        normals[1] = 1
+    elif name == "ball":
+        normals, parts = own, np.where(own[1] >= 0, 1, 2)
+    elif name == "box":
+        axis, each = np.abs(own).argmax(0), np.arange(count)
+        normals[axis, each] = np.sign(own[axis, each])
+        faces, parts = axis * 2 + (own[axis, each] > 0), np.where(axis == 1, 3, 4)
+    else:
+        # A point on the side is on the unit circle up to rounding, one on a lid inside of it.
+        lid = np.abs(own[1]) > np.hypot(own[0], own[2])
+        normals = np.where(lid, np.sign(own) * _UP, own * (1 - _UP))
+        faces, parts = lid.astype(np.int64), np.where(lid, 5, 6)
+    return thing.turn.T @ _unit(normals / thing.scale), faces, parts
+
+
+_UP = np.array([[0.0], [1.0], [0.0]])
+
+
+# ------------------------------------------------------------------ a room
+
+
+def _furnish(random: np.random.Generator) -> list[_Thing]:
+    """Make wall and floor, and put things on the floor that do not touch."""
+    one, upright = np.ones((3, 1)), np.eye(3)
+    behind = np.array([[0], [0], [random.uniform(7, 10)]])
+    room = [
+        _Thing(0, behind, one, upright, _pattern(random)),
+        _Thing(1, np.zeros((3, 1)), one, upright, _pattern(random)),
+    ]
+    taken: list[tuple[float, float, float]] = []
+    things = []
+    for _ in range(int(random.integers(5, 13))):
+        kind = int(random.integers(2, len(SCENE_CLASSES)))
+        scale = random.uniform(0.25, 0.7, 3)
+        if SCENE_CLASSES[kind] == "ball":
+            scale[:] = scale[0]
+        elif SCENE_CLASSES[kind] == "cylinder":
+            scale[2] = scale[0]
+        spread = float(np.hypot(scale[0], scale[2]))
+        # Drawn in any case, so that a thing without room leaves the others as they are.
+        z, angle = random.uniform(2.8, 6.5), random.uniform(0, np.pi)
+        x, pattern = random.uniform(-0.55, 0.55) * z, _pattern(random)
+        if any(np.hypot(x - a, z - b) < spread + far for a, b, far in taken):
+            continue
+        taken.append((x, z, spread))
+        things.append(_Thing(kind, np.array([[x], [scale[1]], [z]]), scale[:, None], _about_vertical(angle), pattern))
+    return [*room, *things]
+
+
+def _pattern(random: np.random.Generator) -> Callable[[Array], Array]:
+    """Draw a pattern of two colours: none, squares, stripes or waves."""
+    kind = int(random.integers(4))
+    first, second = random.uniform(0.1, 1, (2, 3, 1))
+    step = random.uniform(0.15, 0.5)
+    along = _unit(random.normal(size=(3, 1)))
+    waves, phases = random.normal(size=(3, 3)) * 2 / step, random.uniform(0, 2 * np.pi, (3, 1))
+
+    def share(points: Array) -> Array:
+        if kind == 0:
+            return np.zeros((1, points.shape[1]))
+        if kind == 1:
+            # Half a millimetre off, so that a face does not lie on the border of two squares.
+            return np.floor((points + 5e-4) / step).sum(0, keepdims=True) % 2
+        if kind == 2:
+            return np.floor(along.T @ points / step) % 2
+        return np.sin(waves @ points + phases).mean(0, keepdims=True) * 0.5 + 0.5
+
+    return lambda points: first + share(points) * (second - first)
+
+
+def _about_vertical(angle: float) -> Array:
+    return np.array([[np.cos(angle), 0, -np.sin(angle)], [0, 1, 0], [np.sin(angle), 0, np.cos(angle)]])
+
+
+def _camera(random: np.random.Generator) -> tuple[Array, Array]:
+    """Draw where the camera stands (3, 1), and how it looks: from its axes to the room's (3, 3)."""
+    place = np.array([[0.0], [random.uniform(1.6, 2.6)], [0.0]])
+    down, aside = np.radians(random.uniform(10, 22)), np.radians(random.uniform(-8, 8))
+    pitch = np.array([[1, 0, 0], [0, np.cos(down), -np.sin(down)], [0, np.sin(down), np.cos(down)]])
+    return place, _about_vertical(aside) @ pitch
+
+
+def _rays(size: tuple[int, int]) -> Array:
+    """Give a unit vector (3, H * W) through the middle of each pixel, along the camera's axes: right, up, away."""
+    height, width = size
+    side = 2 * np.tan(np.radians(VIEW / 2)) / max(size)
+    right = (np.arange(width) + 0.5 - width / 2) * side
+    up = (height / 2 - np.arange(height) - 0.5) * side
+    return _unit(np.stack([*np.meshgrid(right, up), np.ones(size)]).reshape(3, -1))
+
+
+def _unit(vectors: Array) -> Array:
+    return vectors / np.sqrt((vectors**2).sum(0))
+
+
+# ------------------------------------------------------------------ looking
+
+
+def _first_hit(things: Sequence[_Thing], origin: Array, rays: Array) -> tuple[Array, Array]:
+    """Give the distance to what each ray meets first, and its position in the list."""
+    distances = np.stack([thing.hit(origin, rays) for thing in things])
+    which = distances.argmin(0)
+    return distances[which, np.arange(len(which))], which
+
+
+def _shadowed(things: Sequence[_Thing], points: Array, light: Array) -> Array:
+    """Say from which points (3, N) the light is hidden; wall and floor hide it from nothing."""
+    dark = np.zeros(points.shape[1], bool)
+    for thing in things[2:]:
+        dark |= np.isfinite(thing.hit(points, light))
+    return dark
+
+
+def _look(things: Sequence[_Thing], which: Array, points: Array) -> dict[str, Array]:
+    """Collect what is known about points on things: (N,), or (3, N) for normals and colours."""
+    count = len(which)
+    seen: dict[str, Array] = {name: np.zeros(count, np.int64) for name in ("classes", "faces", "parts")}
+    seen |= {name: np.zeros((3, count)) for name in ("normals", "colours")}
+    for position, thing in enumerate(things):
+        here = np.flatnonzero(which == position)
+        if len(here):
+            there = points[:, here]
+            seen["classes"][here] = thing.kind
+            seen["normals"][:, here], seen["faces"][here], seen["parts"][here] = _surface(thing, there)
+            seen["colours"][:, here] = thing.pattern(thing.turn @ (there - thing.centre))
+    return seen
+
+
+def _edges(surface: Array) -> Array:
+    """Find pixels whose neighbour to the right or below is on another surface (H, W)."""
+    edges = np.zeros(surface.shape, bool)
+    edges[:, :-1] |= surface[:, :-1] != surface[:, 1:]
+    edges[:-1] |= surface[:-1] != surface[1:]
+    return edges
+
+
+# ------------------------------------------------------------------ data module
+
+
+class SceneSource(Source):
+    """Scenes by number; `read` gives the image, or with `masks` the mask."""
+
+    def __init__(self, seed: int, numbers: Sequence[int], size: tuple[int, int], masks: bool = False) -> None:
+        """Keep what the scenes depend on.
+
+        Args:
+            seed: Of the set of scenes.
+            numbers: Of the scenes.
+            size: Height and width in pixels.
+            masks: Give masks (H, W) instead of images (3, H, W).
+        """
+        self.seed, self.numbers, self.size, self.masks = seed, list(numbers), size, masks
+
+    def __len__(self) -> int:
+        """Count the scenes."""
+        return len(self.numbers)
+
+    def name(self, index: int) -> str:
+        """Give the number of a scene."""
+        return f"scene {self.numbers[index]}"
+
+    def scene(self, index: int) -> Scene:
+        """Render a scene.
+
+        Args:
+            index: Its position.
+        """
+        return render_scene(self.seed, self.numbers[index], self.size)
+
+    def read(self, index: int) -> Tensor:
+        """Render a scene and give its image, or its mask."""
+        scene = self.scene(index)
+        return scene.mask if self.masks else scene.image
+
+    def take(self, indices: Sequence[int]) -> SceneSource:
+        """Give a source of some of the scenes."""
+        return SceneSource(self.seed, [self.numbers[index] for index in indices], self.size, self.masks)
+
+    def facts(self, full: bool) -> list[ImageFacts]:
+        """Describe every scene; masks are rendered and counted where all is to be known."""
+        return [self._facts(index, full) for index in range(len(self))]
+
+    def _facts(self, index: int, full: bool) -> ImageFacts:
+        height, width = self.size
+        digest = f"scene {VERSION} {self.seed} {self.numbers[index]} {height} x {width}"
+        if not self.masks:
+            return ImageFacts(width=width, height=height, mode="RGB", digest=digest)
+        counts = self.read(index).flatten().bincount().tolist() if full else []
+        codes = [(value, pixels) for value, pixels in enumerate(counts) if pixels]
+        facts = MaskFacts(width=width, height=height, mode="L", digest=digest, codes=codes)
+        return facts.read_with(MaskCoding(num_classes=len(SCENE_CLASSES)))
+
+
+class ScenesData(SegmentationData):
+    """Generated scenes with exact masks of five classes; nothing is read and nothing is written."""
+
+    def __init__(
+        self,
+        *,
+        images: int = 300,
+        scene_size: int | tuple[int, int] = 128,
+        scene_seed: int = 0,
+        check: Literal["full", "fast"] = "fast",
+        **settings: Any,
+    ) -> None:
+        """Check and keep the settings.
+
+        Args:
+            images: Number of scenes in all splits.
+            scene_size: Height and width of a scene in pixels, or one number for both.
+            scene_seed: Seed of the set of scenes; with another one no scene is the same.
+            check: With ``full``, the classes of all scenes are counted first.
+            settings: Those of `SegmentationData`, `ListedData` and `ImageData`.
+
+        Raises:
+            ConfigError: If a number is out of range.
+        """
+        super().__init__(check=check, **settings)
+        height, width = (scene_size, scene_size) if isinstance(scene_size, int) else scene_size
+        for name, value, least in (("images", images, 3), ("scene_size", min(height, width), 8)):
+            if value < least:
+                raise ConfigError(f"ScenesData({name}={value}): at least {least} is needed.")
+        if scene_seed < 0:
+            raise ConfigError(f"ScenesData(scene_seed={scene_seed}): a whole number from 0 is needed.")
+        self.images, self.scene_size, self.scene_seed = images, (height, width), scene_seed
+
+    @property
+    def palette(self) -> tuple[Colour, ...]:
+        """A colour for each class."""
+        return COLOURS
+
+    def read(self) -> Listing:
+        """List the scenes."""
+        numbers = range(self.images)
+        image, mask = (SceneSource(self.scene_seed, numbers, self.scene_size, masks) for masks in (False, True))
+        place = f"{self.images} generated scenes"
+        return Listing(place, SCENE_CLASSES, {"train": ListedMasks(image, mask)}, target="mask")
