@@ -84,7 +84,7 @@ class MapReader(nn.Module):
             Maps (B, C, h, w) in float32 (autocast may say otherwise), fine to coarse.
         """
         run = cast(Any, unwrap(model)).forward_intermediates
-        maps = run(images, indices=self.taps, norm=True, stop_early=False, output_fmt="NCHW", intermediates_only=True)
+        maps = run(images, indices=self.taps, norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True)
         if not torch.is_autocast_enabled(images.device.type):
             maps = [level.float() if level.dtype in (torch.bfloat16, torch.float16) else level for level in maps]
         if self.levels is None:
