@@ -11,7 +11,7 @@ from tests.tiny import CONFIG, TINY
 from vispeft.cli.evaluate import load_run
 from vispeft.cli.evaluation import evaluate, evaluation_trainer
 from vispeft.cli.runs import Run
-from vispeft.data import DigitsData, cache
+from vispeft.data import DigitsData, ScenesData, cache
 from vispeft.data.cache import CachedSplit, cache_features
 from vispeft.errors import ConfigError, DataError, FileError
 from vispeft.tasks import Classification
@@ -155,6 +155,12 @@ def test_other_data_modules_are_refused(tmp_path):
     task, _ = make()
     with pytest.raises(DataError, match="is no ImageData"):
         keep(task, object(), tmp_path)
+
+
+def test_data_with_masks_are_refused(tmp_path):
+    task, _ = make()
+    with pytest.raises(ConfigError, match="cropped anew in every epoch"):
+        keep(task, ScenesData.for_model(task.model, images=6, scene_size=16), tmp_path)
 
 
 def test_half_precision_is_kept_bit_for_bit(tmp_path):

@@ -88,7 +88,7 @@ def test_colours_are_looked_up_and_strange_ones_named():
     red, blue = (255, 0, 0), (0, 0, 255)
     coding = MaskCoding(num_classes=2, colours=(blue, red))
     assert coding.decode(np.array([[red, blue]], np.uint8), "it").tolist() == [[1, 0]]
-    with pytest.raises(DataError, match=r"it has \(9, 8, 7\), and there are 2 classes"):
+    with pytest.raises(DataError, match=r"it has \(9, 8, 7\), which stands for none of the 2 classes"):
         coding.decode(np.array([[red, (9, 8, 7)]], np.uint8), "it")
     with pytest.raises(DataError, match="value 3"):
         MaskCoding(num_classes=3).decode(INDICES, "it")

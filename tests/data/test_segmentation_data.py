@@ -167,7 +167,9 @@ def test_every_fault_of_masks_is_found_in_one_message(tmp_path):
     shutil.copy(root / "images/train/9.png", root / "images/test/0.png")
     shutil.copy(root / "images/train/10.png", root / "images/train/11.png")
     painter.label(masks / "11.png", [2, 1], (12, 10))
+    painter.paint(root / "images/test/2.bmp", (12, 10))
     errors = {
+        "shared-mask": "masks/test/2.png (images/test/2.bmp, images/test/2.png)",
         "missing-mask": "masks/train/0.png",
         "empty-mask": "masks/train/1.png",
         "broken-mask": "masks/train/2.png",

@@ -125,6 +125,11 @@ def _check(task: AdapterTask, data: Any, trainer: Trainer) -> None:
             f"cache_features was asked for, and {type(data).__name__} is no ImageData, so its images cannot be told "
             "apart. Leave cache_features out."
         )
+    if data.target == "mask":
+        raise ConfigError(
+            "cache_features was asked for, and training images with masks are cropped anew in every epoch, so what the "
+            "backbone makes of them changes. Leave cache_features out."
+        )
     if trainer.world_size > 1:
         raise ConfigError(
             f"cache_features was asked for with {trainer.world_size} processes. Set trainer.devices to 1: what is left "

@@ -41,7 +41,7 @@ def check_masks(listing: Listing, facts: Mapping[str, list[ImageFacts]], full: b
     """
     for split in mask_splits(listing).values():
         split.mask_facts(full)
-    found = [*_files(listing), *_sizes(listing, facts)]
+    found = [*_files(listing), *_shared(listing), *_sizes(listing, facts)]
     if not full:
         text = "Values of masks were not looked at (check: fast)"
         return [*found, Finding("fact", "mask-headers-only", text)]
@@ -97,6 +97,18 @@ def _files(listing: Listing) -> list[Finding]:
     return gather("error", found)
 
 
+def _shared(listing: Listing) -> list[Finding]:
+    """Find masks that belong to two images of a split, such as a.jpg and a.png."""
+    shared = []
+    for split in mask_splits(listing).values():
+        owners: dict[str, set[str]] = defaultdict(set)
+        for index in range(len(split)):
+            owners[split.masks.name(index)].add(split.source.name(index))
+        shared += [f"{mask} ({', '.join(sorted(names))})" for mask, names in owners.items() if len(names) > 1]
+    text = f"{_many(len(shared), 'mask')} for more than one image; leave one of the images"
+    return gather("error", {("shared-mask", text): shared})
+
+
 def _sizes(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> list[Finding]:
     """Find masks of another size than their image."""
     differing = []
@@ -124,7 +136,7 @@ def _values(listing: Listing) -> list[Finding]:
     lossy = any(name.lower().endswith((".jpg", ".jpeg")) for names in files.values() for name in names)
     hint = "JPEG changes values, so save masks as PNG" if lossy else "set ids or reduce_zero_label, or mend the masks"
     text = (
-        f"Masks have values that are none of the {count} classes 0 to {count - 1} and not {IGNORE} (no label): "
+        f"Masks have values that stand for none of the {count} classes and not for a pixel without a label ({IGNORE}): "
         f"{named}{more}; {hint}. Found in"
     )
     return [Finding("error", "mask-values", text, tuple(dict.fromkeys(n for names in files.values() for n in names)))]

@@ -166,8 +166,8 @@ class MaskCoding:
         if bool((found == OUTSIDE).any()):
             strange = [show_code(int(code), coloured) for code in np.unique(codes[found == OUTSIDE])[:5]]
             raise DataError(
-                f"{name} has {', '.join(strange)}, and there are {self.num_classes} classes from 0 and {IGNORE} for no "
-                "label. `python tools/doctor.py` shows all masks with such values."
+                f"{name} has {', '.join(strange)}, which stands for none of the {self.num_classes} classes and not for "
+                f"a pixel without a label ({IGNORE}). `python tools/doctor.py` shows all masks with such values."
             )
         return torch.from_numpy(found.astype(np.uint8))
 
