@@ -45,7 +45,7 @@ class InputSize:
     batch: int | None = None
     """How many at a time; None for any number."""
     step: tuple[int, int] | None = None
-    """Height and width of a patch where other sizes are taken too; None where they are not."""
+    """Where other sizes are taken too, what height and width are multiples of; None where they are not."""
 
     @property
     def dynamic(self) -> dict[str, bool]:
@@ -127,7 +127,7 @@ def main(argv: Sequence[str]) -> None:
         if value is not None and value < 1:
             raise ConfigError(f"--{option} is {value}; at least 1 is needed.")
     task, _ = load_task(Run.open(given.run))
-    step = _patch(task) if given.any_size else None
+    step = _step(task) if given.any_size else None
     height, width = given.size or task.bank.notes()["preprocessing"]["input_size"][-2:]
     exported = export_run(task, out, InputSize(height=height, width=width, batch=given.batch, step=step))
     console.print(exported.table())
@@ -181,7 +181,7 @@ def _notes(task: AdapterTask, size: InputSize, report: MergeReport) -> dict[str,
         "preprocessing": notes.get("preprocessing"),
         "output": notes.get("output"),
         "metrics": notes.get("metrics"),
-        "input": {"name": INPUT, "shape": size.axes(), "dtype": "float32"},
+        "input": {"name": INPUT, "shape": size.axes(), "dtype": "float32", "multiple_of": size.step},
         "task": type(task).__name__,
         "backbone": task.backbone,
         "merged": _merged(report),
@@ -192,12 +192,15 @@ def _notes(task: AdapterTask, size: InputSize, report: MergeReport) -> dict[str,
 def _merged(report: MergeReport) -> str:
     if not report.kept:
         return "yes"
-    reasons = "; ".join(dict.fromkeys(report.kept.values()))
+    reasons = "; ".join(dict.fromkeys(reason.rstrip(".") for reason in report.kept.values()))
     return f"{f'partly, {len(report.kept)} layers stay adapted' if report.merged else 'no'}: {reasons}"
 
 
-def _patch(task: AdapterTask) -> tuple[int, int]:
-    """Give height and width of a patch, by whole numbers of which the sizes of images differ."""
+def _step(task: AdapterTask) -> tuple[int, int]:
+    """Give what height and width of images are multiples of: whole patches, or whole cells of the coarsest map."""
+    reader = getattr(task, "reader", None)
+    if reader is not None:
+        return reader.divisor, reader.divisor
     backbone: Any = unwrap(task.model)
     height, width = backbone.patch_embed.patch_size
     return int(height), int(width)

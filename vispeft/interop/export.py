@@ -22,6 +22,7 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
 
 from vispeft.errors import ConfigError, ExportError, FileError
 
@@ -99,6 +100,9 @@ def export_program(
             f"{type(model).__name__} gives {len(program.graph_signature.user_outputs)} tensors; wrap it in a module "
             "that gives one."
         )
+    for part in program.graph_module.modules():
+        for node in part.graph.nodes if isinstance(part, GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # it would write the paths of this machine into every file
     return program
 
 
@@ -142,8 +146,6 @@ def export_onnx(
         except torch.onnx.errors.OnnxExporterError as error:
             raise ExportError(f"{type(model).__name__} has no ONNX form: {_first_line(error)}.") from error
         assert exported is not None
-        for node in exported.model.graph.all_nodes():
-            node.metadata_props.clear()  # stack traces with the paths of this machine
         exported.model.metadata_props.update({key: json.dumps(value) for key, value in (notes or {}).items()})
         exported.save(place)
     return Path(path)
@@ -174,7 +176,8 @@ def check(model: nn.Module, exported: ExportedProgram | str | Path, batches: Ite
                 found = run(images)
             except Exception as error:  # onnxruntime's errors have no base of their own
                 raise ExportError(
-                    f"The export does not run on images of shape {tuple(images.shape)}: {_first_line(error)}."
+                    f"The export does not run on images of shape {tuple(images.shape)}: {_first_line(error)}. Leave "
+                    "the sizes fixed that the model's computation depends on."
                 ) from error
         if found.shape != wanted.shape:
             raise ExportError(
@@ -234,7 +237,9 @@ def _runner(exported: ExportedProgram | str | Path) -> Callable[[Tensor], Tensor
     if path.suffix != ".onnx":
         return torch.export.load(path).module()
     (runtime,) = _extra("onnxruntime")
-    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is raised too
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
 
 
