@@ -16,6 +16,7 @@ from vispeft.cli.export import InputSize, export_run
 from vispeft.cli.runs import Run
 from vispeft.errors import ConfigError, ExportError, FileError
 from vispeft.interop.export import Difference, check, export_onnx, export_program, staged
+from vispeft.tasks import Segmentation
 
 SHORT = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1")
 
@@ -150,6 +151,29 @@ def test_prompts_are_exported_unmerged_at_any_size(run_cli, config, tmp_path):
     for shape in ((2, 3, 16, 16), (1, 3, 40, 24)):
         (scores,) = made.run(None, {"images": noise(*shape).numpy()})
         assert torch.allclose(torch.from_numpy(scores), task(noise(*shape)), atol=1e-5)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_segmentation_at_any_size(tmp_path):
+    small = {**TINY, "img_size": 32, "flexible_size": True}
+    task = Segmentation(
+        backbone="vit_tiny_patch16_224",
+        backbone_args=small,
+        method=vispeft.SSF(),
+        num_classes=4,
+        decoder="linear",
+        taps=[1],
+    )
+    exported = export_run(task.eval(), tmp_path / "a.pt2", InputSize(height=32, width=32, step=(8, 8)))
+    assert exported.merged == "yes"
+    assert exported.shape == ["batch", 3, "height", "width"]
+    program = torch.export.load(tmp_path / "a.pt2").module()
+    for shape in ((1, 3, 32, 32), (2, 3, 24, 48)):
+        scores = program(noise(*shape))
+        assert scores.shape == (shape[0], 4, *shape[2:])
+        assert torch.allclose(scores, task(noise(*shape)), atol=1e-5)
+    assert json.loads((tmp_path / "a.json").read_text())["input"]["multiple_of"] == [8, 8]
 
 
 # ------------------------------------------------------------------ the functions
