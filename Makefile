@@ -8,7 +8,7 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-EXTRAS := dev,peft,export
+EXTRAS := dev,export,mmseg,peft
 WORKERS ?= 2
 
 # The first Python that is new enough and can make virtual environments; choose another with PYTHON=...

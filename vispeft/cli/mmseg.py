@@ -16,9 +16,9 @@ from vispeft.errors import ConfigError, DataError, FileError
 __all__ = ["main", "train"]
 
 EXAMPLE = """example:
-  python tools/train.py configs/mmseg/earth_swin_tiny_segformer.py
-  python tools/train.py configs/mmseg/earth_swin_tiny_segformer.py --out runs/mine --cfg-options train_cfg.max_iters=200
-  python tools/train.py configs/mmseg/earth_swin_tiny_segformer.py --resume runs/mine
+  python tools/train.py configs/mmseg/earth_swin_segformer.py
+  python tools/train.py configs/mmseg/earth_swin_segformer.py --out runs/mine --cfg-options train_cfg.max_iters=200
+  python tools/train.py configs/mmseg/earth_swin_segformer.py --resume runs/mine
 
 mmsegmentation's own tools/train.py takes the same configs, for several GPUs for example. The run directory then holds
 adapter/ (and adapter_best/), mmengine's checkpoints and logs, and metrics.json."""
@@ -88,6 +88,14 @@ def train(
         runner.train()
     except FileNotFoundError as error:
         raise DataError(f"{config} names data that are not there: {error}. Correct data_root in it.") from error
+    except KeyError as error:
+        if "registry" not in str(error):
+            raise
+        name = str(error.args[0]).partition(" is not in")[0]
+        raise ConfigError(
+            f"{config} names {name!r}, which mmsegmentation does not know. Correct the name, or name the module that "
+            "registers it in custom_imports."
+        ) from error
     runs.write_json(place / runs.METRICS, _summary(runner, command, time.perf_counter() - began))
     return place
 
@@ -135,7 +143,11 @@ def _summary(runner: Any, command: str, seconds: float) -> dict[str, Any]:
     scalars = runner.message_hub.log_scalars.items()
     banks = {name: backbone.bank for name, backbone in backbones(runner.model).items()}
     return {
-        "validation": {name[4:]: float(log.current()) for name, log in scalars if name.startswith("val/")},
+        "validation": {
+            name.removeprefix("val/"): float(log.current())
+            for name, log in scalars
+            if name.startswith("val/") and not name.endswith("time")
+        },
         "steps": runner.iter,
         "seed": runner.seed,
         "parameters": {name: bank.report().to_dict() for name, bank in banks.items() if bank is not None},

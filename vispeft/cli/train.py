@@ -324,7 +324,8 @@ def _finish(place: Path, cli: ConfigCLI, trainer: Trainer, seconds: dict[str, fl
     preprocessing = getattr(data, "preprocessing", task.preprocessing)
     by_split = measured.metrics.items()
     figures = {f"{split}/{name}": value for split, metrics in by_split for name, value in metrics.items()}
-    task.bank.annotate(class_names=names, preprocessing=preprocessing.to_dict(), metrics=figures, output=task.output())
+    output = {**task.output(), **getattr(data, "output_notes", dict)()}
+    task.bank.annotate(class_names=names, preprocessing=preprocessing.to_dict(), metrics=figures, output=output)
     task.save_adapter(place / runs.ADAPTER)
     _plot(place, task, measured, names, best)
     return {

@@ -9,6 +9,7 @@ from vispeft.mmseg.compat import prepare
 prepare()  # before anything imports mmseg
 
 from vispeft.mmseg.backbone import VispeftBackbone  # noqa: E402
+from vispeft.mmseg.datasets import VispeftEarthDataset  # noqa: E402
 from vispeft.mmseg.deploy import merge  # noqa: E402
 from vispeft.mmseg.files import load_decoder, save_adapter  # noqa: E402
 from vispeft.mmseg.hooks import VispeftHook  # noqa: E402
@@ -16,6 +17,7 @@ from vispeft.mmseg.optim import VispeftOptimWrapperConstructor  # noqa: E402
 
 __all__ = [
     "VispeftBackbone",
+    "VispeftEarthDataset",
     "VispeftHook",
     "VispeftOptimWrapperConstructor",
     "load_decoder",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from vispeft.errors import ConfigError
 from vispeft.mmseg.backbone import VispeftBackbone
 from vispeft.mmseg.files import backbones, load_decoder, save_adapter
 
-__all__ = ["VispeftHook"]
+__all__ = ["VispeftHook", "check_segmentor"]
 
 
 @HOOKS.register_module()
@@ -55,7 +55,7 @@ class VispeftHook(Hook):
         found = backbones(model)
         if not found:
             raise ConfigError("VispeftHook is in custom_hooks, and the model has no VispeftBackbone. Drop the hook.")
-        _check(model, runner.train_dataloader.dataset.metainfo.get("classes"))
+        check_segmentor(model, runner.train_dataloader.dataset.metainfo.get("classes"))
         for name, backbone in found.items():
             what = "no adapter; all of it trains" if backbone.bank is None else f"\n{backbone.bank.report()}"
             runner.logger.info(f"{name}: {what}")
@@ -98,8 +98,12 @@ def _unwrapped(model: Any) -> nn.Module:
     return model.module if is_model_wrapper(model) else model
 
 
-def _check(model: Any, classes: Any) -> None:
+def check_segmentor(model: Any, classes: Sequence[str] | None) -> None:
     """Refuse heads that cannot read the backbone's maps, or score other classes than the data have.
+
+    Args:
+        model: The segmentor.
+        classes: Names of the data's classes; None where they are not known.
 
     Raises:
         ConfigError: With everything that was found.

@@ -1,0 +1,113 @@
+# ruff: noqa: E402 - mmsegmentation may be missing, and is made importable by the plug-in
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("mmseg")
+importlib.import_module("vispeft.mmseg")
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from mmseg.apis import init_model
+from mmseg.datasets import ADE20KDataset, CityscapesDataset
+
+from tests.cli.conftest import call
+from tests.mmseg.toy import make_config
+from vispeft.errors import ConfigError
+from vispeft.mmseg import VispeftEarthDataset, datasets
+from vispeft.mmseg.hooks import check_segmentor
+
+FOLDER = Path(__file__).resolve().parents[2] / "configs" / "mmseg"
+SETS = {"earth": VispeftEarthDataset, "ade20k": ADE20KDataset, "cityscapes": CityscapesDataset}
+
+
+def cases():
+    for path in sorted(FOLDER.glob("*.py")):
+        quick = path.stem.startswith("earth")
+        yield pytest.param(path, id=path.stem, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("path", list(cases()))
+def test_shipped_configs_fit_together(path):
+    config = Config.fromfile(path)
+    assert path.read_text().startswith(f"# python tools/train.py configs/mmseg/{path.name}\n")
+    found = SETS[path.stem.partition("_")[0]]
+    assert config.train_dataloader.dataset.type == found.__name__
+    if found is not VispeftEarthDataset:
+        config.model.backbone.pretrained = False
+    model = init_model(config, device="cpu")
+    check_segmentor(model, found.METAINFO["classes"])
+    with torch.no_grad():
+        scores = model.encode_decode(torch.zeros(1, 3, 64, 64), [{"img_shape": (64, 64), "pad_shape": (64, 64)}])
+    assert scores.shape == (1, len(found.METAINFO["classes"]), 64, 64)
+
+
+def test_earth_tiles_are_those_of_the_folder(tmp_path, monkeypatch):
+    for index, split in enumerate(("train", "overlapping", "validation", "test")):
+        for layer in ("images", "climates"):
+            (tmp_path / layer / split).mkdir(parents=True)
+            pixels = np.full((8, 8, 3) if layer == "images" else (8, 8), index, dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / layer / split / f"tile{index}.png")
+    monkeypatch.setattr(datasets, "cut_tiles", lambda root: tmp_path)
+    found = {}
+    for split, overlapping in (("train", False), ("train", True), ("validation", False), ("test", False)):
+        pipeline = [{"type": "LoadImageFromFile"}, {"type": "LoadAnnotations"}]
+        with DefaultScope.overwrite_default_scope("mmseg"):
+            data = VispeftEarthDataset(root="wheels", split=split, overlapping=overlapping, pipeline=pipeline)
+        found[split, overlapping] = [int(data[index]["gt_seg_map"].max()) for index in range(len(data))]
+        assert all(int(data[index]["img"].max()) in found[split, overlapping] for index in range(len(data)))
+    assert sorted(found["train", True]) == [0, 1]
+    assert [found["train", False], found["validation", False], found["test", False]] == [[0], [2], [3]]
+    with pytest.raises(ConfigError, match="only train has overlapping"):
+        VispeftEarthDataset(root="wheels", split="test", overlapping=True)
+
+
+@pytest.fixture
+def toy_config(toy, weights, tmp_path):
+    config = make_config("vit", toy, weights, tmp_path)
+    config.pop("work_dir")
+    config.dump(str(tmp_path / "toy.py"))
+    return tmp_path / "toy.py"
+
+
+def test_tool_trains_and_goes_on(toy_config, tmp_path):
+    run = tmp_path / "run"
+    result = call("train", toy_config, "--out", run)
+    assert result.status == 0, result.err
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["steps"] == 2
+    assert set(metrics["validation"]) == {"aAcc", "mIoU", "mAcc"}
+    assert metrics["parameters"]["backbone"]["method"] == "ssf"
+    result = call("train", toy_config, "--resume", run, "--cfg-options", "train_cfg.max_iters=3")
+    assert result.status == 0, result.err
+    assert (run / "iter_3.pth").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--cfg-options", "train_dataloader.dataset.data_root=nowhere"], "data that are not there"),
+        (["--cfg-options", "train_dataloader.dataset.type=ToyShape"], "names 'ToyShape'"),
+        (["--cfg-options", "model.decode_head.num_classes=7"], "num_classes is 7"),
+        (["--cfg-options", "model.backbone.peft.type=SFF"], "Unknown method 'SFF'"),
+        (["--resume", "nowhere"], "no checkpoint"),
+        (["--out", "here", "--resume", "there"], "Leave --out out"),
+    ],
+)
+def test_tool_refuses_in_one_line(toy_config, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    result = call("train", toy_config, *options)
+    assert result.status == 2
+    assert result.err.startswith("error: ")
+    assert message in result.err
+
+
+def test_tool_says_which_config_cannot_be_read(tmp_path):
+    (tmp_path / "broken.py").write_text("model = dict(")
+    for name in ("broken.py", "missing.py"):
+        assert f"{name} cannot be read" in call("train", tmp_path / name).err
