@@ -7,7 +7,7 @@ from PIL import Image
 from vispeft.data.masks import IGNORE
 from vispeft.errors import DataError
 from vispeft.viz import colour_mask, overlay_grid
-from vispeft.viz.overlays import OPACITY, UNLABELLED, _blend, _legend
+from vispeft.viz.overlays import OPACITY, UNLABELLED, _legend, lay_over
 
 PALETTE = ((0, 0, 0), (200, 0, 0), (0, 150, 50))
 NAMES = ("ground", "roof", "tree")
@@ -28,11 +28,11 @@ def test_colours_are_those_of_the_classes():
 def test_overlays_blend_colours_and_stripe_what_has_no_label():
     image = torch.randint(0, 256, (3, 30, 20), dtype=torch.uint8)
     mask = torch.randint(0, 3, (30, 20))
-    blended = _blend(image, mask, PALETTE)
+    blended = lay_over(image, mask, PALETTE)
     expected = (1 - OPACITY) * image + OPACITY * torch.tensor(PALETTE)[mask].permute(2, 0, 1)
     assert (blended - expected).abs().max() <= 0.5001
     mask[:10] = IGNORE
-    striped = _blend(image, mask, PALETTE)
+    striped = lay_over(image, mask, PALETTE)
     assert torch.equal(striped[:, 10:], blended[:, 10:])
     left = (striped[:, :10] == image[:, :10]).all(0)
     assert 0.3 < float(left.float().mean()) < 0.7

@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from lightning.pytorch import Trainer
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.evaluate import load_task
+from vispeft.cli.predict_masks import AREAS, predict_masks
 from vispeft.cli.runs import Run, write_text
 from vispeft.data.images import ImageFiles, find_images, read_image
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.errors import ConfigError, DataError
+from vispeft.tasks.base import AdapterTask
+from vispeft.tasks.segmentation import Segmentation
 from vispeft.tasks.supervised import SupervisedTask
 
 __all__ = ["main"]
@@ -29,6 +33,8 @@ EXAMPLE = """example:
 
 Writes predictions/predictions.csv with the path of each image and what the run's task predicts: class and probability
 (at the temperature that was fitted on validation), labels and the probability of each, or numbers in their own unit.
+A segmentation run writes predictions/masks (PNG of class indices, with the classes' colours), predictions/overlays, and
+predictions/areas.csv with the pixels of each class.
 Folders are searched through; grey images and images with transparency are turned into RGB."""
 
 
@@ -44,16 +50,22 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", metavar="DIR", required=True, help="where predictions.csv goes")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time; default 64")
     given = parser.parse_args(list(argv))
-    target = Path(given.out) / FILE
-    if target.exists():
-        raise ConfigError(f"{target} exists already and is not overwritten. Choose another --out.")
+    out = Path(given.out)
+    for name in (FILE, AREAS):
+        if (out / name).exists():
+            raise ConfigError(f"{out / name} exists already and is not overwritten. Choose another --out.")
     if given.batch_size < 1:
         raise ConfigError(f"--batch_size is {given.batch_size}; at least 1 is needed.")
     run = Run.open(given.run)
     paths = find_images(given.images)
     _check_readable(paths)
+    task, trainer = load_task(run)
+    if isinstance(task, Segmentation):
+        target, rows = out / AREAS, predict_masks(task, paths, Path(given.images), out)
+    else:
+        target, rows = out / FILE, predict(run, task, trainer, paths, given.batch_size)
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(predict(run, paths, given.batch_size))
+    csv.writer(text, lineterminator="\n").writerows(rows)
     write_text(target, text.getvalue())
     console.print(f"{len(paths)} images predicted: {target}", soft_wrap=True)
 
@@ -74,11 +86,15 @@ def _check_readable(paths: Sequence[Path]) -> None:
         )
 
 
-def predict(run: Run, paths: Sequence[Path], batch_size: int = 64) -> list[list[str]]:
+def predict(
+    run: Run, task: AdapterTask, trainer: Trainer, paths: Sequence[Path], batch_size: int = 64
+) -> list[list[str]]:
     """Predict image files.
 
     Args:
         run: The run.
+        task: Its task, with the trained adapter.
+        trainer: A trainer that evaluates.
         paths: The files.
         batch_size: Images at a time.
 
@@ -88,7 +104,6 @@ def predict(run: Run, paths: Sequence[Path], batch_size: int = 64) -> list[list[
     Raises:
         ConfigError: If the run's task does not say how its predictions are written.
     """
-    task, trainer = load_task(run)
     if not isinstance(task, SupervisedTask):
         raise ConfigError(f"{run.path} was trained as {type(task).__name__}, whose predictions are no table.")
     notes = task.bank.notes()

@@ -105,6 +105,24 @@ class SegmentationData(ListedData):
         """A colour for each class, red, green and blue from 0 to 255."""
         return make_palette(self.num_classes)
 
+    def output_notes(self) -> dict[str, Any]:
+        """Say for the adapter's file how masks are painted, and how images are brought to the backbone."""
+        return {
+            "palette": [list(colour) for colour in self.palette],
+            "evaluation": self.evaluation,
+            "short_side": self.short_side,
+        }
+
+    @property
+    def smallest_size(self) -> tuple[int, int]:
+        """Height and width of the smallest image of validation and test, as the backbone sees it."""
+        if self.evaluation == "stretch":
+            return self.preprocessing.size
+        facts = [known for name in ("validation", "test") for known in self.report().facts[name] if known.width]
+        width, height = min((known.upright for known in facts), key=min)
+        factor = 1.0 if self.short_side is None else self.short_side / min(height, width)
+        return round(height * factor), round(width * factor)
+
     def load(self, preprocessing: Preprocessing) -> dict[str, Dataset[Any]]:
         """Check images and masks and give the splits.
 

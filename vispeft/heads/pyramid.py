@@ -49,7 +49,7 @@ class MapReader(nn.Module):
             BackboneError: If the model gives maps itself and has no ``forward_intermediates``.
         """
         super().__init__()
-        if is_feature_getter(model):
+        if not hasattr(unwrap(model), "forward_intermediates") or is_feature_getter(model):
             raise BackboneError("A features_only model gives maps by itself. Give the whole model (num_classes=0).")
         view = describe(unwrap(model))
         self.taps = _checked(view, taps)

@@ -2,7 +2,7 @@
 
 from vispeft.viz.curves import learning_curves, read_history
 from vispeft.viz.matrix import confusion_matrix
-from vispeft.viz.overlays import colour_mask, overlay_grid
+from vispeft.viz.overlays import colour_mask, lay_over, overlay_grid
 from vispeft.viz.reliability import reliability_diagram
 from vispeft.viz.values import bars, predicted_against_true
 
@@ -10,6 +10,7 @@ __all__ = [
     "bars",
     "colour_mask",
     "confusion_matrix",
+    "lay_over",
     "learning_curves",
     "overlay_grid",
     "predicted_against_true",

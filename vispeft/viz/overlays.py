@@ -17,7 +17,7 @@ from vispeft.data.palettes import Colour, make_palette
 from vispeft.errors import DataError
 from vispeft.viz.style import SETTINGS, save
 
-__all__ = ["colour_mask", "overlay_grid"]
+__all__ = ["colour_mask", "lay_over", "overlay_grid"]
 
 OPACITY = 0.6
 """Share of a class's colour in an overlay; the rest is the image."""
@@ -88,7 +88,7 @@ def overlay_grid(
     colours = tuple(palette or make_palette(len(class_names)))
     _check(images, labels, predictions, colours, class_names)
     rows = [
-        (image.cpu(), _blend(image, label, colours), _blend(image, prediction, colours))
+        (image.cpu(), lay_over(image, label, colours), lay_over(image, prediction, colours))
         for image, label, prediction in zip(images, labels, predictions, strict=True)
     ]
     legend = _legend([*labels, *predictions], colours, class_names)
@@ -133,8 +133,17 @@ def _check(
                 raise DataError(f"A mask of shape {tuple(mask.shape)} lies over an image of {tuple(image.shape[1:])}.")
 
 
-def _blend(image: Tensor, mask: Tensor, colours: Sequence[Colour]) -> Tensor:
-    """Lay a mask's colours over an image (3, H, W); of pixels without a label, over stripes of it."""
+def lay_over(image: Tensor, mask: Tensor, colours: Sequence[Colour]) -> Tensor:
+    """Lay a mask's colours over an image; of pixels without a label, over stripes of it.
+
+    Args:
+        image: RGB, uint8 (3, H, W).
+        mask: Class indices, or `IGNORE` (H, W).
+        colours: Red, green and blue, 0 to 255, per class.
+
+    Returns:
+        RGB, uint8 (3, H, W).
+    """
     height, width = mask.shape
     lines = torch.arange(height)[:, None] + torch.arange(width)
     striped = lines * _STRIPES // (height + width) % 2 == 0
