@@ -178,7 +178,7 @@ def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(DataError, match="4 classes, and the model was made for 3"):
         make().check_data(data)
     data.target = "class"
-    with pytest.raises(DataError, match="needs masks"):
+    with pytest.raises(DataError, match="Segmentation needs 'mask'"):
         make().check_data(data)
 
 

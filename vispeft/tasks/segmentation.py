@@ -21,6 +21,7 @@ from vispeft.metrics import BoundaryF, SegmentationScores
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.inference import Inference, padded_to, predict_masks
 from vispeft.tasks.losses import SegmentationLoss
+from vispeft.tasks.supervised import check_target
 from vispeft.viz import bars, confusion_matrix, overlay_grid
 
 __all__ = ["Segmentation", "SegmentationNetwork"]
@@ -187,9 +188,7 @@ class Segmentation(AdapterTask):
         Raises:
             DataError: If targets, class count or image sizes do not fit.
         """
-        found = getattr(data, "target", self.target)
-        if found != self.target:
-            raise DataError(f"The data have targets of the kind {found!r}, and Segmentation needs masks.")
+        check_target(type(self), data)
         super().check_data(data)
         smallest = getattr(data, "smallest_size", None)
         if self.inference.mode == "slide" and smallest is not None and min(smallest) < self.inference.window:

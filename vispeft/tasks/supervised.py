@@ -23,7 +23,12 @@ __all__ = ["Batch", "SupervisedTask", "check_target", "train_targets"]
 Batch = tuple[Tensor | Mapping[str, Tensor], Tensor]
 """Images (B, 3, H, W), or what a frozen backbone made of them, and their targets."""
 
-_TASK_OF = {"class": "Classification", "multilabel": "MultiLabel", "regression": "Regression"}
+_TASK_OF = {
+    "class": "Classification",
+    "mask": "Segmentation",
+    "multilabel": "MultiLabel",
+    "regression": "Regression",
+}
 
 
 class SupervisedTask(AdapterTask):
