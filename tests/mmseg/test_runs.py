@@ -174,3 +174,13 @@ def test_state_dict_loads_strictly_with_and_without_the_base(weights, slim):
     outer = torch.nn.ModuleDict({"net": target})
     outer.load_state_dict(state, strict=True)
     assert all(torch.equal(outer.state_dict()[name], t) for name, t in state.items() if "ssf" in name)
+
+
+def test_random_base_stays_in_the_checkpoint(toy, weights, tmp_path):
+    config = make_config("vit", toy, weights, tmp_path)
+    config.model.backbone.update(weights=None, pretrained=False)
+    runner = Runner.from_cfg(config)
+    runner.train()
+    model = init_model(config, str(tmp_path / "iter_2.pth"), device="cpu")
+    runner.model.eval().cfg = model.cfg
+    torch.testing.assert_close(logits(model, toy), logits(runner.model, toy), rtol=0, atol=0)

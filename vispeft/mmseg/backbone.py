@@ -98,6 +98,7 @@ class VispeftBackbone(BaseModule):
         )
         if peft is not None:
             _adapt(self.model, dict(peft))
+        self.restorable = pretrained or weights is not None
         self.reader = MapReader(self.model, out_indices, levels, width)
         self.channels, self.strides = self.reader.channels, self.reader.strides
         if self.bank is not None:
@@ -144,12 +145,14 @@ class VispeftBackbone(BaseModule):
     def slim(self, state: MutableMapping[str, Any], prefix: str = "") -> None:
         """Take the frozen tensors out of a checkpoint, and note which ones they were.
 
+        Random ones stay, since nothing could bring them back.
+
         Args:
             state: The state dict; changed in place.
             prefix: What stands before this module's names in it.
         """
         frozen = [key for name in self.frozen_keys() if (key := prefix + name) in state]
-        if self.bank is None or not frozen:
+        if self.bank is None or not self.restorable or not frozen:
             return
         for key in frozen:
             del state[key]

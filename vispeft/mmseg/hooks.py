@@ -38,7 +38,8 @@ class VispeftHook(Hook):
 
         Args:
             slim: Leave the frozen tensors out of mmengine's checkpoints. They come back from the config's ``model``
-                and ``weights``, and are compared with those of the training when a checkpoint is loaded.
+                and ``weights``, and are compared with those of the training when a checkpoint is loaded. Random ones
+                (``pretrained=False``) stay.
             decoder: Directory of an adapter whose decoder training starts from.
         """
         self.slim, self.decoder = slim, decoder
