@@ -1,13 +1,13 @@
 # python tools/train.py configs/mmseg/earth_vit_segformer.py
 # reaches: not measured yet
-_base_ = ["_base_/segformer.py", "_base_/earth.py", "_base_/runtime.py"]
+_base_ = ["_base_/segformer.py", "_base_/earth_small.py", "_base_/runtime.py"]
 model = dict(
-    data_preprocessor=dict(size=(128, 128), mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5]),
+    data_preprocessor=dict(size=(64, 64), mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5]),
     backbone=dict(
         model="zoo:vit_tiny",
         peft=dict(type="AdaptFormer"),
     ),
     decode_head=dict(in_channels=[192, 192, 192, 192], channels=96, num_classes=6),
     # Windows of the size it was trained with, since positions are stretched to the size of what is seen.
-    test_cfg=dict(mode="slide", crop_size=(128, 128), stride=(96, 96)),
+    test_cfg=dict(mode="slide", crop_size=(64, 64), stride=(48, 48)),
 )
