@@ -243,12 +243,12 @@ def own_rows(name: str) -> Iterator[str]:
             mean = f"{statistics.mean(tests):.1f}{spread}"
             told = f"few-shot Fashion-MNIST, {label}, {len(tests)} of 3 seeds"
             yield f"| {told} | {mean} | `results/fewshot/{backbone}` |"
-    digits = RESULTS / "digits_configs.json"
+    record = RESULTS / "config_figures.json"
     entry = (
-        json.loads(digits.read_text(encoding="utf-8"))["configs"].get(f"digits_{name}", {}) if digits.is_file() else {}
+        json.loads(record.read_text(encoding="utf-8"))["configs"].get(f"digits_{name}", {}) if record.is_file() else {}
     )
     if "test_accuracy" in entry:
-        yield f"| digits of scikit-learn | {100 * entry['test_accuracy']:.1f} | `results/digits_configs.json` |"
+        yield f"| digits of scikit-learn | {100 * entry['test_accuracy']:.1f} | `results/config_figures.json` |"
 
 
 def index(counted: dict[str, dict[str, Counts]], facts: dict[str, Any]) -> Iterator[str]:

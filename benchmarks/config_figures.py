@@ -1,9 +1,10 @@
-"""Run digits configs once, and write into their headers what they reach and in what time.
+"""Run the digits and Earth configs once, and write into their headers what they reach and in what time.
 
-    python benchmarks/digits_configs.py [NAME ...]
+    python benchmarks/config_figures.py [NAME ...]
 
-Without names all of them run; with names the figures of the others are kept. Writes results/digits_configs.json; the
-second line of each config is made from it.
+Without names all of them run; with names, such as earth_lora, the figures of the others are kept. The Earth configs
+need the two wheels that their headers name. Writes results/config_figures.json; the second line of each config is made
+from it.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ from common import RESULTS, write
 
 from vispeft.cli.train import train
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "classification"
+NAME = "config_figures"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+PATTERNS = ("classification/digits_*.yaml", "segmentation/earth_*.yaml")
+"""The configs that are run; their names differ, whatever folder they are in."""
 TOLD = {
     "accuracy": "{:.1%}",
     "mean_average_precision": "a mean average precision of {:.3f}",
     "r2": "an R² of {:.3f}",
+    "miou": "a mean IoU of {:.3f}",
 }
 """The metric that counts, the first there is, and how the header tells it."""
 
@@ -34,7 +39,7 @@ def header(entry: dict[str, float]) -> str:
     return (
         f"# reaches {TOLD[metric].format(entry[f'test_{metric}'])} on the test images"
         + (f" in {entry['seconds']:.0f} s on two cores" if "seconds" in entry else "")
-        + " (benchmarks/results/digits_configs.json)"
+        + f" (benchmarks/results/{NAME}.json)"
     )
 
 
@@ -42,8 +47,8 @@ def main() -> None:
     """Run, write, and put the figures into the headers."""
     results: dict[str, Any] = {}
     if sys.argv[1:]:
-        results = json.loads((RESULTS / "digits_configs.json").read_text())["configs"]
-    for config in sorted(CONFIGS.glob("digits_*.yaml")):
+        results = json.loads((RESULTS / f"{NAME}.json").read_text())["configs"]
+    for config in sorted(path for pattern in PATTERNS for path in CONFIGS.glob(pattern)):
         if sys.argv[1:] and config.stem not in sys.argv[1:]:
             continue
         with tempfile.TemporaryDirectory() as folder:
@@ -59,7 +64,7 @@ def main() -> None:
             results[config.stem]["seconds"] = metrics["seconds"]["total"]
         lines = [line for line in config.read_text().splitlines() if not line.startswith("# reaches")]
         config.write_text("\n".join([lines[0], header(results[config.stem]), *lines[1:]]) + "\n")
-    write("digits_configs", {"configs": dict(sorted(results.items()))})
+    write(NAME, {"configs": dict(sorted(results.items()))})
 
 
 if __name__ == "__main__":
