@@ -18,6 +18,10 @@ from torch.autograd.function import once_differentiable
 __all__ = ["Branch", "Dropout", "affine", "compute_dtype", "linear", "low_rank_linear"]
 
 
+DRAWS = 2**16
+"""Values of the random number that decides about an entry under dropout."""
+
+
 @dataclass(frozen=True)
 class Dropout:
     """What a low-rank term drops."""
@@ -30,6 +34,11 @@ class Dropout:
     def at(self, place: Literal["input", "hidden"]) -> float:
         """Give the share dropped at a place."""
         return self.share if place == self.place else 0.0
+
+    @property
+    def kept(self) -> float:
+        """The share that is kept, as it is drawn with 16 bits an entry."""
+        return 1 - round(self.share * DRAWS) / DRAWS
 
 
 @dataclass(frozen=True)
@@ -155,9 +164,10 @@ class _LowRankLinear(torch.autograd.Function):
         kept: list[Tensor | None] = []
         for index, (scale, start, stop, dropout) in enumerate(layout):
             inputs = _kept(x, dropout.at("input"))
-            narrow = _only(x, inputs, dropout) @ factors[2 * index].t()
+            narrow = _only(x, inputs) @ factors[2 * index].t()
             between = _kept(narrow, dropout.at("hidden"))
-            narrow = _only(narrow, between, dropout)
+            # What is kept is enlarged here, where there are few channels, and not in the input.
+            narrow = _only(narrow, between).div_(dropout.kept)
             hidden.append(narrow)
             kept += [inputs, between]
             if not ctx.folds:
@@ -182,11 +192,11 @@ class _LowRankLinear(torch.autograd.Function):
             part = grad[:, start:stop]
             needs_a, needs_b = ctx.needs_input_grad[4 + 2 * index], ctx.needs_input_grad[5 + 2 * index]
             # The operand orders matter: with 8 columns, BLAS is up to 7 times slower on the other transposition.
-            narrow = _only(F.linear(part, b.t().contiguous() * scale), between, dropout)
-            grad_factors.append(narrow.t() @ _only(x, inputs, dropout) if needs_a else None)
+            narrow = _only(F.linear(part, b.t().contiguous() * (scale / dropout.kept)), between)
+            grad_factors.append(narrow.t() @ _only(x, inputs) if needs_a else None)
             grad_factors.append((hidden[index].t() @ part).t().mul(scale) if needs_b else None)
             if grad_x is not None and inputs is not None:
-                grad_x += _only(narrow @ a, inputs, dropout)
+                grad_x += _only(narrow @ a, inputs)
             elif grad_x is not None and not ctx.folds:
                 grad_x.addmm_(narrow, a)
         return (grad_x, None, None, None, *grad_factors)
@@ -202,12 +212,12 @@ def _kept(x: Tensor, share: float) -> Tensor | None:
         return None
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
     draws = words.view(torch.int16)[: x.numel()].view(x.shape)
-    return (draws >= round(share * 2**16) - 2**15).view(torch.uint8)
+    return (draws >= round(share * DRAWS) - DRAWS // 2).view(torch.uint8)
 
 
-def _only(x: Tensor, kept: Tensor | None, dropout: Dropout) -> Tensor:
-    """Set the other entries to zero and enlarge the kept ones, as dropout does."""
-    return x if kept is None else (x * kept).div_(1 - round(dropout.share * 2**16) / 2**16)
+def _only(x: Tensor, kept: Tensor | None) -> Tensor:
+    """Set the other entries to zero."""
+    return x if kept is None else x * kept
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
