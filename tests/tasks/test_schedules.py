@@ -5,16 +5,23 @@ import pytest
 import torch
 
 from vispeft.errors import ConfigError
-from vispeft.tasks import warmup_cosine, warmup_cosine_factor
+from vispeft.tasks import warmup_cosine, warmup_factor
 
 
 def test_rises_in_equal_parts_then_falls_along_a_cosine():
-    factors = [warmup_cosine_factor(step, 10, 4) for step in range(10)]
+    factors = [warmup_factor(step, 10, 4) for step in range(10)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[4] == 1.0
     assert factors[7] == pytest.approx(0.5 * (1 + math.cos(math.pi * 3 / 6)))
     assert all(a > b for a, b in itertools.pairwise(factors[4:]))
     assert factors[-1] > 0
+
+
+def test_a_polynomial_falls_slower_and_then_faster():
+    factors = [warmup_factor(step, 10, 4, "poly") for step in range(10)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors[7] == pytest.approx((1 - 3 / 6) ** 0.9)
+    assert factors[-1] == pytest.approx((1 / 6) ** 0.9)
 
 
 def test_each_group_keeps_its_own_rate():

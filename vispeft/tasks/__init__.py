@@ -8,7 +8,7 @@ from vispeft.tasks.inference import Inference, predict_masks
 from vispeft.tasks.losses import SegmentationLoss
 from vispeft.tasks.multilabel import MultiLabel
 from vispeft.tasks.regression import Regression
-from vispeft.tasks.schedules import warmup_cosine, warmup_cosine_factor
+from vispeft.tasks.schedules import warmup_cosine, warmup_factor
 from vispeft.tasks.segmentation import Segmentation, SegmentationNetwork
 from vispeft.tasks.supervised import SupervisedTask
 
@@ -31,5 +31,5 @@ __all__ = [
     "predict_masks",
     "progress_bar",
     "warmup_cosine",
-    "warmup_cosine_factor",
+    "warmup_factor",
 ]

@@ -10,53 +10,42 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from vispeft.errors import ConfigError
 
-__all__ = ["DECAYS", "warmup_cosine", "warmup_cosine_factor", "warmup_decay", "warmup_poly_factor"]
+__all__ = ["DECAYS", "warmup_cosine", "warmup_decay", "warmup_factor"]
 
 POWER = 0.9
 """Exponent of the polynomial decay, as in DeepLab (arXiv 1606.00915) and most recipes of mmsegmentation."""
 
 
-def warmup_cosine_factor(step: int, steps: int, warmup_steps: int) -> float:
+def _cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _poly(progress: float) -> float:
+    return float((1 - progress) ** POWER)
+
+
+DECAYS = {"cosine": _cosine, "poly": _poly}
+"""How the learning rate falls from 1 to 0 behind the warm-up, by name."""
+
+
+def warmup_factor(step: int, steps: int, warmup_steps: int, decay: str = "cosine") -> float:
     """Compute the share of the highest learning rate that a step is taken with.
 
-    It rises in equal parts over the warm-up, reaches 1 with its last step, and falls along half a cosine towards 0,
-    which it would reach one step after the last, so that no step is wasted on a rate of zero.
+    It rises in equal parts over the warm-up, reaches 1 with its last step, and falls along half a cosine or a
+    polynomial towards 0, which it would reach one step after the last, so that no step is wasted on a rate of zero.
 
     Args:
         step: The step, counted from zero.
         steps: Steps of the whole training.
         warmup_steps: Steps of the warm-up.
+        decay: A key of `DECAYS`.
 
     Returns:
         A number from 0 to 1.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    return 0.5 * (1 + math.cos(math.pi * _progress(step, steps, warmup_steps)))
-
-
-def warmup_poly_factor(step: int, steps: int, warmup_steps: int) -> float:
-    """Compute the same with a decay by ``(1 - progress) ** 0.9`` instead of half a cosine.
-
-    Args:
-        step: The step, counted from zero.
-        steps: Steps of the whole training.
-        warmup_steps: Steps of the warm-up.
-
-    Returns:
-        A number from 0 to 1.
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    return float((1 - _progress(step, steps, warmup_steps)) ** POWER)
-
-
-def _progress(step: int, steps: int, warmup_steps: int) -> float:
-    return min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
-
-
-DECAYS = {"cosine": warmup_cosine_factor, "poly": warmup_poly_factor}
-"""How the learning rate falls, by name."""
+    return DECAYS[decay](min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
 def warmup_decay(optimizer: Optimizer, steps: int, warmup: float, decay: str) -> LambdaLR:
@@ -78,7 +67,7 @@ def warmup_decay(optimizer: Optimizer, steps: int, warmup: float, decay: str) ->
         )
     if not 0 <= warmup < 1:
         raise ConfigError(f"warmup is {warmup}; give a share of all steps, from 0 up to, not including, 1.")
-    factor = partial(DECAYS[decay], steps=int(steps), warmup_steps=round(warmup * steps))
+    factor = partial(warmup_factor, steps=int(steps), warmup_steps=round(warmup * steps), decay=decay)
     return LambdaLR(optimizer, factor)
 
 
