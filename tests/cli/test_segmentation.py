@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+
+from vispeft.tasks import Segmentation
 
 CONFIG = """
 model:
@@ -126,6 +129,39 @@ def test_going_on_from_the_run(run: Path, run_cli: Any, tmp_path: Path) -> None:
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
     result = run_cli("train", tmp_path / "other.yaml", "--init", run, "--out", tmp_path / "o", "--trainer.max_epochs=1")
     assert "the decoder is a fresh one (other classes)" in result.out, result.err
+
+
+def test_a_decoder_that_read_other_maps_starts_anew(run: Path, run_cli: Any, tmp_path: Path) -> None:
+    config = run.parent / "config.yaml"
+    arguments = ["--model.backbone_args.depth=4", "--trainer.max_epochs=1"]
+    first = run_cli("train", config, "--out", tmp_path / "first", "--model.taps=[0, 3]", *arguments)
+    assert first.status == 0, first.err
+    for taps, says in (("[0, 3]", "with its decoder"), ("[1, 3]", "the decoder is a fresh one (it read other maps)")):
+        out = tmp_path / says[:4]
+        result = run_cli(
+            "train", config, "--init", tmp_path / "first", "--out", out, f"--model.taps={taps}", *arguments
+        )
+        assert says in result.out, result.err
+
+
+def test_masks_are_predicted_in_the_precision_of_the_run(
+    run: Path, run_cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "config.yaml").write_text((run / "config.yaml").read_text().replace("precision: null", "precision: bf16"))
+    seen, predict = [], Segmentation.predict
+
+    def watched(task: Segmentation, *arguments: Any) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return predict(task, *arguments)
+
+    monkeypatch.setattr(Segmentation, "predict", watched)
+    for folder in (run, copy):
+        out = tmp_path / folder.parent.name / "out"
+        result = run_cli("predict", folder, run.parent / "data" / "images" / "square 0.png", "--out", out)
+        assert result.status == 0, result.err
+    assert seen == [False, True]
 
 
 def test_what_does_not_go_together_is_refused_at_once(run: Path, run_cli: Any, tmp_path: Path) -> None:

@@ -14,9 +14,12 @@ from torch.utils.data import DataLoader
 import vispeft
 from tests.tiny import TINY
 from vispeft.adapters.files import read_decoder
+from vispeft.data import ScenesData
 from vispeft.errors import BackboneError, ConfigError, DataError, FileError, VerificationError
 from vispeft.heads.pyramid import DensePyramid, MapReader
 from vispeft.tasks import Inference, Segmentation
+from vispeft.tasks.callbacks import EpochPictures
+from vispeft.tasks.losses import ohem_cross_entropy
 
 SWIN = {"pretrained": False, "img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16}
 SWIN |= {"depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2]}
@@ -31,8 +34,8 @@ BACKBONES = {
 def make(backbone: str = "vit", **settings: Any) -> Segmentation:
     torch.manual_seed(0)
     name, arguments = BACKBONES[backbone]
-    settings = {"method": vispeft.SSF(), "decoder": "segformer", "decoder_args": {"channels": 16}, **settings}
-    return Segmentation(backbone=name, backbone_args=arguments, num_classes=3, **settings)
+    defaults = {"method": vispeft.SSF(), "decoder": "segformer", "decoder_args": {"channels": 16}, "num_classes": 3}
+    return Segmentation(backbone=name, backbone_args=arguments, **{**defaults, **settings})
 
 
 class Squares(pl.LightningDataModule):
@@ -173,6 +176,10 @@ def test_what_cannot_work_is_refused() -> None:
         make(decoder="segformr")
     with pytest.raises(ConfigError, match="decoder_lr"):
         make(decoder_lr=0)
+    with pytest.raises(ConfigError, match="2 class_weights and scores of 3 classes"):
+        make(class_weights=[1.0, 2.0])
+    with pytest.raises(ConfigError, match="ohem_min_kept=0"):
+        make(ohem_min_kept=0)
     data = Squares()
     data.num_classes = 4
     with pytest.raises(DataError, match="4 classes, and the model was made for 3"):
@@ -206,3 +213,59 @@ def test_half_precision_base() -> None:
     loss: Tensor = task.loss(scores, torch.zeros(1, 16, 16, dtype=torch.long))
     loss.backward()
     assert all(p.grad is not None for p in task.decoder.parameters())
+
+
+def test_a_batch_of_one_that_batch_norm_cannot_train_on_is_found_at_once() -> None:
+    settings = {"decoder": "uper", "num_classes": 5}
+    task = make("swin", decoder_args={"channels": 8}, **settings)
+    for images, drop_last, fits in ((9, False, False), (9, True, True), (10, False, True)):
+        shares = {"validation": 3 / (images + 6), "test": 3 / (images + 6)}
+        scenes = {"images": images + 6, "scene_size": 32, **shares}
+        data = ScenesData.for_model(task.model, batch_size=4, drop_last=drop_last, **scenes)
+        assert len(data.split("train")) == images  # type: ignore[arg-type]
+        if fits:
+            task.check_data(data)
+            continue
+        with pytest.raises(DataError, match="1 image, and the decoder 'uper' needs 2"):
+            task.check_data(data)
+        make("swin", decoder_args={"channels": 8, "pool_scales": [2, 3]}, **settings).check_data(data)
+
+
+def test_layers_learn_more_slowly_and_the_decoder_does_not() -> None:
+    task = make(method=vispeft.Full(), layer_decay=0.5, lr=1e-2, decoder_lr=3e-3)
+    trainer = fit(task, 1)
+    groups = trainer.optimizers[0].param_groups
+    rates = {id(p): group["initial_lr"] for group in groups for p in group["params"]}
+    assert {rates[id(p)] for p in task.decoder.parameters()} == {3e-3}
+    named = {name: rates[id(p)] for name, p in task.model.named_parameters() if p.requires_grad}
+    first, last = ({rate for name, rate in named.items() if f"blocks.{i}." in name} for i in (0, 1))
+    assert len(first) == len(last) == 1
+    assert first.pop() == pytest.approx(0.5 * last.pop())
+    assert {group["name"] for group in groups} >= {"decoder decay", "decoder no_decay"}
+
+
+def test_a_backbone_of_one_size_that_is_not_square() -> None:
+    torch.manual_seed(0)
+    arguments = {**TINY, "patch_size": 4, "img_size": (8, 16), "flexible_size": False}
+    task = Segmentation(backbone="vit_tiny_patch16_224", backbone_args=arguments, num_classes=3, method=vispeft.SSF())
+    assert task.eval()(torch.randn(1, 3, 8, 16)).shape == (1, 3, 8, 16)
+
+
+def test_hard_pixels_are_as_many_as_asked_for() -> None:
+    scores, masks = torch.randn(1, 3, 8, 8), torch.randint(3, (1, 8, 8))
+    found = make(losses={"ohem": 1.0}, ohem_thresh=0.0, ohem_min_kept=5).loss(scores, masks)
+    assert found == ohem_cross_entropy(scores, masks, thresh=0.0, min_kept=5)
+    assert found > make().loss(scores, masks)
+
+
+def test_pictures_of_data_without_names(tmp_path: Path) -> None:
+    class Nameless(pl.LightningDataModule):
+        train_dataloader = val_dataloader = Squares.batches
+
+    task = make()
+    trainer = pl.Trainer(
+        max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",
+        enable_model_summary=False, callbacks=[EpochPictures(tmp_path)],
+    )  # fmt: skip
+    trainer.fit(task, datamodule=Nameless())
+    assert [path.name for path in tmp_path.iterdir()] == ["overlays_epoch_001.png"]

@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("run", metavar="RUN", help="run directory")
     parser.add_argument("images", metavar="IMAGES", help="folder of images, or one image")
     parser.add_argument("--out", metavar="DIR", required=True, help="where predictions.csv goes")
-    parser.add_argument("--batch_size", type=int, default=64, help="images at a time; default 64")
+    parser.add_argument("--batch_size", type=int, default=64, help="images at a time; default 64; for masks one")
     given = parser.parse_args(list(argv))
     out = Path(given.out)
     for name in (FILE, AREAS):
@@ -61,7 +61,9 @@ def main(argv: Sequence[str]) -> None:
     _check_readable(paths)
     task, trainer = load_task(run)
     if isinstance(task, Segmentation):
-        target, rows = out / AREAS, predict_masks(task, paths, Path(given.images), out)
+        task.to(trainer.strategy.root_device)
+        with trainer.precision_plugin.forward_context():
+            target, rows = out / AREAS, predict_masks(task, paths, Path(given.images), out)
     else:
         target, rows = out / FILE, predict(run, task, trainer, paths, given.batch_size)
     text = io.StringIO()

@@ -32,7 +32,7 @@ def predict_masks(task: Segmentation, paths: Sequence[Path], root: Path, out: Pa
     """Write masks and overlays of image files, of the size of each image.
 
     Args:
-        task: A trained task.
+        task: A trained task, on the device it is to compute on.
         paths: The files.
         root: Names of what is written follow the paths relative to it.
         out: Folder for ``masks`` and ``overlays``.
@@ -92,9 +92,7 @@ def _mask(task: Segmentation, prepare: EvaluationPair, image: Tensor, size: tupl
 
 
 def _index_png(mask: Tensor, colours: Sequence[Colour]) -> bytes:
-    """Write class indices: with a palette up to 256 classes, in 16 bits beyond."""
-    if len(colours) > 256:
-        return _png(Image.fromarray(mask.numpy().astype(np.uint16)))
+    """Write class indices, of which there are 255 at most, with a palette."""
     image = Image.fromarray(mask.numpy().astype(np.uint8))
     image.putpalette([value for colour in colours for value in colour])
     return _png(image)

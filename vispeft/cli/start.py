@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,18 +61,25 @@ def start_from(task: AdapterTask, source: str, class_names: Sequence[str]) -> st
     check_fingerprint(header["backbone"]["fingerprint"], unwrap(task.model), task.bank.view)
     names, word = list(header["class_names"] or []), "classifier" if task.classifies else "decoder"
     fits = {key: t.shape for key, t in task.head_tensors().items()} == {key: t.shape for key, t in head.items()}
+    same_maps = _read_alike(task.output().get("decoder"), (header["output"] or {}).get("decoder"))
     # A classifier whose columns are to say which features matter starts anew (public code of VQT).
     scoring = bool(getattr(task, "head_sparsity", 0))
-    kept = bool(head) and fits and names == list(class_names) and not scoring
+    kept = bool(head) and fits and same_maps and names == list(class_names) and not scoring
     task.take(units, head if kept else {})
     if kept:
         return f"Started from {source}, with its {word}."
     if scoring:
         return f"Started from {source}; the {word} is a fresh one, because head_sparsity is to score its features."
     if names == list(class_names):
-        return f"Started from {source}; the {word} is a fresh one (another shape)."
+        why = "another shape" if same_maps else "it read other maps"
+        return f"Started from {source}; the {word} is a fresh one ({why})."
     why = f"{len(names)} classes there, {len(class_names)} here" if len(names) != len(class_names) else "other classes"
     return f"Started from {source}; the {word} is a fresh one ({why})."
+
+
+def _read_alike(own: Mapping[str, Any] | None, saved: Mapping[str, Any] | None) -> bool:
+    """Tell whether two decoders, as far as both are described, are of one kind and read the same maps."""
+    return own is None or saved is None or all(own[key] == saved.get(key) for key in ("name", "taps", "levels"))
 
 
 def _check_method(own: dict[str, Any], saved: dict[str, Any], source: str) -> None:

@@ -30,6 +30,8 @@ class Decoder(nn.Module):
     """Where it was published."""
     needs_pyramid: ClassVar[bool] = False
     """Whether each map must be smaller than the one before."""
+    least_batch: int = 1
+    """Images a batch has at least in training."""
 
     def __init__(self, in_channels: Sequence[int], num_classes: int, *, channels: int, dropout: float) -> None:
         """Make the classifier.

@@ -52,6 +52,7 @@ class UPerDecoder(Decoder):
             raise ConfigError(f"Decoder 'uper' was asked for with pool_scales={pool_scales}; give numbers from 1 on.")
         *finer, coarsest = self.in_channels
         self.pool_scales = tuple(pool_scales)
+        self.least_batch = 2 if 1 in self.pool_scales else 1  # BatchNorm sees one value per image on a grid of one
         self.psp_modules = nn.ModuleList(
             nn.Sequential(nn.AdaptiveAvgPool2d(scale), ConvBlock(coarsest, channels)) for scale in pool_scales
         )
@@ -81,7 +82,7 @@ class UPerDecoder(Decoder):
         Raises:
             ConfigError: If BatchNorm would see a single value per channel in training.
         """
-        if self.training and 1 in self.pool_scales and x.shape[0] == 1:
+        if self.training and x.shape[0] < self.least_batch:
             raise ConfigError(
                 "Decoder 'uper' pools each image to one pixel, and BatchNorm cannot be trained on a batch of one "
                 "image. Train with at least two, or give pool_scales without 1."

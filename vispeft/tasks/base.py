@@ -224,16 +224,16 @@ class AdapterTask(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Give AdamW over the adapter's groups, and its schedule."""
-        groups = [*self.bank.parameter_groups(self.lr, self.weight_decay), *self.further_groups()]
+        groups = self.bank.parameter_groups(self.lr, self.weight_decay)
         if self.layer_decay != 1:
             groups = decay_by_layer(unwrap(self.model), groups, self.layer_decay)
-        optimizer = AdamW(groups)
+        optimizer = AdamW([*groups, *self.further_groups()])
         steps: Any = self.trainer.estimated_stepping_batches
         schedule = warmup_decay(optimizer, steps, self.warmup, self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def further_groups(self) -> list[dict[str, Any]]:
-        """Give groups for the optimiser of what trains besides the adapter and its classifier."""
+        """Give groups for the optimiser of what trains besides the adapter and its classifier; each has a ``name``."""
         return []
 
     def on_train_epoch_start(self) -> None:

@@ -189,6 +189,21 @@ class SegmentationLoss(nn.Module):
         terms = self.terms(scores, masks)
         return torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
 
+    def check(self, num_classes: int) -> None:
+        """Check that the settings fit a number of classes.
+
+        Args:
+            num_classes: How many scores there are per pixel.
+
+        Raises:
+            ConfigError: If there is another number of class weights.
+        """
+        if self.class_weights is not None and len(self.class_weights) != num_classes:
+            raise ConfigError(
+                f"SegmentationLoss got {len(self.class_weights)} class_weights and scores of {num_classes} classes; "
+                "give one weight per class."
+            )
+
     def terms(self, scores: Tensor, masks: Tensor) -> dict[str, Tensor]:
         """Compute each loss of the sum, before it is weighted.
 
@@ -199,12 +214,8 @@ class SegmentationLoss(nn.Module):
         Raises:
             ConfigError: If there is another number of class weights than of scores.
         """
+        self.check(scores.shape[1])
         weights = self.class_weights
-        if weights is not None and len(weights) != scores.shape[1]:
-            raise ConfigError(
-                f"SegmentationLoss got {len(weights)} class_weights and scores of {scores.shape[1]} classes; "
-                "give one weight per class."
-            )
         losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
             "cross_entropy": partial(cross_entropy, class_weights=weights),
             "dice": dice_loss,

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from vispeft.adapters.files import DECODER, check_tensors, read_decoder
 from vispeft.adapters.method import Method
+from vispeft.data.base import ImageData
 from vispeft.data.masks import IGNORE
 from vispeft.errors import ConfigError, DataError, VerificationError
 from vispeft.heads import decoder as make_decoder
@@ -83,6 +84,8 @@ class Segmentation(AdapterTask):
         levels: Literal["taps", "vitdet"] = "taps",
         losses: dict[str, float] | None = None,
         class_weights: list[float] | None = None,
+        ohem_thresh: float = 0.7,
+        ohem_min_kept: int = 100_000,
         decoder_lr: float | None = None,
         inference: Inference | None = None,
         absent: Literal["skip", "zero"] = "skip",
@@ -99,7 +102,10 @@ class Segmentation(AdapterTask):
             taps: Blocks of a ViT or stages of a Swin whose maps are read; None takes four blocks, or all stages.
             levels: Hand the maps on as they are, or make a pyramid out of a plain ViT's last one.
             losses: Weight of each loss: cross_entropy, dice, lovasz, ohem; None takes cross entropy alone.
-            class_weights: How much each class counts in the cross entropy.
+            class_weights: How much each class counts in the cross entropy, and in that of hard pixels.
+            ohem_thresh: Probability of the own class below which a pixel is hard in any case, for the loss ohem.
+            ohem_min_kept: How many pixels per image count in the loss ohem at least; the default of mmsegmentation, for
+                crops of 512 pixels, is more than the whole of a crop of 224.
             decoder_lr: Highest learning rate of map reader and decoder; None takes `lr`.
             inference: How masks are computed outside of training; None takes whole images as they are.
             absent: What a class that occurs in no mask and no prediction counts in a mean: nothing (``skip``, as in
@@ -123,13 +129,20 @@ class Segmentation(AdapterTask):
             )
         if decoder_lr is not None and not (decoder_lr > 0 and math.isfinite(decoder_lr)):
             raise ConfigError(f"Segmentation(decoder_lr={decoder_lr}): a finite number above 0 is needed.")
+        loss = SegmentationLoss(
+            losses or {"cross_entropy": 1.0},
+            class_weights=class_weights,
+            ohem_thresh=ohem_thresh,
+            ohem_min_kept=ohem_min_kept,
+        )
         super().__init__(method=method, backbone_args={"flexible_size": True, **(backbone_args or {})}, **settings)
         self.decoder_name, self.decoder_args, self.decoder_lr = decoder, dict(decoder_args or {}), decoder_lr
         self.reader = MapReader(self.model, taps, levels)
         self.decoder = make_decoder(decoder, self.reader.channels, self.num_classes, **self.decoder_args)
         self._try_maps()
         self._verify(DensePyramid(self.model, taps, levels))
-        self.loss = SegmentationLoss(losses or {"cross_entropy": 1.0}, class_weights=class_weights)
+        loss.check(self.num_classes)
+        self.loss = loss
         self.inference = inference or Inference()
         self.scores = nn.ModuleDict(
             {split: SegmentationScores(self.num_classes, absent=absent) for split in ("validation", "test")}
@@ -149,8 +162,8 @@ class Segmentation(AdapterTask):
 
     def _try_maps(self) -> None:
         """Run one small image through, so that a decoder that cannot read these maps is refused now."""
-        side = max(self.reader.divisor * 2, *self.preprocessing.size) if self._one_size() else self.reader.divisor * 2
-        image = torch.zeros(1, 3, side, side, dtype=self.base_dtype)
+        size = self.preprocessing.size if self._one_size() else (self.reader.divisor * 2,) * 2
+        image = torch.zeros(1, 3, *size, dtype=self.base_dtype)
         modes = {module: module.training for module in self.modules()}
         with torch.no_grad():
             self.network().eval()(image)
@@ -186,15 +199,28 @@ class Segmentation(AdapterTask):
             data: A data module.
 
         Raises:
-            DataError: If targets, class count or image sizes do not fit.
+            DataError: If targets, class count, image sizes or batch size do not fit.
         """
         check_target(type(self), data)
         super().check_data(data)
+        self._check_batches(data)
         smallest = getattr(data, "smallest_size", None)
         if self.inference.mode == "slide" and smallest is not None and min(smallest) < self.inference.window:
             raise DataError(
                 f"The smallest image has {smallest[0]} x {smallest[1]} pixels, and the sliding window has "
                 f"{self.inference.window}. Make inference.window smaller, or take inference.mode=whole."
+            )
+
+    def _check_batches(self, data: Any) -> None:
+        """Find a last training batch that BatchNorm could not be trained on, which would end an epoch's work."""
+        if not isinstance(data, ImageData):
+            return
+        last = 0 if data.drop_last else len(data.split("train")) % data.batch_size  # type: ignore[arg-type]
+        fewest, least = last or data.batch_size, self.decoder.least_batch
+        if fewest < least:
+            raise DataError(
+                f"A training batch of each epoch has {fewest} image, and the decoder {self.decoder_name!r} needs "
+                f"{least} for its BatchNorm. Set data.drop_last, or another data.batch_size."
             )
 
     # ------------------------------------------------------------------ steps
@@ -298,7 +324,7 @@ class Segmentation(AdapterTask):
 
         Args:
             path: The PNG file.
-            names: Names of the classes; None takes those of the data.
+            names: Names of the classes; None takes those of the data, or numbers where they have none.
         """
         if not self.examples:
             return
@@ -313,7 +339,8 @@ class Segmentation(AdapterTask):
                 image = F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
             pictures.append((image * 255).round().to(torch.uint8))
         masks, predictions = ([example[name] for example in self.examples] for name in ("mask", "prediction"))
-        overlay_grid(pictures, masks, predictions, getattr(data, "palette", None), names or data.class_names, path)
+        names = names or getattr(data, "class_names", None) or [str(index) for index in range(self.num_classes)]
+        overlay_grid(pictures, masks, predictions, getattr(data, "palette", None), names, path)
 
     # ------------------------------------------------------------------ files
 
@@ -322,8 +349,13 @@ class Segmentation(AdapterTask):
         trained = [*self.reader.parameters(), *self.decoder.parameters()]
         lr = self.decoder_lr or self.lr
         return [
-            {"params": [p for p in trained if p.ndim > 1], "lr": lr, "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
+            {
+                "params": [p for p in trained if (p.ndim > 1) == decays],
+                "lr": lr,
+                "weight_decay": self.weight_decay if decays else 0.0,
+                "name": f"decoder {'decay' if decays else 'no_decay'}",
+            }
+            for decays in (True, False)
         ]
 
     def output(self) -> dict[str, Any]:
