@@ -2,7 +2,8 @@
 
     python benchmarks/activations.py                  # all methods on the narrow network; a few minutes
     python benchmarks/activations.py --network vit_s  # the same on a ViT-S/16
-    python benchmarks/activations.py --methods ssf lst
+    python benchmarks/activations.py --methods ssf lst        # these alone are in the file then
+    python benchmarks/activations.py --rounds 0 --methods fact   # renews what is kept; other rows and all times stay
     python benchmarks/activations.py --busy --threads 1       # on a machine that does other work
     python benchmarks/activations.py --table          # writes the table in docs/benchmarks.md
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -150,6 +152,27 @@ def rows(network: Network, figures: dict[str, dict[str, Any]]) -> Iterator[tuple
         yield name, f"{figures[name]['trained']:,}", f"{figures[name]['saved_bytes'] / 2**20:.1f}", *cells
 
 
+def renewed(earlier: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """Put what is kept for the backward pass into an earlier record, whose other rows and times stay.
+
+    Args:
+        earlier: The record with times.
+        record: One without.
+
+    Returns:
+        A record that says which command each renewed row comes from.
+    """
+    figures = {name: {**earlier["figures"].get(name, {}), **found} for name, found in record["figures"].items()}
+    left_out = {name: reason for name, reason in earlier["left_out"].items() if name not in figures}
+    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {
+        **earlier,
+        "figures": {**earlier["figures"], **figures},
+        "left_out": {**left_out, **record["left_out"]},
+        "renewed": {**earlier.get("renewed", {}), **dict.fromkeys(figures, command)},
+    }
+
+
 HEADINGS = ("method", "trained", "kept, MiB", "of full fine-tuning", "time of a step, of full fine-tuning")
 
 
@@ -197,14 +220,20 @@ def main() -> None:
     network = NETWORKS[args.network]
     clock = time.process_time if args.busy else time.perf_counter
     figures, left_out = measure(network, args.methods, args.rounds, clock)
-    record = {"network": {"width": network.width, "depth": DEPTH, "image_size": SIZE, "batch": network.batch}}
-    path = write(
-        path_of(args.network).stem, {**record, "arguments": vars(args), "figures": figures, "left_out": left_out}
-    )
+    record: dict[str, Any] = {
+        "network": {"width": network.width, "depth": DEPTH, "image_size": SIZE, "batch": network.batch},
+        "arguments": vars(args),
+        "figures": figures,
+        "left_out": left_out,
+    }
+    path = path_of(args.network)
+    if not args.rounds and path.is_file():
+        record = renewed(json.loads(path.read_text()), record)
+    write(path.stem, record)
     table = Table(title=title(network))
     for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading == "method" else "right")
-    for row in rows(network, figures):
+    for row in rows(network, record["figures"]):
         table.add_row(*row)
     Console().print(table)
     print(f"written to {path.name}")

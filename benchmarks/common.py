@@ -94,17 +94,19 @@ def write(name: str, results: dict[str, Any]) -> Path:
     return path
 
 
-def write_section(name: str, lines: Iterable[str]) -> None:
-    """Put generated lines between their marks in ``docs/benchmarks.md``.
+def write_section(name: str, lines: Iterable[str], page: str | None = None) -> None:
+    """Put generated lines between their marks in a page of the documentation.
 
     Args:
         name: Name of the section, as its marks have it.
         lines: Lines of Markdown.
+        page: Name of the page without its ending; None for ``benchmarks``.
     """
+    path = PAGE if page is None else PAGE.with_stem(page)
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, rest = PAGE.read_text(encoding="utf-8").split(begin)
+    before, rest = path.read_text(encoding="utf-8").split(begin)
     after = rest.split(end)[1]
-    PAGE.write_text(before + "\n".join([begin, "", *lines, "", end]) + after, encoding="utf-8")
+    path.write_text(before + "\n".join([begin, "", *lines, "", end]) + after, encoding="utf-8")
 
 
 def _gpu() -> str | None:

@@ -1,5 +1,6 @@
 """What methods keep for the backward pass stays below what is promised, and the page is made from the record."""
 
+import json
 import sys
 import time
 
@@ -16,6 +17,27 @@ def test_no_bar_on_what_is_kept_is_missed():
     assert activations.share(figures, activations.FULL) == (1.0, None)
     figures["ssf"]["saved_bytes"] = figures[activations.FULL]["saved_bytes"]
     assert [line.split(":")[0] for line in activations.missed(network, figures)] == ["ssf"]
+
+
+def test_what_is_kept_is_renewed_beside_the_times(tmp_path, monkeypatch):
+    for module in (activations, common):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    network = activations.Network(64, 1, {})
+    monkeypatch.setitem(activations.NETWORKS, "narrow", network)
+    rows = {name: {"saved_bytes": 1, "seconds": {"median": 2.0}} for name in (activations.FULL, "ssf", "lora")}
+    rows = {name: {"trained": 3, **row} for name, row in rows.items()}
+    arguments = {"busy": True, "threads": 1, "rounds": 3}
+    common.write("activations_narrow", {"arguments": arguments, "figures": rows, "left_out": {"ssf": "old"}})
+    monkeypatch.setattr(sys, "argv", ["activations.py", "--rounds", "0", "--methods", "ssf"])
+    activations.main()
+    record = json.loads((tmp_path / "activations_narrow.json").read_text())
+    assert record["figures"]["lora"] == rows["lora"]
+    assert record["figures"]["ssf"]["saved_bytes"] > 1
+    assert record["figures"]["ssf"]["seconds"] == {"median": 2.0}
+    assert record["arguments"] == arguments
+    assert record["left_out"] == {}
+    command = "python activations.py --rounds 0 --methods ssf"
+    assert record["renewed"] == dict.fromkeys([activations.FULL, "ssf"], command)
 
 
 def test_the_table_is_made_from_the_record(tmp_path, monkeypatch):
