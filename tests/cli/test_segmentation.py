@@ -120,6 +120,22 @@ def test_two_images_of_one_name_are_refused_before_any_is_predicted(run: Path, r
     assert not (tmp_path / "out").exists()
 
 
+def test_an_image_smaller_than_the_window_is_refused_before_any_is_predicted(
+    run: Path, run_cli: Any, tmp_path: Path
+) -> None:
+    slide = ["--model.inference={mode: slide, window: 32, stride: 20}", "--data.evaluation=whole"]
+    result = run_cli("train", run.parent / "config.yaml", "--out", tmp_path / "run", "--trainer.max_epochs=1", *slide)
+    assert result.status == 0, result.err
+    for name, side in (("a", 40), ("b", 30), ("c", 32)):
+        (tmp_path / "new").mkdir(exist_ok=True)
+        Image.fromarray(np.zeros((side, 50), np.uint8)).save(tmp_path / "new" / f"{name}.png")
+    result = run_cli("predict", tmp_path / "run", tmp_path / "new", "--out", tmp_path / "out")
+    assert "1 of 3 images is smaller than the sliding window of 32 pixels" in result.err, result.err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "new" / "b.png").unlink()
+    assert run_cli("predict", tmp_path / "run", tmp_path / "new", "--out", tmp_path / "out").status == 0
+
+
 def test_going_on_from_the_run(run: Path, run_cli: Any, tmp_path: Path) -> None:
     config = run.parent / "config.yaml"
     result = run_cli("train", config, "--init", run, "--out", tmp_path / "same", "--trainer.max_epochs=1")

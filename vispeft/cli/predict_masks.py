@@ -19,7 +19,7 @@ from vispeft.data.images import read_image
 from vispeft.data.joint import EvaluationPair
 from vispeft.data.palettes import Colour, make_palette
 from vispeft.data.preprocessing import Preprocessing
-from vispeft.errors import ConfigError
+from vispeft.errors import ConfigError, DataError
 from vispeft.tasks.segmentation import Segmentation
 from vispeft.viz import lay_over
 
@@ -54,6 +54,7 @@ def predict_masks(task: Segmentation, paths: Sequence[Path], root: Path, out: Pa
     rows = [["path", *names]]
     task.eval()
     targets = _targets(paths, root, out)
+    _check_sizes(task, prepare, paths)
     for path, target in track(
         list(zip(paths, targets, strict=True)), "predicting", console=console, disable=not console.is_terminal
     ):
@@ -83,6 +84,23 @@ def _targets(paths: Sequence[Path], root: Path, out: Path) -> list[Path]:
     if found is not None:
         raise ConfigError(f"{found} exists already and is not overwritten. Choose another --out.")
     return targets
+
+
+def _check_sizes(task: Segmentation, prepare: EvaluationPair, paths: Sequence[Path]) -> None:
+    """Find images smaller than the sliding window before the first one is predicted."""
+    if task.inference.mode != "slide":
+        return
+    small = []
+    for path in paths:
+        with Image.open(path) as image:
+            if min(prepare.size_of(image.height, image.width)) < task.inference.window:
+                small.append(str(path))
+    if small:
+        raise DataError(
+            f"{len(small)} of {len(paths)} images {'is' if len(small) == 1 else 'are'} smaller than the sliding window "
+            f"of {task.inference.window} pixels that the run was trained with: {', '.join(small[:5])}"
+            f"{' and more' if len(small) > 5 else ''}. Nothing was predicted; enlarge or remove them."
+        )
 
 
 @torch.inference_mode()

@@ -111,8 +111,8 @@ class EvaluationPair:
             short_side: With `whole`, shorter side of the image in pixels; None keeps its own size.
         """
         size = None if whole else preprocessing.size
-        resize = Rescale(preprocessing.interpolation, size=size, short_side=short_side)
-        self._steps = v2.Compose([resize, preprocessing.normalise()])
+        self._resize = Rescale(preprocessing.interpolation, size=size, short_side=short_side)
+        self._steps = v2.Compose([self._resize, preprocessing.normalise()])
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Prepare an image.
@@ -122,6 +122,16 @@ class EvaluationPair:
             mask: Classes or `IGNORE` (H, W).
         """
         return self._steps(image), mask.long()
+
+    def size_of(self, height: int, width: int) -> tuple[int, int]:
+        """Give height and width that an image is brought to.
+
+        Args:
+            height: Height of the image.
+            width: Its width.
+        """
+        rows, columns = self._resize.make_params([torch.empty(0, height, width)])["size"]
+        return rows, columns
 
 
 # ------------------------------------------------------------------ steps

@@ -65,8 +65,8 @@ class Inference:
 def predict_masks(scores: Scores, images: Tensor, inference: Inference, size: tuple[int, int] | None = None) -> Tensor:
     """Compute the likeliest class of every pixel.
 
-    With windows the memory needed is that of one row of windows, whatever the height of the image: each band of rows is
-    decided as soon as no further window reaches it.
+    With windows no more scores are kept than those of one row of windows, whatever the height of the image: each band
+    of rows is decided as soon as no further window reaches it.
 
     Args:
         scores: The model.
