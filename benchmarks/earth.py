@@ -218,6 +218,10 @@ class Search:
         trial = Trial(method=row, lr=lr, seed=seed, epochs=self.epochs)
         path, kept = RESULTS / f"{trial.stem}.json", ROOT / "runs" / "earth" / f"{trial.stem}.pt"
         facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if facts is not None and facts["epochs"] != trial.epochs:
+            raise SystemExit(
+                f"{path} is of a training of {facts['epochs']} epochs, not of {trial.epochs}. Move it away."
+            )
         if facts is not None and ("test" in facts or not tested):
             return facts
         if time.monotonic() > self.deadline:

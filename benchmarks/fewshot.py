@@ -373,8 +373,9 @@ class Search:
     def chosen_by(self, trial: Trial) -> float:
         """Train unless it is on disk; give the best validation accuracy."""
         path = self.results / f"{trial.stem}.json"
-        if path.is_file():
-            return float(json.loads(path.read_text(encoding="utf-8"))["validation"])
+        facts = on_disk(path, trial.epochs)
+        if facts is not None:
+            return float(facts["validation"])
         training, facts = self.train(trial)
         torch.save(training.best, self.kept / f"{trial.stem}.pt")
         write(path, facts)
@@ -383,7 +384,7 @@ class Search:
     def tested(self, trial: Trial) -> None:
         """Test what was trained, or train it first; done when its file has a test accuracy."""
         path, kept = self.results / f"{trial.stem}.json", self.kept / f"{trial.stem}.pt"
-        facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        facts = on_disk(path, trial.epochs)
         if facts is not None and "test" in facts:
             return
         if facts is not None and kept.is_file():
@@ -439,6 +440,16 @@ class Search:
                 seconds += facts["seconds"] / 2 * self.epochs * (1 + 2 / len(rates_of(name)))
                 print(f"{trial.stem}: {facts['seconds']:.0f} s, validation {facts['validation']:.4f}", flush=True)
         print(f"All of it with {self.epochs} epochs: about {seconds / 60:.0f} minutes, and the tests.")
+
+
+def on_disk(path: Path, epochs: int) -> dict[str, Any] | None:
+    """Read what an earlier start found, unless it trained for another number of epochs."""
+    if not path.is_file():
+        return None
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    if facts["epochs"] != epochs:
+        raise SystemExit(f"{path} is of a training of {facts['epochs']} epochs, not of {epochs}. Move it away first.")
+    return facts
 
 
 def write(path: Path, facts: dict[str, Any]) -> None:

@@ -60,6 +60,13 @@ def run(tmp_path_factory: pytest.TempPathFactory, call_cli: Any) -> Path:
     (folder / "config.yaml").write_text(CONFIG.replace("ROOT", str(folder / "data")))
     result = call_cli("train", folder / "config.yaml", "--out", folder / "run")
     assert result.status == 0, result.err
+    # A table of all classes follows the one of the splits.
+    assert [
+        line.split("│")[1].strip() for line in result.out.splitlines() if "│ ground" in line or "│ square" in line
+    ] == [
+        "ground",
+        "square",
+    ]
     return folder / "run"
 
 

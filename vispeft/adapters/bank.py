@@ -708,9 +708,7 @@ class AdapterBank:
         """
         return dict(self._adapter(name).notes)
 
-    def save(
-        self, path: str | Path, name: str | None = None, *, decoder: Mapping[str, Tensor] | None = None
-    ) -> None:
+    def save(self, path: str | Path, name: str | None = None, *, decoder: Mapping[str, Tensor] | None = None) -> None:
         """Write an adapter: ``adapter.json``, ``adapter.safetensors`` and ``head.safetensors``, nothing of the base.
 
         Args:

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from vispeft.tasks.base import AdapterTask
 
-__all__ = ["Measured", "Outputs", "evaluate", "evaluation_trainer", "measure", "metrics_table", "output_names"]
+__all__ = [
+    "Measured",
+    "Outputs",
+    "class_table",
+    "evaluate",
+    "evaluation_trainer",
+    "measure",
+    "metrics_table",
+    "output_names",
+]
 
 _KEPT = (
     "accelerator",
@@ -173,3 +182,31 @@ def metrics_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
     for label, metrics in rows.items():
         table.add_row(label, *(f"{metrics[name]:.4f}" if name in metrics else "" for name in names))
     return table
+
+
+def class_table(metrics: Mapping[str, Any]) -> Table | None:
+    """Show figures per class as a table.
+
+    Args:
+        metrics: What ``metrics.json`` holds; entries ``test_*_per_class`` are shown.
+
+    Returns:
+        A row per class; None where there are no such figures, or too many classes to be read.
+    """
+    columns = {
+        name.removeprefix("test_").removesuffix("_per_class"): values
+        for name, values in metrics.items()
+        if name.startswith("test_") and name.endswith("_per_class")
+    }
+    names = list(next(iter(columns.values()), {}))
+    if not 0 < len(names) <= MOST_CLASSES:
+        return None
+    rows = {
+        name: {figure: values[name] for figure, values in columns.items() if values.get(name) is not None}
+        for name in names
+    }
+    return metrics_table(rows)
+
+
+MOST_CLASSES = 200
+"""Rows of the longest table of classes that is printed."""

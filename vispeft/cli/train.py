@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from vispeft.cli import runs
 from vispeft.cli.common import console, make_parser, one_line, versions
 from vispeft.cli.config import ConfigCLI
-from vispeft.cli.evaluation import Measured, measure, metrics_table, output_names
+from vispeft.cli.evaluation import Measured, class_table, measure, metrics_table, output_names
 from vispeft.cli.start import start_from
 from vispeft.data.base import ImageData
 from vispeft.data.cache import cache_features
@@ -206,6 +206,8 @@ def _carry_out(place: Path, cli: ConfigCLI, trainer: Trainer, found: Found | Non
     chosen = "Best" if getattr(cli.datamodule, "validation_chooses", True) else "Last"
     console.print(f"{chosen} of {metrics['epochs']} epochs: epoch {metrics['best_epoch']}")
     console.print(metrics_table({split: metrics[split] for split in ("validation", "test")}))
+    if (by_class := class_table(metrics)) is not None:
+        console.print(by_class)
     return place
 
 

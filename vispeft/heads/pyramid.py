@@ -53,7 +53,7 @@ class MapReader(nn.Module):
             raise BackboneError("A features_only model gives maps by itself. Give the whole model (num_classes=0).")
         view = describe(unwrap(model))
         self.taps = _checked(view, taps)
-        self.side = cast(int, view.patch_size[0])
+        self.side = view.patch_size[0]
         widths, strides = _shapes(view, self.taps)
         if levels not in LEVELS:
             raise ConfigError(f"levels={levels!r}: choose 'taps' or 'vitdet'.")
@@ -139,7 +139,7 @@ def _has_stages(view: View) -> bool:
 
 def _shapes(view: View, taps: Sequence[int]) -> tuple[list[int], list[int]]:
     """Give channels and strides of the maps at taps."""
-    patch = cast(int, view.patch_size[0])
+    patch = view.patch_size[0]
     if not _has_stages(view):
         return [view.widths[-1]] * len(taps), [patch] * len(taps)
     return [view.widths[view.stages[tap][0]] for tap in taps], [patch * 2**tap for tap in taps]
