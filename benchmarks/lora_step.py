@@ -1,6 +1,7 @@
 """One training step of LoRA on all four linear layers: vispeft, Hugging Face peft, and full fine-tuning, side by side.
 
     python benchmarks/lora_step.py
+    python benchmarks/lora_step.py --table          # writes the table in docs/benchmarks.md
 
 Writes results/lora_step.json: medians of alternating runs in one process, and their ratios. The floor is a frozen model
 without any adapter, whose gradient goes back to the first layer. Both kinds of LoRA are measured with dropout 0.1 too.
@@ -10,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
+from collections.abc import Iterator
 
 import vispeft  # first: it makes torchvision importable where its library does not fit
 
 import timm  # isort: skip
 import torch
-from common import alternate, saved_bytes, write
+from common import RESULTS, alternate, saved_bytes, write, write_section
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -47,6 +50,39 @@ def with_ours(model: nn.Module, rank: int, dropout: float) -> nn.Module:
     return model
 
 
+ROWS = {
+    "peft": "LoRA of Hugging Face peft",
+    "vispeft": "LoRA of vispeft",
+    "peft dropout 0.1": "LoRA of Hugging Face peft, dropout 0.1",
+    "vispeft dropout 0.1": "LoRA of vispeft, dropout 0.1",
+    "full": "full fine-tuning",
+    "floor": "frozen, gradient back to the first layer, nothing added",
+}
+BARS = {"peft": 0.72, "full": 0.85}
+"""Largest share of each that a step of vispeft's LoRA without dropout should take."""
+
+
+def table_lines() -> Iterator[str]:
+    """Make the section of docs/benchmarks.md from the results."""
+    record = json.loads((RESULTS / "lora_step.json").read_text(encoding="utf-8"))
+    how, seconds = record["arguments"], record["seconds"]
+    ours = seconds["vispeft"]["median"]
+    yield f"{how['model']}, {how['batch']} images, rank {how['rank']}, CPU, {how['threads']} threads, float32"
+    yield ""
+    yield "| | median s | kept, MiB | vispeft without dropout takes |"
+    yield "|---|--:|--:|--:|"
+    for name, title in ROWS.items():
+        ratio = f"{ours / seconds[name]['median']:.2f} of it" if name != "vispeft" else ""
+        if name in BARS:
+            met = "met" if ours / seconds[name]["median"] <= BARS[name] else "not met"
+            ratio += f" (bar {BARS[name]:.2f}: {met})"
+        yield f"| {title} | {seconds[name]['median']:.3f} | {record['saved_bytes'][name] / 2**20:.0f} | {ratio} |"
+    both = seconds["vispeft dropout 0.1"]["median"] / seconds["peft dropout 0.1"]["median"]
+    yield ""
+    yield f"With dropout 0.1 on both sides a step of vispeft takes {both:.2f} of peft's."
+    yield ""
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -56,7 +92,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--table", action="store_true", help="write the page from the results and stop")
     args = parser.parse_args()
+    if args.table:
+        write_section("lora_step", table_lines())
+        return
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     images = torch.randn(args.batch, 3, 224, 224, device=args.device)
