@@ -82,6 +82,8 @@ def test_activations_may_be_computed_again(weights):
         ({"peft": {"load": "nowhere", "type": "SSF"}}, "load and type"),
         ({"peft": {"type": "VQT"}}, "no map"),
         ({"out_indices": [0, 9]}, "4 blocks"),
+        ({"peft": {"type": "SSF"}, "out_indices": [0, 1]}, r"out_indices \[0, 1\].*blocks.2.*limit the method"),
+        ({"pretrained": "open-mmlab://resnet50_v1c"}, "segmentor hands its own pretrained"),
         ({"model_args": {"num_classes": 3}}, "num_classes"),
         ({"init_cfg": {"type": "Pretrained", "checkpoint": "x.pth"}}, "weights="),
     ],

@@ -89,7 +89,7 @@ def test_tool_trains_and_goes_on(toy_config, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--cfg-options", "train_dataloader.dataset.data_root=nowhere"], "data that are not there"),
+        (["--cfg-options", "train_dataloader.dataset.data_root=nowhere"], "that are not there"),
         (["--cfg-options", "train_dataloader.dataset.type=ToyShape"], "names 'ToyShape'"),
         (["--cfg-options", "model.decode_head.num_classes=7"], "num_classes is 7"),
         (["--cfg-options", "model.backbone.peft.type=SFF"], "Unknown method 'SFF'"),

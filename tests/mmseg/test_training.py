@@ -9,13 +9,17 @@ importlib.import_module("vispeft.mmseg")
 
 import torch
 from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
+from mmseg.apis import init_model
 
 from tests.mmseg.toy import (
     backbone_of,
     make_config,
 )
+from vispeft.adapters.files import read_adapter, read_decoder
 from vispeft.errors import ConfigError
+from vispeft.mmseg import save_adapter
 
 
 def groups_of(weights, peft, **wrapper):
@@ -23,7 +27,8 @@ def groups_of(weights, peft, **wrapper):
         {"backbone": backbone_of("vit", weights, peft=peft), "decode_head": torch.nn.Conv2d(4, 2, 1)}
     )
     config = {"constructor": "VispeftOptimWrapperConstructor", "type": "OptimWrapper", **wrapper}
-    optimizer = build_optim_wrapper(model, config).optimizer
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        optimizer = build_optim_wrapper(model, config).optimizer
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
         names[id(parameter)]: (group["lr"], group["weight_decay"])
@@ -63,6 +68,7 @@ def test_optimiser_rule_for_the_whole_backbone(weights):
         ({"decode_head": {"in_index": [0, 1, 7]}}, "gives 3 maps"),
         ({"decode_head": {"num_classes": 7}}, "num_classes is 7.* 3 classes"),
         ({"decode_head": {"type": "UPerHead"}}, "pyramid.*vitdet"),
+        ({"decode_head": {"in_index": [0, 1], "in_channels": [32, 32]}}, "no head reads the backbone's last map"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_before_the_first_step(toy, weights, tmp_path, changes, message):
@@ -70,6 +76,36 @@ def test_parts_that_do_not_fit_are_refused_before_the_first_step(toy, weights, t
     config.merge_from_dict({"model": changes})
     with pytest.raises(ConfigError, match=message):
         Runner.from_cfg(config).train()
+
+
+def test_cascades_of_heads_are_checked_and_saved(toy, weights, tmp_path):
+    config = make_config("vit", toy, weights, tmp_path)
+    first = {"type": "FCNHead", "in_channels": 32, "in_index": 2, "channels": 8, "num_classes": 3}
+    second = {**first, "type": "OCRHead", "ocr_channels": 4}
+    config.model.update(type="CascadeEncoderDecoder", num_stages=2, decode_head=[first, second])
+    config.train_cfg.max_iters = 1
+    Runner.from_cfg(config).train()
+    header, _, _ = read_adapter(tmp_path / "adapter")
+    assert header["output"]["decoder"]["name"] == "OCRHead"
+    names = read_decoder(tmp_path / "adapter")
+    assert {name.split(".")[1] for name in names if name.startswith("decoder.")} == {"0", "1"}
+    config.model.decode_head[1].num_classes = 7
+    with pytest.raises(ConfigError, match=r"decode_head\[1\].num_classes is 7"):
+        Runner.from_cfg(config).train()
+
+
+def test_decoder_is_loaded_although_there_is_nothing_to_resume(toy, weights, tmp_path):
+    config = make_config("vit", toy, weights, tmp_path)
+    source = init_model(config, device="cpu")
+    save_adapter(source, tmp_path / "source")
+    still = {"type": "SGD", "lr": 1e-30}
+    wrapper = {"type": "OptimWrapper", "constructor": "VispeftOptimWrapperConstructor", "optimizer": still}
+    hooks = [{"type": "VispeftHook", "decoder": str(tmp_path / "source")}]
+    config.merge_from_dict({"custom_hooks": hooks, "resume": True, "work_dir": str(tmp_path / "run")})
+    config.optim_wrapper = wrapper
+    runner = Runner.from_cfg(config)
+    runner.train()
+    torch.testing.assert_close(runner.model.decode_head.conv_seg.weight, source.decode_head.conv_seg.weight)
 
 
 def test_hook_needs_the_backbone():

@@ -87,7 +87,9 @@ def train(
         runner = Runner.from_cfg(tree)
         runner.train()
     except FileNotFoundError as error:
-        raise DataError(f"{config} names data that are not there: {error}. Correct data_root in it.") from error
+        raise DataError(
+            f"{config} names data or files that are not there: {error}. Correct data_root, or the file's name, in it."
+        ) from error
     except KeyError as error:
         if "registry" not in str(error):
             raise

@@ -36,7 +36,10 @@ def find_adapter(source: str) -> Path:
     for place in (Path(source), Path(source) / ADAPTER):
         if (place / JSON_FILE).is_file():
             return place
-    raise FileError(f"init names {source!r}, where there is no adapter: no {JSON_FILE}, and no {ADAPTER}/{JSON_FILE}.")
+    raise FileError(
+        f"There is no adapter in {source!r}: no {JSON_FILE}, and no {ADAPTER}/{JSON_FILE}. Name the directory of an "
+        "adapter or of a run, or zoo:NAME."
+    )
 
 
 def start_from(task: AdapterTask, source: str, class_names: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from vispeft.adapters.fingerprint import base_tensors, check_fingerprint, finger
 from vispeft.adapters.method import Method
 from vispeft.adapters.model_host import ModelHost
 from vispeft.backbones.create import create_model
-from vispeft.errors import ConfigError, FileError
+from vispeft.errors import ConfigError, FileError, VerificationError
 from vispeft.heads.pyramid import MapReader
 from vispeft.tasks.inference import padded_to
 
@@ -83,6 +83,11 @@ class VispeftBackbone(BaseModule):
                 f"VispeftBackbone(init_cfg={dict(init_cfg)}): the weights have to be there before the adapter is. Give "
                 "a file of timm's tensors as weights=, or pretrained=True."
             )
+        if not isinstance(pretrained, bool):
+            raise ConfigError(
+                f"VispeftBackbone(pretrained={pretrained!r}): True or False is needed. A file of timm's tensors goes "
+                "into weights=. A segmentor hands its own pretrained on to the backbone; set that to None."
+            )
         super().__init__()
         given = dict(model_args or {})
         taken = sorted(set(_OWN) & set(given))
@@ -101,12 +106,22 @@ class VispeftBackbone(BaseModule):
         self.restorable = pretrained or weights is not None
         self.reader = MapReader(self.model, out_indices, levels, width)
         self.channels, self.strides = self.reader.channels, self.reader.strides
-        if self.bank is not None:
-            self.bank.verify(self)
+        self._verify()
         if peft is not None and levels == "vitdet" and "load" in peft:
             _load_reader(self.reader, str(peft["load"]))
         if with_cp:
             self.model.set_grad_checkpointing()  # type: ignore[operator]  # timm's
+
+    def _verify(self) -> None:
+        try:
+            if self.bank is not None:
+                self.bank.verify(self)
+        except VerificationError as error:
+            found = str(error).partition(". The model does not use")[0]
+            raise VerificationError(
+                f"Through the maps at out_indices {self.reader.taps}, {found[0].lower()}{found[1:]}. What lies behind "
+                "the last map cannot train: add the last block or stage to out_indices, or limit the method by blocks."
+            ) from error
 
     @property
     def bank(self) -> AdapterBank | None:

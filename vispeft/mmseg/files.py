@@ -117,9 +117,10 @@ def _preprocessing(model: Any, backbone: VispeftBackbone) -> dict[str, Any] | No
 
 def _output(model: Any, backbone: VispeftBackbone) -> dict[str, Any]:
     """Say how outputs are read, as a Lightning task does."""
-    head, reader = model.decode_head, backbone.reader
-    name = _DECODERS.get(type(head).__name__, type(head).__name__)
+    cascade = isinstance(model.decode_head, nn.ModuleList)
+    head, reader = model.decode_head[-1] if cascade else model.decode_head, backbone.reader
+    name = type(head).__name__ if cascade else _DECODERS.get(type(head).__name__, type(head).__name__)
     levels = "taps" if reader.levels is None else "vitdet"
-    args = {"channels": head.channels}
+    args = {"channels": head.channels} if hasattr(head, "channels") else {}  # heads of mmdetection have none
     decoder = {"name": name, "args": args, "taps": list(reader.taps), "levels": levels}
     return {"target": "mask", "decoder": decoder, "ignore": head.ignore_index}

@@ -11,6 +11,7 @@ from mmengine.dist import master_only
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmseg.models.decode_heads import UPerHead
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.registry import HOOKS
 from torch import nn
 
@@ -61,7 +62,8 @@ class VispeftHook(Hook):
             what = "no adapter; all of it trains" if backbone.bank is None else f"\n{backbone.bank.report()}"
             runner.logger.info(f"{name}: {what}")
         self._best = runner.message_hub.runtime_info.get("best_ckpt")
-        if self.decoder is not None and not runner._resume:
+        # mmengine may be told to resume where there is no checkpoint yet.
+        if self.decoder is not None and not (runner._resume and runner._has_loaded):
             load_decoder(model, self.decoder)
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
@@ -109,25 +111,52 @@ def check_segmentor(model: Any, classes: Sequence[str] | None) -> None:
     Raises:
         ConfigError: With everything that was found.
     """
-    heads = {"decode_head": model.decode_head}
+    heads = _heads("decode_head", model.decode_head)
     if model.with_auxiliary_head:
-        several = isinstance(model.auxiliary_head, nn.ModuleList)
-        listed = list(model.auxiliary_head) if several else [model.auxiliary_head]
-        heads |= {f"auxiliary_head{f'[{i}]' if several else ''}": head for i, head in enumerate(listed)}
+        heads |= _heads("auxiliary_head", model.auxiliary_head)
     found = []
     for name, head in heads.items():
-        if isinstance(model.backbone, VispeftBackbone) and not model.with_neck:
+        # Heads of mmdetection, such as Mask2Former's, say in other words what they read.
+        if isinstance(model.backbone, VispeftBackbone) and not model.with_neck and isinstance(head, BaseDecodeHead):
             found += _unreadable(name, head, model.backbone)
         if classes is not None and len(classes) != head.num_classes:
             found.append(f"{name}.num_classes is {head.num_classes}, and the data have {len(classes)} classes")
+    if not found and _behind_the_heads(model, list(heads.values())):
+        found.append(
+            "no head reads the backbone's last map, and what of the adapter lies behind the others cannot train: let "
+            "out_indices end with the last map that is read"
+        )
     if found:
         raise ConfigError(f"The config does not fit together: {'; '.join(found)}. Correct it there.")
+
+
+def _heads(name: str, module: nn.Module) -> dict[str, Any]:
+    """List a head, or several in a row (cascades, auxiliary ones), by name."""
+    if isinstance(module, nn.ModuleList):
+        return {f"{name}[{index}]": head for index, head in enumerate(module)}
+    return {name: module}
+
+
+def _behind_the_heads(model: Any, heads: Sequence[Any]) -> bool:
+    """Tell whether an adapter reaches further into the backbone than the maps that are read."""
+    backbone = model.backbone
+    known = isinstance(backbone, VispeftBackbone) and all(isinstance(head, BaseDecodeHead) for head in heads)
+    if not known or model.with_neck or backbone.reader.levels is not None or backbone.bank is None:
+        return False
+    count = len(backbone.channels)
+    trains = any(parameter.requires_grad for parameter in backbone.model.parameters())
+    return trains and all(index % count != count - 1 for head in heads for index in _read_by(head))
+
+
+def _read_by(head: Any) -> list[int]:
+    """List the maps a head of mmsegmentation reads."""
+    return list(head.in_index) if isinstance(head.in_index, (list, tuple)) else [head.in_index]
 
 
 def _unreadable(name: str, head: Any, backbone: VispeftBackbone) -> list[str]:
     """Say why a head cannot read a backbone's maps, if so."""
     several = isinstance(head.in_index, (list, tuple))
-    chosen = list(head.in_index) if several else [head.in_index]
+    chosen = _read_by(head)
     count = len(backbone.channels)
     if any(not -count <= index < count for index in chosen):
         return [f"{name}.in_index is {head.in_index}, and the backbone gives {count} maps"]
