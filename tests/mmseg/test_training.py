@@ -108,6 +108,15 @@ def test_decoder_is_loaded_although_there_is_nothing_to_resume(toy, weights, tmp
     torch.testing.assert_close(runner.model.decode_head.conv_seg.weight, source.decode_head.conv_seg.weight)
 
 
+def test_best_adapter_by_each_metric(toy, weights, tmp_path):
+    config = make_config("vit", toy, weights, tmp_path)
+    config.default_hooks.checkpoint.save_best = ["mIoU", "aAcc"]
+    Runner.from_cfg(config).train()
+    for name in ("mIoU", "aAcc"):
+        header, _, _ = read_adapter(tmp_path / f"adapter_best_{name}")
+        assert name in header["metrics"]
+
+
 def test_hook_needs_the_backbone():
     from vispeft.mmseg import VispeftHook
 

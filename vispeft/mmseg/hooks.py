@@ -27,8 +27,8 @@ class VispeftHook(Hook):
     """Saves adapters from mmengine's Runner and keeps its checkpoints small.
 
     ``<work_dir>/adapter`` always belongs to the newest checkpoint, and ``<work_dir>/adapter_best`` to the one that
-    ``CheckpointHook(save_best=...)`` found best. Both hold the decoder too. Where an ``EMAHook`` averages the weights,
-    the average is saved.
+    ``CheckpointHook(save_best=...)`` found best; where that chooses by several metrics, to ``adapter_best_<metric>``.
+    All hold the decoder too. Where an ``EMAHook`` averages the weights, the average is saved.
     """
 
     # Behind EMAHook (50), which swaps averages in and out, and behind CheckpointHook (90), which chooses the best.
@@ -44,7 +44,7 @@ class VispeftHook(Hook):
             decoder: Directory of an adapter whose decoder training starts from.
         """
         self.slim, self.decoder = slim, decoder
-        self._best: str | None = None
+        self._best: dict[str, str] = {}
 
     def before_train(self, runner: Any) -> None:
         """Check backbone, heads and data against each other, print what trains, and load the decoder to start from.
@@ -61,7 +61,7 @@ class VispeftHook(Hook):
         for name, backbone in found.items():
             what = "no adapter; all of it trains" if backbone.bank is None else f"\n{backbone.bank.report()}"
             runner.logger.info(f"{name}: {what}")
-        self._best = runner.message_hub.runtime_info.get("best_ckpt")
+        self._best = _best_checkpoints(runner)
         # mmengine may be told to resume where there is no checkpoint yet.
         if self.decoder is not None and not (runner._resume and runner._has_loaded):
             load_decoder(model, self.decoder)
@@ -77,14 +77,22 @@ class VispeftHook(Hook):
 
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
         """Save the adapter once more where this validation is the best so far."""
-        best = runner.message_hub.runtime_info.get("best_ckpt")
-        if best is not None and best != self._best:
-            _save(runner, "adapter_best", metrics)
-            self._best = best
+        best = _best_checkpoints(runner)
+        for suffix, path in best.items():
+            if path != self._best.get(suffix):
+                _save(runner, f"adapter_best{suffix}", metrics)
+        self._best = best
 
     def after_train(self, runner: Any) -> None:
         """Save the adapter as training leaves it."""
         _save(runner, "adapter")
+
+
+def _best_checkpoints(runner: Any) -> dict[str, str]:
+    """Name the best checkpoints by what `CheckpointHook` adds to ``best_ckpt``: nothing, or one metric of several."""
+    info = runner.message_hub.runtime_info
+    found = {key.removeprefix("best_ckpt"): path for key, path in info.items() if key.startswith("best_ckpt")}
+    return {suffix.replace("/", "_"): path for suffix, path in found.items()}
 
 
 @master_only
