@@ -42,6 +42,22 @@ def test_trains_validates_and_infers(trained, toy):
     torch.testing.assert_close(found.seg_logits.data, logits(trained.model, toy), rtol=0, atol=0)
 
 
+def test_backbone_alone_works_in_a_config_of_somebody_else(toy, weights, tmp_path):
+    config = make_config("swin", toy, weights, tmp_path)
+    rules = {"custom_keys": {"norm": {"decay_mult": 0.0}, "head": {"lr_mult": 10.0}}}
+    config.optim_wrapper = {"type": "OptimWrapper", "optimizer": {"type": "AdamW", "lr": 0.01}, "paramwise_cfg": rules}
+    config.custom_hooks = []
+    config.model.test_cfg = {"mode": "slide", "crop_size": (64, 64), "stride": (42, 42)}
+    runner = Runner.from_cfg(config)
+    frozen = {name: t.clone() for name, t in runner.model.backbone.state_dict().items() if "adapters" not in name}
+    runner.train()
+    model = init_model(config, str(tmp_path / "iter_2.pth"), device="cpu")
+    assert inference_model(model, image_of(toy)).pred_sem_seg.data.shape == (1, 64, 96)
+    runner.model.eval().cfg = model.cfg
+    torch.testing.assert_close(logits(model, toy), logits(runner.model, toy), rtol=0, atol=0)
+    assert all(torch.equal(model.backbone.state_dict()[name], tensor) for name, tensor in frozen.items())
+
+
 def test_only_adapter_and_decoder_train(trained):
     frozen = {f"backbone.{name}" for name in trained.model.backbone.frozen_keys()}
     after = trained.model.state_dict()
