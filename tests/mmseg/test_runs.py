@@ -45,7 +45,8 @@ def test_trains_validates_and_infers(trained, toy):
 def test_backbone_alone_works_in_a_config_of_somebody_else(toy, weights, tmp_path):
     config = make_config("swin", toy, weights, tmp_path)
     rules = {"custom_keys": {"norm": {"decay_mult": 0.0}, "head": {"lr_mult": 10.0}}}
-    config.optim_wrapper = {"type": "OptimWrapper", "optimizer": {"type": "AdamW", "lr": 0.01}, "paramwise_cfg": rules}
+    adamw = {"type": "AdamW", "lr": 0.01, "weight_decay": 0.01}
+    config.optim_wrapper = {"type": "OptimWrapper", "optimizer": adamw, "paramwise_cfg": rules}
     config.custom_hooks = []
     config.model.test_cfg = {"mode": "slide", "crop_size": (64, 64), "stride": (42, 42)}
     runner = Runner.from_cfg(config)
