@@ -205,6 +205,16 @@ def test_maps_do_not_hold_prompts_and_taps_count_from_behind() -> None:
         MapReader(features)
 
 
+@pytest.mark.parametrize("method", [vispeft.Full(), vispeft.SSF(), vispeft.NormTuning()], ids=lambda m: m.name)
+def test_the_norm_of_a_pooled_feature_is_not_expected_to_train(method: vispeft.Method) -> None:
+    name, arguments = BACKBONES["vit"]
+    pooled = {**arguments, "global_pool": "avg"}
+    task = Segmentation(backbone=name, backbone_args=pooled, num_classes=3, method=method, decoder="linear")
+    task(torch.randn(1, 3, 16, 16)).sum().backward()
+    without = {n for n, p in task.named_parameters() if p.requires_grad and p.grad is None}
+    assert all("fc_norm" in name for name in without)
+
+
 def test_half_precision_base() -> None:
     task = make(base_dtype="bfloat16")
     scores = task(torch.randn(1, 3, 16, 16))

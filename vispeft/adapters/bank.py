@@ -415,7 +415,7 @@ class AdapterBank:
         path = key.split("/", 1)[0]
         return (f"{path}.{name}" if path else name) in exempt
 
-    def verify(self, outer: nn.Module | None = None) -> None:
+    def verify(self, outer: nn.Module | None = None, without: Sequence[str] = ()) -> None:
         """Check that every trainable tensor of the active adapters receives a gradient.
 
         One image of noise goes forward and backward with every unit moved away from its start; all values are put back.
@@ -423,11 +423,13 @@ class AdapterBank:
         Args:
             outer: What is run, where that is not the model as it was given: a module around it that takes images and
                 gives a tensor or several, such as the maps a decoder reads.
+            without: Roles that are not on the way to what `outer` gives; units there are not looked at.
 
         Raises:
             VerificationError: If a tensor gets none; the message names the sites.
         """
-        units = {key: unit for name in self._active for key, unit in self._adapters[name].units.items()}
+        beside = {item.key for name in self._active for item in self._adapters[name].plan if item.site.role in without}
+        units = {k: u for name in self._active for k, u in self._adapters[name].units.items() if k not in beside}
         blocks = {key: block for name in self._active for key, block in self._adapters[name].blocks().items()}
         self._check_ready("verify its adapters")
         find_dead(self._model, outer or self._outer, self.view, units, blocks)

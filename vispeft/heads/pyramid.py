@@ -13,9 +13,11 @@ from vispeft.adapters.sites import View
 from vispeft.backbones.registry import describe, is_feature_getter, unwrap
 from vispeft.errors import BackboneError, ConfigError
 
-__all__ = ["DensePyramid", "MapReader"]
+__all__ = ["BEHIND_MAPS", "DensePyramid", "MapReader"]
 
 LEVELS = ("taps", "vitdet")
+BEHIND_MAPS = ("fc_norm", "attn_pool")
+"""Roles of what a model does with its pooled feature, which no map passes."""
 TAPS = 4
 """Maps taken from a plain ViT, evenly spread and the last block among them (DINOv2, BEiT and DPT take four)."""
 

@@ -20,7 +20,7 @@ from vispeft.adapters.method import Method
 from vispeft.adapters.model_host import ModelHost
 from vispeft.backbones.create import create_model
 from vispeft.errors import ConfigError, FileError, VerificationError
-from vispeft.heads.pyramid import MapReader
+from vispeft.heads.pyramid import BEHIND_MAPS, MapReader
 from vispeft.tasks.inference import padded_to
 
 __all__ = ["BASE_KEY", "VispeftBackbone"]
@@ -115,7 +115,7 @@ class VispeftBackbone(BaseModule):
     def _verify(self) -> None:
         try:
             if self.bank is not None:
-                self.bank.verify(self)
+                self.bank.verify(self, BEHIND_MAPS)
         except VerificationError as error:
             found = str(error).partition(". The model does not use")[0]
             raise VerificationError(

@@ -177,6 +177,14 @@ class AdapterTask(LightningModule):
         self.load_state_dict({**content["state_dict"], **averaged}, strict=False)
         return int(content["epoch"])
 
+    def verify(self) -> None:
+        """Check that every trainable tensor of the adapter receives a gradient.
+
+        Raises:
+            VerificationError: If one gets none.
+        """
+        self.bank.verify()
+
     def forward(self, images: Tensor | Mapping[str, Tensor]) -> Tensor:
         """Run the adapted model.
 

@@ -248,7 +248,7 @@ class RunCheckpoints(Checkpoint):
         self._began = self._saved = time.monotonic()
         if self._pending is None:
             return
-        cast(Any, pl_module).bank.verify()
+        cast(Any, pl_module).verify()
         # Meant for loaders that begin anew; the data module begins where it was stopped.
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
         if self._pending["batches"] == 0:

@@ -17,7 +17,7 @@ from vispeft.data.base import ImageData
 from vispeft.data.masks import IGNORE
 from vispeft.errors import ConfigError, DataError, VerificationError
 from vispeft.heads import decoder as make_decoder
-from vispeft.heads.pyramid import DensePyramid, MapReader
+from vispeft.heads.pyramid import BEHIND_MAPS, DensePyramid, MapReader
 from vispeft.metrics import BoundaryF, SegmentationScores
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.inference import Inference, padded_to, predict_masks
@@ -140,7 +140,7 @@ class Segmentation(AdapterTask):
         self.reader = MapReader(self.model, taps, levels)
         self.decoder = make_decoder(decoder, self.reader.channels, self.num_classes, **self.decoder_args)
         self._try_maps()
-        self._verify(DensePyramid(self.model, taps, levels))
+        self.verify()
         loss.check(self.num_classes)
         self.loss = loss
         self.inference = inference or Inference()
@@ -150,13 +150,14 @@ class Segmentation(AdapterTask):
         self.boundary = BoundaryF(self.num_classes, absent=absent) if boundary else None
         self.examples: list[dict[str, Tensor]] = []
 
-    def _verify(self, pyramid: DensePyramid) -> None:
+    def verify(self) -> None:
+        """Check that every trainable tensor of the adapter receives a gradient through the maps that are read."""
         try:
-            self.bank.verify(pyramid)
+            self.bank.verify(DensePyramid(self.model, self.reader.taps), BEHIND_MAPS)
         except VerificationError as error:
             found = str(error).partition(". The model does not use")[0]
             raise VerificationError(
-                f"Through the maps at taps {pyramid.reader.taps}, {found[0].lower()}{found[1:]}. What lies behind the "
+                f"Through the maps at taps {self.reader.taps}, {found[0].lower()}{found[1:]}. What lies behind the "
                 "last tap cannot train: add the last block or stage to taps, or limit the method by blocks."
             ) from error
 
