@@ -202,7 +202,8 @@ def test_a_wrong_config_is_refused(config, run_cli, tmp_path, text, message):
 
 def test_the_config_comes_first_and_is_yaml(config, run_cli):
     assert "stands where the config belongs" in run_cli("train", "--model.lr", "1", config).err
-    assert "no YAML file" in run_cli("train", "config.py").err
+    assert "no YAML file" in run_cli("train", "config.txt").err
+    assert "cannot be read as a config of mmengine" in run_cli("train", "config.py").err
     assert "required: CONFIG" in run_cli("train").err
 
 

@@ -221,4 +221,4 @@ def test_an_adapter_that_does_not_fit_is_refused(whole, run_cli, tmp_path, argum
 
 
 def test_there_is_no_adapter(whole, run_cli, tmp_path):
-    assert "there is no adapter" in run_cli("train", whole / "config.yaml", "--init", tmp_path).err
+    assert "There is no adapter in" in run_cli("train", whole / "config.yaml", "--init", tmp_path).err

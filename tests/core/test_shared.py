@@ -17,6 +17,7 @@ from torch import nn
 
 import vispeft
 from tests.conformance.cells import Cell, move
+from vispeft.adapters.functional import Dropout
 from vispeft.adapters.method import Method, PlanItem
 from vispeft.adapters.sites import View
 from vispeft.adapters.units import DeltaUnit
@@ -128,17 +129,14 @@ def test_the_term_is_the_product_of_its_factors(variant: str, backbone: str) -> 
     model = Cell("fact", backbone).model().double()
     bank = vispeft.attach(model, vispeft.FacT(rank=3, variant=variant, scale=1.5))
     move(bank, "default")
-    generator = torch.Generator().manual_seed(0)
     for item in bank.plan():
         unit = bank._adapters["default"].units[item.key].eval()
         if isinstance(unit, DeltaUnit):
-            x = torch.randn(2, 5, item.site.in_features, generator=generator, dtype=torch.float64)
-            a, b = unit.factors()
-            assert a.shape[0] == 3
-            assert torch.allclose(unit.term(x), 1.5 * x @ a.t() @ b.t(), rtol=1e-10, atol=1e-12), item.key
-            assert unit.branch() is not None
-            unit.train()
-            assert unit.branch() is None
+            (plain,), (dropping,) = unit.branches(), unit.train().branches()
+            assert (plain.a.shape[0], plain.dropout.share) == (3, 0)
+            assert dropping.dropout == Dropout(0.1, "hidden")
+            assert torch.allclose(dropping.b @ dropping.a, plain.b @ plain.a, rtol=1e-10, atol=1e-12), item.key
+            assert plain.scale == dropping.scale == 1.5
 
 
 def test_a_partial_merge_leaves_what_others_need() -> None:

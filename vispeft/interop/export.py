@@ -239,6 +239,7 @@ def _runner(exported: ExportedProgram | str | Path) -> Callable[[Tensor], Tensor
     (runtime,) = _extra("onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised too
+    options.intra_op_num_threads = torch.get_num_threads()  # otherwise all processors, which wait busily
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
 
