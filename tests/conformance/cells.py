@@ -277,6 +277,7 @@ __all__ = [
     "MAIN",
     "METHODS",
     "REFUSED",
+    "SECOND_FORMS",
     "SELECTIONS",
     "STORES_MORE",
     "Cell",

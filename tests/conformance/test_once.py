@@ -14,9 +14,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import vispeft
-from tests.conformance.cells import MAIN, METHODS, Cell, move
+from tests.conformance.cells import MAIN, METHODS, SECOND_FORMS, Cell, move
 
 ONCE = [cell for cell in MAIN if cell.method != "lora"]  # lora_all covers it
+COMPILED = [cell for cell in ONCE if cell.backbone == "vit" or cell.method not in SECOND_FORMS]
+"""Compiling a Swin takes ten seconds: each method is compiled there in its first form, and in all forms on a ViT."""
 
 
 @pytest.fixture(params=ONCE, ids=lambda cell: f"{cell.method}-{cell.backbone}")
@@ -35,6 +37,7 @@ def test_export_with_a_dynamic_batch(cell: Cell) -> None:
         assert torch.allclose(program.module()(images), model(images), atol=1e-5)
 
 
+@pytest.mark.parametrize("cell", COMPILED, ids=lambda cell: f"{cell.method}-{cell.backbone}")
 def test_compiled_whole_and_attached_afterwards(cell: Cell) -> None:
     torch._dynamo.reset()
     model, images = cell.model(), cell.images()
