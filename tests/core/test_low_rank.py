@@ -45,6 +45,15 @@ def test_gradients_agree_with_differences(rows: int, dropout: Dropout) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
+def test_a_share_next_to_one_stays_finite(place: Any) -> None:
+    made = tensors(9)
+    out = two_terms(made, Dropout(1 - 1e-9, place))
+    out.sum().backward()
+    assert out.isfinite().all()
+    assert all(made[name].grad.isfinite().all() for name in "xabcd")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_what_is_dropped_is_dropped_from_one_term_only(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made, drawn = tensors(9), []
     draw = functional._kept

@@ -38,7 +38,7 @@ class Dropout:
     @property
     def kept(self) -> float:
         """The share that is kept, as it is drawn with 16 bits an entry."""
-        return 1 - round(self.share * DRAWS) / DRAWS
+        return 1 - _dropped_draws(self.share) / DRAWS
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,12 @@ def _kept(x: Tensor, share: float) -> Tensor | None:
         return None
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
     draws = words.view(torch.int16)[: x.numel()].view(x.shape)
-    return (draws >= round(share * DRAWS) - DRAWS // 2).view(torch.uint8)
+    return (draws >= _dropped_draws(share) - DRAWS // 2).view(torch.uint8)
+
+
+def _dropped_draws(share: float) -> int:
+    """Count the draws that drop an entry: never all of them, since what is kept is divided by its share."""
+    return min(round(share * DRAWS), DRAWS - 1)
 
 
 def _only(x: Tensor, kept: Tensor | None) -> Tensor:
