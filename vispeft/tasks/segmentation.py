@@ -54,12 +54,16 @@ class SegmentationNetwork(nn.Module):
         Args:
             images: Normalised images (B, 3, H, W) of any size; they are padded to whole patches inside.
         """
-        height, width = images.shape[-2:]
-        padded = padded_to(images, self.reader.divisor)
-        scores = self.decoder(self.reader(self.model, padded))
-        if scores.shape[-2:] != padded.shape[-2:]:
-            scores = F.interpolate(scores, padded.shape[-2:], mode="bilinear", align_corners=False)
-        return cast(Tensor, scores[..., :height, :width])
+        return _pixel_scores(self.model, self.reader, self.decoder, images)
+
+
+def _pixel_scores(model: nn.Module, reader: MapReader, decoder: nn.Module, images: Tensor) -> Tensor:
+    height, width = images.shape[-2:]
+    padded = padded_to(images, reader.divisor)
+    scores = decoder(reader(model, padded))
+    if scores.shape[-2:] != padded.shape[-2:]:
+        scores = F.interpolate(scores, padded.shape[-2:], mode="bilinear", align_corners=False)
+    return cast(Tensor, scores[..., :height, :width])
 
 
 class Segmentation(AdapterTask):
@@ -189,7 +193,7 @@ class Segmentation(AdapterTask):
             images: Normalised images (B, 3, H, W).
         """
         assert isinstance(images, Tensor)
-        return self.network()(images.to(self.base_dtype)).float()
+        return _pixel_scores(self.model, self.reader, self.decoder, images.to(self.base_dtype)).float()
 
     # ------------------------------------------------------------------ data
 
