@@ -137,7 +137,8 @@ def contours(classes: Tensor, valid: Tensor) -> Tensor:
 def near(wanted: Tensor, offered: Tensor, radius: float) -> Tensor:
     """Tell which contour pixels have one of the same class in the other map within a distance.
 
-    All classes are compared at once, so that the work depends on the size of image and disk, and not on their number.
+    Offsets are tried from the nearest on, and a pixel is dropped from the search as soon as it has its match, so that
+    the work depends on the length of the contours and on how well they agree, and not on image or class number.
 
     Args:
         wanted: Classes of contour pixels (B, h, w), `NONE` elsewhere.
@@ -147,12 +148,23 @@ def near(wanted: Tensor, offered: Tensor, radius: float) -> Tensor:
     Returns:
         Booleans (B, h, w).
     """
-    height, width = wanted.shape[-2:]
     reach = int(radius)
     padded = F.pad(offered, (reach,) * 4, value=NONE)
-    found = torch.zeros_like(wanted, dtype=torch.bool)
-    for y in range(-reach, reach + 1):
-        for x in range(-reach, reach + 1):
-            if math.hypot(x, y) <= radius:
-                found |= padded[:, reach + y : reach + y + height, reach + x : reach + x + width] == wanted
-    return found & (wanted != NONE)
+    places = (F.pad(wanted, (reach,) * 4, value=NONE) != NONE).flatten().nonzero().squeeze(1)
+    searched = wanted[wanted != NONE]
+    matched = torch.zeros_like(searched, dtype=torch.bool)
+    left = torch.arange(len(places), device=places.device)
+    for y, x in offsets(radius):
+        hit = padded.flatten()[places[left] + y * padded.shape[-1] + x] == searched[left]
+        matched[left[hit]] = True
+        left = left[~hit]
+        if not len(left):
+            break
+    return torch.zeros_like(wanted, dtype=torch.bool).masked_scatter(wanted != NONE, matched)
+
+
+def offsets(radius: float) -> list[tuple[int, int]]:
+    """List the steps (rows, columns) of at most this length, the shortest first."""
+    steps = range(-int(radius), int(radius) + 1)
+    inside = [(y, x) for y in steps for x in steps if math.hypot(y, x) <= radius]
+    return sorted(inside, key=lambda step: math.hypot(*step))
