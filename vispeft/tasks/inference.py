@@ -17,6 +17,9 @@ __all__ = ["Inference", "padded_to", "predict_masks"]
 Scores = Callable[[Tensor], Tensor]
 """Images (B, 3, H, W) in, class scores (B, classes, H, W) out."""
 
+ROWS = 64
+"""Rows of a mask that are computed at once where scores are resized."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inference:
@@ -72,8 +75,7 @@ def predict_masks(scores: Scores, images: Tensor, inference: Inference, size: tu
         scores: The model.
         images: (B, 3, H, W).
         inference: How.
-        size: Height and width of the masks; None for those of the images. Whole images have their scores resized
-            bilinearly; masks made of windows are resized by their nearest pixels.
+        size: Height and width of the masks, to which scores are resized bilinearly; None for those of the images.
 
     Returns:
         Class indices (B, h, w), int64.
@@ -93,10 +95,10 @@ def predict_masks(scores: Scores, images: Tensor, inference: Inference, size: tu
             f"An image of {height} x {width} pixels was given, and the sliding window has {inference.window}. Make "
             "inference.window smaller, the images larger, or take inference.mode=whole."
         )
-    masks = torch.cat(list(_bands(scores, images, inference)), dim=1)
-    if wanted != (height, width):
-        masks = F.interpolate(masks[:, None].float(), wanted, mode="nearest-exact")[:, 0].long()
-    return masks
+    bands = _bands(scores, images, inference)
+    if wanted == (height, width):
+        return torch.cat([band.argmax(1) for band in bands], dim=1)
+    return torch.cat(list(_resized(bands, height, wanted)), dim=1)
 
 
 def _seen(scores: Scores, images: Tensor, inference: Inference) -> Tensor:
@@ -127,11 +129,20 @@ def _starts(side: int, window: int, stride: int) -> list[int]:
     return [min(index * stride, side - window) for index in range(count)]
 
 
+def _windows_over(side: int, starts: list[int], window: int) -> Tensor:
+    """Count the windows that cover each place along a side (side,)."""
+    count = torch.zeros(side)
+    for start in starts:
+        count[start : start + window] += 1
+    return count
+
+
 def _bands(scores: Scores, images: Tensor, inference: Inference) -> Iterator[Tensor]:
-    """Yield bands of the masks (B, rows, W), from the top."""
+    """Yield the mean scores of bands of rows (B, classes, rows, W), from the top; each is valid until the next one."""
     height, width = images.shape[-2:]
     window, stride = inference.window, inference.stride
     tops, lefts = _starts(height, window, stride), _starts(width, window, stride)
+    rows, columns = _windows_over(height, tops, window), _windows_over(width, lefts, window)
     band: Tensor | None = None
     for top, following in zip(tops, [*tops[1:], height], strict=True):
         for left in lefts:
@@ -142,10 +153,34 @@ def _bands(scores: Scores, images: Tensor, inference: Inference) -> Iterator[Ten
             del part
         assert band is not None
         done = following - top
-        # The mean is the sum over the number of windows, the same for all classes: the largest sum is the largest mean.
-        yield band[:, :, :done].argmax(1)
+        yield band[:, :, :done].div_((rows[top:following, None] * columns).to(band))
         if following < height:
             _shift(band, done)
+
+
+def _resized(bands: Iterator[Tensor], height: int, wanted: tuple[int, ...]) -> Iterator[Tensor]:
+    """Yield the likeliest classes (B, rows, w) of scores that are resized bilinearly, a few rows at a time.
+
+    Args:
+        bands: Bands of rows (B, classes, rows, W), from the top.
+        height: Their rows together.
+        wanted: Height and width of the masks.
+    """
+    places = ((torch.arange(wanted[0]) + 0.5) * (height / wanted[0]) - 0.5).clamp(0, height - 1)
+    upper = places.long()
+    lower, share = (upper + 1).clamp(max=height - 1), places - upper
+    top, before = 0, None
+    for band in bands:
+        inside = ((lower >= top) & (lower < top + band.shape[2])).nonzero().flatten()
+        for some in filter(len, inside.split(ROWS)):
+            first, second = upper[some] - top, lower[some] - top
+            above = band[:, :, first.clamp(min=0)]
+            if before is not None:
+                above[:, :, first < 0] = before
+            mixed = above.lerp_(band[:, :, second], share[some, None].to(band))
+            # Rows are where they belong; this moves columns alone.
+            yield F.interpolate(mixed, (len(some), wanted[1]), mode="bilinear", align_corners=False).argmax(1)
+        top, before = top + band.shape[2], band[:, :, -1:].clone()
 
 
 def _shift(band: Tensor, done: int) -> None:
