@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -205,6 +206,21 @@ NO_PLAIN_FORM: dict[tuple[str, str], str] = {
 """Cells whose merge is partial."""
 
 
+@cache
+def _made(backbone: str, **options: Any) -> tuple[nn.Module, Tensor]:
+    """Make a backbone once, and the state that the random generator has afterwards."""
+    torch.manual_seed(7)
+    model = BACKBONES[backbone].make(**options)
+    for name, parameter in model.named_parameters():
+        if "head" not in name:  # another class count or image size must not change the rest
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            noise = torch.empty(parameter.shape).normal_(0, 0.05, generator=generator)
+            parameter.data = (torch.ones if name.endswith("norm.weight") else torch.zeros)(parameter.shape) + noise
+            if parameter.ndim > 1 and "token" not in name:
+                parameter.data *= 3
+    return model.eval(), torch.get_rng_state()
+
+
 @dataclass(frozen=True)
 class Cell:
     """One method on one backbone."""
@@ -214,17 +230,9 @@ class Cell:
 
     def model(self, **options: Any) -> nn.Module:
         """Make the backbone, the same one at every call, with weights that leave nothing at zero."""
-        options = {"img_size": BACKBONES[self.backbone].size, **options}
-        torch.manual_seed(7)
-        model = BACKBONES[self.backbone].make(**options)
-        for name, parameter in model.named_parameters():
-            if "head" not in name:  # another class count or image size must not change the rest
-                generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-                noise = torch.empty(parameter.shape).normal_(0, 0.05, generator=generator)
-                parameter.data = (torch.ones if name.endswith("norm.weight") else torch.zeros)(parameter.shape) + noise
-                if parameter.ndim > 1 and "token" not in name:
-                    parameter.data *= 3
-        return model.eval()
+        made, state = _made(self.backbone, **{"img_size": BACKBONES[self.backbone].size, **options})
+        torch.set_rng_state(state)
+        return copy.deepcopy(made)
 
     def attach(self, model: nn.Module, name: str = "default", moved: bool = True, **options: Any) -> AdapterBank:
         """Attach the method; `moved` takes every unit away from its start."""

@@ -1,6 +1,7 @@
 """What tests of the plug-in share. They are skipped where mmsegmentation is not installed, so it is imported inside."""
 
 import importlib
+import importlib.util
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,17 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import vispeft
+
+
+@pytest.fixture(autouse=True)
+def _no_earlier_run():
+    """Forget what mmengine keeps of a run under the second it began in, which an earlier test may share."""
+    if importlib.util.find_spec("mmengine") is not None:
+        from mmengine.logging import MessageHub, MMLogger
+        from mmengine.visualization import Visualizer
+
+        for kept in (MessageHub, MMLogger, Visualizer):
+            kept._instance_dict.clear()
 
 
 @pytest.fixture(scope="session")

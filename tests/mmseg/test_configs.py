@@ -103,6 +103,7 @@ def test_tool_refuses_in_one_line(toy_config, tmp_path, monkeypatch, options, me
     assert result.status == 2
     assert result.err.startswith("error: ")
     assert message in result.err
+    assert not list(tmp_path.glob("runs/*/*")), "nothing was trained, so nothing is kept"
 
 
 def test_tool_says_which_config_cannot_be_read(tmp_path):

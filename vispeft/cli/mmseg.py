@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import shlex
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +86,10 @@ def train(
     tree.work_dir, tree.resume = str(place), resume is not None
     tree.load_from = None if tree.resume else tree.get("load_from")
     try:
-        runner = Runner.from_cfg(tree)
-        runner.train()
+        with _removed_unless_begun(place, keep=tree.resume) as begun:
+            runner = Runner.from_cfg(tree)
+            begun.append(runner)
+            runner.train()
     except FileNotFoundError as error:
         raise DataError(
             f"{config} names data or files that are not there: {error}. Correct data_root, or the file's name, in it."
@@ -124,6 +128,27 @@ def read(config: Path, overrides: Mapping[str, Any] | None = None) -> Any:
     if overrides:
         tree.merge_from_dict(dict(overrides))
     return tree
+
+
+@contextlib.contextmanager
+def _removed_unless_begun(place: Path, *, keep: bool) -> Iterator[list[Any]]:
+    """Remove a run directory again where an error comes before the end of the first step.
+
+    Args:
+        place: The directory, empty so far.
+        keep: Leave it in any case.
+
+    Yields:
+        A list for the Runner, as soon as there is one.
+    """
+    begun: list[Any] = []
+    try:
+        yield begun
+    except Exception:
+        # Asking for `runner.iter` would build the loop, which may be what failed.
+        if not keep and not any(getattr(runner._train_loop, "iter", 0) for runner in begun):
+            shutil.rmtree(place, ignore_errors=True)
+        raise
 
 
 def _begun(place: Path) -> Path:
