@@ -108,6 +108,8 @@ BACKBONES = {
 
 PROMPT_RATES = (3e-3, 1e-2, 3e-2)
 """Learning rates tried for prompts and for scales, whose entries act alone."""
+QUERY_RATES = (3e-2, 1e-1, 3e-1)
+"""Learning rates tried for VQT, whose pieces are of unit length; its authors try 0.025 to 0.5 for batches of 128."""
 RATES = (1e-3, 3e-3, 1e-2)
 """Learning rates tried for everything else without rates of its own."""
 
@@ -118,17 +120,20 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "lora": ({"rank": 8}, RATES),
     "ssf": ({}, PROMPT_RATES),
     "vpt": ({"num_tokens": 10, "deep": True}, PROMPT_RATES),
-    "vqt": ({}, RATES),
+    "vpt 1 token": ({"class_path": "vpt", "num_tokens": 1, "deep": True}, PROMPT_RATES),
+    "vqt": ({}, QUERY_RATES),
     "lst": ({}, RATES),
     "adapter": ({}, RATES),
     "adaptformer": ({}, RATES),
     "bi_adaptformer": ({}, RATES),
     "bi_adaptformer 32 bits": ({"class_path": "bi_adaptformer", "bits": 32}, RATES),
     "prefix": ({}, RATES),
+    "prefix 2 tokens": ({"class_path": "prefix", "length": 2}, RATES),
     "mam": ({}, RATES),
     "convpass": ({}, RATES),
     "fact": ({}, RATES),
     "repadapter": ({}, RATES),
+    "repadapter scale 0.1": ({"class_path": "repadapter", "scale": 0.1}, RATES),
     "compacter": ({}, RATES),
     "hydra": ({}, RATES),
     "bi_lora": ({}, RATES),
