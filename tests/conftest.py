@@ -1,5 +1,6 @@
 """Shared settings of all tests."""
 
+import gc
 import os
 
 import pytest
@@ -9,6 +10,13 @@ import vispeft  # noqa: F401  (makes torchvision importable before any test impo
 
 # Workers of pytest-xdist share the processors; alone, a test may use two.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+def pytest_collection_finish():
+    """Hide what the imports made from the garbage collector, which would look through it thousands of times."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(autouse=True, scope="session")

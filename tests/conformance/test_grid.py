@@ -31,6 +31,12 @@ def cell(request: pytest.FixtureRequest) -> Cell:
     return request.param
 
 
+on_each_family = pytest.mark.parametrize(
+    "cell", [c for c in CELLS if BACKBONES[c.backbone].grid and (c.method, c.backbone) not in REFUSED], ids=cell_id
+)
+"""For what the core does alike on every backbone of a family."""
+
+
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -94,7 +100,7 @@ def test_attach_and_detach_leave_no_trace(cell: Cell) -> None:
 
 def test_exactly_the_intended_tensors_train(cell: Cell) -> None:
     model, images = cell.model(), cell.images()
-    bank = cell.attach(model)
+    bank = cell.attach(model, verify=True)
     wanted = unit_names(bank) | {id(p) for p in model.get_classifier().parameters()}
     assert {id(p) for _, p in bank.trainable_parameters()} == wanted
     assert {id(p) for group in bank.parameter_groups(0.1, 0.1) for p in group["params"]} == wanted
@@ -182,6 +188,7 @@ def test_merge_and_unmerge(cell: Cell) -> None:
     assert list(model.state_dict()) == base_keys
 
 
+@on_each_family
 @torch.no_grad()
 def test_merge_refuses_what_is_not_finite(cell: Cell) -> None:
     model, images = cell.model(), cell.images()
@@ -213,6 +220,7 @@ def test_disabled_equals_the_base(cell: Cell) -> None:
     assert torch.equal(model(images), adapted)
 
 
+@on_each_family
 @torch.no_grad()
 def test_two_adapters_switch_stack_and_go(cell: Cell) -> None:
     model, images = cell.model(), cell.images()
@@ -299,6 +307,7 @@ def test_reduced_precision(cell: Cell) -> None:
     assert (out.float() - wanted).abs().max() <= 0.1 * wanted.abs().max()
 
 
+@on_each_family
 @torch.no_grad()
 def test_copies_are_independent(cell: Cell) -> None:
     model, images = cell.model(), cell.images()
@@ -333,6 +342,7 @@ def test_other_image_sizes(cell: Cell, tmp_path: Path) -> None:
         assert torch.isfinite(fresh(images)).all()
 
 
+@on_each_family
 def test_one_batch_overfits(cell: Cell) -> None:
     torch.manual_seed(0)
     # Colours apart, since tiny models with random weights hardly tell images of mere noise from each other.

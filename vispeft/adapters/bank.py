@@ -392,8 +392,11 @@ class AdapterBank:
         Returns:
             Groups with ``params``, ``lr``, ``weight_decay`` and ``name``, as ``torch.optim`` takes them.
         """
+        timm_exempts: set[str] = getattr(self._model, "no_weight_decay", set)()  # walks the whole model
         exempt = {
-            id(e.tensor) for e in self._entries() if e.name in e.unit.no_decay or self._timm_exempts(e.key, e.name)
+            id(e.tensor)
+            for e in self._entries()
+            if e.name in e.unit.no_decay or ".".join(filter(None, (e.key.split("/", 1)[0], e.name))) in timm_exempts
         }
         factors = {id(e.tensor): e.unit.lr_factors.get(e.name, 1.0) for e in self._entries()}
         groups: dict[str, dict[str, Any]] = {}
@@ -408,12 +411,6 @@ class AdapterBank:
 
     def _entries(self) -> list[Any]:
         return [entry for name in self._active for entry in unit_tensors(self._adapters[name].units)]
-
-    def _timm_exempts(self, key: str, name: str) -> bool:
-        listing: Any = getattr(self._model, "no_weight_decay", set)
-        exempt = listing()
-        path = key.split("/", 1)[0]
-        return (f"{path}.{name}" if path else name) in exempt
 
     def verify(self, outer: nn.Module | None = None, without: Sequence[str] = ()) -> None:
         """Check that every trainable tensor of the active adapters receives a gradient.
