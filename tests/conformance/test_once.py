@@ -30,9 +30,14 @@ def cell(request: pytest.FixtureRequest) -> Cell:
     return request.param
 
 
+def small(cell: Cell) -> nn.Module:
+    """Make the backbone, of a Swin two blocks alone, one of them with shifted windows: each block takes a second."""
+    return cell.model(depths=(2,), num_heads=(2,)) if cell.backbone == "swin" else cell.model()
+
+
 @torch.no_grad()
 def test_export_with_a_dynamic_batch(cell: Cell) -> None:
-    model = cell.model()
+    model = small(cell)
     cell.attach(model)
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (cell.images(3),), dynamic_shapes=({0: batch},))
@@ -43,7 +48,7 @@ def test_export_with_a_dynamic_batch(cell: Cell) -> None:
 
 def test_compiled_whole_and_attached_afterwards(cell: Cell) -> None:
     torch._dynamo.reset()
-    model, images = cell.model(), cell.images()
+    model, images = small(cell), cell.images()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         assert torch.allclose(compiled(images), model(images), atol=1e-5)
@@ -59,7 +64,7 @@ def test_compiled_whole_and_attached_afterwards(cell: Cell) -> None:
     assert torch.allclose(found, wanted, atol=1e-5)
     pairs = zip(gradients, compiled_gradients, strict=True)
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in pairs)
-    if cell.backbone == "vit":  # one compilation more, of what no backbone has a part in
+    if cell.backbone == "vit" and cell.method not in SECOND_FORMS:  # no backbone has a part in this
         with bank.disabled(), torch.no_grad():
             assert torch.allclose(compiled(images), model(images), atol=1e-5)
 
