@@ -128,7 +128,7 @@ def count(name: str, model: torch.nn.Module) -> Counts:
     except VispeftError as error:
         return str(error)
     roles = dict.fromkeys(item.site.role for item in plan)
-    return method.parameter_count(vispeft.backbones.registry.describe(model)), plan.trainable, list(roles)
+    return method.parameter_count(vispeft.core.families.describe(model)), plan.trainable, list(roles)
 
 
 def page(

@@ -7,11 +7,12 @@ ensure_torchvision()  # before anything imports torchvision, as timm does
 from vispeft import methods  # noqa: E402
 from vispeft.adapters.attach import attach, load  # noqa: E402
 from vispeft.adapters.bank import AdapterBank  # noqa: E402
-from vispeft.adapters.method import Method, list_methods, method, register  # noqa: E402
-from vispeft.adapters.plan import Plan, plan  # noqa: E402
 from vispeft.backbones.create import create_model  # noqa: E402
+from vispeft.core.method import Method, list_methods, method, register, register_lazy  # noqa: E402
+from vispeft.core.plan import Plan, plan  # noqa: E402
 from vispeft.errors import VispeftError  # noqa: E402
 
+register_lazy("peft", "vispeft.interop.peft")
 globals().update({name: getattr(methods, name) for name in methods.CONFIGURATIONS})
 
 __all__ = [  # noqa: PLE0604  (the methods register themselves)

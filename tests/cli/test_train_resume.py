@@ -11,10 +11,10 @@ from PIL import Image
 from benchmarks.resume_kill import differences
 from tests.data.published import Painter
 from tests.tiny import CONFIG
-from vispeft.adapters.files import read_adapter
 from vispeft.cli import train as train_tool
 from vispeft.cli.config import ConfigCLI
 from vispeft.cli.start import find_adapter, start_from
+from vispeft.storage.files import read_adapter
 from vispeft.tasks import Classification
 
 METHOD = "{class_path: LoRA, init_args: {rank: 2, dropout: 0.2}}"

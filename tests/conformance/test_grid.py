@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import vispeft
 from tests.conformance.cells import BACKBONES, CELLS, METHODS, REFUSED, SELECTIONS, STORES_MORE, Cell, move, unit_names
-from vispeft.adapters.hosts import Host
 from vispeft.errors import FileError, MergeError, VispeftError
+from vispeft.hosts.base import Host
 
 
 def cell_id(cell: Cell) -> str:

@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import vispeft
-from vispeft.adapters.functional import affine
+from vispeft.hosts.functional import affine
 
 
 def tensors(scale_values: float | None = None, dtype: torch.dtype = torch.float32) -> list[Tensor]:

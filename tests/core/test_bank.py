@@ -18,9 +18,8 @@ from torch import nn
 
 import vispeft
 from tests.conformance.cells import Cell, move
-from vispeft.adapters.codecs import pack_bits, unpack_bits
-from vispeft.adapters.method import PlanItem, method_from_dict
-from vispeft.adapters.units import AffineUnit
+from vispeft.core.method import PlanItem, method_from_dict
+from vispeft.core.units import AffineUnit
 from vispeft.errors import (
     BackboneError,
     BaseMismatchError,
@@ -31,6 +30,7 @@ from vispeft.errors import (
     UnknownNameError,
     VerificationError,
 )
+from vispeft.storage.codecs import pack_bits, unpack_bits
 
 VIT = Cell("ssf", "vit")
 
@@ -322,7 +322,7 @@ def test_damaged_files_are_refused(saved: Path, name: str, damage: str) -> None:
 
 
 def test_files_of_a_later_schema_or_an_unknown_method_are_refused(saved: Path) -> None:
-    from vispeft.adapters.files import _digest
+    from vispeft.storage.files import _digest
 
     for key, value, says in (("schema", 99, "Upgrade"), ("method", {"name": "ssg", "fields": {}}, "'ssf'")):
         copy = saved.parent / key

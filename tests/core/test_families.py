@@ -10,8 +10,8 @@ from torch import nn
 
 import vispeft
 from tests.conformance.cells import METHODS, REFUSED, Cell, move
-from vispeft.adapters.attention import AttentionHost
 from vispeft.errors import BackboneError, SiteError
+from vispeft.hosts.attention import AttentionHost
 
 COUNTS = {
     ("swin_base_patch4_window7_224", vispeft.SSF()): 267_264,

@@ -12,8 +12,8 @@ from torch import nn
 
 import vispeft
 from tests.conformance.cells import move
-from vispeft.adapters.quantize import LowBit, codebook, quantize
 from vispeft.errors import ConfigError
+from vispeft.storage.quantize import LowBit, codebook, quantize
 
 CONFIGURATIONS = {
     "Bi-AdaptFormer": lambda bits, h: vispeft.AdaptFormer(bottleneck=h, bias=False, bits=bits),

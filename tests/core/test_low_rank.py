@@ -10,8 +10,8 @@ from torch import Tensor
 
 import vispeft
 from tests.conformance.cells import Cell, move
-from vispeft.adapters import functional
-from vispeft.adapters.functional import Branch, Dropout, low_rank_linear
+from vispeft.hosts import functional
+from vispeft.hosts.functional import Branch, Dropout, low_rank_linear
 
 PLACES = ["input", "hidden"]
 KEPT = 1 - round(0.4 * 2**16) / 2**16

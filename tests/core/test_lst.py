@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import vispeft
 from tests.conformance.cells import Cell, move
-from vispeft.adapters.pruning import strongest
+from vispeft.backbones.pruning import strongest
 from vispeft.errors import ConfigError, SiteError
 
 COUNTS = {

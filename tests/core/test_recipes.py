@@ -10,7 +10,7 @@ import timm
 import torch
 
 import vispeft
-from vispeft.adapters.recipes import FEW_IMAGES, SMALLEST_WIDTH
+from vispeft.core.recipes import FEW_IMAGES, SMALLEST_WIDTH
 from vispeft.errors import ConfigError
 
 METHODS = [n for n in vispeft.list_methods() if type(vispeft.method(n)).__module__.startswith("vispeft.methods.")]

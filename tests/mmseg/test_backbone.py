@@ -16,8 +16,8 @@ from tests.mmseg.toy import (
     close,
     make_config,
 )
-from vispeft.adapters.files import read_decoder
 from vispeft.mmseg import save_adapter
+from vispeft.storage.files import read_decoder
 
 
 def test_maps_of_any_size(weights):

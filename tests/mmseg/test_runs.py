@@ -24,10 +24,10 @@ from tests.mmseg.toy import (
     plain,
     reloaded,
 )
-from vispeft.adapters.files import read_adapter
 from vispeft.errors import BaseMismatchError, ConfigError, FileError
 from vispeft.heads.pyramid import MapReader
 from vispeft.mmseg import load_decoder, merge
+from vispeft.storage.files import read_adapter
 from vispeft.tasks.segmentation import Segmentation
 
 

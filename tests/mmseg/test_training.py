@@ -17,9 +17,9 @@ from tests.mmseg.toy import (
     backbone_of,
     make_config,
 )
-from vispeft.adapters.files import read_adapter, read_decoder
 from vispeft.errors import ConfigError
 from vispeft.mmseg import save_adapter
+from vispeft.storage.files import read_adapter, read_decoder
 
 
 def groups_of(weights, peft, **wrapper):

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from tests.parity.test_networks import GRADIENT, MERGED, OUTPUT
 from tests.parity.test_parity import FILES, below, read
 from vispeft.adapters.heads import LowBitHead
-from vispeft.adapters.quantize import codebook, decode, quantize
-from vispeft.adapters.sites import Site
-from vispeft.adapters.units import Unit
+from vispeft.core.sites import Site
+from vispeft.core.units import Unit
 from vispeft.methods import Bottleneck, BottleneckUnit, HydraUnit, PrefixMLP, PrefixSlot, phm_linear, phm_matrix
 from vispeft.methods.compacter import CompacterUnit, PHMRule, UnitShape
+from vispeft.storage.quantize import codebook, decode, quantize
 
 Run = Callable[[Tensor], Tensor]
 Leaves = dict[str, nn.Parameter]

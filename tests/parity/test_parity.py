@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import vispeft
-from vispeft.adapters.reading import taken_apart
+from vispeft.hosts.reading import taken_apart
 from vispeft.interop import list_sources, load_official, to_official
 
 HERE = Path(__file__).parent / "reference"

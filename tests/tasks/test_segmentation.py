@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader
 
 import vispeft
 from tests.tiny import TINY
-from vispeft.adapters.files import read_decoder
 from vispeft.data import ScenesData
 from vispeft.errors import BackboneError, ConfigError, DataError, FileError, VerificationError
 from vispeft.heads.pyramid import DensePyramid, MapReader
+from vispeft.storage.files import read_decoder
 from vispeft.tasks import Inference, Segmentation
 from vispeft.tasks.callbacks import EpochPictures
 from vispeft.tasks.losses import ohem_cross_entropy

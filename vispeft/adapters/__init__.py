@@ -1,1 +1,1 @@
-"""The core: sites, units, hosts, the bank and the adapter file."""
+"""The life of adapters on a model: attaching, switching, checking, merging, and the bank that does it."""

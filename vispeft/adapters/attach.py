@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from vispeft.adapters.bank import AdapterBank
-from vispeft.adapters.method import Method
+from vispeft.core.method import Method
 
 __all__ = ["attach", "load"]
 

@@ -13,12 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vispeft.adapters.depth import StochasticDepth
-from vispeft.adapters.files import DECODER, check_tensors, read_adapter, write_adapter
-from vispeft.adapters.fingerprint import absent_parts, base_tensors, check_fingerprint, fingerprint, pool_of
-from vispeft.adapters.header import adapter_part, backbone_part, plain_values, preprocessing_part, tensor_part
 from vispeft.adapters.heads import BASE_HEAD, HeadRack, LowBitHead, WideHead
-from vispeft.adapters.hosts import PASSAGE, Host, ensure_host, host_for, owner_host, passing_host, take_off
 from vispeft.adapters.merge import (
     TOLERANCE,
     Merged,
@@ -29,15 +24,21 @@ from vispeft.adapters.merge import (
     plan_merge,
     undo_merge,
 )
-from vispeft.adapters.method import Method, method_from_dict
-from vispeft.adapters.model_host import ModelHost
-from vispeft.adapters.plan import Plan, make_plan
-from vispeft.adapters.quantize import CODECS, LowBit, codec, decode
 from vispeft.adapters.report import Report
-from vispeft.adapters.units import QueryUnit, SelectionUnit, SideUnit, Unit
 from vispeft.adapters.verify import find_dead, probe_images, unit_tensors
-from vispeft.backbones.registry import describe, family_of, is_feature_getter, unwrap
+from vispeft.core.families import describe, family_of, is_feature_getter, unwrap
+from vispeft.core.method import Method, method_from_dict
+from vispeft.core.plan import Plan, make_plan
+from vispeft.core.units import QueryUnit, SelectionUnit, SideUnit, Unit
 from vispeft.errors import BaseMismatchError, ConfigError, FileError, MergeError, SiteError, UnknownNameError
+from vispeft.hosts.base import PASSAGE, Host, ensure_host, take_off
+from vispeft.hosts.choose import host_for, owner_host, passing_host
+from vispeft.hosts.depth import StochasticDepth
+from vispeft.hosts.model import ModelHost
+from vispeft.storage.files import DECODER, check_tensors, read_adapter, write_adapter
+from vispeft.storage.fingerprint import absent_parts, base_tensors, check_fingerprint, fingerprint, pool_of
+from vispeft.storage.header import adapter_part, backbone_part, plain_values, preprocessing_part, tensor_part
+from vispeft.storage.quantize import CODECS, LowBit, codec, decode
 
 __all__ = ["AdapterBank"]
 

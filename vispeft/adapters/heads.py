@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vispeft.adapters.quantize import LowBit
+from vispeft.storage.quantize import LowBit
 
 __all__ = ["BASE_HEAD", "HeadRack", "LowBitHead", "WideHead"]
 

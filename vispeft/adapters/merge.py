@@ -8,11 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vispeft.adapters.hosts import Host, HostState, ReadLinearHost, ShiftlessNormHost, base_class, put_back, take_off
-from vispeft.adapters.model_host import ModelHost
-from vispeft.adapters.sites import Site, View
-from vispeft.adapters.units import Unit
+from vispeft.core.families import base_class
+from vispeft.core.sites import Site, View
+from vispeft.core.units import Unit
 from vispeft.errors import MergeError
+from vispeft.hosts.base import Host, HostState, put_back, take_off
+from vispeft.hosts.layers import ReadLinearHost, ShiftlessNormHost
+from vispeft.hosts.model import ModelHost
 
 __all__ = ["MergeReport", "Merged", "apply_merge", "difference", "plan_merge", "undo_merge"]
 

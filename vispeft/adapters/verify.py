@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vispeft.adapters.sites import View
-from vispeft.adapters.units import Unit
+from vispeft.core.sites import View
+from vispeft.core.units import Unit
 from vispeft.errors import VerificationError
 
 __all__ = ["UnitTensor", "find_dead", "probe_images", "unit_tensors"]

@@ -11,12 +11,6 @@ from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 
-from vispeft.adapters.attention import Heads, TokenAttentionHost, attended, projected, split_heads
-from vispeft.adapters.blocks import BlockHost
-from vispeft.adapters.hosts import ReaderHost, register_attention_host, register_block_host
-from vispeft.adapters.rows import Rows
-from vispeft.adapters.sites import Site, View
-from vispeft.adapters.tokens import PlainModelHost
 from vispeft.backbones.parts import (
     Spot,
     branch_readers,
@@ -26,8 +20,15 @@ from vispeft.backbones.parts import (
     projection_sites,
     query_key_norm_sites,
 )
-from vispeft.backbones.registry import Family, check_class, register_family
 from vispeft.backbones.vit import plain_view, stem_sites, tail_sites
+from vispeft.core.families import Family, check_class, register_family
+from vispeft.core.sites import Site, View
+from vispeft.hosts.attention import Heads, TokenAttentionHost, attended, projected, split_heads
+from vispeft.hosts.block import BlockHost
+from vispeft.hosts.choose import register_attention_host, register_block_host
+from vispeft.hosts.layers import ReaderHost
+from vispeft.hosts.plain import PlainModelHost
+from vispeft.hosts.streams import Rows
 
 __all__ = ["EvaHost", "describe_eva"]
 

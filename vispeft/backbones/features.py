@@ -9,14 +9,13 @@ from typing import Any, cast
 from timm.models._features import FeatureListNet
 from torch import Tensor, nn
 
-from vispeft.adapters.hosts import base_class
-from vispeft.adapters.sites import View
-from vispeft.adapters.stages import StageModelHost
-from vispeft.adapters.units import TokensUnit
-from vispeft.backbones.registry import Family, parameter_sizes, register_family
 from vispeft.backbones.swin import NOT_IN_SWIN, SWIN, Generation, stage_sites, swin_stem_sites
 from vispeft.backbones.swinv2 import SWINV2
+from vispeft.core.families import Family, base_class, parameter_sizes, register_family
+from vispeft.core.sites import View
+from vispeft.core.units import TokensUnit
 from vispeft.errors import BackboneError
+from vispeft.hosts.stages import StageModelHost
 
 __all__ = ["describe_features"]
 

@@ -9,9 +9,8 @@ from typing import Any
 from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import nn
 
-from vispeft.adapters.hosts import base_class
-from vispeft.adapters.sites import Kind, Layout, Rows, Site
-from vispeft.backbones.registry import check_class
+from vispeft.core.families import base_class, check_class
+from vispeft.core.sites import Kind, Layout, Rows, Site
 
 __all__ = [
     "Spot",

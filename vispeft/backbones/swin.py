@@ -16,16 +16,16 @@ from timm.models.swin_transformer import (
 )
 from torch import Tensor, nn
 
-from vispeft.adapters.attention import WindowAttentionHost
-from vispeft.adapters.blocks import BlockHost
-from vispeft.adapters.hosts import base_class, register_attention_host, register_block_host
-from vispeft.adapters.rows import Rows
-from vispeft.adapters.side import Rung
-from vispeft.adapters.sites import Site, View
-from vispeft.adapters.stages import StageModelHost
-from vispeft.adapters.units import SideUnit
 from vispeft.backbones.parts import Spot, is_absent, mlp_sites, projection_sites
-from vispeft.backbones.registry import Family, check_class, parameter_sizes, register_family
+from vispeft.core.families import Family, base_class, check_class, parameter_sizes, register_family
+from vispeft.core.sites import Site, View
+from vispeft.core.units import SideUnit
+from vispeft.hosts.attention import WindowAttentionHost
+from vispeft.hosts.block import BlockHost
+from vispeft.hosts.choose import register_attention_host, register_block_host
+from vispeft.hosts.side import Rung
+from vispeft.hosts.stages import StageModelHost
+from vispeft.hosts.streams import Rows
 
 __all__ = [
     "SWIN",

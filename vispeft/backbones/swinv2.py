@@ -17,14 +17,15 @@ from timm.models.swin_transformer_v2 import (
 )
 from torch import Tensor, nn
 
-from vispeft.adapters.attention import WindowAttentionHost, projected, split_heads
-from vispeft.adapters.hosts import ReaderHost, register_attention_host, register_block_host
-from vispeft.adapters.rows import Rows
-from vispeft.adapters.sites import Site, View
-from vispeft.adapters.stages import StageModelHost
 from vispeft.backbones.parts import Spot, is_absent, mlp_sites, projection_sites
-from vispeft.backbones.registry import Family, check_class, register_family
 from vispeft.backbones.swin import AnySizeBlock, Generation, WindowBlockHost, hierarchical_view
+from vispeft.core.families import Family, check_class, register_family
+from vispeft.core.sites import Site, View
+from vispeft.hosts.attention import WindowAttentionHost, projected, split_heads
+from vispeft.hosts.choose import register_attention_host, register_block_host
+from vispeft.hosts.layers import ReaderHost
+from vispeft.hosts.stages import StageModelHost
+from vispeft.hosts.streams import Rows
 
 __all__ = ["SWINV2", "AnySizeSwinV2Block", "describe_swinv2"]
 

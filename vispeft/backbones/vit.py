@@ -9,12 +9,6 @@ from timm.layers import Attention, AttentionPoolLatent, AttentionPoolPrr, PatchE
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from vispeft.adapters.attention import TokenAttentionHost, attended
-from vispeft.adapters.blocks import BlockHost
-from vispeft.adapters.hosts import register_attention_host, register_block_host
-from vispeft.adapters.rows import Rows
-from vispeft.adapters.sites import Site, View
-from vispeft.adapters.tokens import PlainModelHost
 from vispeft.backbones.parts import (
     Spot,
     branch_readers,
@@ -24,7 +18,13 @@ from vispeft.backbones.parts import (
     projection_sites,
     query_key_norm_sites,
 )
-from vispeft.backbones.registry import Family, check_class, parameter_sizes, register_family
+from vispeft.core.families import Family, check_class, parameter_sizes, register_family
+from vispeft.core.sites import Site, View
+from vispeft.hosts.attention import TokenAttentionHost, attended
+from vispeft.hosts.block import BlockHost
+from vispeft.hosts.choose import register_attention_host, register_block_host
+from vispeft.hosts.plain import PlainModelHost
+from vispeft.hosts.streams import Rows
 
 __all__ = ["VitHost", "describe_vit", "plain_view", "stem_sites", "tail_sites"]
 

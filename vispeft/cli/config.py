@@ -21,8 +21,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import vispeft.data
 import vispeft.tasks  # noqa: F401 - likewise
-from vispeft.adapters.method import Method
 from vispeft.cli.evaluation import evaluation_trainer
+from vispeft.core.method import Method
 from vispeft.errors import ConfigError, FileError, UnknownNameError, VispeftError
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.checkpoints import Cadence

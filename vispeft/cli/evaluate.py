@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from lightning.pytorch import Trainer, seed_everything
 
-from vispeft.adapters.files import JSON_FILE
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.config import ConfigCLI, build_task, read_config, split_overrides
 from vispeft.cli.evaluation import evaluate, evaluation_trainer, metrics_table
 from vispeft.cli.runs import Run
 from vispeft.errors import ConfigError
+from vispeft.storage.files import JSON_FILE
 from vispeft.tasks.base import AdapterTask
 
 __all__ = ["load_run", "load_task", "main"]

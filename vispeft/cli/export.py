@@ -12,10 +12,10 @@ from rich.table import Table
 from torch import Tensor
 
 from vispeft.adapters.merge import MergeReport
-from vispeft.backbones.registry import unwrap
 from vispeft.cli.common import console, make_parser, versions
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run, write_json
+from vispeft.core.families import unwrap
 from vispeft.errors import ConfigError, ExportError
 from vispeft.interop.export import INPUT, TOLERANCE, Difference, check, export_onnx, export_program, staged
 from vispeft.tasks.base import AdapterTask

@@ -20,8 +20,8 @@ from vispeft.adapters.attach import load
 from vispeft.adapters.bank import AdapterBank
 from vispeft.adapters.verify import probe_images
 from vispeft.backbones.create import create_model
-from vispeft.backbones.registry import describe, unwrap
 from vispeft.cli.common import console, make_parser
+from vispeft.core.families import describe, unwrap
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.errors import BaseMismatchError, ConfigError, FileError
 from vispeft.interop.binary import BINARY_SOURCES, load_binary

@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
-from vispeft.adapters.method import Method
-from vispeft.adapters.plan import plan
 from vispeft.backbones.create import create_model
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.config import build_method, method_node, read_config, split_overrides
+from vispeft.core.method import Method
+from vispeft.core.plan import plan
 from vispeft.errors import ConfigError
 
 __all__ = ["main"]

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from vispeft.adapters.files import JSON_FILE, write_atomically
 from vispeft.adapters.merge import TOLERANCE
 from vispeft.backbones.create import _flexible_args as flexible_args
 from vispeft.backbones.create import zoo_folder
@@ -21,6 +20,7 @@ from vispeft.cli.common import console, make_parser, versions
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run
 from vispeft.errors import ConfigError, MergeError
+from vispeft.storage.files import JSON_FILE, write_atomically
 from vispeft.tasks.base import AdapterTask
 
 __all__ = ["main", "merge_run"]

@@ -13,13 +13,13 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
-from vispeft.adapters.files import write_atomically
 from vispeft.cli.common import console
 from vispeft.data.images import read_image
 from vispeft.data.joint import EvaluationPair
 from vispeft.data.palettes import Colour, make_palette
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.errors import ConfigError, DataError
+from vispeft.storage.files import write_atomically
 from vispeft.tasks.segmentation import Segmentation
 from vispeft.viz import lay_over
 

@@ -15,13 +15,13 @@ from torch.nn import functional as F
 
 import vispeft
 from vispeft.backbones.create import create_model
-from vispeft.backbones.registry import unwrap
 from vispeft.cli import runs
 from vispeft.cli.common import console, make_parser, versions
 from vispeft.cli.config import ConfigCLI
 from vispeft.cli.evaluate import load_run
 from vispeft.cli.evaluation import evaluate
 from vispeft.cli.train import train
+from vispeft.core.families import unwrap
 from vispeft.data.base import EpochSampler, ImageData
 from vispeft.errors import ConfigError, MergeError
 from vispeft.tasks.base import AdapterTask

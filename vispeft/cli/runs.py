@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vispeft.adapters.files import JSON_FILE, write_atomically
 from vispeft.errors import ConfigError, FileError
+from vispeft.storage.files import JSON_FILE, write_atomically
 
 __all__ = [
     "ADAPTER",

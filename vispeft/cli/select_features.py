@@ -8,12 +8,12 @@ from pathlib import Path
 
 from vispeft.adapters.attach import attach
 from vispeft.adapters.bank import AdapterBank
-from vispeft.adapters.files import JSON_FILE, read_adapter
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run
 from vispeft.errors import ConfigError
 from vispeft.methods.vqt import VQT, select_features
+from vispeft.storage.files import JSON_FILE, read_adapter
 
 __all__ = ["main", "select"]
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vispeft.adapters.files import JSON_FILE, read_adapter
-from vispeft.adapters.fingerprint import check_fingerprint
 from vispeft.backbones.create import zoo_folder
-from vispeft.backbones.registry import unwrap
 from vispeft.cli.runs import ADAPTER
+from vispeft.core.families import unwrap
 from vispeft.errors import ConfigError, FileError, UnknownNameError
+from vispeft.storage.files import JSON_FILE, read_adapter
+from vispeft.storage.fingerprint import check_fingerprint
 from vispeft.tasks.base import AdapterTask
 
 __all__ = ["find_adapter", "start_from"]

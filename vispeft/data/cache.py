@@ -26,12 +26,12 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vispeft.adapters.fingerprint import fingerprint
-from vispeft.backbones.registry import unwrap
+from vispeft.core.families import unwrap
 from vispeft.data.augmentation import Augmentation
 from vispeft.data.base import BatchSplit, ImageData, Index
 from vispeft.data.facts import cache_folder
 from vispeft.errors import ConfigError, DataError, FileError
+from vispeft.storage.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from vispeft.tasks.base import AdapterTask

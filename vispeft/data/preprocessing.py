@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from vispeft.backbones.registry import unwrap
+from vispeft.core.families import unwrap
 from vispeft.errors import DataError
 
 __all__ = ["INTERPOLATIONS", "Preprocessing"]

@@ -9,8 +9,8 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from vispeft.adapters.sites import View
-from vispeft.backbones.registry import describe, is_feature_getter, unwrap
+from vispeft.core.families import describe, is_feature_getter, unwrap
+from vispeft.core.sites import View
 from vispeft.errors import BackboneError, ConfigError
 
 __all__ = ["BEHIND_MAPS", "DensePyramid", "MapReader"]

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from vispeft.adapters.bank import AdapterBank
-from vispeft.adapters.plan import make_plan
-from vispeft.adapters.quantize import decode
-from vispeft.backbones.registry import describe, unwrap
+from vispeft.core.families import describe, unwrap
+from vispeft.core.plan import make_plan
 from vispeft.errors import FileError, UnknownNameError
 from vispeft.interop.blocks import hyper_of
 from vispeft.interop.official import find_source, load_official, official_names
+from vispeft.storage.quantize import decode
 
 __all__ = ["BINARY_SOURCES", "load_binary"]
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from vispeft.adapters.attach import attach
 from vispeft.adapters.bank import AdapterBank
-from vispeft.adapters.method import Method
-from vispeft.adapters.plan import Plan
-from vispeft.adapters.sites import View
-from vispeft.backbones.registry import describe, unwrap
+from vispeft.core.families import describe, unwrap
+from vispeft.core.method import Method
+from vispeft.core.plan import Plan
+from vispeft.core.sites import View
 from vispeft.errors import ConfigError, FileError, UnknownNameError
 
 __all__ = [

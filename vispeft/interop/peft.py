@@ -25,12 +25,12 @@ from torch import Generator, Tensor, nn
 
 from vispeft.adapters.attach import attach
 from vispeft.adapters.bank import AdapterBank
-from vispeft.adapters.method import Method, PlanItem, register
-from vispeft.adapters.plan import Plan
-from vispeft.adapters.recipes import FGVC, VTAB, Recipe
-from vispeft.adapters.sites import Site, View
-from vispeft.adapters.units import SequentialUnit
-from vispeft.backbones.registry import describe, unwrap
+from vispeft.core.families import describe, unwrap
+from vispeft.core.method import Method, PlanItem, register
+from vispeft.core.plan import Plan
+from vispeft.core.recipes import FGVC, VTAB, Recipe
+from vispeft.core.sites import Site, View
+from vispeft.core.units import SequentialUnit
 from vispeft.errors import ConfigError, FileError, SiteError, VispeftError
 from vispeft.methods.lora import LoRA
 

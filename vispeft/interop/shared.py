@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from vispeft.adapters.method import Method, PlanItem
-from vispeft.adapters.plan import Plan
-from vispeft.adapters.sites import View
+from vispeft.core.method import Method, PlanItem
+from vispeft.core.plan import Plan
+from vispeft.core.sites import View
 from vispeft.errors import FileError
 from vispeft.interop.blocks import block_of, ending_in, hyper_of
 from vispeft.interop.official import Source, register_source

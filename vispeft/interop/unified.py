@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from vispeft.adapters.method import Method
-from vispeft.adapters.plan import Plan
-from vispeft.adapters.sites import View
+from vispeft.core.method import Method
+from vispeft.core.plan import Plan
+from vispeft.core.sites import View
 from vispeft.interop.blocks import block_of, ending_in, hyper_of, layer_names
 from vispeft.interop.official import Source, register_source
 from vispeft.methods.mam import MAM

@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from vispeft.adapters.method import Method, list_methods, method, register
+from vispeft.core.method import Method, list_methods, method, register
 
 for _module in pkgutil.iter_modules(__path__):
     for _name in (_loaded := importlib.import_module(f"{__name__}.{_module.name}")).__all__:

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from vispeft.adapters.functional import linear
-from vispeft.adapters.method import Method, PlanItem, register
-from vispeft.adapters.quantize import check_bits, start_above_zero
-from vispeft.adapters.recipes import FGVC, VTAB, Recipe
-from vispeft.adapters.sites import Site, View
-from vispeft.adapters.units import ParallelUnit, SequentialUnit, Unit
+from vispeft.core.method import Method, PlanItem, register
+from vispeft.core.recipes import FGVC, VTAB, Recipe
+from vispeft.core.sites import Site, View
+from vispeft.core.units import ParallelUnit, SequentialUnit, Unit
 from vispeft.errors import ConfigError, SiteError
+from vispeft.hosts.functional import linear
+from vispeft.storage.quantize import check_bits, start_above_zero
 
 __all__ = [
     "Adapter",

@@ -9,9 +9,9 @@ from typing import ClassVar
 
 from torch import nn
 
-from vispeft.adapters.method import Method, PlanItem, register
-from vispeft.adapters.recipes import FGVC, VTAB, Recipe
-from vispeft.adapters.sites import View
+from vispeft.core.method import Method, PlanItem, register
+from vispeft.core.recipes import FGVC, VTAB, Recipe
+from vispeft.core.sites import View
 from vispeft.errors import SiteError
 from vispeft.methods.adapter import Bottleneck, ParallelBottleneck, check_bottleneck
 

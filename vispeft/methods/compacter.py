@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from vispeft.adapters.functional import linear
-from vispeft.adapters.method import Method, PlanItem, register
-from vispeft.adapters.recipes import Recipe
-from vispeft.adapters.sites import Site, View
-from vispeft.adapters.units import SequentialUnit, SharedUnit
+from vispeft.core.method import Method, PlanItem, register
+from vispeft.core.recipes import Recipe
+from vispeft.core.sites import Site, View
+from vispeft.core.units import SequentialUnit, SharedUnit
 from vispeft.errors import ConfigError, SiteError
+from vispeft.hosts.functional import linear
 from vispeft.methods.adapter import branch_ends, check_bottleneck
 from vispeft.methods.norm_tuning import NormTuning
 

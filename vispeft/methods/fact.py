@@ -11,14 +11,14 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Generator, Tensor, nn
 
-from vispeft.adapters.functional import Branch, Dropout
-from vispeft.adapters.method import Method, PlanItem, register
-from vispeft.adapters.quantize import start_above_zero
-from vispeft.adapters.recipes import FGVC, VTAB, Recipe
-from vispeft.adapters.sites import Site, View
-from vispeft.adapters.units import DeltaUnit, SharedUnit
+from vispeft.core.method import Method, PlanItem, register
+from vispeft.core.recipes import FGVC, VTAB, Recipe
+from vispeft.core.sites import Site, View
+from vispeft.core.units import DeltaUnit, SharedUnit
 from vispeft.errors import ConfigError, SiteError
+from vispeft.hosts.functional import Branch, Dropout
 from vispeft.methods.adapter import check_bottleneck
+from vispeft.storage.quantize import start_above_zero
 
 __all__ = ["FacT", "FacTFactors", "FacTUnit"]
 

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from vispeft.adapters.functional import linear
-from vispeft.adapters.method import Method, PlanItem, register
-from vispeft.adapters.quantize import start_above_zero
-from vispeft.adapters.recipes import Recipe
-from vispeft.adapters.sites import Site, View
-from vispeft.adapters.units import SequentialUnit
+from vispeft.core.method import Method, PlanItem, register
+from vispeft.core.recipes import Recipe
+from vispeft.core.sites import Site, View
+from vispeft.core.units import SequentialUnit
 from vispeft.errors import SiteError
+from vispeft.hosts.functional import linear
 from vispeft.methods.adapter import check_bottleneck
+from vispeft.storage.quantize import start_above_zero
 
 __all__ = ["Hydra", "HydraUnit"]
 

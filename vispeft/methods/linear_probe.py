@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from torch import nn
 
-from vispeft.adapters.method import Method, PlanItem, register
-from vispeft.adapters.recipes import Recipe
-from vispeft.adapters.sites import View
+from vispeft.core.method import Method, PlanItem, register
+from vispeft.core.recipes import Recipe
+from vispeft.core.sites import View
 from vispeft.errors import ConfigError
 
 __all__ = ["LinearProbe"]

@@ -15,13 +15,13 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Generator, Tensor, nn
 
-from vispeft.adapters.functional import Branch, Dropout
-from vispeft.adapters.method import Method, PlanItem, register
-from vispeft.adapters.quantize import check_bits, start_above_zero
-from vispeft.adapters.recipes import FGVC, VTAB, Recipe
-from vispeft.adapters.sites import Site, View
-from vispeft.adapters.units import DeltaUnit, Unit, WeightUnit
+from vispeft.core.method import Method, PlanItem, register
+from vispeft.core.recipes import FGVC, VTAB, Recipe
+from vispeft.core.sites import Site, View
+from vispeft.core.units import DeltaUnit, Unit, WeightUnit
 from vispeft.errors import ConfigError, SiteError
+from vispeft.hosts.functional import Branch, Dropout
+from vispeft.storage.quantize import check_bits, start_above_zero
 
 __all__ = ["DoRAUnit", "LoRA", "LowRank", "PiSSAUnit"]
 

@@ -18,15 +18,15 @@ from timm.models._manipulate import checkpoint
 from timm.models.swin_transformer import PatchMerging
 from torch import Generator, Tensor, nn
 
-from vispeft.adapters.functional import linear
-from vispeft.adapters.method import Method, PlanItem, register
-from vispeft.adapters.pruning import prune
-from vispeft.adapters.recipes import Recipe
-from vispeft.adapters.side import ENTRY, Rung, SideHost
-from vispeft.adapters.sites import View, select
-from vispeft.adapters.units import SideUnit
-from vispeft.backbones.registry import family_of
+from vispeft.backbones.pruning import prune
+from vispeft.core.families import family_of
+from vispeft.core.method import Method, PlanItem, register
+from vispeft.core.recipes import Recipe
+from vispeft.core.sites import View, select
+from vispeft.core.units import SideUnit
 from vispeft.errors import ConfigError, SiteError
+from vispeft.hosts.functional import linear
+from vispeft.hosts.side import ENTRY, Rung, SideHost
 
 __all__ = ["LST", "Ladder"]
 

@@ -8,10 +8,10 @@ from typing import ClassVar
 
 from torch import nn
 
-from vispeft.adapters.method import Method, PlanItem, register
-from vispeft.adapters.recipes import FGVC, Recipe
-from vispeft.adapters.selection import below, selections
-from vispeft.adapters.sites import View
+from vispeft.core.method import Method, PlanItem, register
+from vispeft.core.recipes import FGVC, Recipe
+from vispeft.core.selection import below, selections
+from vispeft.core.sites import View
 
 __all__ = ["NormTuning"]
 

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from vispeft.adapters.method import Method, PlanItem, register
-from vispeft.adapters.recipes import FGVC, VTAB, Recipe
-from vispeft.adapters.sites import Site, View
-from vispeft.adapters.units import PrefixUnit, SharedUnit
+from vispeft.core.method import Method, PlanItem, register
+from vispeft.core.recipes import FGVC, VTAB, Recipe
+from vispeft.core.sites import Site, View
+from vispeft.core.units import PrefixUnit, SharedUnit
 from vispeft.errors import ConfigError, SiteError
 
 __all__ = ["Prefix", "PrefixMLP", "PrefixSlot", "PrefixTables", "check_prefix", "prefix_count", "prefix_items"]

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from vispeft.adapters.functional import linear
-from vispeft.adapters.method import Method, PlanItem, register
-from vispeft.adapters.quantize import start_above_zero
-from vispeft.adapters.recipes import FGVC, VTAB, Recipe
-from vispeft.adapters.sites import View
-from vispeft.adapters.units import InputUnit
+from vispeft.core.method import Method, PlanItem, register
+from vispeft.core.recipes import FGVC, VTAB, Recipe
+from vispeft.core.sites import View
+from vispeft.core.units import InputUnit
 from vispeft.errors import ConfigError, SiteError
+from vispeft.hosts.functional import linear
 from vispeft.methods.adapter import check_bottleneck
+from vispeft.storage.quantize import start_above_zero
 
 __all__ = ["RepAdapter", "RepAdapterUnit"]
 

@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Generator, nn
 
-from vispeft.adapters.method import Method, PlanItem, register
-from vispeft.adapters.recipes import FEW_IMAGES, Recipe
-from vispeft.adapters.sites import View
-from vispeft.adapters.units import AffineUnit
+from vispeft.core.method import Method, PlanItem, register
+from vispeft.core.recipes import FEW_IMAGES, Recipe
+from vispeft.core.sites import View
+from vispeft.core.units import AffineUnit
 from vispeft.errors import ConfigError
 
 __all__ = ["SSF", "ScaleShift"]

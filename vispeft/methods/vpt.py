@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from vispeft.adapters.method import Method, PlanItem, register
-from vispeft.adapters.recipes import Recipe
-from vispeft.adapters.sites import View
-from vispeft.adapters.units import TokensUnit
+from vispeft.core.method import Method, PlanItem, register
+from vispeft.core.recipes import Recipe
+from vispeft.core.sites import View
+from vispeft.core.units import TokensUnit
 from vispeft.errors import ConfigError, SiteError
 
 __all__ = ["VPT", "Prompts", "StagePrompts"]

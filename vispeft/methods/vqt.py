@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from vispeft.adapters.method import Method, PlanItem, register
-from vispeft.adapters.recipes import Recipe
-from vispeft.adapters.sites import Site, View, select
-from vispeft.adapters.units import QueryUnit
+from vispeft.core.method import Method, PlanItem, register
+from vispeft.core.recipes import Recipe
+from vispeft.core.sites import Site, View, select
+from vispeft.core.units import QueryUnit
 from vispeft.errors import ConfigError, SiteError
 
 __all__ = ["VQT", "Queries", "feature_scores", "select_features"]

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from vispeft.adapters.attach import attach, load
 from vispeft.adapters.bank import AdapterBank
-from vispeft.adapters.files import check_tensors, read_decoder
-from vispeft.adapters.fingerprint import base_tensors, check_fingerprint, fingerprint
-from vispeft.adapters.method import Method
-from vispeft.adapters.model_host import ModelHost
 from vispeft.backbones.create import create_model
+from vispeft.core.method import Method
 from vispeft.errors import ConfigError, FileError, VerificationError
 from vispeft.heads.pyramid import BEHIND_MAPS, MapReader
+from vispeft.hosts.model import ModelHost
+from vispeft.storage.files import check_tensors, read_decoder
+from vispeft.storage.fingerprint import base_tensors, check_fingerprint, fingerprint
 from vispeft.tasks.inference import padded_to
 
 __all__ = ["BASE_KEY", "VispeftBackbone"]

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vispeft.adapters.files import check_tensors, read_decoder
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.errors import ConfigError, FileError
 from vispeft.mmseg.backbone import VispeftBackbone
+from vispeft.storage.files import check_tensors, read_decoder
 
 __all__ = ["adapted_backbone", "backbones", "load_decoder", "save_adapter"]
 

@@ -15,9 +15,9 @@ from torch.optim import AdamW
 
 from vispeft.adapters.attach import attach, load
 from vispeft.adapters.bank import AdapterBank
-from vispeft.adapters.method import Method
 from vispeft.backbones.create import create_model
-from vispeft.backbones.registry import unwrap
+from vispeft.core.families import unwrap
+from vispeft.core.method import Method
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.errors import ConfigError, DataError, FileError
 from vispeft.tasks.average import WeightAverage

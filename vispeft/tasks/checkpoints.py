@@ -23,11 +23,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from vispeft.adapters.files import write_atomically
-from vispeft.adapters.fingerprint import check_fingerprint, fingerprint
-from vispeft.backbones.registry import unwrap
+from vispeft.core.families import unwrap
 from vispeft.data.base import ImageData
 from vispeft.errors import ConfigError, FileError, TrainingError
+from vispeft.storage.files import write_atomically
+from vispeft.storage.fingerprint import check_fingerprint, fingerprint
 from vispeft.tasks.logs import RunLog
 from vispeft.tasks.state import between_steps, put_back, training_state
 

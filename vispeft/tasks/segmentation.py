@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vispeft.adapters.files import DECODER, check_tensors, read_decoder
-from vispeft.adapters.method import Method
+from vispeft.core.method import Method
 from vispeft.data.base import ImageData
 from vispeft.data.masks import IGNORE
 from vispeft.errors import ConfigError, DataError, VerificationError
 from vispeft.heads import decoder as make_decoder
 from vispeft.heads.pyramid import BEHIND_MAPS, DensePyramid, MapReader
 from vispeft.metrics import BoundaryF, SegmentationScores
+from vispeft.storage.files import DECODER, check_tensors, read_decoder
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.inference import Inference, padded_to, predict_masks
 from vispeft.tasks.losses import SegmentationLoss

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vispeft.adapters.hosts import base_class
-from vispeft.adapters.sites import View
-from vispeft.adapters.units import Unit
+from vispeft.core.families import base_class
+from vispeft.core.sites import View
+from vispeft.core.units import Unit
 from vispeft.errors import BaseMismatchError
 
 __all__ = ["absent_parts", "base_tensors", "check_fingerprint", "fingerprint", "function_of", "pool_of"]

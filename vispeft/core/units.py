@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from vispeft.adapters.functional import Branch, Dropout
-from vispeft.adapters.quantize import LowBit
+from vispeft.hosts.functional import Branch, Dropout
+from vispeft.storage.quantize import LowBit
 
 __all__ = [
     "AffineUnit",

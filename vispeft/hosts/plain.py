@@ -15,11 +15,11 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from vispeft.adapters.blocks import BlockHost
-from vispeft.adapters.reading import joined, taken_apart
-from vispeft.adapters.side import ENTRY, SideHost
-from vispeft.adapters.units import SideUnit, TokensUnit
+from vispeft.core.units import SideUnit, TokensUnit
 from vispeft.errors import ConfigError
+from vispeft.hosts.block import BlockHost
+from vispeft.hosts.reading import joined, taken_apart
+from vispeft.hosts.side import ENTRY, SideHost
 
 __all__ = ["PlainModelHost"]
 

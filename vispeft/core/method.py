@@ -11,16 +11,17 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vispeft.adapters.recipes import Recipe, choose_recipe
-from vispeft.adapters.sites import Site, View, check_roles, select
-from vispeft.adapters.units import Unit
+from vispeft.core.families import describe
+from vispeft.core.recipes import Recipe, choose_recipe
+from vispeft.core.sites import Site, View, check_roles, select
+from vispeft.core.units import Unit
 from vispeft.errors import ConfigError, SiteError, UnknownNameError
 
-__all__ = ["Method", "PlanItem", "list_methods", "method", "method_from_dict", "register"]
+__all__ = ["Method", "PlanItem", "list_methods", "method", "method_from_dict", "register", "register_lazy"]
 
 _METHODS: dict[str, type[Method]] = {}
-_ELSEWHERE = {"peft": "vispeft.interop.peft"}
-"""Methods that need an extra, and the modules that register them: they are imported when one is asked for."""
+_LAZY: dict[str, str] = {}
+"""Modules that register methods once they are asked for, by method."""
 M = TypeVar("M", bound="type[Method]")
 
 
@@ -193,8 +194,6 @@ class Method:
             >>> recipe.lr, recipe.fields
             (0.001, {'rank': 8})
         """
-        from vispeft.backbones.registry import describe  # which needs the methods' bases
-
         return choose_recipe(type(self).__name__, self.recipes, describe(model), n_images)
 
     def low_bit_head(self) -> int:
@@ -263,9 +262,19 @@ def register(cls: M) -> M:
     return cls
 
 
+def register_lazy(name: str, module: str) -> None:
+    """Name a method whose module needs an extra: it is imported when it is asked for, and never listed.
+
+    Args:
+        name: The method's name.
+        module: The module that registers it.
+    """
+    _LAZY[name] = module
+
+
 def list_methods() -> list[str]:
-    """List the names of all methods."""
-    return sorted(_METHODS)
+    """List the names of all methods that need no extra."""
+    return sorted(set(_METHODS) - set(_LAZY))
 
 
 def method(name: str, **fields: Any) -> Method:
@@ -285,8 +294,8 @@ def method(name: str, **fields: Any) -> Method:
     Example:
         >>> vispeft.method("lora", rank=4)
     """
-    if name not in _METHODS and name in _ELSEWHERE:
-        importlib.import_module(_ELSEWHERE[name])
+    if name not in _METHODS and name in _LAZY:
+        importlib.import_module(_LAZY[name])
     if name not in _METHODS:
         raise UnknownNameError("method", name, _METHODS)
     cls = _METHODS[name]

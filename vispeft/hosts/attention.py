@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from timm.layers.attention import resolve_self_attn_mask
 from torch import Tensor, nn
 
-from vispeft.adapters.hosts import Host
-from vispeft.adapters.rows import Rows
-from vispeft.adapters.units import PrefixUnit
+from vispeft.core.units import PrefixUnit
+from vispeft.hosts.base import Host
+from vispeft.hosts.streams import Rows
 
 __all__ = [
     "AttentionHost",

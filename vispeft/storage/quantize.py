@@ -16,8 +16,8 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from vispeft.adapters.codecs import pack_bits, unpack_bits
 from vispeft.errors import ConfigError, FileError
+from vispeft.storage.codecs import pack_bits, unpack_bits
 
 __all__ = [
     "BITS",

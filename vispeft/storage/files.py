@@ -22,9 +22,9 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
-from vispeft.adapters.codecs import RAW
-from vispeft.adapters.quantize import CODECS
 from vispeft.errors import FileError, UnknownNameError
+from vispeft.storage.codecs import RAW
+from vispeft.storage.quantize import CODECS
 
 __all__ = [
     "ADAPTER_FILE",

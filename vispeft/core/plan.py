@@ -11,8 +11,8 @@ from rich.console import Console, RenderResult
 from rich.table import Table
 from torch import nn
 
-from vispeft.adapters.method import Method, PlanItem
-from vispeft.backbones.registry import describe, unwrap
+from vispeft.core.families import describe, unwrap
+from vispeft.core.method import Method, PlanItem
 from vispeft.errors import ConfigError, SiteError
 
 __all__ = ["Plan", "make_plan", "plan"]

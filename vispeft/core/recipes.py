@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vispeft.adapters.sites import View
+from vispeft.core.sites import View
 from vispeft.errors import ConfigError
 
 __all__ = ["FEW_IMAGES", "FGVC", "SMALLEST_WIDTH", "VTAB", "Recipe", "choose_recipe"]

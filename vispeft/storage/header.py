@@ -10,10 +10,10 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from vispeft.adapters.codecs import RAW
-from vispeft.adapters.files import dtype_name
-from vispeft.adapters.method import Method
+from vispeft.core.method import Method
 from vispeft.errors import ConfigError
+from vispeft.storage.codecs import RAW
+from vispeft.storage.files import dtype_name
 
 __all__ = ["adapter_part", "backbone_part", "plain_values", "preprocessing_part", "tensor_part"]
 

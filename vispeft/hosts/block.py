@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from vispeft.adapters.hosts import Host
-from vispeft.adapters.rows import Rows
-from vispeft.adapters.units import ParallelUnit
+from vispeft.core.units import ParallelUnit
+from vispeft.hosts.base import Host
+from vispeft.hosts.streams import Rows
 
 __all__ = ["BlockHost"]
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vispeft.adapters.units import QueryUnit
+from vispeft.core.units import QueryUnit
 
 __all__ = ["joined", "packed", "taken_apart"]
 

@@ -7,11 +7,19 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from vispeft.adapters.hosts import Host, base_class
-from vispeft.adapters.sites import View
+from vispeft.core.sites import View
 from vispeft.errors import BackboneError
 
-__all__ = ["Family", "check_class", "describe", "family_of", "parameter_sizes", "register_family", "unwrap"]
+__all__ = [
+    "Family",
+    "base_class",
+    "check_class",
+    "describe",
+    "family_of",
+    "parameter_sizes",
+    "register_family",
+    "unwrap",
+]
 
 
 @dataclass(frozen=True)
@@ -24,13 +32,18 @@ class Family:
     """The model classes it covers; subclasses of them are other models and are not covered."""
     describe: Callable[[nn.Module], View]
     """Makes the view of one model."""
-    host: type[Host]
+    host: type[nn.Module]
     """The family's own forward, put on the model in place."""
     examples: str
     """Names of timm models, for messages."""
 
 
 _FAMILIES: list[Family] = []
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """Give the class a module has without vispeft."""
+    return getattr(type(module), "replaces", type(module))
 
 
 def register_family(family: Family) -> None:

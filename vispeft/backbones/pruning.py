@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from vispeft.adapters.side import Rung
-from vispeft.adapters.sites import Site, View
+from vispeft.core.sites import Site, View
+from vispeft.hosts.side import Rung
 
 __all__ = ["prune", "strongest"]
 

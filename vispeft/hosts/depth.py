@@ -5,7 +5,7 @@ from __future__ import annotations
 from timm.layers import DropPath
 from torch import nn
 
-from vispeft.adapters.sites import View
+from vispeft.core.sites import View
 
 __all__ = ["StochasticDepth"]
 

@@ -8,9 +8,9 @@ from functools import partial
 
 from torch import nn
 
-from vispeft.adapters.method import Method, PlanItem
-from vispeft.adapters.sites import Site, View, select
-from vispeft.adapters.units import SelectionUnit, Unit
+from vispeft.core.method import Method, PlanItem
+from vispeft.core.sites import Site, View, select
+from vispeft.core.units import SelectionUnit, Unit
 
 __all__ = ["below", "selections"]
 

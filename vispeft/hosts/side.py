@@ -16,8 +16,8 @@ from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from vispeft.adapters.model_host import ModelHost
-from vispeft.adapters.units import SideUnit
+from vispeft.core.units import SideUnit
+from vispeft.hosts.model import ModelHost
 
 __all__ = ["ENTRY", "Rung", "SideHost"]
 

@@ -7,9 +7,9 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from vispeft.adapters.hosts import Host
-from vispeft.adapters.units import QueryUnit, Unit
+from vispeft.core.units import QueryUnit, Unit
 from vispeft.errors import BackboneError
+from vispeft.hosts.base import Host
 
 __all__ = ["ModelHost"]
 

@@ -1,0 +1,1 @@
+"""Hosts: everything that takes part in a forward pass."""

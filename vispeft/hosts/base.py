@@ -1,0 +1,223 @@
+"""Hosts: the one mechanism that makes a timm layer obey its units.
+
+A host is a subclass of the class it replaces, put on the module in place (``module.__class__ = ...``). Base tensors
+keep their names and their objects; units hang below the module under ``adapters.<adapter>.<unit>``, so that device
+moves, state dicts, EMA copies and optimisers see them. There is one host class per kind of place and base class, made
+once and rebuilt by name when unpickled.
+
+Tensors that units change as a whole (a norm's weight and bias, a selected tensor, a projection that the model reads
+instead of calling) are *computed on read*: the host class has a property of the tensor's name. timm's own forward then
+works on the computed tensor; no forward is copied, and nothing is kept between calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar, cast
+
+from torch import Tensor, nn
+
+from vispeft.core.units import (
+    QueryUnit,
+    SelectionUnit,
+    SideUnit,
+    TokensUnit,
+    Unit,
+)
+from vispeft.errors import SiteError
+
+__all__ = ["PASSAGE", "Host", "HostState", "ensure_host", "host_class", "host_kind", "put_back", "take_off"]
+
+
+U = TypeVar("U", bound=Unit)
+
+
+class Host(nn.Module):
+    """What every host class has, whatever it is put on.
+
+    A plain `Host` is enough where selections of tensors are all that acts on a module.
+    """
+
+    adapters: nn.ModuleDict
+    active: tuple[str, ...]
+    replaces: type[nn.Module]
+    """The class the host stands in for."""
+    computed: tuple[str, ...]
+    attributes: ClassVar[dict[str, Any]] = {"active": ()}
+    """Plain attributes a host adds to its module, with their start values."""
+
+    def units(self, kind: type[U]) -> Iterator[U]:
+        """Iterate over the units of one kind that are active, in the order of the active adapters."""
+        for name in self.active:
+            for unit in cast(nn.ModuleDict, self.adapters[name]).values():
+                if isinstance(unit, kind):
+                    yield unit
+
+    def own(self, name: str) -> Tensor | None:
+        """Look up a tensor of the base module, replaced where an active unit selects it."""
+        value = cast("Tensor | None", self.__getattr__(name))
+        for unit in self.units(SelectionUnit):
+            selected = unit.value(name)
+            if selected is not None:
+                value = selected if value is None else selected.to(value.dtype)
+        return value
+
+    def read(self, name: str) -> Tensor | None:
+        """Compute what the base's own code gets when it reads a tensor by name."""
+        return self.own(name)
+
+    def acts(self) -> bool:
+        """Tell whether any active unit acts here."""
+        return any(True for _ in self.units(Unit))
+
+    def plain_tensors(self) -> dict[str, Tensor | None]:
+        """Compute the tensors of the plain module that does the same, in double precision, for merging.
+
+        Returns:
+            By name inside the module, the tensors that active units change; None for those that must go.
+
+        Raises:
+            NotImplementedError: If a unit has no weight form.
+        """
+        values = {name: self.own(name) for name in self.computed}
+        return {name: value.detach().double() for name, value in values.items() if value is not None}
+
+    def passes(self) -> bool:
+        """Tell whether rows beside the tokens pass here for an active adapter."""
+        return any(PASSAGE in cast(nn.ModuleDict, self.adapters[name]) for name in self.active)
+
+    def no_plain_form(self) -> str | None:
+        """Say why no plain module does the same, or None where one does."""
+        if any(True for _ in self.units(QueryUnit)):
+            return "no plain model has queries that read its blocks"
+        if any(True for _ in self.units(SideUnit)):
+            return "no plain model has a network beside it"
+        return "no plain model inserts tokens" if any(True for _ in self.units(TokensUnit)) else None
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle by the base class, since host classes are made at run time."""
+        return _restore, (host_kind(self), self.replaces, self.computed), self.__dict__
+
+
+PASSAGE = "rows"
+
+
+"""Name under which an adapter marks, among its units of a host, that rows beside the tokens pass there."""
+
+
+def _reader(name: str) -> Callable[[Host], Tensor | None]:
+    def read(host: Host) -> Tensor | None:
+        try:
+            return host.read(name)
+        except AttributeError as error:
+            # nn.Module would take it for a missing attribute and quietly hand out the base's tensor.
+            raise RuntimeError(f"A unit failed to compute {name!r} of a {host.replaces.__name__}: {error}") from error
+
+    return read
+
+
+_CLASSES: dict[tuple[type[Host], type[nn.Module], tuple[str, ...]], type[Host]] = {}
+
+
+def host_class(host: type[Host], base: type[nn.Module], computed: tuple[str, ...]) -> type[Host]:
+    """Make, once, the host class for a base class.
+
+    Args:
+        host: The kind of host.
+        base: The class it stands in for.
+        computed: Names of the tensors that are computed on read.
+
+    Returns:
+        A subclass of both.
+    """
+    key = (host, base, computed)
+    if key in _CLASSES:
+        return _CLASSES[key]
+    properties = {name: property(_reader(name)) for name in computed}
+    body = {"__module__": __name__, "__doc__": base.__doc__, "replaces": base, "computed": computed, **properties}
+    return _CLASSES.setdefault(key, type(f"Adapted{base.__name__}", (host, base), body))
+
+
+def _restore(host: type[Host], base: type[nn.Module], computed: tuple[str, ...]) -> Host:
+    cls = host_class(host, base, computed)
+    return cls.__new__(cls)
+
+
+def host_kind(module: Host) -> type[Host]:
+    """Give the kind of a host, which with its base and its computed tensors makes its class."""
+    return cast(type[Host], type(module).__mro__[1])
+
+
+def ensure_host(module: nn.Module, host: type[Host], computed: tuple[str, ...] = ()) -> Host:
+    """Make a module obey units, in place.
+
+    A module that is a host already keeps its kind when that is at least as able, and gains computed tensors.
+
+    Args:
+        module: The module.
+        host: The kind of host that is needed.
+        computed: Names of the tensors that units will change.
+
+    Returns:
+        The same object.
+
+    Raises:
+        SiteError: If the module is a host of a kind that does not go together with the one needed.
+    """
+    if isinstance(module, Host):
+        kind = host_kind(module)
+        if issubclass(host, kind):
+            kind = host
+        elif not issubclass(kind, host):
+            raise SiteError(f"A {module.replaces.__name__} cannot be a {host.__name__} and a {kind.__name__} at once.")
+        computed = tuple(sorted({*computed, *module.computed}))
+        module.__class__ = host_class(kind, module.replaces, computed)
+        return module
+    plain: Any = module
+    plain.__class__ = host_class(host, type(module), tuple(sorted(computed)))
+    adapted = cast(Host, module)
+    adapted.adapters = nn.ModuleDict()
+    adapted.__dict__.update(host.attributes)
+    return adapted
+
+
+@dataclass
+class HostState:
+    """Everything vispeft put on one module, taken off for as long as the model is merged."""
+
+    module: nn.Module
+    kind: type[Host]
+    computed: tuple[str, ...]
+    attributes: dict[str, Any]
+    adapters: nn.ModuleDict
+
+
+def take_off(module: Host) -> HostState:
+    """Turn a host back into what it was, keeping what it carried.
+
+    Args:
+        module: The host; it has its base class again afterwards.
+
+    Returns:
+        What `put_back` needs.
+    """
+    kind = host_kind(module)
+    attributes = {name: module.__dict__.pop(name) for name in kind.attributes}
+    state = HostState(module, kind, module.computed, attributes, module.adapters)
+    plain: Any = module
+    del plain.adapters
+    plain.__class__ = module.replaces
+    return state
+
+
+def put_back(state: HostState) -> None:
+    """Undo `take_off`.
+
+    Args:
+        state: What it returned.
+    """
+    state.module.__class__ = host_class(state.kind, type(state.module), state.computed)
+    host = cast(Host, state.module)
+    host.adapters = state.adapters
+    host.__dict__.update(state.attributes)
