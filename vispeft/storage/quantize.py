@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy
 import torch
 from torch import Tensor, nn
 
-from vispeft.errors import ConfigError, FileError
+from vispeft.core.fields import Bits
+from vispeft.errors import FileError
 from vispeft.storage.codecs import pack_bits, unpack_bits
 
 __all__ = [
@@ -24,7 +25,6 @@ __all__ = [
     "CODECS",
     "LowBit",
     "Quantized",
-    "check_bits",
     "codebook",
     "codec",
     "decode",
@@ -32,7 +32,7 @@ __all__ = [
     "start_above_zero",
 ]
 
-BITS = (1, 2, 4, 8, 32)
+BITS: tuple[int, ...] = get_args(Bits)
 """Bits per weight; 32 means that nothing is quantised."""
 EPSILON = 1e-5
 """Added to the spread in front of a division, as in the public code."""
@@ -199,21 +199,6 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor, None]:
 
 
 _quantized.register_autograd(_backward, setup_context=_keep)
-
-
-def check_bits(name: str, *numbers: int) -> None:
-    """Refuse a number of bits that no file can hold.
-
-    Args:
-        name: Class of the method, for the message.
-        *numbers: What was asked for.
-
-    Raises:
-        ConfigError: If one is none of `BITS`.
-    """
-    for bits in numbers:
-        if bits not in BITS or isinstance(bits, bool):
-            raise ConfigError(f"{name}: {bits} bits were asked for; choose 1, 2, 4, 8, or 32 for no quantisation.")
 
 
 def start_above_zero(weight: Tensor, bits: int, generator: torch.Generator) -> None:
