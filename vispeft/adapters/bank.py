@@ -35,10 +35,10 @@ from vispeft.hosts.base import PASSAGE, Host, ensure_host, take_off
 from vispeft.hosts.choose import host_for, owner_host, passing_host
 from vispeft.hosts.depth import StochasticDepth
 from vispeft.hosts.model import ModelHost
-from vispeft.storage.files import DECODER, check_tensors, read_adapter, write_adapter
+from vispeft.storage.codecs import RAW, decode_tensors, find_codec
+from vispeft.storage.files import DECODER, check_tensors, read_encoded, write_adapter
 from vispeft.storage.fingerprint import absent_parts, base_tensors, check_fingerprint, fingerprint, pool_of
 from vispeft.storage.header import adapter_part, backbone_part, plain_values, preprocessing_part, tensor_part
-from vispeft.storage.quantize import CODECS, LowBit, codec, decode
 
 __all__ = ["AdapterBank"]
 
@@ -237,6 +237,8 @@ class AdapterBank:
                 unit.borrow(units[item.lender])
             with torch.no_grad():
                 unit.reset(generator)
+            for codec in unit.codecs().values():
+                find_codec(codec)  # a file could not be written after training
             units[item.key] = unit.to(device=reference.device, dtype=dtype)
         return units, seed
 
@@ -453,7 +455,7 @@ class AdapterBank:
             trainable=sum(entry.tensor.numel() for entry in entries),
             trainable_head=0 if head is None else sum(p.numel() for p in head.parameters()),
             backbone=sum(tensor.numel() for _, tensor in self._base_tensors()),
-            stored_bytes=sum(t.numel() * t.element_size() for t in self._stored(label)[0].values()),
+            stored_bytes=self._stored_bytes(label),
             by_role=by_role,
         )
 
@@ -626,23 +628,22 @@ class AdapterBank:
             self._heads.add(label, present)
         present.load_state_dict(tensors)
 
-    def settle(self, packed: Mapping[str, Tensor], name: str | None = None) -> None:
-        """Take quantised matrices as the bytes of a file have them: they act as decoded and are stored again as such.
+    def keep_encoded(self, encoded: Mapping[str, Tensor], name: str | None = None) -> None:
+        """Remember the bytes of tensors that were just loaded: until trained they are saved byte for byte.
 
         Args:
-            packed: Codes, mean and spread (uint8) by the matrix's name in files.
+            encoded: Bytes (uint8) by the tensor's name in files; the tensors hold their decoded values already.
             name: The adapter; may be left out where there is only one active.
 
         Raises:
-            UnknownNameError: If there is no such matrix.
-            FileError: If the bytes do not fit one.
+            UnknownNameError: If there is no such tensor, or it is stored as it is.
         """
-        low = {key: (module, tensor) for key, module, tensor in self._low_bit(self._label(name)) if module.bits < 32}
-        for key, content in packed.items():
-            if key not in low:
-                raise UnknownNameError("quantised matrix", key, low)
-            module, tensor = low[key]
-            module.settle(tensor, content)
+        coded = {key: (module, tensor) for key, module, tensor, _ in self._coded(self._label(name))}
+        for key, content in encoded.items():
+            if key not in coded:
+                raise UnknownNameError("encoded tensor", key, coded)
+            module, tensor = coded[key]
+            module.keep_encoded(tensor, content)
 
     def load_base(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load a plain timm state dict into the base, adapters untouched.
@@ -744,13 +745,18 @@ class AdapterBank:
         write_adapter(Path(path), header, units, {**head, **beside})
 
     def _stored(self, label: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Give an adapter's tensors as a file holds them, and the codecs of those that are packed."""
+        """Give an adapter's tensors as a file holds them, and the codecs of those that are encoded."""
         stored, codecs = {**self._stored_units(label), **self._head_state(label)}, {}
-        for key, module, name in self._low_bit(label):
-            packed = module.packed(name)
-            if packed is not None:
-                stored[key], codecs[key] = packed, codec(module.bits)
+        for key, module, name, codec in self._coded(label):
+            encoded = module.encoded(name)
+            stored[key] = find_codec(codec).encode(stored[key]) if encoded is None else encoded
+            codecs[key] = codec
         return stored, codecs
+
+    def _stored_bytes(self, label: str) -> int:
+        values = {**self._stored_units(label), **self._head_state(label)}
+        codecs = {key: codec for key, _, _, codec in self._coded(label)}
+        return sum(find_codec(codecs.get(key, RAW)).size(tensor) for key, tensor in values.items())
 
     def stored_tensors(self, name: str | None = None) -> dict[str, Tensor]:
         """Give the tensors of an adapter's units under their names in files, in the form of `Method.stored`.
@@ -764,12 +770,14 @@ class AdapterBank:
         units = self._adapters[label].units
         return {f"{key}.{name}": tensor for key, unit in units.items() for name, tensor in unit.stored().items()}
 
-    def _low_bit(self, label: str) -> Iterator[tuple[str, LowBit, str]]:
-        """Iterate over the tensors that may be packed: name in files, module, name inside it."""
-        yield from ((str(e), e.unit, e.name) for e in unit_tensors(self._adapters[label].units))
+    def _coded(self, label: str) -> Iterator[tuple[str, Unit | LowBitHead, str, str]]:
+        """Iterate over the tensors that a file holds encoded: name in files, module, name inside it, codec."""
         head = self._heads.get(label)
+        modules: dict[str, Any] = {f"{key}.": unit for key, unit in self._adapters[label].units.items()}
         if isinstance(head, LowBitHead):
-            yield "head/weight", head, "weight"
+            modules["head/"] = head
+        for place, module in modules.items():
+            yield from ((f"{place}{name}", module, name, codec) for name, codec in module.codecs().items())
 
     def load(self, path: str | Path, name: str | None = None, allow_base_mismatch: bool = False) -> None:
         """Put an adapter from a file on the model and activate it.
@@ -787,7 +795,8 @@ class AdapterBank:
         self._check_ready("load an adapter")
         label = name or ("default" if "default" not in self._adapters else folder.resolve().name)
         self._check_new_name(label)
-        header, units, head = read_adapter(folder)
+        header, *encoded = read_encoded(folder)
+        units, head = (decode_tensors(tensors, header["tensors"]) for tensors in encoded)
         if not allow_base_mismatch:
             check_fingerprint(header["backbone"]["fingerprint"], self._model, self.view)
             self._check_pooling(header)
@@ -804,10 +813,10 @@ class AdapterBank:
         kept = {key: self._fitted(label, key, tensor) for key, tensor in units.items() if key not in lacking}
         with self._or_without(label):
             found = {**kept, **{key: tensor for key, tensor in head.items() if not key.startswith(DECODER)}}
-            packed = {key: found[key] for key in _packed_names(header) if key in found}
-            plain = {key: _unpacked(key, header, tensor) for key, tensor in found.items()}
-            self.load_state_dict(plain, label)
-            self.settle(packed, label)
+            self.load_state_dict(found, label)
+            coded = {key for key, entry in header["tensors"].items() if entry["codec"] != RAW}
+            whole = {key: t for key, t in found.items() if key in coded and t is (units | head)[key]}
+            self.keep_encoded({key: (encoded[0] | encoded[1])[key] for key in whole}, label)
             if header["head"] == {} and self.view.head_path is not None:
                 self._heads.add(label, nn.Identity())
         if lacking:
@@ -878,14 +887,3 @@ def _slots(host: Host, name: str) -> nn.ModuleDict:
     if name not in host.adapters:
         host.adapters[name] = nn.ModuleDict()
     return cast(nn.ModuleDict, host.adapters[name])
-
-
-def _packed_names(header: Mapping[str, Any]) -> list[str]:
-    return [key for key, entry in header["tensors"].items() if entry["codec"] in CODECS]
-
-
-def _unpacked(key: str, header: Mapping[str, Any], tensor: Tensor) -> Tensor:
-    """Give a tensor of a file as values."""
-    entry = header["tensors"].get(key, {})
-    bits = CODECS.get(entry.get("codec", ""))
-    return tensor if bits is None else decode(tensor, bits, tuple(entry["shape"]))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from vispeft.errors import ConfigError, SiteError
 
@@ -64,7 +64,7 @@ def check_choices(config: Any) -> None:
     Raises:
         ConfigError: If a value is not among the choices; the message lists them and names the nearest.
     """
-    for field, (choices, others) in _choices(type(config)).items():
+    for field, (choices, others) in _choices(cast(type, type(config))).items():
         value = getattr(config, field)
         # True == 1, so types are compared too.
         if any(value == choice and type(value) is type(choice) for choice in choices) or isinstance(value, others):

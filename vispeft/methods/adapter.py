@@ -19,7 +19,7 @@ from vispeft.core.sites import Site, View
 from vispeft.core.units import ParallelUnit, SequentialUnit, Unit
 from vispeft.errors import ConfigError
 from vispeft.hosts.functional import linear
-from vispeft.storage.quantize import start_above_zero
+from vispeft.storage.quantize import LowBit, start_above_zero
 
 __all__ = [
     "Adapter",
@@ -60,7 +60,7 @@ class Bottleneck:
     """Bits per weight of the two matrices."""
 
 
-class BottleneckUnit(Unit):
+class BottleneckUnit(LowBit, Unit):
     """The tensors of a bottleneck, and what it makes of tokens."""
 
     matrices = ("down", "up")

@@ -24,6 +24,7 @@ from vispeft.errors import ConfigError
 from vispeft.hosts.functional import linear
 from vispeft.methods.adapter import branch_ends
 from vispeft.methods.norm_tuning import NormTuning
+from vispeft.storage.quantize import LowBit
 
 __all__ = ["Compacter", "CompacterUnit", "PHMRule", "UnitShape", "phm_linear", "phm_matrix"]
 
@@ -110,7 +111,7 @@ class UnitShape:
     """Bits per weight of the blocks."""
 
 
-class CompacterUnit(SequentialUnit):
+class CompacterUnit(LowBit, SequentialUnit):
     """A bottleneck behind a layer: ``y + up(gelu(down(y)))`` with two PHM layers and the tanh form of GELU."""
 
     no_decay = frozenset({"down_rule", "up_rule"})

@@ -18,14 +18,14 @@ from vispeft.core.sites import View
 from vispeft.core.units import ParallelUnit
 from vispeft.hosts.functional import linear
 from vispeft.methods.adapter import ACTIVATIONS
-from vispeft.storage.quantize import start_above_zero
+from vispeft.storage.quantize import LowBit, start_above_zero
 
 __all__ = ["Convpass", "ConvpassUnit"]
 
 quick_gelu = ACTIVATIONS["quick_gelu"]
 
 
-class ConvpassUnit(ParallelUnit):
+class ConvpassUnit(LowBit, ParallelUnit):
     """A bottleneck with a 3x3 convolution over the image of tokens: ``s * up(act(conv(act(down(u)))))``.
 
     Patches are convolved as the image they are; each prefix token as an image of one pixel, on which the middle of the

@@ -18,7 +18,7 @@ from vispeft.core.sites import Site, View
 from vispeft.core.units import DeltaUnit, SharedUnit
 from vispeft.errors import SiteError
 from vispeft.hosts.functional import Branch, Dropout
-from vispeft.storage.quantize import start_above_zero
+from vispeft.storage.quantize import LowBit, start_above_zero
 
 __all__ = ["FacT", "FacTFactors", "FacTUnit"]
 
@@ -35,7 +35,7 @@ class _Shape:
     bits: int
 
 
-class FacTFactors(SharedUnit):
+class FacTFactors(LowBit, SharedUnit):
     """U (rank, width) and V (width, rank) of one set; in the Tucker form also the core C and the last factor P."""
 
     def __init__(self, shape: _Shape, slices: int | None) -> None:
@@ -63,7 +63,7 @@ class FacTFactors(SharedUnit):
                 nn.init.xavier_uniform_(tensor, generator=generator)
 
 
-class FacTUnit(DeltaUnit):
+class FacTUnit(LowBit, DeltaUnit):
     """The term of one linear layer: ``scale * V S U x``, with the layer cut into slices of the stream's width.
 
     Slices of the input meet U each, slices of the output V each; what stands between, S (rank * slices out, rank *

@@ -18,14 +18,14 @@ from vispeft.core.sites import Site, View
 from vispeft.core.units import SequentialUnit
 from vispeft.errors import SiteError
 from vispeft.hosts.functional import linear
-from vispeft.storage.quantize import start_above_zero
+from vispeft.storage.quantize import LowBit, start_above_zero
 
 __all__ = ["Hydra", "HydraUnit"]
 
 BRANCHES = ("parallel", "sequential")
 
 
-class HydraUnit(SequentialUnit):
+class HydraUnit(LowBit, SequentialUnit):
     """Two low-rank branches: ``y + s * (Bp (Ap x + ap) + bp) + s * (Bs (As y + as) + bs)``, both without activation."""
 
     matrices = ("parallel_down", "parallel_up", "sequential_down", "sequential_up")

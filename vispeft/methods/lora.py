@@ -22,7 +22,7 @@ from vispeft.core.sites import Site, View
 from vispeft.core.units import DeltaUnit, Unit, WeightUnit
 from vispeft.errors import ConfigError, SiteError
 from vispeft.hosts.functional import Branch, Dropout
-from vispeft.storage.quantize import start_above_zero
+from vispeft.storage.quantize import LowBit, start_above_zero
 
 __all__ = ["DoRAUnit", "LoRA", "LowRank", "PiSSAUnit"]
 
@@ -43,7 +43,7 @@ class Factors:
     """Multiple of the learning rate for B."""
 
 
-class _Factored(Unit):
+class _Factored(LowBit, Unit):
     """A (rank, in), uniform as a linear layer's weight, and B (rows, rank), zero."""
 
     matrices = ("A", "B")

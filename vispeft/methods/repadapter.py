@@ -18,12 +18,12 @@ from vispeft.core.sites import View
 from vispeft.core.units import InputUnit
 from vispeft.errors import ConfigError, SiteError
 from vispeft.hosts.functional import linear
-from vispeft.storage.quantize import start_above_zero
+from vispeft.storage.quantize import LowBit, start_above_zero
 
 __all__ = ["RepAdapter", "RepAdapterUnit"]
 
 
-class RepAdapterUnit(InputUnit):
+class RepAdapterUnit(LowBit, InputUnit):
     """A dense layer down and a grouped one up, without activation: ``x + s * (B (A x + a) + b)``.
 
     Each group of output channels sees its own share of the channels in between, as a grouped 1x1 convolution does.
