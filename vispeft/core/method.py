@@ -38,16 +38,30 @@ class PlanItem:
     """Makes the unit, without start values."""
     lender: str | None = None
     """Key of an earlier item whose unit holds tensors that this one uses too."""
+    start: Callable[[], Mapping[str, Tensor]] | None = None
+    """Computes start values from the frozen backbone, by tensor of the unit; called on attach, never on load."""
+    task: str | None = None
+    """The task this unit is a copy for, where an adapter has one copy of its units per task."""
 
     @property
     def key(self) -> str:
-        """Name of the unit in files and plans: the site's path, then the unit."""
-        return f"{self.site.key}/{self.unit}"
+        """Name of the unit in files and plans: the site's path, then the unit, then the task of a copy."""
+        return f"{self.site.key}/{self.unit}" + ("" if self.task is None else f"@{self.task}")
+
+    def copy_for(self, task: str) -> PlanItem:
+        """Give the item of a task's own copy.
+
+        Args:
+            task: The task.
+        """
+        lender = None if self.lender is None else f"{self.lender}@{task}"
+        return dataclasses.replace(self, task=task, lender=lender)
 
     @property
     def slot(self) -> str:
         """Name of the unit inside its host, unique there also when slices of one layer have units of their own."""
-        return self.unit if self.site.part is None else f"{self.unit}_{self.site.part}"
+        own = self.unit if self.site.part is None else f"{self.unit}_{self.site.part}"
+        return own if self.task is None else f"{own}@{self.task}"
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """List the unit's trainable tensors without allocating them."""
@@ -82,6 +96,10 @@ class Method:
     """Whether it changes the maps inside a model too, which dense tasks read, and not its last feature alone."""
     trains_base: ClassVar[bool] = False
     """Whether the base behaves as in training (dropout, stochastic depth) while the adapter trains."""
+
+    multi_task: ClassVar[bool] = False
+    """Whether its units read the task that is asked for (`Unit.routed`); an adapter with tasks of any other method has
+    one copy of all units per task."""
 
     cacheable: ClassVar[bool] = False
     """Whether the backbone runs as it is, and what trains reads nothing but its outputs, so that these can be kept."""

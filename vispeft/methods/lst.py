@@ -27,7 +27,7 @@ from vispeft.core.sites import View, select
 from vispeft.core.units import SideUnit
 from vispeft.errors import ConfigError, SiteError
 from vispeft.hosts.functional import linear
-from vispeft.hosts.side import ENTRY, Rung, SideHost
+from vispeft.hosts.running import ENTRY, Rung, RunningHost
 
 __all__ = ["LST", "Ladder"]
 
@@ -194,7 +194,7 @@ class LST(Method):
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
         """Put the whole network on the model, as one unit."""
         host = family_of(model).host
-        if not (issubclass(host, SideHost) and host.takes_side):
+        if not (issubclass(host, RunningHost) and host.takes_side):
             what = f"{view.family} wrapped for its features" if view.aliases else view.family
             raise SiteError(
                 f"LST has no stated form for {what}. It stands beside blocks that normalise first (ViT, Eva, Swin), in "
@@ -247,7 +247,7 @@ class LST(Method):
 
     def frozen_outputs(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         """Compute what leaves the blocks that are read, and what enters the first one."""
-        host = cast(SideHost, model)
+        host = cast(RunningHost, model)
         unit = host.side()
         assert unit is not None
         hidden = host.read_hidden(unit, images, frozenset(), unit.depth)
@@ -258,7 +258,7 @@ class LST(Method):
         host: Any = model
         unit = host.side()
         hidden = {int(name.removeprefix("block")): tensor for name, tensor in outputs.items()}
-        return cast(Tensor, host.forward_head(host.features_beside(unit, hidden, unit.depth)))
+        return cast(Tensor, host.forward_head(host.features_beside(unit, hidden)))
 
     def frozen_fields(self) -> dict[str, Any]:
         """Give the blocks that are read."""
@@ -274,7 +274,7 @@ def _table_entries(view: View, rung: Rung) -> int:
 
 def _build(
     model: nn.Module,
-    host: type[SideHost],
+    host: type[RunningHost],
     rungs: Sequence[Rung],
     paths: Mapping[int, str],
     options: LST,

@@ -67,6 +67,10 @@ class Prompts(TokensUnit):
         mapped = stored if self.proj is None else self.proj(stored)
         return F.dropout(mapped.expand(batch, -1, -1), self.dropout, self.training)
 
+    def replaces(self, block: int) -> bool:
+        """Tell whether a block has prompts of its own."""
+        return block == 0 or self.deep is not None
+
     def fitted(self, name: str, tensor: Tensor) -> Tensor:
         """Leave out the prompts of blocks that are not there."""
         return tensor if name != "deep" or self.deep is None else tensor[: self.deep.shape[0]]
