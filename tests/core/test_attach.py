@@ -41,7 +41,7 @@ def test_published_counts() -> None:
         (lambda: vispeft.method("lora", rnk=2), UnknownNameError, "'rank'"),
         (lambda: vispeft.LoRA(rank=0), ConfigError, "at least 1"),
         (lambda: vispeft.LoRA(rank=2.5), ConfigError, "at least 1"),
-        (lambda: vispeft.VPT(num_tokens=1.5), ConfigError, "at least one"),
+        (lambda: vispeft.VPT(num_tokens=1.5), ConfigError, "at least 1"),
         (lambda: vispeft.LoRA(dropout=1.0), ConfigError, "dropout"),
         (lambda: vispeft.LoRA(alpha=float("nan")), ConfigError, "alpha"),
         (lambda: vispeft.SSF(start="zero"), ConfigError, "identity"),

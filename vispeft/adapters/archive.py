@@ -17,10 +17,10 @@ from vispeft.adapters.holder import BankState
 from vispeft.core.method import Method, method_from_dict
 from vispeft.core.units import Unit
 from vispeft.errors import BaseMismatchError, FileError, UnknownNameError
-from vispeft.storage.files import DECODER, check_tensors, read_adapter, write_adapter
+from vispeft.storage.codecs import RAW, decode_tensors, find_codec
+from vispeft.storage.files import DECODER, check_tensors, read_encoded, write_adapter
 from vispeft.storage.fingerprint import absent_parts, check_fingerprint, pool_of
 from vispeft.storage.header import adapter_part, backbone_part, plain_values, preprocessing_part, tensor_part
-from vispeft.storage.quantize import CODECS, LowBit, codec, decode
 
 __all__ = ["FileBank"]
 
@@ -74,7 +74,10 @@ class FileBank(BankState):
         Args:
             name: The adapter; may be left out where only one acts.
         """
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._coded(self._label(name))[0].values())
+        label = self._label(name)
+        codecs = {key: codec for key, _, _, codec in self._coded(label)}
+        values = {**self._entries[label].stored(), **self._head_state(label)}
+        return sum(find_codec(codecs.get(key, RAW)).size(tensor) for key, tensor in values.items())
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], name: str | None = None) -> None:
         """Copy tensors into an adapter.
@@ -124,39 +127,39 @@ class FileBank(BankState):
             self.put_head(label, present)
         cast(nn.Module, self._heads.get(label)).load_state_dict(tensors)
 
-    def settle(self, packed: Mapping[str, Tensor], name: str | None = None) -> None:
-        """Load packed matrices; until trained they act as decoded and are saved byte for byte.
+    def keep_encoded(self, encoded: Mapping[str, Tensor], name: str | None = None) -> None:
+        """Remember the bytes of tensors that were just loaded; until trained they are saved byte for byte.
 
         Args:
-            packed: Codes, mean and spread (uint8) by the matrix's name in files.
+            encoded: Bytes (uint8) by the tensor's name in files; the tensors hold their decoded values already.
             name: The adapter; may be left out where only one acts.
 
         Raises:
-            UnknownNameError: If there is no such matrix.
-            FileError: If the bytes do not fit one.
+            UnknownNameError: If there is no such tensor, or it is stored as it is.
         """
-        low = {key: (module, tensor) for key, module, tensor in self._low_bit(self._label(name)) if module.bits < 32}
-        for key, content in packed.items():
-            if key not in low:
-                raise UnknownNameError("quantised matrix", key, low)
-            module, tensor = low[key]
-            module.settle(tensor, content)
+        coded = {key: (module, tensor) for key, module, tensor, _ in self._coded(self._label(name))}
+        for key, content in encoded.items():
+            if key not in coded:
+                raise UnknownNameError("encoded tensor", key, coded)
+            module, tensor = coded[key]
+            module.keep_encoded(tensor, content)
 
-    def _low_bit(self, label: str) -> Iterator[tuple[str, LowBit, str]]:
-        """Iterate over the tensors that may be packed: name in files, module, name inside it."""
-        for tensor in self._entries[label].tensors():
-            yield str(tensor), tensor.unit, tensor.name
+    def _coded(self, label: str) -> Iterator[tuple[str, Unit | LowBitHead, str, str]]:
+        """Iterate over the tensors that a file holds encoded: name in files, module, name inside it, codec."""
         head = self._heads.get(label)
+        modules: dict[str, Any] = {f"{key}.": unit for key, unit in self._entries[label].units.items()}
         if isinstance(head, LowBitHead):
-            yield "head/weight", head, "weight"
+            modules[HEAD] = head
+        for place, module in modules.items():
+            yield from ((f"{place}{name}", module, name, codec) for name, codec in module.codecs().items())
 
-    def _coded(self, label: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Map names to an adapter's tensors as a file holds them, and to the codecs of those that are packed."""
-        stored, codecs = {**self._entries[label].stored(), **self._head_state(label)}, {}
-        for key, module, name in self._low_bit(label):
-            packed = module.packed(name)
-            if packed is not None:
-                stored[key], codecs[key] = packed, codec(module.bits)
+    def _encoded(self, label: str, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Encode an adapter's tensors for a file; gives the codecs of those that are encoded too."""
+        stored, codecs = dict(values), {}
+        for key, module, name, codec in self._coded(label):
+            kept = module.encoded(name)
+            stored[key] = find_codec(codec).encode(values[key]) if kept is None else kept
+            codecs[key] = codec
         return stored, codecs
 
     def load_base(self, state_dict: Mapping[str, Tensor]) -> None:
@@ -241,7 +244,7 @@ class FileBank(BankState):
         for key, tensor in {**units, **head, **beside}.items():
             if not torch.isfinite(tensor).all():
                 raise FileError(f"{key} of adapter {label!r} is not finite; it was not saved.")
-        stored, codecs = self._coded(label)
+        stored, codecs = self._encoded(label, {**units, **head})
         header = {
             **adapter_part(entry.method.stored()),
             "backbone": {**backbone_part(self._model, self._outer), "fingerprint": self.fingerprint()},
@@ -280,7 +283,8 @@ class FileBank(BankState):
         self.check_ready("load an adapter")
         folder = Path(path)
         label = name or ("default" if "default" not in self._entries else folder.resolve().name)
-        header, units, head = read_adapter(folder)
+        header, *encoded = read_encoded(folder)
+        units, head = (decode_tensors(tensors, header["tensors"]) for tensors in encoded)
         if not allow_base_mismatch:
             check_fingerprint(header["backbone"]["fingerprint"], self._model, self.view)
             self._check_pooling(header)
@@ -295,9 +299,11 @@ class FileBank(BankState):
             cut = CutModel(self, header)
             kept = {key: cut.fit(key, tensor, entry.units) for key, tensor in units.items() if cut.keeps(key, entry)}
             found = {**kept, **{key: tensor for key, tensor in head.items() if not key.startswith(DECODER)}}
-            packed = {key: found[key] for key in _packed_names(header) if key in found}
-            self.load_state_dict({key: _unpacked(key, header, tensor) for key, tensor in found.items()}, label)
-            self.settle(packed, label)
+            self.load_state_dict(found, label)
+            # A tensor that was sliced for a truncated model no longer has the bytes of the file.
+            whole = {key for key, tensor in found.items() if tensor is (units | head)[key]}
+            coded = {key for key, entry in header["tensors"].items() if entry["codec"] != RAW}
+            self.keep_encoded({key: (encoded[0] | encoded[1])[key] for key in whole & coded}, label)
         if len(kept) < len(units):
             lacking = len(units) - len(kept)
             logger.warning("This model is truncated: %d tensors of the adapter belong to parts it lacks.", lacking)
@@ -360,14 +366,3 @@ class CutModel:
         unit_name, _, tensor_name = name.partition(".")
         unit = units.get(f"{place}/{unit_name}")
         return tensor if unit is None else unit.fitted(tensor_name, tensor)
-
-
-def _packed_names(header: Mapping[str, Any]) -> list[str]:
-    return [key for key, entry in header["tensors"].items() if entry["codec"] in CODECS]
-
-
-def _unpacked(key: str, header: Mapping[str, Any], tensor: Tensor) -> Tensor:
-    """Decode a tensor of a file."""
-    entry = header["tensors"].get(key, {})
-    bits = CODECS.get(entry.get("codec", ""))
-    return tensor if bits is None else decode(tensor, bits, tuple(entry["shape"]))

@@ -15,6 +15,7 @@ from vispeft.core.units import DepthUnit, Unit
 from vispeft.hosts.base import Host, ensure_host
 from vispeft.hosts.choose import carrying_host, host_for, owner_host
 from vispeft.hosts.depth import DropPathHost, depth_rates
+from vispeft.storage.codecs import find_codec
 
 __all__ = ["build_units", "place_units"]
 
@@ -48,6 +49,8 @@ def build_units(plan: Plan, model: nn.Module, seed: int | None) -> dict[str, Uni
             unit.reset(generator)
             for name, value in ({} if item.start is None else item.start()).items():
                 unit.get_parameter(name).copy_(value)
+        for codec in unit.codecs().values():
+            find_codec(codec)  # or the file could not be written, after training
         units[item.key] = unit.to(device=reference.device, dtype=dtype).train(model.training)
     return units
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vispeft.core.families import describe
+from vispeft.core.fields import check_choices
 from vispeft.core.recipes import Recipe, choose_recipe
 from vispeft.core.sites import Site, View, check_roles, select
 from vispeft.core.units import Unit
@@ -108,7 +109,8 @@ class Method:
 
         Raises:
             UnknownNameError: If a role does not exist in any family.
-            ConfigError: If an empty list of roles or blocks is given.
+            ConfigError: If an empty list of roles or blocks is given, a field annotated as a ``Literal`` has another
+                value, or the rate of stochastic depth is none.
         """
         for field, values in (("roles", self.roles), ("blocks", self.blocks)):
             if values is None:
@@ -127,6 +129,12 @@ class Method:
             raise ConfigError(f"{type(self).__name__}(blocks={self.blocks!r}): block indices are whole numbers.")
         if "head" in (self.roles or ()):
             raise SiteError("Role 'head' was asked for; the classifier belongs to the adapter and trains as it is.")
+        check_choices(self)
+        rate = self.stochastic_depth()
+        if not 0 <= rate < 1:
+            raise ConfigError(
+                f"{type(self).__name__}(drop_path={rate}): a rate from 0 up to, not including, 1 is needed."
+            )
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
         """Say which units go where, in forward order.

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from vispeft.hosts.functional import Branch, Dropout
-from vispeft.storage.quantize import LowBit
 
 __all__ = [
     "AffineUnit",
@@ -53,7 +52,7 @@ UnitKind = Literal[
 ]
 
 
-class Unit(LowBit):
+class Unit(nn.Module):
     """What a method puts at one site.
 
     A unit holds every trainable tensor of a site and the arithmetic on it, and knows nothing of attaching, saving or
@@ -157,6 +156,35 @@ class Unit(LowBit):
     def stored(self) -> dict[str, Tensor]:
         """Give the tensors a file holds of this unit, by their names under `Method.stored`."""
         return dict(self.state_dict())
+
+    def codecs(self) -> Mapping[str, str]:
+        """Codecs of the tensors in `stored`, by name; those left out are in files as they are.
+
+        See `vispeft.storage.codecs` for the names.
+        """
+        return {}
+
+    def encoded(self, name: str) -> Tensor | None:
+        """Bytes that a file holds of a tensor, where encoding its values anew would change them.
+
+        Only a unit whose codec rounds needs this and `keep_encoded`: it keeps the bytes it was loaded from, and returns
+        them as long as its tensor still has the values they decode to.
+
+        Args:
+            name: The tensor's name in `stored`.
+
+        Returns:
+            uint8 (bytes,), or None to encode the values.
+        """
+        return None
+
+    def keep_encoded(self, name: str, stored: Tensor) -> None:
+        """Learn the bytes of a tensor that was just loaded and holds their decoded values.
+
+        Args:
+            name: The tensor's name in `codecs`.
+            stored: Its bytes in the file, uint8 (bytes,).
+        """
 
     def fold_weight(self, weight: Tensor) -> Tensor:
         """Give the weight of the plain layer that does the same as `weight` and this unit together.

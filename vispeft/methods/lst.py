@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from timm.layers import LayerNorm
@@ -20,6 +20,7 @@ from torch import Generator, Tensor, nn
 
 from vispeft.backbones.pruning import prune
 from vispeft.core.families import family_of
+from vispeft.core.fields import check_whole
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import Recipe
 from vispeft.core.sites import View, select
@@ -161,7 +162,7 @@ class LST(Method):
 
     reduction: int = 8
     """What the backbone's width is divided by."""
-    start: str = "magnitude"
+    start: Literal["magnitude", "random"] = "magnitude"
     """How its blocks start: ``magnitude`` (pruned out of the backbone by the size of its weights) or ``random``."""
     per_head: bool = True
     """Prune each head by the same share; without it heads mix, as in most of the public code."""
@@ -186,10 +187,7 @@ class LST(Method):
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
-        if not isinstance(self.reduction, int) or self.reduction < 1:
-            raise ConfigError(f"LST(reduction={self.reduction!r}): a whole number of at least 1 is needed.")
-        if self.start not in ("magnitude", "random"):
-            raise ConfigError(f"LST(start={self.start!r}): use 'magnitude' or 'random'.")
+        check_whole(self, "reduction")
         if self.roles not in (None, ("tokens",)):
             raise ConfigError("LST stands beside the whole model; leave roles out, and choose the blocks it reads.")
 

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from vispeft.core.fields import check_share, check_whole
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import Recipe
 from vispeft.core.sites import View
@@ -143,7 +144,7 @@ class VPT(Method):
     """Store prompts at this width and map them by one shared linear layer."""
     dropout: float = 0.0
     """Share of prompt entries dropped while training; the public deep recipes use 0.1."""
-    pool: str = "all"
+    pool: Literal["all", "patches", "prompts"] = "all"
     """What average pooling sees: ``all`` (prompts and patches, as in the public code), ``patches``, ``prompts``."""
 
     name: ClassVar[str] = "vpt"
@@ -161,14 +162,8 @@ class VPT(Method):
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
-        if not isinstance(self.num_tokens, int) or self.num_tokens < 1:
-            raise ConfigError(f"VPT(num_tokens={self.num_tokens}): at least one prompt is needed.")
-        if self.project is not None and self.project < 1:
-            raise ConfigError(f"VPT(project={self.project}): a width of at least 1 is needed, or None for none.")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"VPT(dropout={self.dropout}): a share from 0 up to, not including, 1 is needed.")
-        if self.pool not in ("all", "patches", "prompts"):
-            raise ConfigError(f"VPT(pool={self.pool!r}): use 'all', 'patches' or 'prompts'.")
+        check_whole(self, "num_tokens", "project")
+        check_share(self, "dropout")
         if self.roles not in (None, ("tokens",)) or self.blocks is not None:
             raise ConfigError("VPT inserts tokens in front of the blocks; leave roles and blocks out.")
 
