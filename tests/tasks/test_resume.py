@@ -243,7 +243,7 @@ def test_other_data_another_backbone_or_method_are_refused(stopped, tmp_path):
         fit(tmp_path / "run", make(), data=relabelled)
     with pytest.raises(FileError, match="trained tensors"):
         fit(tmp_path / "run", make(method=vispeft.SSF()))
-    with pytest.raises(FileError, match="no average of the weights"):
+    with pytest.raises(FileError, match="no EMA of the weights"):
         fit(tmp_path / "run", make(ema=0.5))
     task = make()
     with torch.no_grad():

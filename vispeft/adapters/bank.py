@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from vispeft.adapters import hooks
 from vispeft.adapters.heads import BASE_HEAD, HeadRack, LowBitHead, WideHead
 from vispeft.adapters.merge import (
     TOLERANCE,
@@ -27,7 +28,7 @@ from vispeft.adapters.merge import (
 from vispeft.adapters.report import Report
 from vispeft.adapters.verify import find_dead, probe_images, unit_tensors
 from vispeft.core.families import describe, family_of, is_feature_getter, unwrap
-from vispeft.core.method import Method, method_from_dict
+from vispeft.core.method import Method, Step, method_from_dict
 from vispeft.core.plan import Plan, make_plan
 from vispeft.core.units import QueryUnit, SelectionUnit, SideUnit, Unit
 from vispeft.errors import BaseMismatchError, ConfigError, FileError, MergeError, SiteError, UnknownNameError
@@ -377,8 +378,45 @@ class AdapterBank:
     # ------------------------------------------------------------------ training
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """List what trains now, the active classifier included, by state-dict name."""
-        return [(name, p) for name, p in self._model.named_parameters() if p.requires_grad]
+        """List what trains now, the active classifier included, by state-dict name.
+
+        A tensor stays in the list while a schedule has switched its ``requires_grad`` off.
+        """
+        if self._merged is not None:
+            return []
+        units = [e.tensor for e in self._entries()]
+        head = self._heads.get(self._active[-1]) if self._active else None
+        declared = {id(p) for p in [*units, *([] if head is None else head.parameters())]}
+        return [(name, p) for name, p in self._model.named_parameters() if id(p) in declared]
+
+    def loss_terms(self, batch: Any, output: Any, result: Any = None) -> Tensor | None:
+        """Sum the losses that the methods add to the loss of a task.
+
+        Args:
+            batch: The batch of the step.
+            output: The model's output for it.
+            result: Run result of the forward pass, where a method reads it (`Method.reads_result`).
+
+        Returns:
+            A scalar; None where no method adds a loss.
+        """
+        return hooks.loss_terms(self, Step(batch, output, result))
+
+    def change_gradients(self) -> None:
+        """Let methods change gradients; call it after the backward pass, before clipping and the optimiser's step."""
+        hooks.change_gradients(self)
+
+    def start_from(self, loader: Iterable[Any]) -> None:
+        """Let methods compute start values from data; call it once, before the first step of a fresh training.
+
+        Args:
+            loader: Training batches on the model's device.
+        """
+        hooks.start_from(self, loader)
+
+    def callbacks(self) -> list[Any]:
+        """Collect the schedules of the methods, as Lightning callbacks."""
+        return hooks.callbacks(self)
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Sort what trains now into optimiser groups.
