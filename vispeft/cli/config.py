@@ -26,6 +26,8 @@ from vispeft.core.method import Method
 from vispeft.errors import ConfigError, FileError, UnknownNameError, VispeftError
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.checkpoints import Cadence
+from vispeft.tasks.migration import MOVED, without_moved
+from vispeft.tasks.optimizers import optimizer_node
 from vispeft.tasks.supervised import check_target
 
 __all__ = [
@@ -124,6 +126,16 @@ class ConfigCLI(LightningCLI):
     def resolved(self) -> str:
         """Give the whole config as YAML, defaults included; it reads back to the same."""
         return str(self.parser.dump(self.config, skip_unset=False))
+
+    def completed(self, tree: Node) -> Node:
+        """Write out the whole config of an earlier run: settings that are newer than it have their defaults.
+
+        Args:
+            tree: Its config.
+        """
+        check_config(tree, [], "the run's config")
+        config = self.parser.parse_args(["--config", yaml.safe_dump(tree, sort_keys=False)])
+        return cast(Node, yaml.safe_load(self.parser.dump(config, skip_unset=False)))
 
 
 # ------------------------------------------------------------------ reading
@@ -238,10 +250,14 @@ def _check_node(path: str, node: Any, base: type) -> Node:
     node = method_node(node) if base is Method else {**node, "class_path": _find(path, node["class_path"], base)}
     cls = _import(node["class_path"])
     arguments = dict(_mapping(node.get("init_args"), f"{path}.init_args"))
+    if path == "model":
+        arguments = without_moved(arguments)
     for key, value in arguments.items():
         _check_name(path, key, _arguments(cls))
         if key == "method":
             arguments[key] = _check_node(f"{path}.{key}", value, Method)
+        elif key == "optimizer":
+            arguments[key] = optimizer_node(value)
     return {**node, "init_args": arguments}
 
 
@@ -261,11 +277,13 @@ def _check_override(tree: Node, key: str, value: str | None) -> list[str]:
     elif parts[0] == "checkpoints" and len(parts) > 1:
         _check_name("checkpoints", parts[1], _arguments(Cadence))
     elif parts[0] in ("model", "data"):
-        value = _check_class_override(tree, parts, value)
+        checked = _check_class_override(tree, parts, value)
+        return [] if checked is None else [f"--{key}={checked}"]
     return [f"--{key}={value}"]
 
 
-def _check_class_override(tree: Node, parts: list[str], value: str) -> str:
+def _check_class_override(tree: Node, parts: list[str], value: str) -> str | None:
+    """Check an override of a class or its arguments; gives the value to pass on, None where the tree has it already."""
     base = AdapterTask if parts[0] == "model" else LightningDataModule
     path = [part for part in parts if part != "init_args"]
     label = path[0]
@@ -277,6 +295,9 @@ def _check_class_override(tree: Node, parts: list[str], value: str) -> str:
     node = tree[label]
     cls = _import(node["class_path"])
     _check_name(label, path[1], _arguments(cls))
+    if path[1] == "optimizer":
+        _override_optimizer(node["init_args"], path[2:], parts[-1], _parsed(value))
+        return None
     if path[1] != "method":
         return value
     label = f"{label}.method"
@@ -293,8 +314,22 @@ def _check_class_override(tree: Node, parts: list[str], value: str) -> str:
     return value
 
 
+def _override_optimizer(settings: Node, path: list[str], last: str, value: Any) -> None:
+    """Change an optimiser in the config itself: the parser knows no classes of a closed list."""
+    node = optimizer_node(settings.get("optimizer", "AdamW"))
+    if last == "init_args":
+        node = {**node, "init_args": value}
+    elif path in ([], ["class_path"]):
+        node = {"class_path": value} if path else value
+    else:
+        node["init_args"][".".join(path)] = value
+    settings["optimizer"] = optimizer_node(node)
+
+
 def _check_name(path: str, key: str, known: Sequence[str]) -> None:
     full = f"{path}.{key}"
+    if path == "model" and key in MOVED:
+        raise ConfigError(MOVED[key])
     if full in LINKED:
         raise ConfigError(f"{full} is decided by {LINKED[full]}; leave it out.")
     if known and key not in known:
