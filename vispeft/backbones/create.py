@@ -21,11 +21,12 @@ from torch import nn
 from vispeft.backbones.swin import AnySizeSwinBlock, make_any_size
 from vispeft.backbones.swinv2 import AnySizeSwinV2Block
 from vispeft.errors import BackboneError, ConfigError, FileError, UnknownNameError
+from vispeft.resources import resource_folder
 
 __all__ = ["create_model", "list_zoo_backbones", "zoo_folder"]
 
 ZOO_VARIABLE = "VISPEFT_ZOO"
-"""Environment variable that names another ``model_zoo`` folder than the one of this checkout."""
+"""Environment variable that names another ``model_zoo`` folder than the packaged one."""
 
 ANSWER_SECONDS = 5.0
 """How long a hub may take to answer at all before it counts as out of reach."""
@@ -488,11 +489,13 @@ def zoo_folder() -> Path:
     """Find the folder of shipped models.
 
     Returns:
-        The folder the environment variable ``VISPEFT_ZOO`` names, or ``model_zoo`` of this checkout. It need not
-        exist.
+        The folder the environment variable ``VISPEFT_ZOO`` names, which need not exist, or the package's own.
+
+    Raises:
+        FileError: If the package is installed without its data.
     """
     named = os.environ.get(ZOO_VARIABLE)
-    return Path(named).expanduser() if named else Path(__file__).resolve().parents[2] / "model_zoo"
+    return Path(named).expanduser() if named else resource_folder("model_zoo")
 
 
 def list_zoo_backbones() -> list[str]:
@@ -521,9 +524,8 @@ def _read_zoo(name: str) -> _ZooBackbone:
     place = zoo_folder() / "backbones"
     if not known:
         raise FileError(
-            f"zoo:{name} was asked for, but there are no backbones in {place}. They are part of the project's "
-            f"repository, not of an installed package: point the environment variable {ZOO_VARIABLE} to its model_zoo "
-            "folder."
+            f"zoo:{name} was asked for, but there are no backbones in {place}. Unset the environment variable "
+            f"{ZOO_VARIABLE} to use the packaged ones, or point it to a model_zoo folder."
         )
     if name not in known:
         raise UnknownNameError("backbone of the zoo", name, known, f"They are in {place}.")

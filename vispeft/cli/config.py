@@ -24,6 +24,7 @@ import vispeft.tasks  # noqa: F401 - likewise
 from vispeft.cli.evaluation import evaluation_trainer
 from vispeft.core.method import Method
 from vispeft.errors import ConfigError, FileError, UnknownNameError, VispeftError
+from vispeft.resources import resource_folder
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.checkpoints import Cadence
 from vispeft.tasks.supervised import check_target
@@ -39,9 +40,6 @@ __all__ = [
     "read_config",
     "split_overrides",
 ]
-
-PRESETS = Path(__file__).resolve().parents[2] / "configs" / "method"
-"""Where methods with chosen fields lie."""
 
 TOP_KEYS = ("seed_everything", "init", "trainer", "model", "data", "checkpoints", "cache_features")
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
@@ -369,7 +367,7 @@ def class_path(cls: type) -> str:
 
 def method_presets() -> dict[str, Path]:
     """List the methods with chosen fields in ``configs/method``, by name."""
-    return {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
+    return {path.stem: path for path in sorted((resource_folder("configs") / "method").glob("*.yaml"))}
 
 
 def method_node(node: str | Mapping[str, Any]) -> Node:
