@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vispeft.backbones.create import zoo_folder
 from vispeft.cli.runs import ADAPTER
 from vispeft.core.families import unwrap
 from vispeft.errors import ConfigError, FileError, UnknownNameError
 from vispeft.storage.files import JSON_FILE, read_adapter
 from vispeft.storage.fingerprint import check_fingerprint
 from vispeft.tasks.base import AdapterTask
+from vispeft.zoo import zoo_folder
 
 __all__ = ["find_adapter", "start_from"]
 
