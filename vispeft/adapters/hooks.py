@@ -29,8 +29,18 @@ class Bank(Protocol):
     """The part of `AdapterBank` the hooks need."""
 
     @property
+    def names(self) -> list[str]:
+        """Names of all adapters."""
+        ...
+
+    @property
     def active(self) -> list[str]:
         """Names of the adapters that act."""
+        ...
+
+    @property
+    def frozen(self) -> list[str]:
+        """Names of the adapters that training leaves alone."""
         ...
 
     def plan(self, name: str | None = None) -> Plan:
@@ -39,7 +49,7 @@ class Bank(Protocol):
 
 
 def loss_terms(bank: Bank, step: Step) -> Tensor | None:
-    """Sum the losses that methods add to the task's own.
+    """Sum the losses that methods add to the task's own: those of the adapters that act and are not frozen.
 
     Args:
         bank: The bank.
@@ -48,7 +58,8 @@ def loss_terms(bank: Bank, step: Step) -> Tensor | None:
     Returns:
         A scalar with a gradient; None where no method adds a loss.
     """
-    terms = [bank.plan(name).method.loss_term(bank, name, step) for name in _trained(bank)]
+    acting = [name for name in bank.active if name not in bank.frozen]
+    terms = [bank.plan(name).method.loss_term(bank, name, step) for name in acting]
     given = [term for term in terms if term is not None]
     return sum(given[1:], start=given[0]) if given else None
 
@@ -96,5 +107,5 @@ def reads_result(bank: Bank) -> bool:
 
 
 def _trained(bank: Bank) -> list[str]:
-    """Names of the adapters whose methods take part in training: those that act and are not frozen."""
-    return bank.active
+    """Names of the adapters that train, whichever of them act."""
+    return [name for name in bank.names if name not in bank.frozen]

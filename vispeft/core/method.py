@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vispeft.core.families import describe
+from vispeft.core.fields import check_choices
 from vispeft.core.recipes import Recipe, choose_recipe
 from vispeft.core.sites import Site, View, check_roles, select
 from vispeft.core.units import Unit
@@ -37,16 +38,30 @@ class PlanItem:
     """Makes the unit, without start values."""
     lender: str | None = None
     """Key of an earlier item whose unit holds tensors that this one uses too."""
+    start: Callable[[], Mapping[str, Tensor]] | None = None
+    """Computes start values from the frozen backbone, by tensor of the unit; called on attach, never on load."""
+    task: str | None = None
+    """The task this unit is a copy for, where an adapter has one copy of its units per task."""
 
     @property
     def key(self) -> str:
-        """Name of the unit in files and plans: the site's path, then the unit."""
-        return f"{self.site.key}/{self.unit}"
+        """Name of the unit in files and plans: the site's path, then the unit, then the task of a copy."""
+        return f"{self.site.key}/{self.unit}" + ("" if self.task is None else f"@{self.task}")
+
+    def copy_for(self, task: str) -> PlanItem:
+        """Give the item of a task's own copy.
+
+        Args:
+            task: The task.
+        """
+        lender = None if self.lender is None else f"{self.lender}@{task}"
+        return dataclasses.replace(self, task=task, lender=lender)
 
     @property
     def slot(self) -> str:
         """Name of the unit inside its host, unique there also when slices of one layer have units of their own."""
-        return self.unit if self.site.part is None else f"{self.unit}_{self.site.part}"
+        own = self.unit if self.site.part is None else f"{self.unit}_{self.site.part}"
+        return own if self.task is None else f"{own}@{self.task}"
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """List the unit's trainable tensors without allocating them."""
@@ -94,6 +109,10 @@ class Method:
     trains_base: ClassVar[bool] = False
     """Whether the base behaves as in training (dropout, stochastic depth) while the adapter trains."""
 
+    multi_task: ClassVar[bool] = False
+    """Whether its units read the task that is asked for (`Unit.routed`); an adapter with tasks of any other method has
+    one copy of all units per task."""
+
     cacheable: ClassVar[bool] = False
     """Whether the backbone runs as it is, and what trains reads nothing but its outputs, so that these can be kept."""
     reads_result: ClassVar[bool] = False
@@ -107,7 +126,8 @@ class Method:
 
         Raises:
             UnknownNameError: If a role does not exist in any family.
-            ConfigError: If an empty list of roles or blocks is given.
+            ConfigError: If an empty list of roles or blocks is given, a field annotated as a ``Literal`` has another
+                value, or the rate of stochastic depth is none.
         """
         for field, values in (("roles", self.roles), ("blocks", self.blocks)):
             if values is None:
@@ -126,6 +146,12 @@ class Method:
             raise ConfigError(f"{type(self).__name__}(blocks={self.blocks!r}): block indices are whole numbers.")
         if "head" in (self.roles or ()):
             raise SiteError("Role 'head' was asked for; the classifier belongs to the adapter and trains as it is.")
+        check_choices(self)
+        rate = self.stochastic_depth()
+        if not 0 <= rate < 1:
+            raise ConfigError(
+                f"{type(self).__name__}(drop_path={rate}): a rate from 0 up to, not including, 1 is needed."
+            )
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
         """Say which units go where, in forward order.

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from vispeft.core.fields import check_share, check_whole
 from vispeft.core.method import Method, PlanItem, Step, register
 from vispeft.core.recipes import Recipe
 from vispeft.core.sites import Site, View, select
@@ -190,13 +191,8 @@ class VQT(Method):
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
-        if not isinstance(self.num_queries, int) or self.num_queries < 1:
-            raise ConfigError(f"VQT(num_queries={self.num_queries}): at least one query is needed.")
-        if self.aggregate not in ("concat", "pool", "weighted"):
-            raise ConfigError(f"VQT(aggregate={self.aggregate!r}): choose one of concat, pool, weighted.")
-        for name, share in (("dropout", self.dropout), ("token_dropout", self.token_dropout)):
-            if not 0 <= share < 1:
-                raise ConfigError(f"VQT({name}={share}): a share from 0 up to, not including, 1 is needed.")
+        check_whole(self, "num_queries")
+        check_share(self, "dropout", "token_dropout")
         if not 0 < self.keep <= 1:
             raise ConfigError(f"VQT(keep={self.keep}): a share above 0, at most 1, is needed.")
         if not (self.head_sparsity >= 0 and math.isfinite(self.head_sparsity)):

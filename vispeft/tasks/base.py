@@ -355,7 +355,7 @@ class AdapterTask(LightningModule):
         """Names of the tensors that training can change: trained ones, and buffers except the frozen backbone's."""
         trained = {name for name, _ in self.trainable_parameters()}
         owners = {name.rpartition(".")[0] for name in trained}
-        whole = any(self.bank.plan(name).method.trains_base for name in self.bank.active)
+        whole = any(self.bank.plan(n).method.trains_base for n in self.bank.names if n not in self.bank.frozen)
         return trained | {
             name
             for name, _ in self.named_buffers()
