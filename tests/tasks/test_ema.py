@@ -81,12 +81,11 @@ def test_layers_learn_at_the_rates_timm_gives_them(name):
         for parameter in group["params"]:
             expected[names[id(parameter)]] = (group["lr_scale"], group["weight_decay"])
     bank = vispeft.attach(plain, vispeft.Full(), verify=False)
+    place = bank.view.head_path
     groups = decay_by_layer(plain, bank.parameter_groups(1.0, 0.05), 0.7)
     own = {id(parameter): key for key, parameter in plain.named_parameters()}
     found = {
-        own[id(parameter)]
-        .replace("adapters.default.full.", "")
-        .replace("adapter_heads.default", bank.view.head_path): (group["lr"], group["weight_decay"])
+        own[id(parameter)].replace("adapters.default.full.", "").replace("adapter_heads.default", place): (group["lr"], group["weight_decay"])
         for group in groups
         for parameter in group["params"]
     }

@@ -1,6 +1,6 @@
 """Hooks of the methods on a model: further losses, changes of gradients, starts from data, and schedules.
 
-A task and a plain loop call the same functions, as methods of `AdapterBank`:
+A task and a plain loop call the same functions:
 
     bank.start_from(loader)                             # once, before the first step of a fresh training
     for batch in loader:
@@ -14,98 +14,61 @@ A task and a plain loop call the same functions, as methods of `AdapterBank`:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import Tensor
 
-from vispeft.core.method import Step
-from vispeft.core.plan import Plan
+from vispeft.adapters.holder import BankState
+from vispeft.core.method import Method, Step
 
-__all__ = ["callbacks", "change_gradients", "loss_terms", "reads_result", "start_from"]
-
-
-class Bank(Protocol):
-    """The part of `AdapterBank` the hooks need."""
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all adapters."""
-        ...
-
-    @property
-    def active(self) -> list[str]:
-        """Names of the adapters that act."""
-        ...
-
-    @property
-    def frozen(self) -> list[str]:
-        """Names of the adapters that training leaves alone."""
-        ...
-
-    def plan(self, name: str | None = None) -> Plan:
-        """Plan of an adapter, which knows its method."""
-        ...
+__all__ = ["HookBank"]
 
 
-def loss_terms(bank: Bank, step: Step) -> Tensor | None:
-    """Sum the losses that methods add to the task's own: those of the adapters that act and are not frozen.
+class HookBank(BankState):
+    """The hooks of a bank."""
 
-    Args:
-        bank: The bank.
-        step: The step so far.
+    def loss_terms(self, batch: Any, output: Any, result: Any = None) -> Tensor | None:
+        """Sum the losses that the methods of acting adapters add to the loss of a task.
 
-    Returns:
-        A scalar with a gradient; None where no method adds a loss.
-    """
-    acting = [name for name in bank.active if name not in bank.frozen]
-    terms = [bank.plan(name).method.loss_term(bank, name, step) for name in acting]
-    given = [term for term in terms if term is not None]
-    return sum(given[1:], start=given[0]) if given else None
+        Args:
+            batch: The batch of the step.
+            output: The model's output for it.
+            result: Run result of the forward pass, where a method reads it (`reads_result`).
 
+        Returns:
+            A scalar with a gradient; None where no method adds a loss.
+        """
+        step, acting = Step(batch, output, result), set(self.active)
+        terms = [method.loss_term(self, name, step) for name, method in self._training() if name in acting]
+        given = [term for term in terms if term is not None]
+        return sum(given[1:], start=given[0]) if given else None
 
-def change_gradients(bank: Bank) -> None:
-    """Let methods change the gradients of a step, after the backward pass and before clipping and the optimiser.
+    def reads_result(self) -> bool:
+        """Tell whether the loss of an acting method needs the run result of the model's forward pass."""
+        acting = set(self.active)
+        return any(method.reads_result for name, method in self._training() if name in acting)
 
-    Args:
-        bank: The bank.
-    """
-    for name in _trained(bank):
-        bank.plan(name).method.change_gradients(bank, name)
+    def change_gradients(self) -> None:
+        """Let methods change gradients; call it after the backward pass, before clipping and the optimiser's step."""
+        for name, method in self._training():
+            method.change_gradients(self, name)
 
+    def start_from(self, loader: Iterable[Any]) -> None:
+        """Let methods compute start values from data; call it once, before the first step of a fresh training.
 
-def start_from(bank: Bank, loader: Iterable[Any]) -> None:
-    """Let methods compute start values from the training data.
+        Args:
+            loader: Training batches on the model's device; it may be iterated over repeatedly.
+        """
+        for name, method in self._training():
+            method.start_from(self, name, loader)
 
-    Args:
-        bank: The bank.
-        loader: Batches as the training steps get them, on the model's device; it may be iterated over repeatedly.
-    """
-    for name in _trained(bank):
-        bank.plan(name).method.start_from(bank, name, loader)
+    def callbacks(self) -> list[Any]:
+        """Collect the schedules of the methods, as Lightning callbacks, in the order of the adapters."""
+        return [callback for _, method in self._training() for callback in method.callbacks()]
 
-
-def callbacks(bank: Bank) -> list[Any]:
-    """Collect the schedules of the methods.
-
-    Args:
-        bank: The bank.
-
-    Returns:
-        Lightning callbacks, in the order of the adapters.
-    """
-    return [callback for name in _trained(bank) for callback in bank.plan(name).method.callbacks()]
-
-
-def reads_result(bank: Bank) -> bool:
-    """Whether the loss of a method needs the run result of the model's forward pass.
-
-    Args:
-        bank: The bank.
-    """
-    return any(bank.plan(name).method.reads_result for name in _trained(bank))
-
-
-def _trained(bank: Bank) -> list[str]:
-    """Names of the adapters that train, whichever of them act."""
-    return [name for name in bank.names if name not in bank.frozen]
+    def _training(self) -> Iterator[tuple[str, Method]]:
+        """Iterate over the adapters that are not frozen, each with its method."""
+        for name, entry in self._entries.items():
+            if not entry.frozen:
+                yield name, entry.method

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
-from vispeft.adapters import hooks
 from vispeft.adapters.entry import Entry
 from vispeft.adapters.holder import BankState
 from vispeft.adapters.report import Report
 from vispeft.adapters.verify import Probe, find_dead
-from vispeft.core.method import Step
 from vispeft.core.route import Route
 from vispeft.hosts.model import HEADS, ModelHost
 
@@ -84,6 +82,8 @@ class TrainingBank(BankState):
         The order is that of attaching, and inside an adapter that of the model. A tensor belongs to the list also where
         it gets no gradient in this step.
         """
+        if self._merged is not None:
+            return []
         place: dict[int, int] = {}
         for number, (name, entry) in enumerate(self._entries.items()):
             if not entry.frozen:
@@ -132,35 +132,6 @@ class TrainingBank(BankState):
             group = groups.setdefault(name, {"params": [], "lr": lr * factor, "weight_decay": decay, "name": name})
             group["params"].append(parameter)
         return list(groups.values())
-
-    def loss_terms(self, batch: Any, output: Any, result: Any = None) -> Tensor | None:
-        """Sum the losses that the methods of the acting adapters add to the loss of a task.
-
-        Args:
-            batch: The batch of the step.
-            output: The model's output for it.
-            result: Run result of the forward pass, where a method reads it (`Method.reads_result`).
-
-        Returns:
-            A scalar; None where no method adds a loss.
-        """
-        return hooks.loss_terms(self, Step(batch, output, result))
-
-    def change_gradients(self) -> None:
-        """Let methods change gradients; call it after the backward pass, before clipping and the optimiser's step."""
-        hooks.change_gradients(self)
-
-    def start_from(self, loader: Iterable[Any]) -> None:
-        """Let methods compute start values from data; call it once, before the first step of a fresh training.
-
-        Args:
-            loader: Training batches on the model's device.
-        """
-        hooks.start_from(self, loader)
-
-    def callbacks(self) -> list[Any]:
-        """Collect the schedules of the methods, as Lightning callbacks."""
-        return hooks.callbacks(self)
 
     def verify(
         self, outer: nn.Module | None = None, without: Sequence[str] = (), *, names: Sequence[str] | None = None
