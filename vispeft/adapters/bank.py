@@ -194,7 +194,7 @@ class AdapterBank(FileBank, TrainingBank):
             SiteError: If two of them replace the same tensor.
             MergeError: If the model is merged.
         """
-        self._check_unmerged("switch adapters")
+        self.check_ready("switch adapters")
         chosen = (names,) if isinstance(names, str) else tuple(names)
         self._routing.set(self.route(chosen, task))
 

@@ -93,7 +93,7 @@ class BankState:
             raise ConfigError(f"This bank is closed, since its model has no adapters: it cannot {wanted}. Use attach.")
         if self._routing.is_overridden:
             raise ConfigError(
-                f"The adapters are disabled or chosen for a block of code, so the model cannot {wanted}. Leave "
+                f"The adapters are disabled or chosen for a block of code, so the model cannot {wanted} here. Leave "
                 "disabled() or using() first."
             )
 

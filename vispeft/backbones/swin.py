@@ -228,6 +228,8 @@ class AnySizeBlock(nn.Module):
     rule, so that it equals the model built for each size whose maps are not smaller than the window.
     """
 
+    timm_block: ClassVar[type[nn.Module]]
+    """The class of timm that it stands in for."""
     window_size: tuple[int, int]
     shift_size: tuple[int, int]
     attn: Any
@@ -247,6 +249,8 @@ class AnySizeBlock(nn.Module):
 
 class AnySizeSwinBlock(AnySizeBlock, SwinTransformerBlock):
     """A `SwinTransformerBlock` for maps of any size."""
+
+    timm_block = SwinTransformerBlock
 
 
 def make_any_size(model: nn.Module, blocks: Mapping[type[nn.Module], type[nn.Module]]) -> None:

@@ -72,6 +72,8 @@ def _block_sites(block: Any, path: str, spot: Spot) -> Iterator[Site]:
 class AnySizeSwinV2Block(AnySizeBlock, SwinTransformerV2Block):
     """A `SwinTransformerV2Block` for maps of any size."""
 
+    timm_block = SwinTransformerV2Block
+
 
 SWINV2 = Generation(
     family="swinv2",
