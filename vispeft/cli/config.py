@@ -20,7 +20,8 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import vispeft.data
-import vispeft.tasks  # noqa: F401 - likewise
+import vispeft.methods
+import vispeft.tasks  # noqa: F401 - all three, so that their classes are found by name
 from vispeft.cli.evaluation import evaluation_trainer
 from vispeft.core.method import Method
 from vispeft.errors import ConfigError, FileError, UnknownNameError, VispeftError

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from vispeft.core.providers import fill
 from vispeft.core.sites import View
 from vispeft.errors import BackboneError
 
@@ -52,6 +53,7 @@ def register_family(family: Family) -> None:
     Args:
         family: The family.
     """
+    fill("families")  # first, so that a family from outside may replace one of them
     _FAMILIES[:] = [known for known in _FAMILIES if known.name != family.name] + [family]
 
 
@@ -79,6 +81,7 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         BackboneError: If no family covers the model's class.
     """
+    fill("families")
     cls = base_class(model)
     for family in _FAMILIES:
         if cls in family.classes:
