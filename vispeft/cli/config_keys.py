@@ -12,7 +12,8 @@ import yaml
 from lightning.pytorch import LightningDataModule, Trainer
 
 import vispeft.data
-import vispeft.tasks  # noqa: F401 - both, so that their classes are found by name
+import vispeft.methods
+import vispeft.tasks  # noqa: F401 - all three, so that their classes are found by name
 from vispeft.building.classes import argument_names, check_argument, find_class, import_class
 from vispeft.building.config_files import Node
 from vispeft.building.methods import method_node
