@@ -65,7 +65,7 @@ def test_identity_at_start(cell: Cell) -> None:
     model, images = cell.model(), cell.images()
     wanted = model(images)
     bank = cell.attach(model, moved=False)
-    promised = all(unit.identity_at_start for unit in bank._adapters["default"].units.values())
+    promised = all(unit.identity_at_start for unit in bank._entries["default"].units.values())
     difference = (model(images) - wanted).abs().max()
     # Relative to the largest output: a fresh Eva has logits of the order of 1e-4. What promises nothing may yet start
     # close by, such as a matrix of a few bits that stands near zero.

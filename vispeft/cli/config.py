@@ -97,6 +97,19 @@ class ConfigCLI(LightningCLI):
         """Write the whole config as YAML, defaults included; it reads back to the same."""
         return str(self.parser.dump(self.config, skip_unset=False))
 
+    def completed(self, tree: Node) -> Node:
+        """Write out the whole config of an earlier run: settings that are newer than it have their defaults.
+
+        Args:
+            tree: Its config.
+
+        Returns:
+            Every key with its value.
+        """
+        check_config(tree, [], "the run's config")
+        config = self.parser.parse_args(["--config", yaml.safe_dump(tree, sort_keys=False)])
+        return cast(Node, yaml.safe_load(self.parser.dump(config, skip_unset=False)))
+
 
 def build_data(node: str | Mapping[str, Any], overrides: Sequence[Override], source: str) -> LightningDataModule:
     """Make the data module of a config, without its model.
@@ -115,7 +128,8 @@ def build_data(node: str | Mapping[str, Any], overrides: Sequence[Override], sou
     """
     tree: Node = {"data": node}
     check_tree(tree, source)
-    tokens = [check_override(tree, key, value) for key, value in overrides]
+    checked = (check_override(tree, key, value) for key, value in overrides)
+    tokens = [token for token in checked if token is not None]
     return cast(LightningDataModule, _build("data", LightningDataModule, tree, tokens, source))
 
 

@@ -20,6 +20,8 @@ from vispeft.core.method import Method
 from vispeft.errors import ConfigError, UnknownNameError
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.checkpoints import Cadence
+from vispeft.tasks.migration import MOVED, without_moved
+from vispeft.tasks.optimizers import optimizer_node
 
 __all__ = ["Override", "check_config", "check_override", "check_tree", "split_overrides"]
 
@@ -84,7 +86,7 @@ def check_config(tree: Node, overrides: Sequence[Override], source: str) -> list
     missing = [section for section in BASES if section not in tree]
     if missing:
         raise ConfigError(f"{source} has no section {' and '.join(missing)}; see configs/classification for examples.")
-    return tokens
+    return [token for token in tokens if token is not None]
 
 
 def check_tree(tree: Node, source: str) -> None:
@@ -110,7 +112,7 @@ def check_tree(tree: Node, source: str) -> None:
             tree[section] = _check_node(section, tree[section], base, kind)
 
 
-def check_override(tree: Node, key: str, value: str | None) -> str:
+def check_override(tree: Node, key: str, value: str | None) -> str | None:
     """Check one override, and note in the tree its changes of classes.
 
     Args:
@@ -119,7 +121,7 @@ def check_override(tree: Node, key: str, value: str | None) -> str:
         value: The value as it was typed; None for none.
 
     Returns:
-        The override for Lightning's parser.
+        The override for Lightning's parser; None where the tree has it already.
 
     Raises:
         UnknownNameError: If the key or a class is not known.
@@ -138,7 +140,7 @@ def check_override(tree: Node, key: str, value: str | None) -> str:
         _check_key(parts[0], parts[1], argument_names(SETTINGS[parts[0]]))
     elif parts[0] in BASES:
         value = _check_class_override(tree, parts, value)
-    return f"--{key}={value}"
+    return None if value is None else f"--{key}={value}"
 
 
 def _check_node(place: str, node: Any, base: type, kind: str) -> Node:
@@ -157,15 +159,23 @@ def _check_node(place: str, node: Any, base: type, kind: str) -> Node:
         node = {**node, "class_path": find_class(str(node["class_path"]), base, kind=kind, place=place)}
     known = argument_names(import_class(node["class_path"]))
     arguments = dict(_mapping(node.get("init_args"), f"{place}.init_args"))
+    if place == "model":
+        arguments = without_moved(arguments)
     for key, value in arguments.items():
         _check_key(place, key, known)
         if key == "method":
             arguments[key] = _check_node(f"{place}.{key}", value, Method, "method")
+        elif key == "optimizer":
+            arguments[key] = optimizer_node(value)
     return {**node, "init_args": arguments}
 
 
-def _check_class_override(tree: Node, parts: list[str], value: str) -> str:
-    """Check an override inside of the section of a class, and write class names in its value out."""
+def _check_class_override(tree: Node, parts: list[str], value: str) -> str | None:
+    """Check an override inside of the section of a class.
+
+    Returns:
+        Its value, with class names written out; None where the tree has it already.
+    """
     section, *path = (part for part in parts if part != "init_args")
     if path in ([], ["class_path"]):
         tree[section] = _check_node(section, _parsed(value), *BASES[section])
@@ -173,6 +183,9 @@ def _check_class_override(tree: Node, parts: list[str], value: str) -> str:
     if section not in tree:
         raise ConfigError(f"--{'.'.join(parts)} was given, and the config has no section {section}.")
     _check_key(section, path[0], argument_names(import_class(tree[section]["class_path"])))
+    if path[0] == "optimizer":
+        _override_optimizer(tree[section]["init_args"], path[1:], parts[-1], _parsed(value))
+        return None
     if path[0] != "method":
         return value
     return _check_method_override(tree[section]["init_args"], f"{section}.method", path[1:], value)
@@ -193,8 +206,22 @@ def _check_method_override(arguments: Node, place: str, path: list[str], value: 
     return value
 
 
+def _override_optimizer(arguments: Node, path: list[str], last: str, value: Any) -> None:
+    """Change an optimiser in the config itself: the parser knows no classes of a closed list."""
+    node = optimizer_node(arguments.get("optimizer", "AdamW"))
+    if last == "init_args":
+        node = {**node, "init_args": value}
+    elif path in ([], ["class_path"]):
+        node = {"class_path": value} if path else value
+    else:
+        node["init_args"][".".join(path)] = value
+    arguments["optimizer"] = optimizer_node(node)
+
+
 def _check_key(place: str, key: str, known: Sequence[str]) -> None:
     full = f"{place}.{key}"
+    if place == "model" and key in MOVED:
+        raise ConfigError(MOVED[key])
     if full in LINKED:
         raise ConfigError(f"{full} is decided by {LINKED[full]}; leave it out.")
     check_argument(place, key, [name for name in known if f"{place}.{name}" not in LINKED])

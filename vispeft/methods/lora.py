@@ -15,13 +15,14 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Generator, Tensor, nn
 
+from vispeft.core.fields import DropPath, FewBits, check_factor, check_share, check_whole
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import FGVC, VTAB, Recipe
 from vispeft.core.sites import Site, View
 from vispeft.core.units import DeltaUnit, Unit, WeightUnit
 from vispeft.errors import ConfigError, SiteError
 from vispeft.hosts.functional import Branch, Dropout
-from vispeft.storage.quantize import check_bits, start_above_zero
+from vispeft.storage.quantize import LowBit, start_above_zero
 
 __all__ = ["DoRAUnit", "LoRA", "LowRank", "PiSSAUnit"]
 
@@ -42,7 +43,7 @@ class Factors:
     """Multiple of the learning rate for B."""
 
 
-class _Factored(Unit):
+class _Factored(LowBit, Unit):
     """A (rank, in), uniform as a linear layer's weight, and B (rows, rank), zero."""
 
     matrices = ("A", "B")
@@ -175,12 +176,13 @@ class DoRAUnit(_Factored, WeightUnit):
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class LoRA(Method):
+class LoRA(FewBits, DropPath, Method):
     """A low-rank term beside frozen linear layers: ``W' = W + scale * B A``, with ``scale = alpha / rank``.
 
     By default on queries and values, as in the paper. Papers differ in the multiplier: set ``alpha`` to ``rank * s``
     for a plain scale s (PETL-ViT). Roles may be the fused ``attn.qkv`` (one pair on the whole matrix), its slices
-    ``attn.q``, ``attn.k`` and ``attn.v`` (a pair each), ``attn.proj``, ``mlp.fc1`` and ``mlp.fc2``.
+    ``attn.q``, ``attn.k`` and ``attn.v`` (a pair each), ``attn.proj``, ``mlp.fc1`` and ``mlp.fc2``. With fewer than 32
+    bits this is Bi-LoRA (arXiv 2307.16867). Most VTAB-1k recipes have ``drop_path=0.1``.
     """
 
     rank: int = 8
@@ -203,12 +205,6 @@ class LoRA(Method):
     """Train B alone (LoRA-FA)."""
     lr_ratio: float = 1.0
     """Multiple of the learning rate for B (LoRA+, which recommends 16)."""
-    drop_path: float = 0.0
-    """Rate of stochastic depth in the last block while training; 0.1 in most VTAB-1k recipes."""
-    bits: int = 32
-    """Bits per weight of the two factors (1, 2, 4, 8 or 32); below 32 this is Bi-LoRA (arXiv 2307.16867)."""
-    head_bits: int = 32
-    """Bits per weight of a classifier without a bias; 32 for a plain one."""
 
     name: ClassVar[str] = "lora"
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.09685"
@@ -218,18 +214,11 @@ class LoRA(Method):
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise ConfigError(f"LoRA(rank={self.rank}): a rank of at least 1 is needed.")
-        if not (math.isfinite(self.alpha) and self.alpha != 0):
-            raise ConfigError(f"LoRA(alpha={self.alpha}): a number other than zero is needed.")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"LoRA(dropout={self.dropout}): a share from 0 up to, not including, 1 is needed.")
+        check_whole(self, "rank")
+        check_factor(self, "alpha")
+        check_share(self, "dropout")
         if not (math.isfinite(self.lr_ratio) and self.lr_ratio > 0):
             raise ConfigError(f"LoRA(lr_ratio={self.lr_ratio}): a number above 0 is needed.")
-        for field, known in (("dropout_place", ("input", "hidden")), ("start", ("uniform", "pissa"))):
-            if getattr(self, field) not in known:
-                raise ConfigError(f"LoRA({field}={getattr(self, field)!r}): choose {known[0]!r} or {known[1]!r}.")
-        check_bits("LoRA", self.bits, self.head_bits)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -248,14 +237,6 @@ class LoRA(Method):
             raise ConfigError(
                 f"LoRA(freeze_a=True, bits={self.bits}): a frozen factor is stored as it is; take bits=32."
             )
-
-    def low_bit_head(self) -> int:
-        """Give the bits per weight of the classifier."""
-        return self.head_bits
-
-    def stochastic_depth(self) -> float:
-        """Give the rate of the last block."""
-        return self.drop_path
 
     def stored(self) -> Method:
         """Give plain LoRA of twice the rank and the same multiplier for what started from singular values."""

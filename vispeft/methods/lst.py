@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from timm.layers import LayerNorm
@@ -20,13 +20,14 @@ from torch import Generator, Tensor, nn
 
 from vispeft.backbones.pruning import prune
 from vispeft.core.families import family_of
+from vispeft.core.fields import check_whole
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import Recipe
 from vispeft.core.sites import View, select
 from vispeft.core.units import SideUnit
 from vispeft.errors import ConfigError, SiteError
 from vispeft.hosts.functional import linear
-from vispeft.hosts.side import ENTRY, Rung, SideHost
+from vispeft.hosts.running import ENTRY, Rung, RunningHost
 
 __all__ = ["LST", "Ladder"]
 
@@ -161,7 +162,7 @@ class LST(Method):
 
     reduction: int = 8
     """What the backbone's width is divided by."""
-    start: str = "magnitude"
+    start: Literal["magnitude", "random"] = "magnitude"
     """How its blocks start: ``magnitude`` (pruned out of the backbone by the size of its weights) or ``random``."""
     per_head: bool = True
     """Prune each head by the same share; without it heads mix, as in most of the public code."""
@@ -186,17 +187,14 @@ class LST(Method):
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
-        if not isinstance(self.reduction, int) or self.reduction < 1:
-            raise ConfigError(f"LST(reduction={self.reduction!r}): a whole number of at least 1 is needed.")
-        if self.start not in ("magnitude", "random"):
-            raise ConfigError(f"LST(start={self.start!r}): use 'magnitude' or 'random'.")
+        check_whole(self, "reduction")
         if self.roles not in (None, ("tokens",)):
             raise ConfigError("LST stands beside the whole model; leave roles out, and choose the blocks it reads.")
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
         """Put the whole network on the model, as one unit."""
         host = family_of(model).host
-        if not (issubclass(host, SideHost) and host.takes_side):
+        if not (issubclass(host, RunningHost) and host.takes_side):
             what = f"{view.family} wrapped for its features" if view.aliases else view.family
             raise SiteError(
                 f"LST has no stated form for {what}. It stands beside blocks that normalise first (ViT, Eva, Swin), in "
@@ -249,7 +247,7 @@ class LST(Method):
 
     def frozen_outputs(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         """Compute what leaves the blocks that are read, and what enters the first one."""
-        host = cast(SideHost, model)
+        host = cast(RunningHost, model)
         unit = host.side()
         assert unit is not None
         hidden = host.read_hidden(unit, images, frozenset(), unit.depth)
@@ -260,7 +258,7 @@ class LST(Method):
         host: Any = model
         unit = host.side()
         hidden = {int(name.removeprefix("block")): tensor for name, tensor in outputs.items()}
-        return cast(Tensor, host.forward_head(host.features_beside(unit, hidden, unit.depth)))
+        return cast(Tensor, host.forward_head(host.features_beside(unit, hidden)))
 
     def frozen_fields(self) -> dict[str, Any]:
         """Give the blocks that are read."""
@@ -276,7 +274,7 @@ def _table_entries(view: View, rung: Rung) -> int:
 
 def _build(
     model: nn.Module,
-    host: type[SideHost],
+    host: type[RunningHost],
     rungs: Sequence[Rung],
     paths: Mapping[int, str],
     options: LST,

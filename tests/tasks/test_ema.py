@@ -9,7 +9,7 @@ from tests.tiny import TINY
 from vispeft.data import DigitsData
 from vispeft.errors import ConfigError
 from vispeft.tasks import Classification
-from vispeft.tasks.layers import decay_by_layer
+from vispeft.tasks.layer_decay import decay_by_layer
 
 DATA = {"batch_size": 72, "validation": 0.05, "test": 0.75}
 """Five steps an epoch."""
