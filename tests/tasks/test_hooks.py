@@ -184,8 +184,8 @@ def test_gradients_that_a_method_breaks_stop_the_training(monkeypatch):
     start = tensors_of(task)
     with pytest.raises(TrainingError, match="Gradients are not finite"):
         trainer().fit(task, datamodule=data)
-    head = dict(task.trainable_parameters())["model.head.weight"]
-    assert torch.equal(head, start["model.head.weight"])
+    head = dict(task.trainable_parameters())["model.adapter_heads.default.weight"]
+    assert torch.equal(head, start["model.adapter_heads.default.weight"])
 
 
 def started(task, data, monkeypatch):

@@ -12,7 +12,8 @@ import yaml
 from lightning.pytorch import LightningDataModule, Trainer
 
 import vispeft.data
-import vispeft.tasks  # noqa: F401 - both, so that their classes are found by name
+import vispeft.methods
+import vispeft.tasks  # noqa: F401 - all three, so that their classes are found by name
 from vispeft.building.classes import argument_names, check_argument, find_class, import_class
 from vispeft.building.config_files import Node
 from vispeft.building.methods import method_node
@@ -82,11 +83,12 @@ def check_config(tree: Node, overrides: Sequence[Override], source: str) -> list
         ConfigError: If a key is decided elsewhere, or a section is missing.
     """
     check_tree(tree, source)
-    tokens = [check_override(tree, key, value) for key, value in overrides]
+    checked = [check_override(tree, key, value) for key, value in overrides]
+    tokens = [token for token in checked if token is not None]
     missing = [section for section in BASES if section not in tree]
     if missing:
         raise ConfigError(f"{source} has no section {' and '.join(missing)}; see configs/classification for examples.")
-    return [token for token in tokens if token is not None]
+    return tokens
 
 
 def check_tree(tree: Node, source: str) -> None:
@@ -139,8 +141,9 @@ def check_override(tree: Node, key: str, value: str | None) -> str | None:
     elif parts[0] in SETTINGS and len(parts) > 1:
         _check_key(parts[0], parts[1], argument_names(SETTINGS[parts[0]]))
     elif parts[0] in BASES:
-        value = _check_class_override(tree, parts, value)
-    return None if value is None else f"--{key}={value}"
+        checked = _check_class_override(tree, parts, value)
+        return None if checked is None else f"--{key}={checked}"
+    return f"--{key}={value}"
 
 
 def _check_node(place: str, node: Any, base: type, kind: str) -> Node:
@@ -171,10 +174,10 @@ def _check_node(place: str, node: Any, base: type, kind: str) -> Node:
 
 
 def _check_class_override(tree: Node, parts: list[str], value: str) -> str | None:
-    """Check an override inside of the section of a class.
+    """Check an override inside of the section of a class, and write class names in its value out.
 
     Returns:
-        Its value, with class names written out; None where the tree has it already.
+        The value for the parser; None where the tree has it already.
     """
     section, *path = (part for part in parts if part != "init_args")
     if path in ([], ["class_path"]):
@@ -206,16 +209,16 @@ def _check_method_override(arguments: Node, place: str, path: list[str], value: 
     return value
 
 
-def _override_optimizer(arguments: Node, path: list[str], last: str, value: Any) -> None:
+def _override_optimizer(settings: Node, path: list[str], last: str, value: Any) -> None:
     """Change an optimiser in the config itself: the parser knows no classes of a closed list."""
-    node = optimizer_node(arguments.get("optimizer", "AdamW"))
+    node = optimizer_node(settings.get("optimizer", "AdamW"))
     if last == "init_args":
         node = {**node, "init_args": value}
     elif path in ([], ["class_path"]):
         node = {"class_path": value} if path else value
     else:
         node["init_args"][".".join(path)] = value
-    arguments["optimizer"] = optimizer_node(node)
+    settings["optimizer"] = optimizer_node(node)
 
 
 def _check_key(place: str, key: str, known: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from vispeft.metrics import BoundaryF, SegmentationScores
 from vispeft.tasks.dense import DenseTask
 from vispeft.tasks.inference import padded_to, predict_masks
 from vispeft.tasks.losses import SegmentationLoss
+from vispeft.tasks.predictions import MaskPredictor
 from vispeft.viz import bars, confusion_matrix, overlay_grid
 
 __all__ = ["Segmentation", "SegmentationNetwork"]
@@ -169,6 +170,15 @@ class Segmentation(DenseTask):
     def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
         """Give masks (B, H, W) of class indices."""
         return self.predict(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+    def predictor(self) -> MaskPredictor:
+        """Make the object that predicts images: a mask for each."""
+        return MaskPredictor(
+            lambda images, size: self.predict(images.to(self.device), size),
+            self.inference,
+            self.class_names(),
+            self.bank.notes(),
+        )
 
     def on_validation_epoch_start(self) -> None:
         """Begin anew."""

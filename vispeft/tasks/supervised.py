@@ -15,6 +15,7 @@ from torchmetrics import MetricCollection
 
 from vispeft.errors import DataError
 from vispeft.tasks.base import AdapterTask
+from vispeft.tasks.predictions import ScorePredictor
 
 __all__ = ["Batch", "SupervisedTask", "check_target", "train_targets"]
 
@@ -233,6 +234,16 @@ class SupervisedTask(AdapterTask, ABC):
         """Give probabilities or values (B, outputs)."""
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
         return self.decode(self(images).float())
+
+    def predictor(self) -> ScorePredictor:
+        """Make the object that predicts images: one row of values for each."""
+        names = self.class_names()
+        return ScorePredictor(
+            lambda images: self.predict_step(images.to(self.device), 0),
+            lambda values: self.row(values, names),
+            self.columns(names),
+            self.bank.notes(),
+        )
 
 
 def check_target(task: type[AdapterTask], data: Any) -> None:

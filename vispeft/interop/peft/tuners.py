@@ -99,30 +99,29 @@ class PeftUnit(SequentialUnit):
             layer: The frozen layer.
         """
         super().__init__()
-        self._made = (config, path, layer)
-        # Some tuners look at values while they are made, so also the shapes of a plan are found with real ones.
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            self.tuner = self._make()
-
-    def _make(self) -> nn.Module:
-        config, path, layer = self._made
+        self.config, self.path = config, path
         weight, bias = layer._parameters["weight"], layer._parameters["bias"]
         assert weight is not None
+        # Some tuners look at values while they are made, so also the shapes of a plan are found with real ones.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            self.tuner = self._make(weight, bias)
+
+    def _make(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         base = nn.Linear(*weight.shape[::-1], bias=bias is not None, device="cpu" if weight.is_meta else "meta")
         if not weight.is_meta:
-            base.weight, base.bias = weight, cast(nn.Parameter, bias)
+            base.weight, base.bias = cast(nn.Parameter, weight), cast(nn.Parameter, bias)
         place = holder = nn.Module()
-        *parents, leaf = path.split(".")
+        *parents, leaf = self.path.split(".")
         for name in parents:
             place.add_module(name, place := nn.Module())
         place.add_module(leaf, base)
         states = [(parameter, parameter.requires_grad) for parameter in (weight, bias) if parameter is not None]
         peft = import_peft()
-        fields = {**copy.deepcopy(dict(config)), "target_modules": re.escape(path)}
+        fields = {**copy.deepcopy(dict(self.config)), "target_modules": re.escape(self.path)}
         peft.inject_adapter_in_model(peft.get_peft_config(fields), holder, _ADAPTER)
         for parameter, trains in states:
             parameter.requires_grad_(trains)
-        tuner = holder.get_submodule(path)
+        tuner = holder.get_submodule(self.path)
         # The base stays out of the unit's tensors: it is frozen, and in the model already.
         del tuner._modules["base_layer"]
         tuner.__dict__["base_layer"] = _Given(weight, bias)
@@ -134,12 +133,12 @@ class PeftUnit(SequentialUnit):
         return tuner
 
     def reset(self, generator: Generator) -> None:
-        """Let peft draw its start, from a seed of the generator."""
-        seed = int(torch.randint(0, 2**31 - 1, (), generator=generator))
+        """Copy the start values of a layer that peft makes anew, from a seed of the generator."""
+        seed, base = int(torch.randint(0, 2**31 - 1, (), generator=generator)), self.tuner.__dict__["base_layer"]
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(seed)
-            self.tuner = self._make()
-        del self._made
+            fresh = self._make(base.weight, base.bias)
+        self.tuner.load_state_dict(fresh.state_dict())
 
     def follow(self, x: Tensor, y: Tensor) -> Tensor:
         """Compute (..., out) by peft's own code."""
