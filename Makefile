@@ -1,7 +1,7 @@
 # Everything runs from .venv, which is made from pyproject.toml and constraints.txt and made again when they change.
 #   make quickstart   train, merge, reload and compare an adapter on real images
 #   make test         the whole test suite
-#   make lint         style, format and types
+#   make lint         style, format, types and the order of the packages
 #   make docs         run the code of the README and of docs/
 
 SHELL := /bin/bash
@@ -46,6 +46,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 docs: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/docs

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vispeft.core.low_rank import Branch
 from vispeft.core.route import NOTHING, Acting
 from vispeft.core.units import AffineUnit, BranchUnit, InputUnit, Unit
 from vispeft.hosts.base import Host
-from vispeft.hosts.functional import Branch, affine, low_rank_linear, low_rank_terms
+from vispeft.hosts.functional import affine, low_rank_linear, low_rank_terms
 from vispeft.hosts.streams import Streams
 
 __all__ = [
