@@ -25,6 +25,7 @@ from vispeft.tasks.ema import EMA
 from vispeft.tasks.layer_decay import decay_by_layer
 from vispeft.tasks.migration import rename_heads
 from vispeft.tasks.optimizers import check_optimizer, make_optimizer
+from vispeft.tasks.predictions import Predictor
 from vispeft.tasks.schedules import DECAYS, warmup_decay
 
 __all__ = ["AdapterTask"]
@@ -211,11 +212,23 @@ class AdapterTask(LightningModule):
         """Give what is exported: a module that takes normalised images (B, 3, H, W) and gives scores."""
         return self.model
 
+    def predictor(self) -> Predictor:
+        """Make the object that predicts images: rows of a table, and pictures.
+
+        Raises:
+            ConfigError: If the task does not say how it predicts.
+        """
+        raise ConfigError(f"{type(self).__name__} does not say how images are predicted; give it a `predictor` method.")
+
     def size_step(self) -> tuple[int, int]:
         """Numbers that height and width of images are multiples of: those of a patch, in pixels."""
         backbone: Any = unwrap(self.model)
         height, width = backbone.patch_embed.patch_size
         return int(height), int(width)
+
+    def class_names(self) -> list[str]:
+        """Names of the outputs: those noted for the adapter's file, or numbers."""
+        return list(self.bank.notes().get("class_names") or map(str, range(self.num_classes)))
 
     def check_data(self, data: Any) -> None:
         """Check that data fit the model, as far as they say.
