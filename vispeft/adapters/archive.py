@@ -291,7 +291,8 @@ class FileBank(BankState):
         method = method_from_dict(header["method"])
         # Files of earlier versions may name tasks that nothing reads.
         tasks = header["tasks"] if method.multi_task or header.get("per_task") else None
-        with self.adding(method, label, tasks, None) as entry:
+        # Modules draw values when they are made, which those of the file replace.
+        with torch.random.fork_rng(devices=[]), self.adding(method, label, tasks, None) as entry:
             self._heads.put(label, self._head_for(header, entry))
             if header["head"] is None:
                 self._heads.drop(label)

@@ -3,44 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from vispeft.backbones.create import zoo_folder
-from vispeft.cli.runs import ADAPTER
 from vispeft.core.families import unwrap
 from vispeft.core.method import Method, method_from_dict
-from vispeft.errors import ConfigError, FileError, UnknownNameError
-from vispeft.storage.files import JSON_FILE, read_adapter
+from vispeft.errors import ConfigError
+from vispeft.storage.files import read_adapter
 from vispeft.storage.fingerprint import check_fingerprint
 from vispeft.tasks.base import AdapterTask
+from vispeft.zoo.adapters import find_adapter
 
-__all__ = ["find_adapter", "start_from"]
-
-
-def find_adapter(source: str) -> Path:
-    """Find the directory of an adapter.
-
-    Args:
-        source: ``zoo:NAME``, the directory of an adapter, or that of a run.
-
-    Raises:
-        UnknownNameError: If the zoo has no such adapter.
-        FileError: If there is no adapter.
-    """
-    if source.startswith("zoo:"):
-        name, zoo = source.removeprefix("zoo:"), zoo_folder()
-        known = sorted(path.parent.name for path in zoo.glob(f"*/{JSON_FILE}"))
-        if name not in known:
-            raise UnknownNameError("adapter of the zoo", name, known, f"They are in {zoo}.")
-        return zoo / name
-    for place in (Path(source), Path(source) / ADAPTER):
-        if (place / JSON_FILE).is_file():
-            return place
-    raise FileError(
-        f"There is no adapter in {source!r}: no {JSON_FILE}, and no {ADAPTER}/{JSON_FILE}. Name the directory of an "
-        "adapter or of a run, or zoo:NAME."
-    )
+__all__ = ["start_from"]
 
 
 def start_from(task: AdapterTask, source: str, class_names: Sequence[str]) -> str:

@@ -18,17 +18,18 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
+from vispeft.building.config_files import read_config
 from vispeft.cli import runs
 from vispeft.cli.common import console, make_parser, one_line, versions
-from vispeft.cli.config import ConfigCLI, read_config
+from vispeft.cli.config import ConfigCLI
 from vispeft.cli.evaluation import Measured, class_table, measure, metrics_table, output_names
 from vispeft.cli.start import start_from
 from vispeft.data.base import ImageData
-from vispeft.data.cache import cache_features
 from vispeft.errors import ConfigError, FileError, TrainingError
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.callbacks import EpochPictures, progress_bar
 from vispeft.tasks.checkpoints import Found, RunCheckpoints, SealedCheckpointIO, find_checkpoint, read_checkpoint
+from vispeft.tasks.feature_cache import cache_features
 from vispeft.tasks.logs import RunLog
 from vispeft.viz import learning_curves
 

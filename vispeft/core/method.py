@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vispeft.core.families import describe
 from vispeft.core.fields import check_choices
+from vispeft.core.providers import fill
 from vispeft.core.recipes import Recipe, choose_recipe
 from vispeft.core.sites import Site, View, check_roles, select
 from vispeft.core.units import Unit
@@ -355,6 +356,7 @@ def register(cls: M) -> M:
     Raises:
         ConfigError: If another class has the name already.
     """
+    fill("methods")  # so that the names they take are known, whoever comes first
     known = _METHODS.get(cls.name)
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ConfigError(f"Two methods want the name {cls.name!r}: {known.__module__} and {cls.__module__}.")
@@ -374,6 +376,7 @@ def register_lazy(name: str, module: str) -> None:
 
 def list_methods() -> list[str]:
     """List the names of all methods that need no extra."""
+    fill("methods")
     return sorted(set(_METHODS) - set(_LAZY))
 
 
@@ -394,6 +397,7 @@ def method(name: str, **fields: Any) -> Method:
     Example:
         >>> vispeft.method("lora", rank=4)
     """
+    fill("methods")
     if name not in _METHODS and name in _LAZY:
         importlib.import_module(_LAZY[name])
     if name not in _METHODS:

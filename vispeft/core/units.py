@@ -74,7 +74,9 @@ class Unit(nn.Module):
     * shared: does nothing itself and holds tensors that other units of the adapter use;
     * depth: is the rate at which a branch of a block is dropped while the model trains.
 
-    What a unit trains are parameters; what it must remember besides are persistent buffers, and both are in the file.
+    A unit trains its parameters and remembers other state in persistent buffers; files hold both. Its life: it is made
+    without values, reads from the frozen weight of its site (`prepare`), and is then either drawn (`reset`) or filled
+    from a file. Nothing is used up: each step may be repeated.
     """
 
     kind: ClassVar[UnitKind]
@@ -86,15 +88,23 @@ class Unit(nn.Module):
     """Tensors whose gradient is zero by construction, which `verify` must not complain about."""
     identity_at_start: bool = True
     """Whether a new unit leaves the model's function as it is."""
-    gain: Tensor | None = None
+    gain: Tensor | None
     """Multiplier of the unit's contribution, a scalar that a schedule may set; None is 1. It acts on every kind whose
-    contribution is a difference: selection, weight, input, delta, sequential, affine and parallel."""
+    contribution is a difference: selection, weight, input, delta, sequential, affine and parallel. It is in no file."""
+
+    def __init__(self) -> None:
+        """Make a unit without tensors."""
+        super().__init__()
+        self.register_buffer("gain", None, persistent=False)  # a buffer, so that it moves with the model
 
     def prepare(self, weight: Tensor) -> None:
-        """Read whatever the unit needs off the frozen weight of its site; called on attach and on load, before `reset`.
+        """Read from the frozen weight of the site; called on attach and on load, before `reset`.
+
+        Units at modules without a weight, such as blocks, are not asked.
 
         Args:
-            weight: The site's weight, the rows of a slice; not a copy.
+            weight: (out, ...) weight of the base, whatever other adapters make of it, or the rows of the slice where
+                the site is one. It is no copy and must not be changed.
         """
 
     def makes_streams(self, layout: str) -> bool:
@@ -121,7 +131,7 @@ class Unit(nn.Module):
         return ()
 
     def reset(self, generator: Generator) -> None:
-        """Give every tensor its start value.
+        """Give every tensor its start value; it may be called again at any time, and is not on load.
 
         Args:
             generator: Source of all randomness.

@@ -71,8 +71,6 @@ class FacTUnit(LowBit, DeltaUnit):
     j]``. A last slice that is wider than what is left of the layer is cut off.
     """
 
-    matrices = ("S",)
-
     def __init__(self, site: Site, shape: _Shape, columns: range | None) -> None:
         """Make room for the tensors.
 
@@ -92,6 +90,7 @@ class FacTUnit(LowBit, DeltaUnit):
         self.slices = _slices(site.in_features, shape.width), _slices(site.out_features, shape.width)
         before, behind = (count * shape.rank for count in self.slices)
         self.S = nn.Parameter(torch.empty(behind, before)) if columns is None else None
+        self.matrices = ("S",) if columns is None else ()
 
     def reset(self, generator: Generator) -> None:
         """Draw S as PyTorch draws a linear layer (public code)."""

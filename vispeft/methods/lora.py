@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -96,29 +96,33 @@ class PiSSAUnit(LowRank):
     both, which is the same sum. A file holds it as one term of twice the rank, which needs no decomposition to load.
     """
 
-    def __init__(self, site: Site, factors: Factors, dropout: Dropout, weight: Tensor) -> None:
-        """Make room for the factors.
+    A0: Tensor
+    B0: Tensor
+
+    def __init__(self, site: Site, factors: Factors, dropout: Dropout) -> None:
+        """Make room for the factors and their start values.
 
         Args:
             site: The linear layer, or the slice of one.
-            factors: What the factors look like.
-            dropout: What is dropped while training.
-            weight: The layer's frozen weight, (all rows, in).
+            factors: Shape of the factors.
+            dropout: Dropout while training.
         """
         super().__init__(site, factors, dropout)
         self.register_buffer("A0", torch.empty(self.A.shape))
         self.register_buffer("B0", torch.empty(self.B.shape))
-        self._weight = (weight,)
+
+    def prepare(self, weight: Tensor) -> None:
+        """Share out the largest singular values of the weight evenly between both factors."""
+        rank = self.A.shape[0]
+        u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
+        root = (s[:rank] / abs(self.scale)).sqrt()
+        self.A0.copy_(root[:, None] * v[:rank])
+        self.B0.copy_(u[:, :rank] * root * math.copysign(1, self.scale))
 
     def reset(self, generator: Generator) -> None:
-        """Share out the largest singular values evenly between both factors."""
-        (weight,) = self.__dict__.pop("_weight")
-        rank = self.A.shape[0]
-        u, s, v = torch.linalg.svd(weight[self.start : self.stop].detach().double(), full_matrices=False)
-        root = (s[:rank] / abs(self.scale)).sqrt()
-        first, second = root[:, None] * v[:rank], u[:, :rank] * root * math.copysign(1, self.scale)
-        for tensor, value in ((self.A, first), (self.A0, first), (self.B, second), (self.B0, second)):
-            cast(Tensor, tensor).copy_(value)
+        """Start from the singular values."""
+        self.A.copy_(self.A0)
+        self.B.copy_(self.B0)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Give (2 rank, in) and (rows, 2 rank)."""
@@ -134,7 +138,7 @@ class PiSSAUnit(LowRank):
         return [Branch(a, b, self.scale, self.start, self.stop, self.dropout), start]
 
     def _pairs(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        return (self.A, cast(Tensor, self.A0)), (self.B, cast(Tensor, self.B0))
+        return (self.A, self.A0), (self.B, self.B0)
 
     def stored(self) -> dict[str, Tensor]:
         """Give the tensors of a `LowRank` of twice the rank."""
@@ -144,23 +148,28 @@ class PiSSAUnit(LowRank):
 class DoRAUnit(_Factored, WeightUnit):
     """Length and direction of each row of a weight apart: ``m * (W + scale * B A) / |W + scale * B A|``."""
 
-    def __init__(self, site: Site, factors: Factors, weight: Tensor) -> None:
+    lengths: Tensor
+    """Lengths of the rows of the frozen weight, (rows,)."""
+
+    def __init__(self, site: Site, factors: Factors) -> None:
         """Make room for the factors and the lengths.
 
         Args:
             site: The linear layer, or the slice of one.
-            factors: What the factors look like.
-            weight: The layer's frozen weight, (all rows, in).
+            factors: Shape of the factors.
         """
         super().__init__(site, factors)
         self.magnitude = nn.Parameter(torch.empty(site.out_features))
-        self._weight = (weight,)
+        self.register_buffer("lengths", torch.empty(site.out_features), persistent=False)
+
+    def prepare(self, weight: Tensor) -> None:
+        """Measure the rows of the frozen weight."""
+        self.lengths.copy_(torch.linalg.vector_norm(weight.double(), dim=1))
 
     def reset(self, generator: Generator) -> None:
         """Start with the lengths the frozen weight has."""
         super().reset(generator)
-        (weight,) = self.__dict__.pop("_weight")
-        self.magnitude.copy_(torch.linalg.vector_norm(weight[self.start : self.stop].detach().double(), dim=1))
+        self.magnitude.copy_(self.lengths)
 
     def fold_weight(self, weight: Tensor) -> Tensor:
         """Rescale the rows; their length counts as a constant in the gradient (section 4.3 of the paper)."""
@@ -256,16 +265,15 @@ class LoRA(FewBits, DropPath, Method):
         for site in self.sites(view):
             if site.kind != "linear" or site.role == "head":
                 raise SiteError(f"LoRA acts on linear layers of the backbone; {site.role!r} is none.")
-            yield PlanItem(site, "lora", self._builder(site, model.get_submodule(site.path)))
+            yield PlanItem(site, "lora", self._builder(site))
 
-    def _builder(self, site: Site, layer: nn.Module) -> Callable[[], Unit]:
+    def _builder(self, site: Site) -> Callable[[], Unit]:
         factors = Factors(
             rank=self.rank, scale=self.scale, bits=self.bits, freeze_a=self.freeze_a, lr_ratio=self.lr_ratio
         )
         dropout = Dropout(self.dropout, self.dropout_place)
-        weight = cast(Tensor, layer._parameters["weight"])  # `layer.weight` would be what other adapters make of it
         if self.dora:
-            return partial(DoRAUnit, site, factors, weight)
+            return partial(DoRAUnit, site, factors)
         if self.start == "uniform":
             return partial(LowRank, site, factors, dropout)
         if self.rank > min(site.in_features, site.out_features):
@@ -273,7 +281,7 @@ class LoRA(FewBits, DropPath, Method):
                 f"LoRA(start='pissa', rank={self.rank}): {site.key} has {min(site.in_features, site.out_features)} "
                 "singular values. Choose a lower rank."
             )
-        return partial(PiSSAUnit, site, factors, dropout, weight)
+        return partial(PiSSAUnit, site, factors, dropout)
 
     def parameter_count(self, view: View) -> int:
         """Count ``rank * (in + out)`` per site, without ``rank * in`` where A is frozen; DoRA adds ``out``."""
