@@ -13,6 +13,7 @@ from torch import nn
 from vispeft.adapters.archive import FileBank
 from vispeft.adapters.entry import Entry
 from vispeft.adapters.heads import own_head
+from vispeft.adapters.hooks import HookBank
 from vispeft.adapters.merge import MergeReport, merge_model, undo_merge
 from vispeft.adapters.placing import build_units, place_units
 from vispeft.adapters.routes import check_rows, make_route
@@ -30,7 +31,7 @@ __all__ = ["AdapterBank"]
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
-class AdapterBank(FileBank, TrainingBank):
+class AdapterBank(FileBank, TrainingBank, HookBank):
     """All adapters of one model.
 
     Get one from `attach` or `load`. The model stays usable by whoever knows timm; the bank is only needed to manage

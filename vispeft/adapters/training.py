@@ -82,6 +82,8 @@ class TrainingBank(BankState):
         The order is that of attaching, and inside an adapter that of the model. A tensor belongs to the list also where
         it gets no gradient in this step.
         """
+        if self._merged is not None:
+            return []
         place: dict[int, int] = {}
         for number, (name, entry) in enumerate(self._entries.items()):
             if not entry.frozen:

@@ -24,12 +24,12 @@ from vispeft.cli.train import train
 from vispeft.core.families import unwrap
 from vispeft.data.base import EpochSampler, ImageData
 from vispeft.errors import ConfigError, MergeError
+from vispeft.resources import find_config
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.schedules import warmup_cosine
 
 __all__ = ["main", "train_probe"]
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "classification"
 PROBE_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 """Learning rates the probe is tuned over; SSF has the one rate of its config."""
 
@@ -86,7 +86,7 @@ def compare(seed: int, place: Path) -> dict[str, Any]:
     overrides = ["--seed_everything", str(seed)]
     console.rule(f"SSF, seed {seed}")
     began = time.perf_counter()
-    folder = train(CONFIGS / "digits_ssf.yaml", overrides, out=place / f"ssf-{seed}")
+    folder = train(find_config("classification/digits_ssf"), overrides, out=place / f"ssf-{seed}")
     seconds = time.perf_counter() - began
     run = runs.Run.open(folder)
     equality = check_equality(run)
@@ -150,7 +150,7 @@ def tune_probe(overrides: Sequence[str], folder: Path, epochs: int) -> dict[str,
         Its figures, with the validation accuracy of every rate.
     """
     began = time.perf_counter()
-    cli = ConfigCLI(CONFIGS / "digits_linear_probe.yaml", overrides)
+    cli = ConfigCLI(find_config("classification/digits_linear_probe"), overrides)
     task, data = cli.model, cli.datamodule
     data.fit_to(task.preprocessing)
     data.setup()

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from vispeft.core.providers import fill
 from vispeft.core.sites import View
 from vispeft.errors import BackboneError
 
@@ -58,6 +59,7 @@ def register_family(family: Family) -> None:
     Args:
         family: The family.
     """
+    fill("families")  # first, so that a family from outside may replace one of them
     _FAMILIES[:] = [known for known in _FAMILIES if known.name != family.name] + [family]
 
 
@@ -85,6 +87,7 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         BackboneError: If no family covers the model's class.
     """
+    fill("families")
     cls = base_class(model)
     for family in _FAMILIES:
         if cls in family.classes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from vispeft.core.families import describe
 from vispeft.core.fields import check_choices
+from vispeft.core.providers import fill
 from vispeft.core.recipes import Recipe, choose_recipe
 from vispeft.core.sites import Site, View, check_roles, select
 from vispeft.core.units import Unit
 from vispeft.errors import ConfigError, SiteError, UnknownNameError
 
-__all__ = ["Method", "PlanItem", "list_methods", "method", "method_from_dict", "register", "register_lazy"]
+__all__ = ["Method", "PlanItem", "Step", "list_methods", "method", "method_from_dict", "register", "register_lazy"]
 
 _METHODS: dict[str, type[Method]] = {}
 _LAZY: dict[str, str] = {}
@@ -69,6 +70,18 @@ class PlanItem:
             return {name: tuple(tensor.shape) for name, tensor in self.build().named_parameters()}
 
 
+@dataclass(frozen=True)
+class Step:
+    """One training step, as `Method.loss_term` sees it."""
+
+    batch: Any
+    """The batch the step was given: images (B, 3, H, W) and their targets."""
+    output: Any
+    """The model's output for these images, in float32."""
+    result: Any = None
+    """The run result of the forward pass; None unless the method sets `Method.reads_result`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """Base of every method: a frozen configuration that plans units for a model's sites.
@@ -103,6 +116,11 @@ class Method:
 
     cacheable: ClassVar[bool] = False
     """Whether the backbone runs as it is, and what trains reads nothing but its outputs, so that these can be kept."""
+    reads_result: ClassVar[bool] = False
+    """Whether `loss_term` needs the run result of the forward pass (`Step.result`)."""
+    training_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields that change the training alone: adapters that differ in them are of one kind, and one can start from the
+    other."""
 
     def __post_init__(self) -> None:
         """Check the fields all methods share.
@@ -222,6 +240,63 @@ class Method:
         """
         return choose_recipe(type(self).__name__, self.recipes, describe(model), n_images)
 
+    # ------------------------------------------------------------------ training
+
+    def callbacks(self) -> list[Any]:
+        """Make the schedules of the method, as Lightning callbacks.
+
+        A task adds them to its trainer. Its hooks get the task, whose ``bank`` holds the adapter. A callback may switch
+        ``requires_grad`` of tensors for a step and must restore it; checkpoints and averages hold every tensor anyway.
+        """
+        return []
+
+    def loss_term(self, bank: Any, name: str, step: Step) -> Tensor | None:
+        """Compute a loss that is added to the task's own. It may run the model again.
+
+        Args:
+            bank: The bank of the model.
+            name: The adapter of this method.
+            step: Batch, output and run result of the step.
+
+        Returns:
+            A scalar, weighted; None for no loss.
+        """
+        return None
+
+    def change_gradients(self, bank: Any, name: str) -> None:
+        """Change the gradients of a step, after the backward pass and before clipping and the optimiser.
+
+        Args:
+            bank: The bank of the model; ``bank.named_tensors(name)`` gives the tensors with their gradients.
+            name: The adapter of this method.
+        """
+
+    def start_from(self, bank: Any, name: str, loader: Iterable[Any]) -> None:
+        """Compute start values from the training data, once before the first step of a fresh training.
+
+        It is not called when a training is resumed or starts from a saved adapter.
+
+        Args:
+            bank: The bank of the model.
+            name: The adapter of this method.
+            loader: Training batches on the model's device, as the steps get them.
+        """
+
+    def fresh_head(self) -> str | None:
+        """Say why a training that starts from a saved adapter needs a fresh classifier; None where it does not."""
+        return None
+
+    def is_like(self, other: Method) -> bool:
+        """Whether a saved adapter of another configuration fits this one: equal up to `training_fields`.
+
+        Args:
+            other: The other configuration.
+        """
+        same = {field: getattr(self, field) for field in self.training_fields}
+        return type(other) is type(self) and dataclasses.replace(other, **same) == self
+
+    # ------------------------------------------------------------------ classifiers and outputs
+
     def low_bit_head(self) -> int:
         """Give the bits per weight of the classifier; 32 for a plain one."""
         return 32
@@ -281,6 +356,7 @@ def register(cls: M) -> M:
     Raises:
         ConfigError: If another class has the name already.
     """
+    fill("methods")  # so that the names they take are known, whoever comes first
     known = _METHODS.get(cls.name)
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ConfigError(f"Two methods want the name {cls.name!r}: {known.__module__} and {cls.__module__}.")
@@ -300,6 +376,7 @@ def register_lazy(name: str, module: str) -> None:
 
 def list_methods() -> list[str]:
     """List the names of all methods that need no extra."""
+    fill("methods")
     return sorted(set(_METHODS) - set(_LAZY))
 
 
@@ -320,6 +397,7 @@ def method(name: str, **fields: Any) -> Method:
     Example:
         >>> vispeft.method("lora", rank=4)
     """
+    fill("methods")
     if name not in _METHODS and name in _LAZY:
         importlib.import_module(_LAZY[name])
     if name not in _METHODS:
