@@ -36,7 +36,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 quickstart: $(READY)
-	@$(BIN)/python tools/quickstart.py
+	@$(BIN)/vispeft quickstart
 
 # One thread per worker: the workers share the processors.
 test: $(READY)

@@ -1,4 +1,4 @@
-"""``tools/predict.py``: predict a folder of images with a finished run."""
+"""``vispeft predict``: predict a folder of images with a finished run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["main"]
 
 FILE = "predictions.csv"
 EXAMPLE = """example:
-  python tools/predict.py runs/digits_ssf/1 my_images --out predictions
+  vispeft predict runs/digits_ssf/1 my_images --out predictions
 
 Writes predictions/predictions.csv with the path of each image and what the run's task predicts: class and probability
 (at the temperature that was fitted on validation), labels and the probability of each, or numbers in their own unit.
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: Arguments without the program's name.
     """
-    parser = make_parser("tools/predict.py", "Predict images with a finished run.", EXAMPLE)
+    parser = make_parser("predict", "Predict images with a finished run.", EXAMPLE)
     parser.add_argument("run", metavar="RUN", help="run directory")
     parser.add_argument("images", metavar="IMAGES", help="folder of images, or one image")
     parser.add_argument("--out", metavar="DIR", required=True, help="where predictions.csv goes")
