@@ -87,8 +87,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_commands_exist(page: Path) -> None:
     """Every ``make`` target, command, script and config that a command or a `code` word names is there."""
     text = page.read_text(encoding="utf-8")
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    for target in re.findall(r"(?:^|`)make ([a-z]+)\b", text, re.MULTILINE):
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for target in re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE):
         assert target in targets, f"{page_id(page)} names `make {target}`"
     for path in re.findall(r"\b(?:tools|benchmarks|configs)/[\w/.-]+\.(?:py|yaml|json|sh)\b", text):
         assert (ROOT / path).is_file(), f"{page_id(page)} names {path}"
