@@ -2,7 +2,7 @@
 #   make quickstart   train, merge, reload and compare an adapter on real images
 #   make test         the test suite, without the tests that are marked slow
 #   make test-slow    those
-#   make lint         style, format, types and layers
+#   make lint         style, format, types and the order of the packages
 #   make docs         run the code of the README and of docs/
 #   make lock         write requirements.lock anew (LOCK_ARGS=--upgrade takes newer versions)
 
@@ -58,7 +58,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 
 docs: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/docs
@@ -67,4 +67,4 @@ lock:
 	@PYTHON=$(PYTHON) .ci/lock $(TORCH) $(TORCHVISION) $(LOCK_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

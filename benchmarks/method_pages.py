@@ -27,7 +27,7 @@ import vispeft  # noqa: E402, I001 - before timm
 import timm  # noqa: E402
 import torch  # noqa: E402
 from common import RESULTS, saved_bytes, write  # noqa: E402
-from vispeft.cli.config import method_node, method_presets  # noqa: E402
+from vispeft.building.methods import method_node, method_presets  # noqa: E402
 from vispeft.errors import MergeError, VispeftError  # noqa: E402
 
 PAGES = ROOT / "docs" / "methods"

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from vispeft.backbones.create import zoo_folder
 from vispeft.errors import FileError, UnknownNameError
 from vispeft.resources import config_names, find_config, resource_folder
+from vispeft.zoo import zoo_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,14 +1,18 @@
-"""The cells of the conformance grid: methods, tiny backbones of every family, and the refusals with their reasons."""
+"""The cells of the conformance grid: methods, tiny backbones of every family, and the refusals with their reasons.
+
+`README.md` in this folder says which property is tested where, and on which cells.
+"""
 
 from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+import pytest
 import torch
 from timm.layers import GluMlp, RmsNorm, SwiGLU
 from timm.models.eva import Eva
@@ -19,7 +23,6 @@ from torch import Tensor, nn
 
 import vispeft
 from vispeft.adapters.bank import AdapterBank
-from vispeft.adapters.verify import unit_tensors
 
 LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
@@ -78,8 +81,8 @@ PARALLEL = ("adapter_parallel", "adaptformer", "adaptformer_1bit", "convpass", "
 STORES_MORE = ("lora_fa", "vqt_weighted")
 """Methods whose files hold tensors that do not train."""
 
-SELECTIONS = ("full", "bitfit", "norm_tuning", "lst", "lst_sparse", "compacter_full", "vqt", "vqt_weighted")
-"""Methods that replace tensors of the base, or what leaves it, so that two of them cannot act at once."""
+EXCLUSIVE = ("full", "bitfit", "norm_tuning", "lst", "lst_sparse", "compacter_full", "vqt", "vqt_weighted")
+"""Methods that replace tensors of the base or its output features, so that two of them cannot act at once."""
 
 
 @dataclass(frozen=True)
@@ -169,41 +172,47 @@ BACKBONES |= {
     "swinv2": Backbone(_swinv2),
 }
 
-REFUSED: dict[tuple[str, str], str] = {
-    (method, "swinv2"): "a block order without a stated form: it normalises behind its branches"
-    for method in ("vpt", "vpt_shallow")
-} | {("ssf_merging", name): "no patch merging in a plain model" for name in BACKBONES if not name.startswith("swin")}
-"""Cells that may refuse: (method, backbone) to the reason."""
 
-REFUSED |= {
-    (method, "swinv2"): "a block order without a stated form: it normalises behind its branches"
-    for method in ("convpass", "convpass_attn")
+@dataclass(frozen=True)
+class Refusal:
+    """Why a cell may refuse."""
+
+    reason: str
+    """One of `REASONS`."""
+    says: str
+    """A pattern that the error's message must match: the site that is missing, or the family without a stated form."""
+
+
+REASONS = ("no such site", "no image map or token sequence", "weight read by the model", "no stated form")
+"""The only reasons for a refusal; anything else is a defect."""
+
+NO_MERGING = Refusal("no such site", r"'downsample\.norm'.*no patch merging")
+NO_WHOLE_QKV = Refusal("no such site", r"'attn\.q'.*part of one")
+NO_WHOLE_FC1 = Refusal("no such site", r"'mlp\.fc1_g'.*part of one")
+NORMS_BEHIND = Refusal("no stated form", r"swinv2.*no stated form|no stated form.*swinv2")
+
+REFUSED: dict[tuple[str, str], Refusal] = {
+    **{("ssf_merging", name): NO_MERGING for name in BACKBONES if not name.startswith("swin")},
+    **{
+        (method, "swinv2"): NORMS_BEHIND
+        for method in ("vpt", "vpt_shallow", "convpass", "convpass_attn", "lst", "lst_sparse")
+    },
+    ("repadapter", "vit_aimv2"): NO_WHOLE_FC1,
+    **{(method, "eva02_split"): NO_WHOLE_QKV for method in ("repadapter", "repadapter_attn")},
 }
-REFUSED |= {
-    ("repadapter", name): "no first MLP layer in one piece: gate and value are layers of their own"
-    for name in ("vit_aimv2", "eva02_split")
-}
-REFUSED |= {("repadapter_attn", "eva02_split"): "no joint projection: q, k and v are layers of their own"}
-REFUSED |= {
-    (m, "swinv2"): "a block order without a stated form: it normalises behind its branches"
-    for m in ("lst", "lst_sparse")
-}
+"""Cells that refuse: (method, backbone) to the reason."""
 
 NO_PLAIN_FORM: dict[tuple[str, str], str] = {
-    **{(m, b): "no plain model inserts tokens" for m in ("vpt", "vpt_shallow") for b in BACKBONES},
-    **{(m, b): "no plain attention has keys of its own" for m in ("prefix", "prefix_mlp", "mam") for b in BACKBONES},
-    **{(m, b): "no plain model has queries that read" for m in ("vqt", "vqt_weighted") for b in BACKBONES},
-    **{(m, b): "no plain block has a term beside a branch" for m in PARALLEL for b in BACKBONES},
-    **{
-        (m, b): "a bottleneck with an activation has no weight form"
-        for m in ("adapter", "compacter", "compacter_full")
-        for b in BACKBONES
-    },
-    **{(m, b): "no plain model has a network beside it" for m in ("lst", "lst_sparse") for b in BACKBONES},
-    ("ssf", "vit_mae"): "an identity stands at the place of the last norm",
-    ("ssf", "vit_aimv2"): "an identity stands at the place of the last norm",
+    **{(m, b): "inserts tokens|beside its tokens" for m in ("vpt", "vpt_shallow") for b in BACKBONES},
+    **{(m, b): "keys and values of its own" for m in ("prefix", "prefix_mlp", "mam") for b in BACKBONES},
+    **{(m, b): "queries that read" for m in ("vqt", "vqt_weighted") for b in BACKBONES},
+    **{(m, b): "term beside a branch" for m in PARALLEL for b in BACKBONES},
+    **{(m, b): "no weight form" for m in ("adapter", "compacter", "compacter_full") for b in BACKBONES},
+    **{(m, b): "network beside it" for m in ("lst", "lst_sparse") for b in BACKBONES},
+    ("ssf", "vit_mae"): "identity here",
+    ("ssf", "vit_aimv2"): "identity here",
 }
-"""Cells whose merge is partial."""
+"""Cells whose merge is partial, with a pattern that a reason in the report must match."""
 
 
 @cache
@@ -228,6 +237,14 @@ class Cell:
     method: str
     backbone: str
 
+    def __str__(self) -> str:
+        return f"{self.method}-{self.backbone}"
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What the tables know it by."""
+        return self.method, self.backbone
+
     def model(self, **options: Any) -> nn.Module:
         """Make the backbone, the same one at every call, with weights that leave nothing at zero."""
         made, state = _made(self.backbone, **{"img_size": BACKBONES[self.backbone].size, **options})
@@ -249,7 +266,7 @@ class Cell:
     @property
     def merges_whole(self) -> bool:
         """Whether every layer has a plain form."""
-        return (self.method, self.backbone) not in NO_PLAIN_FORM
+        return self.key not in NO_PLAIN_FORM
 
 
 def move(bank: AdapterBank, name: str, seed: int = 3) -> None:
@@ -262,7 +279,7 @@ def move(bank: AdapterBank, name: str, seed: int = 3) -> None:
 
 def unit_names(bank: AdapterBank, name: str = "default") -> set[int]:
     """Collect the identities of an adapter's unit tensors."""
-    return {id(entry.tensor) for entry in unit_tensors(bank._adapters[name].units)}
+    return {id(entry.tensor) for entry in bank._entries[name].tensors()}
 
 
 SECOND_FORMS = {
@@ -273,22 +290,31 @@ SECOND_FORMS = {
 """Further settings of a method: they run on the main families, and not on the variants of one family as well."""
 
 CELLS = [
-    Cell(method, backbone)
+    cell
     for method in METHODS
     for backbone in BACKBONES
-    if BACKBONES[backbone].grid or method not in SECOND_FORMS
+    if (BACKBONES[backbone].grid or method not in SECOND_FORMS) and (cell := Cell(method, backbone)).key not in REFUSED
 ]
-MAIN = [c for c in CELLS if c.backbone in ("vit", "swin") and (c.method, c.backbone) not in REFUSED]
-__all__ = [
-    "BACKBONES",
-    "CELLS",
-    "MAIN",
-    "METHODS",
-    "REFUSED",
-    "SECOND_FORMS",
-    "SELECTIONS",
-    "STORES_MORE",
-    "Cell",
-    "move",
-    "unit_names",
-]
+"""All cells that serve."""
+MAIN = [cell for cell in CELLS if BACKBONES[cell.backbone].grid]
+"""Those on the main families."""
+
+
+def params(cells: Iterable[Cell], slow: Callable[[Cell], bool] = lambda cell: False) -> list[Any]:
+    """Make test parameters of cells.
+
+    Args:
+        cells: The cells.
+        slow: Whether a cell is left to ``make test-slow``.
+    """
+    return [pytest.param(c, id=str(c), marks=[pytest.mark.slow] if slow(c) else []) for c in cells]
+
+
+def is_variant(cell: Cell) -> bool:
+    """Tell whether the backbone is a variant of a family: it shares its hosts, and has another structure."""
+    return not BACKBONES[cell.backbone].grid
+
+
+def is_second_form(cell: Cell) -> bool:
+    """Tell whether the method is in a further setting."""
+    return cell.method in SECOND_FORMS

@@ -1,4 +1,8 @@
-"""What must hold for every method on one model of each main family: export, compilation, pickling, two processes."""
+"""Properties of every method on one ViT and one Swin: export, compilation, pickling, two processes.
+
+Compiling takes seconds a cell, and so it is done on as few blocks as the method needs: see `small`. Second forms are
+exported and compiled with ``make test-slow``, where two processes and inductor run as well.
+"""
 
 from __future__ import annotations
 
@@ -14,27 +18,39 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import vispeft
-from tests.conformance.cells import MAIN, METHODS, SECOND_FORMS, Cell, move
+from tests.conformance.cells import MAIN, METHODS, Cell, is_second_form, move, params
 
 ONCE = [
     cell
     for cell in MAIN
     if cell.method != "lora"  # lora_all covers it
-    and (cell.backbone == "vit" or cell.method not in SECOND_FORMS)
+    and (cell.backbone == "vit" or (cell.backbone == "swin" and not is_second_form(cell)))
 ]
-"""Compiling a Swin takes ten seconds: each method is tried there in its first form, and in all forms on a ViT."""
+"""Each method in all forms on a ViT, and in its first form on a Swin."""
+
+LINKED = ("vpt", "vqt", "prefix", "mam", "fact", "compacter", "lst")
+"""Methods, in all their forms, whose blocks share tensors or hand each other more than tokens."""
+SHIFTED = ("lora_all", "ssf")
+"""Methods that are also tried on shifted windows, which are those of a Swin's second block."""
+PLAIN_FIRST = (Cell("ssf", "vit"), Cell("lora_all", "swin"))
+"""Cells whose model is compiled and run before the adapter comes; how a compiler notices that is the same for all."""
 
 
-@pytest.fixture(params=ONCE, ids=lambda cell: f"{cell.method}-{cell.backbone}")
+@pytest.fixture(params=params(ONCE))
 def cell(request: pytest.FixtureRequest) -> Cell:
     return request.param
 
 
+second_forms_slow = pytest.mark.parametrize("cell", params(ONCE, slow=is_second_form))
+
+
 def small(cell: Cell) -> nn.Module:
-    """Make the backbone, of a Swin two blocks alone, one of them with shifted windows: each block takes a second."""
-    return cell.model(depths=(2,), num_heads=(2,)) if cell.backbone == "swin" else cell.model()
+    """Make the backbone with one block, or with two where the method links blocks or windows are to be shifted."""
+    blocks = 2 if cell.method.startswith(LINKED) or cell.method in SHIFTED else 1
+    return cell.model(depths=(blocks,), num_heads=(2,)) if cell.backbone == "swin" else cell.model(depth=blocks)
 
 
+@second_forms_slow
 @torch.no_grad()
 def test_export_with_a_dynamic_batch(cell: Cell) -> None:
     model = small(cell)
@@ -46,12 +62,14 @@ def test_export_with_a_dynamic_batch(cell: Cell) -> None:
         assert torch.allclose(program.module()(images), model(images), atol=1e-5)
 
 
+@second_forms_slow
 def test_compiled_whole_and_attached_afterwards(cell: Cell) -> None:
     torch._dynamo.reset()
     model, images = small(cell), cell.images()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    with torch.no_grad():
-        assert torch.allclose(compiled(images), model(images), atol=1e-5)
+    if cell in PLAIN_FIRST:
+        with torch.no_grad():
+            assert torch.allclose(compiled(images), model(images), atol=1e-5)
     bank = vispeft.attach(compiled, METHODS[cell.method])
     move(bank, "default")
     results = []
@@ -64,7 +82,7 @@ def test_compiled_whole_and_attached_afterwards(cell: Cell) -> None:
     assert torch.allclose(found, wanted, atol=1e-5)
     pairs = zip(gradients, compiled_gradients, strict=True)
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in pairs)
-    if cell.backbone == "vit" and cell.method not in SECOND_FORMS:  # no backbone has a part in this
+    if cell in PLAIN_FIRST:
         with bank.disabled(), torch.no_grad():
             assert torch.allclose(compiled(images), model(images), atol=1e-5)
 
@@ -111,6 +129,7 @@ def _half_of_the_batch(rank: int, port: int, results: dict[tuple[int, str], list
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one() -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

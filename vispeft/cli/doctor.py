@@ -11,8 +11,10 @@ from lightning.pytorch import LightningDataModule
 from rich.markup import escape
 from rich.table import Table
 
+from vispeft.building.config_files import read_config
 from vispeft.cli.common import console, make_parser
-from vispeft.cli.config import build_data, read_config, split_overrides
+from vispeft.cli.config import build_data
+from vispeft.cli.config_keys import split_overrides
 from vispeft.data import (
     ADE20KData,
     CityscapesData,

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 from lightning.pytorch import Trainer, seed_everything
 
+from vispeft.building.config_files import read_config
 from vispeft.cli.common import console, make_parser
-from vispeft.cli.config import ConfigCLI, build_task, read_config, split_overrides
+from vispeft.cli.config import ConfigCLI, build_task
+from vispeft.cli.config_keys import split_overrides
 from vispeft.cli.evaluation import evaluate, evaluation_trainer, metrics_table
 from vispeft.cli.runs import Run
 from vispeft.errors import ConfigError

@@ -15,7 +15,6 @@ from vispeft.adapters.merge import MergeReport
 from vispeft.cli.common import console, make_parser, versions
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run, write_json
-from vispeft.core.families import unwrap
 from vispeft.errors import ConfigError, ExportError
 from vispeft.interop.export import INPUT, TOLERANCE, Difference, check, export_onnx, export_program, staged
 from vispeft.tasks.base import AdapterTask
@@ -127,7 +126,7 @@ def main(argv: Sequence[str]) -> None:
         if value is not None and value < 1:
             raise ConfigError(f"--{option} is {value}; at least 1 is needed.")
     task, _ = load_task(Run.open(given.run))
-    step = _step(task) if given.any_size else None
+    step = task.size_step() if given.any_size else None
     height, width = given.size or task.bank.notes()["preprocessing"]["input_size"][-2:]
     exported = export_run(task, out, InputSize(height=height, width=width, batch=given.batch, step=step))
     console.print(exported.table())
@@ -194,16 +193,6 @@ def _merged(report: MergeReport) -> str:
         return "yes"
     reasons = "; ".join(dict.fromkeys(reason.rstrip(".") for reason in report.kept.values()))
     return f"{f'partly, {len(report.kept)} layers stay adapted' if report.merged else 'no'}: {reasons}"
-
-
-def _step(task: AdapterTask) -> tuple[int, int]:
-    """Give what height and width of images are multiples of: whole patches, or whole cells of the coarsest map."""
-    reader = getattr(task, "reader", None)
-    if reader is not None:
-        return reader.divisor, reader.divisor
-    backbone: Any = unwrap(task.model)
-    height, width = backbone.patch_embed.patch_size
-    return int(height), int(width)
 
 
 def _size(path: Path) -> int:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from vispeft.cli import runs
 from vispeft.cli.common import console
-from vispeft.cli.config import split_overrides
+from vispeft.cli.config_keys import split_overrides
 from vispeft.errors import ConfigError, UnknownNameError
 
 __all__ = ["FOLDS", "Train", "folds_table", "summarise", "train_folds"]

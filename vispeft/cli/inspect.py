@@ -8,8 +8,10 @@ from typing import Any
 import yaml
 
 from vispeft.backbones.create import create_model
+from vispeft.building.config_files import read_config
+from vispeft.building.methods import build_method, method_node
 from vispeft.cli.common import console, make_parser
-from vispeft.cli.config import build_method, method_node, read_config, split_overrides
+from vispeft.cli.config_keys import split_overrides
 from vispeft.core.method import Method
 from vispeft.core.plan import plan
 from vispeft.errors import ConfigError

@@ -14,8 +14,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from vispeft.adapters.merge import TOLERANCE
-from vispeft.backbones.create import _flexible_args as flexible_args
-from vispeft.backbones.create import zoo_folder
+from vispeft.backbones.request import resolve
 from vispeft.cli.common import console, make_parser, versions
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run
@@ -104,14 +103,9 @@ def _timm_arguments(task: AdapterTask) -> tuple[str, dict[str, Any]]:
         The architecture's name and the arguments of ``timm.create_model``.
     """
     given = {key: value for key, value in task.backbone_args.items() if key != "pretrained"}
-    architecture = task.backbone
-    if architecture.startswith("zoo:"):
-        described = zoo_folder() / "backbones" / architecture.removeprefix("zoo:") / "config.json"
-        config = json.loads(described.read_text(encoding="utf-8"))
-        architecture, given = config["architecture"], {**config["args"], **given}
-    if given.pop("flexible_size", False):
-        given = {**flexible_args(task.backbone, architecture), **given}
-    return architecture, {**given, "num_classes": task.num_classes}
+    flexible = bool(given.pop("flexible_size", False))
+    request = resolve(task.backbone, flexible_size=flexible, arguments=given)
+    return request.architecture, {**request.arguments, "num_classes": task.num_classes}
 
 
 def _noise(size: tuple[int, int]) -> Tensor:

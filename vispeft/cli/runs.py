@@ -9,6 +9,7 @@ from typing import Any
 
 from vispeft.errors import ConfigError, FileError
 from vispeft.storage.files import JSON_FILE, write_atomically
+from vispeft.zoo.adapters import ADAPTER
 
 __all__ = [
     "ADAPTER",
@@ -26,7 +27,7 @@ __all__ = [
     "write_text",
 ]
 
-ADAPTER, CHECKPOINTS, LOGS, PLOTS = "adapter", "checkpoints", "logs", "plots"
+CHECKPOINTS, LOGS, PLOTS = "checkpoints", "logs", "plots"
 CONFIG, METRICS = "config.yaml", "metrics.json"
 
 

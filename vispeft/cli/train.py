@@ -19,6 +19,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
+from vispeft.building.config_files import read_config
 from vispeft.cli import runs
 from vispeft.cli.common import console, make_parser, one_line, versions
 from vispeft.cli.config import ConfigCLI
@@ -26,12 +27,12 @@ from vispeft.cli.evaluation import Measured, class_table, measure, metrics_table
 from vispeft.cli.folds import train_folds
 from vispeft.cli.start import start_from
 from vispeft.data.base import ImageData
-from vispeft.data.cache import cache_features
 from vispeft.errors import ConfigError, FileError, TrainingError
 from vispeft.resources import config_names, find_config
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.callbacks import EpochPictures, progress_bar
 from vispeft.tasks.checkpoints import Found, RunCheckpoints, SealedCheckpointIO, find_checkpoint, read_checkpoint
+from vispeft.tasks.feature_cache import cache_features
 from vispeft.tasks.logs import RunLog
 from vispeft.viz import learning_curves
 
@@ -243,7 +244,7 @@ def _check_same(place: Path, cli: ConfigCLI) -> None:
     Raises:
         ConfigError: If a key differs that could change the result.
     """
-    saved = dict(_flat(yaml.safe_load((place / runs.CONFIG).read_text(encoding="utf-8"))))
+    saved = dict(_flat(cli.completed(read_config(place / runs.CONFIG))))
     asked = dict(_flat(yaml.safe_load(cli.resolved())))
     other = [key for key in {**saved, **asked} if saved.get(key) != asked.get(key) and not FREE.fullmatch(key)]
     if other:

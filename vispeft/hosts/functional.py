@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Branch", "Dropout", "affine", "compute_dtype", "linear", "low_rank_linear"]
+__all__ = ["Branch", "Dropout", "affine", "compute_dtype", "linear", "low_rank_linear", "low_rank_terms"]
 
 
 DRAWS = 2**16
@@ -133,13 +133,34 @@ def _leaves_a_graph() -> bool:
 def _low_rank_plain(
     x: Tensor, weight: Tensor, bias: Tensor | None, layout: Sequence[_Place], factors: Sequence[Tensor]
 ) -> Tensor:
-    out = F.linear(x, weight, bias)
-    width = weight.shape[0]
+    return _with_terms(x, F.linear(x, weight, bias), layout, factors)
+
+
+def _with_terms(x: Tensor, out: Tensor, layout: Sequence[_Place], factors: Sequence[Tensor]) -> Tensor:
+    """Add low-rank terms of `x` to an output, in plain operations."""
+    width = out.shape[-1]
     for index, (scale, start, stop, dropout) in enumerate(layout):
         hidden = F.linear(F.dropout(x, dropout.at("input")), factors[2 * index])
         term = F.linear(F.dropout(hidden, dropout.at("hidden")), factors[2 * index + 1]) * scale
         out = out + (term if stop - start == width else F.pad(term, (start, width - stop)))
     return out
+
+
+def low_rank_terms(x: Tensor, out: Tensor, branches: Sequence[Branch]) -> Tensor:
+    """Add low-rank terms to the output of a layer that is there already: ``y[rows] += scale * (x A^T) B^T``.
+
+    Args:
+        x: The input of the layer, (..., in).
+        out: Its output, (..., out); not changed.
+        branches: The terms; with none the output is returned as it is.
+
+    Returns:
+        (..., out), in the type of `out`.
+    """
+    factors = [t.to(out.dtype) for branch in branches for t in (branch.a, branch.b)]
+    layout = tuple(_Place(branch.scale, branch.start, branch.stop, branch.dropout) for branch in branches)
+    with torch.autocast(x.device.type, enabled=False):
+        return _with_terms(x.to(out.dtype), out, layout, factors)
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -172,7 +193,9 @@ class _LowRankLinear(torch.autograd.Function):
             kept += [inputs, between]
             if not ctx.folds:
                 out[:, start:stop].addmm_(narrow, factors[2 * index + 1].t(), alpha=scale)
-        ctx.save_for_backward(x, weight, *factors, *hidden, *kept)
+        # Layers whose factors do not train in this step keep nothing of the input.
+        reads_input = any(ctx.needs_input_grad[4::2])
+        ctx.save_for_backward(x if reads_input else None, weight, *factors, *hidden, *kept)
         return out
 
     @staticmethod
@@ -193,7 +216,7 @@ class _LowRankLinear(torch.autograd.Function):
             needs_a, needs_b = ctx.needs_input_grad[4 + 2 * index], ctx.needs_input_grad[5 + 2 * index]
             # The operand orders matter: with 8 columns, BLAS is up to 7 times slower on the other transposition.
             narrow = _only(F.linear(part, b.t().contiguous() * (scale / dropout.kept)), between)
-            grad_factors.append(narrow.t() @ _only(x, inputs) if needs_a else None)
+            grad_factors.append(narrow.t() @ _only(cast(Tensor, x), inputs) if needs_a else None)
             grad_factors.append((hidden[index].t() @ part).t().mul(scale) if needs_b else None)
             if grad_x is not None and inputs is not None:
                 grad_x += _only(narrow @ a, inputs)

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from vispeft.core.fields import check_roles_in, check_share, check_whole
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import FGVC, VTAB, Recipe
 from vispeft.core.sites import Site, View
 from vispeft.core.units import PrefixUnit, SharedUnit
-from vispeft.errors import ConfigError, SiteError
+from vispeft.errors import ConfigError
 
-__all__ = ["Prefix", "PrefixMLP", "PrefixSlot", "PrefixTables", "check_prefix", "prefix_count", "prefix_items"]
+__all__ = ["Prefix", "PrefixMLP", "PrefixSlot", "PrefixTables", "check_network", "prefix_count", "prefix_items"]
 
 SPREAD = 0.02
 """Standard deviation of the start of tables (public code)."""
@@ -171,27 +172,21 @@ def prefix_count(sites: list[Site], view: View, length: int, mid_dim: int | None
     return length * width + (width + 1) * mid_dim + (mid_dim + 1) * total
 
 
-def check_prefix(method: Method, length: int, mid_dim: int | None, dropout: float) -> None:
-    """Check the numbers of a prefix.
+def check_network(method: Method, mid_dim: int | None, dropout: float) -> None:
+    """Refuse dropout where no network makes the tables.
 
     Args:
         method: The method, for messages.
-        length: Number of keys.
         mid_dim: Width inside the network, or None.
-        dropout: Share dropped of what it makes.
+        dropout: Share of its outputs dropped while training.
 
     Raises:
-        ConfigError: If one cannot work.
+        ConfigError: If there is dropout and no network.
     """
-    name = type(method).__name__
-    if not isinstance(length, int) or length < 1:
-        raise ConfigError(f"{name}(length={length}): at least one key is needed.")
-    if mid_dim is not None and (not isinstance(mid_dim, int) or mid_dim < 1):
-        raise ConfigError(f"{name}(mid_dim={mid_dim}): a width of at least 1 is needed, or None for tables alone.")
-    if not 0 <= dropout < 1:
-        raise ConfigError(f"{name}: a dropout of {dropout} was asked for; from 0 up to, not including, 1 is needed.")
     if dropout and mid_dim is None:
-        raise ConfigError(f"{name}: dropout acts on what the network makes; give mid_dim, or leave it 0.")
+        raise ConfigError(
+            f"{type(method).__name__}: dropout acts on the outputs of the network; give mid_dim, or leave it 0."
+        )
 
 
 @register
@@ -222,10 +217,10 @@ class Prefix(Method):
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
-        check_prefix(self, self.length, self.mid_dim, self.dropout)
-        for role in self.roles or ():
-            if role != "attn.core":
-                raise SiteError(f"Prefix adds keys and values where softmax is ('attn.core'); {role!r} was asked for.")
+        check_whole(self, "length", "mid_dim")
+        check_share(self, "dropout")
+        check_network(self, self.mid_dim, self.dropout)
+        check_roles_in(self, ("attn.core",), "Keys and values are added where softmax is.")
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
         """Put keys and values at each attention."""

@@ -1,10 +1,10 @@
-"""Callbacks: stopping at the first value that is not finite, drawing after each epoch, and showing progress."""
+"""Callbacks: hooks of the methods, a stop at the first value that is not finite, pictures, and progress."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -16,10 +16,54 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from vispeft.errors import TrainingError
+from vispeft.tasks.state import random_state, set_random_state
 
-__all__ = ["EpochPictures", "FiniteGuard", "NarrowProgress", "PlainProgress", "progress_bar"]
+__all__ = ["EpochPictures", "FiniteGuard", "MethodHooks", "NarrowProgress", "PlainProgress", "progress_bar"]
 
 logger = logging.getLogger(__name__)
+
+
+class MethodHooks(Callback):
+    """Calls the hooks of the methods that act around a step: the start from data, and the change of gradients."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let methods compute start values from the training data, unless the adapter has left its start already."""
+        task = cast(Any, pl_module)
+        if task.started:
+            return
+        task.started = True
+        random = random_state()
+        task.bank.start_from(TrainingBatches(trainer))
+        set_random_state(random)  # the steps draw the same numbers whether or not a method looked at the data
+        if trainer.world_size > 1:
+            for _, parameter in task.trainable_parameters():
+                parameter.data.copy_(trainer.strategy.broadcast(parameter.data))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Let methods change gradients, once those of all summed batches are there and before they are clipped."""
+        cast(Any, pl_module).bank.change_gradients()
+
+
+class TrainingBatches:
+    """The batches of a training epoch on the device of the training, as its steps get them."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        """Note the trainer.
+
+        Args:
+            trainer: A trainer that is about to train.
+        """
+        self._trainer = trainer
+
+    def __iter__(self) -> Iterator[Any]:
+        """Begin anew, with a loader apart from that of the steps, whose sampler counts the epochs."""
+        trainer = self._trainer
+        data = cast(Any, trainer).datamodule
+        loader = trainer.train_dataloader if data is None else data.train_dataloader()
+        for index, batch in enumerate(cast(Any, loader)):
+            if index >= trainer.num_training_batches:
+                return
+            yield trainer.strategy.batch_to_device(batch)
 
 
 class FiniteGuard(Callback):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 
-from vispeft.errors import ConfigError, DataError
-from vispeft.methods.vqt import feature_scores
+from vispeft.errors import DataError
 from vispeft.tasks.base import AdapterTask
+from vispeft.tasks.predictions import ScorePredictor
 
 __all__ = ["Batch", "SupervisedTask", "check_target", "train_targets"]
 
@@ -31,7 +30,7 @@ _TASK_OF = {
 }
 
 
-class SupervisedTask(AdapterTask):
+class SupervisedTask(AdapterTask, ABC):
     """Base of the tasks with one target per image.
 
     A subclass says what its targets are, and gives the loss, the metrics and how outputs are read.
@@ -43,21 +42,16 @@ class SupervisedTask(AdapterTask):
     targets_needed: bool = False
     """Whether something is computed from all targets of the training split before the first step."""
 
-    def __init__(self, *, head_sparsity: float = 0.0, **settings: Any) -> None:
+    def __init__(self, **settings: Any) -> None:
         """Make the model, then the metrics.
 
         Args:
-            head_sparsity: Weight of a penalty on the lengths of the classifier's columns, one for each feature, which
-                makes it do with few features (1e-4 in the public code of VQT).
             settings: Those of `AdapterTask`.
 
         Raises:
             ConfigError: If a number is out of range.
         """
-        if not (head_sparsity >= 0 and math.isfinite(head_sparsity)):
-            raise ConfigError(f"{type(self).__name__}(head_sparsity={head_sparsity}): a number from 0 is needed.")
         super().__init__(**settings)
-        self.head_sparsity = head_sparsity
         self._targets_taken = False
         self.train_metrics = self.make_metrics("train")
         self.validation_metrics = self.make_metrics("validation")
@@ -214,9 +208,7 @@ class SupervisedTask(AdapterTask):
         """Compute the loss of a batch."""
         images, targets = batch
         scores = self(images).float()
-        loss = self.training_loss(scores, targets)
-        if self.head_sparsity:
-            loss = loss + self.head_sparsity * feature_scores(self.model.get_classifier().weight).sum()  # type: ignore[operator,union-attr]
+        loss = self.with_method_loss(self.training_loss(scores, targets), batch, scores)
         self.train_metrics.update(*self.for_metrics(scores.detach(), targets))
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(targets))
         self.log_dict(self.train_metrics, on_step=False, on_epoch=True, batch_size=len(targets))
@@ -242,6 +234,16 @@ class SupervisedTask(AdapterTask):
         """Give probabilities or values (B, outputs)."""
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
         return self.decode(self(images).float())
+
+    def predictor(self) -> ScorePredictor:
+        """Make the object that predicts images: one row of values for each."""
+        names = self.class_names()
+        return ScorePredictor(
+            lambda images: self.predict_step(images.to(self.device), 0),
+            lambda values: self.row(values, names),
+            self.columns(names),
+            self.bank.notes(),
+        )
 
 
 def check_target(task: type[AdapterTask], data: Any) -> None:

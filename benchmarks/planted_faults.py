@@ -1,0 +1,379 @@
+"""Plant one-line faults in the library, and see which test of the suite finds each, in an earlier revision and in this.
+
+    python benchmarks/planted_faults.py --check             # does every fault apply, exactly once? runs no test
+    python benchmarks/planted_faults.py --minutes 120       # start again to go on; idle processors, please
+    python benchmarks/planted_faults.py --table
+
+The faults are in planted_faults.yaml: a piece of text in one file and its replacement, for the earlier revision and, at
+the same place, for the present one. Each is planted in a fresh copy of the committed files of its revision. pytest runs
+the tests nearest to the fault, then the rest of the fast ones, then the slow ones, and stops at the first failure. One
+JSON per fault and revision in results/planted_faults; what is there is not run again. Tests that fail without any fault
+(the run called `control`, which comes first) count for nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import common
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+FAULTS = Path(__file__).with_suffix(".yaml")
+FOLDER = "planted_faults"
+EARLIER = "a0bd47e"
+"""The revision before the second edition of the core."""
+CONTROL = "control"
+"""Name of the run without a fault."""
+STAGE_LIMIT = 7200
+"""Seconds after which a stage is given up; pytest-timeout ends single tests long before."""
+
+Side = Literal["old", "new"]
+SIDES: tuple[Side, ...] = ("old", "new")
+
+
+# ------------------------------------------------------------------ the faults
+
+
+class StaleError(Exception):
+    """A fault does not fit the file it is to be planted in."""
+
+
+@dataclass(frozen=True)
+class Plant:
+    """One replacement."""
+
+    file: str
+    """Path in the repository."""
+    find: str
+    """Text that the file holds exactly once."""
+    put: str
+    """What takes its place."""
+
+    def planted(self, text: str) -> str:
+        """Make the faulty text of the file.
+
+        Raises:
+            StaleError: If the text to replace is not there exactly once, or the result is no Python.
+        """
+        count = text.count(self.find)
+        if count != 1:
+            raise StaleError(f"{self.file} holds the text to replace {count} times: {self.find!r}")
+        faulty = text.replace(self.find, self.put)
+        if faulty == text:
+            raise StaleError(f"{self.file} stays as it is.")
+        try:
+            compile(faulty, self.file, "exec")
+        except SyntaxError as error:
+            raise StaleError(f"{self.file} no longer compiles: {error}") from error
+        return faulty
+
+    @property
+    def digest(self) -> str:
+        """What tells whether a result belongs to this text."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A mistake that a reviewer could miss."""
+
+    name: str
+    part: str
+    """Part of the library: hosts, merge, files, verify, quantiser, tasks, resume, mmseg."""
+    says: str
+    """What is wrong, in one line."""
+    nearest: tuple[str, ...]
+    """Tests that are run first."""
+    old: Plant
+    new: Plant | None
+    """None until it has been written."""
+
+    def plant(self, side: Side) -> Plant | None:
+        """Give the replacement for one of the revisions."""
+        return self.old if side == "old" else self.new
+
+
+def read_faults(path: Path = FAULTS) -> list[Fault]:
+    """Read the table of faults."""
+    faults = []
+    for entry in yaml.safe_load(path.read_text(encoding="utf-8")):
+        plants = {side: Plant(**entry[side]) if entry.get(side) else None for side in SIDES}
+        faults.append(Fault(**{**entry, **plants, "nearest": tuple(entry["nearest"])}))
+    assert len({fault.name for fault in faults} - {CONTROL}) == len(faults), "names of faults must differ"
+    return faults
+
+
+def git(*arguments: str) -> bytes:
+    """Run git in this repository and give what it prints."""
+    return subprocess.run(["git", "-C", str(ROOT), *arguments], check=True, capture_output=True).stdout
+
+
+def problems(faults: Iterable[Fault], revisions: dict[Side, str]) -> Iterator[str]:
+    """List the faults that do not fit their revision."""
+    for fault in faults:
+        for side, revision in revisions.items():
+            plant = fault.plant(side)
+            if plant is None:
+                yield f"{fault.name}: no text for the {side} revision yet"
+                continue
+            try:
+                plant.planted(git("show", f"{revision}:{plant.file}").decode())
+            except (StaleError, subprocess.CalledProcessError) as error:
+                yield f"{fault.name} ({side}): {error}"
+
+
+# ------------------------------------------------------------------ running the suite
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the suite."""
+
+    name: str
+    arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage gave."""
+
+    failed: tuple[str, ...]
+    """Tests that failed, or files that could not be imported."""
+    summary: str
+    """pytest's last line."""
+    seconds: float
+
+
+def stages(side: Side, nearest: tuple[str, ...]) -> list[Stage]:
+    """Divide the suite of a revision; the earlier one had no fast half, and its slow tests ran with the others."""
+    near = [Stage("nearest", (*nearest, *(() if side == "old" else ("-m", "not slow"))))] if nearest else []
+    if side == "old":
+        return [*near, Stage("all", ("tests",))]
+    return [*near, Stage("fast", ("tests", "-m", "not slow")), Stage("slow", ("tests", "-m", "slow"))]
+
+
+@contextmanager
+def copy_of(revision: str) -> Iterator[Path]:
+    """Unpack the committed files of a revision into a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="planted-") as name:
+        with tarfile.open(fileobj=io.BytesIO(git("archive", "--format=tar", revision))) as archive:
+            archive.extractall(name, filter="data")
+        yield Path(name)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Make the environment in which vispeft is what a copy holds, also for the processes that tests start."""
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return {**os.environ, **threads, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def run_stage(folder: Path, stage: Stage, *, workers: int, without: Iterable[str] = (), stop: bool = True) -> Outcome:
+    """Run a part of the suite.
+
+    Args:
+        folder: Copy of a revision.
+        stage: The part.
+        workers: Processes; 0 runs the tests in pytest's own.
+        without: Tests to leave out.
+        stop: Whether to stop at the first failure.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "-n", str(workers)]
+    command += ["--dist", "worksteal"] if workers else []
+    command += [*(["-x"] if stop else []), *(f"--deselect={test}" for test in without), *stage.arguments]
+    began = time.monotonic()
+    run = subprocess.run(
+        command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=STAGE_LIMIT
+    )
+    seconds = round(time.monotonic() - began, 1)
+    failed = tuple(re.findall(r"^(?:FAILED|ERROR) (\S+)", run.stdout, re.MULTILINE))
+    lines = run.stdout.strip().splitlines() or [""]
+    nothing_to_run = run.returncode == 5  # for example no slow test near the fault
+    if (run.returncode not in (0, 1, 2) and not nothing_to_run) or (run.returncode in (1, 2)) != bool(failed):
+        raise SystemExit(f"pytest ended with {run.returncode} and cannot be understood:\n{run.stdout}\n{run.stderr}")
+    return Outcome(failed, lines[-1], seconds)
+
+
+def check_import(folder: Path) -> None:
+    """Make sure that a copy is what gets tested."""
+    code = "import vispeft; print(vispeft.__file__)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment(folder), capture_output=True, text=True
+    )
+    if run.returncode == 0 and not Path(run.stdout.strip()).is_relative_to(folder):
+        raise SystemExit(f"vispeft is imported from {run.stdout.strip()}, and not from the copy in {folder}.")
+
+
+# ------------------------------------------------------------------ results
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One fault in one revision, or none for the control run."""
+
+    fault: Fault | None
+    side: Side
+
+    @property
+    def name(self) -> str:
+        """Name of its file."""
+        return f"{FOLDER}/{CONTROL if self.fault is None else self.fault.name}-{self.side}"
+
+    def result(self) -> dict[str, Any] | None:
+        """Read what it gave; None when it has not been run with the present text."""
+        path = common.RESULTS / f"{self.name}.json"
+        if not path.is_file():
+            return None
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found if found["plant"] == self.digest else None
+
+    @property
+    def digest(self) -> str | None:
+        """Digest of its text."""
+        plant = None if self.fault is None else self.fault.plant(self.side)
+        return None if plant is None else plant.digest
+
+
+def run_control(side: Side, revision: str, workers: int) -> None:
+    """Run the whole suite without a fault and note which tests fail."""
+    with copy_of(revision) as folder:
+        check_import(folder)
+        outcomes = {s.name: run_stage(folder, s, workers=workers, stop=False) for s in stages(side, ())}
+    _write(Trial(None, side), revision, outcomes, workers)
+
+
+def run_fault(trial: Trial, revision: str, workers: int) -> None:
+    """Plant a fault in a fresh copy and run the suite stage by stage until a test fails."""
+    assert trial.fault is not None
+    plant = trial.fault.plant(trial.side)
+    control = Trial(None, trial.side).result()
+    assert plant is not None
+    assert control is not None
+    outcomes = {}
+    with copy_of(revision) as folder:
+        target = folder / plant.file
+        target.write_text(plant.planted(target.read_text(encoding="utf-8")), encoding="utf-8")
+        check_import(folder)
+        for stage in stages(trial.side, trial.fault.nearest):
+            outcomes[stage.name] = run_stage(folder, stage, workers=workers, without=control["failed"])
+            if outcomes[stage.name].failed:
+                break
+    _write(trial, revision, outcomes, workers)
+
+
+def _write(trial: Trial, revision: str, outcomes: dict[str, Outcome], workers: int) -> None:
+    failed = [test for outcome in outcomes.values() for test in outcome.failed]
+    (common.RESULTS / FOLDER).mkdir(parents=True, exist_ok=True)
+    common.write(
+        trial.name,
+        {
+            "revision": revision,
+            "plant": trial.digest,
+            "workers": workers,
+            "found": bool(failed),
+            "failed": failed,
+            "stage": list(outcomes)[-1],
+            "seconds": round(sum(outcome.seconds for outcome in outcomes.values()), 1),
+            "stages": {name: asdict(outcome) for name, outcome in outcomes.items()},
+        },
+    )
+
+
+def table_lines(faults: list[Fault]) -> Iterator[str]:
+    """Yield the table of results; what has not been run is marked."""
+    yield "| part | fault | suite of the earlier revision | present suite |"
+    yield "|---|---|---|---|"
+    lost, missing, found = [], 0, dict.fromkeys(SIDES, 0)
+    for fault in faults:
+        results = {side: Trial(fault, side).result() for side in SIDES}
+        yield f"| {fault.part} | {fault.says} | {_cell(results['old'])} | {_cell(results['new'])} |"
+        missing += sum(result is None for result in results.values())
+        for side, result in results.items():
+            found[side] += bool(result and result["found"])
+        old, new = results["old"], results["new"]
+        lost += [fault.name] if old and new and old["found"] and not new["found"] else []
+    yield ""
+    yield (
+        f"Of {len(faults)} faults the earlier suite finds {found['old']} and the present one {found['new']}"
+        + (f"; {missing} of {2 * len(faults)} runs are missing." if missing else ".")
+        + (f" LOST: {', '.join(lost)}." if lost else "")
+    )
+
+
+def _cell(result: dict[str, Any] | None) -> str:
+    if result is None:
+        return "not yet run"
+    seconds = f"{result['seconds']:,.0f} s"
+    return f"`{result['failed'][0].split('::', 1)[-1]}`, {seconds}" if result["found"] else f"not found, {seconds}"
+
+
+# ------------------------------------------------------------------ command line
+
+
+def run_all(faults: list[Fault], revisions: dict[Side, str], arguments: argparse.Namespace) -> None:
+    """Run what has not been run, the control runs first, until the time is used up."""
+    began = time.monotonic()
+    trials = [Trial(fault, side) for fault in (None, *faults) for side in revisions]
+    for trial in trials:
+        if trial.result() is not None or (trial.fault is not None and trial.digest is None):
+            continue
+        if time.monotonic() - began >= 60 * arguments.minutes:
+            raise SystemExit("The time is used up; start again to go on.")
+        print(f"{trial.name} ...", flush=True)
+        try:
+            if trial.fault is None:
+                run_control(trial.side, revisions[trial.side], arguments.workers)
+            else:
+                run_fault(trial, revisions[trial.side], arguments.workers)
+        except StaleError as error:
+            print(f"{trial.name} is left out: {error}", flush=True)
+            continue
+        result = trial.result()
+        assert result is not None
+        tests = ", ".join(result["failed"][:3]) or "no failing test"
+        print(f"{trial.name}: {tests} ({result['stage']}, {result['seconds']:.0f} s)", flush=True)
+
+
+def main() -> None:
+    """Check, run, or print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only see whether the faults apply and compile")
+    parser.add_argument("--table", action="store_true", help="print the table and put it into docs/benchmarks.md")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these faults alone")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="these revisions alone")
+    parser.add_argument("--revision", default="HEAD", help="the present revision; only committed files count")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after these")
+    parser.add_argument("--workers", type=int, default=2, help="processes of pytest")
+    arguments = parser.parse_args()
+    faults = [fault for fault in read_faults() if arguments.only is None or fault.name in arguments.only]
+    if arguments.table:
+        lines = list(table_lines(faults))
+        print("\n".join(lines))
+        common.write_section("planted_faults", lines)
+        return
+    named: dict[Side, str] = {"old": EARLIER, "new": arguments.revision}
+    revisions = {side: git("rev-parse", f"{named[side]}^{{commit}}").decode().strip() for side in arguments.sides}
+    found = list(problems(faults, revisions))
+    print("\n".join(found or [f"{len(faults)} faults apply to {', '.join(revisions)}."]))
+    if arguments.check:
+        raise SystemExit(bool(found))
+    run_all(faults, revisions, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Adapter files: damage, interrupted saves, notes, base weights, and packed codes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import vispeft
+from tests.conformance.cells import Cell, move
+from vispeft.errors import (
+    ConfigError,
+    FileError,
+    UnknownNameError,
+)
+from vispeft.storage.codecs import pack_bits, unpack_bits
+
+VIT = Cell("ssf", "vit")
+
+
+@pytest.mark.parametrize("name", ["adapter.json", "adapter.safetensors", "head.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone", "empty"])
+def test_damaged_files_are_refused(saved: Path, name: str, damage: str) -> None:
+    path = saved / name
+    content = bytearray(path.read_bytes())
+    if damage == "gone":
+        path.unlink()
+    else:
+        middle = len(content) // 2
+        content[middle] ^= 1
+        path.write_bytes({"cut": content[:middle], "flip": content, "empty": b""}[damage])
+    model = VIT.model()
+    with pytest.raises(FileError, match=name):
+        vispeft.load(model, saved)
+    assert type(model) is VisionTransformer
+
+
+def test_files_of_a_later_schema_or_an_unknown_method_are_refused(saved: Path) -> None:
+    from vispeft.storage.files import _digest
+
+    for key, value, says in (("schema", 99, "Upgrade"), ("method", {"name": "ssg", "fields": {}}, "'ssf'")):
+        copy = saved.parent / key
+        shutil.copytree(saved, copy)
+        header = json.loads((copy / "adapter.json").read_text())
+        header[key], header["digest"] = value, ""
+        header["digest"] = _digest(header)
+        (copy / "adapter.json").write_text(json.dumps(header))
+        with pytest.raises(vispeft.VispeftError, match=says):
+            vispeft.load(VIT.model(), copy)
+
+
+def test_saving_over_an_adapter_keeps_it_when_it_fails(
+    saved: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(FileError, match="No space left"):
+        VIT.attach(model).save(saved)
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+def test_a_save_that_fails_half_way_is_rolled_back(
+    saved: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    bank = VIT.attach(model)
+    move(bank, "default", seed=12)
+    before, calls, replace = {p.name: p.read_bytes() for p in saved.iterdir()}, [], os.replace
+
+    def third_fails(source: str, target: str) -> None:
+        calls.append(target)
+        if len(calls) == 3:
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", third_fails)
+    with pytest.raises(FileError, match="Input/output"):
+        bank.save(saved)
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+def test_a_save_that_is_cut_off_leaves_the_earlier_adapter(saved: Path, tmp_path: Path) -> None:
+    wanted = vispeft.load(VIT.model(), saved).state_dict()
+    other = VIT.model()
+    bank = VIT.attach(other)
+    move(bank, "default", seed=12)
+    bank.save(tmp_path / "new")
+    (saved / "adapter.safetensors").rename(saved / ".adapter.safetensors.earlier")
+    shutil.copy(tmp_path / "new/adapter.safetensors", saved / "adapter.safetensors")
+    assert all(torch.equal(t, wanted[k]) for k, t in vispeft.load(VIT.model(), saved).state_dict().items())
+
+
+def test_several_adapters_and_notes_in_files(saved: Path, tmp_path: Path) -> None:
+    model = VIT.model()
+    bank = vispeft.load(model, saved)
+    bank.annotate(class_names=["a", "b"], metrics={"accuracy": 0.5})
+    bank.save(tmp_path / "birds")
+    vispeft.load(model, tmp_path / "birds")
+    assert bank.names == ["default", "birds"]
+    assert bank.notes("birds")["class_names"] == ["a", "b"]
+    bank.set_active("default")
+    assert bank.notes()["metrics"] == {"accuracy": 0.5}
+
+
+def test_notes_of_any_plain_kind_are_written_and_others_refused(model: nn.Module, tmp_path: Path) -> None:
+    bank = VIT.attach(model)
+    bank.annotate(metrics={"accuracy": torch.tensor(0.5), "per_class": dict.fromkeys(range(11), 0.1)})
+    bank.save(tmp_path)
+    assert vispeft.load(VIT.model(), tmp_path).notes()["metrics"]["per_class"]["10"] == 0.1
+    with pytest.raises(ConfigError, match="metrics"):
+        bank.annotate(metrics={"what": object()})
+
+
+def test_no_classifier_is_remembered(tmp_path: Path) -> None:
+    model = VIT.model(num_classes=0)
+    VIT.attach(model).save(tmp_path)
+    other = VIT.model(num_classes=7)
+    vispeft.load(other, tmp_path)
+    assert torch.equal(other(VIT.images()), model(VIT.images()))
+
+
+def test_load_base_takes_a_plain_state_dict(model: nn.Module) -> None:
+    plain = VIT.model(num_classes=5)
+    for parameter in plain.parameters():
+        parameter.data.mul_(1.1)
+    bank = VIT.attach(model)
+    bank.load_base(plain.state_dict())
+    with bank.disabled():
+        assert torch.equal(model(VIT.images()), plain(VIT.images()))
+    with pytest.raises(FileError, match="missing"):
+        bank.load_base({"cls_token": plain.cls_token})
+    with pytest.raises(UnknownNameError, match="pos_embed"):
+        bank.load_base({**plain.state_dict(), "pos_embd": plain.pos_embed})
+
+
+def test_weights_that_do_not_fit_are_refused(model: nn.Module) -> None:
+    bank = VIT.attach(model)
+    state = bank.state_dict()
+    key = "norm/ssf.scale"
+    with pytest.raises(FileError, match="shape"):
+        bank.load_state_dict({**state, key: torch.ones(3)})
+    with pytest.raises(FileError, match="finite"):
+        bank.load_state_dict({**state, key: state[key] * float("nan")})
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_packed_codes_come_back(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (5, 7), generator=torch.Generator().manual_seed(0))
+    packed = pack_bits(codes, bits)
+    assert packed.numel() == -(-35 * bits // 8)
+    assert torch.equal(unpack_bits(packed, bits, (5, 7)), codes)
+    with pytest.raises(FileError, match="bytes"):
+        unpack_bits(packed[:-1], bits, (5, 7))
+    with pytest.raises(ConfigError, match="fit"):
+        pack_bits(codes + 2**bits, bits)
+
+
+def test_packing_starts_with_the_lowest_bit() -> None:
+    assert pack_bits(torch.tensor([1, 0, 0, 0, 0, 0, 0, 0, 1]), 1).tolist() == [1, 1]
+    assert pack_bits(torch.tensor([3, 1]), 2).tolist() == [7]

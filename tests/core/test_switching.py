@@ -1,0 +1,124 @@
+"""Which adapter acts, and how the model trains and evaluates with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import vispeft
+from tests.conformance.cells import Cell, move
+from vispeft.errors import (
+    ConfigError,
+    SiteError,
+    UnknownNameError,
+)
+
+VIT = Cell("ssf", "vit")
+
+
+def test_bank_of_the_same_model_is_the_same(model: nn.Module) -> None:
+    bank = vispeft.attach(model, vispeft.SSF())
+    assert vispeft.attach(model, vispeft.LoRA(), name="second") is bank
+    assert bank.active == ["second"]
+    with pytest.raises(UnknownNameError, match="'second'"):
+        bank.set_active("secnd")
+    bank.set_active(["default", "second"])
+    with pytest.raises(ConfigError, match="Which adapter"):
+        bank.report()
+
+
+def test_disabled_nests_and_refuses_changes_inside(model: nn.Module) -> None:
+    wanted = model(VIT.images())
+    bank = VIT.attach(model)
+    with bank.disabled():
+        with bank.disabled():
+            pass
+        assert torch.allclose(model(VIT.images()), wanted)
+        with pytest.raises(ConfigError, match="disabled"):
+            bank.merge()
+        with pytest.raises(ConfigError, match="disabled"):
+            bank.set_active([])
+    assert not torch.allclose(model(VIT.images()), wanted)
+
+
+def test_a_refused_adapter_leaves_the_activation(model: nn.Module) -> None:
+    bank = VIT.attach(model, "one")
+    bank.set_active([])
+    with pytest.raises(SiteError):
+        vispeft.attach(model, vispeft.SSF(roles=("downsample.norm",)), name="two")
+    assert bank.active == []
+    vispeft.attach(model, vispeft.LoRA(), name="two")
+    bank.set_active([])
+    bank.detach("two")
+    assert bank.active == []
+
+
+def test_pooling_is_put_back(model: nn.Module) -> None:
+    wanted = model(VIT.images())
+    bank = VIT.attach(model)
+    model.reset_classifier(4, global_pool="avg")
+    bank.detach("default")
+    assert model.global_pool == "token"
+    assert torch.equal(model(VIT.images()), wanted)
+
+
+def test_a_closed_bank_says_so(model: nn.Module, saved: Path) -> None:
+    bank = VIT.attach(model)
+    bank.detach("default")
+    with pytest.raises(ConfigError, match="closed"):
+        bank.load(saved)
+    assert type(model) is VisionTransformer
+
+
+def test_stochastic_depth_is_switched_on_by_the_method_alone(model: nn.Module) -> None:
+    bank = vispeft.attach(model, vispeft.SSF(drop_path=0.4))
+    images = VIT.images(8)
+    model.eval()
+    assert torch.equal(model(images), model(images))
+    model.train()
+    assert not torch.equal(model(images), model(images))
+    host = model.blocks[1].drop_path1
+    assert [float(unit.rate) for unit in host.acting.depth] == pytest.approx([0.4])
+    bank.detach("default")
+    assert type(model.blocks[1].drop_path1) is nn.Identity
+
+
+def test_dropout_acts_in_training_only(model: nn.Module) -> None:
+    vispeft.attach(model, vispeft.LoRA(dropout=0.5))
+    bank = vispeft.AdapterBank.of(model)
+    assert bank is not None
+    move(bank, "default")
+    images = VIT.images()
+    assert torch.equal(model(images), model(images))
+    model.train()
+    assert not torch.equal(model(images), model(images))
+
+
+def test_a_zero_scale_has_the_right_gradient(model: nn.Module) -> None:
+    """The scale's gradient does not depend on the scale where the loss is linear in the unit's output."""
+    model = model.double()
+    bank = VIT.attach(model)
+    images = VIT.images().double()
+    scale = bank.named_tensors()["norm/ssf.scale"]
+    gradients = []
+    for value in (1.0, 0.0):
+        scale.data.fill_(value)
+        model.zero_grad()
+        model(images).sum().backward()
+        gradients.append(scale.grad.clone())
+    assert gradients[0].abs().max() > 0
+    assert torch.allclose(*gradients)
+
+
+def test_parameter_groups_decay_matrices_only(model: nn.Module) -> None:
+    bank = vispeft.attach(model, vispeft.Full())
+    groups = {group["name"]: group for group in bank.parameter_groups(1e-3, 0.05)}
+    assert groups["decay"]["weight_decay"] == 0.05
+    assert groups["no_decay"]["weight_decay"] == 0.0
+    exempt = {id(bank.named_tensors()[key]) for key in ("/full.cls_token", "/full.pos_embed", "norm/full.weight")}
+    assert exempt <= {id(p) for p in groups["no_decay"]["params"]}
+    assert all(p.ndim > 1 for p in groups["decay"]["params"])
