@@ -128,8 +128,8 @@ class LinearHost(_Foldable):
     def _behind(self, x: Tensor, out: Tensor) -> Tensor:
         """Apply the units that act behind the product."""
         acting = self.acting
-        for unit in acting.sequential:
-            out = gained(unit, out, unit.follow(x, out))
+        for following in acting.sequential:
+            out = gained(following, out, following.follow(x, out))
         for unit in acting.affine:
             out = affine_by(unit, out)
         return out
