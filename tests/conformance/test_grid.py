@@ -210,8 +210,10 @@ def test_two_adapters_switch_stack_and_go(cell: Cell) -> None:
     bank.set_active("one")
     assert torch.equal(model(images), nine)
     assert model.num_classes == 9
-    assert {id(p) for _, p in bank.trainable_parameters()} >= unit_names(bank, "one")
+    assert {id(p) for _, p in bank.trainable_parameters()} >= unit_names(bank, "one") | unit_names(bank, "two")
+    bank.freeze("two")
     assert not {id(p) for _, p in bank.trainable_parameters()} & unit_names(bank, "two")
+    bank.unfreeze("two")
     bank.set_active("two")
     assert torch.equal(model(images), two)
     if cell.method in EXCLUSIVE:
