@@ -92,6 +92,8 @@ class Site:
     """Order of the axes of what leaves."""
     rows: Rows | None = None
     """The rows of the fused layer, for a slice."""
+    kernel: tuple[int, int] = (1, 1)
+    """Height and width of the kernel of a convolution."""
     inside: bool = False
     """Whether the place is one of several inside the module at `path`, and needs its role to be told apart."""
     reads_weight: bool = False
@@ -110,6 +112,11 @@ class Site:
         """Name of the site in files: its path, with the slice's last name where it is one."""
         path = self.path if self.alias is None else self.alias
         return path if self.part is None else f"{path}:{self.part}"
+
+    @property
+    def columns(self) -> int:
+        """Columns of the layer's weight as a matrix: the inputs of one output."""
+        return self.in_features * self.kernel[0] * self.kernel[1]
 
     @property
     def part(self) -> str | None:

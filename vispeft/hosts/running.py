@@ -142,7 +142,7 @@ class RunningHost(ModelHost):
         self.check_size(images)
         acting = self.acting
         depth = self.block_ends()[-1] if depth is None else depth
-        every = [*acting.tokens, *acting.stream, *acting.queries, *acting.branch, *units]
+        every = [*acting.tokens, *acting.stream, *acting.queries, *units]
         if not acting.side:
             return self.backbone(images, every, taken, depth, **arguments)
         return self._beside(acting.side[0], images, every, taken, depth)
@@ -212,12 +212,12 @@ class RunningHost(ModelHost):
         return bool(units) or (self.checkpoints() and torch.is_grad_enabled())
 
     def streams_of(self, units: Sequence[Unit]) -> list[Stream]:
-        """List the streams of some units.
+        """List the streams of some units, and those that start inside blocks.
 
         Args:
             units: The units.
         """
-        return [stream for unit in units for stream in unit.streams()]
+        return [*(stream for unit in units for stream in unit.streams()), *self.acting.starting]
 
     def pass_block(
         self, block: Any, index: int, result: RunResult, streams: Sequence[Stream], **arguments: Any
@@ -272,8 +272,8 @@ class RunningHost(ModelHost):
 
     def answering(self) -> list[Stream]:
         """List the acting streams of which the classifier reads rows."""
-        acting = self.acting
-        return [stream for stream in self.streams_of([*acting.stream, *acting.queries]) if stream.shapes]
+        units = (*self.acting.stream, *self.acting.queries)
+        return [stream for unit in units for stream in unit.streams() if stream.shapes]
 
     @staticmethod
     def side_block(block: Any, rung: Rung) -> nn.Module:

@@ -263,9 +263,9 @@ class LoRA(FewBits, DropPath, Method):
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
         """Put one pair of factors at each site."""
         for site in self.sites(view):
-            if site.kind != "linear" or site.role == "head":
-                raise SiteError(f"LoRA acts on linear layers of the backbone; {site.role!r} is none.")
-            yield PlanItem(site, "lora", self._builder(site))
+            if site.kind not in ("linear", "conv") or site.role == "head":
+                raise SiteError(f"LoRA acts on linear layers and convolutions of the backbone; {site.role!r} is none.")
+            yield PlanItem(site, "lora", self._builder(dataclasses.replace(site, in_features=site.columns)))
 
     def _builder(self, site: Site) -> Callable[[], Unit]:
         factors = Factors(
@@ -287,6 +287,6 @@ class LoRA(FewBits, DropPath, Method):
         """Count ``rank * (in + out)`` per site, without ``rank * in`` where A is frozen; DoRA adds ``out``."""
         seen = 0 if self.freeze_a else 1
         return sum(
-            self.rank * (seen * site.in_features + site.out_features) + (site.out_features if self.dora else 0)
+            self.rank * (seen * site.columns + site.out_features) + (site.out_features if self.dora else 0)
             for site in self.sites(view)
         )
