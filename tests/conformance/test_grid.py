@@ -184,13 +184,13 @@ def test_merge_refuses_what_is_not_finite(cell: Cell) -> None:
         assert bank.merge().merged == ()  # a probe has nothing that could fail
         return
     value = tensors[0].flatten()[0].clone()
-    tensors[0].data.flatten()[0] = math.nan
+    tensors[0].view(-1)[0] = math.nan
     with pytest.raises(MergeError, match="finite"):
         bank.merge(partial=True)
     with pytest.raises(FileError, match="finite"):
         bank.save("nowhere")
     assert not Path("nowhere").exists()
-    tensors[0].data.flatten()[0] = value
+    tensors[0].view(-1)[0] = value
     assert torch.isfinite(model(images)).all()
 
 
