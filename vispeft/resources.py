@@ -14,9 +14,6 @@ from vispeft.errors import FileError, UnknownNameError
 
 __all__ = ["config_names", "find_config", "resource_folder"]
 
-ENDINGS = (".yaml", ".yml", ".json", ".py")
-"""Endings of a config given by its path."""
-
 _FOR_OTHERS = ("method", "_base_")
 """Folders of ``configs`` that hold parts of configs and nothing that can be run."""
 
@@ -71,15 +68,14 @@ def find_config(given: str | Path) -> Path:
         given: A path, or a name such as ``classification/digits_ssf``.
 
     Returns:
-        The file. A path with the ending of a config is handed back even if nothing is there: its reader has more to
-        say about it.
+        The file. A path with an ending is handed back even if nothing is there: its reader has more to say about it.
 
     Raises:
         UnknownNameError: If it is neither.
         FileError: If a name was given and the installation lacks the packaged configs.
     """
     path = Path(given)
-    if path.suffix in ENDINGS or path.is_file():
+    if path.suffix or path.is_file():
         return path
     known = _configs()
     if str(given) not in known:

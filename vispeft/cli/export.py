@@ -1,4 +1,4 @@
-"""``tools/export.py``: write a finished run as a `torch.export` program or an ONNX file."""
+"""``vispeft export``: write a finished run as a `torch.export` program or an ONNX file."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ __all__ = ["Exported", "InputSize", "export_run", "main"]
 ENDINGS = {"onnx": ".onnx", "export": ".pt2"}
 """Endings of file names by format."""
 EXAMPLE = """examples:
-  python tools/export.py runs/digits_ssf/1 --out digits.onnx
-  python tools/export.py runs/digits_ssf/1 --format export --out digits.pt2
-  python tools/export.py runs/digits_ssf/1 --out digits.onnx --batch 8
+  vispeft export runs/digits_ssf/1 --out digits.onnx
+  vispeft export runs/digits_ssf/1 --format export --out digits.pt2
+  vispeft export runs/digits_ssf/1 --out digits.onnx --batch 8
 
 Merges the adapter where its method allows, writes the model, runs the file and compares it with the run. The input is a
 batch of normalised images (B, 3, H, W) in float32, the output are the scores. Mean, standard deviation, size and class
@@ -111,7 +111,7 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: Arguments without the program's name.
     """
-    parser = make_parser("tools/export.py", "Write a finished run for deployment, and check what was written.", EXAMPLE)
+    parser = make_parser("export", "Write a finished run for deployment, and check what was written.", EXAMPLE)
     parser.add_argument("run", metavar="RUN", help="run directory")
     parser.add_argument("--format", choices=tuple(ENDINGS), default="onnx", help="onnx (default) or torch.export")
     parser.add_argument("--out", metavar="FILE", required=True, help="the file, ending in .onnx or .pt2")

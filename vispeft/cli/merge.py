@@ -1,4 +1,4 @@
-"""``tools/merge.py``: write a finished run as a plain timm model."""
+"""``vispeft merge``: write a finished run as a plain timm model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vispeft.tasks.base import AdapterTask
 __all__ = ["main", "merge_run"]
 
 EXAMPLE = """example:
-  python tools/merge.py runs/digits_ssf/1 --out digits.safetensors
+  vispeft merge runs/digits_ssf/1 --out digits.safetensors
 
 Writes digits.safetensors, a plain timm state dict, and digits.json, which says how to make the model:
   model = timm.create_model(info["architecture"], **info["args"])
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: Arguments without the program's name.
     """
-    parser = make_parser("tools/merge.py", "Write a finished run as a plain timm model.", EXAMPLE)
+    parser = make_parser("merge", "Write a finished run as a plain timm model.", EXAMPLE)
     parser.add_argument("run", metavar="RUN", help="run directory")
     parser.add_argument("--out", metavar="FILE", required=True, help="the state dict's file, ending in .safetensors")
     given = parser.parse_args(list(argv))

@@ -1,4 +1,4 @@
-"""``tools/predict.py``: predict a folder of images with a finished run."""
+"""``vispeft predict``: predict a folder of images with a finished run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vispeft.tasks.predictions import Prediction, Predictor
 __all__ = ["main", "predict"]
 
 EXAMPLE = """example:
-  python tools/predict.py runs/digits_ssf/1 my_images --out predictions
+  vispeft predict runs/digits_ssf/1 my_images --out predictions
 
 Writes predictions/predictions.csv with the path of each image and the prediction of the run's task: class and
 probability (at the temperature that was fitted on validation), labels and the probability of each, or numbers in their
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: Arguments without the program's name.
     """
-    parser = make_parser("tools/predict.py", "Predict images with a finished run.", EXAMPLE)
+    parser = make_parser("predict", "Predict images with a finished run.", EXAMPLE)
     parser.add_argument("run", metavar="RUN", help="run directory")
     parser.add_argument("images", metavar="IMAGES", help="folder of images, or one image")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for the table and the pictures")

@@ -148,7 +148,7 @@ class VQT(Method):
     leaves at the queries stands, without a last norm, beside the backbone's own feature. Maps inside the model stay as
     they are: the method gives vectors.
 
-    With ``keep`` below 1 the classifier sees a share of these features. ``tools/select_features.py`` chooses them by a
+    With ``keep`` below 1 the classifier sees a share of these features. ``vispeft select-features`` chooses them by a
     classifier that was trained with ``head_sparsity``, and lists the four steps.
 
     On Swin and SwinV2 (form of this project) queries ask every window, without position bias and mask, and what leaves
