@@ -3,7 +3,7 @@
     python benchmarks/cache_features.py [EPOCHS]
 
 Trains the linear probe of configs/classification/digits_linear_probe.yaml with several learning rates by
-tools/train.py's own function, once on the images and once with cache_features, into an empty cache that all rates
+the function behind `vispeft train`, once on the images and once with cache_features, into an empty cache that all rates
 share. A run is everything from the config to its run directory, the first kept one with the computation of the
 outputs. Ratios are of processor seconds, which other work on the machine does not change. Writes
 results/cache_features.json.

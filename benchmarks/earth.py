@@ -35,7 +35,7 @@ from torch import Tensor  # noqa: E402
 import assets  # noqa: E402
 from common import write_section  # noqa: E402
 from vispeft.cli.common import versions  # noqa: E402
-from vispeft.cli.config import build_method, method_node  # noqa: E402
+from vispeft.building.methods import build_method, method_node  # noqa: E402
 from vispeft.data import EarthData, MaskAugmentation  # noqa: E402
 from vispeft.metrics import SegmentationScores  # noqa: E402
 from vispeft.tasks import Segmentation  # noqa: E402

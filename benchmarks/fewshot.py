@@ -35,8 +35,8 @@ from common import write_section  # noqa: E402
 from pretrain_data import Folders, read_fashion  # noqa: E402
 
 import vispeft  # noqa: E402
+from vispeft.building.methods import build_method, method_node  # noqa: E402
 from vispeft.cli.common import versions  # noqa: E402
-from vispeft.cli.config import build_method, method_node  # noqa: E402
 from vispeft.data.base import EpochSampler  # noqa: E402
 from vispeft.data.preprocessing import Preprocessing  # noqa: E402
 from vispeft.tasks.schedules import warmup_cosine  # noqa: E402

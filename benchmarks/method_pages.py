@@ -27,7 +27,7 @@ import vispeft  # noqa: E402, I001 - before timm
 import timm  # noqa: E402
 import torch  # noqa: E402
 from common import RESULTS, saved_bytes, write  # noqa: E402
-from vispeft.cli.config import method_node, method_presets  # noqa: E402
+from vispeft.building.methods import method_node, method_presets  # noqa: E402
 from vispeft.errors import MergeError, VispeftError  # noqa: E402
 
 PAGES = ROOT / "docs" / "methods"
@@ -146,7 +146,7 @@ def page(
     if rest.strip():
         yield from ("", " ".join(rest.split("\n\n", 1)[0].split()) if "\n\n" not in rest.strip() else rest.strip())
     yield from ("", f"Paper: <{cls.paper}>" if cls.paper else "No paper of its own: a baseline of many.", "")
-    yield from ("```bash", f"python tools/train.py configs/classification/digits.yaml --method {name}", "```", "")
+    yield from ("```bash", f"vispeft train classification/digits --method {name}", "```", "")
     yield from ("## Counts", "", "Trainable parameters with the default fields, without the classifier.", "")
     formula = inspect.cleandoc(cls.parameter_count.__doc__ or "").splitlines()[0]
     yield from (formula, "", "| backbone | by formula | built | acts at |", "|---|--:|--:|---|")
@@ -258,7 +258,7 @@ def index(counted: dict[str, dict[str, Counts]], facts: dict[str, Any]) -> Itera
         "Every method is attached in one line (`vispeft.attach(model, vispeft.method(name))`) and trained by its name:",
         "",
         "```bash",
-        "python tools/train.py configs/classification/digits.yaml --method adaptformer",
+        "vispeft train classification/digits --method adaptformer",
         "```",
         "",
         "Trainable parameters with the default fields, without the classifier; activations kept for the backward pass "

@@ -32,9 +32,9 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from vispeft._compat import ensure_torchvision  # noqa: E402
+from vispeft._compat import install_hook  # noqa: E402
 
-ensure_torchvision()
+install_hook()
 
 import timm  # noqa: E402
 import torchvision  # noqa: E402

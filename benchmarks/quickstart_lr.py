@@ -19,9 +19,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from vispeft._compat import ensure_torchvision  # noqa: E402
+from vispeft._compat import install_hook  # noqa: E402
 
-ensure_torchvision()
+install_hook()
 
 import torch  # noqa: E402
 from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402

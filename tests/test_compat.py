@@ -14,14 +14,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = ROOT / "vispeft" / "_compat.py"
 
-# The module is loaded by its path: importing the package would run it, and import torchvision, first.
+# The module is loaded by its path, so that nothing else of the package has a part in what happens.
 PRELUDE = f"""
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("compat", {str(MODULE)!r})
 compat = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(compat)
-import torch
 def declared():
+    import torch
     return [n for n in ("nms", "qnms") if hasattr(torch.ops.torchvision, n)]
 """
 
@@ -35,10 +35,10 @@ def run(code: str, *path: Path) -> str:
 
 
 def fake_torchvision(folder: Path, library: Path | bytes | None) -> Path:
-    """Make a package named torchvision whose compiled library is a given file; importing it fails."""
+    """Make a package named torchvision whose compiled library is a given file."""
     package = folder / "torchvision"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text("raise AssertionError('torchvision must not be imported')\n")
+    (package / "__init__.py").write_text("import torch\nnms_at_import = hasattr(torch.ops.torchvision, 'nms')\n")
     target = package / ("_C" + sysconfig.get_config_var("EXT_SUFFIX"))
     if isinstance(library, Path):
         shutil.copy(library, target)
@@ -55,12 +55,25 @@ def working_library() -> Path:
     return Path(spec.origin)
 
 
+def test_the_hook_alone_imports_and_declares_nothing() -> None:
+    """Not even asking where torchvision is counts as its import."""
+    out = run("""
+compat.install_hook(); compat.install_hook()
+importlib.util.find_spec("torchvision")
+print("torch" in sys.modules, "torchvision" in sys.modules, len(sys.meta_path), declared())
+print(sum(type(finder).__module__ == "compat" for finder in sys.meta_path))
+""")
+    assert out.startswith("False False ")
+    assert out.endswith("[]\n1\n")
+
+
 def test_torchvision_and_timm_import_afterwards() -> None:
     """Whatever build of torchvision is installed: it imports, transforms images, and carries timm."""
     out = run("""
-compat.ensure_torchvision()
-import gc; gc.collect()
+compat.install_hook()
 import torchvision
+import gc; gc.collect()
+import torch
 from torchvision.transforms import v2
 import timm
 print(v2.Resize(8)(torch.zeros(3, 16, 16)).shape[-1], declared(), len(timm.list_models("vit_tiny*")) > 0)
@@ -70,11 +83,23 @@ print(v2.Resize(8)(torch.zeros(3, 16, 16)).shape[-1], declared(), len(timm.list_
     assert "True" in out
 
 
+def test_the_module_looks_as_without_the_hook() -> None:
+    """Whoever asks torchvision for its loader or its source gets the ordinary answers."""
+    out = run("""
+compat.install_hook()
+import torchvision, inspect, pkgutil
+print(type(torchvision.__loader__).__name__, type(torchvision.__spec__.loader).__name__)
+print(len(inspect.getsource(torchvision)) > 0, len(pkgutil.get_data("torchvision", "__init__.py")) > 0)
+""")
+    assert out == "SourceFileLoader SourceFileLoader\nTrue True\n"
+
+
 def test_missing_operator_explains_itself() -> None:
     """An operator that was only declared says so when it is called; a real one works."""
     out = run("""
-made = compat.ensure_torchvision()
-import torchvision
+compat.install_hook()
+import torch, torchvision
+made = bool(compat._declared)
 boxes, scores = torch.tensor([[0., 0., 1., 1.]]), torch.tensor([1.])
 try:
     print("works" if torchvision.ops.nms(boxes, scores, 0.5).tolist() == [0] and not made else "wrong")
@@ -84,18 +109,23 @@ except RuntimeError as error:
     assert out.strip() in ("works", "explained")
 
 
-def test_nothing_happens_where_the_library_loads(tmp_path: Path) -> None:
-    """A library that loads is left alone: nothing is declared, torchvision is not imported."""
+def test_nothing_is_declared_where_the_library_loads(tmp_path: Path) -> None:
+    """A library that loads is left alone."""
     folder = fake_torchvision(tmp_path, working_library())
-    assert run("print(compat.ensure_torchvision(), declared())", folder).split(maxsplit=1) == ["False", "[]\n"]
+    out = run("compat.install_hook()\nimport torchvision; print(torchvision.nms_at_import, declared())", folder)
+    assert out == "False []\n"
 
 
 @pytest.mark.parametrize("library", [None, b"not a library"], ids=["absent", "broken"])
 def test_declares_where_the_library_does_not_load(tmp_path: Path, library: bytes | None) -> None:
-    """Without a library that loads both operators are declared, once, and torchvision is not imported."""
+    """Without a library that loads both operators are there before torchvision's own code runs, and only once."""
     folder = fake_torchvision(tmp_path, library)
-    code = "print(compat.ensure_torchvision(), compat.ensure_torchvision(), declared(), len(compat._declared))"
-    assert run(code, folder) == "True False ['nms', 'qnms'] 1\n"
+    code = """
+compat.install_hook()
+import torchvision
+print(torchvision.nms_at_import, declared(), compat.ensure_operators(torchvision.__path__[0]), len(compat._declared))
+"""
+    assert run(code, folder) == "True ['nms', 'qnms'] False 1\n"
 
 
 def test_an_operator_that_exists_is_not_declared_again(tmp_path: Path) -> None:
@@ -103,35 +133,39 @@ def test_an_operator_that_exists_is_not_declared_again(tmp_path: Path) -> None:
     folder = fake_torchvision(tmp_path, None)
     out = run(
         """
+import torch
 other = torch.library.Library("torchvision", "DEF")
 other.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-print(compat.ensure_torchvision(), declared())
+compat.install_hook()
+import torchvision
+print(len(compat._declared), declared())
 """,
         folder,
     )
-    assert out == "True ['nms', 'qnms']\n"
+    assert out == "1 ['nms', 'qnms']\n"
 
 
 def test_nothing_happens_when_torchvision_is_imported_already(tmp_path: Path) -> None:
     """An imported torchvision has found its operators, whichever way."""
     folder = fake_torchvision(tmp_path, None)
-    out = run(
-        'sys.modules["torchvision"] = type(sys)("torchvision"); print(compat.ensure_torchvision(), declared())', folder
-    )
-    assert out == "False []\n"
+    assert run("import torchvision; compat.install_hook(); import torchvision; print(declared())", folder) == "[]\n"
 
 
-def test_nothing_happens_without_torchvision() -> None:
-    """A missing torchvision is reported by whoever needs it, not here."""
+def test_a_missing_torchvision_is_reported_as_ever() -> None:
+    """By whoever needs it."""
     out = run("""
 class Hidden:
     def find_spec(self, name, path=None, target=None):
         if name == "torchvision":
-            raise ModuleNotFoundError(name)
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Hidden())
-print(compat.ensure_torchvision(), declared())
+compat.install_hook()
+try:
+    import torchvision
+except ModuleNotFoundError as error:
+    print(error.name, declared())
 """)
-    assert out == "False []\n"
+    assert out == "torchvision []\n"
 
 
 def test_import_of_torchvision_that_failed_before_is_repaired() -> None:
@@ -140,16 +174,8 @@ def test_import_of_torchvision_that_failed_before_is_repaired() -> None:
 try:
     import torchvision
 except RuntimeError:
-    compat.ensure_torchvision()
+    pass
+compat.install_hook()
 import torchvision, timm
 assert declared()
 """)
-
-
-def test_package_import_makes_timm_importable() -> None:
-    """Importing vispeft first is all a user has to do."""
-    done = subprocess.run(
-        [sys.executable, "-c", "import vispeft, timm, torchvision"],
-        capture_output=True, text=True, timeout=120, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr

@@ -1,7 +1,4 @@
-"""Write a finished run as a plain timm model.
-
-python tools/merge.py runs/digits_ssf/1 --out digits.safetensors
-"""
+"""Write a finished run as a plain timm model. The same as `vispeft merge`."""
 
 import os
 import sys
@@ -9,8 +6,7 @@ import sys
 # The script's own folder comes off the path: it holds an inspect.py, which is also the name of a standard module.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from vispeft.cli.common import run_tool  # noqa: E402
-from vispeft.cli.merge import main  # noqa: E402
+from vispeft.cli.main import run_command  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    sys.exit(run_command("merge"))

@@ -1,7 +1,4 @@
-"""Classify images with a finished run.
-
-python tools/predict.py runs/digits_ssf/1 my_images --out predictions
-"""
+"""Predict images with a finished run. The same as `vispeft predict`."""
 
 import os
 import sys
@@ -9,8 +6,7 @@ import sys
 # The script's own folder comes off the path: it holds an inspect.py, which is also the name of a standard module.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from vispeft.cli.common import run_tool  # noqa: E402
-from vispeft.cli.predict import main  # noqa: E402
+from vispeft.cli.main import run_command  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    sys.exit(run_command("predict"))

@@ -1,31 +1,84 @@
-"""vispeft: parameter-efficient adaptation of frozen timm backbones."""
+"""vispeft: parameter-efficient adaptation of frozen timm backbones.
 
-from vispeft._compat import ensure_torchvision
+Importing it costs next to nothing: names and subpackages are imported, and torch with them, when they are first used.
+It changes one thing, how torchvision is imported from then on (`vispeft._compat`).
+"""
 
-ensure_torchvision()  # before anything imports torchvision, as timm does
+from __future__ import annotations
 
-from vispeft import methods  # noqa: E402
-from vispeft.adapters.attach import attach, load  # noqa: E402
-from vispeft.adapters.bank import AdapterBank  # noqa: E402
-from vispeft.backbones.create import create_model  # noqa: E402
-from vispeft.core.method import Method, list_methods, method, register, register_lazy  # noqa: E402
-from vispeft.core.plan import Plan, plan  # noqa: E402
-from vispeft.errors import VispeftError  # noqa: E402
+import importlib
+import pkgutil
+from importlib.machinery import PathFinder
+from typing import TYPE_CHECKING, Any
 
-register_lazy("peft", "vispeft.interop.peft")
-globals().update({name: getattr(methods, name) for name in methods.CONFIGURATIONS})
+from vispeft._compat import install_hook
+from vispeft.core.providers import provide, provide_extra
 
-__all__ = [  # noqa: PLE0604  (the methods register themselves)
-    "AdapterBank",
-    "Method",
-    "Plan",
-    "VispeftError",
-    "attach",
-    "create_model",
-    "list_methods",
-    "load",
-    "method",
-    "plan",
-    "register",
-    *methods.CONFIGURATIONS,
-]
+if TYPE_CHECKING:
+    from vispeft.adapters.attach import attach as attach
+    from vispeft.adapters.attach import load as load
+    from vispeft.adapters.bank import AdapterBank as AdapterBank
+    from vispeft.backbones.create import create_model as create_model
+    from vispeft.core.method import Method as Method
+    from vispeft.core.method import list_methods as list_methods
+    from vispeft.core.method import method as method
+    from vispeft.core.method import register as register
+    from vispeft.core.plan import Plan as Plan
+    from vispeft.core.plan import plan as plan
+    from vispeft.errors import VispeftError as VispeftError
+    from vispeft.methods import *  # noqa: F403
+
+install_hook()
+provide("families", "vispeft.backbones")
+provide("methods", "vispeft.methods")
+provide_extra("peft", "vispeft.interop.peft")
+
+_HOMES = {
+    "AdapterBank": "vispeft.adapters.bank",
+    "Method": "vispeft.core.method",
+    "Plan": "vispeft.core.plan",
+    "VispeftError": "vispeft.errors",
+    "attach": "vispeft.adapters.attach",
+    "create_model": "vispeft.backbones.create",
+    "list_methods": "vispeft.core.method",
+    "load": "vispeft.adapters.attach",
+    "method": "vispeft.core.method",
+    "plan": "vispeft.core.plan",
+    "register": "vispeft.core.method",
+}
+"""Where the public names are, but for the classes of methods, which `vispeft.methods` finds by itself."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        return sorted([*_HOMES, *_configurations()])
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    elif name in _modules():
+        value = importlib.import_module(f"{__name__}.{name}")
+    elif name in _configurations():
+        value = getattr(importlib.import_module("vispeft.methods"), name)
+    else:
+        from vispeft.errors import near_names
+
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}. {near_names(name, __dir__())}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    without_extra = {"mmseg"} if PathFinder.find_spec("mmseg") is None else set()
+    special = {name for name in globals() if name.startswith("__")}
+    return sorted((special | set(__getattr__("__all__")) | _modules()) - without_extra)
+
+
+def _configurations() -> list[str]:
+    return list(importlib.import_module("vispeft.methods").CONFIGURATIONS)
+
+
+def _modules() -> set[str]:
+    """List the modules and subpackages by their names in the package."""
+    names = (module.name for module in pkgutil.iter_modules(__path__))  # noqa: F405
+    return {name for name in names if not name.startswith("_")}

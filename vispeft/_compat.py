@@ -5,21 +5,26 @@ PyPI's torchvision wheel is linked against CUDA. Beside a CPU-only torch its com
 package registers shape functions for operators that only the compiled library declares. Declaring the schemas of
 those operators is enough for everything that needs no compiled operator: transforms, data sets and models. The
 operators themselves stay unavailable, and torchvision says so when one of them is called.
+
+An import hook does it, when torchvision is imported and at no other time. Until then neither torch nor torchvision is
+touched, and a torchvision that was imported before, or that works, is left alone.
 """
 
 from __future__ import annotations
 
 import importlib.machinery
-import importlib.util
-import logging
 import os
 import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, cast
 
-import torch
+if TYPE_CHECKING:
+    from importlib.abc import Loader  # at run time it costs more than this module
 
-__all__ = ["ensure_torchvision"]
+    import torch
 
-logger = logging.getLogger(__name__)
+__all__ = ["ensure_operators", "install_hook"]
 
 # The operators for which torchvision registers a shape function without asking whether its library was loaded
 # (torchvision 0.26 to 0.28, `_meta_registrations.py`).
@@ -32,19 +37,77 @@ _SCHEMAS = {
 _declared: list[torch.library.Library] = []
 
 
-def ensure_torchvision() -> bool:
+def install_hook() -> None:
+    """Have `ensure_operators` run whenever torchvision is imported from now on; calling it again is harmless."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder:
+    """Finds torchvision where the other finders do, and prepares its import."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Hand out what another finder knows of torchvision, with a loader that goes first; of nothing else."""
+        if fullname != "torchvision":
+            return None
+        for finder in sys.meta_path:
+            find = getattr(finder, "find_spec", None)
+            if isinstance(finder, _Finder) or find is None:
+                continue
+            spec = find(fullname, path, target)
+            if spec is not None:
+                # Without a loader or a folder it is no ordinary package, and none of our business.
+                if spec.loader is not None and spec.submodule_search_locations:
+                    # By duck typing: the base class of loaders would be imported by every process.
+                    spec.loader = cast("Loader", _Loader(spec.loader, next(iter(spec.submodule_search_locations))))
+                return spec
+        return None
+
+
+class _Loader:
+    """Declares missing operators, then leaves the import to the loader it stands in for."""
+
+    def __init__(self, own: Loader, folder: str) -> None:
+        """Keep what the import needs.
+
+        Args:
+            own: The loader that was found.
+            folder: The folder of the torchvision package.
+        """
+        self._own = own
+        self._folder = folder
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        """Leave it to the loader that was found."""
+        return self._own.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Prepare and run the import; the module then looks as if this loader had never been there."""
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._own
+        module.__loader__ = self._own
+        ensure_operators(self._folder)
+        self._own.exec_module(module)
+
+
+def ensure_operators(folder: str) -> bool:
     """Declare the operators torchvision expects, where its own compiled library cannot do it.
 
-    Does nothing when torchvision is already imported, is not installed, or works: nothing is then declared and
-    nothing is changed. Meant to be called before anything imports torchvision; calling it again is harmless.
+    Does nothing where that library loads, or where the operators exist already.
+
+    Args:
+        folder: The folder of the torchvision package.
 
     Returns:
         Whether anything was declared by this call.
     """
-    if "torchvision" in sys.modules:
-        return False
-    folder = _torchvision_folder()
-    if folder is None or _compiled_library_loads(folder):
+    import logging
+
+    import torch  # torchvision is about to do it, so this costs nothing
+
+    if _compiled_library_loads(folder):
         return False
     missing = [schema for name, schema in _SCHEMAS.items() if not hasattr(torch.ops.torchvision, name)]
     if not missing:
@@ -54,23 +117,8 @@ def ensure_torchvision() -> bool:
     for schema in missing:
         library.define(schema)
     _declared.append(library)
-    logger.debug("torchvision's compiled library does not load beside torch %s; operators declared", torch.__version__)
+    logging.getLogger(__name__).debug("torchvision's library does not load beside torch %s", torch.__version__)
     return True
-
-
-def _torchvision_folder() -> str | None:
-    """Find the folder of the torchvision that an import would take, without importing it.
-
-    Returns:
-        The folder, or None when torchvision is not installed as an ordinary package.
-    """
-    try:
-        spec = importlib.util.find_spec("torchvision")
-    except (ImportError, ValueError):
-        return None
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    return next(iter(spec.submodule_search_locations))
 
 
 def _compiled_library_loads(folder: str) -> bool:
@@ -85,12 +133,14 @@ def _compiled_library_loads(folder: str) -> bool:
     Returns:
         Whether the library was found and loaded.
     """
+    import torch
+
     loader = (importlib.machinery.ExtensionFileLoader, importlib.machinery.EXTENSION_SUFFIXES)
     spec = importlib.machinery.FileFinder(folder, loader).find_spec("_C")
     if spec is None or spec.origin is None:
         return False
     try:
-        if os.name == "nt":
+        if sys.platform == "win32":
             os.add_dll_directory(folder)
         torch.ops.load_library(spec.origin)
     except (ImportError, OSError):

@@ -99,3 +99,19 @@ def near_names(asked: str, known: Iterable[str], at_most: int = 12) -> str:
         return "There are none here."
     more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
     return f"Known: {', '.join(names[:at_most])}{more}."
+
+
+def brief(error: BaseException | None, at_most: int = 400) -> str:
+    """Shorten the text of another package's error so that it fits into a message.
+
+    Args:
+        error: The error.
+        at_most: Longest text, in characters.
+
+    Returns:
+        The text on one line, ending in a full stop; the error's class where it has no text.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    if len(text) > at_most:
+        text = text[:at_most].rsplit(" ", 1)[0] + " ..."
+    return text if text.endswith(".") else text + "."

@@ -1,4 +1,4 @@
-# python tools/train.py configs/mmseg/ade20k_swin_segformer.py
+# vispeft train mmseg/ade20k_swin_segformer
 # reaches: not measured yet
 _base_ = ["_base_/segformer.py", "_base_/ade20k.py", "_base_/runtime.py"]
 model = dict(

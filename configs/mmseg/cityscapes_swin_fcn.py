@@ -1,4 +1,4 @@
-# python tools/train.py configs/mmseg/cityscapes_swin_fcn.py
+# vispeft train mmseg/cityscapes_swin_fcn
 # reaches: not measured yet
 _base_ = ["_base_/fcn.py", "_base_/cityscapes.py", "_base_/runtime.py"]
 model = dict(

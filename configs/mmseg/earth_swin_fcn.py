@@ -1,4 +1,4 @@
-# python tools/train.py configs/mmseg/earth_swin_fcn.py
+# vispeft train mmseg/earth_swin_fcn
 # reaches: not measured yet
 _base_ = ["_base_/fcn.py", "_base_/earth.py", "_base_/runtime.py"]
 model = dict(

@@ -1,4 +1,4 @@
-# python tools/train.py configs/mmseg/earth_swin_segformer.py
+# vispeft train mmseg/earth_swin_segformer
 # reaches a mean IoU of 0.489 on the validation images (benchmarks/results/config_figures.json)
 _base_ = ["_base_/segformer.py", "_base_/earth.py", "_base_/runtime.py"]
 model = dict(

@@ -1,4 +1,4 @@
-# python tools/train.py configs/mmseg/earth_swin_uper.py
+# vispeft train mmseg/earth_swin_uper
 # reaches: not measured yet
 _base_ = ["_base_/uper.py", "_base_/earth.py", "_base_/runtime.py"]
 model = dict(

@@ -1,4 +1,4 @@
-# python tools/train.py configs/mmseg/earth_vit_fcn.py
+# vispeft train mmseg/earth_vit_fcn
 # reaches: not measured yet
 _base_ = ["_base_/fcn.py", "_base_/earth_small.py", "_base_/runtime.py"]
 model = dict(

@@ -1,4 +1,4 @@
-# python tools/train.py configs/mmseg/earth_vit_segformer.py
+# vispeft train mmseg/earth_vit_segformer
 # reaches a mean IoU of 0.397 on the validation images (benchmarks/results/config_figures.json)
 _base_ = ["_base_/segformer.py", "_base_/earth_small.py", "_base_/runtime.py"]
 model = dict(

@@ -109,7 +109,7 @@ def test_help_has_an_example(capsys):
     with pytest.raises(SystemExit) as left:
         doctor.main(["--help"])
     assert left.value.code == 0
-    assert "python tools/doctor.py my_photos" in capsys.readouterr().out
+    assert "vispeft doctor my_photos" in capsys.readouterr().out
 
 
 def test_masks_are_checked_and_published_sets_recognised(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@ import statistics
 
 import pytest
 
-from vispeft.cli import folds as folds_tool
+from vispeft.cli import train as train_tool
 from vispeft.cli.config import ConfigCLI
 
 SHORT = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--model.method=linear_probe")
@@ -11,17 +11,17 @@ SHORT = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--model.m
 
 def test_every_fold_is_tested_once_and_finished_ones_are_skipped(config, run_cli, tmp_path, monkeypatch):
     out = tmp_path / "cv"
-    train, trained = folds_tool.train, []
+    train, trained = train_tool.train, []
 
     def stopped(config, overrides, **settings):
         if len(trained) == 1:
             raise KeyboardInterrupt
         trained.append(train(config, overrides, **settings))
 
-    monkeypatch.setattr(folds_tool, "train", stopped)
+    monkeypatch.setattr(train_tool, "train", stopped)
     with pytest.raises(KeyboardInterrupt):
         run_cli("train", config, *SHORT, "--folds", "2", "--out", out)
-    monkeypatch.setattr(folds_tool, "train", train)
+    monkeypatch.setattr(train_tool, "train", train)
     assert [path.name for path in trained] == ["fold-0"]
     first = (out / "fold-0/metrics.json").stat().st_mtime_ns
     result = run_cli("train", config, *SHORT, "--folds", "2", "--out", out)

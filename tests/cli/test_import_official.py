@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import vispeft
 from tests.tiny import TINY as NARROW
-from vispeft.backbones.create import zoo_folder
 from vispeft.cli import import_official as tool
 from vispeft.cli.common import run_tool
 from vispeft.interop import load_binary, to_official
 from vispeft.storage.quantize import codebook
+from vispeft.zoo import zoo_folder
 
 MODEL = "zoo:mini"
 TINY = {**NARROW, "embed_dim": 64}  # in a narrower one, every file fits both kinds of classifier

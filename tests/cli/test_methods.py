@@ -9,7 +9,9 @@ from lightning.pytorch import Trainer
 import vispeft
 from tests.cli.test_train import ROOT
 from tests.tiny import TINY
-from vispeft.cli.config import build_data, build_method, build_task, method_node, method_presets, read_config
+from vispeft.building.config_files import read_config
+from vispeft.building.methods import build_method, method_node, method_presets
+from vispeft.cli.config import build_data, build_task
 
 DIGITS = ROOT / "configs/classification/digits.yaml"
 METHODS = [n for n in vispeft.list_methods() if type(vispeft.method(n)).__module__.startswith("vispeft.methods.")]

@@ -46,7 +46,7 @@ def test_only_selected_features_reach_the_classifier():
 def test_the_four_steps(run_cli, config, tmp_path):
     first, second, last, chosen = (tmp_path / name for name in ("first", "second", "last", "chosen"))
     train(run_cli, config, first)
-    said = train(run_cli, config, second, "--init", first, "--model.head_sparsity", "1e-4")
+    said = train(run_cli, config, second, "--init", first, "--model.method.head_sparsity", "1e-4")
     assert "the classifier is a fresh one, because head_sparsity" in said
     result = run_cli("select_features", first, second, "--keep", "0.7", "--out", chosen)
     assert result.status == 0, result.err

@@ -13,9 +13,10 @@ from tests.data.published import Painter
 from tests.tiny import CONFIG
 from vispeft.cli import train as train_tool
 from vispeft.cli.config import ConfigCLI
-from vispeft.cli.start import find_adapter, start_from
+from vispeft.cli.start import start_from
 from vispeft.storage.files import read_adapter
 from vispeft.tasks import Classification
+from vispeft.zoo.adapters import find_adapter
 
 METHOD = "{class_path: LoRA, init_args: {rank: 2, dropout: 0.2}}"
 SETTINGS = ("--model.method", METHOD, "--model.ema=0.9", "--checkpoints.every_n_steps=2", "--data.test=0.75")

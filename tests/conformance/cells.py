@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 import vispeft
 from vispeft.adapters.bank import AdapterBank
-from vispeft.adapters.verify import unit_tensors
 
 LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
@@ -288,7 +287,7 @@ def move(bank: AdapterBank, name: str, seed: int = 3) -> None:
 
 def unit_names(bank: AdapterBank, name: str = "default") -> set[int]:
     """Collect the identities of an adapter's unit tensors."""
-    return {id(entry.tensor) for entry in unit_tensors(bank._adapters[name].units)}
+    return {id(entry.tensor) for entry in bank._entries[name].tensors()}
 
 
 SECOND_FORMS = {

@@ -86,7 +86,7 @@ def test_identity_at_start(cell: Cell) -> None:
     model, images = cell.model(), cell.images()
     wanted = model(images)
     bank = cell.attach(model, moved=False)
-    promised = all(unit.identity_at_start for unit in bank._adapters["default"].units.values())
+    promised = all(unit.identity_at_start for unit in bank._entries["default"].units.values())
     difference = (model(images) - wanted).abs().max()
     # Relative to the largest output: a fresh Eva has logits of the order of 1e-4. What promises nothing may yet start
     # close by, such as a matrix of a few bits that stands near zero.
@@ -184,13 +184,13 @@ def test_merge_refuses_what_is_not_finite(cell: Cell) -> None:
         assert bank.merge().merged == ()  # a probe has nothing that could fail
         return
     value = tensors[0].flatten()[0].clone()
-    tensors[0].data.flatten()[0] = math.nan
+    tensors[0].view(-1)[0] = math.nan
     with pytest.raises(MergeError, match="finite"):
         bank.merge(partial=True)
     with pytest.raises(FileError, match="finite"):
         bank.save("nowhere")
     assert not Path("nowhere").exists()
-    tensors[0].data.flatten()[0] = value
+    tensors[0].view(-1)[0] = value
     assert torch.isfinite(model(images)).all()
 
 
@@ -210,8 +210,10 @@ def test_two_adapters_switch_stack_and_go(cell: Cell) -> None:
     bank.set_active("one")
     assert torch.equal(model(images), nine)
     assert model.num_classes == 9
-    assert {id(p) for _, p in bank.trainable_parameters()} >= unit_names(bank, "one")
+    assert {id(p) for _, p in bank.trainable_parameters()} >= unit_names(bank, "one") | unit_names(bank, "two")
+    bank.freeze("two")
     assert not {id(p) for _, p in bank.trainable_parameters()} & unit_names(bank, "two")
+    bank.unfreeze("two")
     bank.set_active("two")
     assert torch.equal(model(images), two)
     if cell.method in EXCLUSIVE:

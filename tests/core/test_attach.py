@@ -41,7 +41,7 @@ def test_published_counts() -> None:
         (lambda: vispeft.method("lora", rnk=2), UnknownNameError, "'rank'"),
         (lambda: vispeft.LoRA(rank=0), ConfigError, "at least 1"),
         (lambda: vispeft.LoRA(rank=2.5), ConfigError, "at least 1"),
-        (lambda: vispeft.VPT(num_tokens=1.5), ConfigError, "at least one"),
+        (lambda: vispeft.VPT(num_tokens=1.5), ConfigError, "at least 1"),
         (lambda: vispeft.LoRA(dropout=1.0), ConfigError, "dropout"),
         (lambda: vispeft.LoRA(alpha=float("nan")), ConfigError, "alpha"),
         (lambda: vispeft.SSF(start="zero"), ConfigError, "identity"),
@@ -192,12 +192,14 @@ def test_verify_puts_everything_back(model: nn.Module) -> None:
 def test_a_half_precision_base_keeps_its_classifier_wide() -> None:
     model = VIT.model().bfloat16()
     bank = VIT.attach(model)
-    assert model.head.weight.dtype == torch.float32
+    head = bank.head()
+    assert head is not None
+    assert head.weight.dtype == torch.float32
     optimiser = torch.optim.AdamW(bank.parameter_groups(1e-5, 0.0))
-    before = model.head.weight.detach().clone()
+    before = head.weight.detach().clone()
     model(VIT.images().bfloat16()).sum().backward()
     optimiser.step()
-    assert (model.head.weight != before).float().mean() > 0.9
+    assert (head.weight != before).float().mean() > 0.9
     wide = model.head
     bank.merge()
     assert type(model.head) is nn.Linear

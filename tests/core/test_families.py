@@ -10,8 +10,10 @@ from torch import nn
 
 import vispeft
 from tests.conformance.cells import METHODS, REFUSED, Cell, move
+from vispeft.core.units import StreamRule
 from vispeft.errors import BackboneError, SiteError
 from vispeft.hosts.attention import AttentionHost
+from vispeft.hosts.streams import Streams
 
 COUNTS = {
     ("swin_base_patch4_window7_224", vispeft.SSF()): 267_264,
@@ -281,9 +283,10 @@ def test_reading_without_keys_and_values_is_exact(backbone: str, monkeypatch: py
     model, images = cell.model().double(), cell.images().double()
     cell.attach(model)
     attention = next(m for m in model.modules() if isinstance(m, AttentionHost))
-    assert attention._folds(torch.zeros(1, 2, attention.qkv.in_features), {})
+    rule, rows = StreamRule(seen=False, reads=True), torch.zeros(1, 2, attention.qkv.in_features)
+    assert attention.reads_alone(Streams(rows, {"queries": rows}, {"queries": rule}), {})
     folded = model(images)
-    monkeypatch.setattr(AttentionHost, "_folds", lambda *_: False)
+    monkeypatch.setattr(AttentionHost, "reads_alone", lambda *_: False)
     assert torch.allclose(model(images), folded, rtol=1e-10, atol=1e-12)
 
 
@@ -305,7 +308,7 @@ def test_own_attention_equals_timms(backbone: str, monkeypatch: pytest.MonkeyPat
     model, images = cell.model().double(), cell.images().double()
     wanted = model.forward_intermediates(images, intermediates_only=True)
     cell.attach(model)
-    monkeypatch.setattr(AttentionHost, "_folds", lambda *_: False)
+    monkeypatch.setattr(AttentionHost, "reads_alone", lambda *_: False)
     found = model.forward_intermediates(images, intermediates_only=True)
     assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(found, wanted, strict=True))
 

@@ -13,6 +13,7 @@ from torch import nn
 import vispeft
 from tests.conformance.cells import move
 from vispeft.errors import ConfigError
+from vispeft.storage.files import read_adapter
 from vispeft.storage.quantize import LowBit, codebook, quantize
 
 CONFIGURATIONS = {
@@ -133,6 +134,18 @@ def test_a_low_bit_classifier_has_another_class_count_and_merges(tmp_path: Path)
     assert torch.allclose(again(images), wanted, atol=1e-5)
     bank.unmerge()
     assert torch.equal(again(images), wanted)
+
+
+def test_the_tensors_of_a_file_start_another_adapter(tmp_path: Path) -> None:
+    images, method, model = torch.randn(2, 3, 16, 16), vispeft.LoRA(rank=4, alpha=40, bits=2, head_bits=1), vit()
+    bank = vispeft.attach(model, method)
+    move(bank, "default")
+    bank.save(tmp_path)
+    _, units, head = read_adapter(tmp_path)
+    assert {key: t.shape for key, t in {**units, **head}.items()} == {k: t.shape for k, t in bank.state_dict().items()}
+    again = vit()
+    vispeft.attach(again, method).load_state_dict({**units, **head})
+    assert torch.isfinite(again(images)).all()
 
 
 @pytest.mark.parametrize("bits", [0, 3, 16, True])

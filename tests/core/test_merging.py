@@ -46,7 +46,7 @@ def test_merged_models_refuse_to_be_changed(model: nn.Module, tmp_path: Path) ->
     bank.save(tmp_path)
     loaded = vispeft.load(VIT.model(), tmp_path)
     assert all(torch.equal(v, wanted[k]) for k, v in loaded.state_dict().items())
-    assert loaded._adapters["default"].merge_error is not None
+    assert loaded._entries["default"].merge_error is not None
 
 
 def test_every_adapter_of_a_merged_model_can_be_saved(model: nn.Module, tmp_path: Path) -> None:

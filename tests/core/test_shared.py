@@ -17,11 +17,11 @@ from torch import nn
 
 import vispeft
 from tests.conformance.cells import Cell, move
+from vispeft.core.low_rank import Dropout
 from vispeft.core.method import Method, PlanItem
 from vispeft.core.sites import View
 from vispeft.core.units import DeltaUnit
 from vispeft.errors import ConfigError, SiteError
-from vispeft.hosts.functional import Dropout
 
 VIT, SWIN = "vit_base_patch16_224", "swin_base_patch4_window7_224"
 PHM_ADAPTER = vispeft.Compacter(phm_dim=12, rank=None, shared_rule=False)
@@ -76,7 +76,7 @@ def test_every_layer_reads_the_one_set() -> None:
     cell = Cell("fact", "vit")
     model, images = cell.model(), cell.images()
     bank = cell.attach(model)
-    lenders = {id(unit.lender) for key, unit in bank._adapters["default"].units.items() if key.endswith("/fact")}
+    lenders = {id(unit.lender) for key, unit in bank._entries["default"].units.items() if key.endswith("/fact")}
     assert len(lenders) == 1
     before = [m.detach().clone() for m in model.forward_intermediates(images, intermediates_only=True)]
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_the_term_is_the_product_of_its_factors(variant: str, backbone: str) -> 
     bank = vispeft.attach(model, vispeft.FacT(rank=3, variant=variant, scale=1.5))
     move(bank, "default")
     for item in bank.plan():
-        unit = bank._adapters["default"].units[item.key].eval()
+        unit = bank._entries["default"].units[item.key].eval()
         if isinstance(unit, DeltaUnit):
             (plain,), (dropping,) = unit.branches(), unit.train().branches()
             assert (plain.a.shape[0], plain.dropout.share) == (3, 0)

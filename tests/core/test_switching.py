@@ -81,7 +81,8 @@ def test_stochastic_depth_is_switched_on_by_the_method_alone(model: nn.Module) -
     assert torch.equal(model(images), model(images))
     model.train()
     assert not torch.equal(model(images), model(images))
-    assert model.blocks[1].drop_path1.drop_prob == pytest.approx(0.4)
+    host = model.blocks[1].drop_path1
+    assert [float(unit.rate) for unit in host.acting.depth] == pytest.approx([0.4])
     bank.detach("default")
     assert type(model.blocks[1].drop_path1) is nn.Identity
 

@@ -13,11 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from vispeft.cli.main import COMMANDS
+from vispeft.resources import config_names
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     p for p in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))] if p.is_file()
 ]
 NO_RUN = "<!-- no-run -->"
+FOLDERS = {name.partition("/")[0] for name in config_names()}
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,16 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_commands_exist(page: Path) -> None:
-    """Every ``make`` target, script and config that a command or a `code` word names is there."""
+    """Every ``make`` target, command, script and config that a command or a `code` word names is there."""
     text = page.read_text(encoding="utf-8")
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    for target in re.findall(r"(?:^|`)make ([a-z]+)\b", text, re.MULTILINE):
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for target in re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE):
         assert target in targets, f"{page_id(page)} names `make {target}`"
     for path in re.findall(r"\b(?:tools|benchmarks|configs)/[\w/.-]+\.(?:py|yaml|json|sh)\b", text):
         assert (ROOT / path).is_file(), f"{page_id(page)} names {path}"
+    shown = "\n".join(block.text for block in blocks(page) if block.language == "bash")
+    lines = re.findall(r"^vispeft .*", shown, re.MULTILINE) + re.findall(r"^ {4}(vispeft .*)", text, re.MULTILINE)
+    for command, *arguments in (line.split()[1:] for line in lines + re.findall(r"`(vispeft [^`]+)`", text)):
+        assert command in COMMANDS or command.startswith("-"), f"{page_id(page)} names `vispeft {command}`"
+        configs = [name for name in arguments if name.partition("/")[0] in FOLDERS]
+        assert set(configs) <= set(config_names()), f"{page_id(page)} names {configs}"

@@ -32,7 +32,7 @@ SHALLOW = {"swin": {"depths": (1, 1, 1, 1)}, "vit": {"depth": 4}}
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
 def test_shipped_configs_fit_together(path):
     config = Config.fromfile(path)
-    assert path.read_text().startswith(f"# python tools/train.py configs/mmseg/{path.name}\n")
+    assert path.read_text().startswith(f"# vispeft train mmseg/{path.stem}\n")
     data, family, _ = path.stem.split("_")
     found = SETS[data]
     assert config.train_dataloader.dataset.type == found.__name__

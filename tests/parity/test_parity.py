@@ -78,9 +78,9 @@ def compare(model: nn.Module, tensors: dict[str, Tensor], group: str, dtype: tor
     images, precision = tensors["input.images"].to(dtype), PRECISIONS[dtype]
     features = model.forward_head(model.forward_features(images), pre_logits=True)
     found = {"features": features, "logits": model(images)}
-    if model.reader() is not None:
+    for queries in model.answering():
         tokens = model.forward_features(images)
-        found["query_outputs"] = torch.stack(taken_apart(tokens, model.reader(), model.num_prefix_tokens)[1])
+        found["query_outputs"] = torch.stack(taken_apart(tokens, queries, model.num_prefix_tokens)[1])
     wanted = {key: t for key, t in below(tensors, group).items() if key in found}
     for key, value in wanted.items():
         assert_close(f"{group}{key}", found[key], value, precision)

@@ -5,11 +5,13 @@
 import random
 import resource
 import shutil
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
 
@@ -17,7 +19,7 @@ import vispeft
 from tests.tiny import TINY
 from vispeft.data import DigitsData
 from vispeft.errors import BaseMismatchError, ConfigError, DataError, FileError, TrainingError
-from vispeft.tasks import Classification, warmup_cosine
+from vispeft.tasks import Classification
 from vispeft.tasks.checkpoints import (
     Cadence,
     RunCheckpoints,
@@ -64,11 +66,56 @@ class Restless(Classification):
         self.log("train/seen", self.seen, on_step=True, on_epoch=True)
         return loss * (1 + 0.1 * random.random()) * (1 + 0.1 * np.random.rand()) + self.margin**2 - self.margin
 
-    def configure_optimizers(self):
-        groups = [*self.bank.parameter_groups(self.lr, self.weight_decay), {"params": [self.margin], "lr": 0.1}]
-        optimizer = torch.optim.AdamW(groups)
-        schedule = warmup_cosine(optimizer, self.trainer.estimated_stepping_batches, self.warmup)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def further_groups(self):
+        return [{"params": [self.margin], "lr": 0.1, "weight_decay": 0.0, "name": "margin"}]
+
+
+class Scheduled(Callback):
+    """Stops the gradients of the first block in every second step of the training, and counts steps by itself."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state_dict):
+        self.steps = state_dict["steps"]
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self._switch(pl_module, self.steps % 2 == 0)
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.steps += 1
+        self._switch(pl_module, True)
+
+    def _switch(self, task, on):
+        for name, tensor in task.bank.named_tensors().items():
+            if name.startswith("blocks.0"):
+                tensor.requires_grad_(on)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooked(vispeft.LoRA):
+    """LoRA with a schedule, a start from the data, a further loss and changed gradients."""
+
+    name: ClassVar[str] = "hooked_lora"
+
+    def callbacks(self):
+        return [Scheduled()]
+
+    def start_from(self, bank, name, loader):
+        mean = sum(images.mean() for images, _ in loader)
+        for tensor in bank.named_tensors(name).values():
+            tensor.data += 0.01 * mean
+
+    def loss_term(self, bank, name, step):
+        return 0.1 * step.output.square().mean() * (1 + torch.rand(()))
+
+    def change_gradients(self, bank, name):
+        for tensor in bank.named_tensors(name).values():
+            if tensor.grad is not None:
+                tensor.grad *= 1 + 0.1 * random.random()
 
 
 def make(cls=Restless, **settings):
@@ -130,6 +177,8 @@ def check_equal(folder, other):
 MODES = {
     "epochs": {},
     "average": {"task": {"ema": 0.9}},
+    "momentum": {"task": {"optimizer": {"class_path": "SGD", "init_args": {"momentum": 0.9, "nesterov": True}}}},
+    "hooks of a method": {"task": {"method": Hooked(rank=2, dropout=0.2), "ema": 0.9}},
     "steps": {"max_steps": 13, "max_epochs": -1},
     "several validations": {"val_check_interval": 2},
     "summed gradients": {"accumulate_grad_batches": 2},
@@ -243,7 +292,7 @@ def test_other_data_another_backbone_or_method_are_refused(stopped, tmp_path):
         fit(tmp_path / "run", make(), data=relabelled)
     with pytest.raises(FileError, match="trained tensors"):
         fit(tmp_path / "run", make(method=vispeft.SSF()))
-    with pytest.raises(FileError, match="no average of the weights"):
+    with pytest.raises(FileError, match="no EMA of the weights"):
         fit(tmp_path / "run", make(ema=0.5))
     task = make()
     with torch.no_grad():

@@ -1,19 +1,22 @@
-"""Heads: each adapter owns its classifier; the active one stands where timm expects it."""
+"""Heads: each adapter owns its classifier; the one of the route answers at timm's place."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from vispeft.core.method import Method
+from vispeft.core.route import Routing
+from vispeft.core.sites import View
+from vispeft.hosts.base import Host, HostState, ensure_host, put_back, take_off
+from vispeft.hosts.head import HeadHost
+from vispeft.hosts.model import HEADS
 from vispeft.storage.quantize import LowBit
 
-__all__ = ["BASE_HEAD", "HeadRack", "LowBitHead", "WideHead"]
-
-BASE_HEAD = "(base)"
-"""Name under which the model's original classifier waits; no adapter can be called so."""
+__all__ = ["HeadRack", "LowBitHead", "WideHead", "own_head"]
 
 
 class WideHead(nn.Linear):
@@ -46,126 +49,185 @@ class LowBitHead(LowBit, nn.Linear):
         return nn.functional.linear(input.to(weight.dtype), weight)
 
 
-class HeadRack:
-    """Keeps the classifiers of all adapters and puts one of them into place.
+def own_head(method: Method, view: View, model: nn.Module, seed: int, classes: int | None = None) -> nn.Module | None:
+    """Make the classifier of a method that wants one of a few bits, or of another width than the model's.
 
-    The others wait in the model's ``adapter_heads``, so that they move with it. After a call of timm's
-    ``reset_classifier`` whatever stands in place belongs to the adapter that is placed.
+    Args:
+        method: The method.
+        view: The model's description.
+        model: The timm model.
+        seed: Seed of its start values.
+        classes: Number of classes; None for that of the base's classifier.
+
+    Returns:
+        The classifier; None where the method takes timm's.
+    """
+    bits, width = method.low_bit_head(), method.head_width(view)
+    if view.head_path is None:
+        return None
+    classes = classes or getattr(model.get_submodule(view.head_path), "out_features", 0)
+    if (bits == 32 and width is None) or not classes:
+        return None
+    reference = next(model.parameters())
+    width = width or cast(int, model.num_features)
+    head: nn.Linear
+    if bits == 32:
+        full = reference.dtype in (torch.float32, torch.float64)
+        head = (nn.Linear if full else WideHead)(width, classes)
+        with torch.no_grad():
+            method.start_head(head, torch.Generator().manual_seed(seed))
+    else:
+        head = LowBitHead(width, classes, bits)
+    head = head.to(reference.device)
+    return head.double() if reference.dtype == torch.float64 else head
+
+
+class HeadRack:
+    """The classifiers of all adapters, in the model's ``adapter_heads``, and the base's at timm's place.
+
+    The base's classifier is a host: it lets the classifier of the route answer.
     """
 
-    def __init__(self, model: nn.Module, path: str | None) -> None:
+    def __init__(self, model: nn.Module, path: str | None, routing: Routing) -> None:
         """Take stock of a bare model.
 
         Args:
             model: The timm model.
             path: Path of its classifier; None where there is none.
+            routing: The route of the model.
         """
-        self.model = model
-        self.path = path
-        self.placed = BASE_HEAD
-        self.waiting = nn.ModuleDict()
-        self.num_classes = getattr(model, "num_classes", None)
-        self.wide: nn.Module | None = None
+        self.model, self.path, self.routing = model, path, routing
+        self.own = nn.ModuleDict()
+        self.hidden: tuple[nn.Module, HostState] | None = None
+        """The base's classifier, while the model is merged."""
         self.pooling = self._pooling()
         if path is not None:
-            self.show()
+            model.add_module(HEADS, self.own)
+            ensure_host(self._at_place(), HeadHost, routing=routing)
 
-    def show(self) -> None:
-        """Hang the waiting heads into the model, where device moves and state dicts see them."""
-        if self.path is not None:
-            self.model.adapter_heads = self.waiting
-            if self.wide is not None:
-                self._stand(self.wide)
-                self.wide = None
+    @property
+    def base(self) -> nn.Module | None:
+        """The base's own classifier; None where the model has no place for one."""
+        return None if self.path is None else self._at_place() if self.hidden is None else self.hidden[0]
 
-    def hide(self) -> None:
-        """Leave a plain model with the head that is in place, for as long as it is merged."""
-        if self.path is None:
-            return
-        del self.model.adapter_heads
-        head = self.model.get_submodule(self.path)
-        if isinstance(head, WideHead | LowBitHead):
-            self.wide = head
-            plain = nn.Linear(head.in_features, head.out_features, head.bias is not None)
-            plain.load_state_dict(head.state_dict())
-            if isinstance(head, LowBitHead):
-                plain.weight.data = head.matrix("weight").detach().clone()
-            self._stand(plain.to(next(self.model.parameters())).train(head.training))
-
-    def add(self, name: str, head: nn.Module | None = None) -> None:
-        """Give an adapter a head: its own, or a copy of the base's.
+    def get(self, name: str) -> nn.Module | None:
+        """Look up an adapter's classifier.
 
         Args:
             name: The adapter.
-            head: The head; None copies the base's.
+
+        Returns:
+            The classifier; None where it has none.
+        """
+        return dict(self.own.items()).get(name)
+
+    def put(self, name: str, head: nn.Module | None = None) -> None:
+        """Give an adapter a classifier: its own, or a copy of the base's.
+
+        Args:
+            name: The adapter.
+            head: The classifier; None copies the base's.
         """
         if self.path is None:
             return
-        module = head if head is not None else copy.deepcopy(self.get(BASE_HEAD))
-        assert module is not None
+        module = self._copy_of_base() if head is None else head
         if type(module) is nn.Linear and module.weight.dtype in (torch.bfloat16, torch.float16):
             module.__class__ = WideHead
             module.float()
-        if name == self.placed:
-            self._stand(module)
-        else:
-            self.waiting[name] = module
-
-    def get(self, name: str) -> nn.Module | None:
-        """Look up an adapter's head.
-
-        Args:
-            name: The adapter, or `BASE_HEAD`.
-
-        Returns:
-            The head; None where the model has no place for one.
-        """
-        if self.path is None:
-            return None
-        if name == self.placed:
-            return self.wide or self.model.get_submodule(self.path)
-        return self.waiting[name]
-
-    def place(self, name: str) -> None:
-        """Put a head where timm expects the classifier.
-
-        Args:
-            name: The adapter, or `BASE_HEAD`.
-        """
-        if self.path is None or name == self.placed:
-            return
-        waiting = self.waiting.pop(name)
-        self.waiting[self.placed] = self.model.get_submodule(self.path)
-        self._stand(waiting)
-        self.placed = name
+        self.own[name] = module
 
     def drop(self, name: str) -> None:
-        """Forget an adapter's head, which must not be in place."""
-        if self.path is not None:
-            del self.waiting[name]
+        """Forget an adapter's classifier, if it has one."""
+        if name in self.own:
+            del self.own[name]
 
-    def close(self) -> None:
-        """Put the base's head and pooling back and leave nothing behind."""
+    def put_base(self, head: nn.Module) -> None:
+        """Put a classifier at timm's place, as the base's own.
+
+        Args:
+            head: The classifier.
+        """
+        self._stand(head)
+        ensure_host(head, HeadHost, routing=self.routing)
+
+    def restore_base(self, head: nn.Module) -> None:
+        """Put the base's classifier back to timm's place.
+
+        Args:
+            head: The classifier, a host already.
+        """
+        self._stand(head)
+
+    def hide(self, head: nn.Module | None) -> None:
+        """Leave a plain model with one classifier, for as long as it is merged.
+
+        Args:
+            head: The classifier that answers; None for the base's.
+        """
         if self.path is None:
             return
-        self.place(BASE_HEAD)
-        del self.model.adapter_heads
+        delattr(self.model, HEADS)
+        base = self._at_place()
+        self.hidden = (base, take_off(cast(Host, base)))
+        if head is not None:
+            self._stand(_plain(head, next(self.model.parameters())))
+            self._count(head)
+
+    def show(self) -> None:
+        """Undo `hide`."""
+        if self.path is None or self.hidden is None:
+            return
+        base, state = self.hidden
+        self.hidden = None
+        self._stand(base)
+        self._count(base)
+        put_back(state)
+        self.model.add_module(HEADS, self.own)
+
+    def close(self) -> None:
+        """Put the base's classifier and pooling back and leave nothing behind."""
+        if self.path is None:
+            return
+        take_off(cast(Host, self._at_place()))
+        delattr(self.model, HEADS)
         for owner, name, value in self.pooling:
             setattr(owner, name, value)
-        if self.num_classes is not None:
-            self.model.num_classes = self.num_classes
 
     def _pooling(self) -> list[tuple[nn.Module, str, Any]]:
-        """Note what timm's ``reset_classifier(..., global_pool=...)`` changes besides the classifier."""
-        places = [(self.model, "global_pool"), (self.model, "attn_pool")]
+        """Note the values that timm's ``reset_classifier`` changes besides the classifier."""
+        places = [(self.model, "global_pool"), (self.model, "attn_pool"), (self.model, "num_classes")]
         if self.path is not None and "." in self.path:
             places.append((self.model.get_submodule(self.path.rpartition(".")[0]), "global_pool"))
         return [(owner, name, getattr(owner, name)) for owner, name in places if hasattr(owner, name)]
+
+    def _copy_of_base(self) -> nn.Module:
+        base = self._at_place()
+        state = take_off(cast(Host, base))  # a copy of a host would copy the route and all it refers to
+        try:
+            return copy.deepcopy(base)
+        finally:
+            put_back(state)
+
+    def _count(self, head: nn.Module) -> None:
+        if "num_classes" in self.model.__dict__ and isinstance(head, nn.Linear | nn.Identity):
+            self.model.__dict__["num_classes"] = getattr(head, "out_features", 0)
+
+    def _at_place(self) -> nn.Module:
+        assert self.path is not None
+        return self.model.get_submodule(self.path)
 
     def _stand(self, module: nn.Module) -> None:
         assert self.path is not None
         parent, _, leaf = self.path.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, module)
-        if self.num_classes is not None and isinstance(module, nn.Linear | nn.Identity):
-            model: Any = self.model
-            model.num_classes = module.out_features if isinstance(module, nn.Linear) else 0
+
+
+def _plain(head: nn.Module, like: Tensor) -> nn.Module:
+    """Make the plain layer of timm's kind that does the same as an adapter's classifier."""
+    if not isinstance(head, WideHead | LowBitHead):
+        return head
+    plain = nn.Linear(head.in_features, head.out_features, head.bias is not None)
+    plain.load_state_dict(head.state_dict())
+    if isinstance(head, LowBitHead):
+        plain.weight.data = head.matrix("weight").detach().clone()
+    return plain.to(like).train(head.training)

@@ -8,15 +8,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from vispeft.adapters.verify import probe_images
 from vispeft.core.families import base_class
 from vispeft.core.sites import Site, View
-from vispeft.core.units import Unit
 from vispeft.errors import MergeError
 from vispeft.hosts.base import Host, HostState, put_back, take_off
+from vispeft.hosts.head import HeadHost
 from vispeft.hosts.layers import ReadLinearHost, ShiftlessNormHost
 from vispeft.hosts.model import ModelHost
 
-__all__ = ["MergeReport", "Merged", "apply_merge", "difference", "plan_merge", "undo_merge"]
+__all__ = ["MergeReport", "Merged", "merge_model", "undo_merge"]
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference of outputs after a merge, over the largest output. Merging is exact algebra carried out in double
@@ -44,8 +45,6 @@ class Merged:
     """A merge that can be undone."""
 
     report: MergeReport
-    names: tuple[str, ...]
-    """The adapters that were active."""
     hosts: list[HostState] = field(default_factory=list)
     originals: list[tuple[dict[str, Any], str, Tensor | None]] = field(default_factory=list)
     replaced: dict[str, Tensor | None] = field(default_factory=dict)
@@ -59,6 +58,42 @@ class Merged:
 
 Plain = dict[str, Tensor | None]
 """New tensors by state-dict name, in double precision; None for those that must go."""
+
+
+def merge_model(model: nn.Module, view: View, partial: bool) -> Merged:
+    """Write the acting units into plain layers, and compare outputs before and after.
+
+    Args:
+        model: The adapted model.
+        view: Its description.
+        partial: Whether layers without a plain form may stay adapted.
+
+    Returns:
+        The merge, which can be undone.
+
+    Raises:
+        MergeError: If a layer has no plain form and `partial` is not set, a merged tensor is not finite, or the outputs
+            differ beyond rounding; nothing is changed then.
+    """
+    probe = probe_images(model, view)
+    tensors, stays = plan_merge(model, view, partial)
+    before = outputs(model, probe)
+    if not all(torch.isfinite(tensor).all() for tensor in before):
+        raise MergeError("The adapted model's outputs are not finite, so nothing was merged; look at its tensors.")
+    merged = Merged(MergeReport((), (), (), {}, 0.0))
+    apply_merge(model, tensors, stays, merged)
+    error = difference(outputs(model, probe), before)
+    if not error <= TOLERANCE[probe.dtype]:
+        undo_merge(merged)
+        raise MergeError(
+            f"After merging, outputs differ by {error:.1e} of the largest one; {TOLERANCE[probe.dtype]:.0e} is "
+            f"rounding in {probe.dtype}. Nothing was changed. Merge in float32 or better."
+        )
+    changed = tuple(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
+    created = tuple(name for name, old in merged.replaced.items() if old is None)
+    removed = tuple(name for name in merged.replaced if tensors[name] is None)
+    merged.report = MergeReport(changed, created, removed, stays, error)
+    return merged
 
 
 def plan_merge(model: nn.Module, view: View, partial: bool) -> tuple[Plain, dict[str, str]]:
@@ -114,11 +149,11 @@ def plan_merge(model: nn.Module, view: View, partial: bool) -> tuple[Plain, dict
 
 def _lending(hosts: list[tuple[str, Host]], stays: dict[str, str]) -> dict[str, str]:
     """Find the layers that hold tensors which layers that stay adapted use, with this reason."""
-    lenders = {id(unit.lender) for path, host in hosts if path in stays for unit in host.units(Unit)}
+    lenders = {id(unit.lender) for path, host in hosts if path in stays for unit in host.acting.units()}
     return {
         path: "layers that stay adapted use its tensors"
         for path, host in hosts
-        if path not in stays and any(id(unit) in lenders for unit in host.units(Unit))
+        if path not in stays and any(id(unit) in lenders for unit in host.acting.units())
     }
 
 
@@ -178,8 +213,8 @@ def apply_merge(model: nn.Module, tensors: Plain, stays: dict[str, str], merged:
         store[name] = new
         merged.written.append((store, name, *_trace(new)))
     for path, module in list(model.named_modules()):
-        keeps_model = isinstance(module, ModelHost) and bool(stays)
-        if isinstance(module, Host) and path not in stays and not keeps_model:
+        stays_host = path in stays or isinstance(module, HeadHost) or (isinstance(module, ModelHost) and bool(stays))
+        if isinstance(module, Host) and not stays_host:
             merged.hosts.append(take_off(module))
 
 

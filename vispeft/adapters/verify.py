@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,11 +12,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from vispeft.adapters.entry import UnitTensor
+from vispeft.core.route import Route, Routing
 from vispeft.core.sites import View
-from vispeft.core.units import Unit
 from vispeft.errors import VerificationError
+from vispeft.hosts.model import UNITS
 
-__all__ = ["UnitTensor", "find_dead", "probe_images", "unit_tensors"]
+__all__ = ["Probe", "find_dead", "probe_images"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,63 +47,47 @@ def probe_images(model: nn.Module, view: View, batch: int = 1) -> Tensor:
 
 
 @dataclass(frozen=True)
-class UnitTensor:
-    """One trainable tensor of a unit."""
+class Probe:
+    """A model on which gradients are checked."""
 
-    key: str
-    """Name of the unit in files."""
-    name: str
-    """Name inside the unit."""
-    unit: Unit
-    """The unit."""
-    tensor: nn.Parameter
-    """The tensor."""
-
-    def __str__(self) -> str:
-        """Give its name in files."""
-        return f"{self.key}.{self.name}"
-
-
-def unit_tensors(units: dict[str, Unit]) -> list[UnitTensor]:
-    """List the trainable tensors of units.
-
-    Args:
-        units: Units by key.
-
-    Returns:
-        Their tensors, in order.
-    """
-    return [UnitTensor(key, name, unit, t) for key, unit in units.items() for name, t in unit.named_parameters()]
+    model: nn.Module
+    """The timm model."""
+    outer: nn.Module
+    """The module that is run: the model itself, or a wrapper around it."""
+    view: View
+    """Its description."""
+    routing: Routing
+    """Its route."""
 
 
 def find_dead(
-    model: nn.Module, outer: nn.Module, view: View, units: dict[str, Unit], blocks: dict[str, int | None]
+    probe: Probe, routes: Sequence[Route], entries: list[UnitTensor], blocks: Mapping[str, int | None]
 ) -> None:
-    """Run one image forward and backward and look for tensors without a gradient.
+    """Run one image forward and backward under each route, and look for tensors without a gradient in all of them.
 
     Every unit is moved away from its start first: LoRA's first factor, for one, has no gradient while the second one
     is zero. Values, gradients, modes and random state are put back.
 
     Args:
-        model: The timm model, with the units' adapter active.
-        outer: What the user runs: the model itself, or a wrapper around it.
-        view: Its description.
-        units: The units by key.
+        probe: The model.
+        routes: The routes of one adapter: one for each of its tasks.
+        entries: The adapter's tensors.
         blocks: Block index of each unit.
 
     Raises:
         VerificationError: If a tensor gets none, or one that is not above rounding.
     """
-    entries = unit_tensors(units)
     if not entries:
         return
-    images = probe_images(model, view)
-    dead = _always_without(outer, images, entries, blocks, _filled_heads(outer))
+    dead = _dead_in_all_draws(probe, routes, entries, blocks, _filled_heads(probe.outer))
     if not dead:
         return
     # A fresh SwinV2 has norms of weight zero behind its branches: wired rightly, and yet nothing passes.
-    zeros = {n: torch.ones_like(t) for n, t in outer.named_parameters() if not t.requires_grad and not t.any()}
-    still = _always_without(outer, images, entries, blocks, {**zeros, **_filled_heads(outer)}) if zeros else dead
+    named = probe.outer.named_parameters()
+    own = {id(entry.tensor) for entry in entries}
+    zeros = {name: torch.ones_like(t) for name, t in named if id(t) not in own and not t.requires_grad and not t.any()}
+    filled = {**zeros, **_filled_heads(probe.outer)}
+    still = _dead_in_all_draws(probe, routes, entries, blocks, filled) if zeros else dead
     if not still:
         logger.warning(
             "%d of %d trainable tensors get no gradient while base tensors are all zero (%s). That is so in a model "
@@ -121,18 +107,28 @@ def find_dead(
 def _filled_heads(model: nn.Module) -> dict[str, Tensor]:
     """Make values for classifiers that start at zero, as many recipes have it: no gradient passes one yet."""
     generator = torch.Generator().manual_seed(2)
-    heads = [(n, t) for n, t in model.named_parameters() if t.requires_grad and t.ndim > 1 and "adapters." not in n]
+    heads = [
+        (name, tensor)
+        for name, tensor in model.named_parameters()
+        if tensor.requires_grad and tensor.ndim > 1 and f"{UNITS}." not in name
+    ]
     return {name: torch.randn(t.shape, generator=generator).to(t) for name, t in heads if not t.any()}
 
 
-def _always_without(
-    model: nn.Module, images: Tensor, entries: list[UnitTensor], blocks: dict[str, int | None], base: dict[str, Tensor]
+def _dead_in_all_draws(
+    probe: Probe,
+    routes: Sequence[Route],
+    entries: list[UnitTensor],
+    blocks: Mapping[str, int | None],
+    replaced: dict[str, Tensor],
 ) -> list[str]:
     """List the tensors that get no gradient in any of `DRAWS` draws; the first one nearly always settles it."""
     dead = [str(entry) for entry in entries]
     for draw in range(DRAWS):
-        found = set(_without_gradient(model, images, entries, blocks, base, draw))
-        dead = [name for name in dead if name in found]
+        for route in routes:
+            with probe.routing.using(route):
+                found = set(_dead_tensors(probe, entries, blocks, replaced, draw))
+            dead = [name for name in dead if name in found]
         if not dead:
             break
     return dead
@@ -142,17 +138,16 @@ DRAWS = 12
 """A narrow layer in front of a ReLU is silent for one in a few draws of its signs, which is no mistake."""
 
 
-def _without_gradient(
-    model: nn.Module,
-    images: Tensor,
+def _dead_tensors(
+    probe: Probe,
     entries: list[UnitTensor],
-    blocks: dict[str, int | None],
-    base: dict[str, Tensor],
+    blocks: Mapping[str, int | None],
+    replaced: dict[str, Tensor],
     draw: int,
 ) -> list[str]:
     """List the tensors that get no gradient, with some tensors of the base replaced."""
     tensors = [entry.tensor for entry in entries]
-    with _undone(model, tensors):
+    with _state_restored(probe.outer, tensors):
         generator = torch.Generator().manual_seed(1 + draw)
         with torch.no_grad():
             for tensor in tensors:
@@ -160,15 +155,17 @@ def _without_gradient(
                 if draw:
                     tensor.mul_(torch.where(noise > 0, 1.0, -1.0))
                 tensor.add_(noise * (0.02 + 0.1 * tensor.std(correction=0)))
-        out = _run(model, images, base)
+        out = _run(probe.outer, probe_images(probe.model, probe.view), replaced)
         maps = [out] if isinstance(out, Tensor) else list(out)
         loss = torch.stack([(m.float() * torch.randn(m.shape, generator=generator).to(m.device)).sum() for m in maps])
-        gradients = torch.autograd.grad(loss.sum(), tensors, allow_unused=True)
+        gradients: Sequence[Tensor | None] = [None] * len(tensors)
+        if loss.requires_grad:
+            gradients = torch.autograd.grad(loss.sum(), tensors, allow_unused=True)
     sizes = [0.0 if g is None else float(g.abs().max()) for g in gradients]
     largest: dict[int | None, float] = defaultdict(float)
     for entry, size in zip(entries, sizes, strict=True):
         largest[blocks[entry.key]] = max(largest[blocks[entry.key]], size)
-    floor = ROUNDING.get(next(model.parameters()).dtype, ROUNDING[torch.float32])
+    floor = ROUNDING.get(next(probe.model.parameters()).dtype, ROUNDING[torch.float32])
     return [
         str(entry)
         for entry, size in zip(entries, sizes, strict=True)
@@ -193,20 +190,23 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextmanager
-def _undone(model: nn.Module, tensors: list[nn.Parameter]) -> Iterator[None]:
+def _state_restored(model: nn.Module, tensors: list[nn.Parameter]) -> Iterator[None]:
     values = [tensor.detach().clone() for tensor in tensors]
+    switches = [tensor.requires_grad for tensor in tensors]
     modes = {module: module.training for module in model.modules()}
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     random = torch.get_rng_state()
     model.eval()
     try:
+        for tensor in tensors:
+            tensor.requires_grad_(True)  # a schedule may have switched some off
         with torch.enable_grad():
             yield
     finally:
         torch.set_rng_state(random)
         with torch.no_grad():
-            for tensor, value in zip(tensors, values, strict=True):
-                tensor.copy_(value)
+            for tensor, value, switch in zip(tensors, values, switches, strict=True):
+                tensor.copy_(value).requires_grad_(switch)
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
         for module, mode in modes.items():

@@ -25,10 +25,10 @@ from vispeft.core.families import Family, check_class, register_family
 from vispeft.core.sites import Site, View
 from vispeft.hosts.attention import Heads, TokenAttentionHost, attended, projected, split_heads
 from vispeft.hosts.block import BlockHost
-from vispeft.hosts.choose import register_attention_host, register_block_host
 from vispeft.hosts.layers import ReaderHost
+from vispeft.hosts.mlp import MLP_HOSTS
 from vispeft.hosts.plain import PlainModelHost
-from vispeft.hosts.streams import Rows
+from vispeft.hosts.streams import Streams, split
 
 __all__ = ["EvaHost", "describe_eva"]
 
@@ -82,7 +82,7 @@ class EvaHost(PlainModelHost):
     _pos_embed: Callable[[Tensor], tuple[Tensor, Tensor | None]]
     rope_mixed: bool
 
-    def enter(self, images: Tensor) -> tuple[Tensor, Any]:
+    def embed(self, images: Tensor) -> tuple[Tensor, Any]:
         """Run patch embedding, positions and the norm in front of the blocks; rotations go along."""
         tokens, rotations = self._pos_embed(self.patch_embed(images))
         return self.norm_pre(tokens), rotations
@@ -111,16 +111,16 @@ class EvaBlockHost(BlockHost):
     gamma_1: Tensor | None
     gamma_2: Tensor | None
 
-    def attention_branch(self, rows: Rows, *args: Any, **arguments: Any) -> tuple[Rows, Rows | None]:
+    def attention_branch(self, streams: Streams, *args: Any, **arguments: Any) -> tuple[Streams, Streams | None]:
         """Run the attention branch."""
-        normed = rows.each(self.norm1)
+        normed = streams.each(self.norm1)
         out = attended(self.attn, normed, *args, **arguments)
         return out.each(partial(_scaled, self.gamma_1)).each(self.drop_path1), normed
 
-    def mlp_branch(self, rows: Rows) -> tuple[Rows, Rows | None]:
+    def mlp_branch(self, streams: Streams) -> tuple[Streams, Streams | None]:
         """Run the MLP branch."""
-        normed = rows.each(self.norm2)
-        return normed.each(self.mlp).each(partial(_scaled, self.gamma_2)).each(self.drop_path2), normed
+        normed = streams.each(self.norm2)
+        return split(self.mlp, normed).each(partial(_scaled, self.gamma_2)).each(self.drop_path2), normed
 
 
 def _scaled(scale: Tensor | None, x: Tensor) -> Tensor:
@@ -136,10 +136,10 @@ class EvaAttentionHost(TokenAttentionHost):
     head_dim: int
     num_prefix_tokens: int
     rotate_half: bool
-    folds = False
+    plain_scores = False
 
     def order(self) -> tuple[str, ...]:
-        """Name what timm hands to the module by position, behind the tokens."""
+        """Name the arguments that timm hands to the module by position, behind the tokens."""
         return "rope", "attn_mask", "is_causal"
 
     def in_heads(self, x: Tensor) -> Heads:
@@ -156,7 +156,7 @@ class EvaAttentionHost(TokenAttentionHost):
         shared = self.num_heads // keys.shape[1]
         return queries, keys.repeat_interleave(shared, 1), values.repeat_interleave(shared, 1)
 
-    def place(self, heads: Heads, arguments: dict[str, Any]) -> Heads:
+    def apply_positions(self, heads: Heads, arguments: dict[str, Any]) -> Heads:
         """Rotate queries and keys behind the prefix."""
         queries, keys, values = heads
         rope = arguments.get("rope")
@@ -173,15 +173,14 @@ class EvaReadingHost(EvaAttentionHost, ReaderHost):
     """The same where the module keeps the biases of its projection."""
 
 
-register_block_host(EvaBlock, EvaBlockHost)
-register_attention_host(EvaAttention, EvaAttentionHost, EvaReadingHost)
-register_attention_host(AttentionRope, EvaAttentionHost)
 register_family(
     Family(
         name="eva",
         classes=(Eva,),
         describe=describe_eva,
         host=EvaHost,
+        hosts={EvaBlock: EvaBlockHost, EvaAttention: EvaAttentionHost, AttentionRope: EvaAttentionHost, **MLP_HOSTS},
+        reading_hosts={EvaAttention: EvaReadingHost},
         examples="eva02_*, vit_*_dinov3, vit_pe_*, vit_*_rope_*",
     )
 )

@@ -13,8 +13,8 @@ from vispeft.backbones.swin import NOT_IN_SWIN, SWIN, Generation, stage_sites, s
 from vispeft.backbones.swinv2 import SWINV2
 from vispeft.core.families import Family, base_class, parameter_sizes, register_family
 from vispeft.core.sites import View
-from vispeft.core.units import TokensUnit
 from vispeft.errors import BackboneError
+from vispeft.hosts.model import UNITS
 from vispeft.hosts.stages import StageModelHost
 
 __all__ = ["describe_features"]
@@ -85,25 +85,29 @@ class FeatureListHost(StageModelHost):
     """An adapted `FeatureListNet`, which takes all its children for layers to run."""
 
     return_layers: dict[str, str]
+    grad_checkpointing: bool
     global_pool = ""
 
     def stages(self) -> list[Any]:
         """List timm's stages."""
         return [child for name, child in self.items() if name.startswith("layers_")]
 
+    def checkpoints(self) -> bool:
+        """Tell whether blocks are computed again in the backward pass."""
+        return self.grad_checkpointing or super().checkpoints()
+
     def forward(self, x: Tensor) -> list[Tensor]:
         """Compute the maps of the chosen stages."""
-        units = tuple(self.units(TokensUnit))
-        if units:
-            names = [name for name, _ in self.items() if name.startswith("layers_")]
-            levels = dict(zip(names, self.run_stages(x, units).levels, strict=True))
-            return [levels[name] for name in self.return_layers]
-        self.check_size(x)
-        return super().forward(x)
+        if not self.runs_itself():
+            self.check_size(x)
+            return super().forward(x)
+        names = [name for name, _ in self.items() if name.startswith("layers_")]
+        levels = dict(zip(names, self.run(x).stages, strict=True))
+        return [levels[name].tokens for name in self.return_layers]
 
     def items(self) -> Iterable[tuple[str, nn.Module]]:
         """Iterate over timm's own children."""
-        return [(name, child) for name, child in self._modules.items() if child is not None and name != "adapters"]
+        return [(name, child) for name, child in self._modules.items() if child is not None and name != UNITS]
 
 
 register_family(

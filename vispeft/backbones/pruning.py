@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vispeft.core.sites import Site, View
-from vispeft.hosts.side import Rung
+from vispeft.hosts.running import Rung
 
 __all__ = ["prune", "strongest"]
 

@@ -17,15 +17,16 @@ from timm.models.swin_transformer import (
 from torch import Tensor, nn
 
 from vispeft.backbones.parts import Spot, is_absent, mlp_sites, projection_sites
+from vispeft.backbones.windows import cut_windows, join_windows
 from vispeft.core.families import Family, base_class, check_class, parameter_sizes, register_family
 from vispeft.core.sites import Site, View
 from vispeft.core.units import SideUnit
 from vispeft.hosts.attention import WindowAttentionHost
 from vispeft.hosts.block import BlockHost
-from vispeft.hosts.choose import register_attention_host, register_block_host
-from vispeft.hosts.side import Rung
+from vispeft.hosts.mlp import MLP_HOSTS
+from vispeft.hosts.running import Rung
 from vispeft.hosts.stages import StageModelHost
-from vispeft.hosts.streams import Rows
+from vispeft.hosts.streams import Streams, split
 
 __all__ = [
     "SWIN",
@@ -220,18 +221,6 @@ def _block_sites(block: Any, path: str, spot: Spot) -> Iterator[Site]:
     yield from mlp_sites(block.mlp, f"{path}.mlp", spot)
 
 
-class _Windows:
-    """What timm's window attention reads off its block, with another shift."""
-
-    def __init__(self, block: Any, shift: tuple[int, ...]) -> None:
-        self.attn, self.window_size, self.window_area = block.attn, block.window_size, block.window_area
-        self.shift_size, self.dynamic_mask, self.timm_block = shift, True, block.timm_block
-
-    def get_attn_mask(self, x: Tensor) -> Tensor | None:
-        """Make the mask of a shifted map, (windows, area, area)."""
-        return cast("Tensor | None", self.timm_block.get_attn_mask(self, x))
-
-
 class AnySizeBlock(nn.Module):
     """A Swin block that decides on its shift for the map it gets, as timm does for the size a model is built for.
 
@@ -239,15 +228,23 @@ class AnySizeBlock(nn.Module):
     rule, so that it equals the model built for each size whose maps are not smaller than the window.
     """
 
-    timm_block: Any
+    timm_block: ClassVar[type[nn.Module]]
+    """The class of timm that it stands in for."""
     window_size: tuple[int, int]
     shift_size: tuple[int, int]
+    attn: Any
+
+    def shift_for(self, height: int, width: int) -> tuple[int, int]:
+        """Give the shift of a map of some size."""
+        down, right = (
+            0 if side <= window else by
+            for side, window, by in zip((height, width), self.window_size, self.shift_size, strict=True)
+        )
+        return down, right
 
     def _attn(self, x: Tensor) -> Tensor:
-        sides = zip(x.shape[1:3], self.window_size, self.shift_size, strict=True)
-        shift = tuple(0 if side <= window else by for side, window, by in sides)
-        windows = self if shift == tuple(self.shift_size) else _Windows(self, shift)
-        return cast(Tensor, self.timm_block._attn(windows, x))
+        windows = cut_windows(self, x)
+        return join_windows(windows, self.attn(windows.tokens, windows.mask))
 
 
 class AnySizeSwinBlock(AnySizeBlock, SwinTransformerBlock):
@@ -310,16 +307,6 @@ class SwinHost(StageModelHost):
                 unit.follow(blocks)
 
 
-class _Seen:
-    """A Swin block as timm's window attention sees it, with another attention in it."""
-
-    def __init__(self, block: Any, attn: Callable[..., Tensor]) -> None:
-        self.block, self.attn = block, attn
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.block, name)
-
-
 class WindowBlockHost(BlockHost):
     """An adapted block with attention in windows."""
 
@@ -329,38 +316,36 @@ class WindowBlockHost(BlockHost):
     norm2: nn.Module
     _attn: Callable[[Tensor], Tensor]
 
-    def attend(self, rows: Rows, keep: bool = True) -> Rows:
-        """Cut the map into windows and put it together again as timm does, with rows beside every window.
+    def attend(self, streams: Streams) -> Streams:
+        """Run the attention on a map and on the streams beside it; the output projection acts on the whole map.
 
         Args:
-            rows: A map (B, H, W, C) and rows beside it, as they enter the attention.
-            keep: Whether what leaves at the prompts' rows is needed.
+            streams: A map (B, H, W, C) and streams beside it, as they enter the attention.
         """
-        if rows.alone:
-            return Rows(self._attn(rows.tokens))
-        left: list[Rows] = []
-
-        def attn(windows: Tensor, mask: Tensor | None = None) -> Tensor:
-            left.append(self.attn(windows, mask, beside=rows, keep=keep))
-            return left[-1].tokens
-
-        timm_block: Any = base_class(self)
-        out = timm_block._attn(_Seen(self, attn), rows.tokens)
-        return left[-1]._replace(tokens=out)
+        attn = self.attn
+        if not streams.beside and not (isinstance(attn, WindowAttentionHost) and attn.acting.carries):
+            return Streams(self._attn(streams.tokens), {}, streams.rules)
+        windows = cut_windows(self, streams.tokens)
+        inside, arguments = streams._replace(tokens=windows.tokens), {"mask": windows.mask}
+        if attn.reads_alone(inside, arguments):
+            return Streams(self._attn(streams.tokens), attn.read_streams(inside), streams.rules)
+        mixed: Streams = attn.mixed(inside, arguments)
+        out: Streams = attn.project_out(mixed._replace(tokens=join_windows(windows, mixed.tokens)), streams)
+        return out
 
 
 class SwinBlockHost(WindowBlockHost):
     """An adapted `SwinTransformerBlock`."""
 
-    def attention_branch(self, rows: Rows, *args: Any, **arguments: Any) -> tuple[Rows, Rows | None]:
-        """Run the attention branch on a map (B, H, W, C) and rows beside it."""
-        normed = rows.each(self.norm1)
-        return self.attend(normed, **arguments).each(self.drop_path1), normed
+    def attention_branch(self, streams: Streams, *args: Any, **arguments: Any) -> tuple[Streams, Streams | None]:
+        """Run the attention branch on a map (B, H, W, C) and the streams beside it."""
+        normed = streams.each(self.norm1)
+        return self.attend(normed).each(self.drop_path1), normed
 
-    def mlp_branch(self, rows: Rows) -> tuple[Rows, Rows | None]:
+    def mlp_branch(self, streams: Streams) -> tuple[Streams, Streams | None]:
         """Run the MLP branch."""
-        normed = rows.each(self.norm2)
-        return normed.each(self.mlp).each(self.drop_path2), normed
+        normed = streams.each(self.norm2)
+        return split(self.mlp, normed).each(self.drop_path2), normed
 
 
 class SwinAttentionHost(WindowAttentionHost):
@@ -373,14 +358,18 @@ class SwinAttentionHost(WindowAttentionHost):
         return self._get_rel_pos_bias()
 
 
-register_block_host(SwinTransformerBlock, SwinBlockHost)
-register_attention_host(WindowAttention, SwinAttentionHost)
 register_family(
     Family(
         name="swin",
         classes=(SwinTransformer,),
         describe=describe_swin,
         host=SwinHost,
+        hosts={
+            SwinTransformerBlock: SwinBlockHost,
+            AnySizeSwinBlock: SwinBlockHost,
+            WindowAttention: SwinAttentionHost,
+            **MLP_HOSTS,
+        },
         examples="swin_*",
     )
 )

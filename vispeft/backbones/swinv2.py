@@ -22,10 +22,10 @@ from vispeft.backbones.swin import AnySizeBlock, Generation, WindowBlockHost, hi
 from vispeft.core.families import Family, check_class, register_family
 from vispeft.core.sites import Site, View
 from vispeft.hosts.attention import WindowAttentionHost, projected, split_heads
-from vispeft.hosts.choose import register_attention_host, register_block_host
 from vispeft.hosts.layers import ReaderHost
+from vispeft.hosts.mlp import MLP_HOSTS
 from vispeft.hosts.stages import StageModelHost
-from vispeft.hosts.streams import Rows
+from vispeft.hosts.streams import Streams, split
 
 __all__ = ["SWINV2", "AnySizeSwinV2Block", "describe_swinv2"]
 
@@ -89,13 +89,13 @@ SWINV2 = Generation(
 class SwinV2BlockHost(WindowBlockHost):
     """An adapted `SwinTransformerV2Block`, which normalises behind its branches."""
 
-    def attention_branch(self, rows: Rows, *args: Any, **arguments: Any) -> tuple[Rows, Rows | None]:
-        """Run the attention branch on a map (B, H, W, C) and rows beside it."""
-        return self.attend(rows, **arguments).each(self.norm1).each(self.drop_path1), None
+    def attention_branch(self, streams: Streams, *args: Any, **arguments: Any) -> tuple[Streams, Streams | None]:
+        """Run the attention branch on a map (B, H, W, C) and the streams beside it."""
+        return self.attend(streams).each(self.norm1).each(self.drop_path1), None
 
-    def mlp_branch(self, rows: Rows) -> tuple[Rows, Rows | None]:
+    def mlp_branch(self, streams: Streams) -> tuple[Streams, Streams | None]:
         """Run the MLP branch."""
-        return rows.each(self.mlp).each(self.norm2).each(self.drop_path2), None
+        return split(self.mlp, streams).each(self.norm2).each(self.drop_path2), None
 
 
 class SwinV2AttentionHost(WindowAttentionHost):
@@ -107,7 +107,7 @@ class SwinV2AttentionHost(WindowAttentionHost):
     relative_position_index: Tensor
     window_size: tuple[int, int]
     scale = 1.0
-    folds = False
+    plain_scores = False
     neutral = 8.0  # what timm makes of a zero of the network that gives the bias: 16 * sigmoid(0)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,14 +136,19 @@ class SwinV2Host(StageModelHost):
     """An adapted `SwinTransformerV2`."""
 
 
-register_block_host(SwinTransformerV2Block, SwinV2BlockHost)
-register_attention_host(WindowAttention, SwinV2AttentionHost, SwinV2ReadingHost)
 register_family(
     Family(
         name="swinv2",
         classes=(SwinTransformerV2,),
         describe=describe_swinv2,
         host=SwinV2Host,
+        hosts={
+            SwinTransformerV2Block: SwinV2BlockHost,
+            AnySizeSwinV2Block: SwinV2BlockHost,
+            WindowAttention: SwinV2AttentionHost,
+            **MLP_HOSTS,
+        },
+        reading_hosts={WindowAttention: SwinV2ReadingHost},
         examples="swinv2_*",
     )
 )

@@ -22,9 +22,9 @@ from vispeft.core.families import Family, check_class, parameter_sizes, register
 from vispeft.core.sites import Site, View
 from vispeft.hosts.attention import TokenAttentionHost, attended
 from vispeft.hosts.block import BlockHost
-from vispeft.hosts.choose import register_attention_host, register_block_host
+from vispeft.hosts.mlp import MLP_HOSTS
 from vispeft.hosts.plain import PlainModelHost
-from vispeft.hosts.streams import Rows
+from vispeft.hosts.streams import Streams, split
 
 __all__ = ["VitHost", "describe_vit", "plain_view", "stem_sites", "tail_sites"]
 
@@ -168,7 +168,7 @@ class VitHost(PlainModelHost):
     _pos_embed: Callable[[Tensor], Tensor]
     patch_drop: nn.Module
 
-    def enter(self, images: Tensor) -> tuple[Tensor, Any]:
+    def embed(self, images: Tensor) -> tuple[Tensor, Any]:
         """Run patch embedding, positions and the norm in front of the blocks."""
         tokens = self._pos_embed(self.patch_embed(images))
         return self.norm_pre(self.patch_drop(tokens)), None
@@ -188,25 +188,24 @@ class VitBlockHost(BlockHost):
     ls1: nn.Module
     ls2: nn.Module
 
-    def attention_branch(self, rows: Rows, *args: Any, **arguments: Any) -> tuple[Rows, Rows | None]:
+    def attention_branch(self, streams: Streams, *args: Any, **arguments: Any) -> tuple[Streams, Streams | None]:
         """Run the attention branch."""
-        normed = rows.each(self.norm1)
+        normed = streams.each(self.norm1)
         return attended(self.attn, normed, *args, **arguments).each(self.ls1).each(self.drop_path1), normed
 
-    def mlp_branch(self, rows: Rows) -> tuple[Rows, Rows | None]:
+    def mlp_branch(self, streams: Streams) -> tuple[Streams, Streams | None]:
         """Run the MLP branch."""
-        normed = rows.each(self.norm2)
-        return normed.each(self.mlp).each(self.ls2).each(self.drop_path2), normed
+        normed = streams.each(self.norm2)
+        return split(self.mlp, normed).each(self.ls2).each(self.drop_path2), normed
 
 
-register_block_host(Block, VitBlockHost)
-register_attention_host(Attention, TokenAttentionHost)
 register_family(
     Family(
         name="vit",
         classes=(VisionTransformer,),
         describe=describe_vit,
         host=VitHost,
+        hosts={Block: VitBlockHost, Attention: TokenAttentionHost, **MLP_HOSTS},
         examples="vit_*, deit_*, deit3_*, DINOv2, CLIP, SigLIP, MAE, AIMv2",
     )
 )

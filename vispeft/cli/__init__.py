@@ -1,1 +1,1 @@
-"""What the scripts in ``tools/`` call: one module per command, each with a ``main``."""
+"""The command line: one module per command, each with a ``main``; ``vispeft.cli.main`` finds them by name."""

@@ -1,4 +1,4 @@
-"""What all commands share: output, clean errors, quiet libraries."""
+"""Shared by all commands: output, clean errors, quiet libraries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from vispeft.errors import ConfigError, VispeftError
@@ -41,12 +40,18 @@ def run_tool(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except MisconfigurationException as error:
-        if os.environ.get("VISPEFT_DEBUG") == "1":
+    except Exception as error:
+        if os.environ.get("VISPEFT_DEBUG") == "1" or not _is_lightnings(error):
             raise
         print(f"error: Lightning refuses these settings: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _is_lightnings(error: Exception) -> bool:
+    """Tell whether Lightning refused its settings, without importing it where no command has."""
+    exceptions = sys.modules.get("lightning.fabric.utilities.exceptions")
+    return exceptions is not None and isinstance(error, exceptions.MisconfigurationException)
 
 
 def quiet_libraries() -> None:
@@ -79,16 +84,16 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}. {one_line(self.format_usage())} (--help says more)")
 
 
-def make_parser(script: str, description: str, example: str) -> argparse.ArgumentParser:
+def make_parser(command: str, description: str, example: str) -> argparse.ArgumentParser:
     """Make a command's parser.
 
     Args:
-        script: Path of the script in the repository.
+        command: The command's name.
         description: What the command does.
         example: Lines that can be copied, and what they do.
     """
     return _Parser(
-        prog=f"python {script}",
+        prog=f"vispeft {command}",
         description=description,
         epilog=example,
         formatter_class=argparse.RawDescriptionHelpFormatter,

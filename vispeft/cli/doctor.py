@@ -1,4 +1,4 @@
-"""``tools/doctor.py``: everything that is wrong with data, on one page, before anything is trained."""
+"""``vispeft doctor``: everything that is wrong with data, on one page, before anything is trained."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from lightning.pytorch import LightningDataModule
 from rich.markup import escape
 from rich.table import Table
 
+from vispeft.building.config_files import read_config
 from vispeft.cli.common import console, make_parser
-from vispeft.cli.config import build_data, read_config, split_overrides
+from vispeft.cli.config import build_data
+from vispeft.cli.config_keys import split_overrides
 from vispeft.data import (
     ADE20KData,
     CityscapesData,
@@ -34,16 +36,17 @@ from vispeft.data.folder import SYNONYMS
 from vispeft.data.mask_checks import mask_splits, pixel_shares
 from vispeft.data.vtab import VTAB
 from vispeft.errors import ConfigError, DataError
+from vispeft.resources import config_names, find_config
 
 __all__ = ["KINDS", "diagnose", "main", "open_data"]
 
 EXAMPLE = """example:
-  python tools/doctor.py my_photos
-  python tools/doctor.py lists/train.txt --root my_photos
-  python tools/doctor.py vtab-1k/cifar
-  python tools/doctor.py CUB_200_2011 --kind fgvc --dataset cub
-  python tools/doctor.py configs/classification/folder.yaml --data.root my_photos
-  python tools/doctor.py my_masks --class_names '[road, house]'
+  vispeft doctor my_photos
+  vispeft doctor lists/train.txt --root my_photos
+  vispeft doctor vtab-1k/cifar
+  vispeft doctor CUB_200_2011 --kind fgvc --dataset cub
+  vispeft doctor classification/folder --data.root my_photos
+  vispeft doctor my_masks --class_names '[road, house]'
 
 DATA is a folder with one folder per class, a folder with train.txt, val.txt and test.txt (or .json), one such list, a
 task of VTAB-1k, tar shards in quotation marks, folders of images and masks, VOCdevkit, ADEChallengeData2016, the folder
@@ -84,8 +87,8 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         SystemExit: With status 1, if the data cannot be used.
     """
-    parser = make_parser("tools/doctor.py", "Check images, labels and splits; one page.", EXAMPLE)
-    parser.add_argument("data", metavar="DATA", help="a folder, a list, shards, or a YAML config")
+    parser = make_parser("doctor", "Check images, labels and splits; one page.", EXAMPLE)
+    parser.add_argument("data", metavar="DATA", help="a folder, a list, shards, or a config")
     parser.add_argument("--kind", choices=KINDS, default="auto", help="what DATA is; default: found out")
     given, overrides = parser.parse_known_args(list(argv))
     try:
@@ -104,7 +107,7 @@ def open_data(place: str, kind: str = "auto", overrides: Sequence[str] = ()) -> 
     """Make the data module for a place.
 
     Args:
-        place: A folder, a list, shards, or a YAML config.
+        place: A folder, a list, shards, a YAML config, or the name of a packaged one.
         kind: What it is; one of `KINDS`.
         overrides: Settings of the data module, such as ``["--root", "photos"]``.
 
@@ -113,6 +116,8 @@ def open_data(place: str, kind: str = "auto", overrides: Sequence[str] = ()) -> 
         DataError: If it cannot be told what the place is.
     """
     path = Path(place)
+    if not path.exists() and place in config_names():
+        path = find_config(place)
     if path.suffix in (".yaml", ".yml"):
         if kind != "auto":
             raise ConfigError(f"--kind {kind} was given for the config {place}, which says itself what its data are.")

@@ -1,4 +1,4 @@
-"""``tools/evaluate.py``: measure a finished run again, from its files."""
+"""``vispeft evaluate``: measure a finished run again, from its files."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 from lightning.pytorch import Trainer, seed_everything
 
+from vispeft.building.config_files import read_config
 from vispeft.cli.common import console, make_parser
-from vispeft.cli.config import ConfigCLI, build_task, read_config, split_overrides
+from vispeft.cli.config import ConfigCLI, build_task
+from vispeft.cli.config_keys import split_overrides
 from vispeft.cli.evaluation import evaluate, evaluation_trainer, metrics_table
 from vispeft.cli.runs import Run
 from vispeft.errors import ConfigError
@@ -18,8 +20,8 @@ from vispeft.tasks.base import AdapterTask
 __all__ = ["load_run", "load_task", "main"]
 
 EXAMPLE = """example:
-  python tools/evaluate.py runs/digits_ssf/1
-  python tools/evaluate.py runs/digits_ssf/1 --split validation --data.batch_size 256
+  vispeft evaluate runs/digits_ssf/1
+  vispeft evaluate runs/digits_ssf/1 --split validation --data.batch_size 256
 
 Keys under data and trainer can be overridden; the model is the one that was trained."""
 
@@ -30,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: Arguments without the program's name.
     """
-    parser = make_parser("tools/evaluate.py", "Measure a finished run again, from its files.", EXAMPLE)
+    parser = make_parser("evaluate", "Measure a finished run again, from its files.", EXAMPLE)
     parser.add_argument("run", metavar="RUN", help="run directory; it comes first")
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="default test")
     given, overrides = parser.parse_known_args(list(argv))

@@ -1,4 +1,4 @@
-"""``tools/export.py``: write a finished run as a `torch.export` program or an ONNX file."""
+"""``vispeft export``: write a finished run as a `torch.export` program or an ONNX file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from vispeft.adapters.merge import MergeReport
 from vispeft.cli.common import console, make_parser, versions
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run, write_json
-from vispeft.core.families import unwrap
 from vispeft.errors import ConfigError, ExportError
 from vispeft.interop.export import INPUT, TOLERANCE, Difference, check, export_onnx, export_program, staged
 from vispeft.tasks.base import AdapterTask
@@ -25,9 +24,9 @@ __all__ = ["Exported", "InputSize", "export_run", "main"]
 ENDINGS = {"onnx": ".onnx", "export": ".pt2"}
 """Endings of file names by format."""
 EXAMPLE = """examples:
-  python tools/export.py runs/digits_ssf/1 --out digits.onnx
-  python tools/export.py runs/digits_ssf/1 --format export --out digits.pt2
-  python tools/export.py runs/digits_ssf/1 --out digits.onnx --batch 8
+  vispeft export runs/digits_ssf/1 --out digits.onnx
+  vispeft export runs/digits_ssf/1 --format export --out digits.pt2
+  vispeft export runs/digits_ssf/1 --out digits.onnx --batch 8
 
 Merges the adapter where its method allows, writes the model, runs the file and compares it with the run. The input is a
 batch of normalised images (B, 3, H, W) in float32, the output are the scores. Mean, standard deviation, size and class
@@ -112,7 +111,7 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: Arguments without the program's name.
     """
-    parser = make_parser("tools/export.py", "Write a finished run for deployment, and check what was written.", EXAMPLE)
+    parser = make_parser("export", "Write a finished run for deployment, and check what was written.", EXAMPLE)
     parser.add_argument("run", metavar="RUN", help="run directory")
     parser.add_argument("--format", choices=tuple(ENDINGS), default="onnx", help="onnx (default) or torch.export")
     parser.add_argument("--out", metavar="FILE", required=True, help="the file, ending in .onnx or .pt2")
@@ -127,7 +126,7 @@ def main(argv: Sequence[str]) -> None:
         if value is not None and value < 1:
             raise ConfigError(f"--{option} is {value}; at least 1 is needed.")
     task, _ = load_task(Run.open(given.run))
-    step = _step(task) if given.any_size else None
+    step = task.size_step() if given.any_size else None
     height, width = given.size or task.bank.notes()["preprocessing"]["input_size"][-2:]
     exported = export_run(task, out, InputSize(height=height, width=width, batch=given.batch, step=step))
     console.print(exported.table())
@@ -194,16 +193,6 @@ def _merged(report: MergeReport) -> str:
         return "yes"
     reasons = "; ".join(dict.fromkeys(reason.rstrip(".") for reason in report.kept.values()))
     return f"{f'partly, {len(report.kept)} layers stay adapted' if report.merged else 'no'}: {reasons}"
-
-
-def _step(task: AdapterTask) -> tuple[int, int]:
-    """Give what height and width of images are multiples of: whole patches, or whole cells of the coarsest map."""
-    reader = getattr(task, "reader", None)
-    if reader is not None:
-        return reader.divisor, reader.divisor
-    backbone: Any = unwrap(task.model)
-    height, width = backbone.patch_embed.patch_size
-    return int(height), int(width)
 
 
 def _size(path: Path) -> int:

@@ -1,9 +1,9 @@
-"""``tools/train.py CONFIG --folds N``: cross-validation, a run per fold."""
+"""``vispeft train CONFIG --folds N``: cross-validation, a run per fold."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,25 @@ from rich.table import Table
 
 from vispeft.cli import runs
 from vispeft.cli.common import console
-from vispeft.cli.config import split_overrides
-from vispeft.cli.train import resume, train
+from vispeft.cli.config_keys import split_overrides
 from vispeft.errors import ConfigError, UnknownNameError
 
-__all__ = ["FOLDS", "folds_table", "summarise", "train_folds"]
+__all__ = ["FOLDS", "Train", "folds_table", "summarise", "train_folds"]
+
+Train = Callable[[Path, Sequence[str], Path, str], object]
+"""Trains as a config says, into a given directory, or goes on there: config, overrides, directory, command."""
 
 FOLDS = "folds.json"
 
 
 def train_folds(
-    config: Path, overrides: Sequence[str], folds: int, *, out: str | Path | None = None, command: str = ""
+    config: Path,
+    overrides: Sequence[str],
+    folds: int,
+    train: Train,
+    *,
+    out: str | Path | None = None,
+    command: str = "",
 ) -> Path:
     """Train once per fold, each time with another fold for the test split, and put the figures together.
 
@@ -32,6 +40,7 @@ def train_folds(
         config: The YAML file.
         overrides: Such as ``["--model.lr", "1e-3"]``.
         folds: Number of folds.
+        train: Trains one fold.
         out: Directory of the runs; None takes ``runs/<config name>-<folds>-folds``.
         command: What was typed, for ``folds.json``.
 
@@ -57,7 +66,7 @@ def train_folds(
     for fold, place in enumerate(places):
         console.rule(f"Fold {fold + 1} of {folds}")
         own = [*overrides, "--data.folds", str(folds), "--data.fold", str(fold)]
-        _train(config, own, place, command)
+        _train(train, config, own, place, command)
     result = {"command": command, **summarise([runs.Run.open(place) for place in places])}
     runs.write_json(base / FOLDS, result)
     console.print(folds_table(result["test"]))
@@ -65,12 +74,9 @@ def train_folds(
     return base
 
 
-def _train(config: Path, overrides: Sequence[str], place: Path, command: str) -> None:
+def _train(train: Train, config: Path, overrides: Sequence[str], place: Path, command: str) -> None:
     try:
-        if place.exists():
-            resume(place, config, overrides, command=command)
-        else:
-            train(config, overrides, out=place, command=command)
+        train(config, overrides, place, command)
     except UnknownNameError as error:
         if "'data.folds'" not in str(error):
             raise

@@ -1,4 +1,4 @@
-"""``tools/import_official.py``: turn an authors' published checkpoint into an adapter directory."""
+"""``vispeft import-official``: turn an authors' published checkpoint into an adapter directory."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from vispeft.interop.official import find_source, list_sources, load_official
 __all__ = ["import_official", "main", "read_checkpoint"]
 
 EXAMPLE = """example:
-  python tools/import_official.py biadaptformer kitti-bit1-dim1.bin --model vit_base_patch16_224.orig_in21k \\
+  vispeft import-official biadaptformer kitti-bit1-dim1.bin --model vit_base_patch16_224.orig_in21k \\
       --weights ViT-B_16.npz --hyper bits=1 bottleneck=1 scale=10 --out adapters/kitti
-  python tools/import_official.py ssf model_best.pth.tar --model vit_base_patch16_224.augreg_in21k --out adapters/ssf
+  vispeft import-official ssf model_best.pth.tar --model vit_base_patch16_224.augreg_in21k --out adapters/ssf
 
 What a file does not say about itself is given by --hyper name=value. The result is an adapter like any other:
   bank = vispeft.load(model, "adapters/kitti")"""
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: Arguments without the program's name.
     """
-    parser = make_parser("tools/import_official.py", "Make an adapter from an authors' checkpoint.", EXAMPLE)
+    parser = make_parser("import-official", "Make an adapter from an authors' checkpoint.", EXAMPLE)
     parser.add_argument("source", metavar="SOURCE", help=f"the public code: {', '.join(list_sources())}")
     parser.add_argument("file", metavar="FILE", help="safetensors, a PyTorch file, or a .bin of PETL-ViT")
     parser.add_argument("--model", metavar="NAME", required=True, help="the backbone: a timm model, or zoo:NAME")

@@ -1,26 +1,28 @@
-"""``tools/inspect.py``: show what a method would put where, before anything is changed."""
+"""``vispeft inspect``: show what a method would put where, before anything is changed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from vispeft.backbones.create import create_model
+from vispeft.building.config_files import read_config
+from vispeft.building.methods import build_method, method_node
 from vispeft.cli.common import console, make_parser
-from vispeft.cli.config import build_method, method_node, read_config, split_overrides
+from vispeft.cli.config_keys import split_overrides
 from vispeft.core.method import Method
 from vispeft.core.plan import plan
 from vispeft.errors import ConfigError
+from vispeft.resources import find_config
 
 __all__ = ["main"]
 
 EXAMPLE = """example:
-  python tools/inspect.py vit_base_patch16_224 ssf
-  python tools/inspect.py vit_small_patch16_224 lora --rank 4 --roles [attn.qkv]
-  python tools/inspect.py zoo:vit_tiny configs/classification/digits_ssf.yaml
+  vispeft inspect vit_base_patch16_224 ssf
+  vispeft inspect vit_small_patch16_224 lora --rank 4 --roles [attn.qkv]
+  vispeft inspect zoo:vit_tiny classification/digits_ssf
 
 Fields of the method follow as --field value. The backbone's weights are not needed."""
 
@@ -31,9 +33,9 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: Arguments without the program's name.
     """
-    parser = make_parser("tools/inspect.py", "Print every site, unit, shape and count of a plan.", EXAMPLE)
+    parser = make_parser("inspect", "Print every site, unit, shape and count of a plan.", EXAMPLE)
     parser.add_argument("model", metavar="MODEL", help="name of a timm model, or zoo:NAME")
-    parser.add_argument("method", metavar="METHOD|CONFIG", help="name of a method, or a YAML file that has one")
+    parser.add_argument("method", metavar="METHOD|CONFIG", help="name of a method, or a config that has one")
     given, overrides = parser.parse_known_args(list(argv))
     fields = {key: _value(key, value) for key, value in split_overrides(overrides)}
     console.print(plan(create_model(given.model, pretrained=False), _method(given.method, fields)))
@@ -50,8 +52,8 @@ def _value(key: str, value: str | None) -> Any:
 
 def _method(name: str, fields: dict[str, Any]) -> Method:
     node: Any = name
-    if name.endswith((".yaml", ".yml")):
-        tree = read_config(Path(name))
+    if "/" in name or name.endswith((".yaml", ".yml")):
+        tree = read_config(find_config(name))
         section = tree.get("model") or {}
         node = (section.get("init_args") or {}).get("method") if section else tree
         if node is None:

@@ -1,4 +1,4 @@
-"""``tools/merge.py``: write a finished run as a plain timm model."""
+"""``vispeft merge``: write a finished run as a plain timm model."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from vispeft.adapters.merge import TOLERANCE
-from vispeft.backbones.create import _flexible_args as flexible_args
-from vispeft.backbones.create import zoo_folder
+from vispeft.backbones.request import resolve
 from vispeft.cli.common import console, make_parser, versions
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run
@@ -26,7 +25,7 @@ from vispeft.tasks.base import AdapterTask
 __all__ = ["main", "merge_run"]
 
 EXAMPLE = """example:
-  python tools/merge.py runs/digits_ssf/1 --out digits.safetensors
+  vispeft merge runs/digits_ssf/1 --out digits.safetensors
 
 Writes digits.safetensors, a plain timm state dict, and digits.json, which says how to make the model:
   model = timm.create_model(info["architecture"], **info["args"])
@@ -39,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: Arguments without the program's name.
     """
-    parser = make_parser("tools/merge.py", "Write a finished run as a plain timm model.", EXAMPLE)
+    parser = make_parser("merge", "Write a finished run as a plain timm model.", EXAMPLE)
     parser.add_argument("run", metavar="RUN", help="run directory")
     parser.add_argument("--out", metavar="FILE", required=True, help="the state dict's file, ending in .safetensors")
     given = parser.parse_args(list(argv))
@@ -104,14 +103,9 @@ def _timm_arguments(task: AdapterTask) -> tuple[str, dict[str, Any]]:
         The architecture's name and the arguments of ``timm.create_model``.
     """
     given = {key: value for key, value in task.backbone_args.items() if key != "pretrained"}
-    architecture = task.backbone
-    if architecture.startswith("zoo:"):
-        described = zoo_folder() / "backbones" / architecture.removeprefix("zoo:") / "config.json"
-        config = json.loads(described.read_text(encoding="utf-8"))
-        architecture, given = config["architecture"], {**config["args"], **given}
-    if given.pop("flexible_size", False):
-        given = {**flexible_args(task.backbone, architecture), **given}
-    return architecture, {**given, "num_classes": task.num_classes}
+    flexible = bool(given.pop("flexible_size", False))
+    request = resolve(task.backbone, flexible_size=flexible, arguments=given)
+    return request.architecture, {**request.arguments, "num_classes": task.num_classes}
 
 
 def _noise(size: tuple[int, int]) -> Tensor:

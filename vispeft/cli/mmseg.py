@@ -1,4 +1,4 @@
-"""``tools/train.py CONFIG.py``: train a segmentor of mmsegmentation with mmengine's Runner."""
+"""``vispeft train CONFIG.py``: train a segmentor of mmsegmentation with mmengine's Runner."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from typing import Any
 from vispeft.cli import runs
 from vispeft.cli.common import make_parser, versions
 from vispeft.errors import ConfigError, DataError, FileError
+from vispeft.resources import find_config
 
 __all__ = ["main", "train"]
 
 EXAMPLE = """example:
-  python tools/train.py configs/mmseg/earth_swin_segformer.py
-  python tools/train.py configs/mmseg/earth_swin_segformer.py --out runs/mine --cfg-options train_cfg.max_iters=200
-  python tools/train.py configs/mmseg/earth_swin_segformer.py --resume runs/mine
+  vispeft train mmseg/earth_swin_segformer
+  vispeft train mmseg/earth_swin_segformer --out runs/mine --cfg-options train_cfg.max_iters=200
+  vispeft train mmseg/earth_swin_segformer --resume runs/mine
 
 mmsegmentation's own tools/train.py takes the same configs, for several GPUs for example. The run directory then holds
 adapter/ (and adapter_best/), mmengine's checkpoints and logs, and metrics.json."""
@@ -38,8 +39,8 @@ def main(argv: Sequence[str]) -> None:
     importlib.import_module("vispeft.mmseg")  # says what to install; mmengine is only imported behind it
     from mmengine.config import DictAction
 
-    parser = make_parser("tools/train.py", "Train a segmentor of mmsegmentation with mmengine's Runner.", EXAMPLE)
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="mmengine config, a .py file")
+    parser = make_parser("train", "Train a segmentor of mmsegmentation with mmengine's Runner.", EXAMPLE)
+    parser.add_argument("config", metavar="CONFIG", help="mmengine config: a .py file, or the name of a packaged one")
     parser.add_argument("--out", "--work-dir", metavar="DIR", help="run directory; default runs/<config name>/<n>")
     parser.add_argument("--resume", metavar="RUN", help="go on from the newest checkpoint of a run")
     parser.add_argument(
@@ -48,8 +49,8 @@ def main(argv: Sequence[str]) -> None:
     given = parser.parse_args(argv)
     if given.out is not None and given.resume is not None:
         raise ConfigError("--out was given with --resume; a run goes on in its own directory. Leave --out out.")
-    command = shlex.join(["python", "tools/train.py", *argv])
-    train(given.config, given.cfg_options, out=given.out, resume=given.resume, command=command)
+    command = shlex.join(["vispeft", "train", *argv])
+    train(find_config(given.config), given.cfg_options, out=given.out, resume=given.resume, command=command)
 
 
 def train(

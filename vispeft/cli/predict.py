@@ -1,40 +1,36 @@
-"""``tools/predict.py``: predict a folder of images with a finished run."""
+"""``vispeft predict``: predict a folder of images with a finished run."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 from lightning.pytorch import Trainer
+from PIL import Image
 from rich.progress import track
-from torch import Tensor
-from torch.utils.data import DataLoader
 
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.evaluate import load_task
-from vispeft.cli.predict_masks import AREAS, predict_masks
 from vispeft.cli.runs import Run, write_text
-from vispeft.data.images import ImageFiles, find_images, read_image
-from vispeft.data.preprocessing import Preprocessing
+from vispeft.data.images import find_images, read_image
 from vispeft.errors import ConfigError, DataError
+from vispeft.storage.files import write_atomically
 from vispeft.tasks.base import AdapterTask
-from vispeft.tasks.segmentation import Segmentation
-from vispeft.tasks.supervised import SupervisedTask
+from vispeft.tasks.predictions import Prediction, Predictor
 
-__all__ = ["main"]
+__all__ = ["main", "predict"]
 
-FILE = "predictions.csv"
 EXAMPLE = """example:
-  python tools/predict.py runs/digits_ssf/1 my_images --out predictions
+  vispeft predict runs/digits_ssf/1 my_images --out predictions
 
-Writes predictions/predictions.csv with the path of each image and what the run's task predicts: class and probability
-(at the temperature that was fitted on validation), labels and the probability of each, or numbers in their own unit.
-A segmentation run writes predictions/masks (PNG of class indices, with the classes' colours), predictions/overlays, and
-predictions/areas.csv with the pixels of each class.
+Writes predictions/predictions.csv with the path of each image and the prediction of the run's task: class and
+probability (at the temperature that was fitted on validation), labels and the probability of each, or numbers in their
+own unit. A segmentation run writes predictions/masks (PNG of class indices, with the classes' colours),
+predictions/overlays, and predictions/areas.csv with the pixels of each class.
 Folders are searched through; grey images and images with transparency are turned into RGB."""
 
 
@@ -44,32 +40,61 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: Arguments without the program's name.
     """
-    parser = make_parser("tools/predict.py", "Predict images with a finished run.", EXAMPLE)
+    parser = make_parser("predict", "Predict images with a finished run.", EXAMPLE)
     parser.add_argument("run", metavar="RUN", help="run directory")
     parser.add_argument("images", metavar="IMAGES", help="folder of images, or one image")
-    parser.add_argument("--out", metavar="DIR", required=True, help="where predictions.csv goes")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder for the table and the pictures")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time; default 64; for masks one")
     given = parser.parse_args(list(argv))
     out = Path(given.out)
-    for name in (FILE, AREAS):
-        if (out / name).exists():
-            raise ConfigError(f"{out / name} exists already and is not overwritten. Choose another --out.")
     if given.batch_size < 1:
         raise ConfigError(f"--batch_size is {given.batch_size}; at least 1 is needed.")
     run = Run.open(given.run)
     paths = find_images(given.images)
     _check_readable(paths)
     task, trainer = load_task(run)
-    if isinstance(task, Segmentation):
-        task.to(trainer.strategy.root_device)
-        with trainer.precision_plugin.forward_context():
-            target, rows = out / AREAS, predict_masks(task, paths, Path(given.images), out)
-    else:
-        target, rows = out / FILE, predict(run, task, trainer, paths, given.batch_size)
+    predictor = task.predictor()
+    table = out / predictor.table
+    if table.exists():
+        raise ConfigError(f"{table} exists already and is not overwritten. Choose another --out.")
+    targets = _targets(paths, Path(given.images), out, predictor.folders)
+    predictor.check(paths)
+    rows = [["path", *predictor.columns]]
+    found = predict(task, predictor, trainer, paths, given.batch_size)
+    shown = track(found, "predicting", len(paths), console=console, disable=not console.is_terminal)
+    for path, target, prediction in zip(paths, targets, shown, strict=True):
+        rows.append([str(path), *prediction.row])
+        if prediction.pictures:
+            pictures = prediction.pictures.items()
+            write_atomically({out / folder / target: _png(picture) for folder, picture in pictures})
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    write_text(target, text.getvalue())
-    console.print(f"{len(paths)} images predicted: {target}", soft_wrap=True)
+    write_text(table, text.getvalue())
+    console.print(f"{len(paths)} images predicted: {table}", soft_wrap=True)
+
+
+def predict(
+    task: AdapterTask, predictor: Predictor, trainer: Trainer, paths: Sequence[Path], batch_size: int = 64
+) -> Iterator[Prediction]:
+    """Predict image files in the precision of a trainer and on its device.
+
+    Args:
+        task: A trained task.
+        predictor: Made by the task.
+        trainer: A trainer that evaluates.
+        paths: The files.
+        batch_size: Images at a time, where the predictor takes several.
+
+    Yields:
+        One prediction for each file, in their order.
+    """
+    task.to(trainer.strategy.root_device).eval()
+    count = min(batch_size, predictor.at_once or batch_size)
+    for start in range(0, len(paths), count):
+        images = [read_image(path) for path in paths[start : start + count]]
+        with torch.inference_mode(), trainer.precision_plugin.forward_context():
+            predictions = predictor(images)
+        yield from predictions
 
 
 def _check_readable(paths: Sequence[Path]) -> None:
@@ -88,30 +113,23 @@ def _check_readable(paths: Sequence[Path]) -> None:
         )
 
 
-def predict(
-    run: Run, task: AdapterTask, trainer: Trainer, paths: Sequence[Path], batch_size: int = 64
-) -> list[list[str]]:
-    """Predict image files.
+def _targets(paths: Sequence[Path], root: Path, out: Path, folders: Sequence[str]) -> list[Path]:
+    """Name the pictures of each image, and see that they are free, before the first image is predicted."""
+    base = root if root.is_dir() else root.parent
+    targets = [path.relative_to(base).with_suffix(".png") for path in paths]
+    if not folders:
+        return targets
+    twice = [target for target, count in Counter(targets).items() if count > 1]
+    if twice:
+        raise ConfigError(f"Two images would be written to {twice[0]}: only their endings differ. Rename one of them.")
+    there = [out / folder / target for target in targets for folder in folders]
+    found = next((path for path in there if path.exists()), None)
+    if found is not None:
+        raise ConfigError(f"{found} exists already and is not overwritten. Choose another --out.")
+    return targets
 
-    Args:
-        run: The run.
-        task: Its task, with the trained adapter.
-        trainer: A trainer that evaluates.
-        paths: The files.
-        batch_size: Images at a time.
 
-    Returns:
-        A table: its head, then a row per file, in their order.
-
-    Raises:
-        ConfigError: If the run's task does not say how its predictions are written.
-    """
-    if not isinstance(task, SupervisedTask):
-        raise ConfigError(f"{run.path} was trained as {type(task).__name__}, whose predictions are no table.")
-    notes = task.bank.notes()
-    transform = Preprocessing.from_dict(notes["preprocessing"]).transform()
-    loader = DataLoader(ImageFiles(paths, transform), batch_size=batch_size)
-    values = torch.cat(cast(list[Tensor], trainer.predict(task, loader)))
-    names = notes["class_names"] or [str(index) for index in range(values.shape[1])]
-    rows = [[str(path), *task.row(row, names)] for path, row in zip(paths, values, strict=True)]
-    return [["path", *task.columns(names)], *rows]
+def _png(image: Image.Image) -> bytes:
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()

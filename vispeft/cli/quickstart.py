@@ -1,4 +1,4 @@
-"""``tools/quickstart.py``: SSF beside a linear probe on real images, merged and reloaded, in about two minutes."""
+"""``vispeft quickstart``: SSF beside a linear probe on real images, merged and reloaded, in about two minutes."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from vispeft.cli.train import train
 from vispeft.core.families import unwrap
 from vispeft.data.base import EpochSampler, ImageData
 from vispeft.errors import ConfigError, MergeError
+from vispeft.resources import find_config
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.schedules import warmup_cosine
 
 __all__ = ["main", "train_probe"]
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "classification"
 PROBE_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 """Learning rates the probe is tuned over; SSF has the one rate of its config."""
 
 EXAMPLE = """example:
-  python tools/quickstart.py
-  python tools/quickstart.py --seeds 3 --json quickstart.json
+  vispeft quickstart
+  vispeft quickstart --seeds 3 --json quickstart.json
 
 Trains SSF on scikit-learn's handwritten digits over zoo:vit_tiny, merges it, reloads it from its file, compares the
 three models' predictions, and measures it beside a linear probe. The probe trains as many epochs as SSF, once for each
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: Arguments without the program's name.
     """
-    parser = make_parser("tools/quickstart.py", "Train, merge and reload an adapter on real images.", EXAMPLE)
+    parser = make_parser("quickstart", "Train, merge and reload an adapter on real images.", EXAMPLE)
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat with N seeds; default 1")
     parser.add_argument("--json", metavar="FILE", help="also write the figures as JSON")
     parser.add_argument("--out", metavar="DIR", help="where runs go; default runs/quickstart/<n>")
@@ -59,12 +59,10 @@ def main(argv: Sequence[str]) -> None:
     results = [compare(seed, place) for seed in range(given.seeds)]
     for result in results:
         console.print(_table(result))
-    console.print(
-        f"Everything is kept in {place}. Next: python tools/predict.py {place}/ssf-0 IMAGES --out predictions"
-    )
+    console.print(f"Everything is kept in {place}. Next: vispeft predict {place}/ssf-0 IMAGES --out predictions")
     if given.json:
         machine = {"cpus": os.cpu_count(), "threads": torch.get_num_threads()}
-        command = f"python tools/quickstart.py --seeds {given.seeds}"
+        command = f"vispeft quickstart --seeds {given.seeds}"
         runs.write_json(
             Path(given.json), {"command": command, "machine": machine, "versions": versions(), "seeds": results}
         )
@@ -86,7 +84,7 @@ def compare(seed: int, place: Path) -> dict[str, Any]:
     overrides = ["--seed_everything", str(seed)]
     console.rule(f"SSF, seed {seed}")
     began = time.perf_counter()
-    folder = train(CONFIGS / "digits_ssf.yaml", overrides, out=place / f"ssf-{seed}")
+    folder = train(find_config("classification/digits_ssf"), overrides, out=place / f"ssf-{seed}")
     seconds = time.perf_counter() - began
     run = runs.Run.open(folder)
     equality = check_equality(run)
@@ -150,7 +148,7 @@ def tune_probe(overrides: Sequence[str], folder: Path, epochs: int) -> dict[str,
         Its figures, with the validation accuracy of every rate.
     """
     began = time.perf_counter()
-    cli = ConfigCLI(CONFIGS / "digits_linear_probe.yaml", overrides)
+    cli = ConfigCLI(find_config("classification/digits_linear_probe"), overrides)
     task, data = cli.model, cli.datamodule
     data.fit_to(task.preprocessing)
     data.setup()

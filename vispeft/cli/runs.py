@@ -9,6 +9,7 @@ from typing import Any
 
 from vispeft.errors import ConfigError, FileError
 from vispeft.storage.files import JSON_FILE, write_atomically
+from vispeft.zoo.adapters import ADAPTER
 
 __all__ = [
     "ADAPTER",
@@ -26,7 +27,7 @@ __all__ = [
     "write_text",
 ]
 
-ADAPTER, CHECKPOINTS, LOGS, PLOTS = "adapter", "checkpoints", "logs", "plots"
+CHECKPOINTS, LOGS, PLOTS = "checkpoints", "logs", "plots"
 CONFIG, METRICS = "config.yaml", "metrics.json"
 
 
@@ -102,7 +103,7 @@ def begun(path: str | Path) -> bool:
     """
     place = Path(path)
     if not place.is_dir():
-        raise FileError(f"There is no run directory {str(place)!r} to resume; tools/train.py makes them.")
+        raise FileError(f"There is no run directory {str(place)!r} to resume; `vispeft train` makes them.")
     found = _listing(place)
     if found and CONFIG not in found:
         numbered = sorted(int(name) for name in found if name.isdecimal() and (place / name / CONFIG).is_file())
@@ -163,7 +164,7 @@ class Run:
         """
         place = Path(path)
         if not place.is_dir():
-            raise FileError(f"There is no run directory {str(place)!r}; tools/train.py makes them.")
+            raise FileError(f"There is no run directory {str(place)!r}; `vispeft train` makes them.")
         missing = [name for name in (CONFIG, METRICS, f"{ADAPTER}/{JSON_FILE}") if not (place / name).is_file()]
         if missing:
             numbered = sorted(p.name for p in place.iterdir() if p.name.isdecimal() and (p / METRICS).is_file())

@@ -1,4 +1,4 @@
-"""``tools/select_features.py``: keep the features of a VQT adapter that matter."""
+"""``vispeft select-features``: keep the features of a VQT adapter that matter."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from vispeft.adapters.bank import AdapterBank
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run
+from vispeft.core.method import method_from_dict
 from vispeft.errors import ConfigError
 from vispeft.methods.vqt import VQT, select_features
 from vispeft.storage.files import JSON_FILE, read_adapter
@@ -18,10 +19,10 @@ from vispeft.storage.files import JSON_FILE, read_adapter
 __all__ = ["main", "select"]
 
 EXAMPLE = """example (the four steps; halve the learning rate from the second on, as the public code does):
-  python tools/train.py CONFIG --method vqt                                                     # runs/NAME/1
-  python tools/train.py CONFIG --method vqt --init runs/NAME/1 --model.head_sparsity 1e-4       # runs/NAME/2
-  python tools/select_features.py runs/NAME/1 runs/NAME/2 --keep 0.7 --out selected
-  python tools/train.py CONFIG --method vqt --model.method.keep 0.7 --init selected"""
+  vispeft train CONFIG --method vqt                                                       # runs/NAME/1
+  vispeft train CONFIG --method vqt --init runs/NAME/1 --model.method.head_sparsity 1e-4  # runs/NAME/2
+  vispeft select-features runs/NAME/1 runs/NAME/2 --keep 0.7 --out selected
+  vispeft train CONFIG --method vqt --model.method.keep 0.7 --init selected"""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,8 +31,8 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: Arguments without the program's name.
     """
-    parser = make_parser("tools/select_features.py", "Keep the features of a VQT adapter that matter.", EXAMPLE)
-    parser.add_argument("run", metavar="RUN", help="run whose queries are taken")
+    parser = make_parser("select-features", "Keep the features of a VQT adapter that matter.", EXAMPLE)
+    parser.add_argument("run", metavar="RUN", help="run that gives the queries")
     parser.add_argument("scored", metavar="SCORED", help="run that went on from it with head_sparsity")
     parser.add_argument("--keep", type=float, default=0.7, help="share of the features; default: %(default)s")
     parser.add_argument("--out", metavar="DIR", required=True, help="directory for the new adapter")
@@ -68,7 +69,7 @@ def select(run: Run, scored: Run, keep: float, out: Path) -> AdapterBank:
     if not isinstance(method, VQT) or method.keep < 1:
         raise ConfigError(f"{run.path} is no run of VQT with all features, so there is nothing to select.")
     header, _, head = read_adapter(scored.adapter)
-    if header["method"] != read_adapter(run.adapter)[0]["method"]:
+    if header["method"]["name"] != method.name or not method.is_like(method_from_dict(header["method"])):
         raise ConfigError(f"{scored.path} is a run of another method or other fields than {run.path}.")
     chosen = dataclasses.replace(method, keep=keep)
     units = task.bank.state_dict()

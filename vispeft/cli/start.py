@@ -3,43 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from vispeft.backbones.create import zoo_folder
-from vispeft.cli.runs import ADAPTER
 from vispeft.core.families import unwrap
-from vispeft.errors import ConfigError, FileError, UnknownNameError
-from vispeft.storage.files import JSON_FILE, read_adapter
+from vispeft.core.method import Method, method_from_dict
+from vispeft.errors import ConfigError
+from vispeft.storage.files import read_adapter
 from vispeft.storage.fingerprint import check_fingerprint
 from vispeft.tasks.base import AdapterTask
+from vispeft.zoo.adapters import find_adapter
 
-__all__ = ["find_adapter", "start_from"]
-
-
-def find_adapter(source: str) -> Path:
-    """Find the directory of an adapter.
-
-    Args:
-        source: ``zoo:NAME``, the directory of an adapter, or that of a run.
-
-    Raises:
-        UnknownNameError: If the zoo has no such adapter.
-        FileError: If there is no adapter.
-    """
-    if source.startswith("zoo:"):
-        name, zoo = source.removeprefix("zoo:"), zoo_folder()
-        known = sorted(path.parent.name for path in zoo.glob(f"*/{JSON_FILE}"))
-        if name not in known:
-            raise UnknownNameError("adapter of the zoo", name, known, f"They are in {zoo}.")
-        return zoo / name
-    for place in (Path(source), Path(source) / ADAPTER):
-        if (place / JSON_FILE).is_file():
-            return place
-    raise FileError(
-        f"There is no adapter in {source!r}: no {JSON_FILE}, and no {ADAPTER}/{JSON_FILE}. Name the directory of an "
-        "adapter or of a run, or zoo:NAME."
-    )
+__all__ = ["start_from"]
 
 
 def start_from(task: AdapterTask, source: str, class_names: Sequence[str]) -> str:
@@ -60,19 +34,19 @@ def start_from(task: AdapterTask, source: str, class_names: Sequence[str]) -> st
     """
     folder = find_adapter(source)
     header, units, head = read_adapter(folder)
-    _check_method(task.bank.plan().method.to_dict(), header["method"], source)
+    method = task.bank.plan().method
+    _check_method(method, header["method"], source)
     check_fingerprint(header["backbone"]["fingerprint"], unwrap(task.model), task.bank.view)
     names, word = list(header["class_names"] or []), "classifier" if task.classifies else "decoder"
     fits = {key: t.shape for key, t in task.head_tensors().items()} == {key: t.shape for key, t in head.items()}
     same_maps = _read_alike(task.output().get("decoder"), (header["output"] or {}).get("decoder"))
-    # A classifier whose columns are to say which features matter starts anew (public code of VQT).
-    scoring = bool(getattr(task, "head_sparsity", 0))
-    kept = bool(head) and fits and same_maps and names == list(class_names) and not scoring
+    reason = method.fresh_head()
+    kept = bool(head) and fits and same_maps and names == list(class_names) and reason is None
     task.take(units, head if kept else {})
     if kept:
         return f"Started from {source}, with its {word}."
-    if scoring:
-        return f"Started from {source}; the {word} is a fresh one, because head_sparsity is to score its features."
+    if reason is not None:
+        return f"Started from {source}; the {word} is a fresh one, because {reason}."
     if names == list(class_names):
         why = "another shape" if same_maps else "it read other maps"
         return f"Started from {source}; the {word} is a fresh one ({why})."
@@ -85,20 +59,22 @@ def _read_alike(own: Mapping[str, Any] | None, saved: Mapping[str, Any] | None) 
     return own is None or saved is None or all(own[key] == saved.get(key) for key in ("name", "taps", "levels"))
 
 
-def _check_method(own: dict[str, Any], saved: dict[str, Any], source: str) -> None:
-    if own["name"] != saved["name"]:
+def _check_method(own: Method, saved: dict[str, Any], source: str) -> None:
+    if own.name != saved["name"]:
         raise ConfigError(
-            f"{source} is an adapter of the method {saved['name']}, and this run trains {own['name']}. "
+            f"{source} is an adapter of the method {saved['name']}, and this run trains {own.name}. "
             f"Give --method {saved['name']}, or another adapter."
         )
-    fields = {**dict.fromkeys(own["fields"]), **saved["fields"]}
+    there = method_from_dict(saved)
+    if own.is_like(there):
+        return
+    ours, theirs = own.to_dict()["fields"], there.to_dict()["fields"]
     other = [
-        f"{name}: {value!r} there, {own['fields'].get(name)!r} here"
-        for name, value in fields.items()
-        if value != own["fields"].get(name)
+        f"{name}: {value!r} there, {ours[name]!r} here"
+        for name, value in theirs.items()
+        if value != ours[name] and name not in own.training_fields
     ]
-    if other:
-        raise ConfigError(
-            f"{source} is an adapter of {own['name']} with other fields ({'; '.join(other)}). Set --model.method.NAME "
-            "to the same values."
-        )
+    raise ConfigError(
+        f"{source} is an adapter of {own.name} with other fields ({'; '.join(other)}). Set --model.method.NAME to the "
+        "same values."
+    )

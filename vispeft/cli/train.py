@@ -1,7 +1,8 @@
-"""``tools/train.py``: train an adapter from a config and fill a run directory."""
+"""``vispeft train``: train an adapter from a config and fill a run directory."""
 
 from __future__ import annotations
 
+import argparse
 import errno
 import re
 import shlex
@@ -18,17 +19,20 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
+from vispeft.building.config_files import read_config
 from vispeft.cli import runs
 from vispeft.cli.common import console, make_parser, one_line, versions
 from vispeft.cli.config import ConfigCLI
 from vispeft.cli.evaluation import Measured, class_table, measure, metrics_table, output_names
+from vispeft.cli.folds import train_folds
 from vispeft.cli.start import start_from
 from vispeft.data.base import ImageData
-from vispeft.data.cache import cache_features
 from vispeft.errors import ConfigError, FileError, TrainingError
+from vispeft.resources import config_names, find_config
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.callbacks import EpochPictures, progress_bar
 from vispeft.tasks.checkpoints import Found, RunCheckpoints, SealedCheckpointIO, find_checkpoint, read_checkpoint
+from vispeft.tasks.feature_cache import cache_features
 from vispeft.tasks.logs import RunLog
 from vispeft.viz import learning_curves
 
@@ -40,16 +44,17 @@ FREE = re.compile(
 """Keys that may change when a run is resumed: none of them changes what comes out."""
 
 EXAMPLE = """example:
-  python tools/train.py configs/classification/digits_ssf.yaml
-  python tools/train.py configs/classification/digits_ssf.yaml --model.lr 5e-3 --trainer.max_epochs 10
-  python tools/train.py configs/classification/digits_ssf.yaml --method lora --model.method.rank 4 --out runs/mine
-  python tools/train.py --resume runs/digits_ssf/1
-  python tools/train.py configs/classification/digits_ssf.yaml --init runs/digits_ssf/1
+  vispeft train classification/digits_ssf
+  vispeft train classification/digits_ssf --model.lr 5e-3 --trainer.max_epochs 10
+  vispeft train classification/digits_ssf --method lora --model.method.rank 4 --out runs/mine
+  vispeft train --resume runs/digits_ssf/1
+  vispeft train classification/digits_ssf --init runs/digits_ssf/1
 
 Every key of the config can be overridden by its path; --print_config shows them all with their values. The run
 directory then holds adapter/, config.yaml, metrics.json, checkpoints/, logs/ (TensorBoard and CSV) and plots/.
 
-A config of mmsegmentation, a .py file, is run by mmengine's Runner; CONFIG.py --help says with which options."""
+CONFIG is a YAML file, or one that comes with the package: --list names those. A config of mmsegmentation (a .py file)
+is run by mmengine's Runner; vispeft train CONFIG --help says with which options."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -58,19 +63,15 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: Arguments without the program's name.
     """
-    parser = make_parser("tools/train.py", "Train an adapter as a config says.", EXAMPLE)
-    parser.add_argument("config", metavar="CONFIG", help="YAML file; it comes first; with --resume it may be left out")
-    parser.add_argument("--method", metavar="NAME", help="method instead of the config's: a name, or a YAML file")
-    parser.add_argument("--init", metavar="ADAPTER", help="adapter to start from: zoo:NAME, or a directory")
-    parser.add_argument("--out", metavar="DIR", help="run directory; default runs/<config name>/<n>")
-    parser.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped")
-    parser.add_argument("--folds", type=int, metavar="N", help="cross-validation: train once for each of N folds")
-    parser.add_argument("--print_config", action="store_true", help="print the whole config and leave")
     argv = list(argv)
-    if argv and argv[0].endswith(".py"):
+    parser = _parser()
+    if argv and not argv[0].startswith("-") and find_config(argv[0]).suffix == ".py":
         from vispeft.cli.mmseg import main as train_segmentor  # needs an extra
 
         train_segmentor(argv)
+        return
+    if argv == ["--list"]:
+        print("\n".join(config_names()))
         return
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         if not any(token.partition("=")[0] == "--resume" for token in argv):
@@ -82,14 +83,12 @@ def main(argv: Sequence[str]) -> None:
             overrides = [f"--{key}", value, *overrides]
     if given.print_config:
         overrides = [*overrides, "--print_config"]
-    command = shlex.join(["python", "tools/train.py", *(token for token in argv if token)])
-    config = Path(given.config) if given.config else None
+    command = shlex.join(["vispeft", "train", *(token for token in argv if token)])
+    config = find_config(given.config) if given.config else None
     if given.folds is not None:
-        from vispeft.cli.folds import train_folds  # it calls `train` below
-
         if given.resume is not None:
             raise ConfigError("--resume was given with --folds, which goes on by itself: give the same command again.")
-        train_folds(cast(Path, config), overrides, given.folds, out=given.out, command=command)
+        train_folds(cast(Path, config), overrides, given.folds, _train_or_resume, out=given.out, command=command)
         return
     if given.resume is None:
         train(cast(Path, config), overrides, out=given.out, command=command)
@@ -97,6 +96,27 @@ def main(argv: Sequence[str]) -> None:
     if given.out is not None:
         raise ConfigError("--out was given with --resume; a run goes on in its own directory. Leave --out out.")
     resume(given.resume, config, overrides, command=command)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser("train", "Train an adapter as a config says.", EXAMPLE)
+    parser.add_argument(
+        "config", metavar="CONFIG", help="name of a packaged config, or a YAML file; first, or left out with --resume"
+    )
+    parser.add_argument("--method", metavar="NAME", help="method instead of the config's: a name, or a YAML file")
+    parser.add_argument("--init", metavar="ADAPTER", help="adapter to start from: zoo:NAME, or a directory")
+    parser.add_argument("--out", metavar="DIR", help="run directory; default runs/<config name>/<n>")
+    parser.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped")
+    parser.add_argument("--folds", type=int, metavar="N", help="cross-validation: train once for each of N folds")
+    parser.add_argument("--print_config", action="store_true", help="print the whole config and leave")
+    parser.add_argument("--list", action="store_true", help="name the packaged configs and leave; alone")
+    return parser
+
+
+def _train_or_resume(config: Path, overrides: Sequence[str], place: Path, command: str) -> Path:
+    if place.exists():
+        return resume(place, config, overrides, command=command)
+    return train(config, overrides, out=place, command=command)
 
 
 def train(config: Path, overrides: Sequence[str] = (), *, out: str | Path | None = None, command: str = "") -> Path:
@@ -224,7 +244,7 @@ def _check_same(place: Path, cli: ConfigCLI) -> None:
     Raises:
         ConfigError: If a key differs that could change the result.
     """
-    saved = dict(_flat(yaml.safe_load((place / runs.CONFIG).read_text(encoding="utf-8"))))
+    saved = dict(_flat(cli.completed(read_config(place / runs.CONFIG))))
     asked = dict(_flat(yaml.safe_load(cli.resolved())))
     other = [key for key in {**saved, **asked} if saved.get(key) != asked.get(key) and not FREE.fullmatch(key)]
     if other:
@@ -267,7 +287,7 @@ def _check_processes(trainer: Trainer) -> None:
     processes = trainer.num_devices * trainer.num_nodes
     if processes > 1:
         raise ConfigError(
-            f"trainer.devices asks for {processes} processes, and tools/train.py trains in one: each of them would "
+            f"trainer.devices asks for {processes} processes, and `vispeft train` trains in one: each of them would "
             "begin a run directory of its own. Set trainer.devices to 1."
         )
 

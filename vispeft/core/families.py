@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
+from vispeft.core.providers import fill
 from vispeft.core.sites import View
 from vispeft.errors import BackboneError
 
 __all__ = [
     "Family",
     "base_class",
+    "block_host",
     "check_class",
     "describe",
     "family_of",
@@ -32,10 +35,14 @@ class Family:
     """The model classes it covers; subclasses of them are other models and are not covered."""
     describe: Callable[[nn.Module], View]
     """Makes the view of one model."""
-    host: type[nn.Module]
+    host: type[Any]
     """The family's own forward, put on the model in place."""
     examples: str
     """Names of timm models, for messages."""
+    hosts: Mapping[type[nn.Module], type[Any]] = field(default_factory=dict)
+    """The family's hosts of blocks, attention modules and MLPs by timm's class."""
+    reading_hosts: Mapping[type[nn.Module], type[Any]] = field(default_factory=dict)
+    """The same of attention modules that keep the biases of their projection and read its weight."""
 
 
 _FAMILIES: list[Family] = []
@@ -52,6 +59,7 @@ def register_family(family: Family) -> None:
     Args:
         family: The family.
     """
+    fill("families")  # first, so that a family from outside may replace one of them
     _FAMILIES[:] = [known for known in _FAMILIES if known.name != family.name] + [family]
 
 
@@ -79,6 +87,7 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         BackboneError: If no family covers the model's class.
     """
+    fill("families")
     cls = base_class(model)
     for family in _FAMILIES:
         if cls in family.classes:
@@ -89,6 +98,24 @@ def family_of(model: nn.Module) -> Family:
         f"Supported: {known}. To add a family, write its view in one file of vispeft/backbones and register it "
         "(CONTRIBUTING.md)."
     )
+
+
+def block_host(module: nn.Module) -> type[Any] | None:
+    """Look up the host of a block, an attention module or an MLP.
+
+    Args:
+        module: timm's module.
+
+    Returns:
+        The host that its family gives for its class; None where there is none.
+    """
+    base = base_class(module)
+    for family in _FAMILIES:
+        if base in family.reading_hosts and getattr(module, "q_bias", None) is not None:
+            return family.reading_hosts[base]
+        if base in family.hosts:
+            return family.hosts[base]
+    return None
 
 
 def describe(model: nn.Module) -> View:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from vispeft.core.families import describe
+from vispeft.core.fields import check_choices
+from vispeft.core.providers import extra_methods, fill
 from vispeft.core.recipes import Recipe, choose_recipe
 from vispeft.core.sites import Site, View, check_roles, select
 from vispeft.core.units import Unit
 from vispeft.errors import ConfigError, SiteError, UnknownNameError
 
-__all__ = ["Method", "PlanItem", "list_methods", "method", "method_from_dict", "register", "register_lazy"]
+__all__ = ["Method", "PlanItem", "Step", "list_methods", "method", "method_from_dict", "register"]
 
 _METHODS: dict[str, type[Method]] = {}
-_LAZY: dict[str, str] = {}
-"""Modules that register methods once they are asked for, by method."""
 M = TypeVar("M", bound="type[Method]")
 
 
@@ -37,21 +37,47 @@ class PlanItem:
     """Makes the unit, without start values."""
     lender: str | None = None
     """Key of an earlier item whose unit holds tensors that this one uses too."""
+    start: Callable[[], Mapping[str, Tensor]] | None = None
+    """Computes start values from the frozen backbone, by tensor of the unit; called on attach, never on load."""
+    task: str | None = None
+    """The task this unit is a copy for, where an adapter has one copy of its units per task."""
 
     @property
     def key(self) -> str:
-        """Name of the unit in files and plans: the site's path, then the unit."""
-        return f"{self.site.key}/{self.unit}"
+        """Name of the unit in files and plans: the site's path, then the unit, then the task of a copy."""
+        return f"{self.site.key}/{self.unit}" + ("" if self.task is None else f"@{self.task}")
+
+    def copy_for(self, task: str) -> PlanItem:
+        """Give the item of a task's own copy.
+
+        Args:
+            task: The task.
+        """
+        lender = None if self.lender is None else f"{self.lender}@{task}"
+        return dataclasses.replace(self, task=task, lender=lender)
 
     @property
     def slot(self) -> str:
         """Name of the unit inside its host, unique there also when slices of one layer have units of their own."""
-        return self.unit if self.site.part is None else f"{self.unit}_{self.site.part}"
+        own = self.unit if self.site.part is None else f"{self.unit}_{self.site.part}"
+        return own if self.task is None else f"{own}@{self.task}"
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """List the unit's trainable tensors without allocating them."""
         with torch.device("meta"):
             return {name: tuple(tensor.shape) for name, tensor in self.build().named_parameters()}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step, as `Method.loss_term` sees it."""
+
+    batch: Any
+    """The batch the step was given: images (B, 3, H, W) and their targets."""
+    output: Any
+    """The model's output for these images, in float32."""
+    result: Any = None
+    """The run result of the forward pass; None unless the method sets `Method.reads_result`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,15 +108,25 @@ class Method:
     trains_base: ClassVar[bool] = False
     """Whether the base behaves as in training (dropout, stochastic depth) while the adapter trains."""
 
+    multi_task: ClassVar[bool] = False
+    """Whether its units read the task that is asked for (`Unit.routed`); an adapter with tasks of any other method has
+    one copy of all units per task."""
+
     cacheable: ClassVar[bool] = False
     """Whether the backbone runs as it is, and what trains reads nothing but its outputs, so that these can be kept."""
+    reads_result: ClassVar[bool] = False
+    """Whether `loss_term` needs the run result of the forward pass (`Step.result`)."""
+    training_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields that change the training alone: adapters that differ in them are of one kind, and one can start from the
+    other."""
 
     def __post_init__(self) -> None:
         """Check the fields all methods share.
 
         Raises:
             UnknownNameError: If a role does not exist in any family.
-            ConfigError: If an empty list of roles or blocks is given.
+            ConfigError: If an empty list of roles or blocks is given, a field annotated as a ``Literal`` has another
+                value, or the rate of stochastic depth is none.
         """
         for field, values in (("roles", self.roles), ("blocks", self.blocks)):
             if values is None:
@@ -109,6 +145,12 @@ class Method:
             raise ConfigError(f"{type(self).__name__}(blocks={self.blocks!r}): block indices are whole numbers.")
         if "head" in (self.roles or ()):
             raise SiteError("Role 'head' was asked for; the classifier belongs to the adapter and trains as it is.")
+        check_choices(self)
+        rate = self.stochastic_depth()
+        if not 0 <= rate < 1:
+            raise ConfigError(
+                f"{type(self).__name__}(drop_path={rate}): a rate from 0 up to, not including, 1 is needed."
+            )
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
         """Say which units go where, in forward order.
@@ -196,6 +238,63 @@ class Method:
         """
         return choose_recipe(type(self).__name__, self.recipes, describe(model), n_images)
 
+    # ------------------------------------------------------------------ training
+
+    def callbacks(self) -> list[Any]:
+        """Make the schedules of the method, as Lightning callbacks.
+
+        A task adds them to its trainer. Its hooks get the task, whose ``bank`` holds the adapter. A callback may switch
+        ``requires_grad`` of tensors for a step and must restore it; checkpoints and averages hold every tensor anyway.
+        """
+        return []
+
+    def loss_term(self, bank: Any, name: str, step: Step) -> Tensor | None:
+        """Compute a loss that is added to the task's own. It may run the model again.
+
+        Args:
+            bank: The bank of the model.
+            name: The adapter of this method.
+            step: Batch, output and run result of the step.
+
+        Returns:
+            A scalar, weighted; None for no loss.
+        """
+        return None
+
+    def change_gradients(self, bank: Any, name: str) -> None:
+        """Change the gradients of a step, after the backward pass and before clipping and the optimiser.
+
+        Args:
+            bank: The bank of the model; ``bank.named_tensors(name)`` gives the tensors with their gradients.
+            name: The adapter of this method.
+        """
+
+    def start_from(self, bank: Any, name: str, loader: Iterable[Any]) -> None:
+        """Compute start values from the training data, once before the first step of a fresh training.
+
+        It is not called when a training is resumed or starts from a saved adapter.
+
+        Args:
+            bank: The bank of the model.
+            name: The adapter of this method.
+            loader: Training batches on the model's device, as the steps get them.
+        """
+
+    def fresh_head(self) -> str | None:
+        """Say why a training that starts from a saved adapter needs a fresh classifier; None where it does not."""
+        return None
+
+    def is_like(self, other: Method) -> bool:
+        """Whether a saved adapter of another configuration fits this one: equal up to `training_fields`.
+
+        Args:
+            other: The other configuration.
+        """
+        same = {field: getattr(self, field) for field in self.training_fields}
+        return type(other) is type(self) and dataclasses.replace(other, **same) == self
+
+    # ------------------------------------------------------------------ classifiers and outputs
+
     def low_bit_head(self) -> int:
         """Give the bits per weight of the classifier; 32 for a plain one."""
         return 32
@@ -255,6 +354,7 @@ def register(cls: M) -> M:
     Raises:
         ConfigError: If another class has the name already.
     """
+    fill("methods")  # so that the names they take are known, whoever comes first
     known = _METHODS.get(cls.name)
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ConfigError(f"Two methods want the name {cls.name!r}: {known.__module__} and {cls.__module__}.")
@@ -262,19 +362,10 @@ def register(cls: M) -> M:
     return cls
 
 
-def register_lazy(name: str, module: str) -> None:
-    """Name a method whose module needs an extra: it is imported when it is asked for, and never listed.
-
-    Args:
-        name: The method's name.
-        module: The module that registers it.
-    """
-    _LAZY[name] = module
-
-
 def list_methods() -> list[str]:
     """List the names of all methods that need no extra."""
-    return sorted(set(_METHODS) - set(_LAZY))
+    fill("methods")
+    return sorted(set(_METHODS) - set(extra_methods()))
 
 
 def method(name: str, **fields: Any) -> Method:
@@ -294,8 +385,9 @@ def method(name: str, **fields: Any) -> Method:
     Example:
         >>> vispeft.method("lora", rank=4)
     """
-    if name not in _METHODS and name in _LAZY:
-        importlib.import_module(_LAZY[name])
+    fill("methods")
+    if name not in _METHODS and name in extra_methods():
+        importlib.import_module(extra_methods()[name])
     if name not in _METHODS:
         raise UnknownNameError("method", name, _METHODS)
     cls = _METHODS[name]

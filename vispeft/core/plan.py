@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -16,6 +17,8 @@ from vispeft.core.method import Method, PlanItem
 from vispeft.errors import ConfigError, SiteError
 
 __all__ = ["Plan", "make_plan", "plan"]
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,13 @@ class Plan:
         return capture.get()
 
 
-def make_plan(method: Method, model: nn.Module) -> Plan:
+def make_plan(method: Method, model: nn.Module, tasks: Sequence[str] | None = None) -> Plan:
     """Plan a method on a model.
 
     Args:
         method: The method.
-        model: What the user holds: a timm model, or a wrapper around one.
+        model: A timm model, or a wrapper around one.
+        tasks: Names of the tasks; a method that does not read tasks itself gets one copy of its units for each.
 
     Returns:
         The plan.
@@ -86,14 +90,29 @@ def make_plan(method: Method, model: nn.Module) -> Plan:
     Raises:
         BackboneError: If the model is not supported.
         SiteError: If a role matches nothing, or the method has no stated form for the family.
+        ConfigError: If a task has no name, or two have the same.
     """
+    _check_tasks(method, tasks)
     view = describe(model)
     items = tuple(method.items(view, unwrap(model)))
+    _check_lenders(method, items)
+    if tasks is not None and not method.multi_task:
+        items = tuple(item.copy_for(task) for item in items for task in tasks)
     twice = [key for key, count in Counter(item.key for item in items).items() if count > 1]
     if twice:
         raise SiteError(f"{type(method).__name__} plans two units under one name: {', '.join(twice[:3])}. Rename one.")
-    _check_lenders(method, items)
     return Plan(method=method, family=view.family, items=items)
+
+
+def _check_tasks(method: Method, tasks: Sequence[str] | None) -> None:
+    if tasks is None:
+        return
+    bad = [task for task in tasks if not (isinstance(task, str) and _NAME.fullmatch(task))]
+    if isinstance(tasks, str) or not tasks or bad or len(set(tasks)) < len(tasks):
+        raise ConfigError(
+            f"attach(..., tasks={tasks!r}): give a list of different names of letters, digits, '-' and '_', such as "
+            "['seg', 'depth'], or leave tasks out."
+        )
 
 
 def _check_lenders(method: Method, items: tuple[PlanItem, ...]) -> None:

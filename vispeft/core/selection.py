@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from vispeft.core.method import Method, PlanItem
 from vispeft.core.sites import Site, View, select
@@ -52,13 +52,16 @@ def selections(view: View, model: nn.Module, unit: str, wanted: Callable[[str, s
         chosen = [name for name in names if wanted(path, name)]
         if chosen:
             site = site_of(view, path)
-            yield PlanItem(site, unit, partial(_build, module, tuple(chosen), site.null))
+            values = partial(_values, module, tuple(chosen))
+            yield PlanItem(site, unit, partial(_build, values, site.null), start=values)
 
 
-def _build(module: nn.Module, names: tuple[str, ...], null: tuple[str, ...]) -> Unit:
-    own = module._parameters
-    tensors = {name: tensor for name in names if (tensor := own[name]) is not None}
-    return SelectionUnit(tensors, null)
+def _values(module: nn.Module, names: tuple[str, ...]) -> dict[str, Tensor]:
+    return {name: tensor for name in names if (tensor := module._parameters[name]) is not None}
+
+
+def _build(values: Callable[[], dict[str, Tensor]], null: tuple[str, ...]) -> Unit:
+    return SelectionUnit(values(), null)
 
 
 def site_of(view: View, path: str) -> Site:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from vispeft.hosts.functional import Branch, Dropout
-from vispeft.storage.quantize import LowBit
+from vispeft.core.low_rank import Branch, Dropout
 
 __all__ = [
     "AffineUnit",
+    "BranchUnit",
     "DeltaUnit",
+    "DepthUnit",
     "InputUnit",
     "ParallelUnit",
     "PrefixUnit",
@@ -23,6 +24,9 @@ __all__ = [
     "SequentialUnit",
     "SharedUnit",
     "SideUnit",
+    "Stream",
+    "StreamRule",
+    "StreamUnit",
     "TokensUnit",
     "Unit",
     "UnitKind",
@@ -36,16 +40,19 @@ UnitKind = Literal[
     "delta",
     "sequential",
     "affine",
+    "branch",
     "parallel",
     "prefix",
-    "queries",
     "tokens",
+    "stream",
+    "queries",
     "side",
     "shared",
+    "depth",
 ]
 
 
-class Unit(LowBit):
+class Unit(nn.Module):
     """What a method puts at one site.
 
     A unit holds every trainable tensor of a site and the arithmetic on it, and knows nothing of attaching, saving or
@@ -57,14 +64,19 @@ class Unit(LowBit):
     * delta: is added to the output of the base layer, computed from the same input;
     * sequential: changes what the layer and its deltas give;
     * affine: acts on what then leaves;
+    * branch: gives streams of their own behind a linear layer, beside its shared output;
     * parallel: is added to a branch of a block, computed from what enters that branch;
     * prefix: adds keys and values to an attention;
     * queries: reads what is inside the blocks and widens what enters the classifier;
     * tokens: adds tokens to the sequence;
+    * stream: passes rows of its own through the blocks, beside the tokens;
     * side: reads what leaves the blocks and gives what leaves the model;
-    * shared: does nothing itself and holds tensors that other units of the adapter use.
+    * shared: does nothing itself and holds tensors that other units of the adapter use;
+    * depth: is the rate at which a branch of a block is dropped while the model trains.
 
-    What a unit trains are parameters; what it must remember besides are persistent buffers, and both are in the file.
+    A unit trains its parameters and remembers other state in persistent buffers; files hold both. Its life: it is made
+    without values, reads from the frozen weight of its site (`prepare`), and is then either drawn (`reset`) or filled
+    from a file. Nothing is used up: each step may be repeated.
     """
 
     kind: ClassVar[UnitKind]
@@ -76,11 +88,50 @@ class Unit(LowBit):
     """Tensors whose gradient is zero by construction, which `verify` must not complain about."""
     identity_at_start: bool = True
     """Whether a new unit leaves the model's function as it is."""
-    passes_rows: bool = False
-    """Whether it makes rows beside the tokens, which blocks and attention modules must let pass."""
+    gain: Tensor | None
+    """Multiplier of the unit's contribution, a scalar that a schedule may set; None is 1. It acts on every kind whose
+    contribution is a difference: selection, weight, input, delta, sequential, affine and parallel. It is in no file."""
+
+    def __init__(self) -> None:
+        """Make a unit without tensors."""
+        super().__init__()
+        self.register_buffer("gain", None, persistent=False)  # a buffer, so that it moves with the model
+
+    def prepare(self, weight: Tensor) -> None:
+        """Read from the frozen weight of the site; called on attach and on load, before `reset`.
+
+        Units at modules without a weight, such as blocks, are not asked.
+
+        Args:
+            weight: (out, ...) weight of the base, whatever other adapters make of it, or the rows of the slice where
+                the site is one. It is no copy and must not be changed.
+        """
+
+    def makes_streams(self, layout: str) -> bool:
+        """Tell whether the unit passes streams through all blocks of a model.
+
+        Args:
+            layout: Order of the axes between the blocks: ``NLC`` or ``NHWC``.
+        """
+        return bool(self.streams())
+
+    def routed(self, task: str | None) -> Unit | None:
+        """Choose the unit that acts for a task; a method with tasks of its own overrides it.
+
+        Args:
+            task: The task that is asked for; None for none.
+
+        Returns:
+            This unit, a part of it that is a unit of its own, or None for nothing.
+        """
+        return self
+
+    def streams(self) -> Sequence[Stream]:
+        """List the streams that the unit passes through the blocks, or that start in its block."""
+        return ()
 
     def reset(self, generator: Generator) -> None:
-        """Give every tensor its start value.
+        """Give every tensor its start value; it may be called again at any time, and is not on load.
 
         Args:
             generator: Source of all randomness.
@@ -116,6 +167,35 @@ class Unit(LowBit):
         """Give the tensors a file holds of this unit, by their names under `Method.stored`."""
         return dict(self.state_dict())
 
+    def codecs(self) -> Mapping[str, str]:
+        """Codecs of the tensors in `stored`, by name; those left out are in files as they are.
+
+        See `vispeft.storage.codecs` for the names.
+        """
+        return {}
+
+    def encoded(self, name: str) -> Tensor | None:
+        """Bytes that a file holds of a tensor, where encoding its values anew would change them.
+
+        Only a unit whose codec rounds needs this and `keep_encoded`: it keeps the bytes it was loaded from, and returns
+        them as long as its tensor still has the values they decode to.
+
+        Args:
+            name: The tensor's name in `stored`.
+
+        Returns:
+            uint8 (bytes,), or None to encode the values.
+        """
+        return None
+
+    def keep_encoded(self, name: str, stored: Tensor) -> None:
+        """Learn the bytes of a tensor that was just loaded and holds their decoded values.
+
+        Args:
+            name: The tensor's name in `codecs`.
+            stored: Its bytes in the file, uint8 (bytes,).
+        """
+
     def fold_weight(self, weight: Tensor) -> Tensor:
         """Give the weight of the plain layer that does the same as `weight` and this unit together.
 
@@ -141,6 +221,111 @@ class Unit(LowBit):
     def shifts(self) -> bool:
         """Tell whether the plain layer needs a bias for this unit."""
         return False
+
+
+class StreamRule(NamedTuple):
+    """What the attention of a block does with the rows of a stream."""
+
+    seen: bool = False
+    """Whether the tokens attend to them: they are keys and values, on Swin in every window of their image."""
+    reads: bool = True
+    """Whether they attend to the tokens and to rows that are seen. Rows that are seen and do not read end behind the
+    block; rows that neither are seen nor read pass by the attention unchanged."""
+
+
+class Stream:
+    """A named stream of rows beside the tokens: how it starts, what a block does with it, and what leaves the model.
+
+    Its rows pass the norms, layer scales and MLPs of the blocks like tokens. Subclass it and give it from
+    `Unit.streams`; a stream may also start inside a block, from a `BranchUnit`.
+    """
+
+    name: str
+    """Its name in the bundle of all streams."""
+    shapes: tuple[tuple[int, int], ...] = ()
+    """Rows and width of each tensor that is kept for the classifier, in the order of the blocks; empty for none."""
+
+    def enter(self, block: int, present: Tensor | None, tokens: Tensor) -> Tensor | None:
+        """Give the rows that enter a block.
+
+        Args:
+            block: Index of the block.
+            present: The rows that left the block before, if any.
+            tokens: The tokens that enter the block, (B, N, D) or a map (B, H, W, D).
+
+        Returns:
+            Rows (B, R, width of the block) or a map, or None for none.
+        """
+        return present
+
+    def merge(self, merging: nn.Module, rows: Tensor) -> Tensor:
+        """Take the rows through patch merging: a map as it is, and each row as a map of four equal pixels.
+
+        Rows are repeated four times in the public code of VPT (KMnP/vpt).
+
+        Args:
+            merging: timm's module, which takes (B, H, W, D).
+            rows: (B, R, D), or a map (B, H, W, D).
+        """
+        if rows.ndim == 4:
+            merged: Tensor = merging(rows)
+            return merged
+        pixels = rows.reshape(-1, 1, 1, rows.shape[-1]).expand(-1, 2, 2, -1)
+        return merging(pixels)[:, 0, 0].unflatten(0, rows.shape[:2])
+
+    def rule(self, block: int) -> StreamRule:
+        """Say what the attention of a block does with the rows.
+
+        Args:
+            block: Index of the block.
+        """
+        return StreamRule()
+
+    def keeps(self, block: int) -> bool:
+        """Tell whether the rows that leave a block are kept in the result of the run.
+
+        Args:
+            block: Index of the block.
+        """
+        return False
+
+    def features(self, pooled: Tensor, kept: Sequence[Tensor]) -> Tensor:
+        """Compute the features that enter the classifier.
+
+        Args:
+            pooled: The features so far (B, width).
+            kept: The tensors named by `shapes`, with the batch in front.
+
+        Returns:
+            (B, features).
+        """
+        return pooled
+
+
+class StreamUnit(Unit):
+    """Passes rows of its own through the blocks, by the streams it gives."""
+
+    kind = "stream"
+
+
+class DepthUnit(Unit):
+    """The rate at which a branch of a block is dropped while the model trains (stochastic depth, arXiv 1603.09382)."""
+
+    kind = "depth"
+
+    rate: Tensor
+
+    def __init__(self, rate: float) -> None:
+        """Set the rate.
+
+        Args:
+            rate: Share of images for which the branch is dropped.
+        """
+        super().__init__()
+        self.register_buffer("rate", torch.tensor(rate), persistent=False)
+
+    def reset(self, generator: Generator) -> None:
+        """Have nothing to start."""
 
 
 class SelectionUnit(Unit):
@@ -297,6 +482,30 @@ class AffineUnit(Unit):
         return True
 
 
+class BranchUnit(Unit):
+    """Gives streams behind a linear layer, such as one per task, beside the layer's shared output.
+
+    The residual stream of a stream that starts here is a copy of the tokens. The block of the layer runs its branches
+    with all streams.
+    """
+
+    kind = "branch"
+
+    def branches(self, x: Tensor, beside: Mapping[str, Tensor], frozen: Tensor, shared: Tensor) -> dict[str, Tensor]:
+        """Compute the streams that leave the layer.
+
+        Args:
+            x: The shared input (..., in).
+            beside: The inputs of streams that entered the layer, by name, each (..., in).
+            frozen: The product of the frozen layer with `x`, its bias included, (..., out).
+            shared: The layer's shared output, (..., out).
+
+        Returns:
+            Outputs (..., out) by the name of the stream.
+        """
+        raise NotImplementedError
+
+
 class ParallelUnit(Unit):
     """A term beside a branch of a block; the family's own block adds it to the residual stream."""
 
@@ -340,7 +549,6 @@ class QueryUnit(Unit):
     """Queries of an adapter's own, which read the tokens of the blocks and which nothing sees."""
 
     kind = "queries"
-    passes_rows = True
     identity_at_start = False
 
     length: int
@@ -352,9 +560,9 @@ class QueryUnit(Unit):
     detach_hidden: bool
     """Whether the backbone runs without gradients."""
 
-    def rows(self, width: int) -> int:
-        """Count the rows of some width that hold what is read of one image."""
-        return -(-self.length * sum(self.widths) // width)
+    def streams(self) -> Sequence[Stream]:
+        """Pass the queries through the blocks."""
+        return (QueryStream(self),)
 
     def enter(self, tokens: Tensor) -> Tensor:
         """Change what enters the first block while training, if the method asks for it."""
@@ -385,6 +593,33 @@ class QueryUnit(Unit):
         raise NotImplementedError
 
 
+class QueryStream(Stream):
+    """The stream of a unit's queries: new rows in each block that is read, and the rows that leave it are kept."""
+
+    name = "queries"
+
+    def __init__(self, unit: QueryUnit) -> None:
+        """Make the stream.
+
+        Args:
+            unit: The queries.
+        """
+        self.unit = unit
+        self.shapes = tuple((unit.length, width) for width in unit.widths)
+
+    def enter(self, block: int, present: Tensor | None, tokens: Tensor) -> Tensor | None:
+        """Give the block's queries."""
+        return self.unit.asked(block, tokens.shape[0])
+
+    def keeps(self, block: int) -> bool:
+        """Keep the rows of each block that is read."""
+        return block in self.unit.blocks
+
+    def features(self, pooled: Tensor, kept: Sequence[Tensor]) -> Tensor:
+        """Compute the features that enter the classifier."""
+        return self.unit.features(pooled, kept)
+
+
 class TokensUnit(Unit):
     """Learned tokens in the sequence; the family's own forward puts them there."""
 
@@ -394,7 +629,11 @@ class TokensUnit(Unit):
     length: int
     """Number of tokens."""
     pool: str
-    """What average pooling sees: ``all``, ``patches`` or ``prompts``."""
+    """The rows that average pooling sees: ``all``, ``patches`` or ``prompts``."""
+
+    def makes_streams(self, layout: str) -> bool:
+        """Tell that tokens of a map are a stream: they stand in its windows."""
+        return layout == "NHWC"
 
     def tokens(self, block: int, batch: int) -> Tensor | None:
         """Give the tokens that enter a block.
@@ -404,9 +643,18 @@ class TokensUnit(Unit):
             batch: Number of images.
 
         Returns:
-            (batch, length, width), or None where those that came out of the block before go on.
+            (batch, length, width), or None where those that came out of the block before go on; a length of 0 removes
+            them.
         """
         raise NotImplementedError
+
+    def replaces(self, block: int) -> bool:
+        """Tell whether tokens of its own enter a block, in place of those that came out of the block before.
+
+        Args:
+            block: Index of the block.
+        """
+        return False
 
 
 class SideUnit(Unit):

@@ -76,7 +76,7 @@ class Report:
         lines += [f"  {finding.line()}" for finding in errors]
         if warnings:
             lines += [f"and {_many(len(warnings), 'warning')}:", *(f"  {finding.line()}" for finding in warnings)]
-        raise DataError("\n".join([*lines, "`python tools/doctor.py` shows everything that is known about them."]))
+        raise DataError("\n".join([*lines, "`vispeft doctor` shows everything that is known about them."]))
 
 
 def examine(listing: Listing, full: bool = True) -> Report:

@@ -167,7 +167,7 @@ class MaskCoding:
             strange = [show_code(int(code), coloured) for code in np.unique(codes[found == OUTSIDE])[:5]]
             raise DataError(
                 f"{name} has {', '.join(strange)}, which stands for none of the {self.num_classes} classes and not for "
-                f"a pixel without a label ({IGNORE}). `python tools/doctor.py` shows all masks with such values."
+                f"a pixel without a label ({IGNORE}). `vispeft doctor` shows all masks with such values."
             )
         return torch.from_numpy(found.astype(np.uint8))
 

@@ -1,8 +1,9 @@
-"""The hosts of attention modules: keys and values of an adapter's own, prompts in windows, and queries that only read.
+"""The hosts of attention modules: keys and values of an adapter's own, and streams beside the tokens.
 
 Where nothing of that acts, every call goes to timm's own forward. Where something does, the attention is computed here,
 from timm's own submodules: once for ViT and Eva (`TokenAttentionHost`) and once for windows (`WindowAttentionHost`); a
-family's file says what differs.
+family's file says where it differs. In windows the output projection acts on the map that was put together again, so
+that a task can branch there.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import torch.nn.functional as F
 from timm.layers.attention import resolve_self_attn_mask
 from torch import Tensor, nn
 
-from vispeft.core.units import PrefixUnit
+from vispeft.core.units import StreamRule
 from vispeft.hosts.base import Host
-from vispeft.hosts.streams import Rows
+from vispeft.hosts.streams import Streams, split
 
 __all__ = [
     "AttentionHost",
@@ -43,8 +44,8 @@ class AttentionHost(Host):
     proj_drop: Any
     attn_drop: Any
 
-    folds: ClassVar[bool] = True
-    """Whether a score is a plain product of query and key, so that keys need not be computed for queries that read."""
+    plain_scores: ClassVar[bool] = True
+    """Whether a score is a plain product of query and key, so that rows which only read need no keys of the tokens."""
     neutral: ClassVar[float] = 0.0
     """The position bias of a key that has no position."""
 
@@ -56,25 +57,25 @@ class AttentionHost(Host):
         """
         raise NotImplementedError
 
-    def place(self, heads: Heads, arguments: dict[str, Any]) -> Heads:
+    def apply_positions(self, heads: Heads, arguments: dict[str, Any]) -> Heads:
         """Write positions into queries and keys of tokens, where the family does it there."""
         return heads
 
     def bias(self, x: Tensor, scores_like: Tensor, arguments: dict[str, Any]) -> Tensor | None:
-        """Give what is added to the scores of tokens, broadcast over (B, heads, N, N); None for nothing."""
+        """Compute the term added to the scores of tokens, broadcast over (B, heads, N, N); None for none."""
         raise NotImplementedError
 
-    def leave(self, mixed: Tensor, x: Tensor) -> Tensor:
-        """Bring mixed values (B, heads, N, width of a head) behind the output projection.
+    def project_out(self, mixed: Streams, entered: Streams) -> Streams:
+        """Apply all that follows the mixing of values: norm, gate, output projection.
 
         Args:
-            mixed: The values.
-            x: What entered, for gates.
+            mixed: Mixed values with the heads side by side, (..., inner width) for each stream.
+            entered: The inputs of the attention, for gates.
 
         Returns:
-            (B, N, D).
+            (..., D) for each stream, and for each that starts at the projection.
         """
-        raise NotImplementedError
+        return split(self.proj, mixed).each(self.proj_drop)
 
     def mix(self, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """Compute softmax of queries and keys, times values."""
@@ -82,47 +83,61 @@ class AttentionHost(Host):
         dropout = self.attn_drop.p if self.training else 0.0
         return F.scaled_dot_product_attention(queries, keys, values, bias, dropout, scale=self.scale)
 
-    def attend(self, rows: Rows, keep: bool, arguments: dict[str, Any]) -> Rows:
-        """Compute the attention of tokens and of what is beside them.
+    def mixed(self, streams: Streams, arguments: dict[str, Any]) -> Streams:
+        """Mix values for the tokens and for the streams that read.
 
         Args:
-            rows: Normalised tokens (windows, N, D), and rows beside them (B, ., D).
-            keep: Whether what leaves at the prompts' rows is needed.
-            arguments: What timm hands to the module besides.
+            streams: Normalised tokens (windows, N, D), and rows beside them (B, R, D) by the rule of each.
+            arguments: The further arguments of timm's module.
 
         Returns:
-            What leaves; at rows beside windows the average over the windows of the image.
+            Tokens (windows, N, inner width) and rows (B, R, inner width), which average over the windows of the image.
         """
-        prefixes = tuple(self.units(PrefixUnit))
-        x = rows.tokens
-        if rows.queries is not None and rows.prompts is None and not prefixes and self._folds(rows.queries, arguments):
-            return Rows(super().forward(x, **arguments), None, self._read_folded(rows.queries, x))
-        queries, keys, values = self.place(self.project(x), arguments)
+        x, rows = streams.tokens, streams.beside
+        seen = {name: self.project(y) for name, y in rows.items() if streams.rules[name].seen}
+        reading = [name for name in rows if streams.rules[name].reads]
+        queries, keys, values = self.apply_positions(self.project(x), arguments)
         bias = self.bias(x, queries, arguments)
-        prompts = None if rows.prompts is None else self.project(rows.prompts)
-        keys, values = _joined(keys, values, prompts, [unit.keys_values() for unit in prefixes])
+        keys, values = self._joined(keys, values, list(seen.values()))
         extra = keys.shape[2] - queries.shape[2]
         if bias is not None and extra:
             bias = F.pad(bias, (extra, 0), value=self.neutral)
-        out = self.leave(self.mix(queries, keys, values, bias), x)
-        seen = None if prompts is None or not keep else self._beside(prompts[0], rows.prompts, keys, values)
-        read = None if rows.queries is None else self._beside(self.project(rows.queries)[0], rows.queries, keys, values)
-        return Rows(out, seen, read)
+        beside = {}
+        for name in reading:
+            asking = seen[name][0] if name in seen else self.project(rows[name])[0]
+            # Rows beside the tokens have no position.
+            out = self.mix(_spread(asking, keys), keys, values, None)
+            beside[name] = _averaged(_side_by_side(out), rows[name])
+        tokens = _side_by_side(self.mix(queries, keys, values, bias))
+        return Streams(tokens, beside, streams.rules)
 
-    def _beside(self, queries: Tensor, x: Tensor | None, keys: Tensor, values: Tensor) -> Tensor:
-        """Let rows beside the tokens read keys and values, without positions, and average over windows."""
-        x = cast(Tensor, x)
-        mixed = self.mix(_spread(queries, keys), keys, values, None)
-        return _averaged(self.leave(mixed, _spread(x, keys)), x)
+    def _joined(self, keys: Tensor, values: Tensor, seen: Sequence[Heads]) -> tuple[Tensor, Tensor]:
+        """Put keys and values of streams that are seen, and those of an adapter's own, in front of the tokens'."""
+        for heads in seen:
+            keys = torch.cat([_spread(heads[1], keys), keys], dim=2)
+            values = torch.cat([_spread(heads[2], values), values], dim=2)
+        for unit in self.acting.prefix:
+            own_keys, own_values = unit.keys_values()
+            keys = torch.cat([_own(own_keys, keys), keys], dim=2)
+            values = torch.cat([_own(own_values, values), values], dim=2)
+        return keys, values
 
-    def _folds(self, queries: Tensor, arguments: dict[str, Any]) -> bool:
-        """Tell whether reading through the projection's weight is exact, and keeps less than keys and values."""
-        adapted = isinstance(self.qkv, Host) and self.qkv.acts()
-        plain = self.folds and isinstance(self.qkv, nn.Linear) and not adapted and arguments.get("rope") is None
-        return plain and queries.shape[1] * self.num_heads <= queries.shape[2]
+    def reads_alone(self, streams: Streams, arguments: dict[str, Any]) -> bool:
+        """Tell whether streams only read, and reading through the projection's weight is exact and keeps less."""
+        acting = self.acting
+        if acting.prefix or acting.branch or not streams.beside or not self.plain_scores:
+            return False
+        if any(streams.rules[name] != StreamRule(seen=False, reads=True) for name in streams.beside):
+            return False
+        if isinstance(self.qkv, Host) and self.qkv.acts():
+            return False
+        if isinstance(self.proj, Host) and self.proj.acting.branch:
+            return False
+        plain = isinstance(self.qkv, nn.Linear) and arguments.get("rope") is None
+        return plain and all(rows.shape[1] * self.num_heads <= rows.shape[2] for rows in streams.beside.values())
 
-    def _read_folded(self, queries: Tensor, x: Tensor) -> Tensor:
-        """Let queries read tokens without keys and values.
+    def read_mixed(self, queries: Tensor, x: Tensor) -> Tensor:
+        """Let rows read tokens without keys and values of the tokens.
 
         ``(W_k n + b_k) . q = n . (W_k^T q)`` up to a number that is the same for all tokens, which softmax does not
         see; and weights that sum to one mix ``W_v n + b_v`` as ``W_v`` of the mixed ``n``, plus ``b_v``. Of the tokens
@@ -133,7 +148,7 @@ class AttentionHost(Host):
             x: (windows, N, D), normalised.
 
         Returns:
-            (B, Q, D).
+            (B, Q, inner width).
         """
         asked = self.project(queries)[0]
         heads, count, width = asked.shape[1:]
@@ -144,15 +159,17 @@ class AttentionHost(Host):
         values = _by_head(mixed, weight[2].transpose(1, 2))
         if self.qkv.bias is not None:
             values = values + self.qkv.bias.view(3, heads, 1, width)[2].to(values.dtype)
-        return _averaged(self.leave(values, _spread(queries, x)), queries)
+        return _averaged(_side_by_side(values), queries)
 
-    def acts(self) -> bool:
-        """Tell whether anything acts here, or passes."""
-        return super().acts() or self.passes()
+    def read_streams(self, streams: Streams) -> dict[str, Tensor]:
+        """Compute the attention of streams that only read, where `reads_alone` allows it; (B, R, D) each."""
+        mixed = {name: self.read_mixed(rows, streams.tokens) for name, rows in streams.beside.items()}
+        entered = {name: streams.beside[name] for name in mixed}
+        return {name: self.project_out(Streams(out), Streams(entered[name])).tokens for name, out in mixed.items()}
 
     def no_plain_form(self) -> str | None:
-        """Say why no plain attention does the same, or None where one does."""
-        own = self.passes() or any(True for _ in self.units(PrefixUnit))
+        """Give the reason why no plain attention does the same, or None where one does."""
+        own = self.acting.carries or self.acting.prefix
         return "no plain attention has keys and values of its own" if own else super().no_plain_form()
 
 
@@ -164,16 +181,28 @@ class TokenAttentionHost(AttentionHost):
     norm: Any
     gate: Any
 
-    def forward(self, x: Tensor, *args: Any, beside: Rows | None = None, **arguments: Any) -> Any:
-        """Compute (B, N, D) from (B, N, D), or all rows where there are some beside."""
-        if beside is None and not any(True for _ in self.units(PrefixUnit)):
-            return super().forward(x, *args, **arguments)
+    def forward(self, x: Tensor, *args: Any, **arguments: Any) -> Tensor:
+        """Compute (B, N, D) from (B, N, D)."""
+        if not self.acting.prefix:
+            return cast(Tensor, super().forward(x, *args, **arguments))
+        return self.attend(Streams(x), *args, **arguments).tokens
+
+    def attend(self, streams: Streams, *args: Any, **arguments: Any) -> Streams:
+        """Compute the attention of the tokens and of the streams beside them.
+
+        Args:
+            streams: Normalised tokens (B, N, D), and rows (B, R, D).
+            *args: The further arguments of timm's module, by position.
+            **arguments: The same, by name.
+        """
         arguments = {**arguments, **dict(zip(self.order(), args, strict=False))}
-        out = self.attend(Rows(x) if beside is None else beside, True, arguments)
-        return out.tokens if beside is None else out
+        if self.reads_alone(streams, arguments):
+            tokens = super().forward(streams.tokens, **arguments)
+            return Streams(tokens, self.read_streams(streams), streams.rules)
+        return self.project_out(self.mixed(streams, arguments), streams)
 
     def order(self) -> tuple[str, ...]:
-        """Name what timm hands to the module by position, behind the tokens."""
+        """Name the arguments that timm hands to the module by position, behind the tokens."""
         return "attn_mask", "is_causal"
 
     def project(self, x: Tensor) -> Heads:
@@ -190,34 +219,32 @@ class TokenAttentionHost(AttentionHost):
         mask, causal = arguments.get("attn_mask"), arguments.get("is_causal", False)
         return resolve_self_attn_mask(x.shape[1], scores_like, mask, causal)
 
-    def leave(self, mixed: Tensor, x: Tensor) -> Tensor:
-        """Norm, gate and project (B, heads, N, width of a head)."""
-        out = self.norm(mixed.transpose(1, 2).flatten(2))
+    def project_out(self, mixed: Streams, entered: Streams) -> Streams:
+        """Norm, gate and project (B, N, inner width)."""
+        out = mixed.each(self.norm)
         if self.gate is not None:
-            out = out * self.gate(x).sigmoid()
-        return cast(Tensor, self.proj_drop(self.proj(out)))
+            beside = {name: x * self.gate(entered.beside[name]).sigmoid() for name, x in out.beside.items()}
+            out = Streams(out.tokens * self.gate(entered.tokens).sigmoid(), beside, out.rules)
+        return super().project_out(out, entered)
 
-    def _folds(self, queries: Tensor, arguments: dict[str, Any]) -> bool:
-        return isinstance(self.k_norm, nn.Identity) and super()._folds(queries, arguments)
+    def reads_alone(self, streams: Streams, arguments: dict[str, Any]) -> bool:
+        """Tell whether streams only read, and reading through the projection's weight is exact and keeps less."""
+        return isinstance(self.k_norm, nn.Identity) and super().reads_alone(streams, arguments)
 
 
 class WindowAttentionHost(AttentionHost):
     """An adapted attention inside the windows of a map (Swin)."""
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, beside: Rows | None = None, keep: bool = True) -> Any:
-        """Compute (windows, N, D), or all rows where there are some beside.
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Compute (windows, N, D).
 
         Args:
             x: Tokens of the windows; those of one image follow each other.
             mask: (windows of an image, N, N) added to scores, or None.
-            beside: Rows beside the tokens, already normalised.
-            keep: Whether what leaves at the prompts' rows is needed.
         """
-        if beside is None and not any(True for _ in self.units(PrefixUnit)):
-            return super().forward(x, mask)
-        rows = Rows(x) if beside is None else beside._replace(tokens=x)
-        out = self.attend(rows, keep, {"mask": mask})
-        return out.tokens if beside is None else out
+        if not self.acting.prefix:
+            return cast(Tensor, super().forward(x, mask))
+        return self.project_out(self.mixed(Streams(x), {"mask": mask}), Streams(x)).tokens
 
     def project(self, x: Tensor) -> Heads:
         """Compute queries, keys and values from (B, N, D)."""
@@ -235,24 +262,19 @@ class WindowAttentionHost(AttentionHost):
         shifted = (bias + mask.unsqueeze(1)).unsqueeze(0)
         return shifted.expand(x.shape[0] // mask.shape[0], -1, -1, -1, -1).flatten(0, 1)
 
-    def leave(self, mixed: Tensor, x: Tensor) -> Tensor:
-        """Project (windows, heads, N, width of a head)."""
-        return cast(Tensor, self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2))))
 
-
-def attended(attn: Any, rows: Rows, *args: Any, **arguments: Any) -> Rows:
-    """Run an attention on tokens and on what is beside them.
+def attended(attn: Any, streams: Streams, *args: Any, **arguments: Any) -> Streams:
+    """Run an attention over one sequence on the tokens and the streams beside them.
 
     Args:
         attn: The attention module.
-        rows: What enters it.
-        *args: What timm hands to it besides.
+        streams: Its inputs.
+        *args: The further arguments of timm's module, by position.
         **arguments: The same, by name.
     """
-    if rows.alone:
-        return Rows(attn(rows.tokens, *args, **arguments))
-    out: Rows = attn(rows.tokens, *args, beside=rows, **arguments)
-    return out
+    if streams.beside or (isinstance(attn, TokenAttentionHost) and attn.acting.carries):
+        return attn.attend(streams, *args, **arguments)
+    return Streams(attn(streams.tokens, *args, **arguments), {}, streams.rules)
 
 
 def projected(attn: Any, x: Tensor) -> Tensor:
@@ -282,17 +304,9 @@ def split_heads(joint: Tensor, heads: int) -> Heads:
     return parts[0], parts[1], parts[2]
 
 
-def _joined(
-    keys: Tensor, values: Tensor, prompts: Heads | None, prefixes: Sequence[tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
-    """Put keys and values of prompts, and those of an adapter's own, in front of the tokens'."""
-    if prompts is not None:
-        keys = torch.cat([_spread(prompts[1], keys), keys], dim=2)
-        values = torch.cat([_spread(prompts[2], values), values], dim=2)
-    for own_keys, own_values in prefixes:
-        keys = torch.cat([_own(own_keys, keys), keys], dim=2)
-        values = torch.cat([_own(own_values, values), values], dim=2)
-    return keys, values
+def _side_by_side(mixed: Tensor) -> Tensor:
+    """Bring mixed values (B, heads, N, width of a head) to (B, N, inner width)."""
+    return mixed.transpose(1, 2).flatten(2)
 
 
 def _by_head(rows: Tensor, weight: Tensor) -> Tensor:

@@ -12,70 +12,70 @@ works on the computed tensor; no forward is copied, and nothing is kept between 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
-from vispeft.core.units import (
-    QueryUnit,
-    SelectionUnit,
-    SideUnit,
-    TokensUnit,
-    Unit,
-)
+from vispeft.core.route import NOTHING, Acting, Routing, keeps_route
 from vispeft.errors import SiteError
 
-__all__ = ["PASSAGE", "Host", "HostState", "ensure_host", "host_class", "host_kind", "put_back", "take_off"]
-
-
-U = TypeVar("U", bound=Unit)
+__all__ = ["Host", "HostState", "ensure_host", "host_class", "host_kind", "put_back", "take_off"]
 
 
 class Host(nn.Module):
-    """What every host class has, whatever it is put on.
+    """Common part of all host classes.
 
     A plain `Host` is enough where selections of tensors are all that acts on a module.
     """
 
     adapters: nn.ModuleDict
-    active: tuple[str, ...]
+    routing: Routing
+    """The route of the model, shared by all of its hosts."""
+    slot: int
+    """Number of this host in routes."""
+    carried: frozenset[str]
+    """Names of the adapters whose streams pass here."""
     replaces: type[nn.Module]
     """The class the host stands in for."""
     computed: tuple[str, ...]
-    attributes: ClassVar[dict[str, Any]] = {"active": ()}
+    attributes: ClassVar[dict[str, Any]] = {"routing": None, "slot": 0, "carried": frozenset()}
     """Plain attributes a host adds to its module, with their start values."""
+    whole: ClassVar[tuple[str, ...]] = ()
+    """Methods of a whole forward pass, which take the route once and keep it to their end."""
 
-    def units(self, kind: type[U]) -> Iterator[U]:
-        """Iterate over the units of one kind that are active, in the order of the active adapters."""
-        for name in self.active:
-            for unit in cast(nn.ModuleDict, self.adapters[name]).values():
-                if isinstance(unit, kind):
-                    yield unit
+    @property
+    def acting(self) -> Acting:
+        """The units that act here under the route of the calling thread."""
+        return self.routing.present().hosts.get(self.slot, NOTHING)
 
     def own(self, name: str) -> Tensor | None:
-        """Look up a tensor of the base module, replaced where an active unit selects it."""
+        """Look up a tensor of the base module, replaced where an acting unit selects it."""
         value = cast("Tensor | None", self.__getattr__(name))
-        for unit in self.units(SelectionUnit):
+        for unit in self.acting.selection:
             selected = unit.value(name)
-            if selected is not None:
-                value = selected if value is None else selected.to(value.dtype)
+            if selected is None:
+                continue
+            selected = selected if value is None else selected.to(value.dtype)
+            value = selected if unit.gain is None or value is None else torch.lerp(value, selected, unit.gain)
         return value
 
     def read(self, name: str) -> Tensor | None:
-        """Compute what the base's own code gets when it reads a tensor by name."""
+        """Compute the tensor that the base's own code gets when it reads one by name."""
         return self.own(name)
 
     def acts(self) -> bool:
-        """Tell whether any active unit acts here."""
-        return any(True for _ in self.units(Unit))
+        """Tell whether a unit acts here, or a stream passes."""
+        acting = self.acting
+        return acting.carries or any(True for _ in acting.units())
 
     def plain_tensors(self) -> dict[str, Tensor | None]:
         """Compute the tensors of the plain module that does the same, in double precision, for merging.
 
         Returns:
-            By name inside the module, the tensors that active units change; None for those that must go.
+            By name inside the module, the tensors that acting units change; None for those that must go.
 
         Raises:
             NotImplementedError: If a unit has no weight form.
@@ -83,27 +83,20 @@ class Host(nn.Module):
         values = {name: self.own(name) for name in self.computed}
         return {name: value.detach().double() for name, value in values.items() if value is not None}
 
-    def passes(self) -> bool:
-        """Tell whether rows beside the tokens pass here for an active adapter."""
-        return any(PASSAGE in cast(nn.ModuleDict, self.adapters[name]) for name in self.active)
-
     def no_plain_form(self) -> str | None:
-        """Say why no plain module does the same, or None where one does."""
-        if any(True for _ in self.units(QueryUnit)):
+        """Give the reason why no plain module does the same, or None where one does."""
+        acting = self.acting
+        if acting.queries:
             return "no plain model has queries that read its blocks"
-        if any(True for _ in self.units(SideUnit)):
+        if acting.stream or acting.branch or acting.carries:
+            return "no plain model has streams beside its tokens"
+        if acting.side:
             return "no plain model has a network beside it"
-        return "no plain model inserts tokens" if any(True for _ in self.units(TokensUnit)) else None
+        return "no plain model inserts tokens" if acting.tokens else None
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle by the base class, since host classes are made at run time."""
         return _restore, (host_kind(self), self.replaces, self.computed), self.__dict__
-
-
-PASSAGE = "rows"
-
-
-"""Name under which an adapter marks, among its units of a host, that rows beside the tokens pass there."""
 
 
 def _reader(name: str) -> Callable[[Host], Tensor | None]:
@@ -136,7 +129,11 @@ def host_class(host: type[Host], base: type[nn.Module], computed: tuple[str, ...
         return _CLASSES[key]
     properties = {name: property(_reader(name)) for name in computed}
     body = {"__module__": __name__, "__doc__": base.__doc__, "replaces": base, "computed": computed, **properties}
-    return _CLASSES.setdefault(key, type(f"Adapted{base.__name__}", (host, base), body))
+    made = type(f"Adapted{base.__name__}", (host, base), body)
+    for name in host.whole:
+        if hasattr(made, name):
+            setattr(made, name, keeps_route(getattr(made, name)))
+    return _CLASSES.setdefault(key, made)
 
 
 def _restore(host: type[Host], base: type[nn.Module], computed: tuple[str, ...]) -> Host:
@@ -149,7 +146,7 @@ def host_kind(module: Host) -> type[Host]:
     return cast(type[Host], type(module).__mro__[1])
 
 
-def ensure_host(module: nn.Module, host: type[Host], computed: tuple[str, ...] = ()) -> Host:
+def ensure_host(module: nn.Module, host: type[Host], computed: tuple[str, ...] = (), *, routing: Routing) -> Host:
     """Make a module obey units, in place.
 
     A module that is a host already keeps its kind when that is at least as able, and gains computed tensors.
@@ -158,6 +155,7 @@ def ensure_host(module: nn.Module, host: type[Host], computed: tuple[str, ...] =
         module: The module.
         host: The kind of host that is needed.
         computed: Names of the tensors that units will change.
+        routing: The route of the model.
 
     Returns:
         The same object.
@@ -178,7 +176,7 @@ def ensure_host(module: nn.Module, host: type[Host], computed: tuple[str, ...] =
     plain.__class__ = host_class(host, type(module), tuple(sorted(computed)))
     adapted = cast(Host, module)
     adapted.adapters = nn.ModuleDict()
-    adapted.__dict__.update(host.attributes)
+    adapted.__dict__.update({**host.attributes, "routing": routing, "slot": routing.new_slot()})
     return adapted
 
 

@@ -1,4 +1,4 @@
-"""The host of a block: the residual stream with room for terms beside the two branches, and for rows beside tokens."""
+"""The host of a block: residual streams, terms beside the two branches, and streams beside the tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vispeft.core.units import ParallelUnit
 from vispeft.hosts.base import Host
-from vispeft.hosts.streams import Rows
+from vispeft.hosts.streams import Streams
 
 __all__ = ["BlockHost"]
 
@@ -18,27 +18,27 @@ class BlockHost(Host):
     """An adapted block: ``x1 = x + attention(x) + terms(x)``, then ``x1 + mlp(x1) + terms(x1)``.
 
     A family says how it runs its two branches, with timm's own submodules and everything that stands between them and
-    the stream (norms, layer scales, stochastic depth). Without parallel units and rows beside the tokens every call
+    the stream (norms, layer scales, stochastic depth). Without parallel units and streams beside the tokens every call
     goes to timm's own forward.
     """
 
     drop_path1: Any
     drop_path2: Any
 
-    def attention_branch(self, rows: Rows, *args: Any, **arguments: Any) -> tuple[Rows, Rows | None]:
+    def attention_branch(self, streams: Streams, *args: Any, **arguments: Any) -> tuple[Streams, Streams | None]:
         """Run the attention branch.
 
         Args:
-            rows: The residual stream, and rows beside it.
-            *args: What timm hands to the block besides.
+            streams: The residual streams.
+            *args: The further arguments of timm's block, by position.
             **arguments: The same, by name.
 
         Returns:
-            What is added to the stream, and what the branch's norm made of it; None where the norm comes last.
+            The terms added to the streams, and the output of the branch's norm; None where the norm comes last.
         """
         raise NotImplementedError
 
-    def mlp_branch(self, rows: Rows) -> tuple[Rows, Rows | None]:
+    def mlp_branch(self, streams: Streams) -> tuple[Streams, Streams | None]:
         """Run the MLP branch; like `attention_branch`."""
         raise NotImplementedError
 
@@ -48,69 +48,70 @@ class BlockHost(Host):
         *args: Any,
         grid: tuple[int, int] | None = None,
         prefix: int = 0,
-        prompts: Tensor | None = None,
-        queries: Tensor | None = None,
+        beside: Streams | None = None,
         **arguments: Any,
     ) -> Any:
         """Run the block.
 
         Args:
             x: The residual stream, (B, N, D) or (B, H, W, D).
-            *args: What timm hands to it besides.
+            *args: The further arguments of timm's block.
             grid: Height and width of the patches among tokens, where `wants_grid` asks for it.
             prefix: Number of tokens in front of them.
-            prompts: (B, T, D) rows that stand in every window.
-            queries: (B, Q, D) rows that read the tokens.
-            **arguments: What timm hands to it by name.
+            beside: The streams beside the tokens and the rules of all streams; its own tokens are not used.
+            **arguments: The further arguments of timm's block, by name.
 
         Returns:
-            The shape of `x`; `Rows` where there are some beside it.
+            The shape of `x`; the whole bundle where `beside` is given.
         """
-        units = tuple(self.units(ParallelUnit))
-        rows = Rows(x, prompts, queries)
-        if not units and rows.alone:
-            return super().forward(x, *args, **arguments)
-        added, normed = self.attention_branch(rows, *args, **arguments)
-        rows = rows.plus(added, *self._terms("attn", units, (rows, normed), grid, prefix))
-        added, normed = self.mlp_branch(rows)
-        rows = rows.plus(added, *self._terms("mlp", units, (rows, normed), grid, prefix))
-        return rows.tokens if prompts is None and queries is None else rows
+        acting = self.acting
+        units = acting.parallel
+        if not units and not acting.carries and (beside is None or not beside.beside):
+            out = super().forward(x, *args, **arguments)
+            return out if beside is None else beside._replace(tokens=out)
+        streams = Streams(x) if beside is None else beside._replace(tokens=x)
+        added, normed = self.attention_branch(streams, *args, **arguments)
+        streams = streams.plus(added, *self._terms("attn", units, (streams, normed), grid, prefix))
+        added, normed = self.mlp_branch(streams)
+        streams = streams.plus(added, *self._terms("mlp", units, (streams, normed), grid, prefix))
+        return streams.tokens if beside is None else streams
 
     def _terms(
         self,
         place: str,
         units: tuple[ParallelUnit, ...],
-        readable: tuple[Rows, Rows | None],
+        readable: tuple[Streams, Streams | None],
         grid: tuple[int, int] | None,
         prefix: int,
-    ) -> Iterator[Rows]:
-        """Compute what the units beside one branch give, from the stream or from what the norm made of it."""
+    ) -> Iterator[Streams]:
+        """Compute the terms of the units beside one branch, from the stream or from the output of the norm."""
         stream, normed = readable
         drop = self.drop_path1 if place == "attn" else self.drop_path2
         for unit in units:
             if unit.place == place:
                 read = stream if unit.reads == "stream" else normed
                 assert read is not None, "methods refuse families that normalise behind their branches"
-                beside = (None if part is None else _alone(unit, part) for part in (read.prompts, read.queries))
-                term = Rows(unit.branch(read.tokens, grid, prefix), *beside).each(lambda x: x.to(stream.tokens.dtype))
+                beside = {name: _alone(unit, x, grid, prefix) for name, x in read.beside.items()}
+                term = Streams(unit.branch(read.tokens, grid, prefix), beside)
+                if unit.gain is not None:
+                    term = term.each(unit.gain.mul)
+                term = term.each(lambda x: x.to(stream.tokens.dtype))
                 yield term.each(drop) if unit.drops else term
 
     def wants_grid(self) -> bool:
-        """Tell whether an active unit looks at tokens as an image."""
-        return any(unit.needs_grid for unit in self.units(ParallelUnit))
-
-    def acts(self) -> bool:
-        """Tell whether anything acts here, or passes."""
-        return super().acts() or self.passes()
+        """Tell whether an acting unit looks at tokens as an image."""
+        return any(unit.needs_grid for unit in self.acting.parallel)
 
     def no_plain_form(self) -> str | None:
-        """Say why no plain block does the same, or None where one does."""
-        if any(True for _ in self.units(ParallelUnit)):
+        """Give the reason why no plain block does the same, or None where one does."""
+        if self.acting.parallel:
             return "no plain block has a term beside a branch"
-        return "no plain block takes rows beside its tokens" if self.passes() else super().no_plain_form()
+        return "no plain block takes streams beside its tokens" if self.acting.carries else super().no_plain_form()
 
 
-def _alone(unit: ParallelUnit, rows: Tensor) -> Tensor:
-    """Compute a term for rows beside the tokens, each of them an image of one pixel, (B, R, D)."""
-    pixels = rows.flatten(0, 1)[:, None, None]
-    return unit.branch(pixels, None, 0).flatten(1).unflatten(0, rows.shape[:2])
+def _alone(unit: ParallelUnit, x: Tensor, grid: tuple[int, int] | None, prefix: int) -> Tensor:
+    """Compute a term for a stream: a map as it is, and each of its rows (B, R, D) as an image of one pixel."""
+    if x.ndim == 4:
+        return unit.branch(x, grid, prefix)
+    pixels = x.flatten(0, 1)[:, None, None]
+    return unit.branch(pixels, None, 0).flatten(1).unflatten(0, x.shape[:2])

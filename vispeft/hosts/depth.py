@@ -2,45 +2,35 @@
 
 from __future__ import annotations
 
-from timm.layers import DropPath
-from torch import nn
+import torch
+from torch import Tensor
 
-from vispeft.core.sites import View
+from vispeft.hosts.base import Host
 
-__all__ = ["StochasticDepth"]
+__all__ = ["DropPathHost", "depth_rates"]
 
 
-class StochasticDepth:
-    """Puts drop-path modules into a model, and the model's own back."""
+class DropPathHost(Host):
+    """An adapted drop path: the largest rate of the acting adapters, while these train; else the model's own rule."""
 
-    def __init__(self, model: nn.Module, view: View) -> None:
-        """Take stock of a bare model.
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop the branch of whole images, and enlarge it for the others, (B, ...)."""
+        units = [unit for unit in self.acting.depth if unit.training]
+        if not units:
+            return super().forward(x)  # timm's
+        rate = units[0].rate
+        for unit in units[1:]:
+            rate = torch.maximum(rate, unit.rate)
+        kept = 1 - rate.to(x.device)
+        draws = torch.rand(x.shape[0], *[1] * (x.ndim - 1), dtype=torch.float32, device=x.device)
+        return x * ((draws < kept) / kept).to(x.dtype)
 
-        Args:
-            model: The timm model.
-            view: Its description.
-        """
-        self.model, self.view = model, view
-        self.originals: dict[str, nn.Module] = {}
-        """The model's own modules by path, for as long as others stand there."""
 
-    def set(self, rate: float) -> None:
-        """Give each block its rate, growing linearly with depth as in timm.
+def depth_rates(depth: int, rate: float) -> list[float]:
+    """List the rate of each block, growing linearly with depth as in timm.
 
-        Args:
-            rate: Rate of the last block; 0 puts the model's own modules back.
-        """
-        for path, module in self.originals.items():
-            self._put(path, module)
-        self.originals = {}
-        if rate <= 0:
-            return
-        last = max(1, self.view.depth - 1)
-        for index, paths in enumerate(self.view.drop_path_paths):
-            for path in paths:
-                self.originals[path] = self.model.get_submodule(path)
-                self._put(path, DropPath(rate * index / last))
-
-    def _put(self, path: str, module: nn.Module) -> None:
-        parent, _, leaf = path.rpartition(".")
-        setattr(self.model.get_submodule(parent), leaf, module)
+    Args:
+        depth: Number of blocks.
+        rate: Rate of the last block.
+    """
+    return [rate * index / max(1, depth - 1) for index in range(depth)]

@@ -7,56 +7,16 @@ written in plain operations, which the compiler fuses itself and which leave a g
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Branch", "Dropout", "affine", "compute_dtype", "linear", "low_rank_linear"]
+from vispeft.core.low_rank import DRAWS, Branch, Dropout, dropped_draws
 
-
-DRAWS = 2**16
-"""Values of the random number that decides about an entry under dropout."""
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """What a low-rank term drops."""
-
-    share: float = 0.0
-    """Share of channels."""
-    place: Literal["input", "hidden"] = "input"
-    """In front of the first factor, or between the two."""
-
-    def at(self, place: Literal["input", "hidden"]) -> float:
-        """Give the share dropped at a place."""
-        return self.share if place == self.place else 0.0
-
-    @property
-    def kept(self) -> float:
-        """The share that is kept, as it is drawn with 16 bits an entry."""
-        return 1 - _dropped_draws(self.share) / DRAWS
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One low-rank term ``scale * x A^T B^T``, added to some output rows of a linear layer."""
-
-    a: Tensor
-    """First factor, (rank, in)."""
-    b: Tensor
-    """Second factor, (rows, rank)."""
-    scale: float
-    """Multiplier of the product."""
-    start: int
-    """First output row it is added to."""
-    stop: int
-    """Row behind the last one."""
-    dropout: Dropout = Dropout()
-    """What is dropped now."""
+__all__ = ["affine", "compute_dtype", "linear", "low_rank_linear", "low_rank_terms"]
 
 
 class _Place(NamedTuple):
@@ -133,13 +93,34 @@ def _leaves_a_graph() -> bool:
 def _low_rank_plain(
     x: Tensor, weight: Tensor, bias: Tensor | None, layout: Sequence[_Place], factors: Sequence[Tensor]
 ) -> Tensor:
-    out = F.linear(x, weight, bias)
-    width = weight.shape[0]
+    return _with_terms(x, F.linear(x, weight, bias), layout, factors)
+
+
+def _with_terms(x: Tensor, out: Tensor, layout: Sequence[_Place], factors: Sequence[Tensor]) -> Tensor:
+    """Add low-rank terms of `x` to an output, in plain operations."""
+    width = out.shape[-1]
     for index, (scale, start, stop, dropout) in enumerate(layout):
         hidden = F.linear(F.dropout(x, dropout.at("input")), factors[2 * index])
         term = F.linear(F.dropout(hidden, dropout.at("hidden")), factors[2 * index + 1]) * scale
         out = out + (term if stop - start == width else F.pad(term, (start, width - stop)))
     return out
+
+
+def low_rank_terms(x: Tensor, out: Tensor, branches: Sequence[Branch]) -> Tensor:
+    """Add low-rank terms to the output of a layer that is there already: ``y[rows] += scale * (x A^T) B^T``.
+
+    Args:
+        x: The input of the layer, (..., in).
+        out: Its output, (..., out); not changed.
+        branches: The terms; with none the output is returned as it is.
+
+    Returns:
+        (..., out), in the type of `out`.
+    """
+    factors = [t.to(out.dtype) for branch in branches for t in (branch.a, branch.b)]
+    layout = tuple(_Place(branch.scale, branch.start, branch.stop, branch.dropout) for branch in branches)
+    with torch.autocast(x.device.type, enabled=False):
+        return _with_terms(x.to(out.dtype), out, layout, factors)
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -172,7 +153,9 @@ class _LowRankLinear(torch.autograd.Function):
             kept += [inputs, between]
             if not ctx.folds:
                 out[:, start:stop].addmm_(narrow, factors[2 * index + 1].t(), alpha=scale)
-        ctx.save_for_backward(x, weight, *factors, *hidden, *kept)
+        # Layers whose factors do not train in this step keep nothing of the input.
+        reads_input = any(ctx.needs_input_grad[4::2])
+        ctx.save_for_backward(x if reads_input else None, weight, *factors, *hidden, *kept)
         return out
 
     @staticmethod
@@ -193,7 +176,7 @@ class _LowRankLinear(torch.autograd.Function):
             needs_a, needs_b = ctx.needs_input_grad[4 + 2 * index], ctx.needs_input_grad[5 + 2 * index]
             # The operand orders matter: with 8 columns, BLAS is up to 7 times slower on the other transposition.
             narrow = _only(F.linear(part, b.t().contiguous() * (scale / dropout.kept)), between)
-            grad_factors.append(narrow.t() @ _only(x, inputs) if needs_a else None)
+            grad_factors.append(narrow.t() @ _only(cast(Tensor, x), inputs) if needs_a else None)
             grad_factors.append((hidden[index].t() @ part).t().mul(scale) if needs_b else None)
             if grad_x is not None and inputs is not None:
                 grad_x += _only(narrow @ a, inputs)
@@ -212,12 +195,7 @@ def _kept(x: Tensor, share: float) -> Tensor | None:
         return None
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
     draws = words.view(torch.int16)[: x.numel()].view(x.shape)
-    return (draws >= _dropped_draws(share) - DRAWS // 2).view(torch.uint8)
-
-
-def _dropped_draws(share: float) -> int:
-    """Count the draws that drop an entry: never all of them, since what is kept is divided by its share."""
-    return min(round(share * DRAWS), DRAWS - 1)
+    return (draws >= dropped_draws(share) - DRAWS // 2).view(torch.uint8)
 
 
 def _only(x: Tensor, kept: Tensor | None) -> Tensor:

@@ -2,44 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import cast
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vispeft.core.units import (
-    AffineUnit,
-    DeltaUnit,
-    InputUnit,
-    SequentialUnit,
-    Unit,
-    WeightUnit,
-)
-from vispeft.hosts.base import Host, U
-from vispeft.hosts.functional import affine, low_rank_linear
+from vispeft.core.low_rank import Branch
+from vispeft.core.route import NOTHING, Acting
+from vispeft.core.units import AffineUnit, BranchUnit, InputUnit, Unit
+from vispeft.hosts.base import Host
+from vispeft.hosts.functional import affine, low_rank_linear, low_rank_terms
+from vispeft.hosts.streams import Streams
 
-__all__ = ["ConvHost", "IdentityHost", "LinearHost", "NormHost", "ReadLinearHost", "ReaderHost", "ShiftlessNormHost"]
+__all__ = [
+    "BIASES",
+    "ConvHost",
+    "IdentityHost",
+    "LinearHost",
+    "NormHost",
+    "ReadLinearHost",
+    "ReaderHost",
+    "ShiftlessNormHost",
+]
 
-_BEFORE_INPUT: tuple[type[Unit], ...] = (WeightUnit, DeltaUnit, SequentialUnit)
+_BEFORE_INPUT = ("weight", "delta", "sequential")
+COMPOSITION = (*_BEFORE_INPUT, "input", "affine")
+"""The order in which units are written into a layer, by kind. A change of the input comes after all that read it."""
+BIASES = ("q_bias", "k_bias", "v_bias")
+"""The biases that an attention module keeps itself where it reads the weight of its projection."""
 
 
-COMPOSITION: tuple[type[Unit], ...] = (*_BEFORE_INPUT, InputUnit, AffineUnit)
+def gained(unit: Unit, before: Tensor, after: Tensor) -> Tensor:
+    """Scale the change that a unit makes by its gain.
 
-
-"""The order in which units are written into a layer. A change of the input comes after everything that reads it."""
+    Args:
+        unit: The unit.
+        before: The tensor without it.
+        after: The tensor with it.
+    """
+    return after if unit.gain is None else torch.lerp(before.to(after.dtype), after, unit.gain.to(after.dtype))
 
 
 class _Foldable(Host):
     """A layer with a weight and a bias into which units can be written."""
 
-    folds: tuple[type[Unit], ...] = (AffineUnit,)
-    """The kinds that `read` writes into the tensors, in the order of composition."""
+    folds: tuple[str, ...] = ("affine",)
+    """The kinds of units that `read` writes into the tensors, in the order of composition."""
     foldable: tuple[str, ...] = ("weight", "bias")
     """The tensors of a plain layer that hold all of it."""
 
     def read(self, name: str) -> Tensor | None:
+        """Compute a tensor with the units that are written into it, in the type of the base."""
         own = self.own(name)
         value = self.folded(name, self.folds, own)
         # Units may be wider than the base; timm's own code goes on in the base's type.
@@ -47,6 +63,7 @@ class _Foldable(Host):
         return value if value is None or like is None else value.to(like.dtype)
 
     def plain_tensors(self) -> dict[str, Tensor | None]:
+        """Compute the tensors of the plain layer that does the same, in double precision."""
         plain = {name: self._plain(name) for name in self.foldable}
         return {name: value for name, value in plain.items() if value is not None}
 
@@ -54,7 +71,7 @@ class _Foldable(Host):
         own = self.own(name)
         return self.folded(name, COMPOSITION, None if own is None else own.detach().double())
 
-    def folded(self, name: str, kinds: tuple[type[Unit], ...], value: Tensor | None) -> Tensor | None:
+    def folded(self, name: str, kinds: tuple[str, ...], value: Tensor | None) -> Tensor | None:
         """Write units into a weight or bias, kind after kind in the order of composition."""
         live = [unit for kind in kinds for unit in self._written(kind)]
         if value is None and live:
@@ -62,16 +79,17 @@ class _Foldable(Host):
         if value is None:
             return None
         for unit in live:
-            value = unit.fold_weight(value) if name == "weight" else self._shifted(value, unit)
+            after = unit.fold_weight(value) if name == "weight" else self._shifted(value, unit)
+            value = gained(unit, value, after)
         return value
 
     def _shifted(self, bias: Tensor, unit: Unit) -> Tensor:
         return unit.fold_bias(bias)
 
-    def _written(self, kind: type[U]) -> list[U]:
+    def _written(self, kind: str) -> Sequence[Unit]:
         """List units in the order in which they are written: of two changes of the input, the nearer one first."""
-        units = list(self.units(kind))
-        return units[::-1] if issubclass(kind, InputUnit) else units
+        units: tuple[Unit, ...] = getattr(self.acting, kind)
+        return units[::-1] if kind == "input" else units
 
     def missing(self, name: str, live: Sequence[Unit]) -> Tensor | None:
         """Make the neutral tensor where the base has none and units need one."""
@@ -81,28 +99,68 @@ class _Foldable(Host):
         return torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
 
 
+def affine_by(unit: AffineUnit, x: Tensor) -> Tensor:
+    """Scale and shift by a unit, (..., channels)."""
+    if unit.gain is None:
+        return affine(x, unit.scale, unit.shift)
+    return affine(x, 1 + unit.gain * (unit.scale - 1), unit.gain * unit.shift)
+
+
+def _terms(acting: Acting) -> list[Branch]:
+    """List the low-rank terms of all units."""
+    terms = [(unit.gain, term) for unit in acting.delta for term in unit.branches()]
+    return [term if gain is None else dataclasses.replace(term, b=term.b * gain) for gain, term in terms]
+
+
 class LinearHost(_Foldable):
-    """An adapted ``nn.Linear``: a changed input, the product, low-rank terms, what follows, then scale and shift."""
+    """An adapted ``nn.Linear``: a changed input, the product, low-rank terms, a sequential change, scale and shift."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute (..., out) from (..., in)."""
-        for entering in self.units(InputUnit):
-            x = entering.enter(x)
-        out = self._product(x)
-        for following in self.units(SequentialUnit):
-            out = following.follow(x, out)
-        for unit in self.units(AffineUnit):
-            out = affine(out, unit.scale, unit.shift)
+        acting = self.acting
+        for unit in acting.input:
+            x = gained(unit, x, unit.enter(x))
+        branches = _terms(acting)
+        weight, bias = self._whole_weight(), self.own("bias")
+        out = low_rank_linear(x, weight, bias, branches) if branches else F.linear(x, weight, bias)
+        return self._behind(x, out)
+
+    def _behind(self, x: Tensor, out: Tensor) -> Tensor:
+        """Apply the units that act behind the product."""
+        acting = self.acting
+        for following in acting.sequential:
+            out = gained(following, out, following.follow(x, out))
+        for unit in acting.affine:
+            out = affine_by(unit, out)
         return out
 
+    def split(self, streams: Streams) -> Streams:
+        """Run the layer on all streams; units that branch here read the frozen product apart from the shared output."""
+        branching = self.acting.branch
+        if not branching:
+            return streams.each(self)
+        x = streams.tokens
+        for unit in self.acting.input:
+            x = gained(unit, x, unit.enter(x))
+        frozen = F.linear(x, self._whole_weight(), self.own("bias"))
+        shared = self._behind(x, low_rank_terms(x, frozen, _terms(self.acting)))
+        beside = {name: y for unit in branching for name, y in self._branched(unit, x, streams, frozen, shared)}
+        others = {name: self(y) for name, y in streams.beside.items() if name not in beside}
+        return Streams(shared, {**others, **beside}, streams.rules)
+
+    @staticmethod
+    def _branched(unit: BranchUnit, x: Tensor, streams: Streams, frozen: Tensor, shared: Tensor) -> Any:
+        return unit.branches(x, streams.beside, frozen, shared).items()
+
     def read(self, name: str) -> Tensor | None:
+        """Give the tensor of the base: units act in the forward pass."""
         return self.own(name)
 
     def input_bias(self, unit: InputUnit, dtype: torch.dtype) -> Tensor:
-        """Compute what the shift of a changed input adds behind the layer.
+        """Compute the bias behind the layer that the shift of a changed input amounts to.
 
         Args:
-            unit: The unit that changes it.
+            unit: The unit that changes the input.
             dtype: Type to compute in.
 
         Returns:
@@ -110,24 +168,25 @@ class LinearHost(_Foldable):
         """
         weight = self.folded("weight", _BEFORE_INPUT, cast(Tensor, self.own("weight")).to(dtype))
         assert weight is not None
-        for nearer in self._written(InputUnit):
+        for nearer in self._written("input"):
             if nearer is unit:
                 break
-            weight = nearer.fold_weight(weight)
+            weight = gained(nearer, weight, nearer.fold_weight(weight))
         return weight @ unit.input_shift().to(weight.dtype)
 
     def _shifted(self, bias: Tensor, unit: Unit) -> Tensor:
         return bias + self.input_bias(unit, bias.dtype) if isinstance(unit, InputUnit) else unit.fold_bias(bias)
 
-    def _product(self, x: Tensor) -> Tensor:
-        branches = [branch for unit in self.units(DeltaUnit) for branch in unit.branches()]
-        weight, bias = self._whole_weight(), self.own("bias")
-        return low_rank_linear(x, weight, bias, branches) if branches else F.linear(x, weight, bias)
+    def no_plain_form(self) -> str | None:
+        """Give the reason why no plain layer does the same, or None where one does."""
+        return "no plain layer has several outputs" if self.acting.branch else super().no_plain_form()
 
     def _whole_weight(self) -> Tensor:
-        """Give the weight that the product is computed with, in the base's type."""
+        """Compute the weight of the product, in the type of the base."""
         own = cast(Tensor, self.own("weight"))
-        return cast(Tensor, self.folded("weight", (WeightUnit,), own)).to(own.dtype)
+        if not self.acting.weight:
+            return own
+        return cast(Tensor, self.folded("weight", ("weight",), own)).to(own.dtype)
 
 
 class ReadLinearHost(LinearHost):
@@ -140,6 +199,7 @@ class ReadLinearHost(LinearHost):
     foldable = ("weight",)
 
     def read(self, name: str) -> Tensor | None:
+        """Compute a tensor with the units that are written into it."""
         return _Foldable.read(self, name)
 
 
@@ -156,50 +216,63 @@ class ReaderHost(Host):
     @property
     def qkv_bias_separate(self) -> bool:
         """Tell timm whether to call the projection and add the biases itself."""
-        if self._projection_has(AffineUnit):
+        acting = self._projection()
+        if acting.affine:
             return False
-        return self._projection_has(DeltaUnit, InputUnit) or bool(self.__dict__["qkv_bias_separate"])
+        return bool(acting.delta or acting.input) or bool(self.__dict__["qkv_bias_separate"])
 
     def read(self, name: str) -> Tensor | None:
+        """Compute a tensor, a bias of the projection with the units of the projection."""
         value = self.own(name)
         # A projection that is called changes its input itself; only where its weight is read must biases hold it all.
-        read_whole = value is not None and name in _BIASES and self._projection_has(AffineUnit)
+        read_whole = value is not None and name in BIASES and bool(self._projection().affine)
         return self._whole_bias(name, value) if read_whole and value is not None else value
 
     def _whole_bias(self, name: str, value: Tensor) -> Tensor:
         """Write the projection's units into one of the biases."""
-        start = _BIASES.index(name) * value.numel()
+        start = BIASES.index(name) * value.numel()
         rows = slice(start, start + value.numel())
         whole = value
-        for entering in self._projection_units(InputUnit):
-            whole = whole + cast(LinearHost, self.qkv).input_bias(entering, value.dtype)[rows]
-        for unit in self._projection_units(AffineUnit):
-            whole = unit.scale[rows] * whole + unit.shift[rows]
+        acting = self._projection()
+        for entering in acting.input:
+            added = cast(LinearHost, self.qkv).input_bias(entering, value.dtype)[rows]
+            whole = gained(entering, whole, whole + added)
+        for unit in acting.affine:
+            whole = gained(unit, whole, unit.scale[rows] * whole + unit.shift[rows])
         return whole.to(value.dtype)
 
     def acts(self) -> bool:
-        return super().acts() or self._projection_has(AffineUnit, InputUnit)
+        """Tell whether a unit acts here, or changes a bias of the projection."""
+        return super().acts() or self._changes_biases()
 
     def plain_tensors(self) -> dict[str, Tensor | None]:
-        if not self._projection_has(AffineUnit, InputUnit):
+        """Compute the tensors of the plain module that does the same, in double precision."""
+        if not self._changes_biases():
             return super().plain_tensors() if super().acts() else {}
         # timm's key bias is a buffer that no state dict holds: a shift there needs one plain bias of the projection.
-        biases = [self._whole_bias(name, cast(Tensor, self.own(name)).detach().double()) for name in _BIASES]
-        return {"qkv.bias": torch.cat(biases), **dict.fromkeys(_BIASES)}
+        biases = [self._whole_bias(name, cast(Tensor, self.own(name)).detach().double()) for name in BIASES]
+        return {"qkv.bias": torch.cat(biases), **dict.fromkeys(BIASES)}
 
-    def _projection_units(self, kind: type[U]) -> Iterator[U]:
-        if isinstance(self.qkv, Host):
-            yield from self.qkv.units(kind)
+    def _projection(self) -> Acting:
+        """Look up the units that act at the projection."""
+        return self.qkv.acting if isinstance(self.qkv, Host) else NOTHING
 
-    def _projection_has(self, *kinds: type[Unit]) -> bool:
-        return any(True for kind in kinds for _ in self._projection_units(kind))
-
-
-_BIASES = ("q_bias", "k_bias", "v_bias")
+    def _changes_biases(self) -> bool:
+        acting = self._projection()
+        return bool(acting.affine or acting.input)
 
 
 class ConvHost(_Foldable):
-    """An adapted convolution: scale and shift are written into weight and bias on read."""
+    """An adapted convolution: changes of its weight, low-rank terms, scale and shift are written into it on read."""
+
+    folds = ("weight", "delta", "affine")
+
+    def folded(self, name: str, kinds: tuple[str, ...], value: Tensor | None) -> Tensor | None:
+        """Write units into the weight or bias; units see the weight as a matrix (out, in x height x width)."""
+        if value is None or name != "weight":
+            return super().folded(name, kinds, value)
+        written = super().folded(name, kinds, value.flatten(1))
+        return None if written is None else written.view(-1, *value.shape[1:])
 
 
 class NormHost(_Foldable):
@@ -209,7 +282,8 @@ class NormHost(_Foldable):
     """
 
     def missing(self, name: str, live: Sequence[Unit]) -> Tensor | None:
-        unit = next(self.units(AffineUnit))
+        """Make the neutral tensor where the base has none."""
+        unit = self.acting.affine[0]
         fill = torch.ones if name == "weight" else torch.zeros
         return fill(unit.scale.numel(), dtype=unit.scale.dtype, device=unit.scale.device)
 
@@ -228,8 +302,9 @@ class ShiftlessNormHost(NormHost):
     def trailing_shift(self) -> Tensor | None:
         """Sum up what is added behind the norm, (width,)."""
         total: Tensor | None = None
-        for unit in self.units(AffineUnit):
-            total = unit.shift if total is None else unit.scale * total + unit.shift
+        for unit in self.acting.affine:
+            before = torch.zeros_like(unit.shift) if total is None else total
+            total = gained(unit, before, unit.scale * before + unit.shift)
         return total
 
 
@@ -238,9 +313,10 @@ class IdentityHost(Host):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the shape of `x`."""
-        for unit in self.units(AffineUnit):
-            x = affine(x, unit.scale, unit.shift)
+        for unit in self.acting.affine:
+            x = affine_by(unit, x)
         return x
 
     def no_plain_form(self) -> str | None:
+        """Give the reason why no plain layer does the same."""
         return "the model has an identity here, and no plain layer scales and shifts in its place"

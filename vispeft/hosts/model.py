@@ -1,31 +1,54 @@
-"""The host of a whole model: the frozen part behaves in training as in evaluation."""
+"""The host of a whole model: it takes the route, and its frozen part behaves in training as in evaluation."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, cast
 
+from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from vispeft.core.units import QueryUnit, Unit
+from vispeft.core.route import Routing
+from vispeft.core.units import Unit
 from vispeft.errors import BackboneError
 from vispeft.hosts.base import Host
 
-__all__ = ["ModelHost"]
+__all__ = ["BANK", "HEADS", "UNITS", "ModelHost", "recompute_contexts"]
 
-_UNIT = re.compile(r"adapters\.[^.]+\.[^.]+\.")
-"""What a unit puts into the name of a tensor of the base that it stands for."""
+BANK = "_vispeft_bank"
+"""Attribute of the model that holds the bank."""
+UNITS = "adapters"
+"""Child of a host that holds its units."""
+HEADS = "adapter_heads"
+"""Child of the model that holds the classifiers of the adapters."""
+_UNIT = re.compile(rf"{UNITS}\.[^.]+\.[^.]+\.")
+"""The part of a tensor's name that names the unit which stands for a tensor of the base."""
+
+
+def recompute_contexts(routing: Routing) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Give the contexts of a forward pass and of its repetition in the backward pass: both take the same route.
+
+    Args:
+        routing: The route of the model; the present one is kept.
+    """
+    return nullcontext(), routing.using(routing.present())
 
 
 class ModelHost(Host):
     """An adapted timm model. Families with a forward of their own subclass it in ``vispeft/backbones``."""
 
-    awake: tuple[str, ...]
-    """Paths of base modules that follow the training mode; an empty path means the whole base."""
-    attributes: ClassVar[dict[str, Any]] = {**Host.attributes, "awake": ()}
+    awake: frozenset[str]
+    """Paths of modules that follow the training mode, besides units; an empty path means the whole base."""
+    asleep: frozenset[str]
+    """Names of frozen adapters, whose units stay in evaluation."""
+    attributes: ClassVar[dict[str, Any]] = {**Host.attributes, "awake": frozenset(), "asleep": frozenset()}
+    whole: ClassVar[tuple[str, ...]] = ("forward", "forward_features", "forward_intermediates", "forward_head", "run")
 
     def train(self, mode: bool = True) -> Any:
-        """Switch units, head and whatever a method wakes between training and evaluation; the rest stays as evaluated.
+        """Switch units, heads and the parts that a method wakes between training and evaluation; the rest evaluates.
 
         Args:
             mode: True for training.
@@ -34,7 +57,7 @@ class ModelHost(Host):
             The model.
         """
         nn.Module.train(self, mode)
-        if mode and "" not in self.awake:
+        if mode:
             self._put_to_sleep(self, "")
             self.training = mode
         return self
@@ -49,16 +72,63 @@ class ModelHost(Host):
         self.check_size(x)
         return super().forward_intermediates(x, *args, **kwargs)  # type: ignore[misc]  # timm's
 
-    def reader(self) -> QueryUnit | None:
-        """Look up the active queries that read the blocks, if any."""
-        return next(self.units(QueryUnit), None)
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the classifier that answers."""
+        head = self.routing.present().head
+        if head is None:
+            try:
+                return cast(int, self.__dict__["num_classes"])
+            except KeyError:
+                raise AttributeError(f"{self.replaces.__name__} has no attribute 'num_classes'") from None
+        return cast(int, getattr(head, "out_features", 0))
+
+    @num_classes.setter
+    def num_classes(self, number: int) -> None:
+        self.__dict__["num_classes"] = number
+
+    def get_classifier(self) -> nn.Module:
+        """Give the classifier that answers: of the last acting adapter, or of the base."""
+        head = self.routing.present().head
+        return cast(nn.Module, super().get_classifier()) if head is None else head  # type: ignore[misc]  # timm's
 
     def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
-        """Make a new classifier as timm does, as wide as the method that is active wants it."""
-        super().reset_classifier(num_classes, *args, **kwargs)  # type: ignore[misc]  # timm's
-        bank = self.__dict__.get("_vispeft_bank")
-        if bank is not None:
-            bank.fit_head()
+        """Make a new classifier as timm does, for the last acting adapter and as wide as its method wants it.
+
+        With no acting adapter the classifier of the base is made anew.
+        """
+        bank: Any = self.__dict__[BANK]
+        with bank.replacing_head(num_classes):
+            super().reset_classifier(num_classes, *args, **kwargs)  # type: ignore[misc]  # timm's
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load tensors, also under the names of earlier versions."""
+        self._rename_heads(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _rename_heads(self, tensors: dict[str, Any], prefix: str) -> None:
+        """Rename classifiers: earlier versions had the acting adapter's at timm's place, and the base's as ``(base)``."""
+        heads = f"{prefix}{HEADS}."
+        if not any(key.startswith(f"{heads}(base).") for key in tensors):
+            return
+        place = f"{prefix}{self.__dict__[BANK].view.head_path}."
+        own = cast(nn.ModuleDict, self.get_submodule(HEADS))
+        placed = [name for name in own if not any(key.startswith(f"{heads}{name}.") for key in tensors)]
+        for before, after in ((place, f"{heads}{placed[0]}." if placed else place), (f"{heads}(base).", place)):
+            for key in [key for key in tensors if key.startswith(before)]:
+                tensors[after + key.removeprefix(before)] = tensors.pop(key)
+
+    def recomputed(self, block: Callable[..., Any], x: Tensor, **arguments: Any) -> Any:
+        """Run a block and compute it again in the backward pass, under the route of now.
+
+        Args:
+            block: The block.
+            x: Its tokens.
+            **arguments: Its further arguments.
+        """
+        if is_compiling():  # a graph is made for one route
+            return checkpoint(block, x, **arguments)
+        return checkpoint(block, x, context_fn=lambda: recompute_contexts(self.routing), **arguments)
 
     def group_matcher(self, coarse: bool = False) -> Any:
         """Say which layer a tensor belongs to, as timm does, also for units that stand for tensors of the stem.
@@ -101,12 +171,16 @@ class ModelHost(Host):
                 f"{embed.patch_size[1]}, which do not fit into them. Resize or pad them to multiples of the patch."
             )
 
-    def _put_to_sleep(self, module: nn.Module, path: str) -> None:
-        if isinstance(module, Unit) or path in self.awake:
-            return
-        module.training = False
+    def _put_to_sleep(self, module: nn.Module, path: str, awake: bool = False) -> None:
+        """Set a module and all below it to evaluation, but for units and for the parts that are awake."""
+        awake = awake or path in self.awake
+        module.training = awake
         for name, child in module.named_children():
-            self._put_to_sleep(child, f"{path}.{name}" if path else name)
+            if name == UNITS and isinstance(module, Host):
+                for adapter, units in child.named_children():
+                    units.train(adapter not in self.asleep)
+            else:
+                self._put_to_sleep(child, f"{path}.{name}" if path else name, awake)
 
 
 def _also_in_units(spec: Any) -> Any:

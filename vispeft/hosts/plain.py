@@ -1,100 +1,107 @@
-"""Tokens in the sequence of a plain model: the forward of such a model with room for learned tokens.
-
-Nothing travels between blocks but the sequence itself: tokens go in as arguments and come out as rows, so checkpointing
-and several calls at once are safe.
-"""
+"""The run of a plain model: one sequence of tokens, with room for learned tokens behind the prefix."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
-from vispeft.core.units import SideUnit, TokensUnit
+from vispeft.core.units import TokensUnit, Unit
 from vispeft.errors import ConfigError
 from vispeft.hosts.block import BlockHost
-from vispeft.hosts.reading import joined, taken_apart
-from vispeft.hosts.side import ENTRY, SideHost
+from vispeft.hosts.reading import taken_apart
+from vispeft.hosts.running import ENTRY, RunningHost, RunResult, pooled_rows, token_units
+from vispeft.hosts.streams import Streams
 
 __all__ = ["PlainModelHost"]
 
 
-class PlainModelHost(SideHost):
+class PlainModelHost(RunningHost):
     """An adapted model with one sequence of tokens.
 
-    Without tokens to insert, without units that look at tokens as an image, and without a network beside the model,
-    every call goes to timm's own forward.
+    Without tokens to insert, streams, units that look at tokens as an image, and a network beside the model, every call
+    goes to timm's own forward.
 
-    A family says how it enters the first block (`enter`) and what its blocks take besides tokens (`block_arguments`).
+    A family says how it enters the first block (`embed`) and which arguments its blocks take (`block_arguments`).
     """
 
     takes_side: ClassVar[bool] = True
-    num_prefix_tokens: int
     global_pool: str
     grad_checkpointing: bool
     patch_embed: Any
     blocks: Any
     norm_pre: Any
-    norm: Any
     pool: Callable[[Tensor], Tensor]
     fc_norm: nn.Module
     head_drop: nn.Module
     head: nn.Module
 
-    def enter(self, images: Tensor) -> tuple[Tensor, Any]:
-        """Run what comes in front of the first block, with timm's own submodules.
+    def embed(self, images: Tensor) -> tuple[Tensor, Any]:
+        """Run all that comes in front of the first block, with timm's own submodules.
 
         Args:
             images: (B, C, H, W).
 
         Returns:
-            Tokens (B, N, D), prefix tokens first, and what `block_arguments` needs.
+            Tokens (B, N, D), prefix tokens first, and whatever `block_arguments` needs.
         """
         raise NotImplementedError
 
     def block_arguments(self, context: Any, block: int, inserted: int) -> dict[str, Any]:
-        """Give what one block takes besides tokens.
+        """Give the arguments of one block besides tokens.
 
         Args:
-            context: What `enter` returned.
+            context: The second result of `embed`.
             block: Index of the block.
             inserted: Number of tokens that stand between prefix and patches.
         """
         raise NotImplementedError
 
+    def checkpoints(self) -> bool:
+        """Tell whether blocks are computed again in the backward pass."""
+        return self.grad_checkpointing
+
+    def block_ends(self) -> list[int]:
+        """Count the blocks; a plain model has one stage."""
+        return [len(self.blocks)]
+
+    def runs_itself(self) -> bool:
+        """Tell whether timm's own forward cannot run the route: its blocks get no height and width, for one."""
+        return super().runs_itself() or any(_wants_grid(block) for block in self.blocks)
+
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Compute (B, N, D) normalised tokens; which rows are there besides prefix and patches is the unit's choice."""
-        units = tuple(self.units(TokensUnit))
-        if not self._runs_itself(units):
-            return super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
-        _refuse_mask(attn_mask, is_causal)
-        final, _ = self._levels(x, units, frozenset(), len(self.blocks), norm=True)
-        return final()
+        """Compute (B, N, D) normalised tokens; a unit chooses which rows are there besides prefix and patches."""
+        if not self.runs_itself():
+            out: Tensor = super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
+            return out
+        return self.features(self.run(x, **self._masked(attn_mask, is_causal)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool and classify as timm does; what a network beside the model gives is not normalised again.
+        """Pool and classify as timm does; the output of a network beside the model is not normalised again.
 
         Args:
-            x: (B, N, D), what `forward_features` gave.
+            x: (B, N, D), the output of `forward_features`.
             pre_logits: Leave the classifier out.
 
         Returns:
             (B, classes), or (B, D).
         """
-        queries = self.reader()
-        if queries is not None:
-            x, reads = taken_apart(x, queries, self.num_prefix_tokens)
-            x = self.head_drop(queries.features(self.fc_norm(self.pool(x)), reads))
-            return x if pre_logits else self.head(x)
-        if self.side() is None:
+        streams = self.answering()
+        if not streams and not self.acting.side:
             out: Tensor = super().forward_head(x, pre_logits=pre_logits)  # type: ignore[misc]  # timm's
             return out
-        x = self.head_drop(self.pool(x))
+        found = []
+        for stream in reversed(streams):  # the last one that was put in stands in front
+            x, kept = taken_apart(x, stream, self.num_prefix_tokens)
+            found.append((stream, kept))
+        x = self.pool(x)
+        x = x if self.acting.side else self.fc_norm(x)
+        for stream, kept in reversed(found):
+            x = stream.features(x, kept)
+        x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
     def forward_intermediates(
@@ -111,8 +118,7 @@ class PlainModelHost(SideHost):
         is_causal: bool = False,
     ) -> Any:
         """Compute the tokens behind chosen blocks, as timm does; inserted tokens never show in them."""
-        units = tuple(self.units(TokensUnit))
-        if not self._runs_itself(units):
+        if not self.runs_itself():
             asked = {"output_dict": True} if output_dict else {}
             return super().forward_intermediates(
                 x,
@@ -126,12 +132,13 @@ class PlainModelHost(SideHost):
                 is_causal=is_causal,
                 **asked,
             )
-        _refuse_mask(attn_mask, is_causal)
         if output_fmt not in ("NCHW", "NLC"):
             raise ConfigError(f"forward_intermediates(output_fmt={output_fmt!r}): use 'NCHW' or 'NLC'.")
         taken, last = feature_take_indices(len(self.blocks), indices)
         depth = last + 1 if stop_early else len(self.blocks)
-        final, taps = self._levels(x, units, frozenset(taken), depth, norm)
+        result = self.run(x, taken=frozenset(taken), depth=depth, **self._masked(attn_mask, is_causal))
+        taps = [result.taps[block] for block in sorted(taken)]
+        taps = [self.norm(tap) if norm and not result.final else tap for tap in taps]
         prefix = [tap[:, : self.num_prefix_tokens] for tap in taps]
         maps = [tap[:, self.num_prefix_tokens :] for tap in taps]
         if output_fmt == "NCHW":
@@ -142,120 +149,81 @@ class PlainModelHost(SideHost):
             if return_prefix_tokens and self.num_prefix_tokens:
                 named["image_intermediates_prefix"] = prefix
             if not intermediates_only:
-                named["image_features"] = final()
+                named["image_features"] = self.features(result)
             return named
         both = return_prefix_tokens and self.num_prefix_tokens > 0
         found: list[Any] = list(zip(maps, prefix, strict=True)) if both else maps
-        return found if intermediates_only else (final(), found)
+        return found if intermediates_only else (self.features(result), found)
 
-    def _runs_itself(self, units: Sequence[TokensUnit]) -> bool:
-        beside = self.side() is not None or self.reader() is not None
-        return bool(units) or beside or any(_wants_grid(block) for block in self.blocks)
-
-    def _levels(
-        self, images: Tensor, units: Sequence[TokensUnit], taken: frozenset[int], depth: int, norm: bool
-    ) -> tuple[Callable[[], Tensor], list[Tensor]]:
-        """Run the model: what computes its features, and the tokens behind chosen blocks without inserted ones."""
-        side = self.side()
-        if side is not None:
-            hidden = self.read_hidden(side, images, frozenset(), depth)
-            states = side.climb(hidden, depth, self.grad_checkpointing)
-            dtype = hidden[ENTRY].dtype
-            return partial(_left, side, states[-1], dtype), [_left(side, states[i], dtype) for i in sorted(taken)]
-        reads: list[Tensor] = []
-        tokens, taps = self._run(images, units, taken, depth, reads)
-        found = [self._without_inserted(self.norm(tap) if norm else tap, units) for tap in taps]
-        first = self.num_prefix_tokens
-        return lambda: joined(self._pooled_rows(self.norm(tokens), units), reads, self.reader(), first), found
-
-    def hidden(self, images: Tensor, blocks: frozenset[int], depth: int) -> dict[int, Tensor]:
-        """Run the backbone and give (B, N, D) behind chosen blocks, and in front of the first one."""
-        units = tuple(self.units(TokensUnit))
-        wanted = {ENTRY, *(block for block in blocks if block < depth)}
-        _, taps = self._run(images, units, frozenset(wanted), depth)
-        rows = [taps[0], *(self._without_inserted(tap, units) if units else tap for tap in taps[1:])]
-        return dict(zip(sorted(wanted), rows, strict=True))
-
-    def checkpoints(self) -> bool:
-        """Tell whether blocks are to be computed again in the backward pass."""
-        return self.grad_checkpointing
-
-    def _run(
-        self,
-        images: Tensor,
-        units: Sequence[TokensUnit],
-        taken: frozenset[int],
-        depth: int,
-        reads: list[Tensor] | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Run blocks; what queries read of them is appended to `reads`, where there is a list for it."""
-        self.check_size(images)
-        tokens, context = self.enter(images)
-        reader = self.reader() if reads is not None else None
-        tokens = tokens if reader is None else reader.enter(tokens)
+    def backbone(
+        self, images: Tensor, units: Sequence[Unit], taken: frozenset[int], depth: int, **arguments: Any
+    ) -> RunResult:
+        """Run the backbone, with learned tokens behind the prefix."""
+        tokens, context = self.embed(images)
+        tokens = self.entered(tokens)
         grid = self.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
-        inserted, taps = 0, [tokens] if ENTRY in taken else []
+        inserting, streams = token_units(units), self.streams_of(units)
+        result = RunResult(
+            Streams(tokens), {ENTRY: tokens}, inserted=(0,) * len(inserting), pool=pooled_rows(inserting)
+        )
         for index in range(depth):
-            tokens, inserted = self._insert(tokens, units, index, inserted)
-            arguments = self.block_arguments(context, index, inserted)
-            block = self.blocks[index]
-            if _wants_grid(block):
-                arguments |= {"grid": grid, "prefix": self.num_prefix_tokens + inserted}
-            queries = None if reader is None else reader.asked(index, tokens.shape[0])
-            if queries is not None:
-                arguments["queries"] = queries.to(tokens.dtype)
-            out = checkpoint(block, tokens, **arguments) if self.grad_checkpointing else block(tokens, **arguments)
-            tokens = out if queries is None else out.tokens
-            if queries is not None and reads is not None:
-                reads.append(out.queries)
+            self._insert(result, inserting, index)
+            own = {**arguments, **self.block_arguments(context, index, sum(result.inserted))}
+            if _wants_grid(self.blocks[index]):
+                own |= {"grid": grid, "prefix": self.num_prefix_tokens + sum(result.inserted)}
+            self.pass_block(self.blocks[index], index, result, streams, **own)
             if index in taken:
-                taps.append(tokens)
-        return tokens, taps
+                result.taps[index] = self._without_inserted(result.tokens, result)
+        result.complete = depth == len(self.blocks)
+        result.stages = [result.streams]
+        return result
 
-    def _insert(self, tokens: Tensor, units: Sequence[TokensUnit], block: int, present: int) -> tuple[Tensor, int]:
+    def features(self, result: RunResult) -> Tensor:
+        """Normalise the tokens, keep the rows that pooling is to see, and put those of streams among them."""
+        if result.final:
+            return result.tokens
+        tokens = self.norm(result.tokens)
+        return self.with_kept(self._pooled(tokens, result), result)
+
+    def _masked(self, attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
+        """Hand an attention mask to every block, where it has a row for each token."""
+        if attn_mask is None and not is_causal:
+            return {}
+        acting = self.acting
+        if acting.tokens or acting.side or acting.queries or acting.stream or any(map(_wants_grid, self.blocks)):
+            raise ConfigError(
+                "An attention mask was given to a model whose adapter inserts tokens, which it has no rows for, looks "
+                "at tokens as an image, of which it hides some, or stands beside the model and has tokens of its own. "
+                "Disable the adapter for this call, or leave the mask out."
+            )
+        return {"attn_mask": attn_mask, "is_causal": is_causal}
+
+    def _insert(self, result: RunResult, units: Sequence[TokensUnit], block: int) -> None:
         """Put each unit's tokens of this block behind the prefix, in place of its earlier ones."""
+        tokens, first = result.tokens, self.num_prefix_tokens
         new = [unit.tokens(block, tokens.shape[0]) for unit in units]
         if all(value is None for value in new):
-            return tokens, present
-        first = self.num_prefix_tokens
-        old = (
-            tokens[:, first : first + present].split([unit.length for unit in units], 1)
-            if present
-            else [None] * len(new)
-        )
-        middle = [was if value is None else value.to(tokens.dtype) for value, was in zip(new, old, strict=True)]
-        rows = [part for part in middle if part is not None]
+            return
+        present = sum(result.inserted)
+        old = tokens[:, first : first + present].split(list(result.inserted), 1)
+        rows = [was if value is None else value.to(tokens.dtype) for value, was in zip(new, old, strict=True)]
         joined = torch.cat([tokens[:, :first], *rows, tokens[:, first + present :]], dim=1)
-        return joined, sum(unit.length for unit in units)
+        result.streams = result.streams._replace(tokens=joined)
+        result.inserted = tuple(part.shape[1] for part in rows)
 
-    def _without_inserted(self, tokens: Tensor, units: Sequence[TokensUnit]) -> Tensor:
-        first, count = self.num_prefix_tokens, sum(unit.length for unit in units)
-        return torch.cat([tokens[:, :first], tokens[:, first + count :]], dim=1)
+    def _without_inserted(self, tokens: Tensor, result: RunResult) -> Tensor:
+        first, count = self.num_prefix_tokens, sum(result.inserted)
+        return torch.cat([tokens[:, :first], tokens[:, first + count :]], dim=1) if count else tokens
 
-    def _pooled_rows(self, tokens: Tensor, units: Sequence[TokensUnit]) -> Tensor:
-        """Leave the rows that pooling is to see; a class token is pooled whatever stands behind it."""
-        if not units:
+    def _pooled(self, tokens: Tensor, result: RunResult) -> Tensor:
+        """Keep the rows that pooling is to see; a class token is pooled whatever stands behind it."""
+        count = sum(result.inserted)
+        if not count:
             return tokens
-        pool = units[-1].pool
-        first, count = self.num_prefix_tokens, sum(unit.length for unit in units)
-        if self.global_pool == "token" or pool == "patches":
-            return self._without_inserted(tokens, units)
-        return tokens if pool == "all" else tokens[:, : first + count]
-
-
-def _left(side: SideUnit, state: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute what leaves a network beside the model, in the model's type."""
-    return side.leave(state).to(dtype)
+        if self.global_pool == "token" or result.pool == "patches":
+            return self._without_inserted(tokens, result)
+        return tokens if result.pool == "all" else tokens[:, : self.num_prefix_tokens + count]
 
 
 def _wants_grid(block: Any) -> bool:
     return isinstance(block, BlockHost) and block.wants_grid()
-
-
-def _refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
-    if attn_mask is not None or is_causal:
-        raise ConfigError(
-            "An attention mask was given to a model whose adapter inserts tokens, which it has no rows for, looks at "
-            "tokens as an image, of which it hides some, or stands beside the model and has tokens of its own. "
-            "Disable the adapter for this call, or leave the mask out."
-        )

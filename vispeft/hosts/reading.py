@@ -1,6 +1,6 @@
-"""Queries that read the blocks of a model, and how what they read gets to the classifier.
+"""Rows of streams on their way to the classifier.
 
-`forward_features` gives the backbone's own tokens, with what the queries read packed into rows among them;
+`forward_features` gives the backbone's own tokens, with the rows that the classifier reads packed among them;
 `forward_head` takes these rows apart again. So everything that calls the two one after the other works, and nothing is
 kept in modules.
 """
@@ -13,59 +13,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vispeft.core.units import QueryUnit
+from vispeft.core.units import Stream
 
-__all__ = ["joined", "packed", "taken_apart"]
+__all__ = ["joined", "packed_rows", "taken_apart"]
 
 
-def packed(reads: Sequence[Tensor], unit: QueryUnit, width: int) -> Tensor:
-    """Pack what queries read, which may be of several widths, into rows of one width.
+def packed_rows(shapes: Sequence[tuple[int, int]], width: int) -> int:
+    """Count the rows of one width needed to pack tensors of several widths.
 
     Args:
-        reads: (B, Q, width of the block) of each block that is read.
-        unit: The queries.
-        width: Width of the rows.
-
-    Returns:
-        (B, rows, width).
+        shapes: Rows and width of each tensor.
+        width: Width of the packed rows.
     """
-    flat = torch.cat([read.flatten(1) for read in reads], dim=1)
-    rows = unit.rows(width)
-    return F.pad(flat, (0, rows * width - flat.shape[1])).unflatten(1, (rows, width))
+    return -(-sum(rows * own for rows, own in shapes) // width)
 
 
-def joined(tokens: Tensor, reads: Sequence[Tensor], unit: QueryUnit | None, first: int) -> Tensor:
-    """Put what queries read among the tokens; only the reads of a whole model reach a classifier.
+def joined(tokens: Tensor, kept: Sequence[Tensor], first: int) -> Tensor:
+    """Put rows of streams among the tokens, packed into rows of the tokens' width.
 
     Args:
         tokens: (B, N, D).
-        reads: What they read.
-        unit: The queries; None for none.
+        kept: (B, R, width) of each block.
         first: Number of tokens in front.
 
     Returns:
         (B, N + rows, D).
     """
-    if unit is None or len(reads) < len(unit.blocks):
-        return tokens
-    rows = packed(reads, unit, tokens.shape[-1])
-    return torch.cat([tokens[:, :first], rows, tokens[:, first:]], dim=1)
+    flat, width = torch.cat([rows.flatten(1) for rows in kept], dim=1), tokens.shape[-1]
+    rows = -(-flat.shape[1] // width)
+    packed = F.pad(flat, (0, rows * width - flat.shape[1])).unflatten(1, (rows, width))
+    return torch.cat([tokens[:, :first], packed, tokens[:, first:]], dim=1)
 
 
-def taken_apart(tokens: Tensor, unit: QueryUnit, first: int) -> tuple[Tensor, list[Tensor]]:
+def taken_apart(tokens: Tensor, stream: Stream, first: int) -> tuple[Tensor, list[Tensor]]:
     """Undo `joined`.
 
     Args:
         tokens: (B, N + rows, D).
-        unit: The queries.
+        stream: The stream whose rows are among them.
         first: Number of tokens in front.
 
     Returns:
-        The tokens (B, N, D), and what the queries read of each block.
+        The tokens (B, N, D), and the rows of each block.
     """
-    count = unit.rows(tokens.shape[-1])
+    count = packed_rows(stream.shapes, tokens.shape[-1])
     flat = tokens[:, first : first + count].flatten(1)
-    sizes = [unit.length * width for width in unit.widths]
+    sizes = [rows * width for rows, width in stream.shapes]
     parts = flat[:, : sum(sizes)].split(sizes, dim=1)
-    reads = [part.unflatten(1, (unit.length, width)) for part, width in zip(parts, unit.widths, strict=True)]
-    return torch.cat([tokens[:, :first], tokens[:, first + count :]], dim=1), reads
+    kept = [part.unflatten(1, shape) for part, shape in zip(parts, stream.shapes, strict=True)]
+    return torch.cat([tokens[:, :first], tokens[:, first + count :]], dim=1), kept

@@ -1,54 +1,66 @@
-"""Rows: what goes through a block together. Everything a block is told and everything it gives is one of these."""
+"""The bundle that goes through a block: the tokens, and named streams of rows beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Rows"]
+from vispeft.core.units import StreamRule
+
+__all__ = ["Streams", "split"]
+
+_NONE: Mapping[str, Any] = {}
 
 
-class Rows(NamedTuple):
-    """The tokens of a block, and the rows beside them, which pass the same norms, attention and MLP."""
+class Streams(NamedTuple):
+    """The tokens of a block and the streams beside them. A block takes one bundle and gives one; nothing else travels.
+
+    Streams hold rows (B, R, D), or maps of the tokens' shape.
+    """
 
     tokens: Tensor
     """The residual stream, (B, N, D) or a map (B, H, W, D)."""
-    prompts: Tensor | None = None
-    """(B, T, D) rows that stand in every window: they see its tokens and are seen by them."""
-    queries: Tensor | None = None
-    """(B, Q, D) rows that read the tokens and that nothing sees."""
+    beside: Mapping[str, Tensor] = _NONE
+    """Further streams by name."""
+    rules: Mapping[str, StreamRule] = _NONE
+    """What the block's attention does with each stream, also with those that start inside the block."""
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> Rows:
-        """Apply a change that acts on each row by itself.
-
-        Args:
-            change: A norm, a layer scale, an MLP.
-
-        Returns:
-            What it gives, row by row.
-        """
-        return Rows(*(None if part is None else change(part) for part in self))  # type: ignore[arg-type]
-
-    def plus(self, *added: Rows) -> Rows:
-        """Add what branches give; rows that the first one gives nothing for end here.
+    def each(self, change: Callable[[Tensor], Tensor]) -> Streams:
+        """Apply a change that acts on each row by itself, such as a norm, a layer scale or an MLP.
 
         Args:
-            *added: What the branches give.
-
-        Returns:
-            The sum.
+            change: The change.
         """
-        sums: list[Tensor | None] = []
-        for part, *terms in zip(self, *added, strict=True):
-            total = None if terms[0] is None else part
-            for term in terms:
-                total = total if total is None or term is None else total + term
-            sums.append(total)
-        return Rows(*sums)  # type: ignore[arg-type]
+        return Streams(change(self.tokens), {name: change(x) for name, x in self.beside.items()}, self.rules)
 
-    @property
-    def alone(self) -> bool:
-        """Whether there is nothing beside the tokens."""
-        return self.prompts is None and self.queries is None
+    def plus(self, added: Streams, *terms: Streams) -> Streams:
+        """Add the output of a branch, and further terms, to the residual streams.
+
+        A stream that is new in `added` starts as a copy of the tokens. One that `added` lacks passes by where its rule
+        says so, and ends otherwise.
+
+        Args:
+            added: The output of the branch.
+            *terms: Further terms of some of the streams.
+        """
+        passing = {name: x for name, x in self.beside.items() if not any(self.rules[name])}
+        starts = {name: self.beside.get(name, self.tokens) for name in added.beside}
+        sums = {**passing, **starts}
+        tokens = self.tokens
+        for term in (added, *terms):
+            tokens = tokens + term.tokens
+            sums.update({name: sums[name] + x for name, x in term.beside.items() if name in sums})
+        return Streams(tokens, sums, self.rules)
+
+
+def split(module: Any, streams: Streams) -> Streams:
+    """Run a layer or an MLP on a bundle; where units branch inside it, new streams come out.
+
+    Args:
+        module: The module.
+        streams: Its inputs.
+    """
+    run = getattr(module, "split", None)
+    return streams.each(module) if run is None else run(streams)

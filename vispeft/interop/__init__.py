@@ -1,4 +1,4 @@
-"""Bridges to what others have: the authors' checkpoints."""
+"""Bridges to other code: checkpoints of the authors, and Hugging Face peft."""
 
 import importlib
 from typing import Any
@@ -8,7 +8,7 @@ from vispeft.interop.binary import load_binary
 from vispeft.interop.official import Source, list_sources, load_official, register_source, to_official
 
 _PEFT = ("PeftMethod", "from_peft", "to_peft")
-"""What the extra `peft` brings; its module is imported when one of them is asked for."""
+"""Names of the extra `peft`; their module is imported when one of them is asked for."""
 
 __all__ = [  # noqa: PLE0604  (those of the extra are added by name)
     *_PEFT,

@@ -99,7 +99,7 @@ def load_binary(model: nn.Module, source: str, content: bytes, hyper: Mapping[st
     bank = load_official(model, source, tensors, found)
     label = bank.active[-1]
     ours = {theirs: own for own, theirs in official_names(find_source(source), bank, label).items()}
-    bank.settle({ours[name]: tensor for name, (tensor, _, _) in packed.items()}, label)
+    bank.keep_encoded({ours[name]: tensor for name, (tensor, _, _) in packed.items()}, label)
     return bank
 
 

@@ -2,8 +2,33 @@
 
 import importlib
 import pkgutil
+from typing import TYPE_CHECKING, Any
 
 from vispeft.core.method import Method, list_methods, method, register
+
+# For type checkers alone. A method that is not in this list works all the same; they take its class for `Any`.
+if TYPE_CHECKING:
+    from vispeft.methods.adapter import Adapter as Adapter
+    from vispeft.methods.adaptformer import AdaptFormer as AdaptFormer
+    from vispeft.methods.bitfit import BitFit as BitFit
+    from vispeft.methods.compacter import Compacter as Compacter
+    from vispeft.methods.convpass import Convpass as Convpass
+    from vispeft.methods.fact import FacT as FacT
+    from vispeft.methods.full import Full as Full
+    from vispeft.methods.hydra import Hydra as Hydra
+    from vispeft.methods.linear_probe import LinearProbe as LinearProbe
+    from vispeft.methods.lora import LoRA as LoRA
+    from vispeft.methods.lst import LST as LST
+    from vispeft.methods.mam import MAM as MAM
+    from vispeft.methods.norm_tuning import NormTuning as NormTuning
+    from vispeft.methods.prefix import Prefix as Prefix
+    from vispeft.methods.repadapter import RepAdapter as RepAdapter
+    from vispeft.methods.ssf import SSF as SSF
+    from vispeft.methods.vpt import VPT as VPT
+    from vispeft.methods.vqt import VQT as VQT
+
+    def __getattr__(name: str) -> Any: ...
+
 
 for _module in pkgutil.iter_modules(__path__):
     for _name in (_loaded := importlib.import_module(f"{__name__}.{_module.name}")).__all__:
@@ -16,4 +41,5 @@ CONFIGURATIONS = sorted(
 )
 """Names of the configuration classes, which the package hands on."""
 
-__all__ = ["CONFIGURATIONS", "Method", "list_methods", "method", "register"]
+if not TYPE_CHECKING:  # they would take it for all there is
+    __all__ = ["CONFIGURATIONS", "Method", "list_methods", "method", "register"]

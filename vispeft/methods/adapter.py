@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from vispeft.core.fields import DropPath, FewBits, check_factor, check_roles_in, check_share, check_whole
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import FGVC, VTAB, Recipe
 from vispeft.core.sites import Site, View
 from vispeft.core.units import ParallelUnit, SequentialUnit, Unit
-from vispeft.errors import ConfigError, SiteError
+from vispeft.errors import ConfigError
 from vispeft.hosts.functional import linear
-from vispeft.storage.quantize import check_bits, start_above_zero
+from vispeft.storage.quantize import LowBit, start_above_zero
 
 __all__ = [
     "Adapter",
@@ -27,7 +28,6 @@ __all__ = [
     "ParallelBottleneck",
     "SequentialBottleneck",
     "branch_ends",
-    "check_bottleneck",
 ]
 
 LAYERNORM_EPS = 1e-5
@@ -60,7 +60,7 @@ class Bottleneck:
     """Bits per weight of the two matrices."""
 
 
-class BottleneckUnit(Unit):
+class BottleneckUnit(LowBit, Unit):
     """The tensors of a bottleneck, and what it makes of tokens."""
 
     matrices = ("down", "up")
@@ -153,7 +153,7 @@ class ParallelBottleneck(BottleneckUnit, ParallelUnit):
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Adapter(Method):
+class Adapter(FewBits, DropPath, Method):
     """A bottleneck behind the MLP or the attention of each block, or beside the MLP.
 
     Sequential: ``f + up(relu(down(f)))`` with f the output of the branch's last linear layer, in front of layer scale
@@ -181,12 +181,6 @@ class Adapter(Method):
     """Whether the two layers have biases."""
     start: Literal["lora", "bert"] = "lora"
     """``lora`` starts as the identity; ``bert`` draws both matrices from a normal of spread 0.02."""
-    drop_path: float = 0.0
-    """Rate of stochastic depth in the last block while training; it acts on the backbone's branches alone."""
-    bits: int = 32
-    """Bits per weight of the two matrices (1, 2, 4, 8 or 32)."""
-    head_bits: int = 32
-    """Bits per weight of a classifier without a bias; 32 for a plain one."""
 
     name: ClassVar[str] = "adapter"
     paper: ClassVar[str] = "https://arxiv.org/abs/1902.00751"
@@ -196,34 +190,15 @@ class Adapter(Method):
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
-        check_bottleneck(self, self.bottleneck, self.scale, self.dropout, self.bits, self.head_bits)
-        for field, value, known in (
-            ("layernorm", self.layernorm, ("none", "in", "out")),
-            ("reads", self.reads, ("stream", "normed")),
-            ("activation", self.activation, tuple(ACTIVATIONS)),
-            ("start", self.start, ("lora", "bert")),
-        ):
-            if value not in known:
-                raise ConfigError(f"Adapter({field}={value!r}): choose one of {', '.join(known)}.")
+        check_whole(self, "bottleneck")
+        check_factor(self, "scale")
+        check_share(self, "dropout")
         if self.layernorm == "out" and self.start == "lora":
             raise ConfigError(
                 "Adapter(layernorm='out', start='lora') would normalise a constant, whose gradient has no bound. "
                 "Take start='bert', as the public code does."
             )
-        allowed = ("mlp",) if self.parallel else ("attn", "mlp")
-        for role in self.roles or ():
-            if role not in allowed:
-                raise SiteError(
-                    f"Adapter(parallel={self.parallel}) stands at {' and '.join(allowed)}; {role!r} was asked for."
-                )
-
-    def low_bit_head(self) -> int:
-        """Give the bits per weight of the classifier."""
-        return self.head_bits
-
-    def stochastic_depth(self) -> float:
-        """Give the rate of the last block."""
-        return self.drop_path
+        check_roles_in(self, ("mlp",) if self.parallel else ("attn", "mlp"))
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
         """Put one bottleneck behind the last linear layer of each branch, or beside it."""
@@ -270,26 +245,3 @@ def branch_ends(view: View, branches: Iterable[Site]) -> Iterator[Site]:
     last = {"attn": "attn.proj", "mlp": "mlp.fc2"}
     for branch in branches:
         yield next(site for site in view.at(last[branch.role]) if site.block == branch.block)
-
-
-def check_bottleneck(method: Method, bottleneck: int, scale: float | None, dropout: float, *bits: int) -> None:
-    """Check the numbers that all bottlenecks have.
-
-    Args:
-        method: The method, for messages.
-        bottleneck: Channels in between.
-        scale: Multiplier of the term.
-        dropout: Share dropped while training.
-        *bits: Bits per weight, of matrices and classifier.
-
-    Raises:
-        ConfigError: If one cannot work.
-    """
-    name = type(method).__name__
-    if not isinstance(bottleneck, int) or bottleneck < 1:
-        raise ConfigError(f"{name}: {bottleneck} channels in between were asked for; at least 1 is needed.")
-    if scale is not None and not (math.isfinite(scale) and scale != 0):
-        raise ConfigError(f"{name}(scale={scale}): a number other than zero is needed.")
-    if not 0 <= dropout < 1:
-        raise ConfigError(f"{name}(dropout={dropout}): a share from 0 up to, not including, 1 is needed.")
-    check_bits(name, *bits)

@@ -9,23 +9,23 @@ from typing import ClassVar
 
 from torch import nn
 
+from vispeft.core.fields import DropPath, FewBits, check_factor, check_roles_in, check_share, check_whole
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import FGVC, VTAB, Recipe
 from vispeft.core.sites import View
-from vispeft.errors import SiteError
-from vispeft.methods.adapter import Bottleneck, ParallelBottleneck, check_bottleneck
+from vispeft.methods.adapter import Bottleneck, ParallelBottleneck
 
 __all__ = ["AdaptFormer"]
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class AdaptFormer(Method):
+class AdaptFormer(FewBits, DropPath, Method):
     """A bottleneck beside each MLP: ``x + mlp(norm2(x)) + scale * up(dropout(relu(down(x))))``.
 
     The branch reads the residual stream in front of the norm and is not under stochastic depth (public code). The first
     matrix starts uniform, the second at zero. With fewer than 32 bits and without biases this is Bi-AdaptFormer
-    (arXiv 2307.16867); its second matrix then starts near zero.
+    (arXiv 2307.16867); its second matrix then starts near zero. Most VTAB-1k recipes have ``drop_path=0.1``.
     """
 
     bottleneck: int = 64
@@ -36,12 +36,6 @@ class AdaptFormer(Method):
     """Share of the middle channels dropped while training (public code)."""
     bias: bool = True
     """Whether the two layers have biases; Bi-AdaptFormer has none."""
-    drop_path: float = 0.0
-    """Rate of stochastic depth in the last block while training; 0.1 in most VTAB-1k recipes."""
-    bits: int = 32
-    """Bits per weight of the two matrices (1, 2, 4, 8 or 32)."""
-    head_bits: int = 32
-    """Bits per weight of a classifier without a bias; 32 for a plain one."""
 
     name: ClassVar[str] = "adaptformer"
     paper: ClassVar[str] = "https://arxiv.org/abs/2205.13535"
@@ -51,18 +45,10 @@ class AdaptFormer(Method):
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
-        check_bottleneck(self, self.bottleneck, self.scale, self.dropout, self.bits, self.head_bits)
-        for role in self.roles or ():
-            if role != "mlp":
-                raise SiteError(f"AdaptFormer stands beside the MLP; {role!r} was asked for. See Adapter for others.")
-
-    def low_bit_head(self) -> int:
-        """Give the bits per weight of the classifier."""
-        return self.head_bits
-
-    def stochastic_depth(self) -> float:
-        """Give the rate of the last block."""
-        return self.drop_path
+        check_whole(self, "bottleneck")
+        check_factor(self, "scale")
+        check_share(self, "dropout")
+        check_roles_in(self, ("mlp",), "See Adapter for others.")
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
         """Put one bottleneck beside the MLP of each block."""

@@ -15,14 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from vispeft.core.fields import DropPath, FewBits, check_roles_in, check_whole
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import Recipe
 from vispeft.core.sites import Site, View
 from vispeft.core.units import SequentialUnit, SharedUnit
-from vispeft.errors import ConfigError, SiteError
+from vispeft.errors import ConfigError
 from vispeft.hosts.functional import linear
-from vispeft.methods.adapter import branch_ends, check_bottleneck
+from vispeft.methods.adapter import branch_ends
 from vispeft.methods.norm_tuning import NormTuning
+from vispeft.storage.quantize import LowBit
 
 __all__ = ["Compacter", "CompacterUnit", "PHMRule", "UnitShape", "phm_linear", "phm_matrix"]
 
@@ -109,7 +111,7 @@ class UnitShape:
     """Bits per weight of the blocks."""
 
 
-class CompacterUnit(SequentialUnit):
+class CompacterUnit(LowBit, SequentialUnit):
     """A bottleneck behind a layer: ``y + up(gelu(down(y)))`` with two PHM layers and the tanh form of GELU."""
 
     no_decay = frozenset({"down_rule", "up_rule"})
@@ -178,12 +180,13 @@ class CompacterUnit(SequentialUnit):
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Compacter(Method):
+class Compacter(FewBits, DropPath, Method):
     """A bottleneck behind attention and MLP of each block, whose matrices are sums of Kronecker products.
 
     ``h + up(gelu(down(h)))`` with h the output of the branch's last linear layer, in front of layer scale and residual
     sum (the authors adapt a language model; this is the same place in a ViT). Compacter++ stands behind the MLP alone
     (``roles=["mlp"]``); PHM-Adapter has ``rank=None, shared_rule=False, phm_dim=12``. The start is almost the identity.
+    With few bits the blocks are quantised, rules and biases are not.
     """
 
     bottleneck: int | None = None
@@ -201,12 +204,6 @@ class Compacter(Method):
     0.01 where a short training does not move it."""
     train_layernorm: bool = False
     """Whether the backbone's norms train as well, as in the authors' runs."""
-    drop_path: float = 0.0
-    """Rate of stochastic depth in the last block while training."""
-    bits: int = 32
-    """Bits per weight of the blocks (1, 2, 4, 8 or 32); rules and biases are not quantised."""
-    head_bits: int = 32
-    """Bits per weight of a classifier without a bias; 32 for a plain one."""
 
     name: ClassVar[str] = "compacter"
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.04647"
@@ -222,24 +219,10 @@ class Compacter(Method):
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
-        check_bottleneck(self, self.bottleneck or self.reduction, self._spread, 0.0, self.bits, self.head_bits)
-        for field in ("bottleneck", "phm_dim", "rank", "reduction"):
-            value = getattr(self, field)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ConfigError(f"Compacter({field}={value!r}): a whole number of at least 1 is needed.")
-        if self._spread < 0:
+        check_whole(self, "bottleneck", "phm_dim", "rank", "reduction")
+        if not 0 < self._spread < math.inf:
             raise ConfigError(f"Compacter(rule_start={self.rule_start}): a spread above 0 is needed.")
-        for role in self.roles or ():
-            if role not in self.default_roles:
-                raise SiteError(f"Compacter stands at attn and mlp; {role!r} was asked for.")
-
-    def low_bit_head(self) -> int:
-        """Give the bits per weight of the classifier."""
-        return self.head_bits
-
-    def stochastic_depth(self) -> float:
-        """Give the rate of the last block."""
-        return self.drop_path
+        check_roles_in(self, self.default_roles)
 
     @property
     def _spread(self) -> float:

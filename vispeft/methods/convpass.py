@@ -11,21 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from vispeft.core.fields import DropPath, FewBits, check_factor, check_roles_in, check_share, check_whole
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import FGVC, VTAB, Recipe
 from vispeft.core.sites import View
 from vispeft.core.units import ParallelUnit
-from vispeft.errors import ConfigError
 from vispeft.hosts.functional import linear
-from vispeft.methods.adapter import ACTIVATIONS, check_bottleneck
-from vispeft.storage.quantize import start_above_zero
+from vispeft.methods.adapter import ACTIVATIONS
+from vispeft.storage.quantize import LowBit, start_above_zero
 
 __all__ = ["Convpass", "ConvpassUnit"]
 
 quick_gelu = ACTIVATIONS["quick_gelu"]
 
 
-class ConvpassUnit(ParallelUnit):
+class ConvpassUnit(LowBit, ParallelUnit):
     """A bottleneck with a 3x3 convolution over the image of tokens: ``s * up(act(conv(act(down(u)))))``.
 
     Patches are convolved as the image they are; each prefix token as an image of one pixel, on which the middle of the
@@ -106,11 +106,11 @@ class ConvpassUnit(ParallelUnit):
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Convpass(Method):
+class Convpass(FewBits, DropPath, Method):
     """A convolutional bypass beside attention and MLP, both reading the normalised input of their branch.
 
-    The term is under stochastic depth of its own, as in the public code. On Swin the image of tokens is the whole map,
-    not a window.
+    The term is under stochastic depth of its own, as in the public code; the paper has ``drop_path=0.1``. On Swin the
+    image of tokens is the whole map, not a window. With few bits an identity kernel keeps 32.
     """
 
     bottleneck: int = 8
@@ -123,12 +123,6 @@ class Convpass(Method):
     """How the kernel starts; the paper chooses by task."""
     dropout: float = 0.1
     """Share of the channels in between dropped while training (public code)."""
-    drop_path: float = 0.0
-    """Rate of stochastic depth in the last block while training; 0.1 in the paper."""
-    bits: int = 32
-    """Bits per weight of the matrices (1, 2, 4, 8 or 32); an identity kernel keeps 32."""
-    head_bits: int = 32
-    """Bits per weight of a classifier without a bias; 32 for a plain one."""
 
     name: ClassVar[str] = "convpass"
     paper: ClassVar[str] = "https://arxiv.org/abs/2207.07039"
@@ -138,23 +132,10 @@ class Convpass(Method):
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
-        check_bottleneck(self, self.bottleneck, self.scale, self.dropout, self.bits, self.head_bits)
-        if self.variant not in ("block", "attn"):
-            raise ConfigError(f"Convpass(variant={self.variant!r}): choose 'block' or 'attn'.")
-        if self.start not in ("xavier", "identity"):
-            raise ConfigError(f"Convpass(start={self.start!r}): choose 'xavier' or 'identity'.")
-        if set(self.roles or ()) - {"attn", "mlp"}:
-            raise ConfigError(
-                f"Convpass(roles={self.roles}): it stands beside branches; choose among 'attn' and 'mlp'."
-            )
-
-    def low_bit_head(self) -> int:
-        """Give the bits per weight of the classifier."""
-        return self.head_bits
-
-    def stochastic_depth(self) -> float:
-        """Give the rate of the last block."""
-        return self.drop_path
+        check_whole(self, "bottleneck")
+        check_factor(self, "scale")
+        check_share(self, "dropout")
+        check_roles_in(self, ("attn", "mlp"))
 
     def paper_roles(self) -> tuple[str, ...]:
         """Give the places of the variant."""

@@ -11,14 +11,14 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Generator, Tensor, nn
 
+from vispeft.core.fields import DropPath, FewBits, check_factor, check_share, check_whole
+from vispeft.core.low_rank import Branch, Dropout
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import FGVC, VTAB, Recipe
 from vispeft.core.sites import Site, View
 from vispeft.core.units import DeltaUnit, SharedUnit
-from vispeft.errors import ConfigError, SiteError
-from vispeft.hosts.functional import Branch, Dropout
-from vispeft.methods.adapter import check_bottleneck
-from vispeft.storage.quantize import start_above_zero
+from vispeft.errors import SiteError
+from vispeft.storage.quantize import LowBit, start_above_zero
 
 __all__ = ["FacT", "FacTFactors", "FacTUnit"]
 
@@ -35,7 +35,7 @@ class _Shape:
     bits: int
 
 
-class FacTFactors(SharedUnit):
+class FacTFactors(LowBit, SharedUnit):
     """U (rank, width) and V (width, rank) of one set; in the Tucker form also the core C and the last factor P."""
 
     def __init__(self, shape: _Shape, slices: int | None) -> None:
@@ -63,15 +63,13 @@ class FacTFactors(SharedUnit):
                 nn.init.xavier_uniform_(tensor, generator=generator)
 
 
-class FacTUnit(DeltaUnit):
+class FacTUnit(LowBit, DeltaUnit):
     """The term of one linear layer: ``scale * V S U x``, with the layer cut into slices of the stream's width.
 
     Slices of the input meet U each, slices of the output V each; what stands between, S (rank * slices out, rank *
     slices in), is the unit's own tensor or, in the Tucker form, made of the shared core: ``S_j = sum_p C[:, :, p] P[p,
     j]``. A last slice that is wider than what is left of the layer is cut off.
     """
-
-    matrices = ("S",)
 
     def __init__(self, site: Site, shape: _Shape, columns: range | None) -> None:
         """Make room for the tensors.
@@ -92,6 +90,7 @@ class FacTUnit(DeltaUnit):
         self.slices = _slices(site.in_features, shape.width), _slices(site.out_features, shape.width)
         before, behind = (count * shape.rank for count in self.slices)
         self.S = nn.Parameter(torch.empty(behind, before)) if columns is None else None
+        self.matrices = ("S",) if columns is None else ()
 
     def reset(self, generator: Generator) -> None:
         """Draw S as PyTorch draws a linear layer (public code)."""
@@ -143,7 +142,7 @@ def _slices(features: int, width: int) -> int:
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class FacT(Method):
+class FacT(FewBits, DropPath, Method):
     """Low-rank terms at all linear layers of the blocks, whose outer factors U and V all layers share.
 
     The weights of a block are twelve square slices: q, k, v, the output projection and four each of the two MLP layers.
@@ -160,12 +159,6 @@ class FacT(Method):
     """Tensor train, or Tucker."""
     dropout: float = 0.1
     """Share of channels in front of V dropped while training (public code)."""
-    drop_path: float = 0.0
-    """Rate of stochastic depth in the last block while training; 0.1 in the paper."""
-    bits: int = 32
-    """Bits per weight of all factors (1, 2, 4, 8 or 32)."""
-    head_bits: int = 32
-    """Bits per weight of a classifier without a bias; 32 for a plain one."""
 
     name: ClassVar[str] = "fact"
     paper: ClassVar[str] = "https://arxiv.org/abs/2212.03145"
@@ -175,17 +168,9 @@ class FacT(Method):
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
-        check_bottleneck(self, self.rank, self.scale, self.dropout, self.bits, self.head_bits)
-        if self.variant not in ("tt", "tk"):
-            raise ConfigError(f"FacT(variant={self.variant!r}): choose 'tt' or 'tk'.")
-
-    def low_bit_head(self) -> int:
-        """Give the bits per weight of the classifier."""
-        return self.head_bits
-
-    def stochastic_depth(self) -> float:
-        """Give the rate of the last block."""
-        return self.drop_path
+        check_whole(self, "rank")
+        check_factor(self, "scale")
+        check_share(self, "dropout")
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
         """Put each set of factors at the first block that uses it, and a term at each layer."""

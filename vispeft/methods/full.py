@@ -8,25 +8,22 @@ from typing import ClassVar
 
 from torch import nn
 
+from vispeft.core.fields import DropPath
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import Recipe
 from vispeft.core.selection import below, selections
 from vispeft.core.sites import View
-from vispeft.errors import ConfigError
 
 __all__ = ["Full"]
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Full(Method):
+class Full(DropPath, Method):
     """Every parameter of the backbone trains, on values of its own beside the frozen ones.
 
     It can therefore be saved, switched and taken off like any adapter, at the price of a second copy of the weights.
     """
-
-    drop_path: float = 0.0
-    """Rate of stochastic depth in the last block while training."""
 
     name: ClassVar[str] = "full"
     recipes: ClassVar[tuple[Recipe, ...]] = (
@@ -37,16 +34,6 @@ class Full(Method):
         ),
     )
     trains_base: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        super().__post_init__()
-        if not 0 <= self.drop_path < 1:
-            raise ConfigError(f"Full(drop_path={self.drop_path}): a rate from 0 up to, not including, 1 is needed.")
-
-    def stochastic_depth(self) -> float:
-        """Give the rate of the last block."""
-        return self.drop_path
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
         """Select every parameter, or those below the chosen roles and blocks."""

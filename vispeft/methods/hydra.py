@@ -11,21 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from vispeft.core.fields import DropPath, FewBits, check_factor, check_share, check_whole
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import Recipe
 from vispeft.core.sites import Site, View
 from vispeft.core.units import SequentialUnit
 from vispeft.errors import SiteError
 from vispeft.hosts.functional import linear
-from vispeft.methods.adapter import check_bottleneck
-from vispeft.storage.quantize import start_above_zero
+from vispeft.storage.quantize import LowBit, start_above_zero
 
 __all__ = ["Hydra", "HydraUnit"]
 
 BRANCHES = ("parallel", "sequential")
 
 
-class HydraUnit(SequentialUnit):
+class HydraUnit(LowBit, SequentialUnit):
     """Two low-rank branches: ``y + s * (Bp (Ap x + ap) + bp) + s * (Bs (As y + as) + bs)``, both without activation."""
 
     matrices = ("parallel_down", "parallel_up", "sequential_down", "sequential_up")
@@ -85,7 +85,7 @@ class HydraUnit(SequentialUnit):
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Hydra(Method):
+class Hydra(FewBits, DropPath, Method):
     """A parallel and a sequential low-rank branch at the output projection and the second MLP layer; merges exactly.
 
     Both branches are linear, share one multiplier and have biases (public code, ``hydra_both``).
@@ -97,12 +97,6 @@ class Hydra(Method):
     """Multiplier of both branches; the paper tunes it by task from 0.1 to 4.5."""
     dropout: float = 0.0
     """Share of the channels in between dropped while training; 0 to 0.2 by task in the paper."""
-    drop_path: float = 0.0
-    """Rate of stochastic depth in the last block while training; 0.1 in the paper."""
-    bits: int = 32
-    """Bits per weight of the four matrices (1, 2, 4, 8 or 32)."""
-    head_bits: int = 32
-    """Bits per weight of a classifier without a bias; 32 for a plain one."""
 
     name: ClassVar[str] = "hydra"
     paper: ClassVar[str] = "https://arxiv.org/abs/2309.06922"
@@ -119,15 +113,9 @@ class Hydra(Method):
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
-        check_bottleneck(self, self.rank, self.scale, self.dropout, self.bits, self.head_bits)
-
-    def low_bit_head(self) -> int:
-        """Give the bits per weight of the classifier."""
-        return self.head_bits
-
-    def stochastic_depth(self) -> float:
-        """Give the rate of the last block."""
-        return self.drop_path
+        check_whole(self, "rank")
+        check_factor(self, "scale")
+        check_share(self, "dropout")
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
         """Put both branches at each site."""

@@ -10,18 +10,19 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor, nn
 
+from vispeft.core.fields import DropPath, FewBits, check_factor, check_share, check_whole
+from vispeft.core.low_rank import Branch, Dropout
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import FGVC, VTAB, Recipe
 from vispeft.core.sites import Site, View
 from vispeft.core.units import DeltaUnit, Unit, WeightUnit
 from vispeft.errors import ConfigError, SiteError
-from vispeft.hosts.functional import Branch, Dropout
-from vispeft.storage.quantize import check_bits, start_above_zero
+from vispeft.storage.quantize import LowBit, start_above_zero
 
 __all__ = ["DoRAUnit", "LoRA", "LowRank", "PiSSAUnit"]
 
@@ -42,7 +43,7 @@ class Factors:
     """Multiple of the learning rate for B."""
 
 
-class _Factored(Unit):
+class _Factored(LowBit, Unit):
     """A (rank, in), uniform as a linear layer's weight, and B (rows, rank), zero."""
 
     matrices = ("A", "B")
@@ -95,29 +96,33 @@ class PiSSAUnit(LowRank):
     both, which is the same sum. A file holds it as one term of twice the rank, which needs no decomposition to load.
     """
 
-    def __init__(self, site: Site, factors: Factors, dropout: Dropout, weight: Tensor) -> None:
-        """Make room for the factors.
+    A0: Tensor
+    B0: Tensor
+
+    def __init__(self, site: Site, factors: Factors, dropout: Dropout) -> None:
+        """Make room for the factors and their start values.
 
         Args:
             site: The linear layer, or the slice of one.
-            factors: What the factors look like.
-            dropout: What is dropped while training.
-            weight: The layer's frozen weight, (all rows, in).
+            factors: Shape of the factors.
+            dropout: Dropout while training.
         """
         super().__init__(site, factors, dropout)
         self.register_buffer("A0", torch.empty(self.A.shape))
         self.register_buffer("B0", torch.empty(self.B.shape))
-        self._weight = (weight,)
+
+    def prepare(self, weight: Tensor) -> None:
+        """Share out the largest singular values of the weight evenly between both factors."""
+        rank = self.A.shape[0]
+        u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
+        root = (s[:rank] / abs(self.scale)).sqrt()
+        self.A0.copy_(root[:, None] * v[:rank])
+        self.B0.copy_(u[:, :rank] * root * math.copysign(1, self.scale))
 
     def reset(self, generator: Generator) -> None:
-        """Share out the largest singular values evenly between both factors."""
-        (weight,) = self.__dict__.pop("_weight")
-        rank = self.A.shape[0]
-        u, s, v = torch.linalg.svd(weight[self.start : self.stop].detach().double(), full_matrices=False)
-        root = (s[:rank] / abs(self.scale)).sqrt()
-        first, second = root[:, None] * v[:rank], u[:, :rank] * root * math.copysign(1, self.scale)
-        for tensor, value in ((self.A, first), (self.A0, first), (self.B, second), (self.B0, second)):
-            cast(Tensor, tensor).copy_(value)
+        """Start from the singular values."""
+        self.A.copy_(self.A0)
+        self.B.copy_(self.B0)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Give (2 rank, in) and (rows, 2 rank)."""
@@ -133,7 +138,7 @@ class PiSSAUnit(LowRank):
         return [Branch(a, b, self.scale, self.start, self.stop, self.dropout), start]
 
     def _pairs(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        return (self.A, cast(Tensor, self.A0)), (self.B, cast(Tensor, self.B0))
+        return (self.A, self.A0), (self.B, self.B0)
 
     def stored(self) -> dict[str, Tensor]:
         """Give the tensors of a `LowRank` of twice the rank."""
@@ -143,23 +148,28 @@ class PiSSAUnit(LowRank):
 class DoRAUnit(_Factored, WeightUnit):
     """Length and direction of each row of a weight apart: ``m * (W + scale * B A) / |W + scale * B A|``."""
 
-    def __init__(self, site: Site, factors: Factors, weight: Tensor) -> None:
+    lengths: Tensor
+    """Lengths of the rows of the frozen weight, (rows,)."""
+
+    def __init__(self, site: Site, factors: Factors) -> None:
         """Make room for the factors and the lengths.
 
         Args:
             site: The linear layer, or the slice of one.
-            factors: What the factors look like.
-            weight: The layer's frozen weight, (all rows, in).
+            factors: Shape of the factors.
         """
         super().__init__(site, factors)
         self.magnitude = nn.Parameter(torch.empty(site.out_features))
-        self._weight = (weight,)
+        self.register_buffer("lengths", torch.empty(site.out_features), persistent=False)
+
+    def prepare(self, weight: Tensor) -> None:
+        """Measure the rows of the frozen weight."""
+        self.lengths.copy_(torch.linalg.vector_norm(weight.double(), dim=1))
 
     def reset(self, generator: Generator) -> None:
         """Start with the lengths the frozen weight has."""
         super().reset(generator)
-        (weight,) = self.__dict__.pop("_weight")
-        self.magnitude.copy_(torch.linalg.vector_norm(weight[self.start : self.stop].detach().double(), dim=1))
+        self.magnitude.copy_(self.lengths)
 
     def fold_weight(self, weight: Tensor) -> Tensor:
         """Rescale the rows; their length counts as a constant in the gradient (section 4.3 of the paper)."""
@@ -175,12 +185,13 @@ class DoRAUnit(_Factored, WeightUnit):
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class LoRA(Method):
+class LoRA(FewBits, DropPath, Method):
     """A low-rank term beside frozen linear layers: ``W' = W + scale * B A``, with ``scale = alpha / rank``.
 
     By default on queries and values, as in the paper. Papers differ in the multiplier: set ``alpha`` to ``rank * s``
     for a plain scale s (PETL-ViT). Roles may be the fused ``attn.qkv`` (one pair on the whole matrix), its slices
-    ``attn.q``, ``attn.k`` and ``attn.v`` (a pair each), ``attn.proj``, ``mlp.fc1`` and ``mlp.fc2``.
+    ``attn.q``, ``attn.k`` and ``attn.v`` (a pair each), ``attn.proj``, ``mlp.fc1`` and ``mlp.fc2``. With fewer than 32
+    bits this is Bi-LoRA (arXiv 2307.16867). Most VTAB-1k recipes have ``drop_path=0.1``.
     """
 
     rank: int = 8
@@ -203,12 +214,6 @@ class LoRA(Method):
     """Train B alone (LoRA-FA)."""
     lr_ratio: float = 1.0
     """Multiple of the learning rate for B (LoRA+, which recommends 16)."""
-    drop_path: float = 0.0
-    """Rate of stochastic depth in the last block while training; 0.1 in most VTAB-1k recipes."""
-    bits: int = 32
-    """Bits per weight of the two factors (1, 2, 4, 8 or 32); below 32 this is Bi-LoRA (arXiv 2307.16867)."""
-    head_bits: int = 32
-    """Bits per weight of a classifier without a bias; 32 for a plain one."""
 
     name: ClassVar[str] = "lora"
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.09685"
@@ -218,18 +223,11 @@ class LoRA(Method):
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise ConfigError(f"LoRA(rank={self.rank}): a rank of at least 1 is needed.")
-        if not (math.isfinite(self.alpha) and self.alpha != 0):
-            raise ConfigError(f"LoRA(alpha={self.alpha}): a number other than zero is needed.")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"LoRA(dropout={self.dropout}): a share from 0 up to, not including, 1 is needed.")
+        check_whole(self, "rank")
+        check_factor(self, "alpha")
+        check_share(self, "dropout")
         if not (math.isfinite(self.lr_ratio) and self.lr_ratio > 0):
             raise ConfigError(f"LoRA(lr_ratio={self.lr_ratio}): a number above 0 is needed.")
-        for field, known in (("dropout_place", ("input", "hidden")), ("start", ("uniform", "pissa"))):
-            if getattr(self, field) not in known:
-                raise ConfigError(f"LoRA({field}={getattr(self, field)!r}): choose {known[0]!r} or {known[1]!r}.")
-        check_bits("LoRA", self.bits, self.head_bits)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -249,14 +247,6 @@ class LoRA(Method):
                 f"LoRA(freeze_a=True, bits={self.bits}): a frozen factor is stored as it is; take bits=32."
             )
 
-    def low_bit_head(self) -> int:
-        """Give the bits per weight of the classifier."""
-        return self.head_bits
-
-    def stochastic_depth(self) -> float:
-        """Give the rate of the last block."""
-        return self.drop_path
-
     def stored(self) -> Method:
         """Give plain LoRA of twice the rank and the same multiplier for what started from singular values."""
         if self.start != "pissa":
@@ -275,16 +265,15 @@ class LoRA(Method):
         for site in self.sites(view):
             if site.kind != "linear" or site.role == "head":
                 raise SiteError(f"LoRA acts on linear layers of the backbone; {site.role!r} is none.")
-            yield PlanItem(site, "lora", self._builder(site, model.get_submodule(site.path)))
+            yield PlanItem(site, "lora", self._builder(site))
 
-    def _builder(self, site: Site, layer: nn.Module) -> Callable[[], Unit]:
+    def _builder(self, site: Site) -> Callable[[], Unit]:
         factors = Factors(
             rank=self.rank, scale=self.scale, bits=self.bits, freeze_a=self.freeze_a, lr_ratio=self.lr_ratio
         )
         dropout = Dropout(self.dropout, self.dropout_place)
-        weight = cast(Tensor, layer._parameters["weight"])  # `layer.weight` would be what other adapters make of it
         if self.dora:
-            return partial(DoRAUnit, site, factors, weight)
+            return partial(DoRAUnit, site, factors)
         if self.start == "uniform":
             return partial(LowRank, site, factors, dropout)
         if self.rank > min(site.in_features, site.out_features):
@@ -292,7 +281,7 @@ class LoRA(Method):
                 f"LoRA(start='pissa', rank={self.rank}): {site.key} has {min(site.in_features, site.out_features)} "
                 "singular values. Choose a lower rank."
             )
-        return partial(PiSSAUnit, site, factors, dropout, weight)
+        return partial(PiSSAUnit, site, factors, dropout)
 
     def parameter_count(self, view: View) -> int:
         """Count ``rank * (in + out)`` per site, without ``rank * in`` where A is frozen; DoRA adds ``out``."""

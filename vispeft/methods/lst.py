@@ -6,11 +6,11 @@ equations of their code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from timm.layers import LayerNorm
@@ -20,13 +20,14 @@ from torch import Generator, Tensor, nn
 
 from vispeft.backbones.pruning import prune
 from vispeft.core.families import family_of
+from vispeft.core.fields import check_whole
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import Recipe
 from vispeft.core.sites import View, select
 from vispeft.core.units import SideUnit
 from vispeft.errors import ConfigError, SiteError
 from vispeft.hosts.functional import linear
-from vispeft.hosts.side import ENTRY, Rung, SideHost
+from vispeft.hosts.running import ENTRY, Rung, RunningHost
 
 __all__ = ["LST", "Ladder"]
 
@@ -39,9 +40,6 @@ BLOCK_SPREAD = 0.02
 TABLE = "relative_position_bias_table"
 """timm's name of the position bias of a Swin's attention."""
 
-Start = Callable[[], Mapping[str, Tensor]]
-"""Gives start values by name."""
-
 
 class Ladder(SideUnit):
     """A narrow network that takes in, rung after rung, what leaves the blocks of the backbone.
@@ -51,19 +49,16 @@ class Ladder(SideUnit):
     normalised and brought back to the backbone's width.
     """
 
-    def __init__(
-        self, rungs: Sequence[Rung], blocks: Mapping[int, nn.Module], options: LST, start: Start | None
-    ) -> None:
+    def __init__(self, rungs: Sequence[Rung], blocks: Mapping[int, nn.Module], options: LST) -> None:
         """Make room for the network.
 
         Args:
             rungs: Its size beside every block of the backbone.
             blocks: Its own blocks, by the block of the backbone they stand beside.
             options: The method.
-            start: Gives start values of its blocks and norms; None draws them.
         """
         super().__init__()
-        self.depth, self.reads, self._start = len(rungs), frozenset(blocks), start
+        self.depth, self.reads = len(rungs), frozenset(blocks)
         self.detach_hidden = options.detach_hidden
         entry, last = rungs[0], rungs[-1]
         ends = [(below, above) for below, above in pairwise(rungs) if below.stage != above.stage]
@@ -85,7 +80,7 @@ class Ladder(SideUnit):
         self.zero_gradient = frozenset(name for name in names if name.startswith("levels."))
 
     def reset(self, generator: Generator) -> None:
-        """Draw the maps between the widths, open every gate half, and start blocks as the backbone's or at random."""
+        """Draw blocks and the maps between the widths, and open every gate half."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, 0.0, BLOCK_SPREAD, generator=generator)
@@ -101,12 +96,6 @@ class Ladder(SideUnit):
             layer.weight.normal_(0.0, SPREAD, generator=generator)
         for gate in self.gates.values():
             gate.zero_()
-        if self._start is not None:
-            own = dict(self.named_parameters())
-            for name, value in self._start().items():
-                if name in own:  # blocks without a rung are walked through as well
-                    own[name].copy_(value)
-            self._start = None
 
     def climb(self, hidden: Mapping[int, Tensor], depth: int, checkpoints: bool) -> list[Tensor]:
         """Run the network and give its state (B, N, d) or (B, H, W, d) behind each block of the backbone."""
@@ -161,7 +150,7 @@ class LST(Method):
 
     reduction: int = 8
     """What the backbone's width is divided by."""
-    start: str = "magnitude"
+    start: Literal["magnitude", "random"] = "magnitude"
     """How its blocks start: ``magnitude`` (pruned out of the backbone by the size of its weights) or ``random``."""
     per_head: bool = True
     """Prune each head by the same share; without it heads mix, as in most of the public code."""
@@ -186,17 +175,14 @@ class LST(Method):
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
-        if not isinstance(self.reduction, int) or self.reduction < 1:
-            raise ConfigError(f"LST(reduction={self.reduction!r}): a whole number of at least 1 is needed.")
-        if self.start not in ("magnitude", "random"):
-            raise ConfigError(f"LST(start={self.start!r}): use 'magnitude' or 'random'.")
+        check_whole(self, "reduction")
         if self.roles not in (None, ("tokens",)):
             raise ConfigError("LST stands beside the whole model; leave roles out, and choose the blocks it reads.")
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
         """Put the whole network on the model, as one unit."""
         host = family_of(model).host
-        if not (issubclass(host, SideHost) and host.takes_side):
+        if not (issubclass(host, RunningHost) and host.takes_side):
             what = f"{view.family} wrapped for its features" if view.aliases else view.family
             raise SiteError(
                 f"LST has no stated form for {what}. It stands beside blocks that normalise first (ViT, Eva, Swin), in "
@@ -204,9 +190,9 @@ class LST(Method):
             )
         rungs = self.rungs(view)
         paths = {cast(int, site.block): site.path for site in select(view, ("block",), self.blocks)}
-        start = partial(prune, view, model, rungs, self.per_head) if self.start == "magnitude" else None
+        start = partial(_pruned, view, model, rungs, set(paths), self.per_head) if self.start == "magnitude" else None
         for site in view.at("tokens"):
-            yield PlanItem(site, "lst", partial(_build, model, host, rungs, paths, self, start))
+            yield PlanItem(site, "lst", partial(_build, model, host, rungs, paths, self), start=start)
 
     def rungs(self, view: View) -> tuple[Rung, ...]:
         """Work out the network's size beside every block of a backbone.
@@ -249,7 +235,7 @@ class LST(Method):
 
     def frozen_outputs(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         """Compute what leaves the blocks that are read, and what enters the first one."""
-        host = cast(SideHost, model)
+        host = cast(RunningHost, model)
         unit = host.side()
         assert unit is not None
         hidden = host.read_hidden(unit, images, frozenset(), unit.depth)
@@ -260,7 +246,7 @@ class LST(Method):
         host: Any = model
         unit = host.side()
         hidden = {int(name.removeprefix("block")): tensor for name, tensor in outputs.items()}
-        return cast(Tensor, host.forward_head(host.features_beside(unit, hidden, unit.depth)))
+        return cast(Tensor, host.forward_head(host.features_beside(unit, hidden)))
 
     def frozen_fields(self) -> dict[str, Any]:
         """Give the blocks that are read."""
@@ -276,11 +262,18 @@ def _table_entries(view: View, rung: Rung) -> int:
 
 def _build(
     model: nn.Module,
-    host: type[SideHost],
+    host: type[RunningHost],
     rungs: Sequence[Rung],
     paths: Mapping[int, str],
     options: LST,
-    start: Start | None,
 ) -> Ladder:
     blocks = {r.block: host.side_block(model.get_submodule(paths[r.block]), r) for r in rungs if r.block in paths}
-    return Ladder(rungs, blocks, options, start)
+    return Ladder(rungs, blocks, options)
+
+
+def _pruned(
+    view: View, model: nn.Module, rungs: Sequence[Rung], chosen: Container[int], per_head: bool
+) -> dict[str, Tensor]:
+    """Start values of blocks and norms; the walk passes the blocks without a rung too."""
+    found = prune(view, model, rungs, per_head)
+    return {n: value for n, value in found.items() if not n.startswith("blocks.") or int(n.split(".")[1]) in chosen}

@@ -10,12 +10,13 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
+from vispeft.core.fields import check_factor, check_share, check_whole
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import FGVC, VTAB, Recipe
 from vispeft.core.sites import View
 from vispeft.errors import ConfigError
-from vispeft.methods.adapter import Bottleneck, ParallelBottleneck, check_bottleneck
-from vispeft.methods.prefix import check_prefix, prefix_count, prefix_items
+from vispeft.methods.adapter import Bottleneck, ParallelBottleneck
+from vispeft.methods.prefix import check_network, prefix_count, prefix_items
 
 __all__ = ["MAM"]
 
@@ -52,10 +53,10 @@ class MAM(Method):
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
-        check_prefix(self, self.length, self.mid_dim, self.prefix_dropout)
-        check_bottleneck(self, self.bottleneck, self.scale, self.dropout)
-        if self.reads not in ("stream", "normed"):
-            raise ConfigError(f"MAM(reads={self.reads!r}): choose one of stream, normed.")
+        check_whole(self, "length", "mid_dim", "bottleneck")
+        check_share(self, "prefix_dropout", "dropout")
+        check_factor(self, "scale")
+        check_network(self, self.mid_dim, self.prefix_dropout)
         if self.roles not in (None, self.default_roles):
             raise ConfigError("MAM acts in the attention and beside the MLP; leave roles out. See Prefix and Adapter.")
 

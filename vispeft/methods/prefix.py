@@ -13,13 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from vispeft.core.fields import check_roles_in, check_share, check_whole
+from vispeft.core.generated import MakesTensors
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import FGVC, VTAB, Recipe
 from vispeft.core.sites import Site, View
 from vispeft.core.units import PrefixUnit, SharedUnit
-from vispeft.errors import ConfigError, SiteError
+from vispeft.errors import ConfigError
 
-__all__ = ["Prefix", "PrefixMLP", "PrefixSlot", "PrefixTables", "check_prefix", "prefix_count", "prefix_items"]
+__all__ = ["Prefix", "PrefixMLP", "PrefixSlot", "PrefixTables", "check_network", "prefix_count", "prefix_items"]
 
 SPREAD = 0.02
 """Standard deviation of the start of tables (public code)."""
@@ -49,7 +51,7 @@ class PrefixTables(PrefixUnit):
         return self.keys, self.values
 
 
-class PrefixMLP(SharedUnit):
+class PrefixMLP(MakesTensors, SharedUnit):
     """A small network that makes the tables of all attention modules: ``outer(tanh(inner(embedding)))``."""
 
     def __init__(self, length: int, width: int, middle: int, total: int, dropout: float) -> None:
@@ -76,20 +78,26 @@ class PrefixMLP(SharedUnit):
             layer.weight.uniform_(-bound, bound, generator=generator)
             layer.bias.uniform_(-bound, bound, generator=generator)
 
-    def table(self, start: int, width: int) -> Tensor:
-        """Compute one table.
+    def tables(self, start: int, width: int) -> tuple[Tensor, Tensor]:
+        """Compute the keys and the values of one attention; in evaluation once for each state of the network.
 
         Args:
-            start: Its first column among all tables.
-            width: Its width.
+            start: First column of the keys among all tables; the values follow.
+            width: Width of each.
 
         Returns:
-            (length, width).
+            Keys and values, (length, width) each.
         """
-        columns = slice(start, start + width)
+        sources = (self.embedding, self.inner.weight, self.inner.bias, self.outer.weight, self.outer.bias)
+        return self.once(start, sources, partial(self._tables, start, width))
+
+    def _tables(self, start: int, width: int) -> tuple[Tensor, Tensor]:
         hidden = torch.tanh(self.inner(self.embedding))
-        made = F.linear(hidden, self.outer.weight[columns], self.outer.bias[columns])
-        return F.dropout(made, self.dropout, self.training)
+        keys, values = (
+            F.linear(hidden, self.outer.weight[columns], self.outer.bias[columns])
+            for columns in (slice(start, start + width), slice(start + width, start + 2 * width))
+        )
+        return F.dropout(keys, self.dropout, self.training), F.dropout(values, self.dropout, self.training)
 
     def stored(self) -> dict[str, Tensor]:
         """Give nothing: a file holds the tables."""
@@ -114,8 +122,7 @@ class PrefixSlot(PrefixUnit):
 
     def keys_values(self) -> tuple[Tensor, Tensor]:
         """Compute the tables."""
-        network = cast(PrefixMLP, self.lender)
-        return network.table(self.start, self.width), network.table(self.start + self.width, self.width)
+        return cast(PrefixMLP, self.lender).tables(self.start, self.width)
 
     @torch.no_grad()
     def stored(self) -> dict[str, Tensor]:
@@ -125,7 +132,7 @@ class PrefixSlot(PrefixUnit):
         network.training = False
         keys, values = self.keys_values()
         network.training = mode
-        return {"keys": keys, "values": values}
+        return {"keys": keys.clone(), "values": values.clone()}
 
 
 def prefix_items(sites: list[Site], view: View, length: int, mid_dim: int | None, dropout: float) -> Iterator[PlanItem]:
@@ -171,27 +178,21 @@ def prefix_count(sites: list[Site], view: View, length: int, mid_dim: int | None
     return length * width + (width + 1) * mid_dim + (mid_dim + 1) * total
 
 
-def check_prefix(method: Method, length: int, mid_dim: int | None, dropout: float) -> None:
-    """Check the numbers of a prefix.
+def check_network(method: Method, mid_dim: int | None, dropout: float) -> None:
+    """Refuse dropout where no network makes the tables.
 
     Args:
         method: The method, for messages.
-        length: Number of keys.
         mid_dim: Width inside the network, or None.
-        dropout: Share dropped of what it makes.
+        dropout: Share of its outputs dropped while training.
 
     Raises:
-        ConfigError: If one cannot work.
+        ConfigError: If there is dropout and no network.
     """
-    name = type(method).__name__
-    if not isinstance(length, int) or length < 1:
-        raise ConfigError(f"{name}(length={length}): at least one key is needed.")
-    if mid_dim is not None and (not isinstance(mid_dim, int) or mid_dim < 1):
-        raise ConfigError(f"{name}(mid_dim={mid_dim}): a width of at least 1 is needed, or None for tables alone.")
-    if not 0 <= dropout < 1:
-        raise ConfigError(f"{name}: a dropout of {dropout} was asked for; from 0 up to, not including, 1 is needed.")
     if dropout and mid_dim is None:
-        raise ConfigError(f"{name}: dropout acts on what the network makes; give mid_dim, or leave it 0.")
+        raise ConfigError(
+            f"{type(method).__name__}: dropout acts on the outputs of the network; give mid_dim, or leave it 0."
+        )
 
 
 @register
@@ -222,10 +223,10 @@ class Prefix(Method):
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
-        check_prefix(self, self.length, self.mid_dim, self.dropout)
-        for role in self.roles or ():
-            if role != "attn.core":
-                raise SiteError(f"Prefix adds keys and values where softmax is ('attn.core'); {role!r} was asked for.")
+        check_whole(self, "length", "mid_dim")
+        check_share(self, "dropout")
+        check_network(self, self.mid_dim, self.dropout)
+        check_roles_in(self, ("attn.core",), "Keys and values are added where softmax is.")
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
         """Put keys and values at each attention."""

@@ -11,19 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from vispeft.core.fields import DropPath, FewBits, check_factor, check_share, check_whole
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import FGVC, VTAB, Recipe
 from vispeft.core.sites import View
 from vispeft.core.units import InputUnit
 from vispeft.errors import ConfigError, SiteError
 from vispeft.hosts.functional import linear
-from vispeft.methods.adapter import check_bottleneck
-from vispeft.storage.quantize import start_above_zero
+from vispeft.storage.quantize import LowBit, start_above_zero
 
 __all__ = ["RepAdapter", "RepAdapterUnit"]
 
 
-class RepAdapterUnit(InputUnit):
+class RepAdapterUnit(LowBit, InputUnit):
     """A dense layer down and a grouped one up, without activation: ``x + s * (B (A x + a) + b)``.
 
     Each group of output channels sees its own share of the channels in between, as a grouped 1x1 convolution does.
@@ -78,7 +78,7 @@ class RepAdapterUnit(InputUnit):
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class RepAdapter(Method):
+class RepAdapter(FewBits, DropPath, Method):
     """A linear bottleneck in front of the attention's joint projection and of the first MLP layer; merges exactly.
 
     It acts on what the linear layers read, so that windows padded with zeros go through it too, and the merged model is
@@ -95,12 +95,6 @@ class RepAdapter(Method):
     """Both places (``repblock`` in the public code), or the attention alone (``repattn``)."""
     dropout: float = 0.1
     """Share of the channels in between dropped while training (public code)."""
-    drop_path: float = 0.0
-    """Rate of stochastic depth in the last block while training; 0.1 in the paper."""
-    bits: int = 32
-    """Bits per weight of the two matrices (1, 2, 4, 8 or 32)."""
-    head_bits: int = 32
-    """Bits per weight of a classifier without a bias; 32 for a plain one."""
 
     name: ClassVar[str] = "repadapter"
     paper: ClassVar[str] = "https://arxiv.org/abs/2302.08106"
@@ -110,22 +104,14 @@ class RepAdapter(Method):
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
-        check_bottleneck(self, self.bottleneck, self.scale, self.dropout, self.bits, self.head_bits)
-        if self.variant not in ("block", "attn"):
-            raise ConfigError(f"RepAdapter(variant={self.variant!r}): choose 'block' or 'attn'.")
-        if not isinstance(self.groups, int) or self.groups < 1 or self.bottleneck % self.groups:
+        check_whole(self, "bottleneck", "groups")
+        check_factor(self, "scale")
+        check_share(self, "dropout")
+        if self.bottleneck % self.groups:
             raise ConfigError(
                 f"RepAdapter(groups={self.groups}, bottleneck={self.bottleneck}): the channels in between are shared "
                 "out evenly among the groups; choose a divisor."
             )
-
-    def low_bit_head(self) -> int:
-        """Give the bits per weight of the classifier."""
-        return self.head_bits
-
-    def stochastic_depth(self) -> float:
-        """Give the rate of the last block."""
-        return self.drop_path
 
     def paper_roles(self) -> tuple[str, ...]:
         """Give the places of the variant."""

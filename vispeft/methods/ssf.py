@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, nn
 
+from vispeft.core.fields import DropPath
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import FEW_IMAGES, Recipe
 from vispeft.core.sites import View
 from vispeft.core.units import AffineUnit
-from vispeft.errors import ConfigError
 
 __all__ = ["SSF", "ScaleShift"]
 
@@ -48,22 +48,21 @@ class ScaleShift(AffineUnit):
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class SSF(Method):
+class SSF(DropPath, Method):
     """A scale and a shift behind every linear layer, norm and convolution; merges without a trace.
 
     On a ViT they stand behind the patch embedding, and in each block behind norm1, qkv, proj, norm2, fc1 and fc2, and
     behind the last norm. Under average pooling timm has an identity at the place of the last norm; the pair there acts
     on the residual stream, as in the public code, and cannot be merged. Swin has the same sites, and the norm of its
     patch embedding. SwinV2 normalises behind its branches; the sites are the same layers (form of this project).
-    A gated MLP with two first layers has a pair behind each (form of this project).
+    A gated MLP with two first layers has a pair behind each (form of this project). The paper sets `drop_path` by data
+    set, from 0 to 0.2.
     """
 
     patch_merging: bool = False
     """Also behind the norm of patch merging (Swin): meant by the paper, inactive in the public code."""
-    start: str = "normal"
+    start: Literal["normal", "identity"] = "normal"
     """``normal`` (spread 0.02, public code) or ``identity``."""
-    drop_path: float = 0.0
-    """Rate of stochastic depth in the last block while training; the paper uses 0 to 0.2 by data set."""
 
     name: ClassVar[str] = "ssf"
     paper: ClassVar[str] = "https://arxiv.org/abs/2210.08823"
@@ -94,21 +93,9 @@ class SSF(Method):
     )
     optional_roles: ClassVar[frozenset[str]] = frozenset({"patch_embed.norm", "final_norm"})
 
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        super().__post_init__()
-        if self.start not in ("normal", "identity"):
-            raise ConfigError(f"SSF(start={self.start!r}): use 'normal' or 'identity'.")
-        if not 0 <= self.drop_path < 1:
-            raise ConfigError(f"SSF(drop_path={self.drop_path}): a rate from 0 up to, not including, 1 is needed.")
-
     def paper_roles(self) -> tuple[str, ...]:
         """Give the sites of the paper, with patch merging where it is switched on."""
         return (*self.default_roles, "downsample.norm") if self.patch_merging else self.default_roles
-
-    def stochastic_depth(self) -> float:
-        """Give the rate of the last block."""
-        return self.drop_path
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
         """Put one pair behind each site."""

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from vispeft.core.fields import check_share, check_whole
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import Recipe
 from vispeft.core.sites import View
@@ -65,6 +66,10 @@ class Prompts(TokensUnit):
             return None
         mapped = stored if self.proj is None else self.proj(stored)
         return F.dropout(mapped.expand(batch, -1, -1), self.dropout, self.training)
+
+    def replaces(self, block: int) -> bool:
+        """Tell whether a block has prompts of its own."""
+        return block == 0 or self.deep is not None
 
     def fitted(self, name: str, tensor: Tensor) -> Tensor:
         """Leave out the prompts of blocks that are not there."""
@@ -139,7 +144,7 @@ class VPT(Method):
     """Store prompts at this width and map them by one shared linear layer."""
     dropout: float = 0.0
     """Share of prompt entries dropped while training; the public deep recipes use 0.1."""
-    pool: str = "all"
+    pool: Literal["all", "patches", "prompts"] = "all"
     """What average pooling sees: ``all`` (prompts and patches, as in the public code), ``patches``, ``prompts``."""
 
     name: ClassVar[str] = "vpt"
@@ -157,14 +162,8 @@ class VPT(Method):
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
-        if not isinstance(self.num_tokens, int) or self.num_tokens < 1:
-            raise ConfigError(f"VPT(num_tokens={self.num_tokens}): at least one prompt is needed.")
-        if self.project is not None and self.project < 1:
-            raise ConfigError(f"VPT(project={self.project}): a width of at least 1 is needed, or None for none.")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"VPT(dropout={self.dropout}): a share from 0 up to, not including, 1 is needed.")
-        if self.pool not in ("all", "patches", "prompts"):
-            raise ConfigError(f"VPT(pool={self.pool!r}): use 'all', 'patches' or 'prompts'.")
+        check_whole(self, "num_tokens", "project")
+        check_share(self, "dropout")
         if self.roles not in (None, ("tokens",)) or self.blocks is not None:
             raise ConfigError("VPT inserts tokens in front of the blocks; leave roles and blocks out.")
 

@@ -9,13 +9,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from vispeft.core.method import Method, PlanItem, register
+from vispeft.core.fields import check_share, check_whole
+from vispeft.core.method import Method, PlanItem, Step, register
 from vispeft.core.recipes import Recipe
 from vispeft.core.sites import Site, View, select
 from vispeft.core.units import QueryUnit
@@ -147,7 +148,7 @@ class VQT(Method):
     leaves at the queries stands, without a last norm, beside the backbone's own feature. Maps inside the model stay as
     they are: the method gives vectors.
 
-    With ``keep`` below 1 the classifier sees a share of these features. ``tools/select_features.py`` chooses them by a
+    With ``keep`` below 1 the classifier sees a share of these features. ``vispeft select-features`` chooses them by a
     classifier that was trained with ``head_sparsity``, and lists the four steps.
 
     On Swin and SwinV2 (form of this project) queries ask every window, without position bias and mask, and what leaves
@@ -167,6 +168,9 @@ class VQT(Method):
     keep: float = 1.0
     """Share of the features that the classifier sees (0.7 in the public code's second stage). Which ones is part of the
     adapter: `select_features` chooses them, and a fresh adapter draws them."""
+    head_sparsity: float = 0.0
+    """Weight of a penalty on the lengths of the classifier's columns, one for each feature, which makes it use few
+    features (1e-4 in the public code's first stage)."""
     detach_hidden: bool = True
     """Whether the backbone runs without gradients; such queries cannot act together with what trains inside of it."""
 
@@ -182,19 +186,17 @@ class VQT(Method):
     )
     default_roles: ClassVar[tuple[str, ...]] = ("tokens",)
     reaches_maps: ClassVar[bool] = False
+    training_fields: ClassVar[frozenset[str]] = frozenset({"head_sparsity"})
 
     def __post_init__(self) -> None:
         """Check the fields."""
         super().__post_init__()
-        if not isinstance(self.num_queries, int) or self.num_queries < 1:
-            raise ConfigError(f"VQT(num_queries={self.num_queries}): at least one query is needed.")
-        if self.aggregate not in ("concat", "pool", "weighted"):
-            raise ConfigError(f"VQT(aggregate={self.aggregate!r}): choose one of concat, pool, weighted.")
-        for name, share in (("dropout", self.dropout), ("token_dropout", self.token_dropout)):
-            if not 0 <= share < 1:
-                raise ConfigError(f"VQT({name}={share}): a share from 0 up to, not including, 1 is needed.")
+        check_whole(self, "num_queries")
+        check_share(self, "dropout", "token_dropout")
         if not 0 < self.keep <= 1:
             raise ConfigError(f"VQT(keep={self.keep}): a share above 0, at most 1, is needed.")
+        if not (self.head_sparsity >= 0 and math.isfinite(self.head_sparsity)):
+            raise ConfigError(f"VQT(head_sparsity={self.head_sparsity}): a finite number from 0 is needed.")
         if self.roles not in (None, ("tokens",)):
             raise ConfigError("VQT reads whole blocks; leave roles out, and choose blocks by blocks=[...].")
 
@@ -224,6 +226,16 @@ class VQT(Method):
     def head_width(self, view: View) -> int:
         """Count the features the classifier sees."""
         return _kept(self.all_features(view), self.keep)
+
+    def loss_term(self, bank: Any, name: str, step: Step) -> Tensor | None:
+        """Penalise the features a classifier uses, by ``head_sparsity`` times the sum of `feature_scores`."""
+        if not self.head_sparsity:
+            return None
+        return self.head_sparsity * feature_scores(bank.named_tensors(name)["head/weight"]).sum()
+
+    def fresh_head(self) -> str | None:
+        """A classifier whose columns are to say which features matter starts anew (public code)."""
+        return "head_sparsity is to score its features" if self.head_sparsity else None
 
     def all_features(self, view: View) -> int:
         """Count the features: the backbone's own, and ``Q D`` (side by side) or ``D`` per block."""

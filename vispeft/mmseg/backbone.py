@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, MutableMapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from vispeft.adapters.attach import attach, load
 from vispeft.adapters.bank import AdapterBank
 from vispeft.backbones.create import create_model
+from vispeft.building.methods import build_method, method_node
 from vispeft.core.method import Method
 from vispeft.errors import ConfigError, FileError, VerificationError
 from vispeft.heads.pyramid import BEHIND_MAPS, MapReader
@@ -22,6 +22,7 @@ from vispeft.hosts.model import ModelHost
 from vispeft.storage.files import check_tensors, read_decoder
 from vispeft.storage.fingerprint import base_tensors, check_fingerprint, fingerprint
 from vispeft.tasks.inference import padded_to
+from vispeft.zoo.adapters import find_adapter
 
 __all__ = ["BASE_KEY", "VispeftBackbone"]
 
@@ -214,7 +215,7 @@ def _adapt(model: nn.Module, peft: dict[str, Any]) -> None:
         if set(peft) != {"load"}:
             others = ", ".join(sorted(set(peft) - {"load"}))
             raise ConfigError(f"peft has load and {others}: what is loaded brings its method with it. Drop {others}.")
-        bank = load(model, _find(str(peft["load"])))
+        bank = load(model, find_adapter(str(peft["load"])))
     else:
         bank = attach(model, _method(peft), verify=False)
     method = bank.plan().method
@@ -227,8 +228,6 @@ def _adapt(model: nn.Module, peft: dict[str, Any]) -> None:
 
 def _method(peft: dict[str, Any]) -> Method:
     """Build a method as the YAML configs of this project do."""
-    from vispeft.cli.config import build_method, method_node
-
     if "type" not in peft:
         raise ConfigError(
             f"peft={peft}: give dict(type=METHOD, ...), such as dict(type='SSF'), or dict(load='zoo:NAME' or a folder)."
@@ -239,14 +238,8 @@ def _method(peft: dict[str, Any]) -> Method:
 
 def _load_reader(reader: MapReader, source: str) -> None:
     """Take over the pyramid an adapter was trained with, where there is one beside it."""
-    beside = read_decoder(_find(source))
+    beside = read_decoder(find_adapter(source))
     tensors = {key.removeprefix("reader."): tensor for key, tensor in beside.items() if key.startswith("reader.")}
     if tensors:
         check_tensors(reader.state_dict(), tensors)
         reader.load_state_dict(tensors)
-
-
-def _find(source: str) -> Path:
-    from vispeft.cli.start import find_adapter
-
-    return find_adapter(source)

@@ -18,6 +18,7 @@ from vispeft.data.preprocessing import Preprocessing
 from vispeft.errors import ConfigError, FileError
 from vispeft.mmseg.backbone import VispeftBackbone
 from vispeft.storage.files import check_tensors, read_decoder
+from vispeft.zoo.adapters import find_adapter
 
 __all__ = ["adapted_backbone", "backbones", "load_decoder", "save_adapter"]
 
@@ -86,8 +87,6 @@ def load_decoder(model: nn.Module, path: str | Path) -> None:
     Raises:
         FileError: If there is none, or a tensor is missing, unknown, of another shape, or not finite.
     """
-    from vispeft.cli.start import find_adapter
-
     tensors = read_decoder(find_adapter(str(path)))
     if not tensors:
         raise FileError(f"{path} holds an adapter without a decoder. Train the decoder anew, or name another one.")

@@ -18,6 +18,7 @@ from torch import nn
 from vispeft.errors import ConfigError
 from vispeft.mmseg.backbone import VispeftBackbone
 from vispeft.mmseg.files import backbones, load_decoder, save_adapter
+from vispeft.zoo.adapters import ADAPTER
 
 __all__ = ["VispeftHook", "check_segmentor"]
 
@@ -68,7 +69,7 @@ class VispeftHook(Hook):
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Save the adapter, and take the frozen tensors out of the checkpoint."""
-        _save(runner, "adapter")
+        _save(runner, ADAPTER)
         if not self.slim:
             return
         for name, backbone in backbones(_unwrapped(runner.model)).items():
@@ -80,12 +81,12 @@ class VispeftHook(Hook):
         best = _best_checkpoints(runner)
         for suffix, path in best.items():
             if path != self._best.get(suffix):
-                _save(runner, f"adapter_best{suffix}", metrics)
+                _save(runner, f"{ADAPTER}_best{suffix}", metrics)
         self._best = best
 
     def after_train(self, runner: Any) -> None:
         """Save the adapter as training leaves it."""
-        _save(runner, "adapter")
+        _save(runner, ADAPTER)
 
 
 def _best_checkpoints(runner: Any) -> dict[str, str]:

@@ -1,19 +1,292 @@
-"""How tensors stand in a file: as they are, or as packed codes of a few bits.
+"""Codecs: how the values of a tensor become the bytes of a file, and back.
 
-A codec is named per tensor in ``adapter.json``. The names are part of the file format and never change their meaning.
+A method chooses a codec for each tensor (`Unit.codecs`), and ``adapter.json`` names it beside the tensor's shape and
+type. Names are part of the file format and never change their meaning. Codecs of this package:
+
+* ``raw``: the tensor itself;
+* ``l1-normal-500/<bits>``: a matrix of 1, 2, 4 or 8 bits per weight (`vispeft.storage.quantize`);
+* ``mask``: one bit per entry (`Mask`);
+* ``positions``: rising whole numbers, as gaps (`Positions`);
+* ``sparse``: the entries that are not zero, as positions and values (`Sparse`).
+
+Another package adds its own by `register_codec`. Multi-byte numbers are little-endian.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import numpy
 import torch
 from torch import Tensor
 
-from vispeft.errors import ConfigError, FileError
+from vispeft.errors import ConfigError, FileError, UnknownNameError
 
-__all__ = ["RAW", "pack_bits", "unpack_bits"]
+__all__ = [
+    "RAW",
+    "Codec",
+    "Mask",
+    "Positions",
+    "Sparse",
+    "decode_tensors",
+    "find_codec",
+    "known_codecs",
+    "pack_bits",
+    "register_codec",
+    "unpack_bits",
+]
 
 RAW = "raw"
-"""The tensor stands in the file as it is."""
+"""Codec of tensors that are in the file as they are."""
+
+
+class Codec:
+    """Values of a tensor to bytes, and back. Subclass it, and hand an instance to `register_codec`."""
+
+    name: str
+    """Name in files."""
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Encode a tensor.
+
+        Args:
+            values: The tensor, of any shape and on any device.
+
+        Returns:
+            Its bytes, uint8 (bytes,), on the CPU.
+
+        Raises:
+            ConfigError: If the codec cannot hold these values.
+        """
+        raise NotImplementedError
+
+    def decode(self, stored: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Decode what `encode` returned.
+
+        Args:
+            stored: The bytes, uint8 (bytes,).
+            shape: Shape of the tensor.
+            dtype: Type of the tensor.
+
+        Returns:
+            The tensor, on the CPU.
+
+        Raises:
+            FileError: If the bytes do not fit the shape.
+        """
+        raise NotImplementedError
+
+    def size(self, values: Tensor) -> int:
+        """Bytes a file holds of a tensor.
+
+        Args:
+            values: The tensor.
+        """
+        return self.encode(values).nbytes
+
+
+class Raw(Codec):
+    """A tensor as it is."""
+
+    name = RAW
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Return the tensor itself; safetensors knows shape and type."""
+        return values
+
+    def decode(self, stored: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return the tensor itself."""
+        return stored
+
+    def size(self, values: Tensor) -> int:
+        """Bytes of the tensor."""
+        return values.nbytes
+
+
+class Mask(Codec):
+    """One bit per entry, row by row, the first entry in the highest bit of the first byte, as `numpy.packbits` does.
+
+    It is the layout of published masks (R-AMT). The last byte is padded with zeros.
+    """
+
+    name = "mask"
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Pack entries that are true or false, or 1 or 0, into ceil(entries / 8) bytes."""
+        flags = values.detach().cpu().reshape(-1)
+        if not bool(((flags == 0) | (flags == 1)).all()):
+            raise ConfigError("A mask holds true and false, or 1 and 0; other values were given. Threshold them first.")
+        return torch.from_numpy(numpy.packbits(flags.bool().numpy()))
+
+    def decode(self, stored: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Unpack the entries, as 1 and 0 where the type is not bool."""
+        _check_size(self.name, stored, -(-prod(shape) // 8), shape)
+        flags = numpy.unpackbits(stored.cpu().numpy(), count=prod(shape))
+        return torch.from_numpy(flags).to(dtype).reshape(shape)
+
+    def size(self, values: Tensor) -> int:
+        """Bytes of the mask."""
+        return -(-values.numel() // 8)
+
+
+class Positions(Codec):
+    """Whole numbers from 0 in rising order, each at most once, as gaps.
+
+    A number is written as its distance from the one before, less one (the first one: as it is). Gaps are coded in
+    units of 1, 2 or 4 bytes, whichever takes the least: a unit of all ones means "add this much and read on", every
+    other one ends a gap. The first byte says how many bytes a unit has. A random choice of one weight in a hundred
+    takes 1.1 bytes per position.
+    """
+
+    name = "positions"
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Encode the numbers, int32 or int64 (count,)."""
+        flat = values.detach().cpu().reshape(-1).to(torch.int64)
+        rising = bool((flat.diff(prepend=flat.new_tensor([-1])) > 0).all())
+        if values.is_floating_point() or not rising:
+            raise ConfigError("Positions are whole numbers from 0 in rising order, each at most once. Sort them first.")
+        return _gaps(flat)
+
+    def decode(self, stored: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Add the gaps up."""
+        found = _from_gaps(stored)
+        if found.numel() != prod(shape):
+            raise FileError(f"{prod(shape)} positions were expected; the file has {found.numel()}.")
+        return found.to(dtype).reshape(shape)
+
+
+class Sparse(Codec):
+    """The entries of a tensor that are not zero: their number, their values, and their positions row by row.
+
+    Bytes: the number of entries as uint64, their values in the tensor's own type, then the positions as `Positions`
+    codes them. Values come back bit for bit; also a negative zero counts as an entry.
+    """
+
+    name = "sparse"
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Encode a tensor, most of whose entries are zero."""
+        flat = values.detach().cpu().contiguous().reshape(-1)
+        found = flat.view(torch.uint8).view(flat.numel(), flat.element_size()).ne(0).any(dim=1).nonzero().reshape(-1)
+        count = torch.from_numpy(numpy.array([len(found)], dtype="<u8").view(numpy.uint8))
+        return torch.cat([count, flat[found].view(torch.uint8), _gaps(found)])
+
+    def decode(self, stored: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Put the entries back among zeros."""
+        flat = torch.zeros(prod(shape), dtype=dtype)
+        head, rest = stored[:8].cpu(), stored[8:].cpu()
+        count = int(head.numpy().view("<u8")[0]) if len(head) == 8 else -1
+        width = count * flat.element_size()
+        positions = _from_gaps(rest[width:]) if 0 <= width <= len(rest) else None
+        if positions is None or len(positions) != count or (count and int(positions[-1]) >= flat.numel()):
+            raise FileError(f"{len(stored)} bytes are no sparse tensor of shape {shape}: its positions do not fit.")
+        flat[positions] = rest[:width].clone().view(dtype)
+        return flat.reshape(shape)
+
+
+_WIDTHS = (1, 2, 4)
+"""Bytes that a unit of a gap may have."""
+
+
+def _gaps(positions: Tensor) -> Tensor:
+    """Code rising positions, int64 (count,), as `Positions` describes."""
+    gaps = positions.diff(prepend=positions.new_tensor([-1])).sub(1).numpy()
+    full, width = min(((2 ** (8 * w) - 1, w) for w in _WIDTHS), key=lambda u: int((gaps // u[0] + 1).sum()) * u[1])
+    ends = numpy.cumsum(gaps // full + 1) - 1
+    units = numpy.full(int(ends[-1]) + 1 if len(ends) else 0, full, f"<u{width}")
+    units[ends] = gaps % full
+    return torch.from_numpy(numpy.concatenate([numpy.array([width], numpy.uint8), units.view(numpy.uint8)]))
+
+
+def _from_gaps(stored: Tensor) -> Tensor:
+    """Undo `_gaps`, int64 (count,)."""
+    content = stored.cpu().numpy()
+    width = int(content[0]) if len(content) else 0
+    if width not in _WIDTHS or (len(content) - 1) % width:
+        raise FileError(f"{len(content)} bytes are no coded positions in whole units of 1, 2 or 4 bytes.")
+    units = content[1:].copy().view(f"<u{width}")
+    ends = units != numpy.iinfo(units.dtype).max
+    if len(ends) and not ends[-1]:
+        raise FileError("Coded positions are cut off: the last gap has no end.")
+    steps = units.astype(numpy.int64) + ends  # a gap is the distance less one
+    return torch.from_numpy(numpy.cumsum(steps)[ends] - 1)
+
+
+def _check_size(name: str, stored: Tensor, needed: int, shape: tuple[int, ...]) -> None:
+    if stored.numel() != needed:
+        raise FileError(f"A {name} of shape {shape} takes {needed} bytes; the file has {stored.numel()}.")
+
+
+# ------------------------------------------------------------------ the registry
+
+_CODECS: dict[str, Codec] = {codec.name: codec for codec in (Raw(), Mask(), Positions(), Sparse())}
+
+
+def register_codec(codec: Codec) -> None:
+    """Add a codec, under its `name`.
+
+    Args:
+        codec: The codec. Register it where its method is defined, so that both are there when a file is loaded.
+
+    Raises:
+        ConfigError: If a codec of another class has the name already.
+    """
+    known = _CODECS.get(codec.name)
+    places = [f"{type(entry).__module__}.{type(entry).__qualname__}" for entry in (known, codec)]
+    if known is not None and places[0] != places[1]:
+        raise ConfigError(f"Two codecs want the name {codec.name!r}: {' and '.join(places)}.")
+    _CODECS[codec.name] = codec
+
+
+def known_codecs() -> list[str]:
+    """Names of all codecs."""
+    return sorted(_CODECS)
+
+
+def find_codec(name: str) -> Codec:
+    """Look up a codec.
+
+    Args:
+        name: Its name in files.
+
+    Raises:
+        UnknownNameError: If there is none.
+    """
+    if name not in _CODECS:
+        raise UnknownNameError("codec", name, _CODECS, "Codecs of other packages: see register_codec.")
+    return _CODECS[name]
+
+
+def decode_tensors(tensors: Mapping[str, Tensor], entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Decode the tensors of a file.
+
+    Args:
+        tensors: Tensors as the file has them, by name.
+        entries: Codec, dtype and shape of each, as ``adapter.json`` lists them; tensors without an entry are raw.
+
+    Returns:
+        Their values, by the same names.
+
+    Raises:
+        FileError: If bytes do not fit what is said of a tensor.
+    """
+    return {key: _decoded(tensor, entries.get(key, {"codec": RAW})) for key, tensor in tensors.items()}
+
+
+def _decoded(tensor: Tensor, entry: Mapping[str, Any]) -> Tensor:
+    codec = find_codec(entry["codec"])
+    if codec.name == RAW:
+        return tensor
+    dtype = getattr(torch, entry["dtype"], None)
+    if not isinstance(dtype, torch.dtype):
+        raise FileError(f"A tensor of type {entry['dtype']!r} was found; PyTorch has no such type.")
+    return codec.decode(tensor, tuple(entry["shape"]), dtype)
+
+
+# ------------------------------------------------------------------ packing small numbers
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -57,7 +330,7 @@ def unpack_bits(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
         FileError: If the number of bytes does not fit the shape.
     """
     _check_bits(bits)
-    count = int(torch.tensor(shape).prod()) if shape else 1
+    count = prod(shape)
     if packed.numel() != -(-count * bits // 8):
         raise FileError(
             f"{count} codes of {bits} bits take {-(-count * bits // 8)} bytes; the file has {packed.numel()}."

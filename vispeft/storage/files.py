@@ -23,8 +23,8 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor
 
 from vispeft.errors import FileError, UnknownNameError
-from vispeft.storage.codecs import RAW
-from vispeft.storage.quantize import CODECS
+from vispeft.storage import quantize  # noqa: F401  (registers the codecs of a few bits)
+from vispeft.storage.codecs import decode_tensors, known_codecs
 
 __all__ = [
     "ADAPTER_FILE",
@@ -37,6 +37,7 @@ __all__ = [
     "dtype_name",
     "read_adapter",
     "read_decoder",
+    "read_encoded",
     "write_adapter",
     "write_atomically",
 ]
@@ -122,23 +123,42 @@ def write_adapter(folder: Path, header: dict[str, Any], units: dict[str, Tensor]
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """Read and check an adapter directory.
+    """Read, check and decode an adapter directory.
 
     Args:
         folder: The directory.
 
     Returns:
-        What ``adapter.json`` says, the tensors of the units and those of the head.
+        The content of ``adapter.json``, the values of the units' tensors and those of the head's.
 
     Raises:
-        FileError: If a file is missing, truncated, altered, or of a later schema.
+        FileError: If a file is missing, truncated, altered, of a later schema, or coded in an unknown way.
+    """
+    header, units, head = read_encoded(folder)
+    return header, decode_tensors(units, header["tensors"]), decode_tensors(head, header["tensors"])
+
+
+def read_encoded(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """Read and check an adapter directory, and leave tensors as they are coded there.
+
+    Args:
+        folder: The directory.
+
+    Returns:
+        The content of ``adapter.json``, the units' tensors and the head's; `decode_tensors` makes values of them.
+
+    Raises:
+        FileError: If a file is missing, truncated, altered, of a later schema, or coded in an unknown way.
     """
     if folder.name == JSON_FILE:
         folder = folder.parent
     header = _read_header(folder)
-    codecs = {entry["codec"] for entry in header["tensors"].values()} - {RAW, *CODECS}
-    if codecs:
-        raise FileError(f"{folder / JSON_FILE} holds tensors coded as {', '.join(sorted(codecs))}; upgrade vispeft.")
+    unknown = {entry["codec"] for entry in header["tensors"].values()}.difference(known_codecs())
+    if unknown:
+        raise FileError(
+            f"{folder / JSON_FILE} holds tensors coded as {', '.join(sorted(unknown))}, and no such codec is known; "
+            "upgrade vispeft, or import the package that registers it (register_codec)."
+        )
     tensors: dict[str, dict[str, Tensor]] = {ADAPTER_FILE: {}, HEAD_FILE: {}}
     for name, sha in header["files"].items():
         if name not in tensors:

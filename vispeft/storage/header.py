@@ -67,11 +67,11 @@ def preprocessing_part(model: nn.Module) -> dict[str, Any]:
 
 
 def tensor_part(tensors: Mapping[str, Tensor], codecs: Mapping[str, str]) -> dict[str, Any]:
-    """Say how each tensor stands in the file.
+    """Codec, type and shape of each tensor in the file.
 
     Args:
-        tensors: The tensors by name in the file, before packing.
-        codecs: Names of the codecs of those that are packed.
+        tensors: The tensors by name in the file, before encoding.
+        codecs: Names of the codecs, by tensor; those left out are raw.
     """
     return {
         key: {"codec": codecs.get(key, RAW), "dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)}

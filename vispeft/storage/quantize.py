@@ -10,21 +10,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy
 import torch
 from torch import Tensor, nn
 
-from vispeft.errors import ConfigError, FileError
-from vispeft.storage.codecs import pack_bits, unpack_bits
+from vispeft.core.fields import Bits
+from vispeft.errors import FileError
+from vispeft.storage.codecs import Codec, pack_bits, register_codec, unpack_bits
 
 __all__ = [
     "BITS",
-    "CODECS",
+    "FewBitsCodec",
     "LowBit",
     "Quantized",
-    "check_bits",
     "codebook",
     "codec",
     "decode",
@@ -32,7 +32,7 @@ __all__ = [
     "start_above_zero",
 ]
 
-BITS = (1, 2, 4, 8, 32)
+BITS: tuple[int, ...] = get_args(Bits)
 """Bits per weight; 32 means that nothing is quantised."""
 EPSILON = 1e-5
 """Added to the spread in front of a division, as in the public code."""
@@ -46,10 +46,6 @@ _STATISTICS = 8
 def codec(bits: int) -> str:
     """Name how a matrix of a few bits stands in a file; the number of rounds fixes the levels."""
     return f"l1-normal-{ROUNDS}/{bits}"
-
-
-CODECS = {codec(bits): bits for bits in BITS if bits < 32}
-"""Bits per weight by the name in files."""
 
 
 @cache
@@ -142,6 +138,35 @@ def decode(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     return Quantized(codes, torch.tensor(mean), torch.tensor(std)).values(bits)
 
 
+class FewBitsCodec(Codec):
+    """A matrix of a few bits per weight: codes, mean and spread."""
+
+    def __init__(self, bits: int) -> None:
+        """Make the codec of one number of bits.
+
+        Args:
+            bits: 1, 2, 4 or 8.
+        """
+        self.bits, self.name = bits, codec(bits)
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Quantise a matrix; uint8 (ceil(numel * bits / 8) + 8,)."""
+        return quantize(values, self.bits).packed(self.bits)
+
+    def decode(self, stored: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Values of the codes, float32 whatever the matrix had."""
+        return decode(stored, self.bits, shape)
+
+    def size(self, values: Tensor) -> int:
+        """Bytes of codes and statistics."""
+        return -(-values.numel() * self.bits // 8) + _STATISTICS
+
+
+for _bits in BITS:
+    if _bits < 32:
+        register_codec(FewBitsCodec(_bits))
+
+
 @torch.library.custom_op("vispeft::quantized", mutates_args=())
 def _quantized(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Replace a matrix by what its codes stand for: one node for a compiler, whatever happens inside.
@@ -201,21 +226,6 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor, None]:
 _quantized.register_autograd(_backward, setup_context=_keep)
 
 
-def check_bits(name: str, *numbers: int) -> None:
-    """Refuse a number of bits that no file can hold.
-
-    Args:
-        name: Class of the method, for the message.
-        *numbers: What was asked for.
-
-    Raises:
-        ConfigError: If one is none of `BITS`.
-    """
-    for bits in numbers:
-        if bits not in BITS or isinstance(bits, bool):
-            raise ConfigError(f"{name}: {bits} bits were asked for; choose 1, 2, 4, 8, or 32 for no quantisation.")
-
-
 def start_above_zero(weight: Tensor, bits: int, generator: torch.Generator) -> None:
     """Start a matrix that closes a branch: at zero, or near it where it is quantised.
 
@@ -234,7 +244,10 @@ def start_above_zero(weight: Tensor, bits: int, generator: torch.Generator) -> N
 
 
 class LowBit(nn.Module):
-    """A module some of whose matrices may be used and stored with a few bits per weight."""
+    """Some matrices of a module are used and stored with a few bits per weight.
+
+    A unit names it as a base in front of its kind: ``class LowRank(LowBit, DeltaUnit)``.
+    """
 
     bits: int = 32
     """Bits per weight of the matrices; 32 leaves them alone."""
@@ -258,32 +271,22 @@ class LowBit(nn.Module):
         # A matrix that still is what a file gave stands for codes already; once it is trained it does not.
         return weight if torch.equal(weight, read) else _quantized(weight, self.bits)[0]
 
-    def packed(self, name: str) -> Tensor | None:
-        """Give the bytes a file holds of a tensor, or None where it is stored as it is.
+    def codecs(self) -> dict[str, str]:
+        """Codec of each quantised tensor, by name; see `Unit.codecs`."""
+        return {} if self.bits == 32 else dict.fromkeys(self.matrices, codec(self.bits))
 
-        Args:
-            name: Name of the tensor.
-        """
-        if self.bits == 32 or name not in self.matrices:
-            return None
-        weight: Tensor = getattr(self, name)
+    def encoded(self, name: str) -> Tensor | None:
+        """Bytes of the file a matrix was read from, while it still equals what they decode to; see `Unit.encoded`."""
         read = self._buffers.get(f"{name}_read")
-        if read is not None and torch.equal(weight, read):
-            return cast(Tensor, self._buffers[f"{name}_bytes"]).cpu()
-        return quantize(weight, self.bits).packed(self.bits)
+        if read is None or not torch.equal(getattr(self, name), read):
+            return None
+        return cast(Tensor, self._buffers[f"{name}_bytes"]).cpu()
 
-    def settle(self, name: str, packed: Tensor) -> None:
-        """Take a matrix from a file: it acts as it stands there, and is stored again bit for bit.
+    def keep_encoded(self, name: str, stored: Tensor) -> None:
+        """Remember the bytes of a matrix that was just loaded, which holds their decoded values; see `Unit`.
 
-        Args:
-            name: One of `matrices`.
-            packed: Its bytes.
-
-        Raises:
-            FileError: If they do not fit the matrix.
+        Until it is trained the matrix acts as decoded and is saved byte for byte.
         """
         weight: Tensor = getattr(self, name)
-        with torch.no_grad():
-            weight.copy_(decode(packed, self.bits, tuple(weight.shape)))
         self.register_buffer(f"{name}_read", weight.detach().clone(), persistent=False)
-        self.register_buffer(f"{name}_bytes", packed.clone().to(weight.device), persistent=False)
+        self.register_buffer(f"{name}_bytes", stored.clone().to(weight.device), persistent=False)

@@ -1,4 +1,4 @@
-"""What all tasks share: the adapted backbone, the optimiser, small checkpoints, and the guard against NaN."""
+"""The base of all tasks: the adapted backbone, the optimiser, small checkpoints, and the guard against NaN."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import AdamW
 
 from vispeft.adapters.attach import attach, load
 from vispeft.adapters.bank import AdapterBank
@@ -20,19 +19,22 @@ from vispeft.core.families import unwrap
 from vispeft.core.method import Method
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.errors import ConfigError, DataError, FileError
-from vispeft.tasks.average import WeightAverage
-from vispeft.tasks.callbacks import FiniteGuard
+from vispeft.tasks.callbacks import FiniteGuard, MethodHooks
 from vispeft.tasks.checkpoints import read_checkpoint
-from vispeft.tasks.layers import decay_by_layer
+from vispeft.tasks.ema import EMA
+from vispeft.tasks.layer_decay import decay_by_layer
+from vispeft.tasks.migration import rename_heads
+from vispeft.tasks.optimizers import check_optimizer, make_optimizer
+from vispeft.tasks.predictions import Predictor
 from vispeft.tasks.schedules import DECAYS, warmup_decay
 
 __all__ = ["AdapterTask"]
 
 
 class AdapterTask(LightningModule):
-    """Base of every task: a frozen backbone with one adapter, trained with AdamW, a warm-up and a decay.
+    """Base of every task: a frozen backbone with an adapter, an optimiser, a warm-up and a decay.
 
-    Checkpoints hold what training changes and nothing of the frozen backbone.
+    Checkpoints hold the tensors that training changes and nothing of the frozen backbone.
     """
 
     monitor: str
@@ -42,9 +44,9 @@ class AdapterTask(LightningModule):
     least_outputs: ClassVar[int] = 2
     """How many outputs the task needs at least."""
     kept_outputs: ClassVar[tuple[str, ...]] = ()
-    """What of the results of an evaluation step is kept of all images, for `details` and `draw_results`."""
+    """Results of an evaluation step that are kept for all images, for `details` and `draw_results`."""
     classifies: ClassVar[bool] = True
-    """Whether the backbone's own classifier gives the outputs; otherwise the task has a decoder."""
+    """Whether the outputs are those of the backbone's classifier; otherwise the task has a decoder."""
 
     def __init__(
         self,
@@ -61,6 +63,7 @@ class AdapterTask(LightningModule):
         ema: float = 0.0,
         base_dtype: Literal["float32", "bfloat16"] = "float32",
         schedule: Literal["cosine", "poly"] = "cosine",
+        optimizer: str | dict[str, Any] = "AdamW",
     ) -> None:
         """Create the backbone, attach the adapter and verify it.
 
@@ -74,9 +77,12 @@ class AdapterTask(LightningModule):
             weight_decay: Weight decay of matrices; vectors have none.
             warmup: Share of all steps in which the learning rate rises.
             layer_decay: Learning rate of a layer over that of the layer behind it, for methods that train the backbone.
-            ema: Decay of a running average of what trains, which is then validated and saved; 0 for none.
+            ema: Decay of the exponential moving average of the trained tensors, which is then validated and saved; 0
+                for none.
             base_dtype: Type of the frozen backbone; adapter and head are float32 in any case.
             schedule: How the learning rate falls after the warm-up: half a cosine, or a polynomial of power 0.9.
+            optimizer: An optimiser of ``torch.optim``: its name, or ``class_path`` (the name) with ``init_args``, such
+                as ``momentum``. Learning rate and weight decay are `lr` and `weight_decay`.
 
         Raises:
             ConfigError: If a number is out of range, or the backbone is not known.
@@ -97,7 +103,7 @@ class AdapterTask(LightningModule):
                 raise ConfigError(f"{type(self).__name__}({name}={value}): {_NEEDED[name].format(self)} is needed.")
         if schedule not in DECAYS:
             raise ConfigError(f"{type(self).__name__}(schedule={schedule!r}): choose {' or '.join(sorted(DECAYS))}.")
-        self.schedule = schedule
+        self.schedule, self.optimizer = schedule, check_optimizer(optimizer, weight_decay)
         taken = sorted({"num_classes", "weights"} & set(backbone_args or {}))
         if taken:
             raise ConfigError(f"backbone_args has {', '.join(taken)}, which {type(self).__name__} takes by that name.")
@@ -116,10 +122,12 @@ class AdapterTask(LightningModule):
                 "layers. Leave layer_decay out, or use the method full."
             )
         self.layer_decay = layer_decay
-        self.average = WeightAverage(ema) if ema else None
+        self.ema = EMA(ema) if ema else None
+        self.started = False
+        """Whether the adapter has left its drawn start values: by a training, or by values from a file."""
 
     def save_adapter(self, path: str | Path) -> None:
-        """Write the adapter, and what belongs to the task beside it.
+        """Write the adapter, together with the tensors of the task.
 
         Args:
             path: Its directory.
@@ -142,9 +150,10 @@ class AdapterTask(LightningModule):
         for name in self.bank.names:
             self.bank.detach(name)
         self.bank = load(self.model, path)
+        self.started = True
 
     def head_tensors(self) -> dict[str, Tensor]:
-        """Give the tensors of the task's head under their names in files."""
+        """Tensors of the task's head, by their names in files."""
         return {key: tensor for key, tensor in self.bank.state_dict().items() if key.startswith("head/")}
 
     def take(self, units: Mapping[str, Tensor], head: Mapping[str, Tensor]) -> None:
@@ -158,9 +167,10 @@ class AdapterTask(LightningModule):
             FileError: If one is missing, unknown, of another shape, or not finite.
         """
         self.bank.load_state_dict({**units, **head})
+        self.started = True
 
     def restore(self, checkpoint: str | Path) -> int:
-        """Take the weights of a checkpoint this task wrote; where an average was kept, that.
+        """Take the weights of a checkpoint this task wrote, those of the EMA where there is one.
 
         Args:
             checkpoint: Its file.
@@ -173,7 +183,7 @@ class AdapterTask(LightningModule):
         """
         content = read_checkpoint(checkpoint)
         self.on_load_checkpoint(content)
-        averaged = content["average"]["tensors"] if self.average is not None else {}
+        averaged = content["average"]["tensors"] if self.ema is not None else {}
         self.load_state_dict({**content["state_dict"], **averaged}, strict=False)
         return int(content["epoch"])
 
@@ -189,7 +199,7 @@ class AdapterTask(LightningModule):
         """Run the adapted model.
 
         Args:
-            images: Normalised images (B, 3, H, W), or what the frozen backbone made of them (see `Method.cacheable`).
+            images: Normalised images (B, 3, H, W), or the frozen backbone's outputs for them (see `Method.cacheable`).
 
         Returns:
             Class scores (B, classes).
@@ -199,8 +209,26 @@ class AdapterTask(LightningModule):
         return self.model(images.to(self.base_dtype))
 
     def deployed(self) -> nn.Module:
-        """Give what is exported: a module that takes normalised images (B, 3, H, W) and gives scores."""
+        """Module that is exported: normalised images (B, 3, H, W) in, scores out."""
         return self.model
+
+    def predictor(self) -> Predictor:
+        """Make the object that predicts images: rows of a table, and pictures.
+
+        Raises:
+            ConfigError: If the task does not say how it predicts.
+        """
+        raise ConfigError(f"{type(self).__name__} does not say how images are predicted; give it a `predictor` method.")
+
+    def size_step(self) -> tuple[int, int]:
+        """Numbers that height and width of images are multiples of: those of a patch, in pixels."""
+        backbone: Any = unwrap(self.model)
+        height, width = backbone.patch_embed.patch_size
+        return int(height), int(width)
+
+    def class_names(self) -> list[str]:
+        """Names of the outputs: those noted for the adapter's file, or numbers."""
+        return list(self.bank.notes().get("class_names") or map(str, range(self.num_classes)))
 
     def check_data(self, data: Any) -> None:
         """Check that data fit the model, as far as they say.
@@ -230,19 +258,55 @@ class AdapterTask(LightningModule):
         """Check the trainer's data before the first step."""
         self.check_data(getattr(self.trainer, "datamodule", None))
 
+    # ------------------------------------------------------------------ training
+
+    def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """List the tensors that train: those the bank declares, and the task's own, by state-dict name.
+
+        The list does not depend on ``requires_grad``, which a schedule may switch off for a step.
+        """
+        declared = {id(p) for _, p in self.bank.trainable_parameters()} | {id(p) for p in self.own_parameters()}
+        return [(name, p) for name, p in self.named_parameters() if id(p) in declared]
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """List the tensors that train besides the adapter and its classifier: by default all outside the backbone.
+
+        A task that holds a frozen module of its own overrides this and leaves that module out.
+        """
+        return [p for name, p in self.named_parameters() if not name.startswith("model.")]
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Give AdamW over the adapter's groups, and its schedule."""
+        """Make the optimiser over the groups of the adapter and of the task, and its schedule."""
         groups = self.bank.parameter_groups(self.lr, self.weight_decay)
         if self.layer_decay != 1:
             groups = decay_by_layer(unwrap(self.model), groups, self.layer_decay)
-        optimizer = AdamW([*groups, *self.further_groups()])
+        optimizer = make_optimizer(self.optimizer, [*groups, *self.further_groups()])
         steps: Any = self.trainer.estimated_stepping_batches
         schedule = warmup_decay(optimizer, steps, self.warmup, self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def further_groups(self) -> list[dict[str, Any]]:
-        """Give groups for the optimiser of what trains besides the adapter and its classifier; each has a ``name``."""
+        """Make groups for the optimiser out of the task's own tensors; each has a ``name``."""
         return []
+
+    def with_method_loss(self, loss: Tensor, batch: Any, output: Any) -> Tensor:
+        """Add the losses of the methods to the loss of a training step, and log their sum.
+
+        Args:
+            loss: Loss of the task, a scalar.
+            batch: The batch of the step; its last entry is as long as the batch.
+            output: The model's output for it.
+        """
+        term = self.bank.loss_terms(batch, output, self.run_result())
+        if term is None:
+            return loss
+        size = len(batch[-1])
+        self.log("train/method_loss", term.detach(), on_step=False, on_epoch=True, batch_size=size)
+        return loss + term
+
+    def run_result(self) -> Any:
+        """Run result of the last forward pass, for methods that read it (`Method.reads_result`); None for now."""
+        return None
 
     def on_train_epoch_start(self) -> None:
         """Log the learning rate the epoch begins with."""
@@ -250,15 +314,15 @@ class AdapterTask(LightningModule):
         self.log("lr", schedule.get_last_lr()[0], on_epoch=True)
 
     def output(self) -> dict[str, Any]:
-        """Say how outputs are read, for the adapter's file."""
+        """Describe how outputs are read, for the adapter's file."""
         return {}
 
     def details(self, split: str, outputs: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Any]:
-        """Give further figures for ``metrics.json``, after a split was measured.
+        """Compute further figures for ``metrics.json``, after a split was measured.
 
         Args:
             split: validation or test.
-            outputs: What `kept_outputs` names, of all images.
+            outputs: The results named by `kept_outputs`, of all images.
             names: Names of the outputs.
         """
         return {}
@@ -275,20 +339,24 @@ class AdapterTask(LightningModule):
         """Draw the results on the test split.
 
         Args:
-            outputs: What `kept_outputs` names, of all images.
+            outputs: The results named by `kept_outputs`, of all images.
             names: Names of the outputs.
             folder: Where pictures go.
         """
 
     def configure_callbacks(self) -> list[Callback]:
-        """Add the guard against values that are not finite, and the average, to whichever trainer runs the task."""
-        return [FiniteGuard(), *([] if self.average is None else [self.average])]
+        """Add the hooks and schedules of the methods, the guard against values that are not finite, and the EMA."""
+        # Hooks come first: the guard checks the gradients they leave, and the EMA begins at the values they set.
+        return [MethodHooks(), *self.bank.callbacks(), FiniteGuard(), *([] if self.ema is None else [self.ema])]
+
+    # ------------------------------------------------------------------ checkpoints
 
     def _changed(self) -> set[str]:
-        """Name what training can change: what has a gradient, and every buffer but those of the frozen backbone."""
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        """Names of the tensors that training can change: trained ones, and buffers except the frozen backbone's."""
+        trained = {name for name, _ in self.trainable_parameters()}
         owners = {name.rpartition(".")[0] for name in trained}
-        whole = any(self.bank.plan(name).method.trains_base for name in self.bank.active)
+        trained_by = set(self.bank.names) - set(self.bank.frozen)
+        whole = any(self.bank.plan(name).method.trains_base for name in trained_by)
         return trained | {
             name
             for name, _ in self.named_buffers()
@@ -296,34 +364,43 @@ class AdapterTask(LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen tensors out of a checkpoint, and add the average."""
+        """Leave the frozen tensors out of a checkpoint, and add the EMA."""
         changed = self._changed()
-        state = {**checkpoint["state_dict"], **({} if self.average is None else self.average.trained())}
+        state = {**checkpoint["state_dict"], **({} if self.ema is None else self.ema.trained())}
         checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name in changed}
-        if self.average is not None:
-            checkpoint["average"] = self.average.state(self)
+        if self.ema is not None:
+            checkpoint["average"] = self.ema.state(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that a checkpoint has exactly what training changes, and take its average over.
+        """Check that a checkpoint has exactly the tensors that training changes, and take its EMA over.
 
         Raises:
             FileError: If it belongs to another method or backbone.
         """
-        found, needed = set(checkpoint["state_dict"]), self._changed() & set(self.state_dict())
+        needed = self._changed() & set(self.state_dict())
+        checkpoint["state_dict"] = self._renamed(checkpoint["state_dict"], needed)
+        found = set(checkpoint["state_dict"])
         if found != needed:
             listing = ", ".join(sorted(found ^ needed)[:3])
             raise FileError(
                 f"The checkpoint has {len(found)} trained tensors and this task has {len(needed)}; they differ in "
                 f"{len(found ^ needed)}, first {listing}. Use the method and the backbone it was written with."
             )
-        if (self.average is not None) != ("average" in checkpoint):
+        if (self.ema is not None) != ("average" in checkpoint):
             raise FileError(
-                f"The checkpoint has {'an' if 'average' in checkpoint else 'no'} average of the weights, and this task "
-                f"{'keeps' if self.average is not None else 'has'} {'one' if self.average is not None else 'none'}. "
+                f"The checkpoint has {'an' if 'average' in checkpoint else 'no'} EMA of the weights, and this task "
+                f"{'keeps' if self.ema is not None else 'has'} {'one' if self.ema is not None else 'none'}. "
                 "Give the same ema as it was written with."
             )
-        if self.average is not None:
-            self.average.load_state(checkpoint["average"])
+        if self.ema is not None:
+            averaged = checkpoint["average"]
+            averaged["tensors"] = self._renamed(averaged["tensors"], needed)
+            self.ema.load_state(averaged)
+        self.started = True
+
+    def _renamed(self, tensors: Mapping[str, Tensor], needed: set[str]) -> dict[str, Tensor]:
+        active = self.bank.active
+        return rename_heads(tensors, self.bank.view.head_path, active[-1], needed) if active else dict(tensors)
 
 
 _NEEDED = {

@@ -1,10 +1,10 @@
-"""Callbacks: stopping at the first value that is not finite, drawing after each epoch, and showing progress."""
+"""Callbacks: hooks of the methods, a stop at the first value that is not finite, pictures, and progress."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -16,10 +16,54 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from vispeft.errors import TrainingError
+from vispeft.tasks.state import random_state, set_random_state
 
-__all__ = ["EpochPictures", "FiniteGuard", "NarrowProgress", "PlainProgress", "progress_bar"]
+__all__ = ["EpochPictures", "FiniteGuard", "MethodHooks", "NarrowProgress", "PlainProgress", "progress_bar"]
 
 logger = logging.getLogger(__name__)
+
+
+class MethodHooks(Callback):
+    """Calls the hooks of the methods that act around a step: the start from data, and the change of gradients."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let methods compute start values from the training data, unless the adapter has left its start already."""
+        task = cast(Any, pl_module)
+        if task.started:
+            return
+        task.started = True
+        random = random_state()
+        task.bank.start_from(TrainingBatches(trainer))
+        set_random_state(random)  # the steps draw the same numbers whether or not a method looked at the data
+        if trainer.world_size > 1:
+            for _, parameter in task.trainable_parameters():
+                parameter.data.copy_(trainer.strategy.broadcast(parameter.data))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Let methods change gradients, once those of all summed batches are there and before they are clipped."""
+        cast(Any, pl_module).bank.change_gradients()
+
+
+class TrainingBatches:
+    """The batches of a training epoch on the device of the training, as its steps get them."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        """Note the trainer.
+
+        Args:
+            trainer: A trainer that is about to train.
+        """
+        self._trainer = trainer
+
+    def __iter__(self) -> Iterator[Any]:
+        """Begin anew, with a loader apart from that of the steps, whose sampler counts the epochs."""
+        trainer = self._trainer
+        data = cast(Any, trainer).datamodule
+        loader = trainer.train_dataloader if data is None else data.train_dataloader()
+        for index, batch in enumerate(cast(Any, loader)):
+            if index >= trainer.num_training_batches:
+                return
+            yield trainer.strategy.batch_to_device(batch)
 
 
 class FiniteGuard(Callback):
@@ -96,10 +140,10 @@ def _groups(trainer: Trainer) -> list[tuple[str, list[Tensor]]]:
 
 
 class EpochPictures(Callback):
-    """Lets a task draw what it shows after each validation."""
+    """Lets a task draw its pictures after each validation."""
 
     def __init__(self, folder: Path) -> None:
-        """Say where pictures go.
+        """Set the folder of the pictures.
 
         Args:
             folder: Made when the first one is drawn.
@@ -116,7 +160,7 @@ class PlainProgress(ProgressBar):
     """One line per epoch, for logs and other places that are not a terminal."""
 
     def __init__(self, show: Callable[[str], None] = logger.info) -> None:
-        """Say where lines go.
+        """Set the receiver of the lines.
 
         Args:
             show: Takes each line.
@@ -153,17 +197,17 @@ class PlainProgress(ProgressBar):
 
 
 class NarrowProgress(RichProgressBar):
-    """A bar with one figure beside it, which is what fits on a terminal of 80 columns."""
+    """A bar with one figure, since more would not fit on a terminal of 80 columns."""
 
     _SHORT: ClassVar[dict[str, str]] = {"mean_average_precision": "mAP"}
-    """What metrics with a long name are called beside the bar."""
+    """Short names of metrics, for the bar."""
 
     def __init__(self) -> None:
         """Leave no bar behind; the figures are in the logs."""
         super().__init__(leave=False, theme=RichProgressBarTheme(metrics_format=".3f"))
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Give the metric that chooses the best epoch, or nothing where there is none yet."""
+        """The metric that chooses the best epoch, or nothing where there is none yet."""
         monitor, metrics = _monitor(pl_module), trainer.callback_metrics
         name = monitor.partition("/")[2]
         return {self._SHORT.get(name, name): float(metrics[monitor])} if monitor in metrics else {}

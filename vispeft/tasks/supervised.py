@@ -1,9 +1,8 @@
-"""What classification, multi-label classification and regression share: one target per image."""
+"""The base of classification, multi-label classification and regression: one target per image."""
 
 from __future__ import annotations
 
-import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,14 +13,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 
-from vispeft.errors import ConfigError, DataError
-from vispeft.methods.vqt import feature_scores
+from vispeft.errors import DataError
 from vispeft.tasks.base import AdapterTask
+from vispeft.tasks.predictions import ScorePredictor
 
 __all__ = ["Batch", "SupervisedTask", "check_target", "train_targets"]
 
 Batch = tuple[Tensor | Mapping[str, Tensor], Tensor]
-"""Images (B, 3, H, W), or what a frozen backbone made of them, and their targets."""
+"""Images (B, 3, H, W), or a frozen backbone's outputs for them, and their targets."""
 
 _TASK_OF = {
     "class": "Classification",
@@ -31,10 +30,10 @@ _TASK_OF = {
 }
 
 
-class SupervisedTask(AdapterTask):
+class SupervisedTask(AdapterTask, ABC):
     """Base of the tasks with one target per image.
 
-    A subclass says what its targets are, and gives the loss, the metrics and how outputs are read.
+    A subclass names its kind of target, and defines the loss, the metrics and the reading of outputs.
     """
 
     target: ClassVar[str]
@@ -43,27 +42,22 @@ class SupervisedTask(AdapterTask):
     targets_needed: bool = False
     """Whether something is computed from all targets of the training split before the first step."""
 
-    def __init__(self, *, head_sparsity: float = 0.0, **settings: Any) -> None:
+    def __init__(self, **settings: Any) -> None:
         """Make the model, then the metrics.
 
         Args:
-            head_sparsity: Weight of a penalty on the lengths of the classifier's columns, one for each feature, which
-                makes it do with few features (1e-4 in the public code of VQT).
             settings: Those of `AdapterTask`.
 
         Raises:
             ConfigError: If a number is out of range.
         """
-        if not (head_sparsity >= 0 and math.isfinite(head_sparsity)):
-            raise ConfigError(f"{type(self).__name__}(head_sparsity={head_sparsity}): a number from 0 is needed.")
         super().__init__(**settings)
-        self.head_sparsity = head_sparsity
         self._targets_taken = False
         self.train_metrics = self.make_metrics("train")
         self.validation_metrics = self.make_metrics("validation")
         self.test_metrics = self.make_metrics("test")
 
-    # ------------------------------------------------------------------ what a subclass gives
+    # ------------------------------------------------------------------ for subclasses
 
     @abstractmethod
     def make_metrics(self, split: str) -> MetricCollection:
@@ -75,11 +69,11 @@ class SupervisedTask(AdapterTask):
 
     @abstractmethod
     def training_loss(self, scores: Tensor, targets: Tensor) -> Tensor:
-        """Compute what training makes small.
+        """Compute the loss of training.
 
         Args:
-            scores: What the model gives (B, outputs), in float32.
-            targets: What the data say.
+            scores: Outputs of the model (B, outputs), in float32.
+            targets: Targets of the data.
         """
 
     @abstractmethod
@@ -87,8 +81,8 @@ class SupervisedTask(AdapterTask):
         """Compute the loss without weights and smoothing, for validation and test.
 
         Args:
-            scores: What the model gives (B, outputs), in float32.
-            targets: What the data say.
+            scores: Outputs of the model (B, outputs), in float32.
+            targets: Targets of the data.
         """
 
     @abstractmethod
@@ -96,31 +90,31 @@ class SupervisedTask(AdapterTask):
         """Turn the model's outputs into probabilities or values (B, outputs).
 
         Args:
-            scores: What the model gives (B, outputs), in float32.
+            scores: Outputs of the model (B, outputs), in float32.
         """
 
     def for_metrics(self, scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Bring outputs and targets into the form the metrics take.
 
         Args:
-            scores: What the model gives (B, outputs), in float32.
-            targets: What the data say.
+            scores: Outputs of the model (B, outputs), in float32.
+            targets: Targets of the data.
         """
         return scores, targets
 
     def take_targets(self, targets: Tensor) -> None:
-        """Compute what is needed from the targets of the training split, when `targets_needed` says so.
+        """Compute figures from the targets of the training split, where `targets_needed` is set.
 
         Args:
             targets: All of them.
         """
 
     def calibrate(self, scores: Tensor, targets: Tensor) -> dict[str, Any]:
-        """Fit on the validation split how sure the model may be, where the task knows a way.
+        """Calibrate the model's confidence on the validation split, where the task knows a way.
 
         Args:
-            scores: What the model gives (N, outputs).
-            targets: What the data say.
+            scores: Outputs of the model (N, outputs).
+            targets: Targets of the data.
 
         Returns:
             Figures for ``metrics.json``; empty where there is no way.
@@ -128,15 +122,15 @@ class SupervisedTask(AdapterTask):
         return {}
 
     def output(self) -> dict[str, Any]:
-        """Say how outputs are read, for the adapter's file."""
+        """Describe how outputs are read, for the adapter's file."""
         return {"target": self.target}
 
     def summary(self, scores: Tensor, targets: Tensor, names: Sequence[str]) -> dict[str, Any]:
-        """Give figures per output for ``metrics.json``.
+        """Compute figures per output for ``metrics.json``.
 
         Args:
-            scores: What the model gives for the test split (N, outputs).
-            targets: What the data say.
+            scores: Outputs of the model for the test split (N, outputs).
+            targets: Targets of the data.
             names: Names of the outputs.
         """
         return {}
@@ -146,8 +140,8 @@ class SupervisedTask(AdapterTask):
         """Draw the results on the test split.
 
         Args:
-            scores: What the model gives (N, outputs).
-            targets: What the data say.
+            scores: Outputs of the model (N, outputs).
+            targets: Targets of the data.
             names: Names of the outputs.
             folder: Where pictures go.
         """
@@ -165,12 +159,12 @@ class SupervisedTask(AdapterTask):
         """Fill these columns for one image.
 
         Args:
-            values: What `decode` gave for it (outputs,).
+            values: The result of `decode` for it (outputs,).
             names: Names of the outputs.
         """
 
     def details(self, split: str, outputs: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Any]:
-        """Give figures per output after the test, and calibrate after validation."""
+        """Compute figures per output after the test, and calibrate after validation."""
         if split == "test":
             return self.summary(outputs["scores"], outputs["targets"], names)
         return self.calibrate(outputs["scores"], outputs["targets"])
@@ -196,7 +190,7 @@ class SupervisedTask(AdapterTask):
             self._take_from(data)
 
     def setup(self, stage: str) -> None:
-        """Check the trainer's data before the first step, and take what the loss needs from them."""
+        """Check the trainer's data before the first step, and take their targets where the loss needs them."""
         if stage == "fit":
             self._targets_taken = False
         super().setup(stage)
@@ -214,20 +208,18 @@ class SupervisedTask(AdapterTask):
         """Compute the loss of a batch."""
         images, targets = batch
         scores = self(images).float()
-        loss = self.training_loss(scores, targets)
-        if self.head_sparsity:
-            loss = loss + self.head_sparsity * feature_scores(self.model.get_classifier().weight).sum()  # type: ignore[operator,union-attr]
+        loss = self.with_method_loss(self.training_loss(scores, targets), batch, scores)
         self.train_metrics.update(*self.for_metrics(scores.detach(), targets))
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(targets))
         self.log_dict(self.train_metrics, on_step=False, on_epoch=True, batch_size=len(targets))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Measure a batch of the validation split; gives scores and targets."""
+        """Measure a batch of the validation split and return its scores and targets."""
         return self._measure("validation", batch, self.validation_metrics)
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Measure a batch of the test split; gives scores and targets."""
+        """Measure a batch of the test split and return its scores and targets."""
         return self._measure("test", batch, self.test_metrics)
 
     def _measure(self, split: str, batch: Batch, metrics: MetricCollection) -> dict[str, Tensor]:
@@ -239,9 +231,19 @@ class SupervisedTask(AdapterTask):
         return {"scores": scores, "targets": targets}
 
     def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
-        """Give probabilities or values (B, outputs)."""
+        """Compute probabilities or values (B, outputs)."""
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
         return self.decode(self(images).float())
+
+    def predictor(self) -> ScorePredictor:
+        """Make the object that predicts images: one row of values for each."""
+        names = self.class_names()
+        return ScorePredictor(
+            lambda images: self.predict_step(images.to(self.device), 0),
+            lambda values: self.row(values, names),
+            self.columns(names),
+            self.bank.notes(),
+        )
 
 
 def check_target(task: type[AdapterTask], data: Any) -> None:

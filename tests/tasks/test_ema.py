@@ -9,7 +9,7 @@ from tests.tiny import TINY
 from vispeft.data import DigitsData
 from vispeft.errors import ConfigError
 from vispeft.tasks import Classification
-from vispeft.tasks.layers import decay_by_layer
+from vispeft.tasks.layer_decay import decay_by_layer
 
 DATA = {"batch_size": 72, "validation": 0.05, "test": 0.75}
 """Five steps an epoch."""
@@ -34,13 +34,13 @@ class Watched(Classification):
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
-        self.steps = getattr(self, "steps", [self.model.head.bias.detach().clone()])
+        self.steps = getattr(self, "steps", [self.bank.head().bias.detach().clone()])
 
     def on_train_batch_end(self, *_):
-        self.steps.append(self.model.head.bias.detach().clone())
+        self.steps.append(self.bank.head().bias.detach().clone())
 
     def on_validation_epoch_start(self):
-        self.validated = self.model.head.bias.detach().clone()
+        self.validated = self.bank.head().bias.detach().clone()
 
 
 def fit(task, **settings):
@@ -59,7 +59,7 @@ def test_the_average_is_that_of_the_steps_and_is_validated_and_left_in_the_model
         expected = decay * expected + (1 - decay) * bias
     assert len(task.steps) == 11
     assert torch.allclose(task.validated, expected, atol=1e-7)
-    assert torch.equal(task.model.head.bias, task.validated)
+    assert torch.equal(task.bank.head().bias, task.validated)
     assert not torch.allclose(task.steps[-1], task.validated, atol=1e-5)
 
 
@@ -67,7 +67,7 @@ def test_without_an_average_the_last_step_is_left_in_the_model():
     seed_everything(0)
     settings = {"backbone": "vit_tiny_patch16_224", "backbone_args": TINY, "num_classes": 10}
     task = fit(Watched(method=vispeft.SSF(), lr=1e-2, **settings))
-    assert torch.equal(task.model.head.bias, task.steps[-1])
+    assert torch.equal(task.bank.head().bias, task.steps[-1])
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
@@ -81,13 +81,14 @@ def test_layers_learn_at_the_rates_timm_gives_them(name):
         for parameter in group["params"]:
             expected[names[id(parameter)]] = (group["lr_scale"], group["weight_decay"])
     bank = vispeft.attach(plain, vispeft.Full(), verify=False)
+    place = bank.view.head_path
     groups = decay_by_layer(plain, bank.parameter_groups(1.0, 0.05), 0.7)
     own = {id(parameter): key for key, parameter in plain.named_parameters()}
-    found = {
-        own[id(parameter)].replace("adapters.default.full.", ""): (group["lr"], group["weight_decay"])
-        for group in groups
-        for parameter in group["params"]
-    }
+    found = {}
+    for group in groups:
+        for parameter in group["params"]:
+            key = own[id(parameter)].replace("adapters.default.full.", "").replace("adapter_heads.default", place)
+            found[key] = (group["lr"], group["weight_decay"])
     assert found.keys() == expected.keys()
     for key, (rate, decay) in expected.items():
         assert found[key] == (pytest.approx(rate), decay), key

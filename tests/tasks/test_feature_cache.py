@@ -11,10 +11,11 @@ from tests.tiny import CONFIG, TINY
 from vispeft.cli.evaluate import load_run
 from vispeft.cli.evaluation import evaluate, evaluation_trainer
 from vispeft.cli.runs import Run
-from vispeft.data import DigitsData, ScenesData, cache
-from vispeft.data.cache import CachedSplit, cache_features
+from vispeft.data import DigitsData, ScenesData
+from vispeft.data.cache import CachedSplit, OutputFiles
 from vispeft.errors import ConfigError, DataError, FileError
-from vispeft.tasks import Classification
+from vispeft.tasks import Classification, feature_cache
+from vispeft.tasks.feature_cache import cache_features
 
 PROBE = ("--model.method=linear_probe", "--model.lr=0.1")
 
@@ -70,13 +71,13 @@ def test_a_run_is_the_same_with_kept_outputs(tmp_path):
 
 
 def test_outputs_are_computed_once_and_only_for_what_they_are_of(tmp_path, monkeypatch):
-    compute, made = cache._compute, []
+    compute, made = feature_cache._compute, []
 
-    def counted(*arguments):
-        made.append(len(arguments[4]))
-        return compute(*arguments)
+    def counted(files, *, split, **given):
+        made.append(len(split))
+        return compute(files, split=split, **given)
 
-    monkeypatch.setattr(cache, "_compute", counted)
+    monkeypatch.setattr(feature_cache, "_compute", counted)
     keep(*make(), tmp_path)
     assert made == [1077, 360, 360]
     keep(*make(), tmp_path)
@@ -122,7 +123,7 @@ def test_a_stopped_computation_leaves_nothing(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache._Writer, "close", stop)
+        patch.setattr(OutputFiles, "close", stop)
         with pytest.raises(KeyboardInterrupt):
             keep(*make(), tmp_path)
     assert not list(tmp_path.iterdir())

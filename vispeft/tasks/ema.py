@@ -1,21 +1,22 @@
-"""A running average of what trains."""
+"""The exponential moving average (EMA) of the tensors that train."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-__all__ = ["WeightAverage"]
+__all__ = ["EMA"]
 
 
-class WeightAverage(Callback):
-    """Averages the trained tensors over the steps, exponentially, and lets validation and the adapter's file use that.
+class EMA(Callback):
+    """Averages the trained tensors of a task over the steps; validation and the adapter's file use the average.
 
-    timm's `ModelEmaV3` copies the whole model; here the frozen backbone is there once. Buffers are not averaged.
+    timm's `ModelEmaV3` copies the whole model; here the frozen backbone exists once. Buffers are not averaged. The
+    tensors are those the task declares (`AdapterTask.trainable_parameters`), whether or not a step changes them.
     """
 
     def __init__(self, decay: float) -> None:
@@ -26,11 +27,11 @@ class WeightAverage(Callback):
         """
         self.decay, self.updates = decay, 0
         self.exchanged = False
-        """Whether the module holds the average, and this object what trains."""
+        """Whether the module holds the average, and this object the trained tensors."""
         self._tensors: dict[str, Tensor] = {}
 
     def average(self, module: LightningModule) -> dict[str, Tensor]:
-        """Give the average by name in the module's state dict; before the first step, nothing.
+        """The average by state-dict name; empty before the first step.
 
         Args:
             module: The task.
@@ -39,11 +40,11 @@ class WeightAverage(Callback):
         return {name: own[name] if self.exchanged else tensor for name, tensor in self._tensors.items()}
 
     def trained(self) -> dict[str, Tensor]:
-        """Give what trains, where the module holds the average in its place."""
+        """The trained tensors while the module holds the average in their place; empty otherwise."""
         return self._tensors if self.exchanged else {}
 
     def state(self, module: LightningModule) -> dict[str, Any]:
-        """Give everything for a checkpoint.
+        """Everything a checkpoint needs.
 
         Args:
             module: The task.
@@ -54,13 +55,13 @@ class WeightAverage(Callback):
         """Go on from a checkpoint.
 
         Args:
-            state: What `state` gave.
+            state: A result of `state`.
         """
         self._tensors, self.updates, self.exchanged = dict(state["tensors"]), state["updates"], False
 
     @torch.no_grad()
     def exchange(self, module: LightningModule) -> None:
-        """Let the module and this object swap what they hold.
+        """Swap the tensors of the module and of this object.
 
         Args:
             module: The task.
@@ -76,7 +77,7 @@ class WeightAverage(Callback):
         """Begin with the present tensors, or go on."""
         if self.exchanged:
             self.exchange(pl_module)  # an earlier training left the average in place
-        trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+        trained = dict(cast(Any, pl_module).trainable_parameters())
         known = self._tensors
         self._tensors = {n: known[n].to(p.device) if n in known else p.detach().clone() for n, p in trained.items()}
 
@@ -97,11 +98,11 @@ class WeightAverage(Callback):
             self.exchange(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on with what trains."""
+        """Go on with the trained tensors."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self.exchange(pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the average in the model, so that it is what gets saved."""
+        """Leave the average in the model, so that it gets saved."""
         if self._tensors and not self.exchanged:
             self.exchange(pl_module)

@@ -14,9 +14,9 @@ from sklearn.preprocessing import StandardScaler
 from torch.nn import functional as F
 
 import vispeft
-from vispeft.backbones.create import list_zoo_backbones, zoo_folder
+from vispeft.zoo import list_zoo_backbones, zoo_folder
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["swin_tiny", "vit_tiny"]
 
 

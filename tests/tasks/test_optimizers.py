@@ -1,0 +1,79 @@
+"""Optimisers by name: a closed list, with the groups of the adapter."""
+
+import pytest
+import torch
+
+import vispeft
+from tests.tiny import TINY
+from vispeft.errors import ConfigError, UnknownNameError
+from vispeft.tasks import Classification
+from vispeft.tasks.optimizers import check_optimizer, make_optimizer, optimizer_node
+
+MOMENTUM = {"class_path": "SGD", "init_args": {"momentum": 0.9}}
+
+
+def make(**settings):
+    torch.manual_seed(0)
+    method = vispeft.LoRA(rank=2, lr_ratio=4.0)
+    backbone = {"backbone": "vit_tiny_patch16_224", "backbone_args": TINY}
+    return Classification(**backbone, method=method, num_classes=3, lr=1e-2, weight_decay=0.05, **settings)
+
+
+@pytest.mark.parametrize("given", ["SGD", "torch.optim.SGD", {"class_path": "torch.optim.sgd.SGD"}])
+def test_names_are_written_out(given):
+    assert optimizer_node(given) == {"class_path": "torch.optim.SGD", "init_args": {}}
+
+
+def test_groups_keep_rates_and_decays_with_every_optimizer():
+    tasks = {"AdamW": make(), "SGD": make(optimizer=MOMENTUM)}
+    groups = {}
+    for name, task in tasks.items():
+        optimizer = make_optimizer(task.optimizer, task.bank.parameter_groups(task.lr, task.weight_decay))
+        assert type(optimizer).__name__ == name
+        groups[name] = [(g["name"], g["lr"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups]
+    assert groups["AdamW"] == groups["SGD"]
+    assert {(name, rate, decay) for name, rate, decay, _ in groups["SGD"]} == {
+        ("decay", 1e-2, 0.05),
+        ("decay lr x 4", 4e-2, 0.05),
+        ("no_decay", 1e-2, 0.0),
+    }
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.9}
+
+
+def test_lists_of_yaml_become_tuples():
+    node = check_optimizer({"class_path": "Adam", "init_args": {"betas": [0.5, 0.9]}}, 0.0)
+    optimizer = make_optimizer(node, [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1.0}])
+    assert optimizer.param_groups[0]["betas"] == (0.5, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("AdamX", r"Unknown optimizer 'AdamX'.*Adam.*classes of torch\.optim"),
+        ("os.system", r"Unknown optimizer 'os\.system'"),
+        ("torch.optim.Optimizer", "Unknown optimizer"),
+        ({"class_path": "torch.optim.lr_scheduler.LambdaLR"}, "Unknown optimizer"),
+        ("LBFGS", "LBFGS cannot train a task: it needs the loss as a closure"),
+        ("SparseAdam", "sparse gradients"),
+        ({"class_path": "SGD", "init_args": {"momentm": 0.9}}, r"argument of SGD 'momentm'.*momentum"),
+        ({"class_path": "SGD", "init_args": {"lr": 0.1}}, r"has lr, .*Give model\.lr"),
+        ({"class_path": "SGD", "init_args": {"weight_decay": 0.1}}, r"Give model\.weight_decay"),
+        ({"class_path": "SGD", "init_args": {"params": []}}, "argument of SGD 'params'"),
+        ({"class_path": "SGD", "init_args": {"momentum": -1.0}}, r"SGD\(momentum=-1\.0\) cannot be made: Invalid mom"),
+        ({"class_path": "SGD", "init_args": {"momentum": "much"}}, r"SGD\(momentum='much'\) cannot be made"),
+        ({"class_path": "SGD", "init_args": 3}, "arguments of SGD by name"),
+        ({"class_path": "SGD", "args": {}}, r"optimizer\.args'.*optimizer\.init_args"),
+        ({"name": "SGD"}, "give a name such as SGD"),
+        (7, "give a name such as SGD"),
+        ("Rprop", r"Rprop has no weight decay, and weight_decay is 0\.05"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_made(given, told):
+    with pytest.raises(ConfigError, match=told):
+        make(optimizer=given)
+
+
+def test_an_optimizer_without_decay_serves_a_task_without_it():
+    assert check_optimizer("Rprop", 0.0)["class_path"] == "torch.optim.Rprop"
+    with pytest.raises(UnknownNameError):
+        check_optimizer("adamw", 0.0)

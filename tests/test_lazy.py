@@ -1,0 +1,149 @@
+"""Importing the package: cheap, complete, and in any order with timm. What depends on order runs in a fresh process."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vispeft
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A torchvision that works has its operators by the time it is imported. Where it does not work by itself, the same
+# declarations from elsewhere make it one that does.
+WORKING = """
+import torch
+try:
+    import torchvision
+except RuntimeError:
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+
+
+def run(code: str) -> str:
+    """Run code in a fresh interpreter, the checkout in front of everything else."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_alone_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, vispeft; print([m for m in ('torch', 'timm', 'lightning', 'numpy', 'rich') if m in sys.modules])"
+    )
+    assert run(code) == "[]\n"
+
+
+def test_vispeft_before_timm() -> None:
+    """Also where torchvision's library does not load; then everything a star import names is there."""
+    run("""
+import vispeft, timm
+timm.create_model("vit_tiny_patch16_224")
+from vispeft import *
+attach, load, create_model, LoRA, VispeftError, plan, register
+""")
+
+
+def test_timm_before_vispeft(tmp_path: Path) -> None:
+    """Nothing is declared then. Reading a file finds its method and its model's family, which nobody imported yet."""
+    vispeft.attach(vispeft.create_model("zoo:vit_tiny"), vispeft.SSF(), verify=False).save(tmp_path)
+    out = run(
+        WORKING
+        + f"""
+import timm, vispeft
+from vispeft.adapters.attach import load
+import vispeft.core.method
+model = timm.create_model("vit_tiny_patch16_224")
+print(vispeft.core.method._METHODS, vispeft._compat._declared)
+try:
+    load(model, {str(tmp_path)!r})
+except vispeft.VispeftError as error:
+    print(type(error).__name__)
+"""
+    )
+    assert out == "{} []\nBaseMismatchError\n"  # the file's own method was found, and a view of the model made
+
+
+def test_a_subpackage_first() -> None:
+    run("""
+import vispeft.tasks
+vispeft.tasks.Classification, vispeft.interop.load_official, vispeft.viz.bars
+from vispeft import data, heads, metrics
+data.DigitsData, heads.decoder, metrics.BoundaryF
+""")
+
+
+def test_names_of_the_packages_own_methods_are_taken() -> None:
+    """Whoever registers first; a family may be replaced. Without mmsegmentation the plug-in says what it lacks."""
+    out = run("""
+import dataclasses
+from vispeft.core.families import Family, family_of, register_family
+from torch import nn
+mine = Family(name="vit", classes=(nn.Identity,), describe=None, host=None, examples="mine")
+register_family(mine)
+print(family_of(nn.Identity()) is mine)
+
+from importlib.machinery import PathFinder
+from vispeft.core.method import Method, list_methods, register
+from vispeft.errors import ConfigError
+try:
+    @register
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Mine(Method):
+        name = "lora"
+except ConfigError as error:
+    print(error)
+print("vqt" in list_methods())
+
+known = PathFinder.find_spec
+def find_spec(cls, name, *rest):
+    return None if name in ("mmseg", "mmengine", "mmcv") else known(name, *rest)
+PathFinder.find_spec = classmethod(find_spec)
+import vispeft
+print("mmseg" in dir(vispeft), "tasks" in dir(vispeft))
+try:
+    vispeft.mmseg
+except ConfigError as error:
+    print(error)
+""")
+    lines = out.splitlines()
+    assert lines[0] == "True"
+    assert lines[1].startswith("Two methods want the name 'lora'")
+    assert lines[2:4] == ["True", "False True"]
+    assert 'pip install "vispeft[mmseg]"' in lines[4]
+
+
+def test_everything_public_is_listed_and_there() -> None:
+    listed = set(dir(vispeft))
+    assert {"attach", "load", "create_model", "plan", "list_methods", "LoRA", "VispeftError"} <= listed
+    assert {"interop", "tasks", "data", "heads", "metrics", "viz", "methods", "cli"} <= listed
+    assert set(vispeft.__all__) <= listed
+    assert len(vispeft.__all__) == len(set(vispeft.__all__))
+    assert [name for name in listed if not hasattr(vispeft, name)] == []
+    assert set(vispeft.methods.CONFIGURATIONS) <= set(vispeft.__all__)
+
+
+@pytest.mark.parametrize("path", ["vispeft/__init__.py", "vispeft/methods/__init__.py"])
+def test_names_shown_to_type_checkers_exist(path: str) -> None:
+    """They need not be complete: a method that is not among them is `Any` to a type checker."""
+    shown = re.findall(r"^    from (vispeft[\w.]*) import (\w+) as (\w+)$", (ROOT / path).read_text(), re.MULTILINE)
+    assert shown
+    for module, name, public in shown:
+        scope: dict[str, object] = {}
+        exec(f"from {module} import {name}", scope)
+        assert name == public
+        assert scope[name] is getattr(vispeft, public)
+
+
+def test_an_unknown_name_is_an_attribute_error_with_near_names() -> None:
+    with pytest.raises(AttributeError, match="Did you mean 'attach'"):
+        vispeft.atach  # noqa: B018
+    with pytest.raises(ImportError):
+        from vispeft import nothing_of_the_kind  # noqa: F401
+    assert not hasattr(vispeft, "__wrapped__")

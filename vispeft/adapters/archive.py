@@ -1,0 +1,369 @@
+"""The files of a bank: an adapter's tensors under their names in files, saving, loading, and the base's own weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from vispeft.adapters.entry import Entry
+from vispeft.adapters.heads import LowBitHead, own_head
+from vispeft.adapters.holder import BankState
+from vispeft.core.method import Method, method_from_dict
+from vispeft.core.units import Unit
+from vispeft.errors import BaseMismatchError, FileError, UnknownNameError
+from vispeft.storage.codecs import RAW, decode_tensors, find_codec
+from vispeft.storage.files import DECODER, check_tensors, read_encoded, write_adapter
+from vispeft.storage.fingerprint import absent_parts, check_fingerprint, pool_of
+from vispeft.storage.header import adapter_part, backbone_part, plain_values, preprocessing_part, tensor_part
+
+__all__ = ["FileBank"]
+
+logger = logging.getLogger(__name__)
+
+HEAD = "head/"
+"""Beginning of the names of a classifier's tensors in files."""
+_NOTES = ("class_names", "preprocessing", "metrics", "output")
+"""Facts a file tells its user; files of earlier versions lack the last."""
+
+
+class FileBank(BankState):
+    """The tensors and files of a bank."""
+
+    def adding(
+        self, method: Method, name: str, tasks: Sequence[str] | None, seed: int | None
+    ) -> AbstractContextManager[Entry]:
+        """Place the units of a new adapter, and roll back when an error follows."""
+        raise NotImplementedError
+
+    def declare(self, name: str) -> None:
+        """Let a new adapter train, and act alone."""
+        raise NotImplementedError
+
+    def put_head(self, name: str, head: nn.Module | None) -> None:
+        """Give an adapter another classifier."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ tensors
+
+    def state_dict(self, name: str | None = None) -> dict[str, Tensor]:
+        """Map names in files to an adapter's tensors, its classifier's under ``head/``.
+
+        Args:
+            name: The adapter; may be left out where only one acts.
+        """
+        label = self._label(name)
+        return {**self._entries[label].state(), **self._head_state(label)}
+
+    def stored_tensors(self, name: str | None = None) -> dict[str, Tensor]:
+        """Map names in files to the tensors of an adapter's units, in the form of `Method.stored`.
+
+        Args:
+            name: The adapter; may be left out where only one acts.
+        """
+        return self._entry(name).stored()
+
+    def stored_bytes(self, name: str | None = None) -> int:
+        """Count the bytes of an adapter's tensors in a file, without headers.
+
+        Args:
+            name: The adapter; may be left out where only one acts.
+        """
+        label = self._label(name)
+        codecs = {key: codec for key, _, _, codec in self._coded(label)}
+        values = {**self._entries[label].stored(), **self._head_state(label)}
+        return sum(find_codec(codecs.get(key, RAW)).size(tensor) for key, tensor in values.items())
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], name: str | None = None) -> None:
+        """Copy tensors into an adapter.
+
+        Args:
+            tensors: All of the adapter's tensors, as `state_dict` names them; a classifier may be missing, and one with
+                another class count replaces the present one.
+            name: The adapter; may be left out where only one acts.
+
+        Raises:
+            FileError: If a tensor is missing, unknown, of another shape, or not finite; nothing is copied then.
+        """
+        self._check_unmerged("load an adapter's tensors")
+        label = self._label(name)
+        own = self._entries[label].state()
+        units = {key: tensor for key, tensor in tensors.items() if not key.startswith(HEAD)}
+        check_tensors(own, units)
+        head = {key.removeprefix(HEAD): tensor for key, tensor in tensors.items() if key.startswith(HEAD)}
+        if head and self.view.head_path is not None:
+            self._load_head(label, head)
+        with torch.no_grad():
+            for key, tensor in units.items():
+                own[key].copy_(tensor)
+
+    def _head_state(self, label: str) -> dict[str, Tensor]:
+        head = self._heads.get(label)
+        return {} if head is None else {f"{HEAD}{key}": tensor.detach() for key, tensor in head.state_dict().items()}
+
+    def _load_head(self, label: str, tensors: dict[str, Tensor]) -> None:
+        """Copy a classifier's tensors; one of another shape is made anew."""
+        entry, present = self._entries[label], self._heads.get(label)
+        width = entry.method.head_width(self.view) or cast(int, self._model.num_features)
+        for key, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise FileError(f"head/{key} is not finite.")
+            if key == "weight" and (tensor.ndim != 2 or tensor.shape[1] != width):
+                raise FileError(f"head/weight has shape {tuple(tensor.shape)}; (classes, {width}) is needed.")
+        shapes = {key: tensor.shape for key, tensor in ({} if present is None else present.state_dict()).items()}
+        if shapes != {key: tensor.shape for key, tensor in tensors.items()}:
+            if set(tensors) - {"weight", "bias"} or "weight" not in tensors:
+                raise FileError(f"The head in the file has tensors {sorted(tensors)}, which is no linear classifier.")
+            classes, width = tensors["weight"].shape
+            present = own_head(entry.method, self.view, self._model, entry.seed, classes)
+            if present is None:
+                like = next(self._model.parameters())
+                present = nn.Linear(width, classes, "bias" in tensors, device=like.device, dtype=like.dtype)
+            self.put_head(label, present)
+        cast(nn.Module, self._heads.get(label)).load_state_dict(tensors)
+
+    def keep_encoded(self, encoded: Mapping[str, Tensor], name: str | None = None) -> None:
+        """Remember the bytes of tensors that were just loaded; until trained they are saved byte for byte.
+
+        Args:
+            encoded: Bytes (uint8) by the tensor's name in files; the tensors hold their decoded values already.
+            name: The adapter; may be left out where only one acts.
+
+        Raises:
+            UnknownNameError: If there is no such tensor, or it is stored as it is.
+        """
+        coded = {key: (module, tensor) for key, module, tensor, _ in self._coded(self._label(name))}
+        for key, content in encoded.items():
+            if key not in coded:
+                raise UnknownNameError("encoded tensor", key, coded)
+            module, tensor = coded[key]
+            module.keep_encoded(tensor, content)
+
+    def _coded(self, label: str) -> Iterator[tuple[str, Unit | LowBitHead, str, str]]:
+        """Iterate over the tensors that a file holds encoded: name in files, module, name inside it, codec."""
+        head = self._heads.get(label)
+        modules: dict[str, Any] = {f"{key}.": unit for key, unit in self._entries[label].units.items()}
+        if isinstance(head, LowBitHead):
+            modules[HEAD] = head
+        for place, module in modules.items():
+            yield from ((f"{place}{name}", module, name, codec) for name, codec in module.codecs().items())
+
+    def _encoded(self, label: str, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Encode an adapter's tensors for a file; gives the codecs of those that are encoded too."""
+        stored, codecs = dict(values), {}
+        for key, module, name, codec in self._coded(label):
+            kept = module.encoded(name)
+            stored[key] = find_codec(codec).encode(values[key]) if kept is None else kept
+            codecs[key] = codec
+        return stored, codecs
+
+    def load_base(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Load a plain timm state dict into the base, adapters untouched.
+
+        Args:
+            state_dict: Tensors under timm's names; a classifier of the same shape goes to the base's own.
+
+        Raises:
+            FileError: If a tensor is missing, unknown or of another shape; nothing is copied then.
+        """
+        self._check_unmerged("load base weights")
+        own, head = dict(self.base_tensors()), self._heads.base
+        place = f"{self.view.head_path}."
+        given = {key: tensor for key, tensor in state_dict.items() if head is None or not key.startswith(place)}
+        check_tensors(own, given)
+        with torch.no_grad():
+            for key, tensor in given.items():
+                own[key].copy_(tensor)
+        if head is None:
+            return
+        classifier = {key.removeprefix(place): t for key, t in state_dict.items() if key.startswith(place)}
+        if {k: t.shape for k, t in classifier.items()} == {k: t.shape for k, t in head.state_dict().items()}:
+            head.load_state_dict(classifier)
+        else:
+            logger.info("The classifier in the state dict is of another shape than the base's; that one stays.")
+
+    # ------------------------------------------------------------------ notes
+
+    def annotate(
+        self,
+        name: str | None = None,
+        *,
+        class_names: Sequence[str] | None = None,
+        preprocessing: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        output: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Note facts for the user of the file; `save` writes them down.
+
+        Args:
+            name: The adapter; may be left out where only one acts.
+            class_names: Names of the classes, in the order of the classifier.
+            preprocessing: Mean, std, size and interpolation.
+            metrics: Scores of the adapter.
+            output: How the model's outputs are read: kind of target, temperature, unit.
+        """
+        notes = self._entry(name).notes
+        if class_names is not None:
+            notes["class_names"] = list(class_names)
+        for key, value in (("preprocessing", preprocessing), ("metrics", metrics), ("output", output)):
+            if value is not None:
+                notes[key] = dict(value)
+        for key, value in notes.items():
+            notes[key] = plain_values(value, key)
+
+    def notes(self, name: str | None = None) -> dict[str, Any]:
+        """Give the notes of `annotate`, or of the adapter's file.
+
+        Args:
+            name: The adapter; may be left out where only one acts.
+        """
+        return dict(self._entry(name).notes)
+
+    # ------------------------------------------------------------------ files
+
+    def save(self, path: str | Path, name: str | None = None, *, decoder: Mapping[str, Tensor] | None = None) -> None:
+        """Write an adapter: ``adapter.json``, ``adapter.safetensors`` and ``head.safetensors``, nothing of the base.
+
+        Args:
+            path: The directory; made where it is missing.
+            name: The adapter; may be left out where only one acts.
+            decoder: Tensors of a decoder that belongs to the task; `files.read_decoder` gives them back.
+
+        Raises:
+            FileError: If it cannot be written; the earlier files are still there then.
+        """
+        label = self._label(name)
+        entry = self._entries[label]
+        units, head = entry.stored(), self._head_state(label)
+        beside = {f"{DECODER}{key}": tensor for key, tensor in (decoder or {}).items()}
+        for key, tensor in {**units, **head, **beside}.items():
+            if not torch.isfinite(tensor).all():
+                raise FileError(f"{key} of adapter {label!r} is not finite; it was not saved.")
+        stored, codecs = self._encoded(label, {**units, **head})
+        header = {
+            **adapter_part(entry.method.stored()),
+            "backbone": {**backbone_part(self._model, self._outer), "fingerprint": self.fingerprint()},
+            "tasks": None if entry.tasks is None else list(entry.tasks),
+            "per_task": entry.per_task,
+            "seed": entry.seed,
+            "head": self._head_part(label, head),
+            "preprocessing": entry.notes.get("preprocessing") or preprocessing_part(self._model),
+            "class_names": entry.notes.get("class_names"),
+            "metrics": entry.notes.get("metrics"),
+            "output": entry.notes.get("output"),
+            "tensors": {**tensor_part(units, codecs), **tensor_part({k: head[k] for k in head if k in codecs}, codecs)},
+            "merge_error": entry.merge_error,
+        }
+        units, head = {key: stored[key] for key in units}, {key: stored[key] for key in head}
+        write_adapter(Path(path), header, units, {**head, **beside})
+
+    def _head_part(self, label: str, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """Describe the classifier: its shapes, none for features as they are, None where the adapter has none."""
+        if self._heads.get(label) is None:
+            return None
+        return {key.removeprefix(HEAD): list(tensor.shape) for key, tensor in tensors.items()}
+
+    def load(self, path: str | Path, name: str | None = None, allow_base_mismatch: bool = False) -> None:
+        """Put an adapter from a file on the model and let it act alone.
+
+        Args:
+            path: Its directory.
+            name: Its name on this model; by default ``default``, or the directory's name when that is taken.
+            allow_base_mismatch: Load it also on other weights.
+
+        Raises:
+            FileError: If a file is missing, truncated or altered.
+            BaseMismatchError: If it was trained on another backbone.
+        """
+        self.check_ready("load an adapter")
+        folder = Path(path)
+        label = name or ("default" if "default" not in self._entries else folder.resolve().name)
+        header, *encoded = read_encoded(folder)
+        units, head = (decode_tensors(tensors, header["tensors"]) for tensors in encoded)
+        if not allow_base_mismatch:
+            check_fingerprint(header["backbone"]["fingerprint"], self._model, self.view)
+            self._check_pooling(header)
+        method = method_from_dict(header["method"])
+        # Files of earlier versions may name tasks that nothing reads.
+        tasks = header["tasks"] if method.multi_task or header.get("per_task") else None
+        # Modules draw values when they are made, which those of the file replace.
+        with torch.random.fork_rng(devices=[]), self.adding(method, label, tasks, None) as entry:
+            self._heads.put(label, self._head_for(header, entry))
+            if header["head"] is None:
+                self._heads.drop(label)
+            self.declare(label)
+            cut = CutModel(self, header)
+            kept = {key: cut.fit(key, tensor, entry.units) for key, tensor in units.items() if cut.keeps(key, entry)}
+            found = {**kept, **{key: tensor for key, tensor in head.items() if not key.startswith(DECODER)}}
+            self.load_state_dict(found, label)
+            # A tensor that was sliced for a truncated model no longer has the bytes of the file.
+            whole = {key for key, tensor in found.items() if tensor is (units | head)[key]}
+            coded = {key for key, entry in header["tensors"].items() if entry["codec"] != RAW}
+            self.keep_encoded({key: (encoded[0] | encoded[1])[key] for key in whole & coded}, label)
+        if len(kept) < len(units):
+            lacking = len(units) - len(kept)
+            logger.warning("This model is truncated: %d tensors of the adapter belong to parts it lacks.", lacking)
+        entry.seed, entry.merge_error = header["seed"], header["merge_error"]
+        self.annotate(label, **{key: header.get(key) for key in _NOTES})
+
+    def _head_for(self, header: Mapping[str, Any], entry: Entry) -> nn.Module | None:
+        """Make the classifier of a file's adapter; None for a copy of the base's, which the file's tensors replace."""
+        if header["head"] == {}:
+            return nn.Identity()
+        return own_head(entry.method, self.view, self._model, header["seed"])
+
+    def _check_pooling(self, header: Mapping[str, Any]) -> None:
+        saved, found = header["backbone"]["fingerprint"]["function"]["pool"], pool_of(self._model)
+        if header["head"] and self.view.head_path is not None and found and saved != found:
+            raise BaseMismatchError(
+                f"The adapter's classifier was trained behind pooling {saved!r}; this model pools by {found!r}. Create "
+                f"it with global_pool={saved!r}."
+            )
+
+
+class CutModel:
+    """The parts of a whole model that a truncated one lacks, and the tensors of an adapter that belong to them."""
+
+    def __init__(self, bank: BankState, header: Mapping[str, Any]) -> None:
+        """Compare the model with the one an adapter was saved from.
+
+        Args:
+            bank: The bank of the model.
+            header: The header of the adapter's file.
+        """
+        self.view = bank.view
+        self.absent = absent_parts(header["backbone"]["fingerprint"], bank._model, bank.view)
+
+    def keeps(self, key: str, entry: Entry) -> bool:
+        """Tell whether a tensor of the file belongs to a part that is here.
+
+        Args:
+            key: Its name in the file.
+            entry: The adapter on this model.
+        """
+        site = key.split("/", 1)[0]
+        if self.absent and not site and key not in entry.state():
+            return False  # a unit of the whole model may hold tensors for parts that a truncated one lacks
+        if any(site.partition(":")[0] == part or site.startswith(f"{part}.") for part in self.absent):
+            return site in {known.key for known in self.view.sites}
+        no_norm = self.view.head_path is None and not any(True for _ in self.view.at("final_norm"))
+        return not (no_norm and site == "norm")
+
+    @staticmethod
+    def fit(key: str, tensor: Tensor, units: Mapping[str, Unit]) -> Tensor:
+        """Slice a tensor of the file to the shape that this model's unit expects.
+
+        Args:
+            key: Its name in the file.
+            tensor: The tensor.
+            units: The adapter's units by key.
+        """
+        place, _, name = key.rpartition("/")
+        unit_name, _, tensor_name = name.partition(".")
+        unit = units.get(f"{place}/{unit_name}")
+        return tensor if unit is None else unit.fitted(tensor_name, tensor)

@@ -1,0 +1,130 @@
+"""The state of a bank and the look-ups that all of its parts use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from vispeft.adapters.entry import Entry
+from vispeft.adapters.heads import HeadRack
+from vispeft.adapters.merge import Merged
+from vispeft.core.families import describe, is_feature_getter, unwrap
+from vispeft.core.plan import Plan
+from vispeft.core.route import Routing
+from vispeft.errors import ConfigError, MergeError, UnknownNameError
+from vispeft.hosts.model import BANK
+from vispeft.storage.fingerprint import base_tensors, fingerprint
+
+__all__ = ["BankState"]
+
+
+class BankState:
+    """The adapters of one model, the route, and the classifiers."""
+
+    def __init__(self, outer: nn.Module) -> None:
+        """Take stock of a bare timm model.
+
+        Args:
+            outer: The timm model, or a ``features_only`` wrapper around it.
+        """
+        model = unwrap(outer)
+        self._outer = outer if is_feature_getter(outer) else model
+        self._model = model
+        self.view = describe(self._outer)
+        self._entries: dict[str, Entry] = {}
+        self._routing = Routing()
+        self._merged: Merged | None = None
+        self._heads = HeadRack(model, self.view.head_path, self._routing)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all adapters, in the order of attaching."""
+        return list(self._entries)
+
+    @property
+    def active(self) -> list[str]:
+        """Names of the adapters that act, in the order in which they act."""
+        return list(self._routing.present().names)
+
+    @property
+    def task(self) -> str | None:
+        """The task that is asked for, where an adapter has tasks."""
+        return self._routing.present().task
+
+    @property
+    def frozen(self) -> list[str]:
+        """Names of the adapters that training leaves alone."""
+        return [name for name, entry in self._entries.items() if entry.frozen]
+
+    def plan(self, name: str | None = None) -> Plan:
+        """Give the plan an adapter was built from.
+
+        Args:
+            name: The adapter; may be left out where only one acts.
+        """
+        return self._entry(name).plan
+
+    def tasks(self, name: str | None = None) -> list[str]:
+        """List the tasks of an adapter; none where it acts for every task.
+
+        Args:
+            name: The adapter; may be left out where only one acts.
+        """
+        return list(self._entry(name).tasks or ())
+
+    def head(self, name: str | None = None) -> nn.Module | None:
+        """Give an adapter's classifier; None where it has none.
+
+        Args:
+            name: The adapter; may be left out where only one acts.
+        """
+        return self._heads.get(self._label(name))
+
+    def check_ready(self, wanted: str) -> None:
+        """Refuse a change while the model is merged, the bank closed, or another route in use.
+
+        Args:
+            wanted: The change, for the message.
+        """
+        self._check_unmerged(wanted)
+        if self._model.__dict__.get(BANK) is not self:
+            raise ConfigError(f"This bank is closed, since its model has no adapters: it cannot {wanted}. Use attach.")
+        if self._routing.is_overridden:
+            raise ConfigError(
+                f"The adapters are disabled or chosen for a block of code, so the model cannot {wanted} here. Leave "
+                "disabled() or using() first."
+            )
+
+    def _check_unmerged(self, wanted: str) -> None:
+        if self._merged is not None:
+            raise MergeError(f"The model is merged, so it cannot {wanted}. Call unmerge() first.")
+
+    def _label(self, name: str | None) -> str:
+        if name is None:
+            acting = self.active
+            if len(acting) != 1:
+                raise ConfigError(
+                    f"Which adapter? {len(acting)} are active ({', '.join(acting) or 'none'}); give a name."
+                )
+            return acting[0]
+        if name not in self._entries:
+            raise UnknownNameError("adapter", name, self._entries)
+        return name
+
+    def _entry(self, name: str | None) -> Entry:
+        return self._entries[self._label(name)]
+
+    def base_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over the tensors of the base by timm's name, without units and classifiers, also while merged."""
+        return base_tensors(self._model, self.view.head_path, self._replaced())
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Compute the fingerprint of the base, also while it is merged."""
+        if self._merged is not None and self._merged.fingerprint is not None:
+            return self._merged.fingerprint
+        return fingerprint(self._model, self.view, self._replaced())
+
+    def _replaced(self) -> dict[str, Tensor | None]:
+        return {} if self._merged is None else self._merged.replaced

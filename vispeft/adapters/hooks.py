@@ -1,0 +1,74 @@
+"""Hooks of the methods on a model: further losses, changes of gradients, starts from data, and schedules.
+
+A task and a plain loop call the same functions:
+
+    bank.start_from(loader)                             # once, before the first step of a fresh training
+    for batch in loader:
+        output = model(batch[0])
+        loss = criterion(output, batch[1])
+        term = bank.loss_terms(batch, output)
+        (loss if term is None else loss + term).backward()
+        bank.change_gradients()                         # before clipping and the optimiser's step
+        optimizer.step()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from vispeft.adapters.holder import BankState
+from vispeft.core.method import Method, Step
+
+__all__ = ["HookBank"]
+
+
+class HookBank(BankState):
+    """The hooks of a bank."""
+
+    def loss_terms(self, batch: Any, output: Any, result: Any = None) -> Tensor | None:
+        """Sum the losses that the methods of acting adapters add to the loss of a task.
+
+        Args:
+            batch: The batch of the step.
+            output: The model's output for it.
+            result: Run result of the forward pass, where a method reads it (`reads_result`).
+
+        Returns:
+            A scalar with a gradient; None where no method adds a loss.
+        """
+        step, acting = Step(batch, output, result), set(self.active)
+        terms = [method.loss_term(self, name, step) for name, method in self._training() if name in acting]
+        given = [term for term in terms if term is not None]
+        return sum(given[1:], start=given[0]) if given else None
+
+    def reads_result(self) -> bool:
+        """Tell whether the loss of an acting method needs the run result of the model's forward pass."""
+        acting = set(self.active)
+        return any(method.reads_result for name, method in self._training() if name in acting)
+
+    def change_gradients(self) -> None:
+        """Let methods change gradients; call it after the backward pass, before clipping and the optimiser's step."""
+        for name, method in self._training():
+            method.change_gradients(self, name)
+
+    def start_from(self, loader: Iterable[Any]) -> None:
+        """Let methods compute start values from data; call it once, before the first step of a fresh training.
+
+        Args:
+            loader: Training batches on the model's device; it may be iterated over repeatedly.
+        """
+        for name, method in self._training():
+            method.start_from(self, name, loader)
+
+    def callbacks(self) -> list[Any]:
+        """Collect the schedules of the methods, as Lightning callbacks, in the order of the adapters."""
+        return [callback for _, method in self._training() for callback in method.callbacks()]
+
+    def _training(self) -> Iterator[tuple[str, Method]]:
+        """Iterate over the adapters that are not frozen, each with its method."""
+        for name, entry in self._entries.items():
+            if not entry.frozen:
+                yield name, entry.method

@@ -1,0 +1,119 @@
+"""Placing the units of a new adapter on a model."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import nn
+
+from vispeft.adapters.entry import Entry, Placed
+from vispeft.core.plan import Plan
+from vispeft.core.route import Routing
+from vispeft.core.sites import View
+from vispeft.core.units import DepthUnit, Unit
+from vispeft.hosts.base import Host, ensure_host
+from vispeft.hosts.choose import carrying_host, host_for, owner_host
+from vispeft.hosts.depth import DropPathHost, depth_rates
+from vispeft.storage.codecs import find_codec
+
+__all__ = ["build_units", "place_units"]
+
+
+@torch.no_grad()
+def build_units(plan: Plan, model: nn.Module, seed: int | None) -> dict[str, Unit]:
+    """Make the units of a plan; each reads what it needs off the frozen weight of its site.
+
+    Args:
+        plan: The plan.
+        model: The timm model.
+        seed: Seed of the start values; None for units that get their values from a file.
+
+    Returns:
+        Units by key.
+    """
+    reference = next(model.parameters())
+    # Adapters of a half-precision base stay in float32, or their small updates would be rounded away.
+    dtype = reference.dtype if reference.dtype in (torch.float32, torch.float64) else torch.float32
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    units: dict[str, Unit] = {}
+    for item in plan:
+        unit = item.build()
+        if item.lender is not None:
+            unit.borrow(units[item.lender])
+        weight = model.get_submodule(item.site.path)._parameters.get("weight")
+        if weight is not None:
+            rows = item.site.rows
+            unit.prepare(weight.detach() if rows is None else weight.detach()[rows.start : rows.stop])
+        if generator is not None:
+            unit.reset(generator)
+            for name, value in ({} if item.start is None else item.start()).items():
+                unit.get_parameter(name).copy_(value)
+        for codec in unit.codecs().values():
+            find_codec(codec)  # or the file could not be written, after training
+        units[item.key] = unit.to(device=reference.device, dtype=dtype).train(model.training)
+    return units
+
+
+def place_units(entry: Entry, name: str, model: nn.Module, view: View, routing: Routing) -> None:
+    """Put units at their hosts. All hosts are chosen before the first module changes, so that a refusal changes none.
+
+    Args:
+        entry: The adapter.
+        name: Its name.
+        model: The timm model.
+        view: Its description.
+        routing: Its route.
+
+    Raises:
+        SiteError: If no host carries a unit.
+    """
+    chosen = [host_for(i.site, model.get_submodule(i.site.path), entry.units[i.key]) for i in entry.plan]
+    carrying = [(module, carrying_host(module)) for module in _carriers(entry, model, view)]
+    owner, biases = owner_host()
+    for item, (kind, computed) in zip(entry.plan, chosen, strict=True):
+        host = ensure_host(model.get_submodule(item.site.path), kind, computed, routing=routing)
+        _slots(host, name)[item.slot] = entry.units[item.key]
+        entry.placed.append(Placed(host, entry.units[item.key], item.task))
+        if item.site.owner is not None:
+            entry.hosts.append(ensure_host(model.get_submodule(item.site.owner), owner, biases, routing=routing))
+    for module, kind in carrying:
+        host = ensure_host(module, kind, routing=routing)
+        host.carried |= {name}
+        entry.carriers.append(host)
+    _place_depth(entry, name, model, view, routing)
+    entry.hosts = list(dict.fromkeys([*entry.hosts, *(placed.host for placed in entry.placed), *entry.carriers]))
+    for host in entry.hosts:
+        _slots(host, name)
+
+
+def _place_depth(entry: Entry, name: str, model: nn.Module, view: View, routing: Routing) -> None:
+    """Give drop-path modules the rates of the method's recipe."""
+    rate = entry.method.stochastic_depth()
+    if rate <= 0:
+        return
+    device = next(model.parameters()).device
+    for paths, own in zip(view.drop_path_paths, depth_rates(view.depth, rate), strict=True):
+        for path in paths:
+            host = ensure_host(model.get_submodule(path), DropPathHost, routing=routing)
+            unit = DepthUnit(own).to(device).train(model.training)
+            _slots(host, name)["depth"] = unit
+            entry.placed.append(Placed(host, unit))
+
+
+def _carriers(entry: Entry, model: nn.Module, view: View) -> list[nn.Module]:
+    """List blocks, attention modules and MLPs that streams of an adapter pass, or start in."""
+    sites = []
+    for item in entry.plan:
+        unit = entry.units[item.key]
+        if unit.kind == "branch":
+            sites += [site for site in view.at("block", "attn", "mlp") if site.block == item.site.block]
+        elif unit.makes_streams(view.layout):
+            sites += list(view.at("block", "attn"))
+    return [model.get_submodule(path) for path in dict.fromkeys(site.path for site in sites)]
+
+
+def _slots(host: Host, name: str) -> nn.ModuleDict:
+    if name not in host.adapters:
+        host.adapters[name] = nn.ModuleDict()
+    return cast(nn.ModuleDict, host.adapters[name])

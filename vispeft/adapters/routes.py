@@ -1,0 +1,134 @@
+"""Making the route of a choice of adapters, and refusing choices that cannot act together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vispeft.adapters.entry import Entry
+from vispeft.adapters.heads import HeadRack
+from vispeft.core.route import Acting, Route, acting
+from vispeft.core.units import Unit
+from vispeft.errors import ConfigError, SiteError, UnknownNameError
+
+__all__ = ["check_rows", "make_route"]
+
+Entries = Mapping[str, Entry]
+
+
+def make_route(entries: Entries, heads: HeadRack, slot: int, names: tuple[str, ...], task: str | None) -> Route:
+    """Make the route of a choice.
+
+    Args:
+        entries: The adapters of the model, by name.
+        heads: Their classifiers.
+        slot: Number of the slot of the model's own host.
+        names: The adapters that act, in order.
+        task: The task that is asked for; None for none.
+
+    Raises:
+        UnknownNameError: If there is no such adapter, or it has no such task.
+        ConfigError: If an adapter is named twice, or a name is no string.
+        SiteError: If two adapters cannot act together.
+    """
+    _check_names(entries, names)
+    refusal = _check_task(entries, names, task)
+    _check_beside(entries, names)
+    _check_selections(entries, names)
+    units: dict[int, list[Unit]] = {}
+    carries: set[int] = set()
+    for name in names:
+        for place, unit in entries[name].acting(task):
+            units.setdefault(place, []).append(unit)
+        carries |= {host.slot for host in entries[name].carriers}
+    if carries:
+        carries.add(slot)
+    hosts: dict[int, Acting] = {
+        place: acting(units.get(place, ()), place in carries) for place in {**units, **dict.fromkeys(carries)}
+    }
+    owner = next((name for name in reversed(names) if heads.get(name) is not None), None)
+    return Route(names, task, hosts, None if owner is None else heads.get(owner), owner, refusal)
+
+
+def check_rows(entries: Entries, names: Sequence[str], rows: Sequence[str | None]) -> None:
+    """Refuse rows: this version routes whole batches.
+
+    Args:
+        entries: The adapters of the model, by name.
+        names: Adapters given for the whole batch.
+        rows: One adapter or None for each image.
+
+    Raises:
+        ConfigError: In any case but the next.
+        UnknownNameError: If a row names no adapter.
+    """
+    if names:
+        raise ConfigError(
+            f"using({', '.join(map(repr, names))}, rows=...): give names for the whole batch, or rows with one name "
+            "for each image, not both."
+        )
+    _check_names(entries, tuple(dict.fromkeys(name for name in rows if name is not None)))
+    raise ConfigError(
+        "using(rows=...): this version routes whole batches. Split the batch by adapter, and use one after the other."
+    )
+
+
+def _check_names(entries: Entries, names: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in entries:
+            raise UnknownNameError("adapter", name, entries)
+    if len(set(names)) < len(names):
+        raise ConfigError(f"An adapter was named twice: {', '.join(names)}.")
+
+
+def _check_task(entries: Entries, names: tuple[str, ...], task: str | None) -> str | None:
+    """Refuse a task that is not known, and say why a forward pass could not run without one."""
+    tasks = {name: entries[name].tasks or () for name in names if entries[name].tasks}
+    if task is not None and not tasks:
+        raise UnknownNameError("task", task, ())
+    for name, known in tasks.items():
+        if task is not None and task not in known:
+            raise UnknownNameError(f"task of adapter {name!r}", task, known)
+    if task is not None or not tasks:
+        return None
+    name, known = next(iter(tasks.items()))
+    return (
+        f"Adapter {name!r} has tasks ({', '.join(known)}), and none was chosen. Run the model in a block "
+        f"`with bank.using({name!r}, task={known[0]!r})`, or call set_active({name!r}, task={known[0]!r})."
+    )
+
+
+def _check_selections(entries: Entries, names: tuple[str, ...]) -> None:
+    """Refuse two adapters that replace the same tensor of the base."""
+    owners: dict[str, str] = {}
+    for name in names:
+        for entry in entries[name].tensors():
+            if entry.unit.kind != "selection":
+                continue
+            tensor = f"{entry.key.split('/', 1)[0]}.{entry.name}"
+            if owners.get(tensor, name) != name:
+                raise SiteError(
+                    f"Adapters {owners[tensor]!r} and {name!r} both replace {tensor}; only one of them can act. "
+                    "Activate one, or merge one first."
+                )
+            owners[tensor] = name
+
+
+def _check_beside(entries: Entries, names: tuple[str, ...]) -> None:
+    """Refuse a network beside the backbone together with adapters it would replace or leave without a gradient."""
+    beside: dict[str, Any] = {
+        name: unit for name in names for unit in entries[name].units.values() if unit.kind in ("side", "queries")
+    }
+    if len(beside) > 1:
+        first, second = list(beside)[:2]
+        raise SiteError(
+            f"Adapters {first!r} and {second!r} both replace the output of the model; only one of them can act. "
+            "Activate one."
+        )
+    others = [name for name in names if name not in beside and entries[name].units]
+    for name, unit in beside.items():
+        if unit.detach_hidden and others:
+            raise SiteError(
+                f"Adapter {name!r} runs the backbone without gradients, so {others[0]!r} inside of it would not train. "
+                "Activate one of them, or attach the first with detach_hidden=False, which costs the memory it saves."
+            )

@@ -1,0 +1,191 @@
+"""The training side of a bank: which adapters train, their optimiser groups, the check of gradients, and counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import nn
+
+from vispeft.adapters.entry import Entry
+from vispeft.adapters.holder import BankState
+from vispeft.adapters.report import Report
+from vispeft.adapters.verify import Probe, find_dead
+from vispeft.core.route import Route
+from vispeft.hosts.model import HEADS, ModelHost
+
+__all__ = ["TrainingBank"]
+
+
+class TrainingBank(BankState):
+    """The declaration of a bank, which says which adapters train, and its readers."""
+
+    def route(self, names: tuple[str, ...], task: str | None) -> Route:
+        """Give the route of a choice."""
+        raise NotImplementedError
+
+    def freeze(self, name: str) -> None:
+        """Leave an adapter and its classifier alone in training; it may still act.
+
+        After training began, the state of the optimiser stays, and its tensors get neither updates nor decay.
+
+        Args:
+            name: The adapter.
+
+        Raises:
+            UnknownNameError: If there is no such adapter.
+        """
+        self._set_frozen(name, True)
+
+    def unfreeze(self, name: str) -> None:
+        """Let an adapter and its classifier train; new and loaded adapters do.
+
+        Args:
+            name: The adapter.
+
+        Raises:
+            UnknownNameError: If there is no such adapter.
+        """
+        self._set_frozen(name, False)
+
+    def _set_frozen(self, name: str, frozen: bool) -> None:
+        entry = self._entry(name)
+        entry.frozen = frozen
+        self._declare(entry, name)
+        self._wake()
+
+    def _declare(self, entry: Entry, name: str) -> None:
+        """Switch the gradients of an adapter and its classifier on or off."""
+        head = self._heads.get(name)
+        for module in [*entry.units.values(), *([] if head is None else [head])]:
+            for parameter in module.parameters():
+                parameter.requires_grad_(not entry.frozen)
+                if entry.frozen:
+                    parameter.grad = None  # or an optimiser would go on with it
+
+    def _wake(self) -> None:
+        """Choose the modules that follow the training mode, and set it."""
+        model = cast(ModelHost, self._model)
+        awake = {*self.view.head_drop_paths, *self.awake_heads()}
+        if any(entry.method.trains_base for entry in self._entries.values() if not entry.frozen):
+            awake.add("")
+        model.awake, model.asleep = frozenset(awake), frozenset(self.frozen)
+        model.train(model.training)
+
+    def awake_heads(self) -> frozenset[str]:
+        """List the paths of the classifiers that follow the training mode."""
+        return frozenset(f"{HEADS}.{name}" for name, entry in self._entries.items() if not entry.frozen)
+
+    def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """List all tensors of the adapters that are not frozen, their classifiers included, by state-dict name.
+
+        The order is that of attaching, and inside an adapter that of the model. A tensor belongs to the list also where
+        it gets no gradient in this step.
+        """
+        if self._merged is not None:
+            return []
+        place: dict[int, int] = {}
+        for number, (name, entry) in enumerate(self._entries.items()):
+            if not entry.frozen:
+                place.update({id(tensor): number for tensor in self.named_tensors(name).values()})
+        found = [(name, tensor) for name, tensor in self._model.named_parameters() if id(tensor) in place]
+        return sorted(found, key=lambda item: place[id(item[1])])
+
+    def named_tensors(self, name: str | None = None) -> dict[str, nn.Parameter]:
+        """Map names in files to an adapter's parameters themselves, gradients included.
+
+        Args:
+            name: The adapter; may be left out where only one acts.
+        """
+        label = self._label(name)
+        head = self._heads.get(label)
+        classifier = {} if head is None else {f"head/{key}": tensor for key, tensor in head.named_parameters()}
+        return {**{str(e): e.tensor for e in self._entries[label].tensors()}, **classifier}
+
+    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Sort `trainable_parameters` into optimiser groups.
+
+        Tensors of fewer than two dimensions, those a unit exempts and those timm exempts (positions, class tokens)
+        do not decay.
+
+        Args:
+            lr: Learning rate; units may ask for a multiple of it.
+            weight_decay: Weight decay of the tensors that decay.
+
+        Returns:
+            Groups with ``params``, ``lr``, ``weight_decay`` and ``name``, as ``torch.optim`` takes them.
+        """
+        timm_exempts: set[str] = getattr(self._model, "no_weight_decay", set)()  # walks the whole model
+        entries = [tensor for entry in self._entries.values() for tensor in entry.tensors()]
+        exempt = {
+            id(e.tensor)
+            for e in entries
+            if e.name in e.unit.no_decay or ".".join(filter(None, (e.key.split("/", 1)[0], e.name))) in timm_exempts
+        }
+        factors = {id(e.tensor): e.unit.lr_factors.get(e.name, 1.0) for e in entries}
+        groups: dict[str, dict[str, Any]] = {}
+        for _, parameter in self.trainable_parameters():
+            decays = parameter.ndim > 1 and id(parameter) not in exempt
+            factor = factors.get(id(parameter), 1.0)
+            name = ("decay" if decays else "no_decay") + ("" if factor == 1 else f" lr x {factor:g}")
+            decay = weight_decay if decays else 0.0
+            group = groups.setdefault(name, {"params": [], "lr": lr * factor, "weight_decay": decay, "name": name})
+            group["params"].append(parameter)
+        return list(groups.values())
+
+    def verify(
+        self, outer: nn.Module | None = None, without: Sequence[str] = (), *, names: Sequence[str] | None = None
+    ) -> None:
+        """Check that every tensor of each adapter that is not frozen receives a gradient.
+
+        One image of noise goes forward and backward under the adapter's own route, each of its tasks in turn, with
+        every unit moved away from its start; all values are put back.
+
+        Args:
+            outer: The module that is run, where that is not the model as it was given: a module around it that takes
+                images and gives a tensor or several, such as the maps a decoder reads.
+            without: Roles that are not on the way to the outputs of `outer`; units there are not looked at.
+            names: The adapters to check; None for all that are not frozen.
+
+        Raises:
+            VerificationError: If a tensor gets none; the message names the sites.
+        """
+        self.check_ready("verify its adapters")
+        for name in [n for n in self._entries if n not in self.frozen] if names is None else names:
+            entry = self._entries[name]
+            beside = {item.key for item in entry.plan if item.site.role in without}
+            tensors = [tensor for tensor in entry.tensors() if tensor.key not in beside]
+            routes = [self.route((name,), task) for task in entry.tasks or (None,)]
+            probe = Probe(self._model, outer or self._outer, self.view, self._routing)
+            find_dead(probe, routes, tensors, entry.blocks())
+
+    def report(self, name: str | None = None) -> Report:
+        """Count the tensors an adapter trains and stores; print the result to see a table.
+
+        Args:
+            name: The adapter; may be left out where only one acts.
+        """
+        label = self._label(name)
+        entry, roles = self._entries[label], self._entries[label].roles()
+        by_role: dict[str, int] = {}
+        for tensor in entry.tensors():
+            by_role[roles[tensor.key]] = by_role.get(roles[tensor.key], 0) + tensor.tensor.numel()
+        head = self._heads.get(label)
+        return Report(
+            adapter=label,
+            method=entry.method.name,
+            family=self.view.family,
+            trainable=sum(by_role.values()),
+            trainable_head=0 if head is None else sum(p.numel() for p in head.parameters()),
+            backbone=sum(tensor.numel() for _, tensor in self.base_tensors()),
+            stored_bytes=self.stored_bytes(label),
+            by_role=by_role,
+        )
+
+    def stored_bytes(self, name: str | None = None) -> int:
+        """Count the bytes of an adapter's tensors in a file, without headers.
+
+        Args:
+            name: The adapter; may be left out where only one acts.
+        """
+        raise NotImplementedError

@@ -1,0 +1,176 @@
+"""One call of `create_model` in timm's terms: architecture, constructor arguments, description of the weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+from vispeft.errors import BackboneError, ConfigError, FileError, UnknownNameError
+from vispeft.zoo.backbones import ZooBackbone, read_zoo_backbone
+
+__all__ = ["Request", "resolve"]
+
+_DYNAMIC = {"dynamic_img_size": True}
+# The mask is computed per forward, the window stays as built, and feature maps smaller than a window are padded: the
+# behaviour of the original Swin code and of mmsegmentation. `set_input_size` would change the window.
+_WINDOWED = {"strict_img_size": False, "always_partition": True}
+_FLEXIBLE: dict[str, dict[str, bool]] = {
+    "timm.models.beit": _DYNAMIC,
+    "timm.models.deit": _DYNAMIC,
+    "timm.models.eva": _DYNAMIC,
+    "timm.models.swin_transformer": _WINDOWED,
+    "timm.models.swin_transformer_v2": _WINDOWED,
+    "timm.models.vision_transformer": _DYNAMIC,
+}
+"""Per file of timm, the constructor arguments under which its models take images of any size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A model to be built by timm."""
+
+    name: str
+    """The name the user gave, for messages."""
+    architecture: str
+    """A name timm takes, with or without a tag of weights or a source."""
+    num_classes: int | None
+    """Outputs of the classifier; 0 for none, None for the count of the weights."""
+    arguments: Mapping[str, Any]
+    """Further arguments of `timm.create_model`."""
+    overlay: Mapping[str, Any]
+    """Entries that replace those of timm's description of the weights."""
+    shipped: ZooBackbone | None = None
+    """The backbone of the zoo that was named, if one was."""
+
+    def build(self, *, pretrained: bool) -> nn.Module:
+        """Have timm build the model.
+
+        Args:
+            pretrained: Whether timm loads weights too.
+
+        Returns:
+            The model.
+
+        Raises:
+            ConfigError: If the model takes no argument of a name that was given.
+        """
+        given = dict(self.arguments)
+        if self.num_classes is not None:
+            given["num_classes"] = self.num_classes
+        try:
+            return timm.create_model(
+                self.architecture, pretrained=pretrained, pretrained_cfg_overlay=dict(self.overlay) or None, **given
+            )
+        except TypeError as error:
+            unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+            if unknown is None or unknown[2] not in given:
+                raise
+            raise ConfigError(
+                f"{self.architecture} was asked for with {unknown[2]}={given[unknown[2]]!r}, but timm's {unknown[1]} "
+                "takes no such argument. Drop it, or correct its name after timm's documentation of that class."
+            ) from error
+
+
+def resolve(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    flexible_size: bool = False,
+    arguments: Mapping[str, Any] | None = None,
+) -> Request:
+    """Translate a call of `create_model` into the terms of timm, without building or loading anything.
+
+    Args:
+        name: A name `timm.create_model` takes, or ``zoo:NAME``.
+        num_classes: Outputs of the classifier; None keeps the count of the weights.
+        flexible_size: Whether the model is to take images of any size.
+        arguments: Further arguments of `timm.create_model`; they win over those of the zoo and of `flexible_size`.
+
+    Returns:
+        The request.
+
+    Raises:
+        UnknownNameError: If timm or the zoo has no such model; near names are listed.
+        BackboneError: If the family cannot take images of any size.
+        FileError: If the description of a shipped backbone, or of a local folder, is missing or damaged.
+    """
+    given = dict(arguments or {})
+    overlay = dict(given.pop("pretrained_cfg_overlay", None) or {})
+    architecture, shipped = name, None
+    if name.startswith("zoo:"):
+        shipped = read_zoo_backbone(name.removeprefix("zoo:"))
+        architecture = shipped.architecture
+        given, overlay = {**shipped.args, **given}, {**shipped.overlay, **overlay}
+    else:
+        _check_name(name)
+    if flexible_size:
+        given = {**_flexible_arguments(name, architecture), **given}
+    return Request(
+        name=name,
+        architecture=architecture,
+        num_classes=num_classes,
+        arguments=given,
+        overlay=overlay,
+        shipped=shipped,
+    )
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name timm does not know.
+
+    Args:
+        name: An architecture, with or without a tag of weights, or a name with a source such as ``hf-hub:``.
+
+    Raises:
+        UnknownNameError: If there is no such architecture, or no such tag of it.
+        FileError: If the folder of a ``local-dir:`` name has no config.json.
+    """
+    if ":" in name:
+        place, _, path = name.partition(":")
+        if place not in ("hf-hub", "hf_hub", "local-dir"):
+            raise UnknownNameError("source of a model", f"{place}:", ["zoo:", "hf-hub:", "local-dir:"])
+        if place == "local-dir" and not (Path(path) / "config.json").is_file():
+            raise FileError(f"{name} was asked for, but there is no config.json in {path}.")
+        return
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        hint = "Names are listed by timm.list_models('*vit*'); a shipped backbone is asked for as zoo:NAME."
+        raise UnknownNameError("backbone", name, timm.list_models(), hint)
+    tags = [full.partition(".")[2] for full in timm.list_models(f"{architecture}.*", pretrained=True)]
+    if tag and tag not in tags:
+        raise UnknownNameError(f"pretrained tag of {architecture}", tag, tags)
+
+
+def _flexible_arguments(name: str, architecture: str) -> dict[str, bool]:
+    """Look up the constructor arguments under which a family takes images of any size.
+
+    Args:
+        name: The name the user gave, for the message.
+        architecture: A name timm takes.
+
+    Returns:
+        The arguments.
+
+    Raises:
+        BackboneError: If the family cannot, or the architecture is only known to a hub.
+    """
+    if ":" in architecture:
+        raise BackboneError(
+            f"{name} was asked for with flexible_size=True, but its family is known only once it is loaded. Give the "
+            "argument of its class instead: dynamic_img_size=True for a ViT, strict_img_size=False and "
+            "always_partition=True for a Swin."
+        )
+    module = timm.models.model_entrypoint(architecture.partition(".")[0]).__module__
+    if module not in _FLEXIBLE:
+        families = ", ".join(sorted(m.removeprefix("timm.models.") for m in _FLEXIBLE))
+        raise BackboneError(
+            f"{name} was asked for with flexible_size=True, but models of {module} have no stated way to take images "
+            f"of any size; {families} have. Give the size with img_size=, or take another backbone."
+        )
+    return _FLEXIBLE[module]

@@ -1,0 +1,175 @@
+"""Weights in local files: every backbone tensor must be found, only the classifier may differ."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+from vispeft.backbones.request import Request
+from vispeft.errors import BackboneError, FileError, brief
+
+__all__ = ["build_from_file", "forget_folder"]
+
+
+def build_from_file(request: Request, file: Path) -> nn.Module:
+    """Build a model and have timm load a local file into it, every backbone tensor of it.
+
+    timm stops looking for missing tensors as soon as the class count differs from that of the weights. So the model is
+    built with the file's count, loaded strictly, and given another classifier afterwards.
+
+    Args:
+        request: The model; without a class count it keeps the file's.
+        file: The weights.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileError: If the file cannot be read.
+        BackboneError: If it does not fit the model.
+    """
+    if ":" in request.architecture:
+        raise BackboneError(
+            f"{request.name} was asked for with weights={file.name!r}, but a name with a source brings its own "
+            "weights. Give the name of the architecture, without hf-hub: or local-dir:."
+        )
+    if not file.is_file():
+        found = "it is a directory" if file.is_dir() else "there is no such file"
+        raise FileError(f"weights={str(file)!r} was given for {request.name}, but {found}.")
+    if file.suffix == ".npz":
+        return _build_from_npz(request, file)
+
+    # `local-dir` and `hf-hub` names are refused above, so timm has a description of this architecture.
+    described = timm.get_pretrained_cfg(request.architecture)
+    found_classes = _classes_in(file, described.classifier if described else None)
+    # Without a classifier timm can find by name, the file has none, or timm converts it from another layout.
+    counts = [found_classes] if found_classes is not None else [0, described.num_classes if described else 1000]
+    failure: Exception | None = None
+    for count in counts:
+        entries = {**request.overlay, "file": str(file), "custom_load": False, "num_classes": count}
+        try:
+            model = replace(request, num_classes=count, overlay=entries).build(pretrained=True)
+        except (RuntimeError, KeyError, ValueError, AttributeError) as error:
+            failure = failure or error
+            continue
+        forget_folder(model, file)
+        if request.num_classes is not None and request.num_classes != count:
+            _renew_classifier(model, request.num_classes)
+        return model
+    raise BackboneError(
+        f"{file.name} was asked to be loaded into {request.name}, but its tensors do not fit: {brief(failure)} Give "
+        "the file that belongs to this architecture, or the constructor arguments it was made with (such as img_size, "
+        "patch_size, embed_dim, global_pool)."
+    ) from failure
+
+
+def _build_from_npz(request: Request, file: Path) -> nn.Module:
+    """Build a model and have timm convert the original JAX weights of its family.
+
+    Args:
+        request: The model.
+        file: The ``.npz`` file.
+
+    Returns:
+        The model.
+
+    Raises:
+        BackboneError: If the file does not fit, or timm has no conversion for the family.
+    """
+    entries = {**request.overlay, "file": str(file), "custom_load": True}
+    try:
+        model = replace(request, overlay=entries).build(pretrained=True)
+    except (RuntimeError, KeyError, ValueError, AttributeError, AssertionError) as error:
+        raise BackboneError(
+            f"{file.name} was asked to be loaded into {request.name}, but timm could not convert it: {brief(error)} An "
+            ".npz file must be the original release of this architecture; other weights go into a .safetensors file."
+        ) from error
+    forget_folder(model, file)
+    return model
+
+
+def forget_folder(model: nn.Module, file: Path) -> None:
+    """Keep only the name of the weight file in timm's description, not its folder on this machine.
+
+    Args:
+        model: The loaded model.
+        file: The weight file.
+    """
+    described = getattr(model, "pretrained_cfg", None)
+    if isinstance(described, dict):
+        described["file"] = file.name
+
+
+def _renew_classifier(model: nn.Module, num_classes: int) -> None:
+    """Put a fresh classifier on a model, with the start timm gives to one in its transformers.
+
+    Args:
+        model: A timm model; changed in place.
+        num_classes: Outputs; 0 for none.
+    """
+    model.reset_classifier(num_classes)  # type: ignore[operator]
+    if isinstance(getattr(model, "_model_args", None), dict):
+        model._model_args = {**model._model_args, "num_classes": num_classes}  # type: ignore[dict-item,assignment]
+    classifier = model.get_classifier()  # type: ignore[operator]
+    for part in classifier if isinstance(classifier, tuple) else (classifier,):
+        if isinstance(part, nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=0.02)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+def _classes_in(file: Path, classifier: str | tuple[str, ...] | None) -> int | None:
+    """Read from a file how many classes its classifier has.
+
+    Args:
+        file: A ``.safetensors`` or PyTorch file.
+        classifier: timm's name, or names, for the classifier of this architecture.
+
+    Returns:
+        The count; None when no classifier is found.
+
+    Raises:
+        FileError: If the file cannot be read, or holds more than tensors.
+    """
+    own = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
+    keys = [f"{part}.weight" for part in dict.fromkeys((*own, "head", "head.fc"))]
+    shapes = _shapes_in(file)
+    for key in keys:
+        # The classifier's weight has two axes (or is a 1 x 1 convolution); a norm called `head.norm` has one.
+        if len(shapes.get(key, ())) >= 2:
+            return shapes[key][0]
+    return None
+
+
+def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
+    """Read the names and shapes of the tensors of a file.
+
+    Args:
+        file: A ``.safetensors`` or PyTorch file.
+
+    Returns:
+        Shape by name, under the names timm will see.
+
+    Raises:
+        FileError: If the file cannot be read, or holds more than tensors.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(file, framework="pt") as opened:
+                return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+        tensors = timm.models.load_state_dict(str(file), weights_only=True)
+    except Exception as error:  # safetensors, pickle and zip readers share no base class
+        raise FileError(
+            f"The weights in {file.name} cannot be read: {brief(error)} The file must be a whole .safetensors, a "
+            "PyTorch file that holds tensors only, or .npz."
+        ) from error
+    shapes = {key: tuple(value.shape) for key, value in tensors.items() if isinstance(value, torch.Tensor)}
+    if not shapes:
+        raise FileError(f"{file.name} holds no tensors under the names timm looks at (state_dict, model, or none).")
+    return shapes

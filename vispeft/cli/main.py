@@ -1,0 +1,103 @@
+"""``vispeft``: the command line. ``vispeft NAME ...`` and ``tools/NAME.py ...`` are the same function.
+
+Nothing of weight is imported before a command runs, so that asking what there is takes no time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+__all__ = ["COMMANDS", "command", "main", "run_command"]
+
+COMMANDS = {
+    "doctor": "check data before training, on one page",
+    "evaluate": "measure a finished run again, from its files",
+    "export": "write a finished run as ONNX or as a torch.export program",
+    "import-official": "turn an authors' published checkpoint into an adapter directory",
+    "inspect": "show what a method would put where, before anything is changed",
+    "merge": "write a finished run as a plain timm model",
+    "predict": "predict images with a finished run",
+    "quickstart": "train, merge and reload an adapter on real images",
+    "select-features": "keep the features of a VQT adapter that matter",
+    "train": "train an adapter from a config (--list names the packaged ones)",
+}
+"""What the commands do, by name. Each is the `main` of a module of this package, a hyphen being an underscore there."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the console command ``vispeft``.
+
+    Args:
+        argv: Arguments without the program's name; by default those of the process.
+
+    Returns:
+        The exit status: 0, or 2 after an expected error.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if given[0] == "--version":
+        print(f"vispeft {_version()}")
+        return 0
+    return run_command(given[0], given[1:])
+
+
+def run_command(name: str, argv: Sequence[str] | None = None) -> int:
+    """Run one command, an expected error as one message.
+
+    Args:
+        name: Its name, one of `COMMANDS`.
+        argv: Its arguments; by default those of the process.
+
+    Returns:
+        The exit status: 0, or 2 after an expected error.
+    """
+    from vispeft.cli.common import run_tool
+
+    return run_tool(lambda arguments: command(name)(arguments), argv)
+
+
+def command(name: str) -> Callable[[Sequence[str]], None]:
+    """Find the function of a command.
+
+    Args:
+        name: Its name, one of `COMMANDS`.
+
+    Raises:
+        UnknownNameError: If there is no such command.
+    """
+    if name not in COMMANDS:
+        from vispeft.errors import UnknownNameError
+
+        raise UnknownNameError("command", name, COMMANDS, "`vispeft --help` lists them.")
+    module = importlib.import_module(f"vispeft.cli.{name.replace('-', '_')}")
+    function: Callable[[Sequence[str]], None] = module.main
+    return function
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: vispeft COMMAND [ARGUMENTS]",
+            "",
+            "Adapts a frozen timm vision transformer by training a small share of its parameters.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`vispeft COMMAND --help` explains one, with examples; `vispeft --version` names the version.",
+        ]
+    )
+
+
+def _version() -> str:
+    try:
+        return version("vispeft")
+    except PackageNotFoundError:
+        return "(not installed)"

@@ -1,0 +1,168 @@
+"""Fields that many methods share, and checks of fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+
+from vispeft.errors import ConfigError, SiteError
+
+__all__ = [
+    "Bits",
+    "DropPath",
+    "FewBits",
+    "check_choices",
+    "check_factor",
+    "check_roles_in",
+    "check_share",
+    "check_whole",
+]
+
+Bits = Literal[1, 2, 4, 8, 32]
+"""Bits per weight of a matrix; 32 means no quantisation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropPath:
+    """Stochastic depth in the backbone while the adapter trains. A method names it as a base in front of `Method`."""
+
+    drop_path: float = 0.0
+    """Rate of stochastic depth in the last block while training; it rises linearly from 0 in the first block."""
+
+    def stochastic_depth(self) -> float:
+        """Rate of the last block."""
+        return self.drop_path
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewBits:
+    """Matrices and a classifier of few bits per weight. A method names it as a base in front of `Method`."""
+
+    bits: Bits = 32
+    """Bits per weight of the unit's matrices; 32 for no quantisation."""
+    head_bits: Bits = 32
+    """Bits per weight of a classifier without a bias; 32 for a plain one."""
+
+    def low_bit_head(self) -> int:
+        """Bits per weight of the classifier."""
+        return self.head_bits
+
+
+def check_choices(config: Any) -> None:
+    """Check every field whose annotation is a ``Literal``, or a union that contains one.
+
+    Args:
+        config: An instance of a dataclass.
+
+    Raises:
+        ConfigError: If a value is not among the choices; the message lists them and names the nearest.
+    """
+    for field, (choices, others) in _choices(cast(type, type(config))).items():
+        value = getattr(config, field)
+        # True == 1, so types are compared too.
+        if any(value == choice and type(value) is type(choice) for choice in choices) or isinstance(value, others):
+            continue
+        names = [choice for choice in choices if isinstance(choice, str)]
+        near = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{type(config).__name__}({field}={value!r}): choose {_listed(choices)}.{hint}")
+
+
+@cache
+def _choices(cls: type) -> dict[str, tuple[tuple[Any, ...], tuple[type, ...]]]:
+    """Choices of each ``Literal`` field of a dataclass, and the other types of its union."""
+    found = {}
+    for field in dataclasses.fields(cls):
+        # Subclasses share the Field object of the class that wrote the annotation, in whose module its names resolve.
+        owner = [base for base in cls.__mro__ if base.__dict__.get("__dataclass_fields__", {}).get(field.name) is field]
+        annotated = SimpleNamespace(__annotations__={field.name: field.type})
+        try:
+            hint = get_type_hints(annotated, globalns=vars(sys.modules[owner[-1].__module__]))[field.name]
+        except NameError:
+            continue  # it names a type that only type checkers import
+        parts = (hint,) if get_origin(hint) is Literal else get_args(hint)
+        choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
+        if choices:
+            found[field.name] = tuple(choices), tuple(part for part in parts if isinstance(part, type))
+    return found
+
+
+def _listed(choices: Sequence[Any]) -> str:
+    *first, last = (repr(choice) for choice in choices)
+    return f"{', '.join(first)}{',' if len(first) > 1 else ''}{' or ' if first else ''}{last}"
+
+
+def check_whole(config: Any, *fields: str) -> None:
+    """Check that fields are whole numbers of at least 1, or None.
+
+    Args:
+        config: The method.
+        *fields: Names of the fields.
+
+    Raises:
+        ConfigError: If one is not.
+    """
+    for field in fields:
+        value = getattr(config, field)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ConfigError(f"{type(config).__name__}({field}={value!r}): a whole number of at least 1 is needed.")
+
+
+def check_share(config: Any, *fields: str) -> None:
+    """Check that fields are shares that leave something: from 0 up to, not including, 1.
+
+    Args:
+        config: The method.
+        *fields: Names of the fields.
+
+    Raises:
+        ConfigError: If one is not.
+    """
+    for field in fields:
+        value = getattr(config, field)
+        if not (isinstance(value, int | float) and 0 <= value < 1):
+            raise ConfigError(
+                f"{type(config).__name__}({field}={value!r}): a share from 0 up to, not including, 1 is needed."
+            )
+
+
+def check_factor(config: Any, *fields: str) -> None:
+    """Check that fields are finite numbers other than zero, or None.
+
+    Args:
+        config: The method.
+        *fields: Names of the fields.
+
+    Raises:
+        ConfigError: If one is not.
+    """
+    for field in fields:
+        value = getattr(config, field)
+        if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value != 0):
+            raise ConfigError(f"{type(config).__name__}({field}={value!r}): a number other than zero is needed.")
+
+
+def check_roles_in(config: Any, allowed: Sequence[str], hint: str = "") -> None:
+    """Check that the roles of a method are among those it can act on.
+
+    Args:
+        config: The method.
+        allowed: Roles it can act on.
+        hint: One more sentence for the message.
+
+    Raises:
+        SiteError: If a role is not.
+    """
+    for role in config.roles or ():
+        if role not in allowed:
+            raise SiteError(
+                f"{type(config).__name__} acts at {' and '.join(allowed)}; {role!r} was asked for."
+                f"{' ' + hint if hint else ''}"
+            )

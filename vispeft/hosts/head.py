@@ -1,0 +1,18 @@
+"""The host of the base's classifier: the classifier of the route answers in its place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vispeft.hosts.base import Host
+
+__all__ = ["HeadHost"]
+
+
+class HeadHost(Host):
+    """The classifier at timm's place: the last acting adapter's answers, and the base's own where none acts."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute (B, classes) from features (B, width)."""
+        head = self.routing.present().head
+        return super().forward(*args, **kwargs) if head is None else head(*args, **kwargs)

@@ -1,0 +1,310 @@
+"""The run of a model by its host, with tokens to insert, streams beside the tokens, and a network beside the model.
+
+Tokens and streams pass through the blocks as arguments and results; nothing is kept in modules, so checkpointing and
+several calls at once are safe. A network beside the model runs after the backbone, on the outputs of its blocks alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from timm.layers import LayerNorm
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from vispeft.core.units import SideUnit, Stream, TokensUnit, Unit
+from vispeft.errors import ConfigError
+from vispeft.hosts.block import BlockHost
+from vispeft.hosts.model import ModelHost
+from vispeft.hosts.reading import joined
+from vispeft.hosts.streams import Streams
+
+__all__ = ["ENTRY", "RunResult", "Rung", "RunningHost", "pooled_rows", "token_units"]
+
+ENTRY = -1
+"""Key of the first block's input among the outputs of the blocks."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """The size of a network beside one block of a backbone."""
+
+    block: int
+    """Index of the block."""
+    stage: int
+    """Its stage."""
+    wide: int
+    """Width of the backbone there."""
+    width: int
+    """Width of the network."""
+    heads: int
+    """Its attention heads."""
+    hidden: int
+    """Width inside its MLP."""
+
+
+@dataclass
+class RunResult:
+    """The result of a run, of one sequence of tokens or of a pyramid of maps."""
+
+    streams: Streams
+    """Tokens and streams behind the last block that was run; inserted tokens are among the tokens of a sequence."""
+    taps: dict[int, Tensor] = field(default_factory=dict)
+    """Tokens behind chosen blocks, without inserted ones; under `ENTRY` those that entered the first block."""
+    stages: list[Streams] = field(default_factory=list)
+    """The bundle behind each stage, in front of patch merging."""
+    entries: list[Streams] = field(default_factory=list)
+    """The bundle that enters the blocks of each stage, behind patch merging."""
+    kept: dict[str, list[Tensor]] = field(default_factory=dict)
+    """Rows of streams behind the blocks that each stream keeps."""
+    inserted: tuple[int, ...] = ()
+    """Number of tokens that each unit inserted into the sequence."""
+    pool: str = "patches"
+    """The rows that average pooling sees: ``all``, ``patches`` or ``prompts``."""
+    complete: bool = True
+    """Whether all blocks were run."""
+    final: bool = False
+    """Whether the tokens are features already: a network beside the model made them, and no norm follows."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """The tokens behind the last block that was run."""
+        return self.streams.tokens
+
+
+class RunningHost(ModelHost):
+    """An adapted model that can run itself; a family says how."""
+
+    takes_side: ClassVar[bool] = False
+    """Whether there is a form of a network beside the model for the family; `side_block` makes its blocks then."""
+    num_prefix_tokens: int
+    norm: Any
+
+    def checkpoints(self) -> bool:
+        """Tell whether blocks are computed again in the backward pass."""
+        raise NotImplementedError
+
+    def backbone(
+        self, images: Tensor, units: Sequence[Unit], taken: frozenset[int], depth: int, **arguments: Any
+    ) -> RunResult:
+        """Run the backbone.
+
+        Args:
+            images: (B, C, H, W).
+            units: The tokens, streams and queries that act.
+            taken: Blocks whose outputs are wanted.
+            depth: Number of blocks to run.
+            **arguments: Further arguments of every block.
+        """
+        raise NotImplementedError
+
+    def block_ends(self) -> list[int]:
+        """Count the blocks up to the end of each stage."""
+        raise NotImplementedError
+
+    def features(self, result: RunResult) -> Tensor:
+        """Compute the output of `forward_features` from a run.
+
+        Args:
+            result: The run of all blocks.
+        """
+        raise NotImplementedError
+
+    def run(
+        self,
+        images: Tensor,
+        units: Sequence[Unit] = (),
+        *,
+        taken: frozenset[int] = frozenset(),
+        depth: int | None = None,
+        **arguments: Any,
+    ) -> RunResult:
+        """Run the adapted model and hand out all that leaves it.
+
+        Args:
+            images: (B, C, H, W).
+            units: Units that act besides those of the route, made for this batch and not attached: tokens whose number
+                may differ by block, streams, queries.
+            taken: Blocks whose outputs are wanted.
+            depth: Number of blocks to run, on a pyramid up to the end of a stage; None for all.
+            **arguments: Further arguments of every block.
+
+        Returns:
+            The result; give it to `features` for the output of `forward_features`.
+
+        Raises:
+            BackboneError: If the images do not fit the model.
+        """
+        self.check_size(images)
+        acting = self.acting
+        depth = self.block_ends()[-1] if depth is None else depth
+        every = [*acting.tokens, *acting.stream, *acting.queries, *acting.branch, *units]
+        if not acting.side:
+            return self.backbone(images, every, taken, depth, **arguments)
+        return self._beside(acting.side[0], images, every, taken, depth)
+
+    def _beside(
+        self, side: SideUnit, images: Tensor, units: Sequence[Unit], taken: frozenset[int], depth: int
+    ) -> RunResult:
+        """Run the backbone, without gradients unless the network asks for them, and then the network."""
+        ends = [end for end in self.block_ends() if end <= depth]
+        hidden = self.read_hidden(side, images, frozenset(end - 1 for end in ends), depth, units)
+        states = side.climb(hidden, depth, self.checkpoints())
+        dtype = hidden[ENTRY].dtype
+
+        def state(block: int) -> Tensor:
+            stage = next(i for i, end in enumerate(self.block_ends()) if block < end)
+            if len(self.block_ends()) == 1 or block == side.depth - 1:
+                return side.leave(states[block]).to(dtype)
+            found = side.level(stage, states[block])
+            return hidden[block] if found is None else found.to(dtype)
+
+        stages = [Streams(state(end - 1)) for end in ends]
+        taps = {ENTRY: hidden[ENTRY], **{block: state(block) for block in taken if 0 <= block < depth}}
+        complete = depth == self.block_ends()[-1]
+        last = stages[-1] if ends and ends[-1] == depth else Streams(state(depth - 1))
+        return RunResult(last, taps, stages, complete=complete, final=True)
+
+    def read_hidden(
+        self, side: SideUnit, images: Tensor, extra: frozenset[int], depth: int, units: Sequence[Unit] = ()
+    ) -> dict[int, Tensor]:
+        """Run the backbone for a network, without gradients unless the network asks for them.
+
+        Args:
+            side: The network.
+            images: (B, C, H, W).
+            extra: Blocks whose outputs are wanted besides those it reads.
+            depth: Number of blocks to run.
+            units: The tokens and streams that act.
+
+        Returns:
+            The output of each of these blocks without inserted tokens, and under `ENTRY` the input of the first one.
+        """
+        self.check_size(images)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not side.detach_hidden):
+            return self.backbone(images, units, side.reads | extra, depth).taps
+
+    def side(self) -> SideUnit | None:
+        """Look up the acting network beside the backbone, if any."""
+        return next(iter(self.acting.side), None)
+
+    def features_beside(self, side: SideUnit, hidden: Mapping[int, Tensor]) -> Tensor:
+        """Compute the output of `forward_features` from the outputs of the backbone's blocks.
+
+        Args:
+            side: The network.
+            hidden: The result of `read_hidden`.
+        """
+        states = side.climb(hidden, side.depth, self.checkpoints())
+        return side.leave(states[-1]).to(hidden[ENTRY].dtype)
+
+    def runs_itself(self) -> bool:
+        """Tell whether timm's own forward cannot run the route that is chosen.
+
+        Blocks that are computed again in the backward pass have to be told the route then.
+        """
+        acting = self.acting
+        units = acting.tokens or acting.stream or acting.queries or acting.side or acting.carries
+        return bool(units) or (self.checkpoints() and torch.is_grad_enabled())
+
+    def streams_of(self, units: Sequence[Unit]) -> list[Stream]:
+        """List the streams of some units.
+
+        Args:
+            units: The units.
+        """
+        return [stream for unit in units for stream in unit.streams()]
+
+    def pass_block(
+        self, block: Any, index: int, result: RunResult, streams: Sequence[Stream], **arguments: Any
+    ) -> None:
+        """Run one block on the bundle of a result, in place, and keep the rows that streams keep.
+
+        Args:
+            block: The block.
+            index: Its index.
+            result: The run so far.
+            streams: All streams.
+            **arguments: Further arguments of the block.
+        """
+        bundle, beside = result.streams, {}
+        for stream in streams:
+            rows = stream.enter(index, bundle.beside.get(stream.name), bundle.tokens)
+            if rows is not None:
+                beside[stream.name] = rows.to(bundle.tokens.dtype)
+        rules = {stream.name: stream.rule(index) for stream in streams}
+        carries = isinstance(block, BlockHost) and block.acting.carries
+        if beside and not isinstance(block, BlockHost):
+            raise ConfigError(
+                f"Streams beside the tokens ({', '.join(beside)}) were given to a run, and the blocks of this model "
+                "carry none. Attach a method that makes streams."
+            )
+        if beside or carries:
+            arguments["beside"] = Streams(bundle.tokens, beside, rules)
+        if self.checkpoints():
+            out = self.recomputed(block, bundle.tokens, **arguments)
+        else:
+            out = block(bundle.tokens, **arguments)
+        result.streams = out if isinstance(out, Streams) else Streams(out)
+        for stream in streams:
+            if stream.keeps(index) and stream.name in result.streams.beside:
+                result.kept.setdefault(stream.name, []).append(result.streams.beside[stream.name])
+
+    def entered(self, tokens: Tensor) -> Tensor:
+        """Change the input of the first block as acting queries ask for, (B, N, D) or (B, H, W, D)."""
+        for unit in self.acting.queries:
+            tokens = unit.enter(tokens)
+        return tokens
+
+    def with_kept(self, tokens: Tensor, result: RunResult) -> Tensor:
+        """Put the rows that the classifier reads among the tokens, behind the prefix, (B, N + rows, D).
+
+        Rows of a run that was cut off reach no classifier.
+        """
+        for stream in self.answering() if result.complete else ():
+            tokens = tokens.flatten(1, 2) if tokens.ndim == 4 else tokens
+            tokens = joined(tokens, result.kept[stream.name], self.num_prefix_tokens)
+        return tokens
+
+    def answering(self) -> list[Stream]:
+        """List the acting streams of which the classifier reads rows."""
+        acting = self.acting
+        return [stream for stream in self.streams_of([*acting.stream, *acting.queries]) if stream.shapes]
+
+    @staticmethod
+    def side_block(block: Any, rung: Rung) -> nn.Module:
+        """Make a block of the family at another size.
+
+        Args:
+            block: The backbone's block beside which it will stand.
+            rung: Its size.
+
+        Returns:
+            The block: norm first, biases everywhere, GELU, no layer scale, nothing dropped.
+        """
+        # Half a channel more, since timm rounds the width inside the MLP down.
+        ratio = (rung.hidden + 0.5) / rung.width
+        norm: Any = partial(LayerNorm, eps=1e-6)
+        return Block(rung.width, rung.heads, ratio, qkv_bias=True, norm_layer=norm)
+
+
+def pooled_rows(units: Sequence[TokensUnit]) -> str:
+    """Choose the rows that average pooling sees, as the last unit wants it.
+
+    Args:
+        units: The units that insert tokens.
+    """
+    return units[-1].pool if units else "patches"
+
+
+def token_units(units: Sequence[Unit]) -> list[TokensUnit]:
+    """List the units that insert tokens.
+
+    Args:
+        units: All units of a run.
+    """
+    return [unit for unit in units if isinstance(unit, TokensUnit)]

@@ -1,0 +1,9 @@
+"""Hugging Face peft: LoRA adapters in both directions, and any local tuner of peft as a method of this project.
+
+peft is optional and imported where it is used.
+"""
+
+from vispeft.interop.peft.files import from_peft, to_peft
+from vispeft.interop.peft.tuners import LOCAL, REFUSED, PeftMethod, PeftUnit
+
+__all__ = ["LOCAL", "REFUSED", "PeftMethod", "PeftUnit", "from_peft", "to_peft"]

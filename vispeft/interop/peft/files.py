@@ -1,0 +1,239 @@
+"""LoRA adapters of Hugging Face peft as files, in both directions.
+
+peft writes a configuration and tensors under the names of its wrapped model. Reading needs no peft.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vispeft.adapters.attach import attach
+from vispeft.adapters.bank import AdapterBank
+from vispeft.core.families import describe, unwrap
+from vispeft.core.plan import Plan
+from vispeft.core.sites import Site, View
+from vispeft.errors import ConfigError, FileError, VispeftError
+from vispeft.interop.peft.tuners import changes_weight, import_peft
+from vispeft.methods.lora import LoRA
+
+__all__ = ["from_peft", "to_peft"]
+
+_PREFIX = "base_model.model."
+"""Beginning of the names of tensors in peft's files."""
+_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def from_peft(model: nn.Module, path: str | Path) -> AdapterBank:
+    """Attach a LoRA adapter that peft saved for a timm model.
+
+    Layers may have ranks and multipliers of their own: smaller ones are filled up with zeros, and multipliers are
+    written into the second factor, so that outputs stay equal.
+
+    Args:
+        model: The timm model.
+        path: Directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Returns:
+        The model's bank; the adapter is one of `LoRA`, and a saved classifier is its head.
+
+    Raises:
+        FileError: If a file is missing or does not fit; the model is unchanged then.
+        ConfigError: If it is no LoRA that a plain timm model can have.
+    """
+    fields, tensors = _read(Path(path))
+    view = describe(model)
+    _check_plain_lora(fields)
+    head = {n: t for n, t in tensors.items() if view.head_path and n.startswith(f"{view.head_path}.")}
+    layers = _layers({name: tensor for name, tensor in tensors.items() if name not in head})
+    sites = {site.path: site for site in view.sites if site.kind == "linear" and site.rows is None}
+    strange = [name for name in layers if name not in sites or sites[name].role == "head"]
+    if strange or not layers:
+        raise FileError(
+            f"The adapter has LoRA at {', '.join(strange[:3]) or 'no layer'}, which is no linear layer of this "
+            f"{view.family} model; those are called like {', '.join(list(sites)[:3])}."
+        )
+    method = _lora(fields, layers, view, sites)
+    own = _own_tensors(fields, layers, method)
+    own |= {f"head/{name.removeprefix(f'{view.head_path}.')}": tensor for name, tensor in head.items()}
+    bank = attach(model, method, name=_free(model), verify=False)
+    label = bank.active[-1]
+    try:
+        bank.load_state_dict(own, label)
+    except VispeftError:
+        bank.detach(label)
+        raise
+    return bank
+
+
+def _lora(
+    fields: Mapping[str, Any], layers: Mapping[str, Mapping[str, Tensor]], view: View, sites: Mapping[str, Site]
+) -> LoRA:
+    """Find the method of this project that has terms at just these layers.
+
+    Args:
+        fields: Fields of peft's configuration.
+        layers: Tensors by layer.
+        view: The model's description.
+        sites: Its linear layers, by path.
+
+    Returns:
+        The method, with the largest of the layers' ranks.
+
+    Raises:
+        ConfigError: If the choice of layers differs from block to block.
+    """
+    roles = tuple(dict.fromkeys(sites[name].role for name in layers))
+    blocks = {sites[name].block for name in layers}
+    inside = None if None in blocks or len(blocks) == view.depth else tuple(sorted(cast("set[int]", blocks)))
+    rank = max(entry["lora_A"].shape[0] for entry in layers.values())
+    dora = bool(fields.get("use_dora"))
+    method = LoRA(
+        rank=rank, alpha=rank, dropout=0.0 if dora else fields["lora_dropout"], dora=dora, roles=roles, blocks=inside
+    )
+    planned = {site.path for site in method.sites(view)}
+    if planned != set(layers):
+        raise ConfigError(
+            f"The adapter has LoRA at {len(layers)} layers, and the roles {', '.join(roles)} in these blocks are at "
+            f"{len(planned)}, for example {min(planned ^ set(layers))}. Adapters with another choice in each block "
+            "cannot be converted; train them by PeftMethod."
+        )
+    return method
+
+
+def _own_tensors(
+    fields: Mapping[str, Any], layers: Mapping[str, Mapping[str, Tensor]], method: LoRA
+) -> dict[str, Tensor]:
+    """Name the tensors as this project does; ranks are filled up with zeros, multipliers go into the second factor."""
+    own: dict[str, Tensor] = {}
+    for name, entry in layers.items():
+        a, b = entry["lora_A"], entry["lora_B"] * _scale(fields, name, entry["lora_A"].shape[0])
+        own[f"{name}/lora.A"] = nn.functional.pad(a, (0, 0, 0, method.rank - len(a)))
+        own[f"{name}/lora.B"] = nn.functional.pad(b, (0, method.rank - len(a)))
+        if method.dora:
+            own[f"{name}/lora.magnitude"] = entry["lora_magnitude_vector"]
+    return own
+
+
+def to_peft(bank: AdapterBank, path: str | Path, name: str | None = None) -> None:
+    """Write a LoRA adapter as peft does, for ``PeftModel.from_pretrained`` on the same timm model.
+
+    Terms at slices of a fused layer become one term of the whole layer, of the sum of their ranks.
+
+    Args:
+        bank: The bank.
+        path: The directory; it must not exist or be empty.
+        name: The adapter; may be left out where there is only one active.
+
+    Raises:
+        ConfigError: If the adapter is none that peft's LoRA can hold, or the directory is not empty.
+    """
+    plan, place = bank.plan(name), Path(path)
+    method = plan.method
+    if not isinstance(method, LoRA) or method.bits < 32 or method.head_bits < 32:
+        raise ConfigError(f"to_peft writes LoRA adapters of full precision; this one is {method}.")
+    if place.exists() and any(place.iterdir()):
+        raise ConfigError(f"{place} is not empty, and nothing is overwritten. Choose another directory.")
+    if method.dora and any(item.site.rows is not None for item in plan):
+        raise ConfigError("peft's DoRA changes all rows of a layer, and this adapter has slices of a fused layer.")
+    written, ranks = _terms(plan, bank.stored_tensors(name))
+    head = {key.removeprefix("head/"): t for key, t in bank.state_dict(name).items() if key.startswith("head/")}
+    place_of_head = bank.view.head_path
+    written |= {f"{_PREFIX}{place_of_head}.{key}": tensor for key, tensor in head.items()}
+    scale = method.scale
+    config = import_peft().LoraConfig(
+        r=max(ranks.values()),
+        lora_alpha=scale * max(ranks.values()),
+        lora_dropout=method.dropout if method.dropout_place == "input" else 0.0,
+        use_dora=method.dora,
+        target_modules="|".join(re.escape(layer) for layer in ranks),
+        rank_pattern={re.escape(layer): rank for layer, rank in ranks.items()},
+        alpha_pattern={re.escape(layer): scale * rank for layer, rank in ranks.items()},
+        modules_to_save=[place_of_head] if head else None,
+        inference_mode=True,
+    )
+    place.mkdir(parents=True, exist_ok=True)
+    save_file({key: t.detach().cpu().contiguous().clone() for key, t in written.items()}, place / _TENSORS)
+    config.save_pretrained(place)
+
+
+def _terms(plan: Plan, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Put the terms of each layer side by side, under peft's names; gives them and their ranks."""
+    written: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    whole = {site.path: site.out_features for item in plan for site in [item.site] if site.rows is None}
+    for item in plan:
+        site = item.site
+        a, b = tensors[f"{item.key}.A"], tensors[f"{item.key}.B"]
+        if site.rows is not None:
+            rows = whole.setdefault(site.path, 3 * site.out_features)
+            b = nn.functional.pad(b, (0, 0, site.rows.start, rows - site.rows.stop))
+        base = f"{_PREFIX}{site.path}"
+        for key, tensor, axis in ((f"{base}.lora_A.weight", a, 0), (f"{base}.lora_B.weight", b, 1)):
+            written[key] = torch.cat([written[key], tensor], axis) if key in written else tensor
+        ranks[site.path] = ranks.get(site.path, 0) + len(a)
+        if f"{item.key}.magnitude" in tensors:
+            written[f"{base}.lora_magnitude_vector"] = tensors[f"{item.key}.magnitude"]
+    return written, ranks
+
+
+def _read(place: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a directory of peft: the configuration, and tensors by the names of the plain model."""
+    for name in (_CONFIG, _TENSORS):
+        if not (place / name).is_file():
+            raise FileError(f"{place} holds no {name}; peft's save_pretrained writes {_CONFIG} and {_TENSORS}.")
+    try:
+        fields = json.loads((place / _CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(place / _TENSORS)
+    except Exception as error:
+        raise FileError(f"{place} cannot be read as an adapter of peft ({error}).") from error
+    return fields, {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def _check_plain_lora(fields: Mapping[str, Any]) -> None:
+    """Refuse what is no LoRA beside an unchanged weight."""
+    if fields.get("peft_type") != "LORA":
+        raise ConfigError(f"from_peft reads LoRA; this adapter is {fields.get('peft_type')}. Train it by PeftMethod.")
+    if changes_weight(fields):
+        raise ConfigError(
+            f"init_lora_weights={fields['init_lora_weights']!r} changed the frozen weight, so the file alone does not "
+            "say what was trained. Save it in peft with path_initial_model_for_weight_conversion, which makes it plain."
+        )
+    for name, plain in (("bias", "none"), ("fan_in_fan_out", False), ("lora_bias", False), ("use_qalora", False)):
+        if fields.get(name, plain) != plain:
+            raise ConfigError(f"from_peft reads plain LoRA; this adapter has {name}={fields[name]!r}.")
+
+
+def _layers(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Sort peft's tensors by layer."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        found = re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", name)
+        if found is None or (tensor.ndim > 2):
+            raise FileError(f"{name} ({tuple(tensor.shape)}) is no part of a LoRA at a linear layer.")
+        layers.setdefault(found[1], {})[found[2]] = tensor
+    for name, entry in layers.items():
+        if not {"lora_A", "lora_B"} <= set(entry):
+            raise FileError(f"{name} has {', '.join(entry)} alone; lora_A and lora_B are needed.")
+    return layers
+
+
+def _scale(fields: Mapping[str, Any], path: str, rank: int) -> float:
+    """Compute the multiplier of a layer as peft does."""
+    patterns = fields.get("alpha_pattern") or {}
+    own = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), None)
+    alpha = fields["lora_alpha"] if own is None else own
+    return alpha / (rank**0.5 if fields.get("use_rslora") else rank)
+
+
+def _free(model: nn.Module) -> str:
+    bank = AdapterBank.of(unwrap(model))
+    taken = [] if bank is None else bank.names
+    return next(name for name in ("default", *(f"peft{i}" for i in range(len(taken) + 1))) if name not in taken)

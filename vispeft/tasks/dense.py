@@ -1,0 +1,287 @@
+"""Dense tasks: predictions for every pixel, by decoders on the maps of an adapted backbone."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vispeft.core.method import Method
+from vispeft.data.base import ImageData
+from vispeft.errors import ConfigError, DataError, VerificationError
+from vispeft.heads.pyramid import BEHIND_MAPS, DensePyramid, MapReader
+from vispeft.storage.files import DECODER, check_tensors, read_decoder
+from vispeft.tasks.base import AdapterTask
+from vispeft.tasks.inference import Inference
+from vispeft.tasks.supervised import check_target
+
+__all__ = ["DenseTask"]
+
+EXAMPLES = 4
+"""Images of a split that are kept for pictures."""
+
+
+class DenseTask(AdapterTask, ABC):
+    """Base of the tasks that predict something for every pixel.
+
+    The adapter acts inside the frozen backbone; a map reader and decoders train beside it and are stored with it. A
+    subclass makes its decoders after this class has made the map reader, names them in `parts`, returns the whole
+    `network`, and then calls `check_maps`.
+    """
+
+    target: ClassVar[str]
+    """Kind of the data's targets."""
+    classifies: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        method: Method,
+        decoder: str = "segformer",
+        decoder_args: dict[str, Any] | None = None,
+        taps: list[int] | None = None,
+        levels: Literal["taps", "vitdet"] = "taps",
+        decoder_lr: float | None = None,
+        inference: Inference | None = None,
+        backbone_args: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        """Create the backbone, attach the adapter, and make the map reader.
+
+        Args:
+            method: The adapter.
+            decoder: Name of the decoder; see `vispeft.heads.list_decoders`.
+            decoder_args: Its options.
+            taps: Blocks of a ViT or stages of a Swin whose maps are read; None takes four blocks, or all stages.
+            levels: Hand the maps on as they are, or make a pyramid out of the last map of a plain ViT.
+            decoder_lr: Highest learning rate of map reader and decoders; None takes `lr`.
+            inference: How predictions are computed outside of training; None takes whole images as they are.
+            backbone_args: Further arguments of ``timm.create_model``; the backbone takes images of any size unless
+                they say otherwise.
+            settings: Those of `AdapterTask`.
+
+        Raises:
+            ConfigError: If a setting is out of range, or the method changes no map.
+            BackboneError: If the backbone is not supported.
+            SiteError: If the method finds no site.
+            VerificationError: If a trainable tensor receives no gradient.
+        """
+        if not method.reaches_maps:
+            raise ConfigError(
+                f"{method.name} changes the backbone's last feature and no map inside it, which is all that a decoder "
+                "reads. Choose another method, such as lora, ssf or adaptformer."
+            )
+        if decoder_lr is not None and not (decoder_lr > 0 and math.isfinite(decoder_lr)):
+            raise ConfigError(f"{type(self).__name__}(decoder_lr={decoder_lr}): a finite number above 0 is needed.")
+        super().__init__(method=method, backbone_args={"flexible_size": True, **(backbone_args or {})}, **settings)
+        self.decoder_name, self.decoder_args, self.decoder_lr = decoder, dict(decoder_args or {}), decoder_lr
+        self.inference = inference or Inference()
+        self.reader = MapReader(self.model, taps, levels)
+        self.examples: list[dict[str, Tensor]] = []
+
+    # ------------------------------------------------------------------ for subclasses
+
+    @abstractmethod
+    def parts(self) -> dict[str, nn.Module]:
+        """Modules that train beside the adapter, by the name they have in files: the map reader and the decoders."""
+
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """Backbone, map reader and decoders as one module, which shares their tensors: images in, predictions out."""
+
+    @abstractmethod
+    def draw_examples(self, path: Path) -> None:
+        """Draw the kept images of the split that was measured last, with targets and predictions.
+
+        Args:
+            path: The PNG file.
+        """
+
+    # ------------------------------------------------------------------ checks
+
+    def check_maps(self) -> None:
+        """Check that the decoders can read the maps, and that the adapter trains through them.
+
+        Raises:
+            ConfigError: If a decoder cannot read these maps.
+            VerificationError: If a trainable tensor receives no gradient through the maps.
+        """
+        self._try_maps()
+        self.verify()
+
+    def verify(self) -> None:
+        """Check that every trainable tensor of the adapter receives a gradient through the maps that are read."""
+        try:
+            self.bank.verify(DensePyramid(self.model, self.reader.taps), BEHIND_MAPS)
+        except VerificationError as error:
+            found = str(error).partition(". The model does not use")[0]
+            raise VerificationError(
+                f"Through the maps at taps {self.reader.taps}, {found[0].lower()}{found[1:]}. Layers behind the "
+                "last tap cannot train: add the last block or stage to taps, or limit the method by blocks."
+            ) from error
+
+    def _try_maps(self) -> None:
+        """Run one small image through, so that a decoder that cannot read these maps is refused now."""
+        size = self.preprocessing.size if self._one_size() else (self.reader.divisor * 2,) * 2
+        image = torch.zeros(1, 3, *size, dtype=self.base_dtype)
+        modes = {module: module.training for module in self.modules()}
+        with torch.no_grad():
+            self.network().eval()(image)
+        for module, mode in modes.items():
+            module.training = mode
+
+    def _one_size(self) -> bool:
+        return bool(getattr(getattr(self.model, "patch_embed", None), "strict_img_size", False))
+
+    def check_data(self, data: Any) -> None:
+        """Check that data fit the task and the model, as far as they say.
+
+        Args:
+            data: A data module.
+
+        Raises:
+            DataError: If targets, class count, image sizes or batch size do not fit.
+        """
+        check_target(type(self), data)
+        super().check_data(data)
+        self._check_batches(data)
+        smallest = getattr(data, "smallest_size", None)
+        if self.inference.mode == "slide" and smallest is not None and min(smallest) < self.inference.window:
+            raise DataError(
+                f"The smallest image has {smallest[0]} x {smallest[1]} pixels, and the sliding window has "
+                f"{self.inference.window}. Make inference.window smaller, or take inference.mode=whole."
+            )
+
+    def _check_batches(self, data: Any) -> None:
+        """Find a last training batch that BatchNorm could not be trained on, which would end an epoch's work."""
+        if not isinstance(data, ImageData):
+            return
+        last = 0 if data.drop_last else len(data.split("train")) % data.batch_size  # type: ignore[arg-type]
+        fewest, least = last or data.batch_size, max(getattr(part, "least_batch", 1) for part in self.parts().values())
+        if fewest < least:
+            raise DataError(
+                f"A training batch of each epoch has {fewest} image, and the decoder {self.decoder_name!r} needs "
+                f"{least} for its BatchNorm. Set data.drop_last, or another data.batch_size."
+            )
+
+    # ------------------------------------------------------------------ training
+
+    def further_groups(self) -> list[dict[str, Any]]:
+        """Make groups for map reader and decoders: matrices decay, vectors do not."""
+        trained = [p for part in self.parts().values() for p in part.parameters()]
+        lr = self.decoder_lr or self.lr
+        return [
+            {
+                "params": [p for p in trained if (p.ndim > 1) == decays],
+                "lr": lr,
+                "weight_decay": self.weight_decay if decays else 0.0,
+                "name": f"decoder {'decay' if decays else 'no_decay'}",
+            }
+            for decays in (True, False)
+        ]
+
+    # ------------------------------------------------------------------ pictures
+
+    def keep_examples(self, batch: Mapping[str, Tensor]) -> None:
+        """Keep the first images of a split for pictures.
+
+        Args:
+            batch: Tensors of a batch by name, one row for each image; ``image`` is normalised.
+        """
+        for rows in zip(*batch.values(), strict=True):
+            if len(self.examples) < EXAMPLES:
+                example = {name: row.detach().cpu() for name, row in zip(batch, rows, strict=True)}
+                self.examples.append(example)
+
+    def draw_epoch(self, folder: Path, epoch: int) -> None:
+        """Draw some validation images with targets and predictions."""
+        self.draw_examples(folder / f"overlays_epoch_{epoch + 1:03d}.png")
+
+    def example_image(self, example: Mapping[str, Tensor], size: tuple[int, ...]) -> Tensor:
+        """Undo the normalisation of a kept image.
+
+        Args:
+            example: One of `examples`.
+            size: Height and width of the picture.
+
+        Returns:
+            uint8 (3, h, w).
+        """
+        preprocessing = getattr(self.shown_data(), "preprocessing", self.preprocessing)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+        image = (example["image"].float() * std + mean).clamp(0, 1)
+        if image.shape[-2:] != size:
+            image = F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
+        return (image * 255).round().to(torch.uint8)
+
+    def shown_data(self) -> Any:
+        """Data module of the trainer; None without one."""
+        return getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+
+    # ------------------------------------------------------------------ files
+
+    def deployed(self) -> nn.Module:
+        """Module that is exported: normalised images in, predictions per pixel out."""
+        return self.network()
+
+    def size_step(self) -> tuple[int, int]:
+        """Numbers that height and width of images are multiples of: cells of the coarsest map, in pixels."""
+        return self.reader.divisor, self.reader.divisor
+
+    def output(self) -> dict[str, Any]:
+        """Describe how outputs are read, for the adapter's file."""
+        levels = "taps" if self.reader.levels is None else "vitdet"
+        reader = {"taps": list(self.reader.taps), "levels": levels}
+        return {"target": self.target, "decoder": {"name": self.decoder_name, "args": self.decoder_args, **reader}}
+
+    def head_tensors(self) -> dict[str, Tensor]:
+        """Tensors of map reader and decoders by their names in files."""
+        return {f"{DECODER}{key}": tensor for key, tensor in self._parts_state().items()}
+
+    def _parts_state(self) -> dict[str, Tensor]:
+        parts = self.parts().items()
+        return {f"{name}.{key}": tensor for name, part in parts for key, tensor in part.state_dict().items()}
+
+    def take(self, units: Mapping[str, Tensor], head: Mapping[str, Tensor]) -> None:
+        """Copy the tensors of a saved adapter, and those of map reader and decoders where they are given."""
+        super().take(units, {})
+        if head:
+            self.load_decoder({key.removeprefix(DECODER): tensor for key, tensor in head.items()})
+
+    def load_decoder(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors into map reader and decoders.
+
+        Args:
+            tensors: A result of `files.read_decoder`.
+
+        Raises:
+            FileError: If one is missing, unknown, of another shape, or not finite; nothing is copied then.
+        """
+        own = self._parts_state()
+        check_tensors(own, tensors)
+        with torch.no_grad():
+            for key, tensor in tensors.items():
+                own[key].copy_(tensor)
+
+    def save_adapter(self, path: str | Path) -> None:
+        """Write the adapter, and map reader and decoders beside it.
+
+        Args:
+            path: Its directory.
+        """
+        self.bank.save(path, decoder=self._parts_state())
+
+    def load_adapter(self, path: str | Path) -> None:
+        """Replace adapter, map reader and decoders by saved ones.
+
+        Args:
+            path: Their directory.
+        """
+        super().load_adapter(path)
+        self.load_decoder(read_decoder(path))

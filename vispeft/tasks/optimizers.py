@@ -1,0 +1,126 @@
+"""The optimiser of a task, chosen by name from a closed list, so that a config cannot run code of its own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from vispeft.errors import ConfigError, UnknownNameError
+
+__all__ = ["OPTIMIZERS", "check_optimizer", "make_optimizer", "optimizer_node"]
+
+PREFIX = "torch.optim."
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    name: cls
+    for name, cls in vars(torch.optim).items()
+    if isinstance(cls, type) and issubclass(cls, Optimizer) and cls is not Optimizer
+}
+"""Optimisers by their name in ``torch.optim``."""
+_UNFIT = {
+    "LBFGS": "it needs the loss as a closure and has one group of parameters",
+    "Muon": "it takes matrices alone, and adapters have vectors too",
+    "SparseAdam": "it needs sparse gradients",
+}
+"""Optimisers that cannot train a task, and the reason."""
+_TAKEN = ("lr", "weight_decay")
+"""Arguments that are settings of the task, since learning rate and decay differ by group."""
+
+
+def optimizer_node(given: Any) -> dict[str, Any]:
+    """Check how a config names an optimiser, and write it out in full.
+
+    Args:
+        given: A name such as ``"SGD"`` or ``"torch.optim.SGD"``, or a mapping with ``class_path`` and ``init_args``.
+
+    Returns:
+        ``class_path`` (``torch.optim.NAME``) and ``init_args``.
+
+    Raises:
+        UnknownNameError: If the optimiser, a key or an argument does not exist.
+        ConfigError: If the optimiser cannot train a task, or an argument is a setting of the task.
+    """
+    node = {"class_path": given} if isinstance(given, str) else given
+    if not isinstance(node, Mapping) or "class_path" not in node:
+        raise ConfigError(
+            f"optimizer is {given!r}; give a name such as SGD, or a class_path with init_args, such as "
+            "{class_path: SGD, init_args: {momentum: 0.9}}."
+        )
+    for key in node:
+        if key not in ("class_path", "init_args"):
+            raise UnknownNameError("key", f"optimizer.{key}", ["optimizer.class_path", "optimizer.init_args"])
+    name = _name(str(node["class_path"]))
+    arguments = node.get("init_args") or {}
+    if not isinstance(arguments, Mapping):
+        raise ConfigError(f"optimizer.init_args is {arguments!r}; arguments of {name} by name are needed.")
+    known = [key for key in _signature(name) if key not in ("params", *_TAKEN)]
+    for key in arguments:
+        if key in _TAKEN:
+            raise ConfigError(
+                f"optimizer.init_args has {key}, which is a setting of the task, since it differs by group of "
+                f"parameters. Give model.{key} instead."
+            )
+        if key not in known:
+            raise UnknownNameError(f"argument of {name}", key, known)
+    return {"class_path": f"{PREFIX}{name}", "init_args": dict(arguments)}
+
+
+def check_optimizer(given: Any, weight_decay: float) -> dict[str, Any]:
+    """Check an optimiser and the values of its arguments, before there is anything to optimise.
+
+    Args:
+        given: As `optimizer_node` takes it.
+        weight_decay: Weight decay of the task.
+
+    Returns:
+        As `optimizer_node` returns it.
+
+    Raises:
+        ConfigError: If the optimiser refuses an argument, or has no weight decay and the task has one.
+    """
+    node = optimizer_node(given)
+    name = _name(node["class_path"])
+    if weight_decay and "weight_decay" not in _signature(name):
+        raise ConfigError(f"{name} has no weight decay, and weight_decay is {weight_decay:g}. Set weight_decay to 0.")
+    shapes = ((2, 2), (2,))
+    make_optimizer(node, [{"params": [nn.Parameter(torch.zeros(shape))], "lr": 1e-3} for shape in shapes])
+    return node
+
+
+def make_optimizer(node: Mapping[str, Any], groups: list[dict[str, Any]]) -> Optimizer:
+    """Make an optimiser.
+
+    Args:
+        node: As `optimizer_node` returns it.
+        groups: Groups with ``params``, ``lr``, ``weight_decay`` and ``name``.
+
+    Raises:
+        ConfigError: If it refuses an argument.
+    """
+    name = _name(node["class_path"])
+    # YAML has lists where torch has tuples, as for betas.
+    arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in node["init_args"].items()}
+    try:
+        return OPTIMIZERS[name](groups, **arguments)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        told = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        raise ConfigError(f"The optimizer {name}({told}) cannot be made: {error}.") from error
+
+
+def _name(path: str) -> str:
+    """Name of an optimiser in ``torch.optim``, from its name or its import path."""
+    name = path.rpartition(".")[2] if path.startswith(PREFIX) else path
+    known = [key for key in OPTIMIZERS if key not in _UNFIT]
+    if name not in OPTIMIZERS:
+        raise UnknownNameError("optimizer", path, known, "Optimizers are the classes of torch.optim.")
+    if name in _UNFIT:
+        raise ConfigError(f"optimizer {name} cannot train a task: {_UNFIT[name]}. Choose another, such as AdamW.")
+    return name
+
+
+def _signature(name: str) -> list[str]:
+    return list(inspect.signature(OPTIMIZERS[name].__init__).parameters)[1:]

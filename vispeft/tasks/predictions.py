@@ -1,0 +1,168 @@
+"""How tasks predict image files: a row of a table for each image, and pictures where the task draws some."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vispeft.data.joint import EvaluationPair
+from vispeft.data.palettes import make_palette
+from vispeft.data.preprocessing import Preprocessing
+from vispeft.errors import DataError
+from vispeft.tasks.inference import Inference
+from vispeft.viz import lay_over
+
+__all__ = ["MaskPredictor", "Prediction", "Predictor", "ScorePredictor"]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The prediction for one image."""
+
+    row: list[str]
+    """Cells of the table, behind the image's path."""
+    pictures: dict[str, Image.Image] = field(default_factory=dict)
+    """Pictures by the folder they belong to."""
+
+
+class Predictor(Protocol):
+    """How a task predicts images; `AdapterTask.predictor` makes one."""
+
+    table: str
+    """File name of the table, ending in ``.csv``."""
+    columns: list[str]
+    """Names of its columns, behind the path."""
+    folders: tuple[str, ...]
+    """Folders of pictures."""
+    at_once: int | None
+    """Largest number of images predicted together; None for any."""
+
+    def check(self, paths: Sequence[Path]) -> None:
+        """Find images that cannot be predicted, before the first one is.
+
+        Args:
+            paths: Readable image files.
+
+        Raises:
+            DataError: If there are any.
+        """
+        ...
+
+    def __call__(self, images: Sequence[Tensor]) -> list[Prediction]:
+        """Predict images.
+
+        Args:
+            images: uint8 (3, H, W), of any size each.
+
+        Returns:
+            One prediction for each.
+        """
+        ...
+
+
+class ScorePredictor:
+    """Predicts one row of values for each image: a class, labels, or numbers."""
+
+    table = "predictions.csv"
+    folders: tuple[str, ...] = ()
+    at_once: int | None = None
+
+    def __init__(
+        self,
+        predict: Callable[[Tensor], Tensor],
+        row: Callable[[Tensor], list[str]],
+        columns: list[str],
+        notes: Mapping[str, Any],
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            predict: Computes values (B, outputs) of normalised images (B, 3, H, W) on the CPU.
+            row: Turns the values of one image (outputs,) into cells.
+            columns: Names of the cells.
+            notes: Notes of the adapter, which say how images are prepared.
+        """
+        self._predict, self._row, self.columns = predict, row, columns
+        self._transform = Preprocessing.from_dict(notes["preprocessing"]).transform()
+
+    def check(self, paths: Sequence[Path]) -> None:
+        """Take all: images of any size are resized."""
+
+    def __call__(self, images: Sequence[Tensor]) -> list[Prediction]:
+        """Predict images."""
+        values = self._predict(torch.stack([self._transform(image) for image in images])).cpu()
+        return [Prediction(self._row(row)) for row in values]
+
+
+class MaskPredictor:
+    """Predicts a mask of the size of each image: index PNG, overlay, and the pixels of each class in the table."""
+
+    table, folders = "areas.csv", ("masks", "overlays")
+    at_once: int | None = 1
+
+    def __init__(
+        self,
+        predict: Callable[[Tensor, tuple[int, ...]], Tensor],
+        inference: Inference,
+        names: Sequence[str],
+        notes: Mapping[str, Any],
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            predict: Computes masks (B, h, w) of normalised images (B, 3, H, W) on the CPU, for a height and width.
+            inference: How it does so.
+            names: Names of the classes.
+            notes: Notes of the adapter, which say how images are prepared and classes are coloured.
+        """
+        output = notes.get("output") or {}
+        self._predict, self._inference, self.columns = predict, inference, list(names)
+        self._colours = [tuple(colour) for colour in output.get("palette") or make_palette(len(names))]
+        whole, short_side = output.get("evaluation") == "whole", output.get("short_side")
+        self._prepare = EvaluationPair(Preprocessing.from_dict(notes["preprocessing"]), whole, short_side)
+
+    def check(self, paths: Sequence[Path]) -> None:
+        """Find images smaller than the sliding window.
+
+        Raises:
+            DataError: If there are any.
+        """
+        window = self._inference.window
+        if self._inference.mode != "slide":
+            return
+        small = []
+        for path in paths:
+            with Image.open(path) as image:
+                if min(self._prepare.size_of(image.height, image.width)) < window:
+                    small.append(str(path))
+        if small:
+            raise DataError(
+                f"{len(small)} of {len(paths)} images {'is' if len(small) == 1 else 'are'} smaller than the sliding "
+                f"window of {window} pixels that the run was trained with: {', '.join(small[:5])}"
+                f"{' and more' if len(small) > 5 else ''}. Nothing was predicted; enlarge or remove them."
+            )
+
+    def __call__(self, images: Sequence[Tensor]) -> list[Prediction]:
+        """Predict images one by one, since their sizes differ."""
+        return [self._one(image) for image in images]
+
+    def _one(self, image: Tensor) -> Prediction:
+        size = tuple(image.shape[-2:])
+        prepared, _ = self._prepare(image, torch.zeros(size, dtype=torch.uint8))
+        mask = self._predict(prepared[None], size)[0].cpu()
+        overlay = Image.fromarray(lay_over(image, mask, self._colours).permute(1, 2, 0).numpy())
+        counts = torch.bincount(mask.flatten(), minlength=len(self.columns))
+        return Prediction(list(map(str, counts.tolist())), {"masks": self._index_image(mask), "overlays": overlay})
+
+    def _index_image(self, mask: Tensor) -> Image.Image:
+        """Make a picture of class indices, of which there are 255 at most, with a palette."""
+        image = Image.fromarray(mask.numpy().astype(np.uint8))
+        image.putpalette([value for colour in self._colours for value in colour])
+        return image
