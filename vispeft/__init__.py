@@ -12,7 +12,7 @@ from importlib.machinery import PathFinder
 from typing import TYPE_CHECKING, Any
 
 from vispeft._compat import install_hook
-from vispeft.core.providers import provide
+from vispeft.core.providers import provide, provide_extra
 
 if TYPE_CHECKING:
     from vispeft.adapters.attach import attach as attach
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 install_hook()
 provide("families", "vispeft.backbones")
 provide("methods", "vispeft.methods")
+provide_extra("peft", "vispeft.interop.peft")
 
 _HOMES = {
     "AdapterBank": "vispeft.adapters.bank",

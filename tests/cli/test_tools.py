@@ -1,6 +1,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from vispeft.cli import inspect
 from vispeft.cli.evaluate import load_run
 from vispeft.cli.evaluation import evaluate
 from vispeft.cli.runs import Run
+from vispeft.tasks import Classification
+from vispeft.tasks.predictions import Prediction
 
 
 def test_evaluate_equals_what_training_measured(finished, run_cli):
@@ -140,3 +143,31 @@ def test_inspect_refuses(run_cli, arguments, message):
     result = run_cli("inspect", *arguments)
     assert result.status == 2
     assert message in result.err
+
+
+class Brightness:
+    """A predictor of one's own: a number and a picture of each image."""
+
+    table, columns, folders, at_once = "brightness.csv", ["mean"], ("thumbnails",), 2
+
+    def check(self, paths):
+        """Take all."""
+
+    def __call__(self, images):
+        assert 1 <= len(images) <= self.at_once
+        small = Image.new("RGB", (4, 4))
+        return [Prediction([f"{image.float().mean():.1f}"], {"thumbnails": small}) for image in images]
+
+
+def test_predict_writes_the_rows_and_pictures_a_task_makes(finished, run_cli, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(Classification, "predictor", lambda task: Brightness())
+    result = run_cli("predict", finished, images, "--out", tmp_path / "out")
+    assert result.status == 0, result.err
+    with open(tmp_path / "out/brightness.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert set(rows[0]) == {"path", "mean"}
+    pictures = {path.relative_to(tmp_path / "out/thumbnails") for path in (tmp_path / "out").rglob("*.png")}
+    assert pictures == {Path(row["path"]).relative_to(images).with_suffix(".png") for row in rows}
+    (tmp_path / "out/brightness.csv").unlink()
+    again = run_cli("predict", finished, images, "--out", tmp_path / "out")
+    assert "exists already and is not overwritten" in again.err

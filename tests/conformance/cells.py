@@ -84,6 +84,11 @@ STORES_MORE = ("lora_fa", "vqt_weighted")
 EXCLUSIVE = ("full", "bitfit", "norm_tuning", "lst", "lst_sparse", "compacter_full", "vqt", "vqt_weighted")
 """Methods that replace tensors of the base or its output features, so that two of them cannot act at once."""
 
+LINKED = ("vpt", "vqt", "prefix", "mam", "fact", "compacter", "lst")
+"""Methods, in all their forms, whose blocks share tensors or hand each other more than tokens."""
+DEEP = ("lora_all", "ssf", "ssf_merging")
+"""Methods that act on each block by itself, and yet are tried on more than one of a stage, shifted windows included."""
+
 
 @dataclass(frozen=True)
 class Backbone:
@@ -236,6 +241,8 @@ class Cell:
 
     method: str
     backbone: str
+    short: bool = False
+    """Whether there is one block a stage, which is enough where each block has an adapter of its own."""
 
     def __str__(self) -> str:
         return f"{self.method}-{self.backbone}"
@@ -247,7 +254,8 @@ class Cell:
 
     def model(self, **options: Any) -> nn.Module:
         """Make the backbone, the same one at every call, with weights that leave nothing at zero."""
-        made, state = _made(self.backbone, **{"img_size": BACKBONES[self.backbone].size, **options})
+        blocks = {} if not self.short else {"depths": (1, 1)} if self.backbone.startswith("swin") else {"depth": 1}
+        made, state = _made(self.backbone, **{"img_size": BACKBONES[self.backbone].size, **blocks, **options})
         torch.set_rng_state(state)
         return copy.deepcopy(made)
 
@@ -290,10 +298,10 @@ SECOND_FORMS = {
 """Further settings of a method: they run on the main families, and not on the variants of one family as well."""
 
 CELLS = [
-    cell
+    Cell(method, backbone, short=not method.startswith(LINKED) and method not in DEEP)
     for method in METHODS
     for backbone in BACKBONES
-    if (BACKBONES[backbone].grid or method not in SECOND_FORMS) and (cell := Cell(method, backbone)).key not in REFUSED
+    if (BACKBONES[backbone].grid or method not in SECOND_FORMS) and (method, backbone) not in REFUSED
 ]
 """All cells that serve."""
 MAIN = [cell for cell in CELLS if BACKBONES[cell.backbone].grid]

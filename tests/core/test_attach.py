@@ -165,6 +165,18 @@ def test_a_unit_the_model_does_not_use_is_found(model: nn.Module) -> None:
         bank.verify()
 
 
+def test_a_gradient_that_is_not_finite_is_none(model: nn.Module) -> None:
+    class Broken(type(model.blocks[1])):
+        def forward(self, x: torch.Tensor, **arguments: object) -> torch.Tensor:
+            return super().forward(x, **arguments) + (x - x).sqrt()  # infinitely steep at zero, and zero times infinity
+
+    bank = vispeft.attach(model, vispeft.SSF(), verify=False)
+    model.blocks[1].__class__ = Broken
+    assert torch.isfinite(model(VIT.images())).all()
+    with pytest.raises(VerificationError, match=r"blocks\.0\."):
+        bank.verify()
+
+
 def test_verify_puts_everything_back(model: nn.Module) -> None:
     bank = vispeft.attach(model, vispeft.LoRA())
     before = {k: v.clone() for k, v in model.state_dict().items()}

@@ -180,6 +180,40 @@ def test_a_merged_shift_of_the_keys_gets_a_bias_that_is_saved(backbone: str) -> 
     assert torch.equal(model(images), wanted)
 
 
+@pytest.mark.parametrize("backbone", ["swinv2", "eva02", "eva_dinov3_qkvb"])
+@torch.no_grad()
+def test_each_bias_the_attention_holds_meets_its_own_rows(backbone: str) -> None:
+    """Forward and merge read the same rows, so they agree with each other when both are wrong: written out here."""
+    cell = Cell("ssf", backbone)
+    model, plain, images = cell.model().double(), cell.model().double(), cell.images().double()
+    bank = vispeft.attach(model, vispeft.SSF(roles=("attn.qkv",)), verify=False)
+    move(bank, "default")
+    tensors = bank.named_tensors()
+    for path, attn in plain.named_modules():
+        if f"{path}.qkv/ssf.scale" not in tensors:
+            continue
+        scale, shift = tensors[f"{path}.qkv/ssf.scale"], tensors[f"{path}.qkv/ssf.shift"]
+        attn.qkv.weight.mul_(scale[:, None])
+        for name, factor, term in zip("qkv", scale.chunk(3), shift.chunk(3), strict=True):
+            bias = getattr(attn, f"{name}_bias")
+            bias.copy_(factor * bias + term)
+    assert torch.allclose(model.forward_features(images), plain.forward_features(images), rtol=1e-9, atol=1e-12)
+
+
+@torch.no_grad()
+def test_stacked_shifts_behind_an_rms_norm_are_scaled_in_turn() -> None:
+    model, x = Cell("ssf", "vit_aimv2").model(), torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1))
+    normed = model.blocks[0].norm1(x)
+    bank = vispeft.attach(model, vispeft.SSF(roles=("norm1",)), name="one", verify=False)
+    vispeft.attach(model, vispeft.SSF(roles=("norm1",)), name="two", verify=False)
+    bank.set_active(["one", "two"])
+    for seed, name in enumerate(("one", "two")):
+        move(bank, name, seed)
+        tensors = bank.named_tensors(name)
+        normed = tensors["blocks.0.norm1/ssf.scale"] * normed + tensors["blocks.0.norm1/ssf.shift"]
+    assert torch.allclose(model.blocks[0].norm1(x), normed, atol=1e-6)
+
+
 def test_a_fresh_swinv2_is_attached_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     model = timm.create_model("swinv2_tiny_window8_256", num_classes=3, depths=(1, 1), embed_dim=24)
     assert not model.layers[0].blocks[0].norm1.weight.any()

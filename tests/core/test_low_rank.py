@@ -10,8 +10,9 @@ from torch import Tensor
 
 import vispeft
 from tests.conformance.cells import Cell, move
+from vispeft.core.low_rank import Branch, Dropout
 from vispeft.hosts import functional
-from vispeft.hosts.functional import Branch, Dropout, low_rank_linear
+from vispeft.hosts.functional import low_rank_linear
 
 PLACES = ["input", "hidden"]
 KEPT = 1 - round(0.4 * 2**16) / 2**16

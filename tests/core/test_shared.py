@@ -17,11 +17,11 @@ from torch import nn
 
 import vispeft
 from tests.conformance.cells import Cell, move
+from vispeft.core.low_rank import Dropout
 from vispeft.core.method import Method, PlanItem
 from vispeft.core.sites import View
 from vispeft.core.units import DeltaUnit
 from vispeft.errors import ConfigError, SiteError
-from vispeft.hosts.functional import Dropout
 
 VIT, SWIN = "vit_base_patch16_224", "swin_base_patch4_window7_224"
 PHM_ADAPTER = vispeft.Compacter(phm_dim=12, rank=None, shared_rule=False)

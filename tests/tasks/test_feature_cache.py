@@ -73,9 +73,9 @@ def test_a_run_is_the_same_with_kept_outputs(tmp_path):
 def test_outputs_are_computed_once_and_only_for_what_they_are_of(tmp_path, monkeypatch):
     compute, made = feature_cache._compute, []
 
-    def counted(*arguments):
-        made.append(len(arguments[4]))
-        return compute(*arguments)
+    def counted(files, *, split, **given):
+        made.append(len(split))
+        return compute(files, split=split, **given)
 
     monkeypatch.setattr(feature_cache, "_compute", counted)
     keep(*make(), tmp_path)

@@ -225,6 +225,8 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
             >>> loss.backward()
         """
         self._check_unmerged("use other adapters")
+        if any(not isinstance(name, str) for name in names):
+            raise ConfigError(f"using{names!r}: give the names one after the other, as using('seg', 'depth').")
         if rows is not None:
             check_rows(self._entries, names, rows)
         present = self._routing.present()

@@ -75,8 +75,6 @@ def check_rows(entries: Entries, names: Sequence[str], rows: Sequence[str | None
 
 def _check_names(entries: Entries, names: tuple[str, ...]) -> None:
     for name in names:
-        if not isinstance(name, str):
-            raise ConfigError(f"{name!r} was given as the name of an adapter; give strings.")
         if name not in entries:
             raise UnknownNameError("adapter", name, entries)
     if len(set(names)) < len(names):

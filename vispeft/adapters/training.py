@@ -166,7 +166,8 @@ class TrainingBank(BankState):
             name: The adapter; may be left out where only one acts.
         """
         label = self._label(name)
-        entry, by_role, roles = self._entries[label], {}, self._entries[label].roles()
+        entry, roles = self._entries[label], self._entries[label].roles()
+        by_role: dict[str, int] = {}
         for tensor in entry.tensors():
             by_role[roles[tensor.key]] = by_role.get(roles[tensor.key], 0) + tensor.tensor.numel()
         head = self._heads.get(label)

@@ -66,7 +66,7 @@ def find_class(name: str, base: type, *, kind: str, place: str, known: Iterable[
         UnknownNameError: If there is no such class.
         ConfigError: If it is not derived from `base`.
     """
-    found = subclasses(base)
+    found: dict[str, type] = subclasses(base)
     if name in found:
         return class_path(found[name])
     try:

@@ -23,6 +23,7 @@ from vispeft.core.method import Method
 from vispeft.errors import ConfigError
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.checkpoints import Cadence
+from vispeft.tasks.optimizers import optimizer_node
 from vispeft.tasks.supervised import check_target
 
 __all__ = ["ConfigCLI", "build_data", "build_task"]
@@ -95,17 +96,27 @@ class ConfigCLI(LightningCLI):
 
     def resolved(self) -> str:
         """Write the whole config as YAML, defaults included; it reads back to the same."""
-        return str(self.parser.dump(self.config, skip_unset=False))
+        return yaml.safe_dump(self._written_out(self.config), sort_keys=False)
 
     def completed(self, tree: Node) -> Node:
         """Write out the whole config of an earlier run: settings that are newer than it have their defaults.
 
         Args:
             tree: Its config.
+
+        Returns:
+            Every key with its value.
         """
         check_config(tree, [], "the run's config")
-        config = self.parser.parse_args(["--config", yaml.safe_dump(tree, sort_keys=False)])
-        return cast(Node, yaml.safe_load(self.parser.dump(config, skip_unset=False)))
+        return self._written_out(self.parser.parse_args(["--config", yaml.safe_dump(tree, sort_keys=False)]))
+
+    def _written_out(self, config: Any) -> Node:
+        """Turn parsed values into plain ones, the same for everything that means the same."""
+        tree = cast(Node, yaml.safe_load(self.parser.dump(config, skip_unset=False)))
+        settings = tree["model"]["init_args"]
+        if "optimizer" in settings:  # a default is the bare name of an optimiser, a config's is checked and written out
+            settings["optimizer"] = optimizer_node(settings["optimizer"])
+        return tree
 
 
 def build_data(node: str | Mapping[str, Any], overrides: Sequence[Override], source: str) -> LightningDataModule:
@@ -125,7 +136,8 @@ def build_data(node: str | Mapping[str, Any], overrides: Sequence[Override], sou
     """
     tree: Node = {"data": node}
     check_tree(tree, source)
-    tokens = [check_override(tree, key, value) for key, value in overrides]
+    checked = (check_override(tree, key, value) for key, value in overrides)
+    tokens = [token for token in checked if token is not None]
     return cast(LightningDataModule, _build("data", LightningDataModule, tree, tokens, source))
 
 

@@ -57,13 +57,13 @@ def evaluation_trainer(**settings: Any) -> Trainer:
 
 
 class Outputs(Callback):
-    """Keeps of what a task's evaluation step gives what the task wants kept of all images."""
+    """Keeps the results of evaluation steps that the task names in `kept_outputs`, of all images."""
 
     def __init__(self, names: Sequence[str]) -> None:
         """Begin with nothing.
 
         Args:
-            names: What is kept.
+            names: Names of the results.
         """
         self._parts: dict[str, list[Tensor]] = {name: [] for name in names}
 
@@ -75,7 +75,7 @@ class Outputs(Callback):
     on_test_batch_end = on_validation_batch_end
 
     def joined(self) -> dict[str, Tensor]:
-        """Give what was kept, of all images."""
+        """Join the kept results of all images."""
         return {name: torch.cat(parts) for name, parts in self._parts.items()}
 
 
@@ -107,7 +107,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Measured:
-    """What a finished task reaches."""
+    """Figures of a finished task."""
 
     metrics: dict[str, dict[str, float]]
     """Metrics of validation and test, by split."""
@@ -116,7 +116,7 @@ class Measured:
     seconds: dict[str, float]
     """How long each split took."""
     _outputs: dict[str, Tensor]
-    """What the task kept of the test split."""
+    """Results of the test split that the task keeps."""
 
     def draw(self, task: AdapterTask, names: tuple[str, ...], folder: Path) -> None:
         """Draw the results on the test split.
@@ -158,7 +158,7 @@ def measure(trainer: Trainer, task: AdapterTask, data: LightningDataModule) -> M
 
 
 def output_names(data: Any, count: int) -> tuple[str, ...]:
-    """Give the names of a model's outputs: those the data know, or numbers.
+    """Name a model's outputs: by the names of the data, or by numbers.
 
     Args:
         data: A data module.
@@ -172,7 +172,7 @@ def metrics_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
     """Show metrics as a table.
 
     Args:
-        rows: Metrics by what they were measured on.
+        rows: Metrics by the name of their row.
     """
     names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
     table = Table()
@@ -188,7 +188,7 @@ def class_table(metrics: Mapping[str, Any]) -> Table | None:
     """Show figures per class as a table.
 
     Args:
-        metrics: What ``metrics.json`` holds; entries ``test_*_per_class`` are shown.
+        metrics: Content of ``metrics.json``; entries ``test_*_per_class`` are shown.
 
     Returns:
         A row per class; None where there are no such figures, or too many classes to be read.

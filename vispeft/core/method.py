@@ -13,17 +13,15 @@ from torch import Tensor, nn
 
 from vispeft.core.families import describe
 from vispeft.core.fields import check_choices
-from vispeft.core.providers import fill
+from vispeft.core.providers import extra_methods, fill
 from vispeft.core.recipes import Recipe, choose_recipe
 from vispeft.core.sites import Site, View, check_roles, select
 from vispeft.core.units import Unit
 from vispeft.errors import ConfigError, SiteError, UnknownNameError
 
-__all__ = ["Method", "PlanItem", "Step", "list_methods", "method", "method_from_dict", "register", "register_lazy"]
+__all__ = ["Method", "PlanItem", "Step", "list_methods", "method", "method_from_dict", "register"]
 
 _METHODS: dict[str, type[Method]] = {}
-_LAZY: dict[str, str] = {}
-"""Modules that register methods once they are asked for, by method."""
 M = TypeVar("M", bound="type[Method]")
 
 
@@ -364,20 +362,10 @@ def register(cls: M) -> M:
     return cls
 
 
-def register_lazy(name: str, module: str) -> None:
-    """Name a method whose module needs an extra: it is imported when it is asked for, and never listed.
-
-    Args:
-        name: The method's name.
-        module: The module that registers it.
-    """
-    _LAZY[name] = module
-
-
 def list_methods() -> list[str]:
     """List the names of all methods that need no extra."""
     fill("methods")
-    return sorted(set(_METHODS) - set(_LAZY))
+    return sorted(set(_METHODS) - set(extra_methods()))
 
 
 def method(name: str, **fields: Any) -> Method:
@@ -398,8 +386,8 @@ def method(name: str, **fields: Any) -> Method:
         >>> vispeft.method("lora", rank=4)
     """
     fill("methods")
-    if name not in _METHODS and name in _LAZY:
-        importlib.import_module(_LAZY[name])
+    if name not in _METHODS and name in extra_methods():
+        importlib.import_module(extra_methods()[name])
     if name not in _METHODS:
         raise UnknownNameError("method", name, _METHODS)
     cls = _METHODS[name]

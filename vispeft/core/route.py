@@ -66,7 +66,7 @@ class Acting(NamedTuple):
     def units(self) -> Iterator[Unit]:
         """Iterate over all units, kind after kind."""
         for kind in self[:-1]:
-            yield from kind  # type: ignore[misc]
+            yield from kind
 
 
 NOTHING = Acting()

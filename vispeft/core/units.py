@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from vispeft.hosts.functional import Branch, Dropout
+from vispeft.core.low_rank import Branch, Dropout
 
 __all__ = [
     "AffineUnit",

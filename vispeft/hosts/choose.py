@@ -55,7 +55,7 @@ def carrying_host(module: nn.Module) -> type[Host]:
         raise SiteError(
             f"There is no host that takes streams beside the tokens through a {base_class(module).__name__}."
         )
-    return found  # type: ignore[no-any-return]  # the core does not know hosts
+    return found
 
 
 def host_for(site: Site, module: nn.Module, unit: Unit) -> Choice:

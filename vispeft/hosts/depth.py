@@ -17,7 +17,7 @@ class DropPathHost(Host):
         """Drop the branch of whole images, and enlarge it for the others, (B, ...)."""
         units = [unit for unit in self.acting.depth if unit.training]
         if not units:
-            return super().forward(x)  # type: ignore[no-any-return]  # timm's
+            return super().forward(x)  # timm's
         rate = units[0].rate
         for unit in units[1:]:
             rate = torch.maximum(rate, unit.rate)

@@ -7,56 +7,16 @@ written in plain operations, which the compiler fuses itself and which leave a g
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Branch", "Dropout", "affine", "compute_dtype", "linear", "low_rank_linear", "low_rank_terms"]
+from vispeft.core.low_rank import DRAWS, Branch, Dropout, dropped_draws
 
-
-DRAWS = 2**16
-"""Values of the random number that decides about an entry under dropout."""
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """What a low-rank term drops."""
-
-    share: float = 0.0
-    """Share of channels."""
-    place: Literal["input", "hidden"] = "input"
-    """In front of the first factor, or between the two."""
-
-    def at(self, place: Literal["input", "hidden"]) -> float:
-        """Give the share dropped at a place."""
-        return self.share if place == self.place else 0.0
-
-    @property
-    def kept(self) -> float:
-        """The share that is kept, as it is drawn with 16 bits an entry."""
-        return 1 - _dropped_draws(self.share) / DRAWS
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One low-rank term ``scale * x A^T B^T``, added to some output rows of a linear layer."""
-
-    a: Tensor
-    """First factor, (rank, in)."""
-    b: Tensor
-    """Second factor, (rows, rank)."""
-    scale: float
-    """Multiplier of the product."""
-    start: int
-    """First output row it is added to."""
-    stop: int
-    """Row behind the last one."""
-    dropout: Dropout = Dropout()
-    """What is dropped now."""
+__all__ = ["affine", "compute_dtype", "linear", "low_rank_linear", "low_rank_terms"]
 
 
 class _Place(NamedTuple):
@@ -235,12 +195,7 @@ def _kept(x: Tensor, share: float) -> Tensor | None:
         return None
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
     draws = words.view(torch.int16)[: x.numel()].view(x.shape)
-    return (draws >= _dropped_draws(share) - DRAWS // 2).view(torch.uint8)
-
-
-def _dropped_draws(share: float) -> int:
-    """Count the draws that drop an entry: never all of them, since what is kept is divided by its share."""
-    return min(round(share * DRAWS), DRAWS - 1)
+    return (draws >= dropped_draws(share) - DRAWS // 2).view(torch.uint8)
 
 
 def _only(x: Tensor, kept: Tensor | None) -> Tensor:

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vispeft.core.low_rank import Branch
 from vispeft.core.route import NOTHING, Acting
 from vispeft.core.units import AffineUnit, BranchUnit, InputUnit, Unit
 from vispeft.hosts.base import Host
-from vispeft.hosts.functional import Branch, affine, low_rank_linear, low_rank_terms
+from vispeft.hosts.functional import affine, low_rank_linear, low_rank_terms
 from vispeft.hosts.streams import Streams
 
 __all__ = [
@@ -127,8 +128,8 @@ class LinearHost(_Foldable):
     def _behind(self, x: Tensor, out: Tensor) -> Tensor:
         """Apply the units that act behind the product."""
         acting = self.acting
-        for unit in acting.sequential:
-            out = gained(unit, out, unit.follow(x, out))
+        for following in acting.sequential:
+            out = gained(following, out, following.follow(x, out))
         for unit in acting.affine:
             out = affine_by(unit, out)
         return out

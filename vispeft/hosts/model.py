@@ -101,6 +101,23 @@ class ModelHost(Host):
         with bank.replacing_head(num_classes):
             super().reset_classifier(num_classes, *args, **kwargs)  # type: ignore[misc]  # timm's
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load tensors, also under the names of earlier versions."""
+        self._rename_heads(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _rename_heads(self, tensors: dict[str, Any], prefix: str) -> None:
+        """Rename classifiers: earlier versions had the acting adapter's at timm's place, and the base's as ``(base)``."""
+        heads = f"{prefix}{HEADS}."
+        if not any(key.startswith(f"{heads}(base).") for key in tensors):
+            return
+        place = f"{prefix}{self.__dict__[BANK].view.head_path}."
+        own = cast(nn.ModuleDict, self.get_submodule(HEADS))
+        placed = [name for name in own if not any(key.startswith(f"{heads}{name}.") for key in tensors)]
+        for before, after in ((place, f"{heads}{placed[0]}." if placed else place), (f"{heads}(base).", place)):
+            for key in [key for key in tensors if key.startswith(before)]:
+                tensors[after + key.removeprefix(before)] = tensors.pop(key)
+
     def recomputed(self, block: Callable[..., Any], x: Tensor, **arguments: Any) -> Any:
         """Run a block and compute it again in the backward pass, under the route of now.
 

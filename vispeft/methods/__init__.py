@@ -4,7 +4,7 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING, Any
 
-from vispeft.core.method import Method, list_methods, method, register, register_lazy
+from vispeft.core.method import Method, list_methods, method, register
 
 # For type checkers alone. A method that is not in this list works all the same; they take its class for `Any`.
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 for _module in pkgutil.iter_modules(__path__):
     for _name in (_loaded := importlib.import_module(f"{__name__}.{_module.name}")).__all__:
         globals()[_name] = getattr(_loaded, _name)
-
-register_lazy("peft", "vispeft.interop.peft")
 
 CONFIGURATIONS = sorted(
     name

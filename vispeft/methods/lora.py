@@ -16,12 +16,12 @@ import torch
 from torch import Generator, Tensor, nn
 
 from vispeft.core.fields import DropPath, FewBits, check_factor, check_share, check_whole
+from vispeft.core.low_rank import Branch, Dropout
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import FGVC, VTAB, Recipe
 from vispeft.core.sites import Site, View
 from vispeft.core.units import DeltaUnit, Unit, WeightUnit
 from vispeft.errors import ConfigError, SiteError
-from vispeft.hosts.functional import Branch, Dropout
 from vispeft.storage.quantize import LowBit, start_above_zero
 
 __all__ = ["DoRAUnit", "LoRA", "LowRank", "PiSSAUnit"]

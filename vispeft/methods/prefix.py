@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from vispeft.core.fields import check_roles_in, check_share, check_whole
+from vispeft.core.generated import MakesTensors
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import FGVC, VTAB, Recipe
 from vispeft.core.sites import Site, View
@@ -50,7 +51,7 @@ class PrefixTables(PrefixUnit):
         return self.keys, self.values
 
 
-class PrefixMLP(SharedUnit):
+class PrefixMLP(MakesTensors, SharedUnit):
     """A small network that makes the tables of all attention modules: ``outer(tanh(inner(embedding)))``."""
 
     def __init__(self, length: int, width: int, middle: int, total: int, dropout: float) -> None:
@@ -77,20 +78,26 @@ class PrefixMLP(SharedUnit):
             layer.weight.uniform_(-bound, bound, generator=generator)
             layer.bias.uniform_(-bound, bound, generator=generator)
 
-    def table(self, start: int, width: int) -> Tensor:
-        """Compute one table.
+    def tables(self, start: int, width: int) -> tuple[Tensor, Tensor]:
+        """Compute the keys and the values of one attention; in evaluation once for each state of the network.
 
         Args:
-            start: Its first column among all tables.
-            width: Its width.
+            start: First column of the keys among all tables; the values follow.
+            width: Width of each.
 
         Returns:
-            (length, width).
+            Keys and values, (length, width) each.
         """
-        columns = slice(start, start + width)
+        sources = (self.embedding, self.inner.weight, self.inner.bias, self.outer.weight, self.outer.bias)
+        return self.once(start, sources, partial(self._tables, start, width))
+
+    def _tables(self, start: int, width: int) -> tuple[Tensor, Tensor]:
         hidden = torch.tanh(self.inner(self.embedding))
-        made = F.linear(hidden, self.outer.weight[columns], self.outer.bias[columns])
-        return F.dropout(made, self.dropout, self.training)
+        keys, values = (
+            F.linear(hidden, self.outer.weight[columns], self.outer.bias[columns])
+            for columns in (slice(start, start + width), slice(start + width, start + 2 * width))
+        )
+        return F.dropout(keys, self.dropout, self.training), F.dropout(values, self.dropout, self.training)
 
     def stored(self) -> dict[str, Tensor]:
         """Give nothing: a file holds the tables."""
@@ -115,8 +122,7 @@ class PrefixSlot(PrefixUnit):
 
     def keys_values(self) -> tuple[Tensor, Tensor]:
         """Compute the tables."""
-        network = cast(PrefixMLP, self.lender)
-        return network.table(self.start, self.width), network.table(self.start + self.width, self.width)
+        return cast(PrefixMLP, self.lender).tables(self.start, self.width)
 
     @torch.no_grad()
     def stored(self) -> dict[str, Tensor]:
@@ -126,7 +132,7 @@ class PrefixSlot(PrefixUnit):
         network.training = False
         keys, values = self.keys_values()
         network.training = mode
-        return {"keys": keys, "values": values}
+        return {"keys": keys.clone(), "values": values.clone()}
 
 
 def prefix_items(sites: list[Site], view: View, length: int, mid_dim: int | None, dropout: float) -> Iterator[PlanItem]:

@@ -4,9 +4,11 @@ from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.callbacks import FiniteGuard, PlainProgress, progress_bar
 from vispeft.tasks.checkpoints import Cadence, RunCheckpoints, SealedCheckpointIO, find_checkpoint
 from vispeft.tasks.classification import Classification
+from vispeft.tasks.dense import DenseTask
 from vispeft.tasks.inference import Inference, predict_masks
 from vispeft.tasks.losses import SegmentationLoss
 from vispeft.tasks.multilabel import MultiLabel
+from vispeft.tasks.predictions import Prediction, Predictor
 from vispeft.tasks.regression import Regression
 from vispeft.tasks.schedules import warmup_cosine, warmup_factor
 from vispeft.tasks.segmentation import Segmentation, SegmentationNetwork
@@ -16,10 +18,13 @@ __all__ = [
     "AdapterTask",
     "Cadence",
     "Classification",
+    "DenseTask",
     "FiniteGuard",
     "Inference",
     "MultiLabel",
     "PlainProgress",
+    "Prediction",
+    "Predictor",
     "Regression",
     "RunCheckpoints",
     "SealedCheckpointIO",

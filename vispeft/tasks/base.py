@@ -1,4 +1,4 @@
-"""What all tasks share: the adapted backbone, the optimiser, small checkpoints, and the guard against NaN."""
+"""The base of all tasks: the adapted backbone, the optimiser, small checkpoints, and the guard against NaN."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from vispeft.tasks.ema import EMA
 from vispeft.tasks.layer_decay import decay_by_layer
 from vispeft.tasks.migration import rename_heads
 from vispeft.tasks.optimizers import check_optimizer, make_optimizer
+from vispeft.tasks.predictions import Predictor
 from vispeft.tasks.schedules import DECAYS, warmup_decay
 
 __all__ = ["AdapterTask"]
@@ -43,9 +44,9 @@ class AdapterTask(LightningModule):
     least_outputs: ClassVar[int] = 2
     """How many outputs the task needs at least."""
     kept_outputs: ClassVar[tuple[str, ...]] = ()
-    """What of the results of an evaluation step is kept of all images, for `details` and `draw_results`."""
+    """Results of an evaluation step that are kept for all images, for `details` and `draw_results`."""
     classifies: ClassVar[bool] = True
-    """Whether the backbone's own classifier gives the outputs; otherwise the task has a decoder."""
+    """Whether the outputs are those of the backbone's classifier; otherwise the task has a decoder."""
 
     def __init__(
         self,
@@ -126,7 +127,7 @@ class AdapterTask(LightningModule):
         """Whether the adapter has left its drawn start values: by a training, or by values from a file."""
 
     def save_adapter(self, path: str | Path) -> None:
-        """Write the adapter, and what belongs to the task beside it.
+        """Write the adapter, together with the tensors of the task.
 
         Args:
             path: Its directory.
@@ -152,7 +153,7 @@ class AdapterTask(LightningModule):
         self.started = True
 
     def head_tensors(self) -> dict[str, Tensor]:
-        """Give the tensors of the task's head under their names in files."""
+        """Tensors of the task's head, by their names in files."""
         return {key: tensor for key, tensor in self.bank.state_dict().items() if key.startswith("head/")}
 
     def take(self, units: Mapping[str, Tensor], head: Mapping[str, Tensor]) -> None:
@@ -198,7 +199,7 @@ class AdapterTask(LightningModule):
         """Run the adapted model.
 
         Args:
-            images: Normalised images (B, 3, H, W), or what the frozen backbone made of them (see `Method.cacheable`).
+            images: Normalised images (B, 3, H, W), or the frozen backbone's outputs for them (see `Method.cacheable`).
 
         Returns:
             Class scores (B, classes).
@@ -208,14 +209,26 @@ class AdapterTask(LightningModule):
         return self.model(images.to(self.base_dtype))
 
     def deployed(self) -> nn.Module:
-        """Give what is exported: a module that takes normalised images (B, 3, H, W) and gives scores."""
+        """Module that is exported: normalised images (B, 3, H, W) in, scores out."""
         return self.model
+
+    def predictor(self) -> Predictor:
+        """Make the object that predicts images: rows of a table, and pictures.
+
+        Raises:
+            ConfigError: If the task does not say how it predicts.
+        """
+        raise ConfigError(f"{type(self).__name__} does not say how images are predicted; give it a `predictor` method.")
 
     def size_step(self) -> tuple[int, int]:
         """Numbers that height and width of images are multiples of: those of a patch, in pixels."""
         backbone: Any = unwrap(self.model)
         height, width = backbone.patch_embed.patch_size
         return int(height), int(width)
+
+    def class_names(self) -> list[str]:
+        """Names of the outputs: those noted for the adapter's file, or numbers."""
+        return list(self.bank.notes().get("class_names") or map(str, range(self.num_classes)))
 
     def check_data(self, data: Any) -> None:
         """Check that data fit the model, as far as they say.
@@ -301,15 +314,15 @@ class AdapterTask(LightningModule):
         self.log("lr", schedule.get_last_lr()[0], on_epoch=True)
 
     def output(self) -> dict[str, Any]:
-        """Say how outputs are read, for the adapter's file."""
+        """Describe how outputs are read, for the adapter's file."""
         return {}
 
     def details(self, split: str, outputs: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Any]:
-        """Give further figures for ``metrics.json``, after a split was measured.
+        """Compute further figures for ``metrics.json``, after a split was measured.
 
         Args:
             split: validation or test.
-            outputs: What `kept_outputs` names, of all images.
+            outputs: The results named by `kept_outputs`, of all images.
             names: Names of the outputs.
         """
         return {}
@@ -326,7 +339,7 @@ class AdapterTask(LightningModule):
         """Draw the results on the test split.
 
         Args:
-            outputs: What `kept_outputs` names, of all images.
+            outputs: The results named by `kept_outputs`, of all images.
             names: Names of the outputs.
             folder: Where pictures go.
         """

@@ -140,10 +140,10 @@ def _groups(trainer: Trainer) -> list[tuple[str, list[Tensor]]]:
 
 
 class EpochPictures(Callback):
-    """Lets a task draw what it shows after each validation."""
+    """Lets a task draw its pictures after each validation."""
 
     def __init__(self, folder: Path) -> None:
-        """Say where pictures go.
+        """Set the folder of the pictures.
 
         Args:
             folder: Made when the first one is drawn.
@@ -160,7 +160,7 @@ class PlainProgress(ProgressBar):
     """One line per epoch, for logs and other places that are not a terminal."""
 
     def __init__(self, show: Callable[[str], None] = logger.info) -> None:
-        """Say where lines go.
+        """Set the receiver of the lines.
 
         Args:
             show: Takes each line.
@@ -197,17 +197,17 @@ class PlainProgress(ProgressBar):
 
 
 class NarrowProgress(RichProgressBar):
-    """A bar with one figure beside it, which is what fits on a terminal of 80 columns."""
+    """A bar with one figure, since more would not fit on a terminal of 80 columns."""
 
     _SHORT: ClassVar[dict[str, str]] = {"mean_average_precision": "mAP"}
-    """What metrics with a long name are called beside the bar."""
+    """Short names of metrics, for the bar."""
 
     def __init__(self) -> None:
         """Leave no bar behind; the figures are in the logs."""
         super().__init__(leave=False, theme=RichProgressBarTheme(metrics_format=".3f"))
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Give the metric that chooses the best epoch, or nothing where there is none yet."""
+        """The metric that chooses the best epoch, or nothing where there is none yet."""
         monitor, metrics = _monitor(pl_module), trainer.callback_metrics
         name = monitor.partition("/")[2]
         return {self._SHORT.get(name, name): float(metrics[monitor])} if monitor in metrics else {}

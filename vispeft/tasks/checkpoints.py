@@ -1,8 +1,8 @@
 """Checkpoints from which a training goes on as if it had never been stopped.
 
 A checkpoint is a file of Lightning's with a digest behind it, so that a truncated or altered one is noticed. It is
-written between two steps, when nothing is half done, and holds everything that training changes; what Lightning's own
-checkpoints leave out is collected in `vispeft.tasks.state`.
+written between two steps, when nothing is half done, and holds everything that training changes; the parts that
+Lightning's own checkpoints leave out are collected in `vispeft.tasks.state`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = ["Cadence", "Found", "RunCheckpoints", "SealedCheckpointIO", "find_che
 logger = logging.getLogger(__name__)
 
 SEAL = b"\nvispeft sha256 "
-"""Stands between a checkpoint and its digest. A reader of zip files, torch among them, ignores what follows."""
+"""Stands between a checkpoint and its digest. A reader of zip files, torch among them, ignores the rest of the file."""
 STATE = "vispeft"
 """Key of our part of a checkpoint."""
 
@@ -51,12 +51,12 @@ class SealedCheckpointIO(TorchCheckpointIO):
         """Write a checkpoint.
 
         Args:
-            checkpoint: What to write.
+            checkpoint: Its content.
             path: The file.
             storage_options: Not used.
 
         Raises:
-            FileError: If it cannot be written; what was there before is still there.
+            FileError: If it cannot be written; an earlier file of that name is left.
         """
         buffer = io.BytesIO()
         torch.save({**checkpoint, "sealed": True}, buffer)
@@ -175,7 +175,7 @@ class RunCheckpoints(Checkpoint):
     """
 
     def __init__(self, folder: str | Path, *, monitor: str, mode: str = "max", cadence: Cadence | None = None) -> None:
-        """Say where checkpoints go.
+        """Set the folder and the metric that chooses.
 
         Args:
             folder: Their folder.
@@ -206,7 +206,7 @@ class RunCheckpoints(Checkpoint):
     # ------------------------------------------------------------------ going on
 
     def take_over(self, state: dict[str, Any]) -> None:
-        """Take over what a checkpoint says of the run as a whole.
+        """Take over the figures of the whole run from a checkpoint.
 
         Args:
             state: Our part of it.
@@ -273,7 +273,7 @@ class RunCheckpoints(Checkpoint):
         if batch == 0:
             return True
         progress = trainer.fit_loop.epoch_loop.batch_progress.current.completed
-        # Right after a validation, and while gradients are summed, there is more to a state than what is kept.
+        # Right after a validation, and while gradients are summed, a state has more parts than are kept.
         if self._validated or progress % trainer.accumulate_grad_batches or not _repeatable(trainer):
             return False
         steps, minutes = self.cadence.every_n_steps, self.cadence.minutes
@@ -324,7 +324,7 @@ class RunCheckpoints(Checkpoint):
         now = time.monotonic()
         self.seconds, self._began, self._saved = self.seconds + now - self._began, now, now
         for experiment in _writers(trainer):
-            experiment.flush()  # what the state counts as logged must not die with this process
+            experiment.flush()  # rows that the state counts as logged must not die with this process
         path = self.folder / f"step-{trainer.global_step:07d}.ckpt"
         self._saving = True
         try:
@@ -358,7 +358,7 @@ class RunCheckpoints(Checkpoint):
         }
 
     def _prune(self, newest: str) -> None:
-        """Remove what neither of the last two states needs, and what a kill left half written."""
+        """Remove files that neither of the last two states needs, and those a kill left half written."""
         self._generations = [*self._generations[-1:], self._files(newest)]
         kept = set().union(*self._generations)
         for pattern in ("step-*.ckpt", "best-*.ckpt", ".step-*", ".best-*"):
@@ -372,7 +372,7 @@ class RunCheckpoints(Checkpoint):
 
 
 def _repeatable(trainer: Trainer) -> bool:
-    """Tell whether the data can begin inside an epoch: with several processes each has a share of it only."""
+    """Whether the data can begin inside an epoch: with several processes each has a share of it only."""
     return trainer.world_size == 1 and isinstance(cast(Any, trainer).datamodule, ImageData)
 
 

@@ -33,7 +33,7 @@ class Classification(SupervisedTask):
     """One class per image, trained with cross entropy; targets may also be shares per class, as mixup makes them.
 
     Logs loss and accuracy of training, and of validation also the accuracy among the first five, the mean accuracy and
-    the mean F1 of the classes, and the expected calibration error. A test also gives accuracy per class and the
+    the mean F1 of the classes, and the expected calibration error. A test adds the accuracy per class and the
     confusion matrix.
     """
 
@@ -134,14 +134,14 @@ class Classification(SupervisedTask):
         self.test_confusion.reset()
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Measure a batch of the test split; gives scores and targets."""
+        """Measure a batch of the test split and return its scores and targets."""
         measured = super().test_step(batch, batch_idx)
         self.test_class_accuracy.update(measured["scores"], measured["targets"])
         self.test_confusion.update(measured["scores"], measured["targets"])
         return measured
 
     def decode(self, scores: Tensor) -> Tensor:
-        """Give class probabilities (B, classes), at the temperature that validation chose.
+        """Class probabilities (B, classes), at the temperature that was fitted on validation.
 
         Args:
             scores: Class scores (B, classes).
@@ -169,7 +169,7 @@ class Classification(SupervisedTask):
         }
 
     def output(self) -> dict[str, Any]:
-        """Say how outputs are read, for the adapter's file."""
+        """Describe how outputs are read, for the adapter's file."""
         return {**super().output(), "temperature": self.temperature}
 
     def load_adapter(self, path: str | Path) -> None:
@@ -182,7 +182,7 @@ class Classification(SupervisedTask):
         self.temperature = float((self.bank.notes().get("output") or {}).get("temperature", 1.0))
 
     def summary(self, scores: Tensor, targets: Tensor, names: Sequence[str]) -> dict[str, Any]:
-        """Give the accuracy of each class, and the calibration error before and after.
+        """Accuracy of each class, and calibration error before and after the temperature.
 
         Args:
             scores: Class scores of the test split (N, classes).
@@ -213,13 +213,13 @@ class Classification(SupervisedTask):
         return ["class", "probability"]
 
     def row(self, values: Tensor, names: Sequence[str]) -> list[str]:
-        """Give the likeliest class and its probability."""
+        """The likeliest class and its probability."""
         best, index = values.max(dim=0)
         return [names[int(index)], f"{float(best):.6f}"]
 
 
 def soft_cross_entropy(scores: Tensor, shares: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
-    """Compute the cross entropy with shares per class, so that whole labels give what they give as indices.
+    """Compute the cross entropy with shares per class, so that whole labels and class indices have the same loss.
 
     Args:
         scores: Class scores (B, classes).

@@ -1,4 +1,4 @@
-"""Dense tasks: something for every pixel, by a decoder on the maps of an adapted backbone."""
+"""Dense tasks: predictions for every pixel, by decoders on the maps of an adapted backbone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class DenseTask(AdapterTask, ABC):
     """Base of the tasks that predict something for every pixel.
 
     The adapter acts inside the frozen backbone; a map reader and decoders train beside it and are stored with it. A
-    subclass makes its decoders after this class has made the map reader, names them in `parts`, gives the whole
+    subclass makes its decoders after this class has made the map reader, names them in `parts`, returns the whole
     `network`, and then calls `check_maps`.
     """
 
@@ -85,7 +85,7 @@ class DenseTask(AdapterTask, ABC):
         self.reader = MapReader(self.model, taps, levels)
         self.examples: list[dict[str, Tensor]] = []
 
-    # ------------------------------------------------------------------ what a subclass gives
+    # ------------------------------------------------------------------ for subclasses
 
     @abstractmethod
     def parts(self) -> dict[str, nn.Module]:
@@ -122,7 +122,7 @@ class DenseTask(AdapterTask, ABC):
         except VerificationError as error:
             found = str(error).partition(". The model does not use")[0]
             raise VerificationError(
-                f"Through the maps at taps {self.reader.taps}, {found[0].lower()}{found[1:]}. What lies behind the "
+                f"Through the maps at taps {self.reader.taps}, {found[0].lower()}{found[1:]}. Layers behind the "
                 "last tap cannot train: add the last block or stage to taps, or limit the method by blocks."
             ) from error
 
@@ -258,7 +258,7 @@ class DenseTask(AdapterTask, ABC):
         """Copy tensors into map reader and decoders.
 
         Args:
-            tensors: As `files.read_decoder` gives them.
+            tensors: A result of `files.read_decoder`.
 
         Raises:
             FileError: If one is missing, unknown, of another shape, or not finite; nothing is copied then.

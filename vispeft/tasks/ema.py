@@ -103,6 +103,6 @@ class EMA(Callback):
             self.exchange(pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the average in the model, so that it is what gets saved."""
+        """Leave the average in the model, so that it gets saved."""
         if self._tensors and not self.exchanged:
             self.exchange(pl_module)

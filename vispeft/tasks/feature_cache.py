@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,8 @@ def cache_features(task: AdapterTask, data: Any, trainer: Trainer, folder: str |
         outputs = store.read(key)
         if outputs is None:
             logger.info("Computing the backbone's outputs for the %d %s images; they are kept in %s", *said)
-            outputs = store.write(
-                key, len(split), lambda files, split=split: _compute(files, task, data, trainer, split)
-            )
+            fill = partial(_compute, task=task, data=data, trainer=trainer, split=split)
+            outputs = store.write(key, len(split), fill)
         else:
             logger.info("The backbone's outputs for the %d %s images are taken from %s", *said)
         splits[name] = CachedSplit(outputs, split.targets)

@@ -25,9 +25,9 @@ ROWS = 64
 class Inference:
     """How masks are computed in validation, test and prediction.
 
-    A sliding window gives what mmsegmentation's ``slide`` mode gives: windows one stride apart, the last ones moved
-    back to the border, their scores averaged where they overlap. Flips and scales act on what is seen at once (the
-    image, or the window), and class probabilities are then averaged instead of scores.
+    A sliding window equals mmsegmentation's ``slide`` mode: windows one stride apart, the last ones moved
+    back to the border, their scores averaged where they overlap. Flips and scales act on one view (the image,
+    or the window), and class probabilities are then averaged instead of scores.
     """
 
     mode: Literal["whole", "slide"] = "whole"
@@ -102,7 +102,7 @@ def predict_masks(scores: Scores, images: Tensor, inference: Inference, size: tu
 
 
 def _seen(scores: Scores, images: Tensor, inference: Inference) -> Tensor:
-    """Compute the scores of what is seen at once, or the mean of its probabilities under augmentation."""
+    """Compute the scores of one view, or the mean of its probabilities under augmentation."""
     if inference.plain:
         return scores(images).float()
     size = tuple(images.shape[-2:])
@@ -124,7 +124,7 @@ def _seen(scores: Scores, images: Tensor, inference: Inference) -> Tensor:
 
 
 def _starts(side: int, window: int, stride: int) -> list[int]:
-    """Give where windows begin along a side; the last one ends with it."""
+    """Starts of the windows along a side; the last window ends with it."""
     count = max(0, -(-(side - window) // stride)) + 1
     return [min(index * stride, side - window) for index in range(count)]
 
@@ -196,7 +196,7 @@ def padded_to(images: Tensor, divisor: int) -> Tensor:
 
     Args:
         images: (B, 3, H, W).
-        divisor: What height and width are to be multiples of.
+        divisor: Number that height and width become multiples of.
     """
     below, beside = ((-side) % divisor for side in images.shape[-2:])
     return F.pad(images, (0, beside, 0, below)) if below or beside else images

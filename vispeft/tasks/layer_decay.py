@@ -15,7 +15,7 @@ def decay_by_layer(model: nn.Module, groups: list[dict[str, Any]], decay: float)
 
     Args:
         model: The adapted timm model.
-        groups: Groups as `AdapterBank.parameter_groups` gives them.
+        groups: Groups made by `AdapterBank.parameter_groups`.
         decay: Learning rate of a layer over that of the next one; the last one, with the classifier, has the full rate.
 
     Returns:

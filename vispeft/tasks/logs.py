@@ -24,7 +24,7 @@ class RunLog(CSVLogger):
     """Lightning's ``metrics.csv``, which a resumed run goes on with instead of beginning it anew."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Say where the table goes.
+        """Set the folder of the table.
 
         Args:
             folder: Folder of the run's logs; the table is ``csv/metrics.csv`` in it.
@@ -34,7 +34,7 @@ class RunLog(CSVLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """What writes the table."""
+        """The writer of the table."""
         if self._experiment is None:
             os.makedirs(self.log_dir, exist_ok=True)
             self._experiment = _Writer(self.log_dir)
@@ -46,7 +46,7 @@ class RunLog(CSVLogger):
         return int(self.experiment.rows)
 
     def rewind(self, rows: int) -> None:
-        """Take back what was written after a checkpoint.
+        """Take back the rows that were written after a checkpoint.
 
         Args:
             rows: Number of rows there were then.
@@ -64,7 +64,7 @@ class _Writer(ExperimentWriter):
         self.metrics_keys = sorted({key for row in before for key in row})
 
     def _check_log_dir_exists(self) -> None:
-        """Keep what is there; Lightning's own deletes it."""
+        """Keep earlier files; Lightning's own method deletes them."""
 
     def save(self) -> None:
         self.rows += len(self.metrics)
@@ -83,7 +83,7 @@ class _Writer(ExperimentWriter):
         self._write(self._read(), fieldnames)
 
     def _read(self) -> list[dict[str, str]]:
-        """Read the table; a row has what was logged in it."""
+        """Read the table; a row has the values that were logged in it."""
         path = Path(self.metrics_file_path)
         if not path.is_file():
             return []

@@ -1,6 +1,6 @@
 """Losses of dense tasks, on scores (B, C, h, w) and labels per pixel.
 
-Pixels labelled `IGNORE` count nowhere. A batch in which no pixel has a label gives zero, with a gradient of zero.
+Pixels labelled `IGNORE` count nowhere. A batch without a labelled pixel has a loss of zero, with a gradient of zero.
 All are computed in float32 at least.
 """
 
@@ -237,7 +237,7 @@ def _pixel_losses(scores: Tensor, masks: Tensor, class_weights: Tensor | None) -
 
 
 def _pixel_weights(masks: Tensor, class_weights: Tensor | None) -> Tensor:
-    """Give the weight of each pixel (B, h, w), zero where there is no label."""
+    """Weight of each pixel (B, h, w), zero where there is no label."""
     valid = masks != IGNORE
     return valid if class_weights is None else class_weights[masks.where(valid, 0)] * valid
 

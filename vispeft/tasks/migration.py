@@ -28,7 +28,7 @@ def without_moved(settings: Mapping[str, Any]) -> dict[str, Any]:
 def rename_heads(
     tensors: Mapping[str, Tensor], head_path: str | None, adapter: str, needed: Collection[str]
 ) -> dict[str, Tensor]:
-    """Give the classifier of a checkpoint the name it has now.
+    """Rename the classifier of an old checkpoint to its present name.
 
     In checkpoints of earlier versions, the classifier of the adapter that acted stood under the backbone's own name,
     such as ``model.head.weight``. Now each adapter's classifier has a name of its own, such as

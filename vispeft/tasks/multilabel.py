@@ -38,7 +38,7 @@ class PresentMeanAveragePrecision(MultilabelAveragePrecision):
         super().__init__(num_labels, average="none")
 
     def compute(self) -> Tensor:
-        """Give the mean over the labels that are there."""
+        """Compute the mean over the labels that are there."""
         present = (dim_zero_cat(self.target) == 1).any(dim=0)
         return _quietly(super().compute)[present].mean()
 
@@ -112,7 +112,7 @@ class MultiLabel(SupervisedTask):
         return F.binary_cross_entropy_with_logits(scores, targets.float())
 
     def for_metrics(self, scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Give probabilities and whole labels.
+        """Turn scores and targets into probabilities and whole labels.
 
         Args:
             scores: Scores (B, labels).
@@ -129,7 +129,7 @@ class MultiLabel(SupervisedTask):
         self._weights = balanced_pos_weights(targets, self.num_classes).to(self.device)
 
     def decode(self, scores: Tensor) -> Tensor:
-        """Give the probability of each label (B, labels).
+        """Probability of each label (B, labels).
 
         Args:
             scores: Scores (B, labels).
@@ -137,7 +137,7 @@ class MultiLabel(SupervisedTask):
         return scores.sigmoid()
 
     def summary(self, scores: Tensor, targets: Tensor, names: Sequence[str]) -> dict[str, Any]:
-        """Give the average precision of each label; None for one that no test image has.
+        """Average precision of each label; None for one that no test image has.
 
         Args:
             scores: Scores of the test split (N, labels).
@@ -153,7 +153,7 @@ class MultiLabel(SupervisedTask):
         return [float(value) if known else None for value, known in zip(precisions, there, strict=True)]
 
     def draw(self, scores: Tensor, targets: Tensor, names: Sequence[str], folder: Path) -> None:
-        """Draw the average precision of each label beside how often it is there, which guessing would reach.
+        """Draw the average precision of each label next to its frequency, which guessing would reach.
 
         Args:
             scores: Scores of the test split (N, labels).
@@ -172,7 +172,7 @@ class MultiLabel(SupervisedTask):
         return ["labels", *names]
 
     def row(self, values: Tensor, names: Sequence[str]) -> list[str]:
-        """Give the labels from a probability of one half, and the probability of each."""
+        """The labels from a probability of one half, and the probability of each."""
         given = [name for name, value in zip(names, values.tolist(), strict=True) if value >= THRESHOLD]
         return [";".join(given), *(f"{value:.6f}" for value in values.tolist())]
 

@@ -77,7 +77,7 @@ def check_optimizer(given: Any, weight_decay: float) -> dict[str, Any]:
         weight_decay: Weight decay of the task.
 
     Returns:
-        As `optimizer_node` gives it.
+        As `optimizer_node` returns it.
 
     Raises:
         ConfigError: If the optimiser refuses an argument, or has no weight decay and the task has one.
@@ -95,7 +95,7 @@ def make_optimizer(node: Mapping[str, Any], groups: list[dict[str, Any]]) -> Opt
     """Make an optimiser.
 
     Args:
-        node: As `optimizer_node` gives it.
+        node: As `optimizer_node` returns it.
         groups: Groups with ``params``, ``lr``, ``weight_decay`` and ``name``.
 
     Raises:

@@ -25,7 +25,7 @@ class Regression(SupervisedTask):
     """Numbers per image, trained with squared or absolute errors.
 
     The model learns targets from which the mean of the training images is subtracted and which are divided by their
-    deviation; both stand in the adapter's file. Metrics and predictions are in the targets' own unit: mean absolute
+    deviation; the adapter's file holds both. Metrics and predictions are in the targets' own unit: mean absolute
     error, root mean squared error, and R² (averaged over targets). The loss is in the standardised one.
     """
 
@@ -100,7 +100,7 @@ class Regression(SupervisedTask):
         return self.training_loss(scores, targets)
 
     def for_metrics(self, scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Give values in the targets' own unit.
+        """Turn scores and targets into values in the targets' own unit.
 
         Args:
             scores: Standardised values (B, targets).
@@ -110,7 +110,7 @@ class Regression(SupervisedTask):
         return (values.squeeze(1), wanted.squeeze(1)) if self.num_classes == 1 else (values, wanted)
 
     def decode(self, scores: Tensor) -> Tensor:
-        """Give values in the targets' own unit (B, targets).
+        """Values in the targets' own unit (B, targets).
 
         Args:
             scores: Standardised values (B, targets).
@@ -118,7 +118,7 @@ class Regression(SupervisedTask):
         return scores * self.deviation.to(scores.device) + self.mean.to(scores.device)
 
     def output(self) -> dict[str, Any]:
-        """Say how outputs are read: times the deviation, plus the mean."""
+        """Describe how outputs are read: times the deviation, plus the mean."""
         return {**super().output(), "mean": self.mean.tolist(), "deviation": self.deviation.tolist()}
 
     def load_adapter(self, path: str | Path) -> None:
@@ -139,7 +139,7 @@ class Regression(SupervisedTask):
         self._targets_taken = True
 
     def summary(self, scores: Tensor, targets: Tensor, names: Sequence[str]) -> dict[str, Any]:
-        """Give mean absolute error and R² of each target.
+        """Mean absolute error and R² of each target.
 
         Args:
             scores: Standardised values of the test split (N, targets).
@@ -171,7 +171,7 @@ class Regression(SupervisedTask):
         return list(names)
 
     def row(self, values: Tensor, names: Sequence[str]) -> list[str]:
-        """Give the values."""
+        """The values."""
         return [f"{value:.6g}" for value in values.tolist()]
 
 

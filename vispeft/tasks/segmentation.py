@@ -62,7 +62,7 @@ class Segmentation(DenseTask):
     """A class for every pixel, trained with cross entropy and, where asked for, Dice, Lovász or hard pixels.
 
     Logs the loss of training, and of validation the mean IoU and Dice, the mean accuracy of the classes, and the share
-    of pixels that are right. A test also gives these figures per class.
+    of pixels that are right. A test adds these figures per class.
     """
 
     target: ClassVar[str] = "mask"
@@ -168,7 +168,7 @@ class Segmentation(DenseTask):
         return predict_masks(self, images, self.inference, cast("tuple[int, int] | None", size))
 
     def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
-        """Give masks (B, H, W) of class indices."""
+        """Compute masks (B, H, W) of class indices."""
         return self.predict(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
     def predictor(self) -> MaskPredictor:
@@ -211,7 +211,7 @@ class Segmentation(DenseTask):
     # ------------------------------------------------------------------ results
 
     def details(self, split: str, outputs: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Any]:
-        """Give IoU, accuracy and Dice of each class of the test split; None for one that does not occur."""
+        """IoU, accuracy and Dice of each class of the test split; None for one that does not occur."""
         if split != "test":
             return {}
         by_figure = cast(SegmentationScores, self.scores[split]).per_class()

@@ -1,8 +1,8 @@
-"""What a training changes and Lightning's checkpoints leave out: random numbers, metrics and means in mid-epoch.
+"""State that training changes and Lightning's checkpoints leave out: random numbers, metrics, means in mid-epoch.
 
-Everything is taken at the start of a step and put back there, after Lightning has done what it does when a training
-goes on. Lightning has no public way to the means that `self.log` builds, so this file looks into its result collection;
-``tests/tasks/test_resume.py`` fails when a later release builds it another way.
+Everything is taken at the start of a step and put back there, after Lightning has restored its own part of a
+training. Lightning has no public way to the means that `self.log` builds, so this file looks into its result
+collection; ``tests/tasks/test_resume.py`` fails when a later release builds it another way.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _OPTIONS = (
     "add_dataloader_idx",
     "metric_attribute",
 )
-"""What `self.log` was told of a value."""
+"""Options of `self.log`, kept for each value."""
 _FIGURES = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 _ACCUMULATORS = ("value", "cumulated_batch_size")
 
@@ -58,7 +58,7 @@ def put_back(state: dict[str, Any], trainer: Trainer, module: LightningModule) -
     """Put a collected state back.
 
     Args:
-        state: What `training_state` gave.
+        state: A result of `training_state`.
         trainer: The trainer, at the start of the same step.
         module: The task.
     """
@@ -98,7 +98,7 @@ def between_steps(loop: dict[str, Any]) -> int:
 def random_state() -> dict[str, Any]:
     """Take the states of all global generators, as tensors and plain values."""
     version, words, spare = random.getstate()
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - what users draw from it must go on as well
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - users may draw from it, and that must go on as well
     return {
         "python": (version, torch.tensor(words), spare),
         "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
@@ -111,7 +111,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     """Put the states of all global generators back.
 
     Args:
-        state: What `random_state` gave.
+        state: A result of `random_state`.
     """
     version, words, spare = state["python"]
     random.setstate((version, tuple(words.tolist()), spare))
@@ -149,11 +149,11 @@ def _moved(value: Tensor | list[Tensor], device: torch.device) -> Tensor | list[
     return value.to(device) if isinstance(value, Tensor) else [part.to(device) for part in value]
 
 
-# ------------------------------------------------------------------ what was logged
+# ------------------------------------------------------------------ logged values
 
 
 def _entry(result: Any) -> dict[str, Any]:
-    """Describe a value logged in this epoch: how, and what its mean is made of so far."""
+    """Describe a value logged in this epoch: its options, and the parts of its mean so far."""
     meta = result.meta
     return {
         "fx": meta.fx,

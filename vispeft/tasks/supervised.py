@@ -1,4 +1,4 @@
-"""What classification, multi-label classification and regression share: one target per image."""
+"""The base of classification, multi-label classification and regression: one target per image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vispeft.tasks.predictions import ScorePredictor
 __all__ = ["Batch", "SupervisedTask", "check_target", "train_targets"]
 
 Batch = tuple[Tensor | Mapping[str, Tensor], Tensor]
-"""Images (B, 3, H, W), or what a frozen backbone made of them, and their targets."""
+"""Images (B, 3, H, W), or a frozen backbone's outputs for them, and their targets."""
 
 _TASK_OF = {
     "class": "Classification",
@@ -33,7 +33,7 @@ _TASK_OF = {
 class SupervisedTask(AdapterTask, ABC):
     """Base of the tasks with one target per image.
 
-    A subclass says what its targets are, and gives the loss, the metrics and how outputs are read.
+    A subclass names its kind of target, and defines the loss, the metrics and the reading of outputs.
     """
 
     target: ClassVar[str]
@@ -57,7 +57,7 @@ class SupervisedTask(AdapterTask, ABC):
         self.validation_metrics = self.make_metrics("validation")
         self.test_metrics = self.make_metrics("test")
 
-    # ------------------------------------------------------------------ what a subclass gives
+    # ------------------------------------------------------------------ for subclasses
 
     @abstractmethod
     def make_metrics(self, split: str) -> MetricCollection:
@@ -69,11 +69,11 @@ class SupervisedTask(AdapterTask, ABC):
 
     @abstractmethod
     def training_loss(self, scores: Tensor, targets: Tensor) -> Tensor:
-        """Compute what training makes small.
+        """Compute the loss of training.
 
         Args:
-            scores: What the model gives (B, outputs), in float32.
-            targets: What the data say.
+            scores: Outputs of the model (B, outputs), in float32.
+            targets: Targets of the data.
         """
 
     @abstractmethod
@@ -81,8 +81,8 @@ class SupervisedTask(AdapterTask, ABC):
         """Compute the loss without weights and smoothing, for validation and test.
 
         Args:
-            scores: What the model gives (B, outputs), in float32.
-            targets: What the data say.
+            scores: Outputs of the model (B, outputs), in float32.
+            targets: Targets of the data.
         """
 
     @abstractmethod
@@ -90,31 +90,31 @@ class SupervisedTask(AdapterTask, ABC):
         """Turn the model's outputs into probabilities or values (B, outputs).
 
         Args:
-            scores: What the model gives (B, outputs), in float32.
+            scores: Outputs of the model (B, outputs), in float32.
         """
 
     def for_metrics(self, scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Bring outputs and targets into the form the metrics take.
 
         Args:
-            scores: What the model gives (B, outputs), in float32.
-            targets: What the data say.
+            scores: Outputs of the model (B, outputs), in float32.
+            targets: Targets of the data.
         """
         return scores, targets
 
     def take_targets(self, targets: Tensor) -> None:
-        """Compute what is needed from the targets of the training split, when `targets_needed` says so.
+        """Compute figures from the targets of the training split, where `targets_needed` is set.
 
         Args:
             targets: All of them.
         """
 
     def calibrate(self, scores: Tensor, targets: Tensor) -> dict[str, Any]:
-        """Fit on the validation split how sure the model may be, where the task knows a way.
+        """Calibrate the model's confidence on the validation split, where the task knows a way.
 
         Args:
-            scores: What the model gives (N, outputs).
-            targets: What the data say.
+            scores: Outputs of the model (N, outputs).
+            targets: Targets of the data.
 
         Returns:
             Figures for ``metrics.json``; empty where there is no way.
@@ -122,15 +122,15 @@ class SupervisedTask(AdapterTask, ABC):
         return {}
 
     def output(self) -> dict[str, Any]:
-        """Say how outputs are read, for the adapter's file."""
+        """Describe how outputs are read, for the adapter's file."""
         return {"target": self.target}
 
     def summary(self, scores: Tensor, targets: Tensor, names: Sequence[str]) -> dict[str, Any]:
-        """Give figures per output for ``metrics.json``.
+        """Compute figures per output for ``metrics.json``.
 
         Args:
-            scores: What the model gives for the test split (N, outputs).
-            targets: What the data say.
+            scores: Outputs of the model for the test split (N, outputs).
+            targets: Targets of the data.
             names: Names of the outputs.
         """
         return {}
@@ -140,8 +140,8 @@ class SupervisedTask(AdapterTask, ABC):
         """Draw the results on the test split.
 
         Args:
-            scores: What the model gives (N, outputs).
-            targets: What the data say.
+            scores: Outputs of the model (N, outputs).
+            targets: Targets of the data.
             names: Names of the outputs.
             folder: Where pictures go.
         """
@@ -159,12 +159,12 @@ class SupervisedTask(AdapterTask, ABC):
         """Fill these columns for one image.
 
         Args:
-            values: What `decode` gave for it (outputs,).
+            values: The result of `decode` for it (outputs,).
             names: Names of the outputs.
         """
 
     def details(self, split: str, outputs: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Any]:
-        """Give figures per output after the test, and calibrate after validation."""
+        """Compute figures per output after the test, and calibrate after validation."""
         if split == "test":
             return self.summary(outputs["scores"], outputs["targets"], names)
         return self.calibrate(outputs["scores"], outputs["targets"])
@@ -190,7 +190,7 @@ class SupervisedTask(AdapterTask, ABC):
             self._take_from(data)
 
     def setup(self, stage: str) -> None:
-        """Check the trainer's data before the first step, and take what the loss needs from them."""
+        """Check the trainer's data before the first step, and take their targets where the loss needs them."""
         if stage == "fit":
             self._targets_taken = False
         super().setup(stage)
@@ -215,11 +215,11 @@ class SupervisedTask(AdapterTask, ABC):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Measure a batch of the validation split; gives scores and targets."""
+        """Measure a batch of the validation split and return its scores and targets."""
         return self._measure("validation", batch, self.validation_metrics)
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Measure a batch of the test split; gives scores and targets."""
+        """Measure a batch of the test split and return its scores and targets."""
         return self._measure("test", batch, self.test_metrics)
 
     def _measure(self, split: str, batch: Batch, metrics: MetricCollection) -> dict[str, Tensor]:
@@ -231,7 +231,7 @@ class SupervisedTask(AdapterTask, ABC):
         return {"scores": scores, "targets": targets}
 
     def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
-        """Give probabilities or values (B, outputs)."""
+        """Compute probabilities or values (B, outputs)."""
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
         return self.decode(self(images).float())
 

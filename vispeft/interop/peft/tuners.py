@@ -107,7 +107,9 @@ class PeftUnit(SequentialUnit):
             self.tuner = self._make(weight, bias)
 
     def _make(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        base = nn.Linear(*weight.shape[::-1], bias=bias is not None, device="cpu" if weight.is_meta else "meta")
+        out_features, in_features = weight.shape
+        device = "cpu" if weight.is_meta else "meta"
+        base = nn.Linear(in_features, out_features, bias=bias is not None, device=device)
         if not weight.is_meta:
             base.weight, base.bias = cast(nn.Parameter, weight), cast(nn.Parameter, bias)
         place = holder = nn.Module()
@@ -126,10 +128,10 @@ class PeftUnit(SequentialUnit):
         del tuner._modules["base_layer"]
         tuner.__dict__["base_layer"] = _Given(weight, bias)
         for module in list(tuner.modules()):
-            for name, parameter in list(module._parameters.items()):
-                if parameter is not None and not parameter.requires_grad:
+            for name, tensor in list(module._parameters.items()):
+                if tensor is not None and not tensor.requires_grad:
                     del module._parameters[name]
-                    module.register_buffer(name, parameter.detach())
+                    module.register_buffer(name, tensor.detach())
         return tuner
 
     def reset(self, generator: Generator) -> None:

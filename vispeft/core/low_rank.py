@@ -1,0 +1,59 @@
+"""Low-rank terms of a linear layer: their factors, the rows they are added to, and their dropout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+__all__ = ["DRAWS", "Branch", "Dropout", "dropped_draws"]
+
+DRAWS = 2**16
+"""Values of the random number that decides about an entry under dropout."""
+
+
+def dropped_draws(share: float) -> int:
+    """Count the draws that drop an entry: never all of them, since kept entries are divided by their share.
+
+    Args:
+        share: Share of entries to drop.
+    """
+    return min(round(share * DRAWS), DRAWS - 1)
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout of a low-rank term."""
+
+    share: float = 0.0
+    """Share of channels that are dropped."""
+    place: Literal["input", "hidden"] = "input"
+    """In front of the first factor, or between the two."""
+
+    def at(self, place: Literal["input", "hidden"]) -> float:
+        """Share dropped at a place."""
+        return self.share if place == self.place else 0.0
+
+    @property
+    def kept(self) -> float:
+        """The share that is kept, as it is drawn with 16 bits an entry."""
+        return 1 - dropped_draws(self.share) / DRAWS
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One low-rank term ``scale * x A^T B^T``, added to some output rows of a linear layer."""
+
+    a: Tensor
+    """First factor, (rank, in)."""
+    b: Tensor
+    """Second factor, (rows, rank)."""
+    scale: float
+    """Multiplier of the product."""
+    start: int
+    """First output row it is added to."""
+    stop: int
+    """Row behind the last one."""
+    dropout: Dropout = Dropout()
+    """Dropout in this pass."""
