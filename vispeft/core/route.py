@@ -68,7 +68,8 @@ class Acting(NamedTuple):
 
     def units(self) -> Iterator[Unit]:
         """Iterate over all units, kind after kind."""
-        for kind in self[: len(self) - 2]:
+        kinds: Any = self[: len(self) - 2]
+        for kind in kinds:
             yield from kind
 
 
