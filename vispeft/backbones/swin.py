@@ -304,7 +304,7 @@ class SwinHost(StageModelHost):
         blocks = [block for stage in self.stages() for block in stage.blocks]
         for unit in self.modules():
             if isinstance(unit, SideUnit):
-                unit.follow(blocks)
+                unit.resize_with(blocks)
 
 
 class WindowBlockHost(BlockHost):

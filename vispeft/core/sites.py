@@ -12,7 +12,7 @@ from typing import Literal
 
 from vispeft.errors import ConfigError, SiteError, UnknownNameError
 
-__all__ = ["ROLES", "Kind", "Layout", "Rows", "Site", "View", "select"]
+__all__ = ["ROLES", "Kind", "Layout", "Site", "Slice", "View", "select"]
 
 Kind = Literal["linear", "norm", "conv", "attention", "mlp", "block", "tokens", "scale", "table"]
 Layout = Literal["NLC", "NHWC", "NCHW"]
@@ -55,7 +55,7 @@ ROLES: dict[str, str] = {
 
 
 @dataclass(frozen=True)
-class Rows:
+class Slice:
     """A run of output rows of a linear layer, such as the query part of a fused projection."""
 
     start: int
@@ -90,7 +90,7 @@ class Site:
     """Stage index of a hierarchical model."""
     layout: Layout = "NLC"
     """Order of the axes of what leaves."""
-    rows: Rows | None = None
+    rows: Slice | None = None
     """The rows of the fused layer, for a slice."""
     kernel: tuple[int, int] = (1, 1)
     """Height and width of the kernel of a convolution."""

@@ -159,8 +159,8 @@ class RunningHost(ModelHost):
         def state(block: int) -> Tensor:
             stage = next(i for i, end in enumerate(self.block_ends()) if block < end)
             if len(self.block_ends()) == 1 or block == side.depth - 1:
-                return side.leave(states[block]).to(dtype)
-            found = side.level(stage, states[block])
+                return side.project_out(states[block]).to(dtype)
+            found = side.stage_map(stage, states[block])
             return hidden[block] if found is None else found.to(dtype)
 
         stages = [Streams(state(end - 1)) for end in ends]
@@ -200,7 +200,7 @@ class RunningHost(ModelHost):
             hidden: The result of `read_hidden`.
         """
         states = side.climb(hidden, side.depth, self.checkpoints())
-        return side.leave(states[-1]).to(hidden[ENTRY].dtype)
+        return side.project_out(states[-1]).to(hidden[ENTRY].dtype)
 
     def runs_itself(self) -> bool:
         """Tell whether timm's own forward cannot run the route that is chosen.
@@ -257,7 +257,7 @@ class RunningHost(ModelHost):
     def entered(self, tokens: Tensor) -> Tensor:
         """Change the input of the first block as acting queries ask for, (B, N, D) or (B, H, W, D)."""
         for unit in self.acting.queries:
-            tokens = unit.enter(tokens)
+            tokens = unit.change_tokens(tokens)
         return tokens
 
     def with_kept(self, tokens: Tensor, result: RunResult) -> Tensor:

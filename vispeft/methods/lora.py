@@ -140,7 +140,7 @@ class PiSSAUnit(LowRank):
     def _pairs(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         return (self.A, self.A0), (self.B, self.B0)
 
-    def stored(self) -> dict[str, Tensor]:
+    def file_tensors(self) -> dict[str, Tensor]:
         """Give the tensors of a `LowRank` of twice the rank."""
         return {name: tensor.detach() for name, tensor in zip("AB", self.factors(), strict=True)}
 
@@ -247,7 +247,7 @@ class LoRA(FewBits, DropPath, Method):
                 f"LoRA(freeze_a=True, bits={self.bits}): a frozen factor is stored as it is; take bits=32."
             )
 
-    def stored(self) -> Method:
+    def file_method(self) -> Method:
         """Give plain LoRA of twice the rank and the same multiplier for what started from singular values."""
         if self.start != "pissa":
             return self

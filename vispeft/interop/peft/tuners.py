@@ -142,7 +142,7 @@ class PeftUnit(SequentialUnit):
             fresh = self._make(base.weight, base.bias)
         self.tuner.load_state_dict(fresh.state_dict())
 
-    def follow(self, x: Tensor, y: Tensor) -> Tensor:
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
         """Compute (..., out) by peft's own code."""
         base = self.tuner.__dict__["base_layer"]
         base.pair = (x, y)
