@@ -568,7 +568,7 @@ class QueryUnit(Unit):
         """Change what enters the first block while training, if the method asks for it."""
         return tokens
 
-    def queries(self, block: int, batch: int) -> Tensor | None:
+    def queries_of(self, block: int, batch: int) -> Tensor | None:
         """Give the queries of a block.
 
         Args:
@@ -609,7 +609,7 @@ class QueryStream(Stream):
 
     def enter(self, block: int, present: Tensor | None, tokens: Tensor) -> Tensor | None:
         """Give the block's queries."""
-        return self.unit.queries(block, tokens.shape[0])
+        return self.unit.queries_of(block, tokens.shape[0])
 
     def keeps(self, block: int) -> bool:
         """Keep the rows of each block that is read."""
