@@ -175,7 +175,7 @@ def swin_stem_sites(patch_embed: Any) -> Iterator[Site]:
     check_class("patch_embed", patch_embed, (PatchEmbed,))
     proj = patch_embed.proj
     spot = Spot(proj.out_channels, stage=0, layout="NHWC")
-    yield spot.site("patch_embed.proj", "patch_embed", "conv", proj.in_channels, layout="NCHW")
+    yield spot.site("patch_embed.proj", "patch_embed", "conv", proj.in_channels, layout="NCHW", kernel=proj.kernel_size)
     if not is_absent(patch_embed.norm):
         yield spot.site("patch_embed.norm", "patch_embed.norm", "norm")
     yield spot.site("", "tokens", "tokens")
@@ -304,7 +304,7 @@ class SwinHost(StageModelHost):
         blocks = [block for stage in self.stages() for block in stage.blocks]
         for unit in self.modules():
             if isinstance(unit, SideUnit):
-                unit.follow(blocks)
+                unit.resize_with(blocks)
 
 
 class WindowBlockHost(BlockHost):

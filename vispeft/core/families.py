@@ -176,11 +176,15 @@ def parameter_sizes(model: nn.Module, head: str | None) -> dict[str, dict[str, i
         Sizes by path and name, in the order of the modules.
     """
     sizes: dict[str, dict[str, int]] = {}
-    for path, module in model.named_modules():
-        parts = path.split(".")
-        if "adapters" in parts or "adapter_heads" in parts or (head is not None and path == head):
-            continue
+
+    def walk(module: nn.Module, path: str) -> None:
         own = {name: tensor.numel() for name, tensor in module._parameters.items() if tensor is not None}
         if own:
             sizes[path] = own
+        for name, child in module.named_children():
+            below = f"{path}.{name}" if path else name
+            if name not in ("adapters", "adapter_heads") and below != head:
+                walk(child, below)
+
+    walk(model, "")
     return sizes

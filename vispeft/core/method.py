@@ -329,8 +329,8 @@ class Method:
         """Give the fields that decide what `frozen_outputs` computes, as plain values."""
         return {}
 
-    def stored(self) -> Method:
-        """Give the method a file names; another one where units are stored in its form (`Unit.stored`)."""
+    def file_method(self) -> Method:
+        """Give the method a file names; another one where units are stored in its form (`Unit.file_tensors`)."""
         return self
 
     def to_dict(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from vispeft.core.units import (
     SequentialUnit,
     SharedUnit,
     SideUnit,
+    Stream,
     StreamUnit,
     TokensUnit,
     Unit,
@@ -62,10 +63,13 @@ class Acting(NamedTuple):
     depth: tuple[DepthUnit, ...] = ()
     carries: bool = False
     """Whether streams beside the tokens pass this block, attention or MLP, or start in it."""
+    starting: tuple[Stream, ...] = ()
+    """At the host of the model: the streams that start inside blocks."""
 
     def units(self) -> Iterator[Unit]:
         """Iterate over all units, kind after kind."""
-        for kind in self[:-1]:
+        kinds: Any = self[: len(self) - 2]
+        for kind in kinds:
             yield from kind
 
 
@@ -73,17 +77,18 @@ NOTHING = Acting()
 """Of a host at which nothing acts."""
 
 
-def acting(units: Iterable[Unit], carries: bool = False) -> Acting:
+def acting(units: Iterable[Unit], carries: bool = False, starting: Iterable[Stream] = ()) -> Acting:
     """Sort the units of one host by kind.
 
     Args:
         units: The units, in the order in which their adapters act.
         carries: Whether streams beside the tokens pass there.
+        starting: At the host of the model, the streams that start inside blocks.
     """
     kinds: dict[str, tuple[Any, ...]] = {}
     for unit in units:
         kinds[unit.kind] = (*kinds.get(unit.kind, ()), unit)
-    return Acting(**kinds, carries=carries)
+    return Acting(**kinds, carries=carries, starting=tuple(starting))
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from typing import Literal
 
 from vispeft.errors import ConfigError, SiteError, UnknownNameError
 
-__all__ = ["ROLES", "Kind", "Layout", "Rows", "Site", "View", "select"]
+__all__ = ["ROLES", "Kind", "Layout", "Site", "Slice", "View", "select"]
 
 Kind = Literal["linear", "norm", "conv", "attention", "mlp", "block", "tokens", "scale", "table"]
 Layout = Literal["NLC", "NHWC", "NCHW"]
@@ -55,7 +55,7 @@ ROLES: dict[str, str] = {
 
 
 @dataclass(frozen=True)
-class Rows:
+class Slice:
     """A run of output rows of a linear layer, such as the query part of a fused projection."""
 
     start: int
@@ -90,8 +90,10 @@ class Site:
     """Stage index of a hierarchical model."""
     layout: Layout = "NLC"
     """Order of the axes of what leaves."""
-    rows: Rows | None = None
+    rows: Slice | None = None
     """The rows of the fused layer, for a slice."""
+    kernel: tuple[int, int] = (1, 1)
+    """Height and width of the kernel of a convolution."""
     inside: bool = False
     """Whether the place is one of several inside the module at `path`, and needs its role to be told apart."""
     reads_weight: bool = False
@@ -110,6 +112,11 @@ class Site:
         """Name of the site in files: its path, with the slice's last name where it is one."""
         path = self.path if self.alias is None else self.alias
         return path if self.part is None else f"{path}:{self.part}"
+
+    @property
+    def columns(self) -> int:
+        """Columns of the layer's weight as a matrix: the inputs of one output."""
+        return self.in_features * self.kernel[0] * self.kernel[1]
 
     @property
     def part(self) -> str | None:

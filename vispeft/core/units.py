@@ -154,7 +154,7 @@ class Unit(nn.Module):
         held: tuple[Unit, ...] = self.__dict__.get("_lender", ())
         return held[0] if held else None
 
-    def fitted(self, name: str, tensor: Tensor) -> Tensor:
+    def sliced(self, name: str, tensor: Tensor) -> Tensor:
         """Give what a unit of a model that was cut off behind some block needs of a tensor of the whole model's unit.
 
         Args:
@@ -163,8 +163,8 @@ class Unit(nn.Module):
         """
         return tensor
 
-    def stored(self) -> dict[str, Tensor]:
-        """Give the tensors a file holds of this unit, by their names under `Method.stored`."""
+    def file_tensors(self) -> dict[str, Tensor]:
+        """Give the tensors a file holds of this unit, by their names under `Method.file_method`."""
         return dict(self.state_dict())
 
     def codecs(self) -> Mapping[str, str]:
@@ -218,7 +218,7 @@ class Unit(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has no weight form.")
 
-    def shifts(self) -> bool:
+    def needs_bias(self) -> bool:
         """Tell whether the plain layer needs a bias for this unit."""
         return False
 
@@ -419,7 +419,7 @@ class InputUnit(Unit):
 
     kind = "input"
 
-    def enter(self, x: Tensor) -> Tensor:
+    def transform_input(self, x: Tensor) -> Tensor:
         """Compute what enters the layer instead.
 
         Args:
@@ -434,7 +434,7 @@ class InputUnit(Unit):
         """Give ``m``, (in,); `fold_weight` gives ``W M``."""
         raise NotImplementedError(f"{type(self).__name__} has no weight form.")
 
-    def shifts(self) -> bool:
+    def needs_bias(self) -> bool:
         """Tell that a bias is needed."""
         return True
 
@@ -444,7 +444,7 @@ class SequentialUnit(Unit):
 
     kind = "sequential"
 
-    def follow(self, x: Tensor, y: Tensor) -> Tensor:
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
         """Compute what leaves instead.
 
         Args:
@@ -456,7 +456,7 @@ class SequentialUnit(Unit):
         """
         raise NotImplementedError
 
-    def shifts(self) -> bool:
+    def needs_bias(self) -> bool:
         """Tell that a bias is needed."""
         return True
 
@@ -477,7 +477,7 @@ class AffineUnit(Unit):
         """Scale and shift the bias: ``scale * b + shift``."""
         return self.scale * bias + self.shift
 
-    def shifts(self) -> bool:
+    def needs_bias(self) -> bool:
         """Tell that a bias is needed."""
         return True
 
@@ -564,11 +564,11 @@ class QueryUnit(Unit):
         """Pass the queries through the blocks."""
         return (QueryStream(self),)
 
-    def enter(self, tokens: Tensor) -> Tensor:
+    def change_tokens(self, tokens: Tensor) -> Tensor:
         """Change what enters the first block while training, if the method asks for it."""
         return tokens
 
-    def asked(self, block: int, batch: int) -> Tensor | None:
+    def queries(self, block: int, batch: int) -> Tensor | None:
         """Give the queries of a block.
 
         Args:
@@ -609,7 +609,7 @@ class QueryStream(Stream):
 
     def enter(self, block: int, present: Tensor | None, tokens: Tensor) -> Tensor | None:
         """Give the block's queries."""
-        return self.unit.asked(block, tokens.shape[0])
+        return self.unit.queries(block, tokens.shape[0])
 
     def keeps(self, block: int) -> bool:
         """Keep the rows of each block that is read."""
@@ -683,7 +683,7 @@ class SideUnit(Unit):
         """
         raise NotImplementedError
 
-    def leave(self, state: Tensor) -> Tensor:
+    def project_out(self, state: Tensor) -> Tensor:
         """Bring a state of the last stage to the backbone's width.
 
         Args:
@@ -694,7 +694,7 @@ class SideUnit(Unit):
         """
         raise NotImplementedError
 
-    def level(self, stage: int, state: Tensor) -> Tensor | None:
+    def stage_map(self, stage: int, state: Tensor) -> Tensor | None:
         """Bring the state behind an earlier stage to the backbone's width.
 
         Args:
@@ -706,7 +706,7 @@ class SideUnit(Unit):
         """
         raise NotImplementedError
 
-    def follow(self, blocks: Sequence[nn.Module]) -> None:
+    def resize_with(self, blocks: Sequence[nn.Module]) -> None:
         """Take over what a change of the image size has changed in the backbone's blocks.
 
         Args:

@@ -71,7 +71,7 @@ class Prompts(TokensUnit):
         """Tell whether a block has prompts of its own."""
         return block == 0 or self.deep is not None
 
-    def fitted(self, name: str, tensor: Tensor) -> Tensor:
+    def sliced(self, name: str, tensor: Tensor) -> Tensor:
         """Leave out the prompts of blocks that are not there."""
         return tensor if name != "deep" or self.deep is None else tensor[: self.deep.shape[0]]
 

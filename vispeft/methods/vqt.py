@@ -109,11 +109,11 @@ class Queries(QueryUnit):
             drawn = torch.randperm(self.all_features, generator=generator, device=generator.device)
             self.selected.copy_(drawn[: len(self.selected)].sort().values)
 
-    def enter(self, tokens: Tensor) -> Tensor:
+    def change_tokens(self, tokens: Tensor) -> Tensor:
         """Drop entries of what enters the first block while training, as the public supervised code does."""
         return F.dropout(tokens, self.token_dropout, self.training) if self.token_dropout else tokens
 
-    def asked(self, block: int, batch: int) -> Tensor | None:
+    def queries(self, block: int, batch: int) -> Tensor | None:
         """Give a block's queries, (batch, length, width); each image drops entries of its own."""
         if block not in self.places:
             return None
