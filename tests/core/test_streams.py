@@ -74,7 +74,8 @@ def test_a_method_brings_a_stream_of_its_own(backbone: str, checkpointing: bool,
     out = model(images)
     rows = bank._entries["default"].units[next(iter(bank._entries["default"].units))].rows
     out.square().sum().backward()
-    assert rows.grad is not None and rows.grad.any()
+    assert rows.grad is not None
+    assert rows.grad.any()
     found = model.forward_intermediates(images, intermediates_only=True)
     # Rows that only read leave the tokens alone.
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, tokens, strict=True))
@@ -205,10 +206,10 @@ def test_units_of_one_batch_run_without_being_attached() -> None:
         assert not torch.allclose(model.forward_head(features), plain)
     nothing = model.run(images, [Bound((0, 0), 24)])
     assert torch.allclose(model.forward_head(model.features(nothing)), plain, atol=1e-6)
+    cell = Cell("lora", "swin")
+    swin = cell.model()
+    vispeft.attach(swin, vispeft.LoRA(rank=2))
     with pytest.raises(ConfigError, match="Attach a method that makes streams"):
-        cell = Cell("lora", "swin")
-        swin = cell.model()
-        vispeft.attach(swin, vispeft.LoRA(rank=2))
         swin.run(cell.images(), [Bound((2, 2, 2), 8)])
 
 
