@@ -107,9 +107,13 @@ class Route:
 
 
 class _Thread(threading.local):
-    """One thread's temporary route, if it has one."""
+    """One thread's temporary route, if it has one, and those it returns to."""
 
     route: Route | None = None
+
+    def __init__(self) -> None:
+        """Start without temporary routes; Python calls this in each thread."""
+        self.outer: list[Route | None] = []
 
 
 class Routing:
@@ -170,12 +174,15 @@ class Routing:
         Args:
             route: The route.
         """
-        before, traced = self._thread.route, self.traced
-        self._thread.route = self.traced = route
+        thread, outer = self._thread, self._thread.outer
+        outer.append(thread.route)
+        thread.route = self.traced = route
         try:
             yield
         finally:
-            self._thread.route, self.traced = before, traced
+            thread.route = outer.pop()
+            # The default of now: another thread may have set it meanwhile.
+            self.traced = thread.route or self.default
 
     def refresh(self, made_again: Callable[[Route], Route]) -> None:
         """Rebuild routes that refer to removed objects, such as a replaced classifier.
@@ -183,9 +190,11 @@ class Routing:
         Args:
             made_again: Builds a new route for the same choice.
         """
+        thread = self._thread
         self.set(made_again(self.default))
-        if self._thread.route is not None:
-            self._thread.route = self.traced = made_again(self._thread.route)
+        thread.outer[:] = [None if route is None else made_again(route) for route in thread.outer]
+        if thread.route is not None:
+            thread.route = self.traced = made_again(thread.route)
 
 
 def keeps_route(method: F) -> F:
