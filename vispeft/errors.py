@@ -92,7 +92,8 @@ def near_names(asked: str, known: Iterable[str], at_most: int = 12) -> str:
         One sentence: the near names, or else the first known ones.
     """
     names = sorted(set(known))
-    near = difflib.get_close_matches(asked, names, n=3, cutoff=0.5)
+    near = [name for name in names if name.lower() == asked.lower()]
+    near = near or difflib.get_close_matches(asked, names, n=3, cutoff=0.5)
     if near:
         return f"Did you mean {' or '.join(repr(n) for n in near)}?"
     if not names:
