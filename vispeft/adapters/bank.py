@@ -131,6 +131,11 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
     def _check_new_name(self, name: str) -> None:
         if not _NAME.fullmatch(name):
             raise ConfigError(f"An adapter was to be called {name!r}; use letters, digits, '-' and '_'.")
+        if hasattr(nn.ModuleDict(), name):
+            raise ConfigError(
+                f"An adapter was to be called {name!r}, which is the name of an attribute of PyTorch's modules, so they "
+                f"cannot hold it. Choose another name, such as {name + '_1'!r}."
+            )
         if name in self._entries:
             raise ConfigError(
                 f"There is an adapter {name!r} on this model already (all: {', '.join(self._entries)}). "
