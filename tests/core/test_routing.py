@@ -256,6 +256,22 @@ def test_the_classifier_of_the_last_acting_adapter_answers() -> None:
     assert model.num_classes == own
 
 
+def test_adapters_put_on_in_inference_mode_can_train(tmp_path: Any) -> None:
+    cell = Cell("lora_2bit", "vit")
+    cell.attach(cell.model()).save(tmp_path)
+    model, images = cell.model(), cell.images()
+    with torch.inference_mode():
+        bank = vispeft.load(model, tmp_path)
+        bank = vispeft.attach(model, vispeft.SSF(), name="fresh")
+        assert torch.is_inference_mode_enabled()
+        model(images)
+    bank.set_active(["default", "fresh"])
+    model.train()(images).square().sum().backward()
+    assert not any(tensor.is_inference() for _, tensor in bank.trainable_parameters())
+    for name in bank.names:
+        assert any(tensor.grad is not None for tensor in bank.named_tensors(name).values())
+
+
 def test_a_new_classifier_answers_in_every_block_around() -> None:
     """The route of an outer block kept the replaced classifier."""
     model, bank, images = adapted()

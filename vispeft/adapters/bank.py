@@ -98,18 +98,19 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
                 "or vispeft.method('ssf')."
             )
         before = self._routing.default
-        plan = make_plan(method, self._outer, tasks)
-        units = build_units(plan, self._model, seed)
-        entry = Entry(method, plan, units, None if tasks is None else tuple(tasks), seed or 0)
-        place_units(entry, name, self._model, self.view, self._routing)
-        self._entries[name] = entry
-        try:
-            yield entry
-        except Exception:
-            self.detach(name)
-            if self._entries:
-                self.set_active(before.names, task=before.task)
-            raise
+        with torch.inference_mode(False):  # or the tensors could never train
+            plan = make_plan(method, self._outer, tasks)
+            units = build_units(plan, self._model, seed)
+            entry = Entry(method, plan, units, None if tasks is None else tuple(tasks), seed or 0)
+            place_units(entry, name, self._model, self.view, self._routing)
+            self._entries[name] = entry
+            try:
+                yield entry
+            except Exception:
+                self.detach(name)
+                if self._entries:
+                    self.set_active(before.names, task=before.task)
+                raise
 
     def declare(self, name: str) -> None:
         """Let a new adapter train, and act alone.
@@ -133,8 +134,8 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
             raise ConfigError(f"An adapter was to be called {name!r}; use letters, digits, '-' and '_'.")
         if hasattr(nn.ModuleDict(), name):
             raise ConfigError(
-                f"An adapter was to be called {name!r}, which is the name of an attribute of PyTorch's modules, so they "
-                f"cannot hold it. Choose another name, such as {name + '_1'!r}."
+                f"An adapter was to be called {name!r}; PyTorch's modules have an attribute of that name and cannot "
+                f"hold it. Choose another name, such as {name + '_1'!r}."
             )
         if name in self._entries:
             raise ConfigError(
