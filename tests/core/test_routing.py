@@ -256,6 +256,39 @@ def test_the_classifier_of_the_last_acting_adapter_answers() -> None:
     assert model.num_classes == own
 
 
+@pytest.mark.parametrize("backbone", ["vit", "swin"])
+def test_a_classifier_put_in_by_hand_is_noticed_and_can_be_given_to_an_adapter(backbone: str, tmp_path: Any) -> None:
+    """It answered, was in no optimiser and no file, and the adapter could not be taken off."""
+    cell = Cell("lora", backbone)
+    model, images = cell.model(), cell.images()
+    bank = cell.attach(model)
+    path = bank.view.head_path
+    parent, _, leaf = path.rpartition(".")
+    original, own = model.get_submodule(path), nn.Linear(bank.head().in_features, 9)
+    setattr(model.get_submodule(parent), leaf, own)
+    for use in (
+        bank.trainable_parameters,
+        lambda: bank.save(tmp_path),
+        bank.merge,
+        bank.verify,
+        lambda: bank.detach("default"),
+        lambda: model.reset_classifier(3),
+    ):
+        with pytest.raises(ConfigError, match=rf"'{path}' was replaced by hand.*put_head"):
+            use()
+    bank.put_head("default", own)
+    assert bank.head() is own
+    assert model.get_submodule(path) is original
+    assert {id(own.weight), id(own.bias)} <= {id(tensor) for _, tensor in bank.trainable_parameters()}
+    assert model(images).shape == (len(images), 9)
+    bank.save(tmp_path)
+    other = cell.model()
+    vispeft.load(other, tmp_path)
+    assert torch.equal(other(images), model(images))
+    bank.detach("default")
+    assert model.get_submodule(path) is original
+
+
 def test_adapters_put_on_in_inference_mode_can_train(tmp_path: Any) -> None:
     cell = Cell("lora_2bit", "vit")
     cell.attach(cell.model()).save(tmp_path)

@@ -236,7 +236,9 @@ class FileBank(BankState):
 
         Raises:
             FileError: If it cannot be written; the earlier files are still there then.
+            ConfigError: If the classifier was replaced by hand.
         """
+        self._heads.check_place()
         label = self._label(name)
         entry = self._entries[label]
         units, head = entry.file_tensors(), self._head_state(label)

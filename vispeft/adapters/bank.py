@@ -284,6 +284,7 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
         Args:
             num_classes: Number of classes of the new one.
         """
+        self._heads.check_place()
         route, base = self._routing.present(), self._heads.base
         owner = route.owner or (route.names[-1] if route.names else None)
         before = self._model.__dict__.get("num_classes")
@@ -305,9 +306,10 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
 
         Args:
             name: The adapter.
-            head: The classifier; None for none.
+            head: The classifier; None for none. One that stands at the base's place goes from there.
         """
         entry = self._entries[name]
+        self._heads.clear_place(head)
         if head is None:
             self._heads.drop(name)
         else:

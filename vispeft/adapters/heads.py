@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vispeft.core.method import Method
 from vispeft.core.route import Routing
 from vispeft.core.sites import View
+from vispeft.errors import ConfigError
 from vispeft.hosts.base import Host, HostState, ensure_host, put_back, take_off
 from vispeft.hosts.head import HeadHost
 from vispeft.hosts.model import HEADS
@@ -98,17 +99,42 @@ class HeadRack:
         """
         self.model, self.path, self.routing = model, path, routing
         self.own = nn.ModuleDict()
+        self._base: nn.Module | None = None
+        """The base's classifier, also where another module was put at its place by hand."""
         self.hidden: tuple[nn.Module, HostState] | None = None
         """The base's classifier, while the model is merged."""
         self.pooling = self._pooling()
         if path is not None:
             model.add_module(HEADS, self.own)
-            ensure_host(self._at_place(), HeadHost, routing=routing)
+            self._base = ensure_host(self._at_place(), HeadHost, routing=routing)
 
     @property
     def base(self) -> nn.Module | None:
         """The base's own classifier; None where the model has no place for one."""
-        return None if self.path is None else self._at_place() if self.hidden is None else self.hidden[0]
+        return self._base
+
+    def check_place(self) -> None:
+        """Refuse to go on with a module that somebody put at the place of the base's classifier.
+
+        Raises:
+            ConfigError: If there is one: it would answer in place of the adapters' classifiers, and be in no file.
+        """
+        if self.path is None or self.hidden is not None or self._at_place() is self._base:
+            return
+        raise ConfigError(
+            f"The classifier at {self.path!r} was replaced by hand. The new {type(self._at_place()).__name__} belongs "
+            f"to no adapter and would be in no file. Give it to one: bank.put_head(NAME, model.{self.path}). Another "
+            "time, model.reset_classifier(num_classes) does both."
+        )
+
+    def clear_place(self, head: nn.Module | None) -> None:
+        """Put the base's classifier back where one stands at its place that an adapter is given.
+
+        Args:
+            head: The adapter's classifier.
+        """
+        if self.path is not None and self.hidden is None and head is not self._base and self._at_place() is head:
+            self._stand(cast(nn.Module, self._base))
 
     def get(self, name: str) -> nn.Module | None:
         """Look up an adapter's classifier.
@@ -148,7 +174,7 @@ class HeadRack:
             head: The classifier.
         """
         self._stand(head)
-        ensure_host(head, HeadHost, routing=self.routing)
+        self._base = ensure_host(head, HeadHost, routing=self.routing)
 
     def restore_base(self, head: nn.Module) -> None:
         """Put the base's classifier back to timm's place.

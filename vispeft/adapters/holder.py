@@ -89,6 +89,7 @@ class BankState:
             wanted: The change, for the message.
         """
         self._check_unmerged(wanted)
+        self._heads.check_place()
         if self._model.__dict__.get(BANK) is not self:
             raise ConfigError(f"This bank is closed, since its model has no adapters: it cannot {wanted}. Use attach.")
         if self._routing.is_overridden:

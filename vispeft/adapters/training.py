@@ -81,9 +81,13 @@ class TrainingBank(BankState):
 
         The order is that of attaching, and inside an adapter that of the model. A tensor belongs to the list also where
         it gets no gradient in this step.
+
+        Raises:
+            ConfigError: If the classifier was replaced by hand.
         """
         if self._merged is not None:
             return []
+        self._heads.check_place()
         place: dict[int, int] = {}
         for number, (name, entry) in enumerate(self._entries.items()):
             if not entry.frozen:
