@@ -1,4 +1,4 @@
-"""The method that docs/add_a_method.md adds passes the conformance grid, as a package outside of vispeft would run it."""
+"""The method that docs/add_a_method.md adds passes the conformance grid, as a package outside vispeft would run it."""
 
 from __future__ import annotations
 
