@@ -141,7 +141,7 @@ def test_a_size_the_window_cannot_serve_is_refused() -> None:
 
 
 def test_vpt_says_why_it_has_no_form_on_swinv2() -> None:
-    with pytest.raises(SiteError, match=r"normalises behind.*AdaptFormer"):
+    with pytest.raises(SiteError, match=r"normalises after.*AdaptFormer"):
         vispeft.attach(Cell("vpt", "swinv2").model(), vispeft.VPT())
     with pytest.raises(SiteError, match=r"several widths.*deep=False"):
         vispeft.attach(Cell("vpt", "swin").model(), vispeft.VPT(project=4))

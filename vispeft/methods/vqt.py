@@ -113,7 +113,7 @@ class Queries(QueryUnit):
         """Drop entries of what enters the first block while training, as the public supervised code does."""
         return F.dropout(tokens, self.token_dropout, self.training) if self.token_dropout else tokens
 
-    def queries(self, block: int, batch: int) -> Tensor | None:
+    def queries_of(self, block: int, batch: int) -> Tensor | None:
         """Give a block's queries, (batch, length, width); each image drops entries of its own."""
         if block not in self.places:
             return None
