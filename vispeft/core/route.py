@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 from torch import nn
 from torch.compiler import is_compiling
 
+from vispeft.core.model_units import QueryUnit, SideUnit, StreamUnit, TokensUnit
+from vispeft.core.streams import Stream
 from vispeft.core.units import (
     AffineUnit,
     BranchUnit,
@@ -25,14 +27,9 @@ from vispeft.core.units import (
     InputUnit,
     ParallelUnit,
     PrefixUnit,
-    QueryUnit,
     SelectionUnit,
     SequentialUnit,
     SharedUnit,
-    SideUnit,
-    Stream,
-    StreamUnit,
-    TokensUnit,
     Unit,
     WeightUnit,
 )

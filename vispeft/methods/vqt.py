@@ -17,9 +17,9 @@ from torch import Generator, Tensor, nn
 
 from vispeft.core.fields import check_share, check_whole
 from vispeft.core.method import Method, PlanItem, Step, register
+from vispeft.core.model_units import QueryUnit
 from vispeft.core.recipes import Recipe
 from vispeft.core.sites import Site, View, select
-from vispeft.core.units import QueryUnit
 from vispeft.errors import ConfigError, SiteError
 
 __all__ = ["VQT", "Queries", "feature_scores", "select_features"]
