@@ -382,11 +382,15 @@ class AdapterTask(LightningModule):
     # ------------------------------------------------------------------ checkpoints
 
     def _changed(self) -> set[str]:
-        """Names of the tensors that training can change: trained ones, and buffers except the frozen backbone's."""
-        trained = {name for name, _ in self.trainable_parameters()}
+        """Names of the tensors that training can change: trained ones, and buffers except the frozen backbone's.
+
+        Tensors of frozen adapters belong to them, since a schedule may freeze one that was trained before.
+        """
+        tensors = [t for name in self.bank.names for t in self.bank.named_tensors(name).values()]
+        kept = {id(t) for t in [*tensors, *self.own_parameters()]}
+        trained = {name for name, p in self.named_parameters() if id(p) in kept}
         owners = {name.rpartition(".")[0] for name in trained}
-        trained_by = set(self.bank.names) - set(self.bank.frozen)
-        whole = any(self.bank.plan(name).method.trains_base for name in trained_by)
+        whole = any(self.bank.plan(name).method.trains_base for name in self.bank.names)
         return trained | {
             name
             for name, _ in self.named_buffers()
