@@ -10,7 +10,7 @@ from torch import nn
 
 import vispeft
 from tests.conformance.cells import Cell, move
-from vispeft.errors import ConfigError, MergeError
+from vispeft.errors import ConfigError, FileError, MergeError
 
 BACKBONES = pytest.mark.parametrize("backbone", ["vit", "swin"])
 
@@ -104,3 +104,12 @@ def test_names_of_pytorch_are_refused_and_leave_no_trace(name: str) -> None:
     with pytest.raises(ConfigError, match=name):
         vispeft.attach(model, vispeft.SSF(), name=name)
     assert [type(module) for module in model.modules()] == classes
+
+
+def test_tensors_that_a_classifier_does_not_have_are_refused() -> None:
+    model, _ = model_of("vit")
+    bank = vispeft.attach(model, vispeft.AdaptFormer(bits=1, head_bits=1))
+    state = bank.state_dict()
+    classes = state["head/weight"].shape[0]
+    with pytest.raises(FileError, match="'bias'"):
+        bank.load_state_dict({**state, "head/bias": torch.zeros(classes)})
