@@ -1,4 +1,4 @@
-"""The view of timm's ``SwinTransformerV2``: cosine attention, and norms after branches and patch merging."""
+"""The view of timm's ``SwinTransformerV2``: cosine attention, norms after the branches and after patch merging."""
 
 from __future__ import annotations
 
