@@ -134,12 +134,12 @@ def decode(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     codes = unpack_bits(packed[:-_STATISTICS], bits, shape)
     mean, std = (float(n) for n in packed[-_STATISTICS:].cpu().numpy().view("<f4"))
     if not (math.isfinite(mean) and math.isfinite(std)):
-        raise FileError(f"The mean {mean} or the spread {std} of a quantised matrix is not finite.")
+        raise FileError(f"The mean {mean} or the standard deviation {std} of a quantised matrix is not finite.")
     return Quantized(codes, torch.tensor(mean), torch.tensor(std)).values(bits)
 
 
 class FewBitsCodec(Codec):
-    """A matrix of a few bits per weight: codes, mean and spread."""
+    """A matrix of a few bits per weight: codes, mean and standard deviation."""
 
     def __init__(self, bits: int) -> None:
         """Create the codec for a number of bits.
