@@ -116,7 +116,7 @@ def _check(
     """Refuse arguments that cannot be drawn.
 
     Raises:
-    DataError: If there is nothing to draw, or numbers, shapes or types do not match.
+        DataError: If there is nothing to draw, or numbers, shapes or types do not match.
     """
     if not len(images) == len(labels) == len(predictions) > 0:
         raise DataError(
