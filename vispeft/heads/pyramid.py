@@ -73,7 +73,7 @@ class MapReader(nn.Module):
 
     @property
     def divisor(self) -> int:
-        """Divisor that height and width should have, so that no map ends inside a patch."""
+        """Number that should divide height and width, so that no map ends inside a patch."""
         return max(self.side, *self.strides)
 
     def forward(self, model: nn.Module, images: Tensor) -> list[Tensor]:
