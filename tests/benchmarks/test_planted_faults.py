@@ -119,3 +119,9 @@ def test_a_result_of_another_text_counts_for_nothing(project, monkeypatch):
     changed = planted_faults.Plant(fault.old.file, fault.old.find, "4 * x")
     other = planted_faults.Fault(fault.name, fault.part, fault.says, fault.nearest, changed, None)
     assert planted_faults.Trial(other, "old").result() is None
+
+
+def test_the_faults_fit_the_present_files():
+    for fault in planted_faults.read_faults():
+        if fault.new is not None:
+            fault.new.planted((planted_faults.ROOT / fault.new.file).read_text(encoding="utf-8"))

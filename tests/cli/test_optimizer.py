@@ -87,3 +87,11 @@ def test_a_run_with_momentum_is_resumed_as_it_was_begun(config, run_cli, tmp_pat
     assert resumed.status == 0, resumed.err
     state = torch.load(next((tmp_path / "run/checkpoints").glob("step-*.ckpt")), weights_only=True)
     assert state["optimizer_states"][0]["param_groups"][0]["momentum"] == 0.9
+
+
+def test_configs_of_two_runs_compare_whether_or_not_they_name_the_default(config):
+    plain = ConfigCLI(config, [])
+    printed = plain.resolved()
+    assert "class_path: torch.optim.AdamW" in printed
+    assert plain.completed(yaml.safe_load(printed)) == yaml.safe_load(printed)
+    assert plain.completed(yaml.safe_load(config.read_text())) == yaml.safe_load(printed)

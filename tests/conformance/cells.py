@@ -84,8 +84,9 @@ STORES_MORE = ("lora_fa", "vqt_weighted")
 EXCLUSIVE = ("full", "bitfit", "norm_tuning", "lst", "lst_sparse", "compacter_full", "vqt", "vqt_weighted")
 """Methods that replace tensors of the base or its output features, so that two of them cannot act at once."""
 
-LINKED = ("vpt", "vqt", "prefix", "mam", "fact", "compacter", "lst")
-"""Methods, in all their forms, whose blocks share tensors or hand each other more than tokens."""
+LINKED = ("vpt", "vqt", "prefix", "mam", "fact", "compacter", "lst", "convpass")
+"""Methods, in all their forms, whose blocks need each other: they share tensors, hand on more than tokens, or give the
+patches something that reaches a class token with the next block's attention."""
 DEEP = ("lora_all", "ssf", "ssf_merging")
 """Methods that act on each block by itself, and yet are tried on more than one of a stage, shifted windows included."""
 

@@ -428,7 +428,7 @@ class TestReadOnly:
         header = json.loads((tmp_path / "adapter.json").read_text())
         assert set(header["tensors"]) == set(names)
         stored = sum(math.prod(entry["shape"]) for entry in header["tensors"].values())  # before packing to a few bits
-        formula = method.stored().parameter_count(bank.view)
+        formula = method.file_method().parameter_count(bank.view)
         assert stored > formula if cell.method in STORES_MORE else stored == formula
         loaded.save(tmp_path / "again")
         assert (tmp_path / "again/adapter.safetensors").read_bytes() == path.read_bytes()

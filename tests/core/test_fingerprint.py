@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
+import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import vispeft
@@ -49,6 +51,16 @@ def test_fingerprint_refuses_one_changed_weight(saved: Path, name: str, change: 
         vispeft.load(model, saved)
     assert type(model) is VisionTransformer
     vispeft.load(model, saved, allow_base_mismatch=True)
+
+
+def test_a_tensor_that_survives_rounding_hides_no_change_beside_it(tmp_path: Path) -> None:
+    model = VIT.model()
+    torch.nn.init.zeros_(model.blocks[1].attn.proj.bias)  # as in many a pretrained model
+    other = copy.deepcopy(model)
+    VIT.attach(model).save(tmp_path)
+    other.blocks[1].mlp.fc2.weight.data[0, 0] += 1e-6  # less than bfloat16 tells apart
+    with pytest.raises(BaseMismatchError, match=r"blocks\.1"):
+        vispeft.load(other, tmp_path)
 
 
 def test_other_architectures_are_refused(saved: Path) -> None:

@@ -95,7 +95,7 @@ def hydra_module(hyper: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     }
     leaves = filled(unit, names, below(tensors, "adapter."))
     weight, bias = tensors["base.weight"], tensors["base.bias"]
-    assert_equal_module(tensors, lambda x: unit.follow(x, nn.functional.linear(x, weight, bias)), leaves)
+    assert_equal_module(tensors, lambda x: unit.after(x, nn.functional.linear(x, weight, bias)), leaves)
     merged = unit.fold_weight(weight), unit.fold_bias(bias)
     for name, tensor in zip(("weight", "bias"), merged, strict=True):
         assert (tensor - tensors[f"merged.{name}"]).abs().max() <= MERGED, name

@@ -61,12 +61,12 @@ class FileBank(BankState):
         return {**self._entries[label].state(), **self._head_state(label)}
 
     def stored_tensors(self, name: str | None = None) -> dict[str, Tensor]:
-        """Map names in files to the tensors of an adapter's units, in the form of `Method.stored`.
+        """Map names in files to the tensors of an adapter's units, in the form of `Method.file_method`.
 
         Args:
             name: The adapter; may be left out where only one acts.
         """
-        return self._entry(name).stored()
+        return self._entry(name).file_tensors()
 
     def stored_bytes(self, name: str | None = None) -> int:
         """Count the bytes of an adapter's tensors in a file, without headers.
@@ -76,7 +76,7 @@ class FileBank(BankState):
         """
         label = self._label(name)
         codecs = {key: codec for key, _, _, codec in self._coded(label)}
-        values = {**self._entries[label].stored(), **self._head_state(label)}
+        values = {**self._entries[label].file_tensors(), **self._head_state(label)}
         return sum(find_codec(codecs.get(key, RAW)).size(tensor) for key, tensor in values.items())
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], name: str | None = None) -> None:
@@ -239,14 +239,14 @@ class FileBank(BankState):
         """
         label = self._label(name)
         entry = self._entries[label]
-        units, head = entry.stored(), self._head_state(label)
+        units, head = entry.file_tensors(), self._head_state(label)
         beside = {f"{DECODER}{key}": tensor for key, tensor in (decoder or {}).items()}
         for key, tensor in {**units, **head, **beside}.items():
             if not torch.isfinite(tensor).all():
                 raise FileError(f"{key} of adapter {label!r} is not finite; it was not saved.")
         stored, codecs = self._encoded(label, {**units, **head})
         header = {
-            **adapter_part(entry.method.stored()),
+            **adapter_part(entry.method.file_method()),
             "backbone": {**backbone_part(self._model, self._outer), "fingerprint": self.fingerprint()},
             "tasks": None if entry.tasks is None else list(entry.tasks),
             "per_task": entry.per_task,
@@ -366,4 +366,4 @@ class CutModel:
         place, _, name = key.rpartition("/")
         unit_name, _, tensor_name = name.partition(".")
         unit = units.get(f"{place}/{unit_name}")
-        return tensor if unit is None else unit.fitted(tensor_name, tensor)
+        return tensor if unit is None else unit.sliced(tensor_name, tensor)

@@ -91,9 +91,9 @@ class Entry:
         """Map names in files to the tensors of its units, in the form in which they train."""
         return {f"{key}.{name}": t for key, unit in self.units.items() for name, t in unit.state_dict().items()}
 
-    def stored(self) -> dict[str, Tensor]:
-        """Map names in files to the tensors of its units, in the form of `Method.stored`."""
-        return {f"{key}.{name}": t for key, unit in self.units.items() for name, t in unit.stored().items()}
+    def file_tensors(self) -> dict[str, Tensor]:
+        """Map names in files to the tensors of its units, in the form of `Method.file_method`."""
+        return {f"{key}.{name}": t for key, unit in self.units.items() for name, t in unit.file_tensors().items()}
 
     def acting(self, task: str | None) -> Iterator[tuple[int, Unit]]:
         """Iterate over the units that act for a task, each with the number of its host's slot.

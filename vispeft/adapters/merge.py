@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vispeft.adapters.verify import probe_images
 from vispeft.core.families import base_class
+from vispeft.core.generated import MakesTensors
 from vispeft.core.sites import Site, View
 from vispeft.errors import MergeError
 from vispeft.hosts.base import Host, HostState, put_back, take_off
@@ -75,6 +76,9 @@ def merge_model(model: nn.Module, view: View, partial: bool) -> Merged:
         MergeError: If a layer has no plain form and `partial` is not set, a merged tensor is not finite, or the outputs
             differ beyond rounding; nothing is changed then.
     """
+    for module in model.modules():
+        if isinstance(module, MakesTensors):
+            module.generated.drop()  # a change through ``tensor.data`` is not counted
     probe = probe_images(model, view)
     tensors, stays = plan_merge(model, view, partial)
     before = outputs(model, probe)

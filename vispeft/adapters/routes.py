@@ -43,8 +43,11 @@ def make_route(entries: Entries, heads: HeadRack, slot: int, names: tuple[str, .
         carries |= {host.slot for host in entries[name].carriers}
     if carries:
         carries.add(slot)
+    branching = [unit for found in units.values() for unit in found if unit.kind == "branch"]
+    starting = {stream.name: stream for unit in branching for stream in unit.streams()}
     hosts: dict[int, Acting] = {
-        place: acting(units.get(place, ()), place in carries) for place in {**units, **dict.fromkeys(carries)}
+        place: acting(units.get(place, ()), place in carries, starting.values() if place == slot else ())
+        for place in {**units, **dict.fromkeys(carries)}
     }
     owner = next((name for name in reversed(names) if heads.get(name) is not None), None)
     return Route(names, task, hosts, None if owner is None else heads.get(owner), owner, refusal)

@@ -107,12 +107,16 @@ def find_dead(
 def _filled_heads(model: nn.Module) -> dict[str, Tensor]:
     """Make values for classifiers that start at zero, as many recipes have it: no gradient passes one yet."""
     generator = torch.Generator().manual_seed(2)
-    heads = [
-        (name, tensor)
-        for name, tensor in model.named_parameters()
-        if tensor.requires_grad and tensor.ndim > 1 and f"{UNITS}." not in name
-    ]
+    heads = [(name, t) for name, t in _outside_units(model) if t.requires_grad and t.ndim > 1]
     return {name: torch.randn(t.shape, generator=generator).to(t) for name, t in heads if not t.any()}
+
+
+def _outside_units(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """Iterate over the parameters that belong to no unit; many adapters have many units, which need no walk."""
+    yield from ((f"{path}{name}", tensor) for name, tensor in module._parameters.items() if tensor is not None)
+    for name, child in module.named_children():
+        if name != UNITS:
+            yield from _outside_units(child, f"{path}{name}.")
 
 
 def _dead_in_all_draws(
@@ -147,7 +151,7 @@ def _dead_tensors(
 ) -> list[str]:
     """List the tensors that get no gradient, with some tensors of the base replaced."""
     tensors = [entry.tensor for entry in entries]
-    with _state_restored(probe.outer, tensors):
+    with _state_restored(probe.outer, entries):
         generator = torch.Generator().manual_seed(1 + draw)
         with torch.no_grad():
             for tensor in tensors:
@@ -190,13 +194,17 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextmanager
-def _state_restored(model: nn.Module, tensors: list[nn.Parameter]) -> Iterator[None]:
+def _state_restored(model: nn.Module, entries: list[UnitTensor]) -> Iterator[None]:
+    """Put back values, switches of gradients, modes, buffers of the units and random state."""
+    tensors = [entry.tensor for entry in entries]
     values = [tensor.detach().clone() for tensor in tensors]
     switches = [tensor.requires_grad for tensor in tensors]
-    modes = {module: module.training for module in model.modules()}
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    train = [module for module in model.modules() if module.training]
+    # In evaluation nothing but a unit could write into a buffer.
+    buffers = [(b, b.detach().clone()) for unit in {e.unit: None for e in entries} for b in unit.buffers()]
     random = torch.get_rng_state()
-    model.eval()
+    if train:
+        model.eval()
     try:
         for tensor in tensors:
             tensor.requires_grad_(True)  # a schedule may have switched some off
@@ -207,7 +215,7 @@ def _state_restored(model: nn.Module, tensors: list[nn.Parameter]) -> Iterator[N
         with torch.no_grad():
             for tensor, value, switch in zip(tensors, values, switches, strict=True):
                 tensor.copy_(value).requires_grad_(switch)
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
-        for module, mode in modes.items():
-            module.training = mode
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        for module in train:
+            module.training = True

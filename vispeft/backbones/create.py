@@ -1,4 +1,4 @@
-"""Make a backbone: `timm.create_model`, plus local weight files, shipped backbones, and errors that say what to do."""
+"""`create_model`: `timm.create_model`, plus local weight files, shipped backbones, and errors that name the remedy."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def _build_from_description(request: Request, repository: str, described: timm.m
 
 
 def _build_from_address(request: Request, url: str) -> nn.Module:
-    """Build a model of timm's whose weights are a file on a web server; torch keeps what it fetched."""
+    """Build a model of timm's whose weights are a file on a web server; torch keeps fetched files."""
     cache_dir = request.arguments.get("cache_dir")
     folder = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / "checkpoints"
     if not (folder / url.rsplit("/", 1)[-1]).is_file() and not _answers(lambda: _probe_address(url)):

@@ -10,7 +10,7 @@ from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import nn
 
 from vispeft.core.families import base_class, check_class
-from vispeft.core.sites import Kind, Layout, Rows, Site
+from vispeft.core.sites import Kind, Layout, Site, Slice
 
 __all__ = [
     "Spot",
@@ -79,7 +79,7 @@ def projection_sites(attn: Any, path: str, spot: Spot, inner: int) -> Iterator[S
     more: dict[str, Any] = {"reads_weight": reads, "owner": path if reads else None}
     yield spot.site(f"{path}.qkv", "attn.qkv", "linear", out_features=3 * inner, **more)
     for index, part in enumerate(("q", "k", "v")):
-        rows = Rows(index * inner, (index + 1) * inner)
+        rows = Slice(index * inner, (index + 1) * inner)
         yield spot.site(f"{path}.qkv", f"attn.{part}", "linear", out_features=inner, rows=rows, **more)
 
 
@@ -141,7 +141,7 @@ def mlp_sites(mlp: Any, path: str, spot: Spot) -> Iterator[Site]:
     else:
         yield spot.site(f"{path}.fc1", "mlp.fc1", "linear", out_features=mlp.fc1.out_features)
     if base_class(mlp) is GluMlp:
-        halves = (Rows(0, hidden), Rows(hidden, 2 * hidden))
+        halves = (Slice(0, hidden), Slice(hidden, 2 * hidden))
         gate, value = reversed(halves) if mlp.gate_last else halves
         yield spot.site(f"{path}.fc1", "mlp.fc1_g", "linear", out_features=hidden, rows=gate)
         yield spot.site(f"{path}.fc1", "mlp.fc1_x", "linear", out_features=hidden, rows=value)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from vispeft.backbones.parts import Spot, is_absent, mlp_sites, projection_sites
 from vispeft.backbones.windows import cut_windows, join_windows
 from vispeft.core.families import Family, base_class, check_class, parameter_sizes, register_family
+from vispeft.core.model_units import SideUnit
 from vispeft.core.sites import Site, View
-from vispeft.core.units import SideUnit
 from vispeft.hosts.attention import WindowAttentionHost
 from vispeft.hosts.block import BlockHost
 from vispeft.hosts.mlp import MLP_HOSTS
@@ -175,7 +175,7 @@ def swin_stem_sites(patch_embed: Any) -> Iterator[Site]:
     check_class("patch_embed", patch_embed, (PatchEmbed,))
     proj = patch_embed.proj
     spot = Spot(proj.out_channels, stage=0, layout="NHWC")
-    yield spot.site("patch_embed.proj", "patch_embed", "conv", proj.in_channels, layout="NCHW")
+    yield spot.site("patch_embed.proj", "patch_embed", "conv", proj.in_channels, layout="NCHW", kernel=proj.kernel_size)
     if not is_absent(patch_embed.norm):
         yield spot.site("patch_embed.norm", "patch_embed.norm", "norm")
     yield spot.site("", "tokens", "tokens")
@@ -304,7 +304,7 @@ class SwinHost(StageModelHost):
         blocks = [block for stage in self.stages() for block in stage.blocks]
         for unit in self.modules():
             if isinstance(unit, SideUnit):
-                unit.follow(blocks)
+                unit.resize_with(blocks)
 
 
 class WindowBlockHost(BlockHost):

@@ -108,7 +108,7 @@ def stem_sites(vit: Any) -> Iterator[Site]:
     """
     check_class("patch_embed", vit.patch_embed, (PatchEmbed,))
     spot, proj = Spot(vit.embed_dim), vit.patch_embed.proj
-    yield spot.site("patch_embed.proj", "patch_embed", "conv", proj.in_channels, layout="NCHW")
+    yield spot.site("patch_embed.proj", "patch_embed", "conv", proj.in_channels, layout="NCHW", kernel=proj.kernel_size)
     if not is_absent(vit.patch_embed.norm):
         yield spot.site("patch_embed.norm", "patch_embed.norm", "norm")
     yield spot.site("", "tokens", "tokens")

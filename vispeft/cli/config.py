@@ -75,7 +75,7 @@ class ConfigCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.add_argument("--init", type=str | None, default=None, help="adapter to start from: zoo:NAME or a folder")
         parser.add_class_arguments(Cadence, "checkpoints")
-        told = "compute what a frozen backbone makes of the images once: true, or the folder where it is kept"
+        told = "compute the outputs of a frozen backbone once: true, or the folder where they are kept"
         parser.add_argument("--cache_features", type=bool | str | None, default=False, help=told)
 
     def _num_classes(self, data: Any) -> int:

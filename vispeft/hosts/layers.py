@@ -94,7 +94,7 @@ class _Foldable(Host):
     def missing(self, name: str, live: Sequence[Unit]) -> Tensor | None:
         """Make the neutral tensor where the base has none and units need one."""
         weight = self.own("weight")
-        if name != "bias" or weight is None or not any(unit.shifts() for unit in live):
+        if name != "bias" or weight is None or not any(unit.needs_bias() for unit in live):
             return None
         return torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
 
@@ -119,7 +119,7 @@ class LinearHost(_Foldable):
         """Compute (..., out) from (..., in)."""
         acting = self.acting
         for unit in acting.input:
-            x = gained(unit, x, unit.enter(x))
+            x = gained(unit, x, unit.transform_input(x))
         branches = _terms(acting)
         weight, bias = self._whole_weight(), self.own("bias")
         out = low_rank_linear(x, weight, bias, branches) if branches else F.linear(x, weight, bias)
@@ -129,7 +129,7 @@ class LinearHost(_Foldable):
         """Apply the units that act behind the product."""
         acting = self.acting
         for following in acting.sequential:
-            out = gained(following, out, following.follow(x, out))
+            out = gained(following, out, following.after(x, out))
         for unit in acting.affine:
             out = affine_by(unit, out)
         return out
@@ -141,7 +141,7 @@ class LinearHost(_Foldable):
             return streams.each(self)
         x = streams.tokens
         for unit in self.acting.input:
-            x = gained(unit, x, unit.enter(x))
+            x = gained(unit, x, unit.transform_input(x))
         frozen = F.linear(x, self._whole_weight(), self.own("bias"))
         shared = self._behind(x, low_rank_terms(x, frozen, _terms(self.acting)))
         beside = {name: y for unit in branching for name, y in self._branched(unit, x, streams, frozen, shared)}

@@ -107,7 +107,7 @@ class ModelHost(Host):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _rename_heads(self, tensors: dict[str, Any], prefix: str) -> None:
-        """Rename classifiers: earlier versions had the acting adapter's at timm's place, and the base's as ``(base)``."""
+        """Rename classifiers: the acting adapter's stood at timm's place once, and the base's as ``(base)``."""
         heads = f"{prefix}{HEADS}."
         if not any(key.startswith(f"{heads}(base).") for key in tensors):
             return

@@ -16,7 +16,9 @@ from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from vispeft.core.units import SideUnit, Stream, TokensUnit, Unit
+from vispeft.core.model_units import SideUnit, TokensUnit
+from vispeft.core.streams import Stream
+from vispeft.core.units import Unit
 from vispeft.errors import ConfigError
 from vispeft.hosts.block import BlockHost
 from vispeft.hosts.model import ModelHost
@@ -142,7 +144,7 @@ class RunningHost(ModelHost):
         self.check_size(images)
         acting = self.acting
         depth = self.block_ends()[-1] if depth is None else depth
-        every = [*acting.tokens, *acting.stream, *acting.queries, *acting.branch, *units]
+        every = [*acting.tokens, *acting.stream, *acting.queries, *units]
         if not acting.side:
             return self.backbone(images, every, taken, depth, **arguments)
         return self._beside(acting.side[0], images, every, taken, depth)
@@ -159,8 +161,8 @@ class RunningHost(ModelHost):
         def state(block: int) -> Tensor:
             stage = next(i for i, end in enumerate(self.block_ends()) if block < end)
             if len(self.block_ends()) == 1 or block == side.depth - 1:
-                return side.leave(states[block]).to(dtype)
-            found = side.level(stage, states[block])
+                return side.project_out(states[block]).to(dtype)
+            found = side.stage_map(stage, states[block])
             return hidden[block] if found is None else found.to(dtype)
 
         stages = [Streams(state(end - 1)) for end in ends]
@@ -200,7 +202,7 @@ class RunningHost(ModelHost):
             hidden: The result of `read_hidden`.
         """
         states = side.climb(hidden, side.depth, self.checkpoints())
-        return side.leave(states[-1]).to(hidden[ENTRY].dtype)
+        return side.project_out(states[-1]).to(hidden[ENTRY].dtype)
 
     def runs_itself(self) -> bool:
         """Tell whether timm's own forward cannot run the route that is chosen.
@@ -212,12 +214,12 @@ class RunningHost(ModelHost):
         return bool(units) or (self.checkpoints() and torch.is_grad_enabled())
 
     def streams_of(self, units: Sequence[Unit]) -> list[Stream]:
-        """List the streams of some units.
+        """List the streams of some units, and those that start inside blocks.
 
         Args:
             units: The units.
         """
-        return [stream for unit in units for stream in unit.streams()]
+        return [*(stream for unit in units for stream in unit.streams()), *self.acting.starting]
 
     def pass_block(
         self, block: Any, index: int, result: RunResult, streams: Sequence[Stream], **arguments: Any
@@ -257,7 +259,7 @@ class RunningHost(ModelHost):
     def entered(self, tokens: Tensor) -> Tensor:
         """Change the input of the first block as acting queries ask for, (B, N, D) or (B, H, W, D)."""
         for unit in self.acting.queries:
-            tokens = unit.enter(tokens)
+            tokens = unit.change_tokens(tokens)
         return tokens
 
     def with_kept(self, tokens: Tensor, result: RunResult) -> Tensor:
@@ -272,8 +274,8 @@ class RunningHost(ModelHost):
 
     def answering(self) -> list[Stream]:
         """List the acting streams of which the classifier reads rows."""
-        acting = self.acting
-        return [stream for stream in self.streams_of([*acting.stream, *acting.queries]) if stream.shapes]
+        units = (*self.acting.stream, *self.acting.queries)
+        return [stream for unit in units for stream in unit.streams() if stream.shapes]
 
     @staticmethod
     def side_block(block: Any, rung: Rung) -> nn.Module:

@@ -127,7 +127,7 @@ class BottleneckUnit(LowBit, Unit):
 class SequentialBottleneck(BottleneckUnit, SequentialUnit):
     """A bottleneck behind a layer: ``y + change(y)``."""
 
-    def follow(self, x: Tensor, y: Tensor) -> Tensor:
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
         """Compute (..., width) from the layer's own output."""
         return y + self.change(y)
 

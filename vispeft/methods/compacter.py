@@ -153,7 +153,7 @@ class CompacterUnit(LowBit, SequentialUnit):
             if self.shape.own_rules:
                 getattr(self, f"{layer}_rule").normal_(0.0, self.shape.spread, generator=generator)
 
-    def follow(self, x: Tensor, y: Tensor) -> Tensor:
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
         """Compute (..., width) from the layer's own output."""
         return y + self.change(y)
 

@@ -56,7 +56,7 @@ class HydraUnit(LowBit, SequentialUnit):
             for name in ("down", "up"):
                 getattr(self, f"{branch}_{name}_bias").zero_()
 
-    def follow(self, x: Tensor, y: Tensor) -> Tensor:
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
         """Add both branches to what the layer gives."""
         return y + self.scale * (self._branch("parallel", x) + self._branch("sequential", y)).to(y.dtype)
 

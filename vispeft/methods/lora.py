@@ -140,7 +140,7 @@ class PiSSAUnit(LowRank):
     def _pairs(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         return (self.A, self.A0), (self.B, self.B0)
 
-    def stored(self) -> dict[str, Tensor]:
+    def file_tensors(self) -> dict[str, Tensor]:
         """Give the tensors of a `LowRank` of twice the rank."""
         return {name: tensor.detach() for name, tensor in zip("AB", self.factors(), strict=True)}
 
@@ -247,7 +247,7 @@ class LoRA(FewBits, DropPath, Method):
                 f"LoRA(freeze_a=True, bits={self.bits}): a frozen factor is stored as it is; take bits=32."
             )
 
-    def stored(self) -> Method:
+    def file_method(self) -> Method:
         """Give plain LoRA of twice the rank and the same multiplier for what started from singular values."""
         if self.start != "pissa":
             return self
@@ -263,9 +263,9 @@ class LoRA(FewBits, DropPath, Method):
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
         """Put one pair of factors at each site."""
         for site in self.sites(view):
-            if site.kind != "linear" or site.role == "head":
-                raise SiteError(f"LoRA acts on linear layers of the backbone; {site.role!r} is none.")
-            yield PlanItem(site, "lora", self._builder(site))
+            if site.kind not in ("linear", "conv") or site.role == "head":
+                raise SiteError(f"LoRA acts on linear layers and convolutions of the backbone; {site.role!r} is none.")
+            yield PlanItem(site, "lora", self._builder(dataclasses.replace(site, in_features=site.columns)))
 
     def _builder(self, site: Site) -> Callable[[], Unit]:
         factors = Factors(
@@ -287,6 +287,6 @@ class LoRA(FewBits, DropPath, Method):
         """Count ``rank * (in + out)`` per site, without ``rank * in`` where A is frozen; DoRA adds ``out``."""
         seen = 0 if self.freeze_a else 1
         return sum(
-            self.rank * (seen * site.in_features + site.out_features) + (site.out_features if self.dora else 0)
+            self.rank * (seen * site.columns + site.out_features) + (site.out_features if self.dora else 0)
             for site in self.sites(view)
         )

@@ -22,9 +22,9 @@ from vispeft.backbones.pruning import prune
 from vispeft.core.families import family_of
 from vispeft.core.fields import check_whole
 from vispeft.core.method import Method, PlanItem, register
+from vispeft.core.model_units import SideUnit
 from vispeft.core.recipes import Recipe
 from vispeft.core.sites import View, select
-from vispeft.core.units import SideUnit
 from vispeft.errors import ConfigError, SiteError
 from vispeft.hosts.functional import linear
 from vispeft.hosts.running import ENTRY, Rung, RunningHost
@@ -117,17 +117,17 @@ class Ladder(SideUnit):
         taken = linear(hidden, down.weight, down.bias).to(state.dtype)
         return torch.lerp(taken, state, torch.sigmoid(self.gates[rung] / TEMPERATURE).to(state.dtype))
 
-    def leave(self, state: Tensor) -> Tensor:
+    def project_out(self, state: Tensor) -> Tensor:
         """Normalise a state of the last stage and bring it to the backbone's width."""
         out: Tensor = self.up(self.norm(state))
         return out
 
-    def level(self, stage: int, state: Tensor) -> Tensor | None:
+    def stage_map(self, stage: int, state: Tensor) -> Tensor | None:
         """Do the same behind an earlier stage, where `LST.levels` asks for it."""
         key = str(stage)
         return self.levels[key](state) if key in self.levels else None
 
-    def follow(self, blocks: Sequence[nn.Module]) -> None:
+    def resize_with(self, blocks: Sequence[nn.Module]) -> None:
         """Take over the windows of a Swin's blocks."""
         for index, block in cast(Any, self.blocks).items():
             base: Any = blocks[int(index)]

@@ -71,7 +71,7 @@ class MAM(Method):
             shape = Bottleneck(width=site.out_features, middle=self.bottleneck, scale=self.scale, dropout=self.dropout)
             yield PlanItem(site, "adapter", partial(ParallelBottleneck, shape, "mlp", self.reads))
 
-    def stored(self) -> Method:
+    def file_method(self) -> Method:
         """Give the method without the network, whose tables a file holds."""
         return dataclasses.replace(self, mid_dim=None, prefix_dropout=0.0)
 

@@ -99,7 +99,7 @@ class PrefixMLP(MakesTensors, SharedUnit):
         )
         return F.dropout(keys, self.dropout, self.training), F.dropout(values, self.dropout, self.training)
 
-    def stored(self) -> dict[str, Tensor]:
+    def file_tensors(self) -> dict[str, Tensor]:
         """Give nothing: a file holds the tables."""
         return {}
 
@@ -125,7 +125,7 @@ class PrefixSlot(PrefixUnit):
         return cast(PrefixMLP, self.lender).tables(self.start, self.width)
 
     @torch.no_grad()
-    def stored(self) -> dict[str, Tensor]:
+    def file_tensors(self) -> dict[str, Tensor]:
         """Give the tables as they are without dropout, under the names of `PrefixTables`."""
         network = cast(PrefixMLP, self.lender)
         mode = network.training
@@ -232,7 +232,7 @@ class Prefix(Method):
         """Put keys and values at each attention."""
         yield from prefix_items(self.sites(view), view, self.length, self.mid_dim, self.dropout)
 
-    def stored(self) -> Method:
+    def file_method(self) -> Method:
         """Give the method without the network, whose tables a file holds."""
         return dataclasses.replace(self, mid_dim=None, dropout=0.0)
 

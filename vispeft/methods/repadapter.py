@@ -57,7 +57,7 @@ class RepAdapterUnit(LowBit, InputUnit):
         self.down_bias.zero_()
         self.up_bias.zero_()
 
-    def enter(self, x: Tensor) -> Tensor:
+    def transform_input(self, x: Tensor) -> Tensor:
         """Add the term to what enters the layer."""
         hidden = F.dropout(linear(x, self.matrix("down"), self.down_bias), self.dropout, self.training)
         return x + (self.scale * linear(hidden, self._dense_up(), self.up_bias)).to(x.dtype)

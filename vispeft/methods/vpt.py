@@ -15,9 +15,9 @@ from torch import Generator, Tensor, nn
 
 from vispeft.core.fields import check_share, check_whole
 from vispeft.core.method import Method, PlanItem, register
+from vispeft.core.model_units import TokensUnit
 from vispeft.core.recipes import Recipe
 from vispeft.core.sites import View
-from vispeft.core.units import TokensUnit
 from vispeft.errors import ConfigError, SiteError
 
 __all__ = ["VPT", "Prompts", "StagePrompts"]
@@ -71,7 +71,7 @@ class Prompts(TokensUnit):
         """Tell whether a block has prompts of its own."""
         return block == 0 or self.deep is not None
 
-    def fitted(self, name: str, tensor: Tensor) -> Tensor:
+    def sliced(self, name: str, tensor: Tensor) -> Tensor:
         """Leave out the prompts of blocks that are not there."""
         return tensor if name != "deep" or self.deep is None else tensor[: self.deep.shape[0]]
 

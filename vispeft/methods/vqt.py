@@ -17,9 +17,9 @@ from torch import Generator, Tensor, nn
 
 from vispeft.core.fields import check_share, check_whole
 from vispeft.core.method import Method, PlanItem, Step, register
+from vispeft.core.model_units import QueryUnit
 from vispeft.core.recipes import Recipe
 from vispeft.core.sites import Site, View, select
-from vispeft.core.units import QueryUnit
 from vispeft.errors import ConfigError, SiteError
 
 __all__ = ["VQT", "Queries", "feature_scores", "select_features"]
@@ -109,11 +109,11 @@ class Queries(QueryUnit):
             drawn = torch.randperm(self.all_features, generator=generator, device=generator.device)
             self.selected.copy_(drawn[: len(self.selected)].sort().values)
 
-    def enter(self, tokens: Tensor) -> Tensor:
+    def change_tokens(self, tokens: Tensor) -> Tensor:
         """Drop entries of what enters the first block while training, as the public supervised code does."""
         return F.dropout(tokens, self.token_dropout, self.training) if self.token_dropout else tokens
 
-    def asked(self, block: int, batch: int) -> Tensor | None:
+    def queries_of(self, block: int, batch: int) -> Tensor | None:
         """Give a block's queries, (batch, length, width); each image drops entries of its own."""
         if block not in self.places:
             return None

@@ -120,8 +120,9 @@ class VispeftBackbone(BaseModule):
         except VerificationError as error:
             found = str(error).partition(". The model does not use")[0]
             raise VerificationError(
-                f"Through the maps at out_indices {self.reader.taps}, {found[0].lower()}{found[1:]}. What lies behind "
-                "the last map cannot train: add the last block or stage to out_indices, or limit the method by blocks."
+                f"Through the maps at out_indices {self.reader.taps}, {found[0].lower()}{found[1:]}. Units "
+                "behind the last map cannot train: add the last block or stage to out_indices, or limit the method by "
+                "blocks."
             ) from error
 
     @property
@@ -165,7 +166,7 @@ class VispeftBackbone(BaseModule):
 
         Args:
             state: The state dict; changed in place.
-            prefix: What stands before this module's names in it.
+            prefix: Beginning of this module's names in it.
         """
         frozen = [key for name in self.frozen_keys() if (key := prefix + name) in state]
         if self.bank is None or not self.restorable or not frozen:
@@ -214,7 +215,7 @@ def _adapt(model: nn.Module, peft: dict[str, Any]) -> None:
     if "load" in peft:
         if set(peft) != {"load"}:
             others = ", ".join(sorted(set(peft) - {"load"}))
-            raise ConfigError(f"peft has load and {others}: what is loaded brings its method with it. Drop {others}.")
+            raise ConfigError(f"peft has load and {others}: a loaded adapter brings its method with it. Drop {others}.")
         bank = load(model, find_adapter(str(peft["load"])))
     else:
         bank = attach(model, _method(peft), verify=False)

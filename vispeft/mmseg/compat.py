@@ -23,7 +23,7 @@ __all__ = ["allow_checkpoints", "import_ops", "prepare"]
 
 _EXTENSION = "mmcv._ext"
 _NUMPY, _HOMES = ("scalar", "_reconstruct"), ("numpy._core", "numpy.core")
-"""What pickled scalars and arrays of numpy call, and where."""
+"""Functions that pickled scalars and arrays of numpy call, and their modules."""
 
 
 def prepare() -> None:
@@ -52,7 +52,7 @@ def prepare() -> None:
 def import_ops() -> None:
     """Import ``mmcv.ops`` without its compiled part, where that is not installed.
 
-    Operators written in Python then work, such as ``point_sample``; the others say what they lack when they are called.
+    Operators written in Python then work, such as ``point_sample``; the others raise an error when they are called.
     The stand-in is gone afterwards: mmengine asks for ``mmcv._ext`` to find out whether the full mmcv is there.
     """
     if "mmcv.ops" in sys.modules or importlib.util.find_spec(_EXTENSION) is not None:
@@ -81,7 +81,7 @@ class _Absent(ModuleType):
 
 
 def allow_checkpoints() -> None:
-    """Let `torch.load` read what checkpoints of mmengine hold beside tensors, and still run no code.
+    """Let `torch.load` read the objects beside tensors in checkpoints of mmengine, and still run no code.
 
     These are mmengine's log with the names of its statistics, and scalars and arrays of numpy.
     """

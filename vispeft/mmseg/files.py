@@ -59,7 +59,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, metrics: Mapping[str, An
     Args:
         model: The segmentor; of its heads only ``decode_head`` is written, since the others only help training.
         path: The directory; made where it is missing.
-        metrics: What it reaches, for ``adapter.json``; None when it was not measured.
+        metrics: Its figures, for ``adapter.json``; None when it was not measured.
 
     Raises:
         ConfigError: If it has no adapter.

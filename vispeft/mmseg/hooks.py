@@ -1,4 +1,4 @@
-"""The hook: prints what trains, saves the adapter and the decoder by themselves, keeps checkpoints small."""
+"""The hook: prints the trainable parts, saves the adapter and the decoder by themselves, keeps checkpoints small."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class VispeftHook(Hook):
         self._best: dict[str, str] = {}
 
     def before_train(self, runner: Any) -> None:
-        """Check backbone, heads and data against each other, print what trains, and load the decoder to start from.
+        """Check backbone, heads and data against each other, print the trainable parts, and load the decoder.
 
         Raises:
             ConfigError: If there is no backbone of this plug-in, or one of the three does not fit the others.
@@ -60,8 +60,8 @@ class VispeftHook(Hook):
             raise ConfigError("VispeftHook is in custom_hooks, and the model has no VispeftBackbone. Drop the hook.")
         check_segmentor(model, runner.train_dataloader.dataset.metainfo.get("classes"))
         for name, backbone in found.items():
-            what = "no adapter; all of it trains" if backbone.bank is None else f"\n{backbone.bank.report()}"
-            runner.logger.info(f"{name}: {what}")
+            report = "no adapter; all of it trains" if backbone.bank is None else f"\n{backbone.bank.report()}"
+            runner.logger.info(f"{name}: {report}")
         self._best = _best_checkpoints(runner)
         # mmengine may be told to resume where there is no checkpoint yet.
         if self.decoder is not None and not (runner._resume and runner._has_loaded):
@@ -90,7 +90,7 @@ class VispeftHook(Hook):
 
 
 def _best_checkpoints(runner: Any) -> dict[str, str]:
-    """Name the best checkpoints by what `CheckpointHook` adds to ``best_ckpt``: nothing, or one metric of several."""
+    """Paths of the best checkpoints, by the suffix `CheckpointHook` adds to ``best_ckpt``: none, or one per metric."""
     info = runner.message_hub.runtime_info
     found = {key.removeprefix("best_ckpt"): path for key, path in info.items() if key.startswith("best_ckpt")}
     return {suffix.replace("/", "_"): path for suffix, path in found.items()}
@@ -98,7 +98,7 @@ def _best_checkpoints(runner: Any) -> dict[str, str]:
 
 @master_only
 def _save(runner: Any, name: str, metrics: Mapping[str, float] | None = None) -> None:
-    """Write the adapter of what is trained, or of its average."""
+    """Write the adapter of the trained model, or of its average."""
     averages = [hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook)]
     model = averages[0] if averages else _unwrapped(runner.model)
     if any(backbone.bank is not None for backbone in backbones(model).values()):
@@ -125,14 +125,14 @@ def check_segmentor(model: Any, classes: Sequence[str] | None) -> None:
         heads |= _heads("auxiliary_head", model.auxiliary_head)
     found = []
     for name, head in heads.items():
-        # Heads of mmdetection, such as Mask2Former's, say in other words what they read.
+        # Heads of mmdetection, such as Mask2Former's, name the maps they read in other words.
         if isinstance(model.backbone, VispeftBackbone) and not model.with_neck and isinstance(head, BaseDecodeHead):
             found += _unreadable(name, head, model.backbone)
         if classes is not None and len(classes) != head.num_classes:
             found.append(f"{name}.num_classes is {head.num_classes}, and the data have {len(classes)} classes")
     if not found and _behind_the_heads(model, list(heads.values())):
         found.append(
-            "no head reads the backbone's last map, and what of the adapter lies behind the others cannot train: let "
+            "no head reads the backbone's last map, and units of the adapter behind the other maps cannot train: let "
             "out_indices end with the last map that is read"
         )
     if found:

@@ -198,13 +198,13 @@ def _read(place: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _check_plain_lora(fields: Mapping[str, Any]) -> None:
-    """Refuse what is no LoRA beside an unchanged weight."""
+    """Refuse adapters that are no plain LoRA beside an unchanged weight."""
     if fields.get("peft_type") != "LORA":
         raise ConfigError(f"from_peft reads LoRA; this adapter is {fields.get('peft_type')}. Train it by PeftMethod.")
     if changes_weight(fields):
         raise ConfigError(
-            f"init_lora_weights={fields['init_lora_weights']!r} changed the frozen weight, so the file alone does not "
-            "say what was trained. Save it in peft with path_initial_model_for_weight_conversion, which makes it plain."
+            f"init_lora_weights={fields['init_lora_weights']!r} changed the frozen weight, so the file alone is "
+            "not the adapter. Save it in peft with path_initial_model_for_weight_conversion, which makes it plain."
         )
     for name, plain in (("bias", "none"), ("fan_in_fan_out", False), ("lora_bias", False), ("use_qalora", False)):
         if fields.get(name, plain) != plain:

@@ -69,7 +69,7 @@ def import_peft() -> ModuleType:
 
 
 class _Given(nn.Linear):
-    """The layer below a tuner: for the present input it gives what the host computed, for others it computes."""
+    """The layer below a tuner: returns the host's result for the present input, and computes it for any other."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         nn.Module.__init__(self)
@@ -142,7 +142,7 @@ class PeftUnit(SequentialUnit):
             fresh = self._make(base.weight, base.bias)
         self.tuner.load_state_dict(fresh.state_dict())
 
-    def follow(self, x: Tensor, y: Tensor) -> Tensor:
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
         """Compute (..., out) by peft's own code."""
         base = self.tuner.__dict__["base_layer"]
         base.pair = (x, y)
@@ -152,12 +152,12 @@ class PeftUnit(SequentialUnit):
             base.pair = None
 
     def fold_weight(self, weight: Tensor) -> Tensor:
-        """Read the weight off what peft's layer makes of the unit vectors."""
+        """Read the weight off the outputs of peft's layer for the unit vectors."""
         rows = self._with(weight, None, torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device))
         return rows.T.to(weight.dtype)
 
     def fold_bias(self, bias: Tensor) -> Tensor:
-        """Read the bias off what peft's layer makes of zeros."""
+        """Read the bias off the output of peft's layer for zeros."""
         frozen = self.tuner.__dict__["base_layer"].weight.detach().to(bias.dtype)
         return self._with(frozen, bias, bias.new_zeros(1, frozen.shape[1]))[0].to(bias.dtype)
 
@@ -257,7 +257,7 @@ class PeftMethod(Method):
         return {index % view.depth for index in self.blocks or ()}
 
     def parameter_count(self, view: View) -> int:
-        """Count what peft makes for layers of these shapes; its tuners have formulas of their own."""
+        """Count the tensors peft makes for layers of these shapes; its tuners have formulas of their own."""
         count = 0
         for site in self.sites(view):
             with torch.device("meta"):
@@ -268,7 +268,7 @@ class PeftMethod(Method):
 
 
 def _plain(value: Any) -> Any:
-    """Turn what JSON does not know into what it does."""
+    """Turn a value that JSON does not know into one that it does."""
     return sorted(value) if isinstance(value, (set, frozenset)) else getattr(value, "value", None) or str(value)
 
 

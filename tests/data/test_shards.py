@@ -1,0 +1,114 @@
+"""WebDataset shards."""
+
+import gzip
+import io
+import json
+import tarfile
+
+import pytest
+import torch
+
+from tests.data.published import Painter
+from tests.data.reading import names_of, ready
+from vispeft.data import (
+    WebDatasetData,
+    read_image,
+)
+from vispeft.data.shards import expand
+from vispeft.errors import ConfigError, DataError
+
+
+def make_shard(path, samples, kind=".cls"):
+    painter = Painter(seed=len(str(path)) + sum(map(ord, path.name)))
+    with tarfile.open(path, "w") as archive:
+        for name, label in samples:
+            image = painter.paint(path.parent / "scratch.png").read_bytes()
+            for ending, content in ((".png", image), (kind, None if label is None else str(label).encode())):
+                if content is not None:
+                    entry = tarfile.TarInfo(name + ending)
+                    entry.size = len(content)
+                    archive.addfile(entry, io.BytesIO(content))
+    (path.parent / "scratch.png").unlink()
+    return path
+
+
+@pytest.fixture
+def shards(tmp_path):
+    for shard in range(3):
+        make_shard(tmp_path / f"train-{shard:03d}.tar", [(f"a/{n:05d}", n % 4) for n in range(12)])
+    return tmp_path
+
+
+def test_shards_are_read_in_place(shards):
+    data = ready(WebDatasetData(train_shards=str(shards / "train-{000..002}.tar"), batch_size=8))
+    assert data.num_classes == 4
+    assert sum(len(data.split(name)) for name in ("train", "validation", "test")) == 36
+    pool = data.read().splits["train"]
+    assert pool.targets.tolist() == [n % 4 for n in range(12)] * 3
+    assert pool.source.name(13) == "train-001.tar:a/00001.png"
+    with tarfile.open(shards / "train-001.tar") as archive:
+        content = archive.extractfile("a/00001.png").read()
+    (shards / "one.png").write_bytes(content)
+    assert torch.equal(pool.source.read(13), read_image(shards / "one.png"))
+
+
+def test_order_of_shards_follows_seed_and_epoch_with_any_number_of_workers(shards):
+    def epoch(number, workers):
+        data = ready(WebDatasetData(train_shards=str(shards / "*.tar"), batch_size=5, num_workers=workers))
+        loader = data.train_dataloader()
+        loader.sampler.set_epoch(number)
+        return torch.cat([images for images, _ in loader])
+
+    assert torch.equal(epoch(1, 0), epoch(1, 2))
+    assert not torch.equal(epoch(1, 0), epoch(2, 0))
+
+
+def test_labels_in_json_members(tmp_path):
+    samples = [(f"{n}", json.dumps({"tags": ["red", "big"][: 1 + n % 2]})) for n in range(12)]
+    make_shard(tmp_path / "a.tar", samples, kind=".json")
+    data = ready(
+        WebDatasetData(
+            train_shards=str(tmp_path / "a.tar"), label="json:tags", target="multilabel", validation=0.3, test=0.3
+        )
+    )
+    assert data.class_names == ("big", "red")
+    assert data.read().splits["train"].targets[:2].tolist() == [[0, 1], [1, 1]]
+
+
+def test_shards_with_faults_are_refused(shards):
+    with pytest.raises(DataError, match=r"not there:.*train-003\.tar"):
+        ready(WebDatasetData(train_shards=str(shards / "train-{000..003}.tar")))
+    with pytest.raises(DataError, match="have to lie on a disk"):
+        expand("https://example.org/{000..003}.tar")
+    (shards / "train-000.tar.gz").write_bytes(gzip.compress((shards / "train-000.tar").read_bytes()))
+    with pytest.raises(DataError, match="unpacked"):
+        ready(WebDatasetData(train_shards=str(shards / "train-000.tar.gz")))
+    make_shard(shards / "bad.tar", [(f"{n}", None if n == 3 else n % 2) for n in range(12)])
+    with pytest.raises(DataError, match=r"1 image without a label.*: bad\.tar:3\.png"):
+        _ = WebDatasetData(train_shards=str(shards / "bad.tar")).num_classes
+    whole = (shards / "train-000.tar").read_bytes()
+    (shards / "short.tar").write_bytes(whole[: len(whole) // 3])
+    with pytest.raises(DataError, match=r"cut short; make or copy them again: short\.tar"):
+        ready(WebDatasetData(train_shards=str(shards / "short.tar")))
+
+
+def test_of_several_members_the_image_is_taken_and_two_images_are_refused(tmp_path):
+    painter = Painter()
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number in range(12):
+            for ending in ("png", "seg.png"):
+                archive.add(painter.paint(tmp_path / f"{number}.{ending}"), f"{number}.{ending}")
+            (tmp_path / "label").write_text(str(number % 2))
+            archive.add(tmp_path / "label", f"{number}.cls")
+    data = ready(WebDatasetData(train_shards=str(tmp_path / "a.tar"), validation=0.3, test=0.3))
+    assert names_of(data.read().splits["train"]) == [f"a.tar:{number}.png" for number in range(12)]
+    with tarfile.open(tmp_path / "a.tar", "a") as archive:
+        archive.add(painter.paint(tmp_path / "x.bmp"), "5.bmp")
+    with pytest.raises(DataError, match=r"Several images under one name in train.*: a\.tar:5\.bmp"):
+        ready(WebDatasetData(train_shards=str(tmp_path / "a.tar")))
+
+
+@pytest.mark.parametrize("settings", [{"label": "json"}, {"label": "cls:x"}, {"label": ""}, {"names": ["a", "a"]}])
+def test_wrong_settings_of_shards_are_refused_at_once(settings):
+    with pytest.raises(ConfigError):
+        WebDatasetData(train_shards="a.tar", **settings)
