@@ -13,7 +13,6 @@ from vispeft.core.model_units import TokensUnit
 from vispeft.core.units import Unit
 from vispeft.errors import ConfigError
 from vispeft.hosts.block import BlockHost
-from vispeft.hosts.reading import taken_apart
 from vispeft.hosts.running import ENTRY, RunningHost, RunResult, pooled_rows, token_units
 from vispeft.hosts.streams import Streams
 
@@ -90,19 +89,13 @@ class PlainModelHost(RunningHost):
         Returns:
             (B, classes), or (B, D).
         """
-        streams = self.answering()
-        if not streams and not self.acting.side:
+        if not self.answering() and not self.acting.side:
             out: Tensor = super().forward_head(x, pre_logits=pre_logits)  # type: ignore[misc]  # timm's
             return out
-        found = []
-        for stream in reversed(streams):  # the stream packed last comes first
-            x, kept = taken_apart(x, stream, self.num_prefix_tokens)
-            found.append((stream, kept))
+        x, kept = self.unpacked(x)
         x = self.pool(x)
         x = x if self.acting.side else self.fc_norm(x)
-        for stream, kept in reversed(found):
-            x = stream.features(x, kept)
-        x = self.head_drop(x)
+        x = self.head_drop(self.with_streams(x, kept))
         return x if pre_logits else self.head(x)
 
     def forward_intermediates(

@@ -22,7 +22,7 @@ from vispeft.core.units import Unit
 from vispeft.errors import ConfigError
 from vispeft.hosts.block import BlockHost
 from vispeft.hosts.model import ModelHost
-from vispeft.hosts.reading import joined
+from vispeft.hosts.reading import joined, taken_apart
 from vispeft.hosts.streams import Streams
 
 __all__ = ["ENTRY", "RunResult", "Rung", "RunningHost", "pooled_rows", "token_units"]
@@ -271,6 +271,32 @@ class RunningHost(ModelHost):
             tokens = tokens.flatten(1, 2) if tokens.ndim == 4 else tokens
             tokens = joined(tokens, result.kept[stream.name], self.num_prefix_tokens)
         return tokens
+
+    def unpacked(self, tokens: Tensor) -> tuple[Tensor, list[list[Tensor]]]:
+        """Undo `with_kept`.
+
+        Args:
+            tokens: (B, N + rows, D).
+
+        Returns:
+            The tokens (B, N, D), and the rows of each stream of `answering`.
+        """
+        kept = []
+        for stream in reversed(self.answering()):  # the stream packed last comes first
+            tokens, rows = taken_apart(tokens, stream, self.num_prefix_tokens)
+            kept.append(rows)
+        return tokens, kept[::-1]
+
+    def with_streams(self, pooled: Tensor, kept: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Compute the features the classifier reads, (B, features).
+
+        Args:
+            pooled: The pooled tokens, (B, D).
+            kept: The rows of each stream, as from `unpacked`.
+        """
+        for stream, rows in zip(self.answering(), kept, strict=True):
+            pooled = stream.features(pooled, rows)
+        return pooled
 
     def answering(self) -> list[Stream]:
         """List the acting streams whose rows the classifier reads."""

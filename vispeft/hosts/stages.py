@@ -17,7 +17,6 @@ from vispeft.core.model_units import TokensUnit
 from vispeft.core.streams import Stream, StreamRule
 from vispeft.core.units import Unit
 from vispeft.errors import ConfigError
-from vispeft.hosts.reading import taken_apart
 from vispeft.hosts.running import ENTRY, RunningHost, RunResult, pooled_rows, token_units
 from vispeft.hosts.streams import Streams
 
@@ -96,19 +95,13 @@ class StageModelHost(RunningHost):
             x: The output of `forward_features`.
             pre_logits: Skip the classifier.
         """
-        streams = self.answering()
-        if not streams:
+        if not self.answering():
             x = x.unsqueeze(1) if x.ndim == 3 else x
             out: Tensor = super().forward_head(x, pre_logits=pre_logits)  # type: ignore[misc]  # timm's
             return out
-        found = []
-        for stream in reversed(streams):
-            x, kept = taken_apart(x, stream, 0)
-            found.append((stream, kept))
+        x, kept = self.unpacked(x)
         x = self.head.global_pool(x.unsqueeze(1))
-        for stream, kept in reversed(found):
-            x = stream.features(x, kept)
-        x = self.head.drop(x)
+        x = self.head.drop(self.with_streams(x, kept))
         return x if pre_logits else self.head.fc(x)
 
     def forward_intermediates(
