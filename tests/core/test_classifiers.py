@@ -10,7 +10,7 @@ from torch import nn
 
 import vispeft
 from tests.conformance.cells import Cell, move
-from vispeft.errors import ConfigError, FileError, MergeError
+from vispeft.errors import ConfigError, FileError, MergeError, SiteError
 
 BACKBONES = pytest.mark.parametrize("backbone", ["vit", "swin"])
 
@@ -113,3 +113,22 @@ def test_tensors_that_a_classifier_does_not_have_are_refused() -> None:
     classes = state["head/weight"].shape[0]
     with pytest.raises(FileError, match="'bias'"):
         bank.load_state_dict({**state, "head/bias": torch.zeros(classes)})
+
+
+@BACKBONES
+def test_an_adapter_that_widens_the_features_must_bring_the_classifier(backbone: str) -> None:
+    """The classifier of the last adapter would meet features of another width, deep in a forward pass."""
+    model, images = model_of(backbone)
+    bank = vispeft.attach(model, vispeft.VQT(num_queries=2, detach_hidden=False), name="wide")
+    vispeft.attach(model, vispeft.VPT(num_tokens=2), name="prompts")
+    with pytest.raises(SiteError, match="'wide' last"):
+        bank.set_active(["wide", "prompts"])
+    assert bank.active == ["prompts"]
+    bank.set_active(["prompts", "wide"])
+    head: Any = bank.head("wide")
+    assert model(images).shape[1] == head.out_features
+    model.reset_classifier(0)
+    bank.set_active("prompts")
+    model.reset_classifier(0)
+    bank.set_active(["wide", "prompts"])  # features alone have any width
+    assert model(images).shape[1] == head.in_features

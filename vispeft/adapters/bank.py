@@ -101,11 +101,11 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
         plan = make_plan(method, self._outer, tasks)
         units = build_units(plan, self._model, seed)
         entry = Entry(method, plan, units, None if tasks is None else tuple(tasks), seed or 0)
-        place_units(entry, name, self._model, self.view, self._routing)
         self._entries[name] = entry
         try:
+            place_units(entry, name, self._model, self.view, self._routing)
             yield entry
-        except Exception:
+        except BaseException:  # also an interrupt, in the middle of the verification
             self.detach(name)
             if self._entries:
                 self.set_active(before.names, task=before.task)

@@ -72,17 +72,17 @@ def place_units(entry: Entry, name: str, model: nn.Module, view: View, routing: 
     carrying = [(module, carrying_host(module)) for module in _carriers(entry, model, view)]
     owner, biases = owner_host()
     for item, (kind, computed) in zip(entry.plan, chosen, strict=True):
-        host = ensure_host(model.get_submodule(item.site.path), kind, computed, routing=routing)
+        host = _host(entry, model.get_submodule(item.site.path), kind, computed, routing=routing)
         _slots(host, name)[item.slot] = entry.units[item.key]
         entry.placed.append(Placed(host, entry.units[item.key], item.task))
         if item.site.owner is not None:
-            entry.hosts.append(ensure_host(model.get_submodule(item.site.owner), owner, biases, routing=routing))
+            _host(entry, model.get_submodule(item.site.owner), owner, biases, routing=routing)
     for module, kind in carrying:
-        host = ensure_host(module, kind, routing=routing)
+        host = _host(entry, module, kind, routing=routing)
         host.carried |= {name}
         entry.carriers.append(host)
     _place_depth(entry, name, model, view, routing)
-    entry.hosts = list(dict.fromkeys([*entry.hosts, *(placed.host for placed in entry.placed), *entry.carriers]))
+    entry.hosts = list(dict.fromkeys(entry.hosts))
     for host in entry.hosts:
         _slots(host, name)
 
@@ -95,7 +95,7 @@ def _place_depth(entry: Entry, name: str, model: nn.Module, view: View, routing:
     device = next(model.parameters()).device
     for paths, own in zip(view.drop_path_paths, depth_rates(view.depth, rate), strict=True):
         for path in paths:
-            host = ensure_host(model.get_submodule(path), DropPathHost, routing=routing)
+            host = _host(entry, model.get_submodule(path), DropPathHost, routing=routing)
             unit = DepthUnit(own).to(device).train(model.training)
             _slots(host, name)["depth"] = unit
             entry.placed.append(Placed(host, unit))
@@ -111,6 +111,15 @@ def _carriers(entry: Entry, model: nn.Module, view: View) -> list[nn.Module]:
         elif unit.makes_streams(view.layout):
             sites += list(view.at("block", "attn"))
     return [model.get_submodule(path) for path in dict.fromkeys(site.path for site in sites)]
+
+
+def _host(
+    entry: Entry, module: nn.Module, kind: type[Host], computed: tuple[str, ...] = (), *, routing: Routing
+) -> Host:
+    """Make a module a host and note it at once, so that an error behind it can be rolled back."""
+    host = ensure_host(module, kind, computed, routing=routing)
+    entry.hosts.append(host)
+    return host
 
 
 def _slots(host: Host, name: str) -> nn.ModuleDict:

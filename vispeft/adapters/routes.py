@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 from vispeft.adapters.entry import Entry
 from vispeft.adapters.heads import HeadRack
 from vispeft.core.route import Acting, Route, acting
@@ -50,6 +52,7 @@ def make_route(entries: Entries, heads: HeadRack, slot: int, names: tuple[str, .
         for place in {**units, **dict.fromkeys(carries)}
     }
     owner = next((name for name in reversed(names) if heads.get(name) is not None), None)
+    _check_width(entries, names, owner, heads.base if owner is None else heads.get(owner))
     return Route(names, task, hosts, None if owner is None else heads.get(owner), owner, refusal)
 
 
@@ -134,4 +137,17 @@ def _check_beside(entries: Entries, names: tuple[str, ...]) -> None:
             raise SiteError(
                 f"Adapter {name!r} runs the backbone without gradients, so {others[0]!r} inside of it would not train. "
                 "Activate one of them, or attach the first with detach_hidden=False, which gives up its memory saving."
+            )
+
+
+def _check_width(entries: Entries, names: tuple[str, ...], owner: str | None, head: nn.Module | None) -> None:
+    """Refuse a linear classifier in front of which another adapter widens the features."""
+    if not isinstance(head, nn.Linear):
+        return
+    for name in names:
+        streams = [stream for unit in entries[name].units.values() for stream in unit.streams()]
+        if name != owner and any(stream.shapes for stream in streams):
+            raise SiteError(
+                f"Adapter {name!r} widens the features that the classifier reads, and the classifier is that of "
+                f"{'the base' if owner is None else repr(owner)}. Name {name!r} last, so that its own one answers."
             )
