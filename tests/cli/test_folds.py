@@ -9,6 +9,7 @@ from vispeft.cli.config import ConfigCLI
 SHORT = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--model.method=linear_probe")
 
 
+@pytest.mark.slow
 def test_every_fold_is_tested_once_and_finished_ones_are_skipped(config, run_cli, tmp_path, monkeypatch):
     out = tmp_path / "cv"
     train, trained = train_tool.train, []

@@ -10,7 +10,7 @@ from torch import nn
 
 import vispeft
 from tests.conformance.cells import METHODS, REFUSED, Cell, move
-from vispeft.core.units import StreamRule
+from vispeft.core.streams import StreamRule
 from vispeft.errors import BackboneError, SiteError
 from vispeft.hosts.attention import AttentionHost
 from vispeft.hosts.streams import Streams
@@ -141,7 +141,7 @@ def test_a_size_the_window_cannot_serve_is_refused() -> None:
 
 
 def test_vpt_says_why_it_has_no_form_on_swinv2() -> None:
-    with pytest.raises(SiteError, match=r"normalises behind.*AdaptFormer"):
+    with pytest.raises(SiteError, match=r"normalises after.*AdaptFormer"):
         vispeft.attach(Cell("vpt", "swinv2").model(), vispeft.VPT())
     with pytest.raises(SiteError, match=r"several widths.*deep=False"):
         vispeft.attach(Cell("vpt", "swin").model(), vispeft.VPT(project=4))

@@ -1,4 +1,4 @@
-"""Placing the units of a new adapter on a model."""
+"""Building the units of a new adapter and placing them on a model."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ __all__ = ["build_units", "place_units"]
 
 @torch.no_grad()
 def build_units(plan: Plan, model: nn.Module, seed: int | None) -> dict[str, Unit]:
-    """Make the units of a plan; each reads what it needs off the frozen weight of its site.
+    """Build the units of a plan; each reads the frozen weight of its site.
 
     Args:
         plan: The plan.
         model: The timm model.
-        seed: Seed of the start values; None for units that get their values from a file.
+        seed: Seed of the initial values; None for units to be loaded from a file.
 
     Returns:
         Units by key.
@@ -50,13 +50,13 @@ def build_units(plan: Plan, model: nn.Module, seed: int | None) -> dict[str, Uni
             for name, value in ({} if item.start is None else item.start()).items():
                 unit.get_parameter(name).copy_(value)
         for codec in unit.codecs().values():
-            find_codec(codec)  # or the file could not be written, after training
+            find_codec(codec)  # fail now rather than on saving, after training
         units[item.key] = unit.to(device=reference.device, dtype=dtype).train(model.training)
     return units
 
 
 def place_units(entry: Entry, name: str, model: nn.Module, view: View, routing: Routing) -> None:
-    """Put units at their hosts. All hosts are chosen before the first module changes, so that a refusal changes none.
+    """Put units at their hosts. All hosts are chosen before any module changes, so that an error changes nothing.
 
     Args:
         entry: The adapter.
@@ -88,7 +88,7 @@ def place_units(entry: Entry, name: str, model: nn.Module, view: View, routing: 
 
 
 def _place_depth(entry: Entry, name: str, model: nn.Module, view: View, routing: Routing) -> None:
-    """Give drop-path modules the rates of the method's recipe."""
+    """Set the method's rates at the drop-path modules."""
     rate = entry.method.stochastic_depth()
     if rate <= 0:
         return
@@ -102,7 +102,7 @@ def _place_depth(entry: Entry, name: str, model: nn.Module, view: View, routing:
 
 
 def _carriers(entry: Entry, model: nn.Module, view: View) -> list[nn.Module]:
-    """List blocks, attention modules and MLPs that streams of an adapter pass, or start in."""
+    """List the blocks, attention modules and MLPs that streams of an adapter pass through or start in."""
     sites = []
     for item in entry.plan:
         unit = entry.units[item.key]

@@ -1,4 +1,4 @@
-"""The families vispeft knows: which timm classes they are, and who describes them."""
+"""The supported model families: the timm classes of each and the function that describes them."""
 
 from __future__ import annotations
 
@@ -32,39 +32,39 @@ class Family:
     name: str
     """Name of the family."""
     classes: tuple[type[nn.Module], ...]
-    """The model classes it covers; subclasses of them are other models and are not covered."""
+    """The model classes it covers, exactly: a subclass is a different model and is not covered."""
     describe: Callable[[nn.Module], View]
     """Makes the view of one model."""
     host: type[Any]
-    """The family's own forward, put on the model in place."""
+    """The host of the whole model, with the family's own forward pass."""
     examples: str
-    """Names of timm models, for messages."""
+    """Names of example timm models, for error messages."""
     hosts: Mapping[type[nn.Module], type[Any]] = field(default_factory=dict)
-    """The family's hosts of blocks, attention modules and MLPs by timm's class."""
+    """Hosts of the family's blocks, attention modules and MLPs, by timm class."""
     reading_hosts: Mapping[type[nn.Module], type[Any]] = field(default_factory=dict)
-    """The same of attention modules that keep the biases of their projection and read its weight."""
+    """Hosts of attention modules that keep their projection's biases and read its weight, by timm class."""
 
 
 _FAMILIES: list[Family] = []
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
-    """Give the class a module has without vispeft."""
+    """Return the class of a module before vispeft adapted it."""
     return getattr(type(module), "replaces", type(module))
 
 
 def register_family(family: Family) -> None:
-    """Add a family. One file in ``vispeft/backbones`` per family calls it.
+    """Add a family. Each family's file in ``vispeft/backbones`` calls this once.
 
     Args:
         family: The family.
     """
-    fill("families")  # first, so that a family from outside may replace one of them
+    fill("families")  # first, so that a family of another package can replace a built-in one
     _FAMILIES[:] = [known for known in _FAMILIES if known.name != family.name] + [family]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Find the timm model inside what the user holds.
+    """Find the timm model inside a wrapper.
 
     Args:
         model: A timm model, a ``features_only`` wrapper around one, or a compiled one.
@@ -94,7 +94,7 @@ def family_of(model: nn.Module) -> Family:
             return family
     known = "; ".join(f"{', '.join(c.__name__ for c in family.classes)} ({family.examples})" for family in _FAMILIES)
     raise BackboneError(
-        f"An adapter was to be attached to a {cls.__module__}.{cls.__name__}, which vispeft does not describe. "
+        f"An adapter was to be attached to a {cls.__module__}.{cls.__name__}, which vispeft does not support. "
         f"Supported: {known}. To add a family, write its view in one file of vispeft/backbones and register it "
         "(CONTRIBUTING.md)."
     )
@@ -107,7 +107,7 @@ def block_host(module: nn.Module) -> type[Any] | None:
         module: timm's module.
 
     Returns:
-        The host that its family gives for its class; None where there is none.
+        The family's host for its class; None if there is none.
     """
     base = base_class(module)
     for family in _FAMILIES:
@@ -125,7 +125,7 @@ def describe(model: nn.Module) -> View:
         model: A timm model, or a wrapper around one.
 
     Returns:
-        The view. Of a model that is wrapped for its features, what stands behind the last feature is left out.
+        The view. For a ``features_only`` wrapper, it omits everything after the last feature.
 
     Raises:
         BackboneError: If the model, a block or an attention class is not supported.
@@ -142,17 +142,17 @@ def describe(model: nn.Module) -> View:
 
 
 def is_feature_getter(model: nn.Module) -> bool:
-    """Tell whether a model is timm's wrapper that returns intermediate features."""
+    """Return whether a model is timm's wrapper that returns intermediate features."""
     return type(model).__name__ == "FeatureGetterNet"
 
 
 def check_class(path: str, module: nn.Module, supported: Iterable[type[nn.Module]]) -> None:
-    """Refuse a part of a model that only looks like one vispeft knows.
+    """Raise if a part of a model is not exactly of a supported class, however similar it looks.
 
     Args:
-        path: Where the part is.
+        path: Path of the part.
         module: The part.
-        supported: Classes whose forward the view describes.
+        supported: Classes whose forward pass the view describes.
 
     Raises:
         BackboneError: If the part is of another class.
@@ -160,13 +160,13 @@ def check_class(path: str, module: nn.Module, supported: Iterable[type[nn.Module
     cls, classes = base_class(module), tuple(supported)
     if cls not in classes:
         raise BackboneError(
-            f"{path} is a {cls.__name__}, whose forward vispeft does not describe. Supported there: "
+            f"{path} is a {cls.__name__}, whose forward pass vispeft does not support. Supported there: "
             f"{', '.join(c.__name__ for c in classes)}. To add it, extend the family's file in vispeft/backbones."
         )
 
 
 def parameter_sizes(model: nn.Module, head: str | None) -> dict[str, dict[str, int]]:
-    """List the parameters of a model by owning module, without units and classifiers.
+    """List a model's parameter sizes by owning module, without units and classifiers.
 
     Args:
         model: The timm model, adapted or not.

@@ -31,27 +31,27 @@ Bits = Literal[1, 2, 4, 8, 32]
 
 @dataclass(frozen=True, kw_only=True)
 class DropPath:
-    """Stochastic depth in the backbone while the adapter trains. A method names it as a base in front of `Method`."""
+    """Stochastic depth in the backbone while the adapter trains. List it before `Method` among a method's bases."""
 
     drop_path: float = 0.0
     """Rate of stochastic depth in the last block while training; it rises linearly from 0 in the first block."""
 
     def stochastic_depth(self) -> float:
-        """Rate of the last block."""
+        """Return the rate of the last block."""
         return self.drop_path
 
 
 @dataclass(frozen=True, kw_only=True)
 class FewBits:
-    """Matrices and a classifier of few bits per weight. A method names it as a base in front of `Method`."""
+    """Low-bit matrices and a low-bit classifier. List it before `Method` among a method's bases."""
 
     bits: Bits = 32
-    """Bits per weight of the unit's matrices; 32 for no quantisation."""
+    """Bits per weight of the unit's matrices; 32 means no quantisation."""
     head_bits: Bits = 32
-    """Bits per weight of a classifier without a bias; 32 for a plain one."""
+    """Bits per weight of the classifier, which then has no bias; 32 means an ordinary classifier."""
 
     def low_bit_head(self) -> int:
-        """Bits per weight of the classifier."""
+        """Return the bits per weight of the classifier."""
         return self.head_bits
 
 
@@ -62,7 +62,7 @@ def check_choices(config: Any) -> None:
         config: An instance of a dataclass.
 
     Raises:
-        ConfigError: If a value is not among the choices; the message lists them and names the nearest.
+        ConfigError: If a value is not among the choices; the message lists them and suggests the nearest.
     """
     for field, (choices, others) in _choices(cast(type, type(config))).items():
         value = getattr(config, field)
@@ -80,13 +80,13 @@ def _choices(cls: type) -> dict[str, tuple[tuple[Any, ...], tuple[type, ...]]]:
     """Choices of each ``Literal`` field of a dataclass, and the other types of its union."""
     found = {}
     for field in dataclasses.fields(cls):
-        # Subclasses share the Field object of the class that wrote the annotation, in whose module its names resolve.
+        # Subclasses share the Field object of the class that wrote the annotation; its names resolve in that module.
         owner = [base for base in cls.__mro__ if base.__dict__.get("__dataclass_fields__", {}).get(field.name) is field]
         annotated = SimpleNamespace(__annotations__={field.name: field.type})
         try:
             hint = get_type_hints(annotated, globalns=vars(sys.modules[owner[-1].__module__]))[field.name]
         except NameError:
-            continue  # it names a type that only type checkers import
+            continue  # the annotation uses a name imported only for type checking
         parts = (hint,) if get_origin(hint) is Literal else get_args(hint)
         choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
         if choices:
@@ -107,7 +107,7 @@ def check_whole(config: Any, *fields: str) -> None:
         *fields: Names of the fields.
 
     Raises:
-        ConfigError: If one is not.
+        ConfigError: If a field is neither.
     """
     for field in fields:
         value = getattr(config, field)
@@ -116,14 +116,14 @@ def check_whole(config: Any, *fields: str) -> None:
 
 
 def check_share(config: Any, *fields: str) -> None:
-    """Check that fields are shares that leave something: from 0 up to, not including, 1.
+    """Check that fields are shares in the half-open range [0, 1).
 
     Args:
         config: The method.
         *fields: Names of the fields.
 
     Raises:
-        ConfigError: If one is not.
+        ConfigError: If a field is out of range.
     """
     for field in fields:
         value = getattr(config, field)
@@ -141,7 +141,7 @@ def check_factor(config: Any, *fields: str) -> None:
         *fields: Names of the fields.
 
     Raises:
-        ConfigError: If one is not.
+        ConfigError: If a field is neither.
     """
     for field in fields:
         value = getattr(config, field)
@@ -155,10 +155,10 @@ def check_roles_in(config: Any, allowed: Sequence[str], hint: str = "") -> None:
     Args:
         config: The method.
         allowed: Roles it can act on.
-        hint: One more sentence for the message.
+        hint: A further sentence for the message.
 
     Raises:
-        SiteError: If a role is not.
+        SiteError: If a role is not allowed.
     """
     for role in config.roles or ():
         if role not in allowed:

@@ -1,4 +1,4 @@
-"""Tensors that are computed from others: in evaluation they are made once for each state of their sources."""
+"""Caching of computed tensors: in evaluation they are computed once per state of their sources."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ T = TypeVar("T")
 
 
 class Generated:
-    """A cache of tensors that are computed from others.
+    """A cache of tensors computed from other tensors (their sources).
 
-    An entry holds for one state of its sources: their storages, their versions (in-place changes count up), their place
-    in the storage, and autocast; and until the next step of an optimiser. It keeps the storages alive, so that no new
-    tensor can take their address. In-place changes through ``tensor.data`` are not counted by PyTorch; call `drop`
-    after them.
+    An entry is valid for one state of its sources (storage, version counter, offset in the storage, autocast) and only
+    until the next optimiser step. It keeps the storages alive, so that no new tensor can reuse their address. PyTorch
+    does not count in-place changes through ``tensor.data``; call `drop` after them.
 
-    Nothing is kept while gradients are recorded, in compiled, exported and traced graphs, and for tensors that are more
-    than plain ones (distributed, fake, inside `torch.func`). A copy and a pickle are empty.
+    Nothing is cached while gradients are recorded, in compiled, exported or traced graphs, or for special tensors
+    (distributed, fake, inside `torch.func`). Copies and pickles of a cache are empty.
     """
 
     def __init__(self) -> None:
-        """Start empty."""
+        """Create an empty cache."""
         self._held: dict[Hashable, tuple[tuple[Any, ...], tuple[Any, ...], Any]] = {}
 
     def __len__(self) -> int:
@@ -36,27 +35,27 @@ class Generated:
         return len(self._held)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Generated:
-        """Make an empty one: a copy has tensors of its own."""
+        """Return an empty cache: a copied module has tensors of its own."""
         return Generated()
 
     def __reduce__(self) -> tuple[type[Generated], tuple[()]]:
-        """Pickle nothing of what is held."""
+        """Pickle as an empty cache."""
         return Generated, ()
 
     def drop(self) -> None:
-        """Forget everything."""
+        """Clear the cache."""
         self._held.clear()
 
     def get(self, key: Hashable, sources: tuple[Tensor, ...], make: Callable[[], T]) -> T:
-        """Look up what was made, or make it.
+        """Return the cached result for a key, or compute and cache it.
 
         Args:
-            key: What is asked for, such as a task.
-            sources: All tensors it is computed from.
-            make: Computes it: a tensor, or several. Do not change them in place.
+            key: Key of the entry, such as a task.
+            sources: All tensors the result is computed from.
+            make: Computes the result, one tensor or several, which must not be changed in place.
 
         Returns:
-            What `make` returns.
+            The result of `make`.
         """
         stamp = _stamp(sources)
         if stamp is None:
@@ -65,7 +64,7 @@ class Generated:
         if held is not None and held[0] == stamp:
             found: T = held[2]
             return found
-        # Tensors made in inference mode could not enter a graph later.
+        # Tensors created in inference mode could not be used by autograd later.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(), torch.no_grad():
             made = make()
         _steps.watch()
@@ -74,13 +73,13 @@ class Generated:
 
 
 class _Steps:
-    """Counts the steps of all optimisers, since fused ones do not count up the versions of their tensors."""
+    """A counter of the steps of all optimisers: fused optimisers do not raise the version counters of their tensors."""
 
     def __init__(self) -> None:
         self.count, self.watches = 0, False
 
     def watch(self) -> None:
-        """Begin to count."""
+        """Start counting."""
         if not self.watches:
             self.watches = True
             register_optimizer_step_post_hook(self._step)
@@ -93,7 +92,7 @@ _steps = _Steps()
 
 
 def _stamp(sources: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
-    """State of the sources; None where nothing may be kept or taken."""
+    """Return the state of the sources; None where the cache must not be used."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
     records = torch.is_grad_enabled()
@@ -107,48 +106,48 @@ def _stamp(sources: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
             for t in sources
         )
     except (NotImplementedError, RuntimeError):
-        return None  # inside vmap or another transform a tensor has no storage
+        return None  # tensors inside vmap and other transforms have no storage
     kinds = {source.device.type for source in sources}
     casts = tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind))
     return _steps.count, states, casts
 
 
 class MakesTensors(nn.Module):
-    """A module that computes tensors from its own, such as a hypernetwork; a unit names it in front of its kind.
+    """A module that computes tensors from its own, such as a hypernetwork. List it before the kind in a unit's bases.
 
-    In evaluation they are made once for each state of the module's tensors. They are forgotten on a change of the mode,
-    on a move or cast of the module, and when a state dict is loaded into it.
+    In evaluation the computed tensors are cached per state of the module's own. The cache is cleared when the mode
+    changes, when the module is moved or cast, and when a state dict is loaded into it.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Start with nothing made."""
+        """Create the module with an empty cache."""
         super().__init__(*args, **kwargs)
         self.generated = Generated()
 
     def once(self, key: Hashable, sources: tuple[Tensor, ...], make: Callable[[], T]) -> T:
-        """Compute tensors, or take them from before; while the module trains they are computed every time.
+        """Compute tensors, or return the cached ones; in training mode they are computed on every call.
 
         Args:
-            key: What is asked for, such as a task.
+            key: Key of the entry, such as a task.
             sources: All tensors they are computed from.
-            make: Computes them. Do not change them in place.
+            make: Computes them. The result must not be changed in place.
 
         Returns:
-            What `make` returns.
+            The result of `make`.
         """
         return make() if self.training else self.generated.get(key, sources, make)
 
     def train(self, mode: bool = True) -> Any:
-        """Set the mode, and forget."""
+        """Set the mode and clear the cache."""
         self.generated.drop()
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Move or cast, and forget."""
+        """Move or cast, and clear the cache."""
         self.generated.drop()
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Load, also as a part of another module, and forget."""
+        """Load a state dict, also as part of another module, and clear the cache."""
         self.generated.drop()
         super()._load_from_state_dict(state_dict, *args, **kwargs)

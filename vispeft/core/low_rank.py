@@ -10,11 +10,11 @@ from torch import Tensor
 __all__ = ["DRAWS", "Branch", "Dropout", "dropped_draws"]
 
 DRAWS = 2**16
-"""Values of the random number that decides about an entry under dropout."""
+"""Number of values of the 16-bit random number that decides whether dropout drops an entry."""
 
 
 def dropped_draws(share: float) -> int:
-    """Count the draws that drop an entry: never all of them, since kept entries are divided by their share.
+    """Return how many of the `DRAWS` values drop an entry: never all, since kept entries are divided by their share.
 
     Args:
         share: Share of entries to drop.
@@ -29,15 +29,15 @@ class Dropout:
     share: float = 0.0
     """Share of channels that are dropped."""
     place: Literal["input", "hidden"] = "input"
-    """In front of the first factor, or between the two."""
+    """Before the first factor, or between the two."""
 
     def at(self, place: Literal["input", "hidden"]) -> float:
-        """Share dropped at a place."""
+        """Return the share dropped at a place."""
         return self.share if place == self.place else 0.0
 
     @property
     def kept(self) -> float:
-        """The share that is kept, as it is drawn with 16 bits an entry."""
+        """The share that is kept, exactly as drawn with 16 bits per entry."""
         return 1 - dropped_draws(self.share) / DRAWS
 
 
@@ -54,6 +54,6 @@ class Branch:
     start: int
     """First output row it is added to."""
     stop: int
-    """Row behind the last one."""
+    """End of the output rows, exclusive."""
     dropout: Dropout = Dropout()
-    """Dropout in this pass."""
+    """Dropout in this forward pass."""

@@ -1,4 +1,4 @@
-"""Methods: frozen configurations that know which units go where. One file per method, found by its name."""
+"""Methods: frozen configurations that plan which units go where. One file per method, found by its name."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class PlanItem:
     site: Site
     """The place."""
     unit: str
-    """Name of the unit at this place, as in files."""
+    """Name of the unit at this site, as in files."""
     build: Callable[[], Unit]
     """Makes the unit, without start values."""
     lender: str | None = None
-    """Key of an earlier item whose unit holds tensors that this one uses too."""
+    """Key of an earlier item whose unit's tensors this one also uses."""
     start: Callable[[], Mapping[str, Tensor]] | None = None
-    """Computes start values from the frozen backbone, by tensor of the unit; called on attach, never on load."""
+    """Computes initial values from the frozen backbone, by tensor name; called on attach, never on load."""
     task: str | None = None
-    """The task this unit is a copy for, where an adapter has one copy of its units per task."""
+    """The task of this copy, where an adapter has one copy of its units per task."""
 
     @property
     def key(self) -> str:
@@ -48,7 +48,7 @@ class PlanItem:
         return f"{self.site.key}/{self.unit}" + ("" if self.task is None else f"@{self.task}")
 
     def copy_for(self, task: str) -> PlanItem:
-        """Give the item of a task's own copy.
+        """Return this item as one task's copy.
 
         Args:
             task: The task.
@@ -58,7 +58,7 @@ class PlanItem:
 
     @property
     def slot(self) -> str:
-        """Name of the unit inside its host, unique there also when slices of one layer have units of their own."""
+        """Name of the unit inside its host; unique there, even where several slices of one layer have units."""
         own = self.unit if self.site.part is None else f"{self.unit}_{self.site.part}"
         return own if self.task is None else f"{own}@{self.task}"
 
@@ -73,7 +73,7 @@ class Step:
     """One training step, as `Method.loss_term` sees it."""
 
     batch: Any
-    """The batch the step was given: images (B, 3, H, W) and their targets."""
+    """The batch of the step: images (B, 3, H, W) and their targets."""
     output: Any
     """The model's output for these images, in float32."""
     result: Any = None
@@ -84,8 +84,8 @@ class Step:
 class Method:
     """Base of every method: a frozen configuration that plans units for a model's sites.
 
-    To add a method, subclass it in one file, decorate the class with `register`, and say in `items` which units it
-    puts where. Everything else (attaching, saving, merging, switching, verifying) comes with it.
+    To add a method, subclass this in one file, decorate the class with `register`, and list in `items` which units go
+    where. Everything else (attaching, saving, merging, switching, verifying) works without further code.
     """
 
     roles: tuple[str, ...] | None = None
@@ -98,35 +98,34 @@ class Method:
     paper: ClassVar[str] = ""
     """Where the method was published."""
     recipes: ClassVar[tuple[Recipe, ...]] = ()
-    """Published learning rates and sizes; the first that fits a model and a number of images is recommended."""
+    """Published learning rates and sizes; the first one that fits the model and the number of images is recommended."""
     default_roles: ClassVar[tuple[str, ...]] = ()
     """Roles of the paper."""
     optional_roles: ClassVar[frozenset[str]] = frozenset()
-    """Roles out of `default_roles` that many models lack by nature."""
+    """Roles of `default_roles` that may be missing in a model."""
     reaches_maps: ClassVar[bool] = True
-    """Whether it changes the maps inside a model too, which dense tasks read, and not its last feature alone."""
+    """Whether it also changes the intermediate maps, which dense tasks read, and not only the final features."""
     trains_base: ClassVar[bool] = False
-    """Whether the base behaves as in training (dropout, stochastic depth) while the adapter trains."""
+    """Whether the base is in training mode (dropout, stochastic depth) while the adapter trains."""
 
     multi_task: ClassVar[bool] = False
-    """Whether its units read the task that is asked for (`Unit.routed`); an adapter with tasks of any other method has
-    one copy of all units per task."""
+    """Whether its units choose by the requested task themselves (`Unit.routed`); with any other method, an adapter with
+    tasks has one copy of all units per task."""
 
     cacheable: ClassVar[bool] = False
-    """Whether the backbone runs as it is, and what trains reads nothing but its outputs, so that these can be kept."""
+    """Whether all trainable tensors act on the unchanged backbone's outputs alone, so that these can be cached."""
     reads_result: ClassVar[bool] = False
     """Whether `loss_term` needs the run result of the forward pass (`Step.result`)."""
     training_fields: ClassVar[frozenset[str]] = frozenset()
-    """Fields that change the training alone: adapters that differ in them are of one kind, and one can start from the
-    other."""
+    """Fields that affect training only: an adapter can start from a saved one that differs in these alone."""
 
     def __post_init__(self) -> None:
         """Check the fields all methods share.
 
         Raises:
             UnknownNameError: If a role does not exist in any family.
-            ConfigError: If an empty list of roles or blocks is given, a field annotated as a ``Literal`` has another
-                value, or the rate of stochastic depth is none.
+            ConfigError: If the list of roles or blocks is empty, a ``Literal`` field has another value, or the rate of
+                stochastic depth is out of range.
         """
         for field, values in (("roles", self.roles), ("blocks", self.blocks)):
             if values is None:
@@ -153,11 +152,11 @@ class Method:
             )
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
-        """Say which units go where, in forward order.
+        """Plan which units go where, in forward order.
 
         Args:
             view: The model's description.
-            model: The model; only methods that copy its tensors look at it.
+            model: The model; only methods that copy its tensors use it.
 
         Yields:
             One item per unit.
@@ -189,19 +188,19 @@ class Method:
         roles = tuple(role for role in self.paper_roles() if role in view.roles or role not in self.optional_roles)
         if self.blocks is None:
             return select(view, roles)
-        # With blocks given, roles outside of blocks have nothing to match, which is what was asked for.
+        # With blocks given, roles outside of blocks match nothing, as intended.
         return select(view, roles, self.blocks, optional=True)
 
     def paper_roles(self) -> tuple[str, ...]:
-        """Give the roles to act on where the user names none."""
+        """Return the roles to act on by default."""
         return self.default_roles
 
     def stochastic_depth(self) -> float:
-        """Give the rate of the last block while the adapter trains; 0 leaves the base without it."""
+        """Return the drop-path rate of the last block while the adapter trains; 0 turns stochastic depth off."""
         return 0.0
 
     def head_width(self, view: View) -> int | None:
-        """Give the number of features the classifier reads; None for the model's own.
+        """Return the number of input features of the classifier; None for the model's own.
 
         Args:
             view: The model's description.
@@ -209,7 +208,7 @@ class Method:
         return None
 
     def start_head(self, head: nn.Linear, generator: torch.Generator) -> None:
-        """Give a classifier of the method's own width its start values; as PyTorch draws them by default.
+        """Initialise a classifier of the method's own width, by default as PyTorch does.
 
         Args:
             head: The classifier.
@@ -220,9 +219,9 @@ class Method:
             tensor.uniform_(-bound, bound, generator=generator)
 
     def recommended(self, model: nn.Module, n_images: int) -> Recipe:
-        """Give learning rate, weight decay and size that were published for this method, with their source.
+        """Return the learning rate, weight decay and size published for this method, with their source.
 
-        A model narrower than those of the papers is warned about.
+        Logs a warning if the model is narrower than those of the papers.
 
         Args:
             model: A timm model.
@@ -241,15 +240,16 @@ class Method:
     # ------------------------------------------------------------------ training
 
     def callbacks(self) -> list[Any]:
-        """Make the schedules of the method, as Lightning callbacks.
+        """Create the method's schedules, as Lightning callbacks.
 
-        A task adds them to its trainer. Its hooks get the task, whose ``bank`` holds the adapter. A callback may switch
-        ``requires_grad`` of tensors for a step and must restore it; checkpoints and averages hold every tensor anyway.
+        A task adds them to its trainer. Their hooks get the task, whose ``bank`` holds the adapter. A callback may
+        switch ``requires_grad`` of tensors for one step and must restore it; checkpoints and EMA include every tensor
+        regardless.
         """
         return []
 
     def loss_term(self, bank: Any, name: str, step: Step) -> Tensor | None:
-        """Compute a loss that is added to the task's own. It may run the model again.
+        """Compute a loss to add to the task's own. It may run the model again.
 
         Args:
             bank: The bank of the model.
@@ -257,12 +257,12 @@ class Method:
             step: Batch, output and run result of the step.
 
         Returns:
-            A scalar, weighted; None for no loss.
+            The weighted scalar; None for no loss.
         """
         return None
 
     def change_gradients(self, bank: Any, name: str) -> None:
-        """Change the gradients of a step, after the backward pass and before clipping and the optimiser.
+        """Modify the gradients in place, after the backward pass and before clipping and the optimiser step.
 
         Args:
             bank: The bank of the model; ``bank.named_tensors(name)`` gives the tensors with their gradients.
@@ -270,22 +270,22 @@ class Method:
         """
 
     def start_from(self, bank: Any, name: str, loader: Iterable[Any]) -> None:
-        """Compute start values from the training data, once before the first step of a fresh training.
+        """Initialise the adapter from training data, once before the first step of a new training run.
 
-        It is not called when a training is resumed or starts from a saved adapter.
+        Not called when a run is resumed or starts from a saved adapter.
 
         Args:
             bank: The bank of the model.
             name: The adapter of this method.
-            loader: Training batches on the model's device, as the steps get them.
+            loader: Training batches on the model's device, as in training steps.
         """
 
     def fresh_head(self) -> str | None:
-        """Say why a training that starts from a saved adapter needs a fresh classifier; None where it does not."""
+        """Return why training from a saved adapter needs a new classifier; None if it does not."""
         return None
 
     def is_like(self, other: Method) -> bool:
-        """Whether a saved adapter of another configuration fits this one: equal up to `training_fields`.
+        """Return whether a saved adapter of another configuration fits: equal except for `training_fields`.
 
         Args:
             other: The other configuration.
@@ -296,28 +296,28 @@ class Method:
     # ------------------------------------------------------------------ classifiers and outputs
 
     def low_bit_head(self) -> int:
-        """Give the bits per weight of the classifier; 32 for a plain one."""
+        """Return the bits per weight of the classifier; 32 means an ordinary classifier."""
         return 32
 
     def frozen_outputs(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-        """Compute what the frozen backbone makes of images, where the method is `cacheable`.
+        """Compute the frozen backbone's outputs for images, for a `cacheable` method.
 
         Args:
             model: The adapted timm model.
             images: Normalised images (B, 3, H, W).
 
         Returns:
-            Tensors by name, one row per image; here what stands in front of the classifier (B, width).
+            Tensors by name, one row per image; by default the input of the classifier (B, width).
         """
         timm_model: Any = model
         return {"pooled": timm_model.forward_head(timm_model.forward_features(images), pre_logits=True)}
 
     def from_outputs(self, model: nn.Module, outputs: Mapping[str, Tensor]) -> Tensor:
-        """Compute from `frozen_outputs` what the model would give for the images.
+        """Compute the model's output from `frozen_outputs`.
 
         Args:
             model: The adapted timm model.
-            outputs: What `frozen_outputs` gave.
+            outputs: The result of `frozen_outputs`.
 
         Returns:
             Class scores (B, classes).
@@ -326,15 +326,15 @@ class Method:
         return timm_model.get_classifier()(outputs["pooled"])
 
     def frozen_fields(self) -> dict[str, Any]:
-        """Give the fields that decide what `frozen_outputs` computes, as plain values."""
+        """Return the fields that `frozen_outputs` depends on, as plain values."""
         return {}
 
     def file_method(self) -> Method:
-        """Give the method a file names; another one where units are stored in its form (`Unit.file_tensors`)."""
+        """Return the method to name in files: another one where units are stored in its form (`Unit.file_tensors`)."""
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """Give name and fields as plain values, for files."""
+        """Return name and fields as plain values, for files."""
         return {"name": self.name, "fields": {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}}
 
 
@@ -354,7 +354,7 @@ def register(cls: M) -> M:
     Raises:
         ConfigError: If another class has the name already.
     """
-    fill("methods")  # so that the names they take are known, whoever comes first
+    fill("methods")  # so that a name clash is found in any import order
     known = _METHODS.get(cls.name)
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ConfigError(f"Two methods want the name {cls.name!r}: {known.__module__} and {cls.__module__}.")
@@ -363,7 +363,7 @@ def register(cls: M) -> M:
 
 
 def list_methods() -> list[str]:
-    """List the names of all methods that need no extra."""
+    """List the names of all methods that need no optional dependency."""
     fill("methods")
     return sorted(set(_METHODS) - set(extra_methods()))
 
@@ -380,7 +380,7 @@ def method(name: str, **fields: Any) -> Method:
 
     Raises:
         UnknownNameError: If the method or a field does not exist.
-        ConfigError: If a field has a value that cannot work.
+        ConfigError: If the value of a field is invalid.
 
     Example:
         >>> vispeft.method("lora", rank=4)
@@ -399,7 +399,7 @@ def method(name: str, **fields: Any) -> Method:
 
 
 def method_from_dict(entry: dict[str, Any]) -> Method:
-    """Rebuild a method from what `Method.to_dict` gave.
+    """Rebuild a method from the result of `Method.to_dict`.
 
     Args:
         entry: Name and fields.

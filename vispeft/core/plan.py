@@ -1,4 +1,4 @@
-"""The plan: what a method would build on a model, printable before anything is changed."""
+"""The plan: the units a method would build on a model, printable before anything is changed."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class Plan:
 
     @property
     def trainable(self) -> int:
-        """Number of trainable parameters, without any head."""
+        """Number of trainable parameters, without the classifier."""
         return sum(prod(shape) for shape in self.shapes().values())
 
     def by_role(self) -> dict[str, int]:
-        """Sum the trainable parameters per role."""
+        """Sum the trainable parameters by role."""
         counts: Counter[str] = Counter()
         for item in self.items:
             counts[item.site.role] += sum(prod(shape) for shape in item.shapes().values())
@@ -82,15 +82,15 @@ def make_plan(method: Method, model: nn.Module, tasks: Sequence[str] | None = No
     Args:
         method: The method.
         model: A timm model, or a wrapper around one.
-        tasks: Names of the tasks; a method that does not read tasks itself gets one copy of its units for each.
+        tasks: Names of the tasks; a method that is not `Method.multi_task` gets one copy of its units per task.
 
     Returns:
         The plan.
 
     Raises:
         BackboneError: If the model is not supported.
-        SiteError: If a role matches nothing, or the method has no stated form for the family.
-        ConfigError: If a task has no name, or two have the same.
+        SiteError: If a role matches nothing, or the method is not defined for the family.
+        ConfigError: If a task name is invalid or given twice.
     """
     _check_tasks(method, tasks)
     view = describe(model)
@@ -127,7 +127,7 @@ def _check_lenders(method: Method, items: tuple[PlanItem, ...]) -> None:
 
 
 def plan(model: nn.Module, method: Method) -> Plan:
-    """Show what a method would build on a model; nothing is changed.
+    """Plan the units a method would build on a model, without changing the model.
 
     Args:
         model: A timm model, or a ``features_only`` wrapper around one.
@@ -138,6 +138,6 @@ def plan(model: nn.Module, method: Method) -> Plan:
 
     Raises:
         BackboneError: If the model is not supported.
-        SiteError: If a role matches nothing, or the method has no stated form for the family.
+        SiteError: If a role matches nothing, or the method is not defined for the family.
     """
     return make_plan(method, model)

@@ -1,6 +1,6 @@
-"""Which modules fill a registry; they are imported when something is first looked up in it.
+"""The modules that fill each registry, imported on the first lookup.
 
-So importing the package costs nothing, and a registry in the core needs to know none of the modules above it. This
+Importing the package thus stays cheap, and a registry in the core need not know the modules of higher layers. This
 module imports nothing, not even torch.
 """
 
@@ -15,11 +15,11 @@ Registry = Literal["families", "methods"]
 
 _PROVIDERS: dict[Registry, list[str]] = {"families": [], "methods": []}
 _EXTRAS: dict[str, str] = {}
-"""Modules by the method they register, which need an extra."""
+"""Modules that need an optional dependency, by the method they register."""
 
 
 def provide(registry: Registry, module: str) -> None:
-    """Name a module that registers its own entries when it is imported.
+    """Announce a module that registers its entries when imported.
 
     Args:
         registry: The registry.
@@ -29,30 +29,30 @@ def provide(registry: Registry, module: str) -> None:
 
 
 def fill(registry: Registry) -> None:
-    """Import the modules of a registry. Call it before looking something up, and before adding an entry.
+    """Import the modules of a registry. Call this before every lookup and before adding an entry.
 
-    It costs microseconds once they are imported; while one of them is being imported it does not wait for itself.
+    Repeated calls take microseconds. A call from a module that is being imported does not deadlock.
 
     Args:
         registry: The registry.
     """
-    # Always through the import system: another thread may be in the middle of the first import, and has its lock.
+    # Always through the import system: another thread may be in the middle of the first import and hold its lock.
     for module in _PROVIDERS[registry]:
         importlib.import_module(module)
 
 
 def provide_extra(method: str, module: str) -> None:
-    """Name a module that needs an extra and registers one method: it is imported when the method is asked for.
+    """Announce a module that registers one method and needs an optional dependency; imported when the method is used.
 
     Args:
-        method: The method's name, which is never listed.
+        method: The method's name, which `list_methods` omits.
         module: The module's import path.
     """
     _EXTRAS[method] = module
 
 
 def extra_methods() -> dict[str, str]:
-    """List the methods that need an extra, whether they are imported or not.
+    """List the methods that need an optional dependency, imported or not.
 
     Returns:
         Import paths of their modules, by name.

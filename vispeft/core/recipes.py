@@ -1,4 +1,4 @@
-"""Recipes: learning rate, weight decay and size that were published for a method, with their source."""
+"""Recipes: the learning rate, weight decay and size published for a method, with their source."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ __all__ = ["FEW_IMAGES", "FGVC", "SMALLEST_WIDTH", "VTAB", "Recipe", "choose_rec
 logger = logging.getLogger(__name__)
 
 FEW_IMAGES = 2000
-"""Up to so many training images, recipes of VTAB-1k (1,000 images) are taken."""
+"""Up to this number of training images, the recipes for VTAB-1k (1,000 images) apply."""
 SMALLEST_WIDTH = 384
-"""Width of ViT-S; hardly any published rate belongs to a narrower model."""
+"""Width of ViT-S; hardly any published learning rate is for a narrower model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What to train a method with: AdamW, a warm-up of 10 % and a cosine, unless the source says otherwise."""
+    """Training settings for a method: AdamW, 10 % warm-up and cosine decay, unless the source says otherwise."""
 
     lr: float
-    """Highest learning rate."""
+    """Peak learning rate."""
     weight_decay: float
     """Weight decay of matrices."""
     source: str
-    """Where the numbers come from."""
+    """Source of the numbers."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the method, such as its size."""
     images: int | None = None
-    """It is for so many training images at most; None for any number."""
+    """Largest number of training images it applies to; None for any number."""
     layout: Literal["NLC", "NHWC"] | None = None
-    """It is for models of one sequence of tokens (NLC) or for those of maps (NHWC); None for all."""
+    """Layout of the models it applies to: token sequences (NLC) or maps (NHWC); None for both."""
 
     def sized(self, **fields: Any) -> Recipe:
-        """Give the same recipe with fields of a method.
+        """Return a copy of the recipe with these method fields.
 
         Args:
             **fields: Such as ``rank=8``.
@@ -61,16 +61,16 @@ FGVC = Recipe(
 
 
 def choose_recipe(name: str, recipes: Sequence[Recipe], view: View, n_images: int) -> Recipe:
-    """Choose a method's recipe for a model and a number of training images; warn where none was made for such a model.
+    """Choose a method's recipe for a model and a number of images; log a warning if none fits so narrow a model.
 
     Args:
         name: The method, for messages.
-        recipes: Its recipes; the first one that fits is taken.
+        recipes: Its recipes; the first that fits is chosen.
         view: The model's description.
         n_images: Number of training images.
 
     Raises:
-        ConfigError: If the method states none, or there are no images.
+        ConfigError: If the method has none that fits, or there are no images.
     """
     if n_images < 1:
         raise ConfigError(f"{name}: a recipe for {n_images} training images was asked for; at least 1 is needed.")

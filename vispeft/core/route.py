@@ -1,8 +1,8 @@
-"""The route: which adapters act, in which order and for which task.
+"""The route: the adapters that act, their order and the task.
 
-A `Route` is immutable and made once per choice; it holds the units of every host by kind, so that a forward pass
-searches nothing. All hosts of a model share one `Routing`, which knows the route that is set for good and the one that
-the calling thread uses for a while.
+A `Route` is immutable and created once per choice; it holds the units of every host by kind, so that a forward pass
+needs no search. All hosts of a model share one `Routing`, which holds the default route and each thread's temporary
+override.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 from torch.compiler import is_compiling
 
+from vispeft.core.model_units import QueryUnit, SideUnit, StreamUnit, TokensUnit
+from vispeft.core.streams import Stream
 from vispeft.core.units import (
     AffineUnit,
     BranchUnit,
@@ -25,14 +27,9 @@ from vispeft.core.units import (
     InputUnit,
     ParallelUnit,
     PrefixUnit,
-    QueryUnit,
     SelectionUnit,
     SequentialUnit,
     SharedUnit,
-    SideUnit,
-    Stream,
-    StreamUnit,
-    TokensUnit,
     Unit,
     WeightUnit,
 )
@@ -44,7 +41,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Acting(NamedTuple):
-    """The units that act at one host, by kind; each kind in the order in which the adapters act."""
+    """The units that act at one host, by kind; within a kind, in the order in which the adapters act."""
 
     selection: tuple[SelectionUnit, ...] = ()
     weight: tuple[WeightUnit, ...] = ()
@@ -62,19 +59,19 @@ class Acting(NamedTuple):
     shared: tuple[SharedUnit, ...] = ()
     depth: tuple[DepthUnit, ...] = ()
     carries: bool = False
-    """Whether streams beside the tokens pass this block, attention or MLP, or start in it."""
+    """Whether streams beside the tokens pass through this block, attention or MLP, or start in it."""
     starting: tuple[Stream, ...] = ()
     """At the host of the model: the streams that start inside blocks."""
 
     def units(self) -> Iterator[Unit]:
-        """Iterate over all units, kind after kind."""
+        """Iterate over all units, kind by kind."""
         kinds: Any = self[: len(self) - 2]
         for kind in kinds:
             yield from kind
 
 
 NOTHING = Acting()
-"""Of a host at which nothing acts."""
+"""The value for a host at which no unit acts."""
 
 
 def acting(units: Iterable[Unit], carries: bool = False, starting: Iterable[Stream] = ()) -> Acting:
@@ -82,7 +79,7 @@ def acting(units: Iterable[Unit], carries: bool = False, starting: Iterable[Stre
 
     Args:
         units: The units, in the order in which their adapters act.
-        carries: Whether streams beside the tokens pass there.
+        carries: Whether streams beside the tokens pass through.
         starting: At the host of the model, the streams that start inside blocks.
     """
     kinds: dict[str, tuple[Any, ...]] = {}
@@ -93,68 +90,109 @@ def acting(units: Iterable[Unit], carries: bool = False, starting: Iterable[Stre
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """One choice of adapters that act; never changed."""
+    """One immutable choice of acting adapters."""
 
     names: tuple[str, ...] = ()
     """The adapters, in the order in which they act."""
     task: str | None = None
-    """The task that is asked for, where an adapter has tasks."""
+    """The chosen task, where an adapter has tasks."""
     hosts: Mapping[int, Acting] = field(default_factory=dict)
-    """Units by the number of the host's slot; hosts without any are left out."""
+    """Units by slot number of the host; hosts without any are omitted."""
     head: nn.Module | None = None
-    """The classifier that answers; None for the base's own."""
+    """The classifier in use; None for the base's own."""
     owner: str | None = None
-    """The adapter whose classifier that is."""
+    """The adapter that owns the classifier."""
     refusal: str | None = None
-    """Why a forward pass cannot run under this route: an adapter has tasks and none was chosen."""
+    """Error message for a forward pass under this route, where no task was chosen and one is needed; else None."""
+
+
+@dataclass(eq=False)
+class _Entered:
+    """A block of code that a thread has entered and not left."""
+
+    route: Route
+    """The route it uses."""
+    before: Route | None
+    """The one its thread used before."""
 
 
 class _Thread(threading.local):
-    """The route one thread uses, where it is not the one set for good."""
+    """One thread's temporary route, if it has one."""
 
     route: Route | None = None
 
+    def __init__(self) -> None:
+        """Start outside of every block, as each thread does."""
+        self.entered: list[_Entered] = []
+
+
+class _Block(AbstractContextManager[None]):
+    """A block of code in which the calling thread uses a route.
+
+    It may be entered repeatedly: a graph that is kept goes backward several times, and each time computes again under
+    the route of its forward pass.
+    """
+
+    def __init__(self, routing: Routing, route: Route) -> None:
+        """Note the route.
+
+        Args:
+            routing: Where the hosts find it.
+            route: The route.
+        """
+        self.routing, self.route = routing, route
+
+    def __enter__(self) -> None:
+        """Let the calling thread use the route."""
+        self.routing._enter(self.route)
+
+    def __exit__(self, *_: object) -> None:
+        """Put back the one before."""
+        self.routing._leave()
+
 
 class Routing:
-    """Where the hosts of one model find the route.
+    """The current route of one model, shared by its hosts.
 
-    A copy of the model, and a pickled one, start from the route that was set for good.
+    Copied and unpickled models start from the default route.
     """
 
     def __init__(self) -> None:
-        """Start with nothing that acts."""
+        """Create a routing under which no adapter acts."""
         self.default = Route()
         self.traced = self.default
         self.slots = 0
         self._thread = _Thread()
+        self._entered: list[_Entered] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the threads out."""
+        """Pickle without the routes of threads."""
         return {"default": self.default, "slots": self.slots}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Go on from the route that was set for good."""
+        """Restore the default route."""
         self.default = self.traced = state["default"]
         self.slots = state["slots"]
         self._thread = _Thread()
+        self._entered = []
 
     def new_slot(self) -> int:
-        """Number one more host."""
+        """Assign a slot number to one more host."""
         self.slots += 1
         return self.slots
 
     def present(self) -> Route:
-        """Give the route of the calling thread.
+        """Return the route of the calling thread.
 
-        A compiled graph cannot ask which thread runs it: it is made for the route that was chosen last, in any thread,
-        and made again for another one.
+        A compiled graph cannot ask which thread runs it: it is compiled for the route chosen last, in any thread,
+        and recompiled for another one.
         """
         if is_compiling():
             return self.traced
         return self._thread.route or self.default
 
     def set(self, route: Route) -> None:
-        """Choose a route for good: every thread's next forward pass takes it.
+        """Set the default route: every thread's next forward pass uses it.
 
         Args:
             route: The route.
@@ -166,33 +204,46 @@ class Routing:
         """Whether the calling thread uses a route of its own."""
         return self._thread.route is not None
 
-    @contextmanager
-    def using(self, route: Route) -> Iterator[None]:
-        """Let the calling thread use a route, and put back the one before, also after an error.
+    def using(self, route: Route) -> AbstractContextManager[None]:
+        """Use a route in the calling thread and restore the previous one on exit, also after an error.
 
         Args:
             route: The route.
         """
-        before, traced = self._thread.route, self.traced
-        self._thread.route = self.traced = route
-        try:
-            yield
-        finally:
-            self._thread.route, self.traced = before, traced
+        return _Block(self, route)
+
+    def _enter(self, route: Route) -> None:
+        """Enter a block in the calling thread."""
+        thread = self._thread
+        entered = _Entered(route, thread.route)
+        thread.entered.append(entered)
+        self._entered.append(entered)
+        thread.route = self.traced = route
+
+    def _leave(self) -> None:
+        """Leave the last block of the calling thread; compiled graphs follow the last one that is still open."""
+        thread = self._thread
+        left = thread.entered.pop()
+        self._entered.remove(left)
+        thread.route = left.before
+        self.traced = self._entered[-1].route if self._entered else self.default
 
     def refresh(self, made_again: Callable[[Route], Route]) -> None:
-        """Exchange routes that hold what is no longer there, such as a classifier that was replaced.
+        """Rebuild routes that refer to removed objects, such as a replaced classifier.
 
         Args:
-            made_again: Makes a route of the same choice.
+            made_again: Builds a new route for the same choice.
         """
+        thread = self._thread
         self.set(made_again(self.default))
-        if self._thread.route is not None:
-            self._thread.route = self.traced = made_again(self._thread.route)
+        for entered in thread.entered:
+            entered.route, entered.before = made_again(entered.route), entered.before and made_again(entered.before)
+        if thread.route is not None:
+            thread.route = self.traced = made_again(thread.route)
 
 
 def keeps_route(method: F) -> F:
-    """Let a method of a model's host take the route once, and keep it to its end.
+    """Decorate a method of a model's host to read the route once and keep it until it returns.
 
     Args:
         method: The method; its object has ``routing``.
@@ -206,7 +257,7 @@ def keeps_route(method: F) -> F:
         thread, route = self.routing._thread, self.routing.present()
         if route.refusal is not None:
             raise ConfigError(route.refusal)
-        # A graph is made for one route; and a thread that uses one keeps it.
+        # A graph is compiled for one route, and a thread that has a route already keeps it.
         if is_compiling() or thread.route is not None:
             return method(self, *args, **kwargs)
         thread.route = route

@@ -1,4 +1,4 @@
-"""Choosing tensors of the base to train, for methods that add none of their own."""
+"""Choice of base tensors to train, for methods that add no tensors of their own."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["below", "selections"]
 
 
 def below(method: Method, view: View) -> Callable[[str], bool]:
-    """Make the test whether a module is at or below the sites of a method's roles and blocks.
+    """Build a test of whether a module is at or below the sites of a method's roles and blocks.
 
     Args:
-        method: The method; without roles and blocks it takes the whole model.
+        method: The method; without roles and blocks it selects the whole model.
         view: The model's description.
 
     Returns:
-        A function of a path.
+        A function from a module path to whether it is selected.
 
     Raises:
         SiteError: If a role matches nothing.
@@ -36,13 +36,13 @@ def below(method: Method, view: View) -> Callable[[str], bool]:
 
 
 def selections(view: View, model: nn.Module, unit: str, wanted: Callable[[str, str], bool]) -> Iterator[PlanItem]:
-    """Plan one selection per module that owns wanted parameters, the classifier excepted.
+    """Plan one selection unit per module that owns chosen parameters, except the classifier.
 
     Args:
         view: The model's description.
         model: The model.
         unit: Name of the units.
-        wanted: Told module path and parameter name, says whether the parameter is chosen.
+        wanted: Function of module path and parameter name; whether the parameter is chosen.
 
     Yields:
         The plan's items, in the order of the modules.
@@ -65,7 +65,7 @@ def _build(values: Callable[[], dict[str, Tensor]], null: tuple[str, ...]) -> Un
 
 
 def site_of(view: View, path: str) -> Site:
-    """Find the site of a module, or make one with the role of the nearest module above it.
+    """Find the site of a module, or create one with the role of its nearest ancestor that has a site.
 
     Args:
         view: The model's description.

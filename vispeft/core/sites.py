@@ -1,7 +1,7 @@
-"""Sites: the places of a backbone where something can act, under one closed vocabulary of roles.
+"""Sites: the places in a backbone where a unit can act, named by a closed vocabulary of roles.
 
-The vocabulary is the same for every family, so that a method written once finds its places everywhere. What a role is
-called inside one timm family is written in that family's view (``vispeft/backbones``), nowhere else.
+The vocabulary is the same for every family, so that a method written once finds its sites in all of them. Only a
+family's view (``vispeft/backbones``) maps roles to the names of timm's modules.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ Layout = Literal["NLC", "NHWC", "NCHW"]
 
 ROLES: dict[str, str] = {
     "patch_embed": "the convolution that turns patches into tokens",
-    "patch_embed.norm": "the norm behind it (Swin)",
+    "patch_embed.norm": "the norm after it (Swin)",
     "tokens": "the token sequence or map that enters the first block",
-    "norm_pre": "the norm in front of the first block (CLIP)",
+    "norm_pre": "the norm before the first block (CLIP)",
     "block": "a whole transformer block",
     "norm1": "the norm of the attention branch",
     "attn": "the attention module",
@@ -32,7 +32,7 @@ ROLES: dict[str, str] = {
     "attn.q_norm": "the norm of the queries of a head",
     "attn.k_norm": "the norm of the keys of a head",
     "attn.core": "softmax of queries and keys, times values",
-    "attn.norm": "the norm in front of the output projection",
+    "attn.norm": "the norm before the output projection",
     "attn.proj": "the output projection",
     "ls1": "the layer scale of the attention branch",
     "norm2": "the norm of the MLP branch",
@@ -41,14 +41,14 @@ ROLES: dict[str, str] = {
     "mlp.fc1_g": "the gate part of it",
     "mlp.fc1_x": "the value part of it",
     "mlp.act": "the activation",
-    "mlp.norm": "the norm in front of the second linear layer",
+    "mlp.norm": "the norm before the second linear layer",
     "mlp.fc2": "the second linear layer of the MLP",
     "ls2": "the layer scale of the MLP branch",
     "rel_pos": "the relative-position bias",
     "downsample.norm": "the norm of patch merging",
     "downsample.reduction": "the linear layer of patch merging",
-    "final_norm": "the norm behind the last block",
-    "fc_norm": "the norm behind pooling",
+    "final_norm": "the norm after the last block",
+    "fc_norm": "the norm after pooling",
     "attn_pool": "attention pooling",
     "head": "the classifier",
 }
@@ -56,7 +56,7 @@ ROLES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Slice:
-    """A run of output rows of a linear layer, such as the query part of a fused projection."""
+    """A contiguous range of output rows of a linear layer, such as the query part of a fused projection."""
 
     start: int
     stop: int
@@ -70,65 +70,65 @@ class Slice:
 class Site:
     """One place where a unit can act.
 
-    A slice of a fused layer (``attn.q``, ``mlp.fc1_g``) is a site of its own: it has the module path of the whole layer
+    A slice of a fused layer (``attn.q``, ``mlp.fc1_g``) is a site of its own: it has the module path of the fused layer
     and the rows that belong to it.
     """
 
     path: str
-    """Path of the module inside the model, empty for the model itself."""
+    """Path of the module in the model; empty for the model itself."""
     role: str
     """One of `ROLES`."""
     kind: Kind
-    """What kind of computation sits there."""
+    """Kind of computation."""
     in_features: int
-    """Width of what enters."""
+    """Width of the input."""
     out_features: int
-    """Width of what leaves."""
+    """Width of the output."""
     block: int | None = None
-    """Index over all blocks of the model, counted from the input; None outside of blocks."""
+    """Index among all blocks of the model, counted from the input; None outside of blocks."""
     stage: int | None = None
     """Stage index of a hierarchical model."""
     layout: Layout = "NLC"
-    """Order of the axes of what leaves."""
+    """Order of the output's axes."""
     rows: Slice | None = None
-    """The rows of the fused layer, for a slice."""
+    """For a slice, its rows in the fused layer."""
     kernel: tuple[int, int] = (1, 1)
     """Height and width of the kernel of a convolution."""
     inside: bool = False
-    """Whether the place is one of several inside the module at `path`, and needs its role to be told apart."""
+    """Whether the module at `path` holds several sites, which only their roles distinguish."""
     reads_weight: bool = False
     """Whether the model reads the layer's ``.weight`` instead of calling it."""
     owner: str | None = None
-    """Path of the module that reads the weight, and holds the bias, where `reads_weight` is set."""
+    """Path of the module that reads the weight and holds the bias, where `reads_weight` is set."""
     null: tuple[str, ...] = ()
-    """Tensors of the layer that cannot change any output, such as a shift of all keys alike under softmax."""
+    """Tensors of the layer that cannot affect any output, such as a common shift of all keys under softmax."""
     alias: str | None = None
-    """Path of the module in the whole model, where this one is a part of it with other paths (``features_only``)."""
+    """Path of the module in the full model, where a truncated model (``features_only``) has other paths."""
     consumers: tuple[str, ...] = ()
-    """Linear layers that are the only readers of a norm's output: where a shift can be folded forward exactly."""
+    """The linear layers that read a norm's output, where no other module does: a shift can be folded into them."""
 
     @property
     def key(self) -> str:
-        """Name of the site in files: its path, with the slice's last name where it is one."""
+        """Name of the site in files: its path, followed by the `part` if there is one."""
         path = self.path if self.alias is None else self.alias
         return path if self.part is None else f"{path}:{self.part}"
 
     @property
     def columns(self) -> int:
-        """Columns of the layer's weight as a matrix: the inputs of one output."""
+        """Number of columns of the layer's weight as a matrix (out, columns)."""
         return self.in_features * self.kernel[0] * self.kernel[1]
 
     @property
     def part(self) -> str | None:
-        """Name of the place inside its module, where the module holds several."""
+        """Name of the site inside its module, where the module holds several sites."""
         return self.role.rsplit(".", 1)[-1] if self.inside or self.rows is not None else None
 
 
 @dataclass(frozen=True)
 class View:
-    """What vispeft knows about one model of a timm family; a description, never a copy.
+    """The description of one timm model: where its sites are. It copies nothing.
 
-    The fields say where things are. `host` names the class of the family's own forward, put on the model in place.
+    The host of the whole model, with the family's own forward pass, is in `Family.host`.
     """
 
     family: str
@@ -142,35 +142,35 @@ class View:
     heads: tuple[int, ...]
     """Attention heads of each block."""
     num_prefix_tokens: int
-    """Class and register tokens in front of the patch tokens."""
+    """Number of class and register tokens before the patch tokens."""
     layout: Layout
     """Order of the axes between blocks."""
     head_path: str | None
     """Path of the classifier; None where the model has none (``features_only``)."""
     tensors: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Parameters of the base by owning module and name, with their sizes; the classifier is not among them."""
+    """Sizes of the base's parameters by owning module and name, without the classifier."""
     head_drop_paths: tuple[str, ...] = ()
     """Dropout modules that belong to the classifier."""
     drop_path_paths: tuple[tuple[str, ...], ...] = ()
     """Per block, the paths of its stochastic-depth modules."""
     size_bound: tuple[str, ...] = ()
-    """Endings of names of tensors whose shape depends on the image size (positions, relative-position tables)."""
+    """Last name components of tensors whose shape depends on the image size (positions, relative-position tables)."""
     input_bound: tuple[str, ...] = ()
     """Names of tensors whose shape depends on the number of input channels."""
     model_class: str = ""
     """Name of the timm class, in files."""
     aliases: dict[str, str] = field(default_factory=dict)
-    """Beginnings of paths, and what they are in the whole model, where this one is a part of it."""
+    """Path prefixes in this model and their counterparts in the full model, for a truncated model."""
     patch_size: tuple[int, int] = (1, 1)
     """Height and width of a patch in pixels."""
     img_size: tuple[int, int] = (224, 224)
-    """Height and width the model was built for."""
+    """Image height and width the model was built for, in pixels."""
     in_chans: int = 3
     """Number of input channels."""
     global_pool: str = "token"
-    """How the model pools tokens in front of its classifier."""
+    """How the model pools tokens before its classifier."""
     not_here: dict[str, str] = field(default_factory=dict)
-    """Roles this family lacks, with the reason."""
+    """Reasons why roles are missing, by role."""
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -183,10 +183,10 @@ class View:
         return len(self.widths)
 
     def whole_name(self, name: str) -> str:
-        """Give the name a tensor or module has in the whole model.
+        """Return the name of a tensor or module in the full model.
 
         Args:
-            name: Its name here.
+            name: Its name in this model.
         """
         for here, there in self.aliases.items():
             if name == here or name.startswith(f"{here}."):
@@ -197,7 +197,7 @@ class View:
         """Iterate over the sites of some roles, in forward order.
 
         Args:
-            *roles: Names out of `ROLES`.
+            *roles: Names from `ROLES`.
 
         Yields:
             Each site whose role is among them.
@@ -205,36 +205,36 @@ class View:
         return (site for site in self.sites if site.role in roles)
 
     def blocks_of(self, sites: Iterable[Site]) -> Iterator[Site]:
-        """Iterate over the blocks that hold some sites.
+        """Iterate over the blocks that contain the given sites.
 
         Args:
             sites: Sites inside blocks.
 
         Yields:
-            For each of them the site of its block.
+            The block's site, for each given site.
         """
         blocks = {site.block: site for site in self.at("block")}
         return (blocks[site.block] for site in sites)
 
     def needs_norm_first(self, method: str) -> None:
-        """Refuse a family that normalises behind its branches, for methods that read what the norm makes.
+        """Raise if the family normalises after its branches, for methods that read a branch's normalised input.
 
         Args:
             method: Name of the method, for the message.
 
         Raises:
-            SiteError: If it does.
+            SiteError: If the norm comes after the branch.
         """
         order = [site.role for site in self.sites]
         if order.index("norm1") > order.index("attn"):
             raise SiteError(
-                f"{method} works on what the norm in front of a branch makes, and {self.family} normalises behind its "
-                "branches: there is no stated form for it. Use a method that does not, such as AdaptFormer."
+                f"{method} reads the output of the norm before a branch, but {self.family} normalises after its "
+                "branches: there is no stated form for it. Use one that needs no such norm, such as AdaptFormer."
             )
 
 
 def check_roles(roles: Iterable[str]) -> None:
-    """Refuse names that are not in the vocabulary.
+    """Raise on names that are not in the vocabulary.
 
     Raises:
         UnknownNameError: If a role does not exist in any family.
@@ -247,15 +247,15 @@ def check_roles(roles: Iterable[str]) -> None:
 def select(view: View, roles: Sequence[str], blocks: Sequence[int] | None = None, optional: bool = False) -> list[Site]:
     """Choose sites by role and block.
 
-    A method asks for roles of its own and the user may narrow them; each role asked for must exist in the model, since
-    a role that silently matches nothing is an adapter that silently trains nothing.
+    Each role must exist in the model: a role that silently matched nothing would give an adapter that silently trains
+    nothing.
 
     Args:
         view: The model's description.
-        roles: Roles to take.
-        blocks: Block indices to take (negative ones count from the last); None takes all, and with indices given only
-            sites inside blocks are taken.
-        optional: Leave out roles the model lacks instead of raising.
+        roles: Roles to select.
+        blocks: Block indices to select (negative ones count from the last), which leaves out all sites outside of
+            blocks; None selects everything.
+        optional: Skip roles the model lacks instead of raising.
 
     Returns:
         The sites, in forward order.
@@ -284,11 +284,11 @@ def select(view: View, roles: Sequence[str], blocks: Sequence[int] | None = None
 
 
 _PARTS = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.fc1": ("mlp.fc1_g", "mlp.fc1_x")}
-"""Roles of fused layers, and the roles of their parts."""
+"""Roles of fused layers and of their parts."""
 
 
 def _expand(view: View, roles: Sequence[str]) -> list[str]:
-    """Let the parts stand in for a fused layer where the model has them as layers of their own."""
+    """Replace the role of a fused layer by those of its parts where the model has separate layers."""
     expanded: list[str] = []
     for role in roles:
         parts = [part for part in _PARTS.get(role, ()) if any(site.rows is None for site in view.at(part))]

@@ -1,15 +1,16 @@
-"""Units: the small modules a method puts at sites. Their kind fixes how they compose with each other."""
+"""Units: the small modules a method puts at sites. The kind of a unit determines how it composes with others."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from vispeft.core.low_rank import Branch, Dropout
+from vispeft.core.streams import Stream
 
 __all__ = [
     "AffineUnit",
@@ -19,15 +20,9 @@ __all__ = [
     "InputUnit",
     "ParallelUnit",
     "PrefixUnit",
-    "QueryUnit",
     "SelectionUnit",
     "SequentialUnit",
     "SharedUnit",
-    "SideUnit",
-    "Stream",
-    "StreamRule",
-    "StreamUnit",
-    "TokensUnit",
     "Unit",
     "UnitKind",
     "WeightUnit",
@@ -53,62 +48,62 @@ UnitKind = Literal[
 
 
 class Unit(nn.Module):
-    """What a method puts at one site.
+    """The module a method puts at one site.
 
-    A unit holds every trainable tensor of a site and the arithmetic on it, and knows nothing of attaching, saving or
-    merging. Subclass one of the kinds below; the kind is a rule of composition:
+    A unit holds a site's trainable tensors and the arithmetic on them, and knows nothing of attaching, saving or
+    merging. Subclass one of the kinds below; the kind is the rule of composition:
 
     * selection: replaces tensors of the base, before everything else;
     * weight: changes the weight of a linear layer as a whole;
-    * input: changes what enters a linear layer;
-    * delta: is added to the output of the base layer, computed from the same input;
-    * sequential: changes what the layer and its deltas give;
-    * affine: acts on what then leaves;
-    * branch: gives streams of their own behind a linear layer, beside its shared output;
-    * parallel: is added to a branch of a block, computed from what enters that branch;
+    * input: changes the input of a linear layer;
+    * delta: adds a low-rank term to the output of a linear layer, computed from the same input;
+    * sequential: changes the output of a linear layer, deltas included;
+    * affine: scales and shifts the resulting output;
+    * branch: produces streams after a linear layer, beside its shared output;
+    * parallel: adds a term to a branch of a block, computed from that branch's input;
     * prefix: adds keys and values to an attention;
-    * queries: reads what is inside the blocks and widens what enters the classifier;
+    * queries: reads the tokens inside the blocks and widens the classifier's input;
     * tokens: adds tokens to the sequence;
     * stream: passes rows of its own through the blocks, beside the tokens;
-    * side: reads what leaves the blocks and gives what leaves the model;
-    * shared: does nothing itself and holds tensors that other units of the adapter use;
+    * side: reads the outputs of the blocks and computes the output of the model;
+    * shared: holds tensors that other units of the adapter use, and does nothing itself;
     * depth: is the rate at which a branch of a block is dropped while the model trains.
 
-    A unit trains its parameters and remembers other state in persistent buffers; files hold both. Its life: it is made
-    without values, reads from the frozen weight of its site (`prepare`), and is then either drawn (`reset`) or filled
-    from a file. Nothing is used up: each step may be repeated.
+    A unit trains its parameters and keeps other state in persistent buffers; files hold both. It is created without
+    values, reads the frozen weight of its site (`prepare`), and is then either initialised (`reset`) or loaded from a
+    file. Each step may be repeated.
     """
 
     kind: ClassVar[UnitKind]
     no_decay: frozenset[str] = frozenset()
-    """Tensors that must not decay, besides those of fewer than two dimensions."""
+    """Tensors without weight decay, besides those of fewer than two dimensions."""
     lr_factors: Mapping[str, float] = {}
-    """Multiples of the learning rate, by tensor."""
+    """Multipliers of the learning rate, by tensor."""
     zero_gradient: frozenset[str] = frozenset()
-    """Tensors whose gradient is zero by construction, which `verify` must not complain about."""
+    """Tensors whose gradient is zero by construction, which `verify` accepts."""
     identity_at_start: bool = True
-    """Whether a new unit leaves the model's function as it is."""
+    """Whether a new unit leaves the model's output unchanged."""
     gain: Tensor | None
-    """Multiplier of the unit's contribution, a scalar that a schedule may set; None is 1. It acts on every kind whose
-    contribution is a difference: selection, weight, input, delta, sequential, affine and parallel. It is in no file."""
+    """Multiplier of the unit's contribution, a scalar that a schedule may set; None means 1. It applies to every kind
+    whose contribution is a difference: selection, weight, input, delta, sequential, affine and parallel. Not saved."""
 
     def __init__(self) -> None:
-        """Make a unit without tensors."""
+        """Create a unit without tensors."""
         super().__init__()
         self.register_buffer("gain", None, persistent=False)  # a buffer, so that it moves with the model
 
     def prepare(self, weight: Tensor) -> None:
-        """Read from the frozen weight of the site; called on attach and on load, before `reset`.
+        """Read the frozen weight of the site; called on attach and on load, before `reset`.
 
-        Units at modules without a weight, such as blocks, are not asked.
+        Not called for units at modules without a weight, such as blocks.
 
         Args:
-            weight: (out, ...) weight of the base, whatever other adapters make of it, or the rows of the slice where
-                the site is one. It is no copy and must not be changed.
+            weight: (out, ...) weight of the base, without the changes of other adapters; at a slice, its rows only. It
+                is not a copy and must not be modified.
         """
 
     def makes_streams(self, layout: str) -> bool:
-        """Tell whether the unit passes streams through all blocks of a model.
+        """Return whether the unit passes streams through all blocks of the model.
 
         Args:
             layout: Order of the axes between the blocks: ``NLC`` or ``NHWC``.
@@ -116,72 +111,72 @@ class Unit(nn.Module):
         return bool(self.streams())
 
     def routed(self, task: str | None) -> Unit | None:
-        """Choose the unit that acts for a task; a method with tasks of its own overrides it.
+        """Choose the unit that acts for a task; units of a `Method.multi_task` method override this.
 
         Args:
-            task: The task that is asked for; None for none.
+            task: The chosen task; None for no task.
 
         Returns:
-            This unit, a part of it that is a unit of its own, or None for nothing.
+            This unit, a child of it that is itself a unit, or None if nothing acts.
         """
         return self
 
     def streams(self) -> Sequence[Stream]:
-        """List the streams that the unit passes through the blocks, or that start in its block."""
+        """Return the streams that the unit passes through the blocks, or that start in its block."""
         return ()
 
     def reset(self, generator: Generator) -> None:
-        """Give every tensor its start value; it may be called again at any time, and is not on load.
+        """Initialise every tensor. May be called again at any time; not called on load.
 
         Args:
             generator: Source of all randomness.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how it starts.")
+        raise NotImplementedError(f"{type(self).__name__} does not implement reset.")
 
     def borrow(self, lender: Unit) -> None:
-        """Use the tensors of another unit of the same adapter too.
+        """Also use the tensors of another unit of the same adapter.
 
-        The lender keeps its one place in the model: there its tensors are counted, stored, moved and trained.
+        The tensors stay with the lender, where they are counted, saved, moved and trained once.
 
         Args:
-            lender: The unit that holds them.
+            lender: The unit that holds the tensors.
         """
-        self._lender = (lender,)  # in a tuple, or PyTorch would register the lender's tensors here once more
+        self._lender = (lender,)  # in a tuple, or PyTorch would register the lender as a child here
 
     @property
     def lender(self) -> Unit | None:
-        """The unit whose tensors this one uses too, if any."""
+        """The unit whose tensors this one also uses, if any."""
         held: tuple[Unit, ...] = self.__dict__.get("_lender", ())
         return held[0] if held else None
 
     def sliced(self, name: str, tensor: Tensor) -> Tensor:
-        """Give what a unit of a model that was cut off behind some block needs of a tensor of the whole model's unit.
+        """Slice a tensor saved from the full model to the shape this truncated model's unit expects.
 
         Args:
             name: The tensor's name in the unit.
-            tensor: The whole model's.
+            tensor: The full model's tensor.
         """
         return tensor
 
     def file_tensors(self) -> dict[str, Tensor]:
-        """Give the tensors a file holds of this unit, by their names under `Method.file_method`."""
+        """Return the tensors to save, under the names that `Method.file_method` gives them."""
         return dict(self.state_dict())
 
     def codecs(self) -> Mapping[str, str]:
-        """Codecs of the tensors in `stored`, by name; those left out are in files as they are.
+        """Return the codec of each tensor in `file_tensors`, by name; those omitted are saved as they are.
 
         See `vispeft.storage.codecs` for the names.
         """
         return {}
 
     def encoded(self, name: str) -> Tensor | None:
-        """Bytes that a file holds of a tensor, where encoding its values anew would change them.
+        """Return the encoded bytes of a tensor, where encoding its values again would change them.
 
-        Only a unit whose codec rounds needs this and `keep_encoded`: it keeps the bytes it was loaded from, and returns
-        them as long as its tensor still has the values they decode to.
+        Needed, with `keep_encoded`, only if the codec is lossy: the unit keeps the bytes it was loaded from and returns
+        them while its tensor still has the decoded values.
 
         Args:
-            name: The tensor's name in `stored`.
+            name: The tensor's name in `file_tensors`.
 
         Returns:
             uint8 (bytes,), or None to encode the values.
@@ -189,7 +184,7 @@ class Unit(nn.Module):
         return None
 
     def keep_encoded(self, name: str, stored: Tensor) -> None:
-        """Learn the bytes of a tensor that was just loaded and holds their decoded values.
+        """Keep the encoded bytes of a tensor that was just loaded and holds their decoded values.
 
         Args:
             name: The tensor's name in `codecs`.
@@ -197,10 +192,10 @@ class Unit(nn.Module):
         """
 
     def fold_weight(self, weight: Tensor) -> Tensor:
-        """Give the weight of the plain layer that does the same as `weight` and this unit together.
+        """Merge this unit into a layer's weight.
 
         Args:
-            weight: (out, ...) weight so far.
+            weight: (out, ...), with earlier units merged.
 
         Returns:
             The same shape, in the wider of the two types.
@@ -208,10 +203,10 @@ class Unit(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no weight form.")
 
     def fold_bias(self, bias: Tensor) -> Tensor:
-        """Give the bias of the plain layer that does the same as `bias` and this unit together.
+        """Merge this unit into a layer's bias.
 
         Args:
-            bias: (out,) bias so far.
+            bias: (out,), with earlier units merged.
 
         Returns:
             The same shape, in the wider of the two types.
@@ -219,93 +214,8 @@ class Unit(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no weight form.")
 
     def needs_bias(self) -> bool:
-        """Tell whether the plain layer needs a bias for this unit."""
+        """Return whether merging needs a bias."""
         return False
-
-
-class StreamRule(NamedTuple):
-    """What the attention of a block does with the rows of a stream."""
-
-    seen: bool = False
-    """Whether the tokens attend to them: they are keys and values, on Swin in every window of their image."""
-    reads: bool = True
-    """Whether they attend to the tokens and to rows that are seen. Rows that are seen and do not read end behind the
-    block; rows that neither are seen nor read pass by the attention unchanged."""
-
-
-class Stream:
-    """A named stream of rows beside the tokens: how it starts, what a block does with it, and what leaves the model.
-
-    Its rows pass the norms, layer scales and MLPs of the blocks like tokens. Subclass it and give it from
-    `Unit.streams`; a stream may also start inside a block, from a `BranchUnit`.
-    """
-
-    name: str
-    """Its name in the bundle of all streams."""
-    shapes: tuple[tuple[int, int], ...] = ()
-    """Rows and width of each tensor that is kept for the classifier, in the order of the blocks; empty for none."""
-
-    def enter(self, block: int, present: Tensor | None, tokens: Tensor) -> Tensor | None:
-        """Give the rows that enter a block.
-
-        Args:
-            block: Index of the block.
-            present: The rows that left the block before, if any.
-            tokens: The tokens that enter the block, (B, N, D) or a map (B, H, W, D).
-
-        Returns:
-            Rows (B, R, width of the block) or a map, or None for none.
-        """
-        return present
-
-    def merge(self, merging: nn.Module, rows: Tensor) -> Tensor:
-        """Take the rows through patch merging: a map as it is, and each row as a map of four equal pixels.
-
-        Rows are repeated four times in the public code of VPT (KMnP/vpt).
-
-        Args:
-            merging: timm's module, which takes (B, H, W, D).
-            rows: (B, R, D), or a map (B, H, W, D).
-        """
-        if rows.ndim == 4:
-            merged: Tensor = merging(rows)
-            return merged
-        pixels = rows.reshape(-1, 1, 1, rows.shape[-1]).expand(-1, 2, 2, -1)
-        return merging(pixels)[:, 0, 0].unflatten(0, rows.shape[:2])
-
-    def rule(self, block: int) -> StreamRule:
-        """Say what the attention of a block does with the rows.
-
-        Args:
-            block: Index of the block.
-        """
-        return StreamRule()
-
-    def keeps(self, block: int) -> bool:
-        """Tell whether the rows that leave a block are kept in the result of the run.
-
-        Args:
-            block: Index of the block.
-        """
-        return False
-
-    def features(self, pooled: Tensor, kept: Sequence[Tensor]) -> Tensor:
-        """Compute the features that enter the classifier.
-
-        Args:
-            pooled: The features so far (B, width).
-            kept: The tensors named by `shapes`, with the batch in front.
-
-        Returns:
-            (B, features).
-        """
-        return pooled
-
-
-class StreamUnit(Unit):
-    """Passes rows of its own through the blocks, by the streams it gives."""
-
-    kind = "stream"
 
 
 class DepthUnit(Unit):
@@ -325,23 +235,23 @@ class DepthUnit(Unit):
         self.register_buffer("rate", torch.tensor(rate), persistent=False)
 
     def reset(self, generator: Generator) -> None:
-        """Have nothing to start."""
+        """Do nothing: there is nothing to initialise."""
 
 
 class SelectionUnit(Unit):
-    """Trains tensors of the base, as values of its own that take their place.
+    """Trainable copies that replace tensors of the base.
 
-    The base tensors stay as they are, so that switching off, switching over and detaching are exact and free.
+    The base tensors stay unchanged, so that disabling, switching and detaching are exact and free.
     """
 
     kind = "selection"
 
     def __init__(self, tensors: Mapping[str, Tensor], null: Iterable[str] = ()) -> None:
-        """Copy the start values.
+        """Copy the initial values.
 
         Args:
-            tensors: Name inside the module to the base's tensor.
-            null: Those that cannot change any output.
+            tensors: The base's tensors by name in the module.
+            null: Names of those that cannot affect any output.
         """
         super().__init__()
         self.zero_gradient = frozenset(null)
@@ -349,24 +259,24 @@ class SelectionUnit(Unit):
             self.register_parameter(name, nn.Parameter(tensor.detach().clone()))
 
     def reset(self, generator: Generator) -> None:
-        """Keep the base's values, which are the start."""
+        """Keep the values copied from the base, which are the initial ones."""
 
     def value(self, name: str) -> Tensor | None:
-        """Look up the tensor that replaces the base's tensor of this name, if any."""
+        """Return the tensor that replaces the base's tensor of this name, if any."""
         return self._parameters.get(name)
 
 
 class SharedUnit(Unit):
-    """Tensors that several units of one adapter use; they get at them by `Unit.borrow`."""
+    """Tensors that several units of one adapter use, each through `Unit.borrow`."""
 
     kind = "shared"
 
 
 class WeightUnit(Unit):
-    """A change of a linear layer's weight as a whole, by `Unit.fold_weight`; it knows which rows it changes.
+    """A change of a linear layer's full weight, by `Unit.fold_weight`; the unit knows which rows it changes.
 
-    It is carried by the weight itself, so that the gradient of the whole weight is computed on the way: as dear as full
-    fine-tuning of that layer. Low-rank terms are better off as a `DeltaUnit`.
+    Training computes the gradient of the full weight, which costs as much as full fine-tuning of that layer. Implement
+    low-rank terms as a `DeltaUnit` instead.
     """
 
     kind = "weight"
@@ -386,20 +296,20 @@ class DeltaUnit(Unit):
     start: int
     """First output row the term is added to."""
     stop: int
-    """Row behind the last one."""
+    """End of these rows, exclusive."""
     dropout: Dropout = Dropout()
-    """What is dropped while training."""
+    """Dropout in training mode."""
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Give A (rank, in) and B (rows, rank)."""
+        """Return the factors A (rank, in) and B (rows, rank)."""
         raise NotImplementedError
 
     def branches(self) -> list[Branch]:
-        """Give the term as it is computed now, in one piece or several."""
+        """Return the low-rank terms of this forward pass, one or several."""
         return [Branch(*self.factors(), self.scale, self.start, self.stop, self.dropped())]
 
     def dropped(self) -> Dropout:
-        """Give what is dropped now: nothing unless the unit trains."""
+        """Return the current dropout: none in evaluation mode."""
         return self.dropout if self.training else Dropout()
 
     def fold_weight(self, weight: Tensor) -> Tensor:
@@ -415,12 +325,12 @@ class DeltaUnit(Unit):
 
 
 class InputUnit(Unit):
-    """A linear map of what enters a linear layer: ``x' = M x + m``."""
+    """A linear map of the input of a linear layer: ``x' = M x + m``."""
 
     kind = "input"
 
     def transform_input(self, x: Tensor) -> Tensor:
-        """Compute what enters the layer instead.
+        """Compute the changed input.
 
         Args:
             x: (..., in).
@@ -431,25 +341,25 @@ class InputUnit(Unit):
         raise NotImplementedError
 
     def input_shift(self) -> Tensor:
-        """Give ``m``, (in,); `fold_weight` gives ``W M``."""
+        """Return ``m``, (in,); `fold_weight` returns ``W M``."""
         raise NotImplementedError(f"{type(self).__name__} has no weight form.")
 
     def needs_bias(self) -> bool:
-        """Tell that a bias is needed."""
+        """Return True: the merged layer needs a bias."""
         return True
 
 
 class SequentialUnit(Unit):
-    """A change of what a linear layer gives, computed from that."""
+    """A change of a linear layer's output, computed from that output."""
 
     kind = "sequential"
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """Compute what leaves instead.
+        """Compute the changed output.
 
         Args:
-            x: What entered the layer, (..., in).
-            y: What it gives, (..., out).
+            x: The input of the layer, (..., in).
+            y: Its output, (..., out).
 
         Returns:
             The shape of `y`.
@@ -457,12 +367,12 @@ class SequentialUnit(Unit):
         raise NotImplementedError
 
     def needs_bias(self) -> bool:
-        """Tell that a bias is needed."""
+        """Return True: the merged layer needs a bias."""
         return True
 
 
 class AffineUnit(Unit):
-    """A scale and a shift per channel behind a layer."""
+    """A scale and a shift per channel after a layer."""
 
     kind = "affine"
 
@@ -478,21 +388,21 @@ class AffineUnit(Unit):
         return self.scale * bias + self.shift
 
     def needs_bias(self) -> bool:
-        """Tell that a bias is needed."""
+        """Return True: the merged layer needs a bias."""
         return True
 
 
 class BranchUnit(Unit):
-    """Gives streams behind a linear layer, such as one per task, beside the layer's shared output.
+    """Streams that start after a linear layer, such as one per task, beside the layer's shared output.
 
-    The residual stream of a stream that starts here is a copy of the tokens. The block of the layer runs its branches
-    with all streams.
+    The residual stream of such a stream starts as a copy of the tokens. The layer's block runs its branches on all
+    streams.
     """
 
     kind = "branch"
 
     def branches(self, x: Tensor, beside: Mapping[str, Tensor], frozen: Tensor, shared: Tensor) -> dict[str, Tensor]:
-        """Compute the streams that leave the layer.
+        """Compute the outputs of the streams.
 
         Args:
             x: The shared input (..., in).
@@ -507,18 +417,18 @@ class BranchUnit(Unit):
 
 
 class ParallelUnit(Unit):
-    """A term beside a branch of a block; the family's own block adds it to the residual stream."""
+    """A term beside a branch of a block; the family's block host adds it to the residual stream."""
 
     kind = "parallel"
 
     place: Literal["attn", "mlp"]
     """The branch it stands beside."""
     reads: Literal["stream", "normed"]
-    """What it is computed from: the residual stream that enters the branch, or what the branch's norm makes of it."""
+    """Its input: the residual stream before the branch, or the output of the branch's norm."""
     drops: bool = False
-    """Whether stochastic depth acts on it, by a draw of its own."""
+    """Whether stochastic depth applies to it, drawn independently of the branch."""
     needs_grid: bool = False
-    """Whether it looks at tokens as an image."""
+    """Whether it treats the tokens as an image."""
 
     def branch(self, x: Tensor, grid: tuple[int, int] | None, prefix: int) -> Tensor:
         """Compute the term.
@@ -526,7 +436,7 @@ class ParallelUnit(Unit):
         Args:
             x: Tokens (B, N, D), or a map (B, H, W, D).
             grid: Height and width of the patches among tokens, for units that need them; None for a map.
-            prefix: Number of tokens in front of the patches.
+            prefix: Number of tokens before the patches.
 
         Returns:
             The shape of `x`.
@@ -535,180 +445,11 @@ class ParallelUnit(Unit):
 
 
 class PrefixUnit(Unit):
-    """Keys and values of an adapter's own, in front of those of the tokens of an attention."""
+    """Learned keys and values, put before those of the tokens in an attention."""
 
     kind = "prefix"
     identity_at_start = False
 
     def keys_values(self) -> tuple[Tensor, Tensor]:
-        """Give keys and values, (length, heads * width of a head) each; a key is not normalised further."""
+        """Return keys and values, (length, heads * width of a head) each; the keys are not normalised further."""
         raise NotImplementedError
-
-
-class QueryUnit(Unit):
-    """Queries of an adapter's own, which read the tokens of the blocks and which nothing sees."""
-
-    kind = "queries"
-    identity_at_start = False
-
-    length: int
-    """Number of queries of each block."""
-    blocks: tuple[int, ...]
-    """The blocks that are read."""
-    widths: tuple[int, ...]
-    """Their widths."""
-    detach_hidden: bool
-    """Whether the backbone runs without gradients."""
-
-    def streams(self) -> Sequence[Stream]:
-        """Pass the queries through the blocks."""
-        return (QueryStream(self),)
-
-    def change_tokens(self, tokens: Tensor) -> Tensor:
-        """Change what enters the first block while training, if the method asks for it."""
-        return tokens
-
-    def queries(self, block: int, batch: int) -> Tensor | None:
-        """Give the queries of a block.
-
-        Args:
-            block: Index of the block.
-            batch: Number of images.
-
-        Returns:
-            (batch, length, width of the block), or None where the block is not read.
-        """
-        raise NotImplementedError
-
-    def features(self, pooled: Tensor, reads: Sequence[Tensor]) -> Tensor:
-        """Compute what enters the classifier.
-
-        Args:
-            pooled: The backbone's own feature (batch, width).
-            reads: What left at the queries of each block that is read, (batch, length, width of the block).
-
-        Returns:
-            (batch, features).
-        """
-        raise NotImplementedError
-
-
-class QueryStream(Stream):
-    """The stream of a unit's queries: new rows in each block that is read, and the rows that leave it are kept."""
-
-    name = "queries"
-
-    def __init__(self, unit: QueryUnit) -> None:
-        """Make the stream.
-
-        Args:
-            unit: The queries.
-        """
-        self.unit = unit
-        self.shapes = tuple((unit.length, width) for width in unit.widths)
-
-    def enter(self, block: int, present: Tensor | None, tokens: Tensor) -> Tensor | None:
-        """Give the block's queries."""
-        return self.unit.queries(block, tokens.shape[0])
-
-    def keeps(self, block: int) -> bool:
-        """Keep the rows of each block that is read."""
-        return block in self.unit.blocks
-
-    def features(self, pooled: Tensor, kept: Sequence[Tensor]) -> Tensor:
-        """Compute the features that enter the classifier."""
-        return self.unit.features(pooled, kept)
-
-
-class TokensUnit(Unit):
-    """Learned tokens in the sequence; the family's own forward puts them there."""
-
-    kind = "tokens"
-    identity_at_start = False
-
-    length: int
-    """Number of tokens."""
-    pool: str
-    """The rows that average pooling sees: ``all``, ``patches`` or ``prompts``."""
-
-    def makes_streams(self, layout: str) -> bool:
-        """Tell that tokens of a map are a stream: they stand in its windows."""
-        return layout == "NHWC"
-
-    def tokens(self, block: int, batch: int) -> Tensor | None:
-        """Give the tokens that enter a block.
-
-        Args:
-            block: Index of the block.
-            batch: Number of images.
-
-        Returns:
-            (batch, length, width), or None where those that came out of the block before go on; a length of 0 removes
-            them.
-        """
-        raise NotImplementedError
-
-    def replaces(self, block: int) -> bool:
-        """Tell whether tokens of its own enter a block, in place of those that came out of the block before.
-
-        Args:
-            block: Index of the block.
-        """
-        return False
-
-
-class SideUnit(Unit):
-    """A network beside the backbone, which reads what leaves its blocks and gives what leaves the model."""
-
-    kind = "side"
-    identity_at_start = False
-
-    reads: frozenset[int]
-    """The blocks whose outputs it reads; what enters the first one it always reads, as block -1."""
-    depth: int
-    """Number of blocks of the backbone."""
-    detach_hidden: bool
-    """Whether the backbone runs without gradients."""
-
-    def climb(self, hidden: Mapping[int, Tensor], depth: int, checkpoints: bool) -> list[Tensor]:
-        """Run the network.
-
-        Args:
-            hidden: What leaves each block it reads, by block.
-            depth: Number of blocks of the backbone that were run.
-            checkpoints: Whether to compute its blocks again in the backward pass instead of keeping what they need.
-
-        Returns:
-            Its state behind each of these blocks.
-        """
-        raise NotImplementedError
-
-    def project_out(self, state: Tensor) -> Tensor:
-        """Bring a state of the last stage to the backbone's width.
-
-        Args:
-            state: One of what `climb` gave.
-
-        Returns:
-            The shape of what leaves the backbone's last block.
-        """
-        raise NotImplementedError
-
-    def stage_map(self, stage: int, state: Tensor) -> Tensor | None:
-        """Bring the state behind an earlier stage to the backbone's width.
-
-        Args:
-            stage: Index of the stage.
-            state: The state behind its last block.
-
-        Returns:
-            The shape of what leaves the stage, or None where the backbone's own map stands.
-        """
-        raise NotImplementedError
-
-    def resize_with(self, blocks: Sequence[nn.Module]) -> None:
-        """Take over what a change of the image size has changed in the backbone's blocks.
-
-        Args:
-            blocks: All of them.
-        """

@@ -1,4 +1,4 @@
-"""Which host carries which unit on which layer."""
+"""Choice of the host that carries a unit on a layer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vispeft.hosts.layers import (
 __all__ = ["carrying_host", "host_for", "owner_host"]
 
 Choice = tuple[type[Host], tuple[str, ...]]
-"""The kind of host, and the tensors to be computed on read."""
+"""Kind of host, and names of the tensors computed on read."""
 
 _IN_LINEAR = frozenset({"weight", "delta", "affine", "input", "sequential", "branch"})
 _IN_CONV = frozenset({"weight", "delta", "affine"})
@@ -36,13 +36,13 @@ def owner_host() -> Choice:
     """Choose the host of a module that reads a projection's weight.
 
     Returns:
-        The kind of host, and the tensors to be computed on read.
+        Kind of host, and names of the tensors computed on read.
     """
     return ReaderHost, BIASES
 
 
 def carrying_host(module: nn.Module) -> type[Host]:
-    """Choose the host of a block, an attention or an MLP that streams beside the tokens pass.
+    """Choose the host of a block, an attention module or an MLP through which streams pass.
 
     Args:
         module: timm's module.
@@ -53,7 +53,7 @@ def carrying_host(module: nn.Module) -> type[Host]:
     found = block_host(module)
     if found is None:
         raise SiteError(
-            f"There is no host that takes streams beside the tokens through a {base_class(module).__name__}."
+            f"There is no host that passes streams beside the tokens through a {base_class(module).__name__}."
         )
     return found
 
@@ -67,7 +67,7 @@ def host_for(site: Site, module: nn.Module, unit: Unit) -> Choice:
         unit: The unit.
 
     Returns:
-        The kind of host, and the tensors to be computed on read.
+        Kind of host, and names of the tensors computed on read.
 
     Raises:
         SiteError: If no host carries this kind of unit there.

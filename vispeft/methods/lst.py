@@ -22,9 +22,9 @@ from vispeft.backbones.pruning import prune
 from vispeft.core.families import family_of
 from vispeft.core.fields import check_whole
 from vispeft.core.method import Method, PlanItem, register
+from vispeft.core.model_units import SideUnit
 from vispeft.core.recipes import Recipe
 from vispeft.core.sites import View, select
-from vispeft.core.units import SideUnit
 from vispeft.errors import ConfigError, SiteError
 from vispeft.hosts.functional import linear
 from vispeft.hosts.running import ENTRY, Rung, RunningHost

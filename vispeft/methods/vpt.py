@@ -15,9 +15,9 @@ from torch import Generator, Tensor, nn
 
 from vispeft.core.fields import check_share, check_whole
 from vispeft.core.method import Method, PlanItem, register
+from vispeft.core.model_units import TokensUnit
 from vispeft.core.recipes import Recipe
 from vispeft.core.sites import View
-from vispeft.core.units import TokensUnit
 from vispeft.errors import ConfigError, SiteError
 
 __all__ = ["VPT", "Prompts", "StagePrompts"]

@@ -17,9 +17,9 @@ from torch import Generator, Tensor, nn
 
 from vispeft.core.fields import check_share, check_whole
 from vispeft.core.method import Method, PlanItem, Step, register
+from vispeft.core.model_units import QueryUnit
 from vispeft.core.recipes import Recipe
 from vispeft.core.sites import Site, View, select
-from vispeft.core.units import QueryUnit
 from vispeft.errors import ConfigError, SiteError
 
 __all__ = ["VQT", "Queries", "feature_scores", "select_features"]
@@ -113,7 +113,7 @@ class Queries(QueryUnit):
         """Apply dropout to the input of the first block during training, as in the public supervised code."""
         return F.dropout(tokens, self.token_dropout, self.training) if self.token_dropout else tokens
 
-    def queries(self, block: int, batch: int) -> Tensor | None:
+    def queries_of(self, block: int, batch: int) -> Tensor | None:
         """Return a block's queries, (batch, length, width), with dropout drawn separately for each image."""
         if block not in self.places:
             return None
