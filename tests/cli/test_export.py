@@ -197,6 +197,7 @@ def test_swin_as_onnx(swin, tmp_path):
     assert check(swin, tmp_path / "swin.onnx", [noise(count, 3, 56, 56) for count in (1, 3)]).relative < 1e-5
 
 
+@pytest.mark.slow
 def test_swin_as_a_program_of_one_size(swin):
     program = export_program(swin, noise(1, 3, 56, 84))
     assert check(swin, program, [noise(count, 3, 56, 84) for count in (1, 3)]).relative < 1e-5

@@ -143,6 +143,7 @@ def test_an_image_smaller_than_the_window_is_refused_before_any_is_predicted(
     assert run_cli("predict", tmp_path / "run", tmp_path / "new", "--out", tmp_path / "out").status == 0
 
 
+@pytest.mark.slow
 def test_going_on_from_the_run(run: Path, run_cli: Any, tmp_path: Path) -> None:
     config = run.parent / "config.yaml"
     result = run_cli("train", config, "--init", run, "--out", tmp_path / "same", "--trainer.max_epochs=1")
@@ -154,6 +155,7 @@ def test_going_on_from_the_run(run: Path, run_cli: Any, tmp_path: Path) -> None:
     assert "the decoder is a fresh one (other classes)" in result.out, result.err
 
 
+@pytest.mark.slow
 def test_a_decoder_that_read_other_maps_starts_anew(run: Path, run_cli: Any, tmp_path: Path) -> None:
     config = run.parent / "config.yaml"
     arguments = ["--model.backbone_args.depth=4", "--trainer.max_epochs=1"]
@@ -167,6 +169,7 @@ def test_a_decoder_that_read_other_maps_starts_anew(run: Path, run_cli: Any, tmp
         assert says in result.out, result.err
 
 
+@pytest.mark.slow
 def test_masks_are_predicted_in_the_precision_of_the_run(
     run: Path, run_cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +211,7 @@ def test_what_does_not_go_together_is_refused_at_once(run: Path, run_cli: Any, t
     assert "The smallest image has 32 x 32 pixels, and the sliding window has 64" in result.err, result.err
 
 
+@pytest.mark.slow
 def test_resumed_runs_end_bit_equal(run: Path, run_cli: Any, tmp_path: Path) -> None:
     config = run.parent / "config.yaml"
     cut = tmp_path / "cut"

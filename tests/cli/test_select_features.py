@@ -1,3 +1,4 @@
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -43,6 +44,7 @@ def test_only_selected_features_reach_the_classifier():
     assert len(chosen) == seen.shape[1] // 2
 
 
+@pytest.mark.slow
 def test_the_four_steps(run_cli, config, tmp_path):
     first, second, last, chosen = (tmp_path / name for name in ("first", "second", "last", "chosen"))
     train(run_cli, config, first)

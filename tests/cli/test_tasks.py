@@ -93,6 +93,7 @@ def test_settings_of_the_base_are_known_and_near_ones_are_named(config, run_cli)
     assert "give 'balanced', or one finite number" in run_cli("train", config, "--model.class_weights=[1,2]").err
 
 
+@pytest.mark.slow
 def test_the_last_epoch_is_kept_only_where_it_is_validated(run_cli, tmp_path):
     make_vtab_task(tmp_path, "kitti", Painter())
     text = CONFIG.replace("vispeft.data.DigitsData", "Vtab1kData").replace(
@@ -110,6 +111,7 @@ def test_the_last_epoch_is_kept_only_where_it_is_validated(run_cli, tmp_path):
     assert "Last of 2 epochs: epoch 2" in result.out
 
 
+@pytest.mark.slow
 def test_predictions_need_no_training_data(run_cli, tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "data" / name).mkdir(parents=True)

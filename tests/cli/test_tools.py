@@ -108,6 +108,7 @@ def test_merge_writes_a_plain_timm_model(finished, run_cli, tmp_path):
     assert "should end in .safetensors" in run_cli("merge", finished, "--out", tmp_path / "plain.pth").err
 
 
+@pytest.mark.slow
 def test_merge_refuses_what_timm_has_no_place_for(run_cli, config, tmp_path):
     config.write_text(config.read_text().replace("num_heads: 2}", "num_heads: 2, qkv_bias: false}"))
     short = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1")

@@ -64,6 +64,7 @@ def test_the_adapter_loads_without_the_run(finished):
     assert bank.notes()["class_names"] == list("0123456789")
 
 
+@pytest.mark.slow
 def test_the_resolved_config_makes_the_same_run(finished, run_cli, tmp_path):
     resolved = yaml.safe_load((finished / "config.yaml").read_text())
     assert resolved["model"]["init_args"]["label_smoothing"] == 0.1
@@ -215,6 +216,7 @@ def test_a_taken_directory_is_not_touched(finished, config, run_cli, tmp_path):
     assert "could not be made" in run_cli("train", config, "--out", tmp_path / "notes/a.txt/run").err
 
 
+@pytest.mark.slow
 def test_nan_leaves_no_finished_run_and_keeps_checkpoints(config, run_cli, tmp_path, monkeypatch):
     from vispeft.tasks import Classification
 

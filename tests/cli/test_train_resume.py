@@ -63,6 +63,7 @@ def killed(*_, **__):
     raise Killed
 
 
+@pytest.mark.slow
 def test_stopped_everywhere_with_workers(whole, config, run_cli, tmp_path, monkeypatch):
     run = tmp_path / "run"
     stop_at(monkeypatch, 1, 3, 5)  # before the first checkpoint, inside an epoch, between two
@@ -99,6 +100,7 @@ def test_a_difference_would_be_found(whole, tmp_path):
     assert differences(tmp_path / "run", whole) == ["adapter/adapter.json", "logs/csv/metrics.csv"]
 
 
+@pytest.mark.slow
 def test_images_that_were_moved_are_noticed(config, run_cli, tmp_path, monkeypatch):
     """Drawn splits would be others, and images that were trained on could be among the test images."""
     painter, root = Painter(), tmp_path / "photos"

@@ -84,8 +84,9 @@ STORES_MORE = ("lora_fa", "vqt_weighted")
 EXCLUSIVE = ("full", "bitfit", "norm_tuning", "lst", "lst_sparse", "compacter_full", "vqt", "vqt_weighted")
 """Methods that replace tensors of the base or its output features, so that two of them cannot act at once."""
 
-LINKED = ("vpt", "vqt", "prefix", "mam", "fact", "compacter", "lst")
-"""Methods, in all their forms, whose blocks share tensors or hand each other more than tokens."""
+LINKED = ("vpt", "vqt", "prefix", "mam", "fact", "compacter", "lst", "convpass")
+"""Methods, in all their forms, whose blocks need each other: they share tensors, hand on more than tokens, or give the
+patches something that reaches a class token with the next block's attention."""
 DEEP = ("lora_all", "ssf", "ssf_merging")
 """Methods that act on each block by itself, and yet are tried on more than one of a stage, shifted windows included."""
 
@@ -309,13 +310,18 @@ MAIN = [cell for cell in CELLS if BACKBONES[cell.backbone].grid]
 
 
 def params(cells: Iterable[Cell], slow: Callable[[Cell], bool] = lambda cell: False) -> list[Any]:
-    """Make test parameters of cells.
+    """Make test parameters of cells; second forms run on `vit` and `swin`, and elsewhere with ``make test-slow``.
 
     Args:
         cells: The cells.
-        slow: Whether a cell is left to ``make test-slow``.
+        slow: Whether a cell is left to ``make test-slow`` too.
     """
-    return [pytest.param(c, id=str(c), marks=[pytest.mark.slow] if slow(c) else []) for c in cells]
+
+    def marks(cell: Cell) -> list[pytest.MarkDecorator]:
+        elsewhere = is_second_form(cell) and cell.backbone not in ("vit", "swin")
+        return [pytest.mark.slow] if elsewhere or slow(cell) else []
+
+    return [pytest.param(cell, id=str(cell), marks=marks(cell)) for cell in cells]
 
 
 def is_variant(cell: Cell) -> bool:

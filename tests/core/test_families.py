@@ -10,7 +10,7 @@ from torch import nn
 
 import vispeft
 from tests.conformance.cells import METHODS, REFUSED, Cell, move
-from vispeft.core.units import StreamRule
+from vispeft.core.streams import StreamRule
 from vispeft.errors import BackboneError, SiteError
 from vispeft.hosts.attention import AttentionHost
 from vispeft.hosts.streams import Streams

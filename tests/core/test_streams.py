@@ -14,8 +14,10 @@ from torch import Generator, Tensor, nn
 import vispeft
 from tests.conformance.cells import Cell, move
 from vispeft.core.method import Method, PlanItem
+from vispeft.core.model_units import StreamUnit, TokensUnit
 from vispeft.core.sites import Site, View
-from vispeft.core.units import BranchUnit, Stream, StreamRule, StreamUnit, TokensUnit
+from vispeft.core.streams import Stream, StreamRule
+from vispeft.core.units import BranchUnit
 from vispeft.errors import ConfigError
 
 

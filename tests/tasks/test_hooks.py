@@ -260,3 +260,23 @@ def test_a_checkpoint_holds_tensors_whose_gradients_are_stopped(name):
     fresh.on_load_checkpoint(checkpoint)
     groups = [p for g in fresh.bank.parameter_groups(1.0, 0.0) + fresh.further_groups() for p in g["params"]]
     assert len(groups) == len(every)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading(vispeft.LoRA):
+    """LoRA whose loss reads the tokens of a run."""
+
+    name: ClassVar[str] = "reading"
+    reads_result: ClassVar[bool] = True
+
+    def loss_term(self, bank, name, step):
+        assert step.result.complete
+        return 0.1 * step.result.tokens.square().mean()
+
+
+@pytest.mark.parametrize("kind", ["classification", "segmentation"])
+def test_a_loss_may_read_the_run_of_the_model(kind):
+    task, data = make(kind, Reading())
+    logged = trainer(max_epochs=1)
+    logged.fit(task, datamodule=data)
+    assert logged.callback_metrics["train/method_loss"] > 0

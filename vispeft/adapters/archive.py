@@ -124,6 +124,11 @@ class FileBank(BankState):
             if present is None:
                 like = next(self._model.parameters())
                 present = nn.Linear(width, classes, "bias" in tensors, device=like.device, dtype=like.dtype)
+            if set(present.state_dict()) != set(tensors):
+                raise FileError(
+                    f"The head in the file has tensors {sorted(tensors)}; the classifier of {entry.method.name} has "
+                    f"{sorted(present.state_dict())}."
+                )
             self.put_head(label, present)
         cast(nn.Module, self._heads.get(label)).load_state_dict(tensors)
 

@@ -131,6 +131,10 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
     def _check_new_name(self, name: str) -> None:
         if not _NAME.fullmatch(name):
             raise ConfigError(f"An adapter was to be called {name!r}; use letters, digits, '-' and '_'.")
+        if hasattr(self._heads.own, name) and name not in self._entries:
+            raise ConfigError(
+                f"An adapter was to be called {name!r}, a name that PyTorch's modules use themselves. Choose another."
+            )
         if name in self._entries:
             raise ConfigError(
                 f"There is an adapter {name!r} on this model already (all: {', '.join(self._entries)}). "
@@ -291,8 +295,8 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
         self._heads.restore_base(base)
         self._model.__dict__["num_classes"] = before
         entry = self._entries[owner]
-        wide = entry.method.head_width(self.view) is not None
-        self.put_head(owner, own_head(entry.method, self.view, self._model, entry.seed, num_classes) if wide else made)
+        own = own_head(entry.method, self.view, self._model, entry.seed, num_classes) if num_classes else None
+        self.put_head(owner, made if own is None else own)
 
     def put_head(self, name: str, head: nn.Module | None) -> None:
         """Replace an adapter's classifier.
@@ -366,6 +370,7 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
         if not self._merged.report.kept:
             self._heads.show()
         reference = next(self._model.parameters())
+        self._heads.follow(reference)
         for entry in self._entries.values():
             for placed in entry.placed:
                 placed.unit.to(reference.device)  # the model may have been moved since

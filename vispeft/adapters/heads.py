@@ -65,7 +65,8 @@ def own_head(method: Method, view: View, model: nn.Module, seed: int, classes: i
     bits, width = method.low_bit_head(), method.head_width(view)
     if view.head_path is None:
         return None
-    classes = classes or getattr(model.get_submodule(view.head_path), "out_features", 0)
+    if classes is None:
+        classes = getattr(model.get_submodule(view.head_path), "out_features", 0)
     if (bits == 32 and width is None) or not classes:
         return None
     reference = next(model.parameters())
@@ -131,9 +132,12 @@ class HeadRack:
         if self.path is None:
             return
         module = self._copy_of_base() if head is None else head
-        if type(module) is nn.Linear and module.weight.dtype in (torch.bfloat16, torch.float16):
-            module.__class__ = WideHead
-            module.float()
+        reference = next(self.model.parameters())
+        module.to(reference.device)
+        if type(module) is nn.Linear:
+            if reference.dtype in (torch.bfloat16, torch.float16):
+                module.__class__ = WideHead
+            module.to(reference.dtype if reference.dtype == torch.float64 else torch.float32)
         self.own[name] = module
 
     def drop(self, name: str) -> None:
@@ -147,8 +151,9 @@ class HeadRack:
         Args:
             head: The classifier.
         """
-        self._stand(head)
+        self._stand(head.to(next(self.model.parameters())).requires_grad_(False))
         ensure_host(head, HeadHost, routing=self.routing)
+        self.pooling = self._pooling()  # or detaching would put the class count of the former one back
 
     def restore_base(self, head: nn.Module) -> None:
         """Restore the base's classifier at timm's key.
@@ -183,6 +188,16 @@ class HeadRack:
         self._count(base)
         put_back(state)
         self.model.add_module(HEADS, self.own)
+
+    def follow(self, base: Tensor) -> None:
+        """Move classifiers that were hidden to the place of a model that was moved or cast in between.
+
+        Args:
+            base: A tensor of the base.
+        """
+        self.own.to(base.device)
+        if self.base is not None:
+            self.base.to(base)
 
     def close(self) -> None:
         """Restore the base's classifier and pooling, and remove everything added."""

@@ -34,6 +34,7 @@ class TrainingBank(BankState):
 
         Raises:
             UnknownNameError: If there is no such adapter.
+            MergeError: If the model is merged.
         """
         self._set_frozen(name, True)
 
@@ -45,10 +46,12 @@ class TrainingBank(BankState):
 
         Raises:
             UnknownNameError: If there is no such adapter.
+            MergeError: If the model is merged.
         """
         self._set_frozen(name, False)
 
     def _set_frozen(self, name: str, frozen: bool) -> None:
+        self._check_unmerged(f"{'freeze' if frozen else 'unfreeze'} an adapter")
         entry = self._entry(name)
         entry.frozen = frozen
         self._declare(entry, name)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from vispeft.backbones.parts import Spot, is_absent, mlp_sites, projection_sites
 from vispeft.backbones.windows import cut_windows, join_windows
 from vispeft.core.families import Family, base_class, check_class, parameter_sizes, register_family
+from vispeft.core.model_units import SideUnit
 from vispeft.core.sites import Site, View
-from vispeft.core.units import SideUnit
 from vispeft.hosts.attention import WindowAttentionHost
 from vispeft.hosts.block import BlockHost
 from vispeft.hosts.mlp import MLP_HOSTS

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from vispeft.core.low_rank import Branch, Dropout
+from vispeft.core.streams import Stream
 
 __all__ = [
     "AffineUnit",
@@ -19,15 +20,9 @@ __all__ = [
     "InputUnit",
     "ParallelUnit",
     "PrefixUnit",
-    "QueryUnit",
     "SelectionUnit",
     "SequentialUnit",
     "SharedUnit",
-    "SideUnit",
-    "Stream",
-    "StreamRule",
-    "StreamUnit",
-    "TokensUnit",
     "Unit",
     "UnitKind",
     "WeightUnit",
@@ -221,91 +216,6 @@ class Unit(nn.Module):
     def needs_bias(self) -> bool:
         """Return whether merging needs a bias."""
         return False
-
-
-class StreamRule(NamedTuple):
-    """How the attention of a block treats the rows of a stream."""
-
-    seen: bool = False
-    """Whether the tokens attend to the rows: they are keys and values, on Swin in every window of their image."""
-    reads: bool = True
-    """Whether the rows attend to the tokens and to seen rows. Rows that are seen but do not read are dropped after the
-    block; rows that are neither seen nor read bypass the attention unchanged."""
-
-
-class Stream:
-    """A named stream of rows beside the tokens: its start, its treatment in each block, and its output features.
-
-    Its rows pass through the norms, layer scales and MLPs of the blocks like tokens. Subclass it and return it from
-    `Unit.streams`; a stream may also start inside a block, from a `BranchUnit`.
-    """
-
-    name: str
-    """Name in the bundle of all streams."""
-    shapes: tuple[tuple[int, int], ...] = ()
-    """Rows and width of each tensor kept for the classifier, in the order of the blocks; empty for none."""
-
-    def enter(self, block: int, present: Tensor | None, tokens: Tensor) -> Tensor | None:
-        """Return the stream's rows at the input of a block.
-
-        Args:
-            block: Index of the block.
-            present: The rows from the previous block, if any.
-            tokens: The input tokens of the block, (B, N, D) or a map (B, H, W, D).
-
-        Returns:
-            Rows (B, R, width of the block) or a map, or None for none.
-        """
-        return present
-
-    def merge(self, merging: nn.Module, rows: Tensor) -> Tensor:
-        """Pass the rows through patch merging: a map directly, and each row as a map of four equal pixels.
-
-        Rows are repeated four times in the public code of VPT (KMnP/vpt).
-
-        Args:
-            merging: timm's module, which takes (B, H, W, D).
-            rows: (B, R, D), or a map (B, H, W, D).
-        """
-        if rows.ndim == 4:
-            merged: Tensor = merging(rows)
-            return merged
-        pixels = rows.reshape(-1, 1, 1, rows.shape[-1]).expand(-1, 2, 2, -1)
-        return merging(pixels)[:, 0, 0].unflatten(0, rows.shape[:2])
-
-    def rule(self, block: int) -> StreamRule:
-        """Return how the attention of a block treats the rows.
-
-        Args:
-            block: Index of the block.
-        """
-        return StreamRule()
-
-    def keeps(self, block: int) -> bool:
-        """Return whether the rows after a block are kept in the run result.
-
-        Args:
-            block: Index of the block.
-        """
-        return False
-
-    def features(self, pooled: Tensor, kept: Sequence[Tensor]) -> Tensor:
-        """Compute the input features of the classifier.
-
-        Args:
-            pooled: The features so far (B, width).
-            kept: The tensors of `shapes`, each with a leading batch axis.
-
-        Returns:
-            (B, features).
-        """
-        return pooled
-
-
-class StreamUnit(Unit):
-    """A unit that passes streams of its own through the blocks (`Unit.streams`)."""
-
-    kind = "stream"
 
 
 class DepthUnit(Unit):
@@ -543,171 +453,3 @@ class PrefixUnit(Unit):
     def keys_values(self) -> tuple[Tensor, Tensor]:
         """Return keys and values, (length, heads * width of a head) each; the keys are not normalised further."""
         raise NotImplementedError
-
-
-class QueryUnit(Unit):
-    """Learned queries that attend to the tokens of the blocks, and to which nothing attends."""
-
-    kind = "queries"
-    identity_at_start = False
-
-    length: int
-    """Number of queries of each block."""
-    blocks: tuple[int, ...]
-    """The blocks that are read."""
-    widths: tuple[int, ...]
-    """Their widths."""
-    detach_hidden: bool
-    """Whether the backbone runs without gradients."""
-
-    def streams(self) -> Sequence[Stream]:
-        """Pass the queries through the blocks."""
-        return (QueryStream(self),)
-
-    def change_tokens(self, tokens: Tensor) -> Tensor:
-        """Change the input of the first block in training mode, if the method needs it."""
-        return tokens
-
-    def queries(self, block: int, batch: int) -> Tensor | None:
-        """Return the queries of a block.
-
-        Args:
-            block: Index of the block.
-            batch: Number of images.
-
-        Returns:
-            (batch, length, width of the block), or None if the block is not read.
-        """
-        raise NotImplementedError
-
-    def features(self, pooled: Tensor, reads: Sequence[Tensor]) -> Tensor:
-        """Compute the input of the classifier.
-
-        Args:
-            pooled: The backbone's own feature (batch, width).
-            reads: The output rows of the queries in each block that is read, (batch, length, width of the block).
-
-        Returns:
-            (batch, features).
-        """
-        raise NotImplementedError
-
-
-class QueryStream(Stream):
-    """The stream of a unit's queries: new rows in each block that is read, whose output rows are kept."""
-
-    name = "queries"
-
-    def __init__(self, unit: QueryUnit) -> None:
-        """Create the stream.
-
-        Args:
-            unit: The unit with the queries.
-        """
-        self.unit = unit
-        self.shapes = tuple((unit.length, width) for width in unit.widths)
-
-    def enter(self, block: int, present: Tensor | None, tokens: Tensor) -> Tensor | None:
-        """Return the block's queries."""
-        return self.unit.queries(block, tokens.shape[0])
-
-    def keeps(self, block: int) -> bool:
-        """Keep the rows of each block that is read."""
-        return block in self.unit.blocks
-
-    def features(self, pooled: Tensor, kept: Sequence[Tensor]) -> Tensor:
-        """Compute the input features of the classifier."""
-        return self.unit.features(pooled, kept)
-
-
-class TokensUnit(Unit):
-    """Learned tokens in the sequence; the family's model host inserts them."""
-
-    kind = "tokens"
-    identity_at_start = False
-
-    length: int
-    """Number of tokens."""
-    pool: str
-    """The rows that average pooling sees: ``all``, ``patches`` or ``prompts``."""
-
-    def makes_streams(self, layout: str) -> bool:
-        """Return whether the tokens are a stream: beside a map they stand in its windows."""
-        return layout == "NHWC"
-
-    def tokens(self, block: int, batch: int) -> Tensor | None:
-        """Return the learned tokens at the input of a block.
-
-        Args:
-            block: Index of the block.
-            batch: Number of images.
-
-        Returns:
-            (batch, length, width), or None to pass on those from the previous block; a length of 0 removes them.
-        """
-        raise NotImplementedError
-
-    def replaces(self, block: int) -> bool:
-        """Return whether a block gets new tokens in place of those from the previous block.
-
-        Args:
-            block: Index of the block.
-        """
-        return False
-
-
-class SideUnit(Unit):
-    """A network beside the backbone: it reads the outputs of the blocks and computes the output of the model."""
-
-    kind = "side"
-    identity_at_start = False
-
-    reads: frozenset[int]
-    """The blocks whose outputs it reads; the input of the first block is always read, as block -1."""
-    depth: int
-    """Number of blocks of the backbone."""
-    detach_hidden: bool
-    """Whether the backbone runs without gradients."""
-
-    def climb(self, hidden: Mapping[int, Tensor], depth: int, checkpoints: bool) -> list[Tensor]:
-        """Run the network.
-
-        Args:
-            hidden: The output of each block it reads, by block.
-            depth: Number of backbone blocks that were run.
-            checkpoints: Whether to use activation checkpointing for its blocks.
-
-        Returns:
-            Its state after each of these blocks.
-        """
-        raise NotImplementedError
-
-    def project_out(self, state: Tensor) -> Tensor:
-        """Project a state of the last stage to the backbone's width.
-
-        Args:
-            state: One of the states from `climb`.
-
-        Returns:
-            The shape of the output of the backbone's last block.
-        """
-        raise NotImplementedError
-
-    def stage_map(self, stage: int, state: Tensor) -> Tensor | None:
-        """Project the state after an earlier stage to the backbone's width.
-
-        Args:
-            stage: Index of the stage.
-            state: The state after its last block.
-
-        Returns:
-            The shape of the stage's output, or None to use the backbone's own map.
-        """
-        raise NotImplementedError
-
-    def resize_with(self, blocks: Sequence[nn.Module]) -> None:
-        """Adapt to the backbone's blocks after a change of the image size.
-
-        Args:
-            blocks: All blocks of the backbone.
-        """

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.layers.attention import resolve_self_attn_mask
 from torch import Tensor, nn
 
-from vispeft.core.units import StreamRule
+from vispeft.core.streams import StreamRule
 from vispeft.hosts.base import Host
 from vispeft.hosts.streams import Streams, split
 

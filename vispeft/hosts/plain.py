@@ -9,7 +9,8 @@ import torch
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vispeft.core.units import TokensUnit, Unit
+from vispeft.core.model_units import TokensUnit
+from vispeft.core.units import Unit
 from vispeft.errors import ConfigError
 from vispeft.hosts.block import BlockHost
 from vispeft.hosts.reading import taken_apart

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vispeft.core.units import Stream
+from vispeft.core.streams import Stream
 
 __all__ = ["joined", "packed_rows", "taken_apart"]
 

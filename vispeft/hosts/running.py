@@ -16,7 +16,9 @@ from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from vispeft.core.units import SideUnit, Stream, TokensUnit, Unit
+from vispeft.core.model_units import SideUnit, TokensUnit
+from vispeft.core.streams import Stream
+from vispeft.core.units import Unit
 from vispeft.errors import ConfigError
 from vispeft.hosts.block import BlockHost
 from vispeft.hosts.model import ModelHost

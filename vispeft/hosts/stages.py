@@ -13,7 +13,9 @@ import torch
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
-from vispeft.core.units import Stream, StreamRule, TokensUnit, Unit
+from vispeft.core.model_units import TokensUnit
+from vispeft.core.streams import Stream, StreamRule
+from vispeft.core.units import Unit
 from vispeft.errors import ConfigError
 from vispeft.hosts.reading import taken_apart
 from vispeft.hosts.running import ENTRY, RunningHost, RunResult, pooled_rows, token_units

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from vispeft.core.units import StreamRule
+from vispeft.core.streams import StreamRule
 
 __all__ = ["Streams", "split"]
 

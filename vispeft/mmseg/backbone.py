@@ -30,6 +30,8 @@ BASE_KEY = "base_fingerprint"
 """Entry of a checkpoint without frozen tensors that says which ones they were: bytes of JSON."""
 _OWN = ("flexible_size", "num_classes", "pretrained", "weights")
 """Arguments of `create_model` that do not belong into ``model_args``."""
+_HOOKS = ("callbacks", "change_gradients", "loss_term", "start_from")
+"""Methods of `Method` that tasks and plain loops call while they train."""
 
 
 @MODELS.register_module()
@@ -224,6 +226,12 @@ def _adapt(model: nn.Module, peft: dict[str, Any]) -> None:
         raise ConfigError(
             f"{method.name} changes the backbone's last feature and no map inside it, which is all that a decoder "
             "reads. Choose another method, such as LoRA, SSF or AdaptFormer."
+        )
+    hooks = [name for name in _HOOKS if getattr(type(method), name) is not getattr(Method, name)]
+    if hooks:
+        raise ConfigError(
+            f"{method.name} takes part in every training step ({', '.join(hooks)}), which mmengine's loops do not let "
+            "it do. Train it by a task of vispeft, or choose another method, such as LoRA, SSF or AdaptFormer."
         )
 
 

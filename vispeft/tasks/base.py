@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -289,24 +289,54 @@ class AdapterTask(LightningModule):
         """Make groups for the optimiser out of the task's own tensors; each has a ``name``."""
         return []
 
-    def with_method_loss(self, loss: Tensor, batch: Any, output: Any) -> Tensor:
+    def answered(self, images: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Any]:
+        """Run the model in a training step.
+
+        Args:
+            images: As for `forward`.
+
+        Returns:
+            The output, and the run result where the loss of a method reads it; else None.
+
+        Raises:
+            ConfigError: If a method reads the run result, and features of a frozen backbone are trained on.
+        """
+        if not self.bank.reads_result():
+            return self(images), None
+        if isinstance(images, Mapping):
+            raise ConfigError(
+                "The loss of a method reads a run of the backbone, and this training runs on kept features. Leave "
+                "cache_features out."
+            )
+        model: Any = self.model
+        result = model.run(images.to(self.base_dtype))
+        return self.output_of(images, result), result
+
+    def output_of(self, images: Tensor | Mapping[str, Tensor], result: Any) -> Tensor:
+        """Compute the output of `forward` from a run of the backbone.
+
+        Args:
+            images: The images.
+            result: Their run.
+        """
+        model: Any = self.model
+        return cast(Tensor, model.forward_head(model.features(result)))
+
+    def with_method_loss(self, loss: Tensor, batch: Any, output: Any, result: Any = None) -> Tensor:
         """Add the losses of the methods to the loss of a training step, and log their sum.
 
         Args:
             loss: Loss of the task, a scalar.
             batch: The batch of the step; its last entry is as long as the batch.
             output: The model's output for it.
+            result: The run result of the forward pass, where a method reads it.
         """
-        term = self.bank.loss_terms(batch, output, self.run_result())
+        term = self.bank.loss_terms(batch, output, result)
         if term is None:
             return loss
         size = len(batch[-1])
         self.log("train/method_loss", term.detach(), on_step=False, on_epoch=True, batch_size=size)
         return loss + term
-
-    def run_result(self) -> Any:
-        """Run result of the last forward pass, for methods that read it (`Method.reads_result`); None for now."""
-        return None
 
     def on_train_epoch_start(self) -> None:
         """Log the learning rate the epoch begins with."""
@@ -352,11 +382,15 @@ class AdapterTask(LightningModule):
     # ------------------------------------------------------------------ checkpoints
 
     def _changed(self) -> set[str]:
-        """Names of the tensors that training can change: trained ones, and buffers except the frozen backbone's."""
-        trained = {name for name, _ in self.trainable_parameters()}
+        """Names of the tensors that training can change: trained ones, and buffers except the frozen backbone's.
+
+        Tensors of frozen adapters belong to them, since a schedule may freeze one that was trained before.
+        """
+        tensors = [t for name in self.bank.names for t in self.bank.named_tensors(name).values()]
+        kept = {id(t) for t in [*tensors, *self.own_parameters()]}
+        trained = {name for name, p in self.named_parameters() if id(p) in kept}
         owners = {name.rpartition(".")[0] for name in trained}
-        trained_by = set(self.bank.names) - set(self.bank.frozen)
-        whole = any(self.bank.plan(name).method.trains_base for name in trained_by)
+        whole = any(self.bank.plan(name).method.trains_base for name in self.bank.names)
         return trained | {
             name
             for name, _ in self.named_buffers()

@@ -103,7 +103,7 @@ def make_optimizer(node: Mapping[str, Any], groups: list[dict[str, Any]]) -> Opt
     """
     name = _name(node["class_path"])
     # YAML has lists where torch has tuples, as for betas.
-    arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in node["init_args"].items()}
+    arguments: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in node["init_args"].items()}
     try:
         return OPTIMIZERS[name](groups, **arguments)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:

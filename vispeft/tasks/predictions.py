@@ -104,7 +104,8 @@ class ScorePredictor:
 class MaskPredictor:
     """Predicts a mask of the size of each image: index PNG, overlay, and the pixels of each class in the table."""
 
-    table, folders = "areas.csv", ("masks", "overlays")
+    table = "areas.csv"
+    folders: tuple[str, ...] = ("masks", "overlays")
     at_once: int | None = 1
 
     def __init__(

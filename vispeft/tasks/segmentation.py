@@ -123,6 +123,10 @@ class Segmentation(DenseTask):
         """Backbone, map reader and decoder as one module, which shares their tensors."""
         return SegmentationNetwork(self.model, self.reader, self.decoder)
 
+    def output_of(self, images: Tensor | Mapping[str, Tensor], result: Any) -> Tensor:
+        """Compute the output by a pass of its own: the decoder reads maps that a run does not hold."""
+        return cast(Tensor, self(images))
+
     def forward(self, images: Tensor | Mapping[str, Tensor]) -> Tensor:
         """Compute class scores (B, classes, H, W) in float32.
 
@@ -137,8 +141,8 @@ class Segmentation(DenseTask):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute the loss of a batch."""
         images, masks = batch
-        scores = self(images)
-        loss = self.with_method_loss(cast(Tensor, self.loss(scores, masks)), batch, scores)
+        scores, result = self.answered(images)
+        loss = self.with_method_loss(cast(Tensor, self.loss(scores, masks)), batch, scores, result)
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(masks))
         return loss
 

@@ -207,8 +207,9 @@ class SupervisedTask(AdapterTask, ABC):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute the loss of a batch."""
         images, targets = batch
-        scores = self(images).float()
-        loss = self.with_method_loss(self.training_loss(scores, targets), batch, scores)
+        output, result = self.answered(images)
+        scores = output.float()
+        loss = self.with_method_loss(self.training_loss(scores, targets), batch, scores, result)
         self.train_metrics.update(*self.for_metrics(scores.detach(), targets))
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(targets))
         self.log_dict(self.train_metrics, on_step=False, on_epoch=True, batch_size=len(targets))
