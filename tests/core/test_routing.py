@@ -309,6 +309,19 @@ def test_the_classifier_of_the_last_acting_adapter_answers() -> None:
     assert model.num_classes == own
 
 
+def test_a_new_classifier_answers_in_every_block_around() -> None:
+    """The route of an outer block kept the replaced classifier."""
+    model, bank, images = adapted()
+    with bank.using("seg"):
+        with bank.using("seg", "depth"), bank.using("seg"):
+            model.reset_classifier(9)
+            assert model(images).shape == (len(images), 9)
+        assert model.num_classes == 9
+        assert model(images).shape == (len(images), 9)
+        assert model.get_classifier() is bank.head("seg")
+    assert model(images).shape == (len(images), 5)
+
+
 def test_a_state_dict_of_the_old_names_loads() -> None:
     """Up to a0bd47e the acting adapter's classifier stood at timm's place, and the base's waited as ``(base)``."""
     model, bank, images = adapted(dtype=torch.float32)
@@ -455,6 +468,18 @@ def test_bad_tasks_are_refused(tasks: Any) -> None:
     with pytest.raises(ConfigError, match="list of different names"):
         vispeft.attach(model, vispeft.LoRA(rank=2), tasks=tasks)
     assert AdapterBank.of(model) is None
+
+
+def test_a_compiled_model_follows_a_choice_that_another_thread_made_meanwhile() -> None:
+    """At the end of a block, compiled graphs went back to the choice from before the block."""
+    model, bank, images = adapted()
+    bank.set_active("seg")
+    compiled = torch.compile(model, backend="eager")
+    with bank.using("edges"):
+        thread = threading.Thread(target=bank.set_active, args=("depth",))
+        thread.start()
+        thread.join(60)
+    assert torch.equal(compiled(images), model(images))
 
 
 def test_a_compiled_model_follows_the_route() -> None:
