@@ -17,6 +17,7 @@ import vispeft
 from tests.conformance.cells import Cell, move
 from vispeft.adapters.bank import AdapterBank
 from vispeft.errors import ConfigError, UnknownNameError, VerificationError
+from vispeft.interop.export import export_program
 
 NAMES = ("seg", "depth", "edges")
 METHODS = {"seg": vispeft.LoRA(rank=2), "depth": vispeft.SSF(), "edges": vispeft.AdaptFormer(bottleneck=4)}
@@ -494,11 +495,12 @@ def test_a_compiled_model_follows_the_route() -> None:
         assert torch.allclose(compiled(images), model(images), atol=1e-5)
 
 
-def test_an_export_freezes_the_present_route() -> None:
+def test_an_export_freezes_the_present_route_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     model, bank, images = adapted(dtype=torch.float32)
     bank.set_active([])
-    with bank.using("edges"):
-        program = torch.export.export(model.eval(), (images,))
+    with bank.using("edges"), caplog.at_level("INFO"):
+        program = export_program(model.eval(), images)
         wanted = model(images)
+    assert "holds the adapters that act now: edges." in caplog.text
     bank.set_active("depth")
     assert torch.allclose(program.module()(images), wanted, atol=1e-5)

@@ -51,10 +51,15 @@ class Host(nn.Module):
         """The units that act here under the route of the calling thread."""
         return self.routing.present().hosts.get(self.slot, NOTHING)
 
-    def own(self, name: str) -> Tensor | None:
-        """Return a tensor of the base module, or its replacement by an acting selection unit."""
+    def own(self, name: str, acting: Acting | None = None) -> Tensor | None:
+        """Return a tensor of the base module, or its replacement by an acting selection unit.
+
+        Args:
+            name: Its name.
+            acting: The units that act here, where the caller has looked them up.
+        """
         value = cast("Tensor | None", self.__getattr__(name))
-        for unit in self.acting.selection:
+        for unit in (self.acting if acting is None else acting).selection:
             selected = unit.value(name)
             if selected is None:
                 continue

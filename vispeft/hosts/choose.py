@@ -29,6 +29,8 @@ Choice = tuple[type[Host], tuple[str, ...]]
 _IN_LINEAR = frozenset({"weight", "delta", "affine", "input", "sequential", "branch"})
 _IN_CONV = frozenset({"weight", "delta", "affine"})
 _OF_MODEL = frozenset({"tokens", "stream", "queries", "side"})
+_BRANCHING = ("attn.proj", "mlp.fc1", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2")
+"""Roles of the layers that blocks run on all streams."""
 NORMS_WITHOUT_BIAS = frozenset({"RmsNorm", "RmsNormFp32", "SimpleNorm", "SimpleNormFp32", "RMSNorm"})
 
 
@@ -78,6 +80,11 @@ def host_for(site: Site, module: nn.Module, unit: Unit) -> Choice:
         return Host, ()
     if site.rows is not None and not isinstance(unit, DeltaUnit | WeightUnit):
         raise SiteError(f"A unit of kind {unit.kind!r} acts on whole layers; {site.role!r} is a part of {site.path!r}.")
+    if unit.kind == "branch" and site.role not in _BRANCHING:
+        raise SiteError(
+            f"A unit that starts streams was to act at {site.path!r} ({site.role}); streams start at "
+            f"{', '.join(_BRANCHING)}."
+        )
     if unit.kind == "depth":
         return DropPathHost, ()
     if isinstance(unit, ParallelUnit) and block_host(module) is not None:

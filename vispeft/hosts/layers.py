@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vispeft.core.low_rank import Branch
 from vispeft.core.route import NOTHING, Acting
-from vispeft.core.units import AffineUnit, BranchUnit, InputUnit, Unit
+from vispeft.core.units import AffineUnit, InputUnit, Unit
 from vispeft.hosts.base import Host
 from vispeft.hosts.functional import affine, low_rank_linear, low_rank_terms
 from vispeft.hosts.streams import Streams
@@ -112,45 +112,47 @@ def _terms(acting: Acting) -> list[Branch]:
     return [term if gain is None else dataclasses.replace(term, b=term.b * gain) for gain, term in terms]
 
 
+def _before(acting: Acting, x: Tensor) -> Tensor:
+    """Apply the units that act on the input."""
+    for unit in acting.input:
+        x = gained(unit, x, unit.transform_input(x))
+    return x
+
+
+def _after(acting: Acting, x: Tensor, out: Tensor) -> Tensor:
+    """Apply the units that act on the output."""
+    for following in acting.sequential:
+        out = gained(following, out, following.after(x, out))
+    for unit in acting.affine:
+        out = affine_by(unit, out)
+    return out
+
+
 class LinearHost(_Foldable):
     """An adapted ``nn.Linear``: input units, product, low-rank terms, sequential units, scale and shift."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute (..., out) from (..., in)."""
         acting = self.acting
-        for unit in acting.input:
-            x = gained(unit, x, unit.transform_input(x))
+        x = _before(acting, x)
         branches = _terms(acting)
-        weight, bias = self._whole_weight(), self.own("bias")
+        weight, bias = self._whole_weight(acting), self.own("bias", acting)
         out = low_rank_linear(x, weight, bias, branches) if branches else F.linear(x, weight, bias)
-        return self._behind(x, out)
-
-    def _behind(self, x: Tensor, out: Tensor) -> Tensor:
-        """Apply the units that act on the output."""
-        acting = self.acting
-        for following in acting.sequential:
-            out = gained(following, out, following.after(x, out))
-        for unit in acting.affine:
-            out = affine_by(unit, out)
-        return out
+        return _after(acting, x, out)
 
     def split(self, streams: Streams) -> Streams:
         """Run the layer on all streams; branch units read the frozen product as well as the shared output."""
-        branching = self.acting.branch
-        if not branching:
+        acting = self.acting
+        if not acting.branch:
             return streams.each(self)
-        x = streams.tokens
-        for unit in self.acting.input:
-            x = gained(unit, x, unit.transform_input(x))
-        frozen = F.linear(x, self._whole_weight(), self.own("bias"))
-        shared = self._behind(x, low_rank_terms(x, frozen, _terms(self.acting)))
-        beside = {name: y for unit in branching for name, y in self._branched(unit, x, streams, frozen, shared)}
+        x = _before(acting, streams.tokens)
+        frozen = F.linear(x, self._whole_weight(acting), self.own("bias", acting))
+        shared = _after(acting, x, low_rank_terms(x, frozen, _terms(acting)))
+        beside: dict[str, Tensor] = {}
+        for unit in acting.branch:
+            beside |= unit.branches(x, streams.beside, frozen, shared)
         others = {name: self(y) for name, y in streams.beside.items() if name not in beside}
         return Streams(shared, {**others, **beside}, streams.rules)
-
-    @staticmethod
-    def _branched(unit: BranchUnit, x: Tensor, streams: Streams, frozen: Tensor, shared: Tensor) -> Any:
-        return unit.branches(x, streams.beside, frozen, shared).items()
 
     def read(self, name: str) -> Tensor | None:
         """Return the base's tensor: units act in the forward pass."""
@@ -181,10 +183,10 @@ class LinearHost(_Foldable):
         """Return why no plain layer is equivalent; None if one is."""
         return "no plain layer has several outputs" if self.acting.branch else super().no_plain_form()
 
-    def _whole_weight(self) -> Tensor:
+    def _whole_weight(self, acting: Acting) -> Tensor:
         """Compute the weight of the product, in the base's dtype."""
-        own = cast(Tensor, self.own("weight"))
-        if not self.acting.weight:
+        own = cast(Tensor, self.own("weight", acting))
+        if not acting.weight:
             return own
         return cast(Tensor, self.folded("weight", ("weight",), own)).to(own.dtype)
 

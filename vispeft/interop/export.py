@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import math
 import os
 import tempfile
@@ -24,9 +25,12 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
+from vispeft.adapters.bank import AdapterBank
 from vispeft.errors import ConfigError, ExportError, FileError
 
 __all__ = ["INPUT", "OUTPUT", "TOLERANCE", "Difference", "check", "export_onnx", "export_program", "staged"]
+
+logger = logging.getLogger(__name__)
 
 INPUT, OUTPUT = "images", "scores"
 """Names of an ONNX model's input and output."""
@@ -60,6 +64,9 @@ def export_program(
 ) -> ExportedProgram:
     """Trace a model with `torch.export`.
 
+    Of a model with adapters the program holds the present route for good: the adapters that act, for the task that is
+    chosen, and the classifier that answers. A log message names them.
+
     Args:
         model: Maps images to one tensor; in evaluation mode.
         example: Images (B, 3, H, W) of the sizes that stay fixed.
@@ -82,6 +89,11 @@ def export_program(
         )
     if dynamic_batch and len(example) < 2:
         example = example.expand(2, -1, -1, -1).contiguous()  # a batch of 1 is traced as the constant 1
+    for module in model.modules():
+        bank = AdapterBank.of(module)
+        if bank is not None:
+            task = "" if bank.task is None else f", for the task {bank.task!r}"
+            logger.info("The export holds the adapters that act now: %s%s.", ", ".join(bank.active) or "none", task)
     free: dict[int, Any] = {0: Dim("batch", min=1)} if dynamic_batch else {}
     if dynamic_size:
         free |= {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}  # the model sets the bounds: mostly multiples of the patch size

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vispeft.core.fields import Bits
-from vispeft.errors import FileError
+from vispeft.errors import ConfigError, FileError
 from vispeft.storage.codecs import Codec, pack_bits, register_codec, unpack_bits
 
 __all__ = [
@@ -150,12 +150,21 @@ class FewBitsCodec(Codec):
         self.bits, self.name = bits, codec(bits)
 
     def encode(self, values: Tensor) -> Tensor:
-        """Quantise a matrix; uint8 (ceil(numel * bits / 8) + 8,)."""
+        """Quantise a matrix; uint8 (ceil(numel * bits / 8) + 8,).
+
+        Raises:
+            ConfigError: If it has fewer than two entries, which have no standard deviation.
+        """
+        if values.numel() < 2:
+            raise ConfigError(
+                f"A tensor of shape {tuple(values.shape)} was to be stored with {self.bits} bits, which needs at least "
+                "two entries. Store it as raw."
+            )
         return quantize(values, self.bits).packed(self.bits)
 
     def decode(self, stored: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Dequantise to float32, whatever the matrix's dtype was."""
-        return decode(stored, self.bits, shape)
+        return decode(stored.cpu(), self.bits, shape)
 
     def size(self, values: Tensor) -> int:
         """Return the size of codes and statistics in bytes."""
