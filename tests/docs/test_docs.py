@@ -22,6 +22,8 @@ PAGES = [
     p for p in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))] if p.is_file()
 ]
 NO_RUN = "<!-- no-run -->"
+TRAINS = ("mmseg", "quickstart", "resume", "segmentation")
+"""Pages whose code trains, which takes longest; they run with the slow tests."""
 FOLDERS = {name.partition("/")[0] for name in config_names()}
 
 
@@ -68,7 +70,14 @@ def page_id(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if any(b.language == "python" for b in blocks(p))], ids=page_id)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page_id(page), marks=[pytest.mark.slow] if page.stem in TRAINS else [])
+        for page in PAGES
+        if any(block.language == "python" for block in blocks(page))
+    ],
+)
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, namespace: dict[str, object]) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
