@@ -52,9 +52,9 @@ def cell(request: pytest.FixtureRequest) -> Cell:
 
 
 on_main = pytest.mark.parametrize("cell", params(MAIN))
-"""For properties that the core gives alike on every backbone of a family."""
+"""For properties that no structure of a backbone has a part in."""
 variants_slow = pytest.mark.parametrize("cell", params(CELLS, slow=is_variant))
-"""For properties that hold in every cell, and in which a backbone's structure has little part."""
+"""For properties of every cell in which a backbone's structure has little part."""
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
