@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,9 +52,9 @@ def cell(request: pytest.FixtureRequest) -> Cell:
 
 
 on_main = pytest.mark.parametrize("cell", params(MAIN))
-"""For properties that the core gives alike on every backbone of a family."""
+"""For properties that no structure of a backbone has a part in."""
 variants_slow = pytest.mark.parametrize("cell", params(CELLS, slow=is_variant))
-"""For properties that hold in every cell, and in which a backbone's structure has little part."""
+"""For properties of every cell in which a backbone's structure has little part."""
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -379,22 +380,28 @@ class Adapted:
     """Outputs of the adapted model."""
 
 
-@pytest.fixture(scope="class", params=params(CELLS, slow=is_variant))
-def adapted(request: pytest.FixtureRequest) -> Iterator[Adapted]:
-    """Adapt one model for all read-only properties of a cell, and see to it that none of them changed anything."""
-    cell: Cell = request.param
+@contextmanager
+def adapt(cell: Cell) -> Iterator[Adapted]:
+    """Adapt one model for all read-only properties of a cell, and see to it that none of them changes anything."""
     # Frozen first: matmul looks at requires_grad when it chooses how to fold its operands, even without gradients.
     model, images = cell.model().requires_grad_(False), cell.images()
     with torch.no_grad():
         base = model(images)
         bank = cell.attach(model)
         before, outputs = snapshot(model), model(images)
-        yield Adapted(cell, model, bank, images, base, outputs)
-        after = model.state_dict()
-        assert list(after) == list(before)
-        assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    yield Adapted(cell, model, bank, images, base, outputs)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    with torch.no_grad():
         assert torch.equal(model(images), outputs)
-        assert (bank.names, bank.active) == (["default"], ["default"])
+    assert (bank.names, bank.active) == (["default"], ["default"])
+
+
+@pytest.fixture(scope="class", params=params(CELLS, slow=is_variant))
+def adapted(request: pytest.FixtureRequest) -> Iterator[Adapted]:
+    with adapt(request.param) as found:
+        yield found
 
 
 class TestReadOnly:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import vispeft
 from tests.conformance import test_grid as grid
@@ -44,21 +43,13 @@ def test_the_example_passes_the_grid(backbone: str, tmp_path: Path) -> None:
     grid.test_equal_gradients_under_checkpointing(cell)
     grid.test_reduced_precision(cell)
     grid.test_other_image_sizes(cell, tmp_path / "sizes")
-    read_only(cell, tmp_path)
-
-
-@torch.no_grad()
-def read_only(cell: Cell, folder: Path) -> None:
-    """Run the properties that share one adapted model."""
-    model, images = cell.model().requires_grad_(False), cell.images()
-    base, maps = model(images), model.forward_intermediates(images, norm=True, intermediates_only=True)
-    bank = cell.attach(model)
-    adapted, checks = grid.Adapted(cell, model, bank, images, base, maps, model(images)), grid.TestReadOnly()
-    checks.test_count_equals_the_closed_formula(adapted)
-    checks.test_disabled_equals_the_base(adapted)
-    checks.test_intermediates_agree_with_features(adapted)
-    checks.test_save_and_load_under_another_name(adapted, folder)
-    checks.test_copies_are_independent(adapted)
+    grid.test_intermediates_agree_with_features(cell)
+    checks = grid.TestReadOnly()
+    with grid.adapt(cell) as adapted:
+        checks.test_count_equals_the_closed_formula(adapted)
+        checks.test_disabled_equals_the_base(adapted)
+        checks.test_save_and_load_under_another_name(adapted, tmp_path)
+        checks.test_copies_are_independent(adapted)
 
 
 def test_the_example_refuses_a_group_that_does_not_divide(made: Method) -> None:
