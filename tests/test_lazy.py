@@ -70,6 +70,26 @@ except vispeft.VispeftError as error:
     assert out == "{} []\nBaseMismatchError\n"  # the file's own method was found, and a view of the model made
 
 
+def test_threads_that_use_names_first_at_once() -> None:
+    """Python breaks a deadlock of two imports that need each other by handing out a half-made module."""
+    run("""
+import threading, vispeft
+errors = []
+def use(name):
+    try:
+        getattr(vispeft, name)
+    except BaseException as error:
+        errors.append(f"{name}: {error!r}")
+names = ["LoRA", "attach", "tasks", "SSF", "create_model", "load", "heads", "AdapterBank"] * 3
+threads = [threading.Thread(target=use, args=(name,)) for name in names]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert not errors, errors
+""")
+
+
 def test_a_subpackage_first() -> None:
     run("""
 import vispeft.tasks

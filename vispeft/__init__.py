@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import threading
 from importlib.machinery import PathFinder
 from typing import TYPE_CHECKING, Any
 
@@ -48,12 +49,20 @@ _HOMES = {
 }
 """Where the public names are, but for the classes of methods, which `vispeft.methods` finds by itself."""
 
+_LOCK = threading.RLock()
+"""One thread imports at a time: two imports that need each other would find half-made modules."""
+
 
 def __getattr__(name: str) -> Any:
+    if name.startswith("_") and name != "__all__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    with _LOCK:
+        return _find(name)
+
+
+def _find(name: str) -> Any:
     if name == "__all__":
         return sorted([*_HOMES, *_configurations()])
-    if name.startswith("_"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name]), name)
     elif name in _modules():

@@ -205,3 +205,12 @@ def test_a_half_precision_base_keeps_its_classifier_wide() -> None:
     assert type(model.head) is nn.Linear
     bank.unmerge()
     assert model.head is wide
+
+
+@pytest.mark.parametrize("name", ["train", "half", "keys", "training", "a.b", ""])
+def test_names_that_modules_cannot_hold_are_refused_and_change_nothing(model: nn.Module, name: str) -> None:
+    """PyTorch's containers refused some with a KeyError, half of the units in place already."""
+    classes = {path: type(module) for path, module in model.named_modules()}
+    with pytest.raises(ConfigError, match="to be called"):
+        vispeft.attach(model, vispeft.SSF(), name=name)
+    assert {path: type(module) for path, module in model.named_modules()} == classes

@@ -50,6 +50,7 @@ def test_lists_of_yaml_become_tuples():
     ("given", "told"),
     [
         ("AdamX", r"Unknown optimizer 'AdamX'.*Adam.*classes of torch\.optim"),
+        ("adamw", r"Did you mean 'AdamW'\?"),  # as timm writes it
         ("os.system", r"Unknown optimizer 'os\.system'"),
         ("torch.optim.Optimizer", "Unknown optimizer"),
         ({"class_path": "torch.optim.lr_scheduler.LambdaLR"}, "Unknown optimizer"),

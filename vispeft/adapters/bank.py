@@ -131,9 +131,10 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
     def _check_new_name(self, name: str) -> None:
         if not _NAME.fullmatch(name):
             raise ConfigError(f"An adapter was to be called {name!r}; use letters, digits, '-' and '_'.")
-        if hasattr(self._heads.own, name) and name not in self._entries:
+        if hasattr(nn.ModuleDict(), name):
             raise ConfigError(
-                f"An adapter was to be called {name!r}, a name that PyTorch's modules use themselves. Choose another."
+                f"An adapter was to be called {name!r}, which is the name of an attribute of PyTorch's modules, so they "
+                f"cannot hold it. Choose another name, such as {name + '_1'!r}."
             )
         if name in self._entries:
             raise ConfigError(
