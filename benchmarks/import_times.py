@@ -1,6 +1,6 @@
 """How much processor time importing takes: the command's help, the package, and a first adapter, in fresh processes.
 
-    python benchmarks/import_times.py                 # writes results/import_times.json
+    python benchmarks/import_times.py                 # writes results/import_times.json and the table
 
 Each case runs in a process of its own, in turn with the others; the time is that of the whole process, interpreter
 included, from cached bytecode. `first_attach` is what is needed beyond torch and timm: the same process imports those
@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import write  # noqa: E402
+from common import write, write_section  # noqa: E402
 
 import vispeft  # noqa: E402, F401 - makes torchvision importable for `write`
 
@@ -52,6 +52,16 @@ import vispeft
 vispeft.attach(vispeft.create_model("zoo:vit_tiny"), vispeft.LoRA())
 print(time.process_time() - began)
 """
+MEANING = {
+    "python": "Python alone",
+    "help": "`vispeft --help`",
+    "vispeft": "`import vispeft`",
+    "torch_timm": "`import torch, timm`",
+    "vispeft_timm": "`import vispeft, timm`",
+    "tasks": "`import vispeft.tasks`",
+    "first_attach": "after `import torch, timm`: `import vispeft`, `zoo:vit_tiny` made, LoRA attached",
+    "first_attach_and_collection": "the same, with the garbage collection that torch and timm leave due",
+}
 PRINTED = {
     "first_attach": f"{TORCH_TIMM}\nimport gc; gc.collect()\n{FIRST_ATTACH}",
     "first_attach_and_collection": f"{TORCH_TIMM}\n{FIRST_ATTACH}",
@@ -94,7 +104,9 @@ def main() -> None:
     }
     for name, values in results.items():
         print(f"{name:28}" + "".join(f"  {key} {value:.3f} s" for key, value in values.items()))
-    write("import_times", {"rounds": given.rounds, "processor_seconds": results})
+    write("import_times", {"rounds": given.rounds, "load": os.getloadavg()[0], "processor_seconds": results})
+    rows = [f"| {MEANING[name]} | {values['median']:.2f} |" for name, values in results.items()]
+    write_section("import_times", ["| | median s of processor time |", "|---|--:|", *rows])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Plant one-line faults in the library, and see which test of the suite finds each, in an earlier revision and in this.
+"""Plant one-line faults in the library and record the test that finds each, in an earlier revision and in this one.
 
     python benchmarks/planted_faults.py --check             # does every fault apply, exactly once? runs no test
     python benchmarks/planted_faults.py --minutes 120       # start again to go on; idle processors, please
@@ -7,8 +7,8 @@
 The faults are in planted_faults.yaml: a piece of text in one file and its replacement, for the earlier revision and, at
 the same place, for the present one. Each is planted in a fresh copy of the committed files of its revision. pytest runs
 the tests nearest to the fault, then the rest of the fast ones, then the slow ones, and stops at the first failure. One
-JSON per fault and revision in results/planted_faults; what is there is not run again. Tests that fail without any fault
-(the run called `control`, which comes first) count for nothing.
+JSON per fault and revision in results/planted_faults; a second start skips them. Tests that fail without any fault (the
+run called `control`, which comes first) are left out.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Plant:
     find: str
     """Text that the file holds exactly once."""
     put: str
-    """What takes its place."""
+    """Replacement."""
 
     def planted(self, text: str) -> str:
         """Make the faulty text of the file.
@@ -85,19 +85,19 @@ class Plant:
 
     @property
     def digest(self) -> str:
-        """What tells whether a result belongs to this text."""
+        """Digest of the replacement, by which a result is known to belong to it."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A mistake that a reviewer could miss."""
+    """A mistake that a reviewer could overlook."""
 
     name: str
     part: str
     """Part of the library: hosts, merge, files, verify, quantiser, tasks, resume, mmseg."""
     says: str
-    """What is wrong, in one line."""
+    """The mistake in one line."""
     nearest: tuple[str, ...]
     """Tests that are run first."""
     old: Plant
@@ -120,7 +120,7 @@ def read_faults(path: Path = FAULTS) -> list[Fault]:
 
 
 def git(*arguments: str) -> bytes:
-    """Run git in this repository and give what it prints."""
+    """Run git in this repository and return its output."""
     return subprocess.run(["git", "-C", str(ROOT), *arguments], check=True, capture_output=True).stdout
 
 
@@ -151,7 +151,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a stage gave."""
+    """Result of a stage."""
 
     failed: tuple[str, ...]
     """Tests that failed, or files that could not be imported."""
@@ -178,7 +178,7 @@ def copy_of(revision: str) -> Iterator[Path]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Make the environment in which vispeft is what a copy holds, also for the processes that tests start."""
+    """Make an environment that imports vispeft from a copy, also in the processes that tests start."""
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return {**os.environ, **threads, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -210,7 +210,7 @@ def run_stage(folder: Path, stage: Stage, *, workers: int, without: Iterable[str
 
 
 def check_import(folder: Path) -> None:
-    """Make sure that a copy is what gets tested."""
+    """Refuse to test anything but the copy."""
     code = "import vispeft; print(vispeft.__file__)"
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, env=environment(folder), capture_output=True, text=True
@@ -235,7 +235,7 @@ class Trial:
         return f"{FOLDER}/{CONTROL if self.fault is None else self.fault.name}-{self.side}"
 
     def result(self) -> dict[str, Any] | None:
-        """Read what it gave; None when it has not been run with the present text."""
+        """Read its result; None when it has not been run with the present text."""
         path = common.RESULTS / f"{self.name}.json"
         if not path.is_file():
             return None
@@ -295,7 +295,7 @@ def _write(trial: Trial, revision: str, outcomes: dict[str, Outcome], workers: i
 
 
 def table_lines(faults: list[Fault]) -> Iterator[str]:
-    """Yield the table of results; what has not been run is marked."""
+    """Yield the table of results, with marks where a run is missing."""
     yield "| part | fault | suite of the earlier revision | present suite |"
     yield "|---|---|---|---|"
     lost, missing, found = [], 0, dict.fromkeys(SIDES, 0)
@@ -326,7 +326,7 @@ def _cell(result: dict[str, Any] | None) -> str:
 
 
 def run_all(faults: list[Fault], revisions: dict[Side, str], arguments: argparse.Namespace) -> None:
-    """Run what has not been run, the control runs first, until the time is used up."""
+    """Run the trials without a result, the control runs first, until the time is used up."""
     began = time.monotonic()
     trials = [Trial(fault, side) for fault in (None, *faults) for side in revisions]
     for trial in trials:

@@ -164,6 +164,8 @@ def test_names_shown_to_type_checkers_exist(path: str) -> None:
 def test_an_unknown_name_is_an_attribute_error_with_near_names() -> None:
     with pytest.raises(AttributeError, match="Did you mean 'attach'"):
         vispeft.atach  # noqa: B018
+    with pytest.raises(AttributeError, match="'LoRA'"):
+        vispeft.Lora  # noqa: B018
     with pytest.raises(ImportError):
         from vispeft import nothing_of_the_kind  # noqa: F401
     assert not hasattr(vispeft, "__wrapped__")

@@ -27,17 +27,24 @@ def pip(*arguments: str | Path, cwd: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy of the sources, in which an earlier build left something behind."""
-    sources, out = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("wheel")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources, in which an earlier build left something behind."""
+    folder = tmp_path_factory.mktemp("sources")
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copy(ROOT / name, sources / name)
+            shutil.copy(ROOT / name, folder / name)
     for stale in ("vispeft/gone.py", "vispeft/configs/gone.yaml"):
-        (sources / "build/lib" / stale).parent.mkdir(parents=True, exist_ok=True)
-        (sources / "build/lib" / stale).touch()
+        (folder / "build/lib" / stale).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "build/lib" / stale).touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel."""
+    out = tmp_path_factory.mktemp("wheel")
     pip("wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", out, cwd=sources)
     (found,) = out.glob("*.whl")
     return found
@@ -124,3 +131,24 @@ assert main(["inspect", "zoo:vit_tiny", "ssf"]) == 2
     assert method.startswith("error: The folder '")
     assert "is installed without it" in configs
     assert "is installed without it" in method
+
+
+def test_an_editable_install_reads_the_folders_where_they_are(sources: Path, tmp_path: Path) -> None:
+    build = f"import setuptools.build_meta as backend; print(backend.build_editable({str(tmp_path)!r}))"
+    done = subprocess.run([sys.executable, "-c", build], capture_output=True, text=True, timeout=300, cwd=sources)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(tmp_path / done.stdout.split()[-1]) as archive:
+        assert not [name for name in archive.namelist() if "configs" in name or "model_zoo" in name]
+        archive.extractall(tmp_path / "site")
+    code = f"""
+import site
+site.addsitedir({str(tmp_path / "site")!r})
+import vispeft
+from vispeft.resources import find_config, resource_folder
+print(vispeft.__file__, find_config("classification/digits_ssf"), resource_folder("model_zoo"))
+"""
+    assert [Path(path) for path in python(tmp_path / "site", code, tmp_path).split()] == [
+        sources / "vispeft/__init__.py",
+        sources / "configs/classification/digits_ssf.yaml",
+        sources / "model_zoo",
+    ]

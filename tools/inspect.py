@@ -1,4 +1,4 @@
-"""Show what a method would put where, before anything is changed. The same as `vispeft inspect`."""
+"""Show the plan of a method without changing anything. The same as `vispeft inspect`."""
 
 import os
 import sys

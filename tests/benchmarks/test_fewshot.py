@@ -37,6 +37,7 @@ def results(search):
     return {path.stem: json.loads(path.read_text()) for path in search.results.glob("*.json")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ssf", "linear_probe"])
 def test_the_rate_is_chosen_on_validation_and_only_the_best_is_tested(search, monkeypatch, method):
     looked_at = []
@@ -60,6 +61,7 @@ def test_the_rate_is_chosen_on_validation_and_only_the_best_is_tested(search, mo
     assert {seed for name, seed in looked_at if name == "test"} == {0, 1}
 
 
+@pytest.mark.slow
 def test_a_second_start_runs_nothing_again(search, monkeypatch):
     search.method("ssf", seeds=1)
     before = results(search)
@@ -68,6 +70,7 @@ def test_a_second_start_runs_nothing_again(search, monkeypatch):
     assert results(search) == before
 
 
+@pytest.mark.slow
 def test_a_start_after_the_choice_tests_what_was_chosen(search, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(search, "tested", lambda trial: None)

@@ -23,6 +23,7 @@ def results(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_variants_take_steps_and_nothing_is_kept_of_a_cpu(results, monkeypatch, capsys):
     variants = ("full", "peft lora", "lora")
     start(

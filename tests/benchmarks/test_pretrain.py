@@ -35,6 +35,7 @@ def trained(recipe: pretrain_tiny.Recipe, checkpoint: Path) -> dict[str, Tensor]
     return {**run.model.state_dict(), **{f"heads.{k}": v for k, v in run.heads.state_dict().items()}}
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch):
     whole = trained(RECIPE, tmp_path / "whole.pt")
 
@@ -56,6 +57,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path, monke
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_the_length_can_be_changed_until_the_decay_begins(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain_tiny, "SAVE_EVERY", 2)
     shorter, longer = (dataclasses.replace(RECIPE, steps=steps) for steps in (4, 6))

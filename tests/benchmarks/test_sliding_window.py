@@ -3,12 +3,14 @@
 import sys
 
 import common
+import pytest
 import sliding_window
 import torch
 
 GIB = 2**30
 
 
+@pytest.mark.slow
 def test_a_small_image_is_measured(monkeypatch):
     for name, value in (("WIDTH", 96), ("CLASSES", 3), ("WINDOW", 64), ("STRIDE", 32)):
         monkeypatch.setattr(sliding_window, name, value)

@@ -88,7 +88,7 @@ def test_a_config_s_data_are_checked(photos, tmp_path):
     assert "makes its own images" in call(config)[2]
     status, _, complaint = call(config, "--kind", "folder")
     assert status == 2
-    assert "says itself what its data are" in complaint
+    assert "determines the kind itself" in complaint
 
 
 def test_what_cannot_be_listed_is_said_without_a_page(tmp_path):

@@ -44,7 +44,7 @@ def test_every_fold_is_tested_once_and_finished_ones_are_skipped(config, run_cli
     assert len(tested[0] | tested[1]) > 1700
     assert len(tested[0] & tested[1]) < 5  # a few images of the set are equal
     again = run_cli("train", config, *SHORT, "--model.lr=1", "--folds", "2", "--out", out)
-    assert "would change what comes out: model.init_args.lr" in again.err
+    assert "would change the result: model.init_args.lr" in again.err
     (out / "fold-2").mkdir()
     assert "more than 2 folds" in run_cli("train", config, *SHORT, "--folds", "2", "--out", out).err
 

@@ -134,9 +134,9 @@ def test_a_file_without_a_header_becomes_an_adapter(source, bits, bottleneck, bi
     ("hyper", "told"),
     [
         ({"bits": 1, "bottleneck": 8}, "needs scale"),
-        ({"bits": 2, "bottleneck": 8, "scale": 1}, "spread|bits=2, bottleneck=8"),
-        ({"bits": 1, "bottleneck": 4, "scale": 1}, "spread"),
-        ({"bits": 1, "bottleneck": 8, "scale": 1, "bihead": True}, "no classifier of 1 bit|left behind"),
+        ({"bits": 2, "bottleneck": 8, "scale": 1}, "standard deviation|bits=2, bottleneck=8"),
+        ({"bits": 1, "bottleneck": 4, "scale": 1}, "standard deviation"),
+        ({"bits": 1, "bottleneck": 8, "scale": 1, "bihead": True}, "no classifier of 1 bit|left after"),
     ],
 )
 def test_wrong_settings_are_noticed(hyper, told, model):

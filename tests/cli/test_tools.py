@@ -133,7 +133,7 @@ def test_inspect_prints_the_plan(config, capsys):
     [
         (("vit_tiny_patch16_224", "sff"), "Did you mean 'ssf'"),
         (("vit_tinny_patch16_224", "ssf"), "Unknown backbone"),
-        (("resnet18", "ssf"), "does not describe"),
+        (("resnet18", "ssf"), "does not support"),
         (("vit_tiny_patch16_224", "lora", "--rnk=3"), "Did you mean 'LoRA.rank'"),
         (("vit_tiny_patch16_224", "lora", "--rank=x"), "Expected a <class 'int'>. Got value: x"),
         (("vit_tiny_patch16_224", "lora", "--rank"), "needs a value"),

@@ -310,13 +310,18 @@ MAIN = [cell for cell in CELLS if BACKBONES[cell.backbone].grid]
 
 
 def params(cells: Iterable[Cell], slow: Callable[[Cell], bool] = lambda cell: False) -> list[Any]:
-    """Make test parameters of cells.
+    """Make test parameters of cells; second forms run on `vit` and `swin`, and elsewhere with ``make test-slow``.
 
     Args:
         cells: The cells.
-        slow: Whether a cell is left to ``make test-slow``.
+        slow: Whether a cell is left to ``make test-slow`` too.
     """
-    return [pytest.param(c, id=str(c), marks=[pytest.mark.slow] if slow(c) else []) for c in cells]
+
+    def marks(cell: Cell) -> list[pytest.MarkDecorator]:
+        elsewhere = is_second_form(cell) and cell.backbone not in ("vit", "swin")
+        return [pytest.mark.slow] if elsewhere or slow(cell) else []
+
+    return [pytest.param(cell, id=str(cell), marks=marks(cell)) for cell in cells]
 
 
 def is_variant(cell: Cell) -> bool:

@@ -1,7 +1,7 @@
 """Properties of every method on every backbone. One body per property; cells come from ``cells.py``.
 
 Properties that depend on a backbone's structure run on all cells, the others on the main families, and on the variants
-of a family with ``make test-slow``. Properties that change nothing share one adapted model per cell.
+of a family with ``make test-slow``. Properties that change nothing share one adapted model per cell. See ``README.md``.
 
 Where outputs are compared bit for bit, gradients are off: PyTorch picks other attention kernels when they are on.
 """
@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,9 +52,9 @@ def cell(request: pytest.FixtureRequest) -> Cell:
 
 
 on_main = pytest.mark.parametrize("cell", params(MAIN))
-"""For properties that the core gives alike on every backbone of a family."""
+"""For properties that no structure of a backbone has a part in."""
 variants_slow = pytest.mark.parametrize("cell", params(CELLS, slow=is_variant))
-"""For properties that hold in every cell, and in which a backbone's structure has little part."""
+"""For properties of every cell in which a backbone's structure has little part."""
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -93,6 +94,7 @@ def test_identity_at_start(cell: Cell) -> None:
     assert difference <= 1e-5 * wanted.abs().max() if promised else difference > 0
 
 
+@variants_slow
 @torch.no_grad()
 def test_attach_and_detach_leave_no_trace(cell: Cell) -> None:
     model, images = cell.model(), cell.images()
@@ -246,6 +248,23 @@ def test_equal_gradients_under_checkpointing(cell: Cell) -> None:
     assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(*results, strict=True))
 
 
+@torch.no_grad()
+def test_intermediates_agree_with_features(cell: Cell) -> None:
+    model, images = cell.model(), cell.images()
+    plain = model.forward_intermediates(images, norm=True)[1]
+    bank = cell.attach(model)
+    final, maps = model.forward_intermediates(images, norm=True)
+    assert [m.shape for m in maps] == [m.shape for m in plain]
+    features = model.forward_features(images)
+    assert torch.allclose(final, features, atol=1e-6)
+    side = maps[-1].shape[-1]
+    # The patches are the last rows: prompts may stand in front of them where average pooling is to see them.
+    last = features if features.ndim == 4 else features[:, -side * side :].unflatten(1, (side, side))
+    assert torch.allclose(maps[-1], last.permute(0, 3, 1, 2), atol=1e-6)
+    if bank.plan().trainable:
+        assert torch.allclose(maps[-1], plain[-1], atol=1e-4) != METHODS[cell.method].reaches_maps
+
+
 @variants_slow
 def test_reduced_precision(cell: Cell) -> None:
     model, images = cell.model(), cell.images()
@@ -357,28 +376,32 @@ class Adapted:
     images: Tensor
     base: Tensor
     """Outputs of the plain model."""
-    base_maps: list[Tensor]
-    """Its normalised intermediates."""
     outputs: Tensor
     """Outputs of the adapted model."""
 
 
-@pytest.fixture(scope="class", params=params(CELLS))
-def adapted(request: pytest.FixtureRequest) -> Iterator[Adapted]:
-    """Adapt one model for all read-only properties of a cell, and see to it that none of them changed anything."""
-    cell: Cell = request.param
+@contextmanager
+def adapt(cell: Cell) -> Iterator[Adapted]:
+    """Adapt one model for all read-only properties of a cell, and see to it that none of them changes anything."""
     # Frozen first: matmul looks at requires_grad when it chooses how to fold its operands, even without gradients.
     model, images = cell.model().requires_grad_(False), cell.images()
     with torch.no_grad():
-        base, base_maps = model(images), model.forward_intermediates(images, norm=True, intermediates_only=True)
+        base = model(images)
         bank = cell.attach(model)
         before, outputs = snapshot(model), model(images)
-        yield Adapted(cell, model, bank, images, base, base_maps, outputs)
-        after = model.state_dict()
-        assert list(after) == list(before)
-        assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    yield Adapted(cell, model, bank, images, base, outputs)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    with torch.no_grad():
         assert torch.equal(model(images), outputs)
-        assert (bank.names, bank.active) == (["default"], ["default"])
+    assert (bank.names, bank.active) == (["default"], ["default"])
+
+
+@pytest.fixture(scope="class", params=params(CELLS, slow=is_variant))
+def adapted(request: pytest.FixtureRequest) -> Iterator[Adapted]:
+    with adapt(request.param) as found:
+        yield found
 
 
 class TestReadOnly:
@@ -397,21 +420,6 @@ class TestReadOnly:
         with adapted.bank.disabled():
             assert torch.equal(adapted.model(adapted.images), adapted.base)
         assert torch.equal(adapted.model(adapted.images), adapted.outputs)
-
-    @torch.no_grad()
-    def test_intermediates_agree_with_features(self, adapted: Adapted) -> None:
-        model, images, plain = adapted.model, adapted.images, adapted.base_maps
-        final, maps = model.forward_intermediates(images, norm=True)
-        assert [m.shape for m in maps] == [m.shape for m in plain]
-        features = model.forward_features(images)
-        assert torch.allclose(final, features, atol=1e-6)
-        side = maps[-1].shape[-1]
-        # The patches are the last rows: prompts may stand in front of them where average pooling is to see them.
-        last = features if features.ndim == 4 else features[:, -side * side :].unflatten(1, (side, side))
-        assert torch.allclose(maps[-1], last.permute(0, 3, 1, 2), atol=1e-6)
-        if adapted.bank.plan().trainable:
-            reaches = METHODS[adapted.cell.method].reaches_maps
-            assert torch.allclose(maps[-1], plain[-1], atol=1e-4) != reaches
 
     @torch.no_grad()
     def test_save_and_load_under_another_name(self, adapted: Adapted, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import vispeft
 from tests.conformance.cells import Cell, move
 from vispeft.adapters.bank import AdapterBank
 from vispeft.errors import ConfigError, UnknownNameError, VerificationError
+from vispeft.interop.export import export_program
 
 NAMES = ("seg", "depth", "edges")
 METHODS = {"seg": vispeft.LoRA(rank=2), "depth": vispeft.SSF(), "edges": vispeft.AdaptFormer(bottleneck=4)}
@@ -96,6 +97,59 @@ def test_a_checkpoint_of_ones_own_takes_the_route_along() -> None:
     loss.backward(retain_graph=True)
     found = gradients(bank)["seg"]
     assert all(torch.allclose(found[key], wanted[key], rtol=1e-6, atol=1e-12) for key in wanted)
+
+
+@pytest.mark.parametrize("backbone", ["vit", "swin"])
+def test_a_kept_graph_goes_backward_twice_under_checkpointing(backbone: str) -> None:
+    """Losses of several tasks are weighed by such gradients; each backward pass computes the blocks again."""
+    model, bank, images = adapted(backbone)
+    model.set_grad_checkpointing(True)
+    bank.set_active([])
+    with bank.using("seg"):
+        out = model(images).square().sum()
+        own = checkpoint(model, images, use_reentrant=False, context_fn=bank.checkpoint_context).square().sum()
+    tensors = list(bank.named_tensors("seg").values())
+    first = torch.autograd.grad(out, tensors, retain_graph=True)
+    for loss in (out, own, own):
+        again = torch.autograd.grad(loss, tensors, retain_graph=True)
+        assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(first, again, strict=True))
+
+
+def test_a_new_classifier_answers_in_all_blocks_around_its_making() -> None:
+    model, bank, images = adapted()
+    bank.set_active("seg")
+    compiled = torch.compile(model, backend="eager")
+    with bank.using("seg"):
+        with bank.using():
+            model.reset_classifier(3)
+        assert (model.num_classes, model(images).shape[1]) == (3, 3)
+    assert model(images).shape[1] == compiled(images).shape[1] == 3
+
+
+def test_compiled_graphs_follow_the_routes_of_threads_back() -> None:
+    """Blocks of two threads may overlap: the first one ends inside the second."""
+    _, bank, _ = adapted()
+    bank.set_active([])
+    began, overlapped, ended = (threading.Event() for _ in range(3))
+
+    def first() -> None:
+        with bank.using("seg"):
+            began.set()
+            overlapped.wait()
+        ended.set()
+
+    def second() -> None:
+        began.wait()
+        with bank.using("depth"):
+            overlapped.set()
+            ended.wait()
+
+    threads = [threading.Thread(target=run) for run in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert bank._routing.traced.names == ()
 
 
 def test_names_and_order_are_the_same_under_every_route() -> None:
@@ -490,11 +544,12 @@ def test_a_compiled_model_follows_the_route() -> None:
         assert torch.allclose(compiled(images), model(images), atol=1e-5)
 
 
-def test_an_export_freezes_the_present_route() -> None:
+def test_an_export_freezes_the_present_route_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     model, bank, images = adapted(dtype=torch.float32)
     bank.set_active([])
-    with bank.using("edges"):
-        program = torch.export.export(model.eval(), (images,))
+    with bank.using("edges"), caplog.at_level("INFO"):
+        program = export_program(model.eval(), images)
         wanted = model(images)
+    assert "holds the adapters that act now: edges." in caplog.text
     bank.set_active("depth")
     assert torch.allclose(program.module()(images), wanted, atol=1e-5)

@@ -18,7 +18,7 @@ from vispeft.core.model_units import StreamUnit, TokensUnit
 from vispeft.core.sites import Site, View
 from vispeft.core.streams import Stream, StreamRule
 from vispeft.core.units import BranchUnit
-from vispeft.errors import ConfigError
+from vispeft.errors import ConfigError, SiteError
 
 
 class Memory(StreamUnit, Stream):
@@ -274,3 +274,10 @@ def test_low_rank_terms_act_on_the_convolution_of_the_patches(backbone: str, tmp
     bank.merge()
     assert type(conv) is nn.Conv2d
     assert torch.allclose(model(images), wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_streams_start_at_the_layers_that_run_on_them_only() -> None:
+    model = Cell("lora", "vit").model()
+    with pytest.raises(SiteError, match=r"attn\.qkv\); streams start at attn\.proj"):
+        vispeft.attach(model, Branches(roles=("attn.qkv",)))
+    assert type(model.blocks[0].attn.qkv) is nn.Linear

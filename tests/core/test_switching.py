@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from vispeft.errors import (
     SiteError,
     UnknownNameError,
 )
+from vispeft.hosts.base import ensure_host
 
 VIT = Cell("ssf", "vit")
 
@@ -43,6 +45,28 @@ def test_disabled_nests_and_refuses_changes_inside(model: nn.Module) -> None:
         with pytest.raises(ConfigError, match="disabled"):
             bank.set_active([])
     assert not torch.allclose(model(VIT.images()), wanted)
+
+
+def test_an_interrupted_attach_is_rolled_back(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some modules are hosts by then, and some hold units."""
+    classes = [type(module) for module in model.modules()]
+    bank = VIT.attach(model, "one")
+    made = 0
+
+    def interrupted(*args: Any, **arguments: Any) -> Any:
+        nonlocal made
+        made += 1
+        if made == 3:
+            raise KeyboardInterrupt
+        return ensure_host(*args, **arguments)
+
+    monkeypatch.setattr("vispeft.adapters.placing.ensure_host", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        vispeft.attach(model, vispeft.LoRA(), name="two")
+    assert (bank.names, bank.active) == (["one"], ["one"])
+    assert not any(".adapters.two" in name for name, _ in model.named_modules())
+    bank.detach("one")
+    assert [type(module) for module in model.modules()] == classes
 
 
 def test_a_refused_adapter_leaves_the_activation(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ PAGES = [
     p for p in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))] if p.is_file()
 ]
 NO_RUN = "<!-- no-run -->"
+TRAINS = ("mmseg", "quickstart", "resume", "segmentation")
+"""Pages whose code trains, which takes longest; they run with the slow tests."""
 FOLDERS = {name.partition("/")[0] for name in config_names()}
 
 
@@ -57,20 +60,31 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
+def compiled(block: Block, page: Path) -> CodeType:
+    """Compile a block as a script of its own."""
+    # Empty lines in front make a traceback point into the page.
+    return compile("\n" * (block.line - 1) + block.text, str(page), "exec", dont_inherit=True)
+
+
 def page_id(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if any(b.language == "python" for b in blocks(p))], ids=page_id)
-def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page_id(page), marks=[pytest.mark.slow] if page.stem in TRAINS else [])
+        for page in PAGES
+        if any(block.language == "python" for block in blocks(page))
+    ],
+)
+def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, namespace: dict[str, object]) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    namespace: dict[str, object] = {"__name__": "__docs__"}
     for block in blocks(page):
         if block.language != "python":
             continue
-        # Empty lines in front make a traceback point into the page.
-        code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
+        code = compiled(block, page)
         if block.run:
             exec(code, namespace)
 

@@ -16,6 +16,7 @@ from tests.mmseg.toy import (
     close,
     make_config,
 )
+from vispeft.errors import ConfigError
 from vispeft.mmseg import save_adapter
 from vispeft.storage.files import read_decoder
 
@@ -29,6 +30,13 @@ def test_maps_of_any_size(weights):
             assert isinstance(maps, tuple)
             wanted = [(1, c, -(-height // s), -(-width // s)) for c, s in zip(CHANNELS[family], strides, strict=True)]
             assert [tuple(level.shape) for level in maps] == wanted
+
+
+def test_methods_with_hooks_are_refused(weights, monkeypatch):
+    """Nothing in mmengine's loops would call them."""
+    monkeypatch.setattr(vispeft.SSF, "loss_term", lambda *_: None)
+    with pytest.raises(ConfigError, match="loss_term"):
+        backbone_of("vit", weights, peft={"type": "SSF"})
 
 
 def test_init_weights_leaves_the_backbone_alone(weights):

@@ -215,6 +215,22 @@ def test_checkpoints_hold_what_training_changes_and_nothing_frozen(tmp_path):
     assert set(content["vispeft"]["training"]["random"]) == {"python", "numpy", "torch", "cuda"}
 
 
+def test_a_checkpoint_holds_adapters_that_were_frozen_after_they_trained():
+    """A schedule may freeze one in the middle of a run; the run that goes on starts with it unfrozen."""
+    task, resumed = make(), make()
+    for each in (task, resumed):
+        vispeft.attach(each.model, vispeft.BitFit(), name="second")
+    tensor = next(iter(task.bank.named_tensors("default").values()))
+    with torch.no_grad():
+        tensor.add_(1)
+    task.bank.freeze("default")
+    checkpoint = {"state_dict": dict(task.state_dict())}
+    task.on_save_checkpoint(checkpoint)
+    resumed.on_load_checkpoint(checkpoint)
+    resumed.load_state_dict(checkpoint["state_dict"], strict=False)
+    assert torch.equal(next(iter(resumed.bank.named_tensors("default").values())), tensor)
+
+
 # ------------------------------------------------------------------ damaged files
 
 

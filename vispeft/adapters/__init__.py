@@ -1,1 +1,1 @@
-"""The life of adapters on a model: attaching, switching, checking, merging, and the bank that does it."""
+"""Adapters on a model: the bank, which attaches, switches, verifies, merges and saves them."""

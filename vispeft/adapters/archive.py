@@ -1,4 +1,4 @@
-"""The files of a bank: an adapter's tensors under their names in files, saving, loading, and the base's own weights."""
+"""The files of a bank: adapter tensors by their names in files, saving, loading, and loading of base weights."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ __all__ = ["FileBank"]
 logger = logging.getLogger(__name__)
 
 HEAD = "head/"
-"""Beginning of the names of a classifier's tensors in files."""
+"""Name prefix of a classifier's tensors in files."""
 _NOTES = ("class_names", "preprocessing", "metrics", "output")
-"""Facts a file tells its user; files of earlier versions lack the last."""
+"""Notes in a file; files of earlier versions lack the last one."""
 
 
 class FileBank(BankState):
@@ -38,21 +38,21 @@ class FileBank(BankState):
     def adding(
         self, method: Method, name: str, tasks: Sequence[str] | None, seed: int | None
     ) -> AbstractContextManager[Entry]:
-        """Place the units of a new adapter, and roll back when an error follows."""
+        """Place the units of a new adapter, and roll back on an error."""
         raise NotImplementedError
 
     def declare(self, name: str) -> None:
-        """Let a new adapter train, and act alone."""
+        """Make a new adapter trainable and the only one that acts."""
         raise NotImplementedError
 
     def put_head(self, name: str, head: nn.Module | None) -> None:
-        """Give an adapter another classifier."""
+        """Replace an adapter's classifier."""
         raise NotImplementedError
 
     # ------------------------------------------------------------------ tensors
 
     def state_dict(self, name: str | None = None) -> dict[str, Tensor]:
-        """Map names in files to an adapter's tensors, its classifier's under ``head/``.
+        """Return an adapter's tensors by their names in files, those of its classifier under ``head/``.
 
         Args:
             name: The adapter; may be left out where only one acts.
@@ -61,7 +61,7 @@ class FileBank(BankState):
         return {**self._entries[label].state(), **self._head_state(label)}
 
     def stored_tensors(self, name: str | None = None) -> dict[str, Tensor]:
-        """Map names in files to the tensors of an adapter's units, in the form of `Method.file_method`.
+        """Return the tensors of an adapter's units by their names in files, in the form of `Method.file_method`.
 
         Args:
             name: The adapter; may be left out where only one acts.
@@ -69,7 +69,7 @@ class FileBank(BankState):
         return self._entry(name).file_tensors()
 
     def stored_bytes(self, name: str | None = None) -> int:
-        """Count the bytes of an adapter's tensors in a file, without headers.
+        """Return the size of an adapter's tensors in a file, without headers, in bytes.
 
         Args:
             name: The adapter; may be left out where only one acts.
@@ -83,12 +83,12 @@ class FileBank(BankState):
         """Copy tensors into an adapter.
 
         Args:
-            tensors: All of the adapter's tensors, as `state_dict` names them; a classifier may be missing, and one with
-                another class count replaces the present one.
+            tensors: All tensors of the adapter, by the names of `state_dict`; the classifier may be missing, and one
+                with another number of classes replaces the current one.
             name: The adapter; may be left out where only one acts.
 
         Raises:
-            FileError: If a tensor is missing, unknown, of another shape, or not finite; nothing is copied then.
+            FileError: If a tensor is missing, unknown, of another shape, or not finite; then nothing is copied.
         """
         self._check_unmerged("load an adapter's tensors")
         label = self._label(name)
@@ -107,7 +107,7 @@ class FileBank(BankState):
         return {} if head is None else {f"{HEAD}{key}": tensor.detach() for key, tensor in head.state_dict().items()}
 
     def _load_head(self, label: str, tensors: dict[str, Tensor]) -> None:
-        """Copy a classifier's tensors; one of another shape is made anew."""
+        """Copy a classifier's tensors, into a new classifier if the shape differs."""
         entry, present = self._entries[label], self._heads.get(label)
         width = entry.method.head_width(self.view) or cast(int, self._model.num_features)
         for key, tensor in tensors.items():
@@ -124,18 +124,23 @@ class FileBank(BankState):
             if present is None:
                 like = next(self._model.parameters())
                 present = nn.Linear(width, classes, "bias" in tensors, device=like.device, dtype=like.dtype)
+            if set(present.state_dict()) != set(tensors):
+                raise FileError(
+                    f"The head in the file has tensors {sorted(tensors)}; the classifier of {entry.method.name} has "
+                    f"{sorted(present.state_dict())}."
+                )
             self.put_head(label, present)
         cast(nn.Module, self._heads.get(label)).load_state_dict(tensors)
 
     def keep_encoded(self, encoded: Mapping[str, Tensor], name: str | None = None) -> None:
-        """Remember the bytes of tensors that were just loaded; until trained they are saved byte for byte.
+        """Keep the encoded bytes of tensors that were just loaded; until trained they are saved byte for byte.
 
         Args:
-            encoded: Bytes (uint8) by the tensor's name in files; the tensors hold their decoded values already.
+            encoded: Bytes (uint8) by the tensor's name in files; the tensors already hold the decoded values.
             name: The adapter; may be left out where only one acts.
 
         Raises:
-            UnknownNameError: If there is no such tensor, or it is stored as it is.
+            UnknownNameError: If there is no such tensor, or it is saved unencoded.
         """
         coded = {key: (module, tensor) for key, module, tensor, _ in self._coded(self._label(name))}
         for key, content in encoded.items():
@@ -145,7 +150,7 @@ class FileBank(BankState):
             module.keep_encoded(tensor, content)
 
     def _coded(self, label: str) -> Iterator[tuple[str, Unit | LowBitHead, str, str]]:
-        """Iterate over the tensors that a file holds encoded: name in files, module, name inside it, codec."""
+        """Iterate over the tensors that are saved encoded: name in files, module, name in the module, codec."""
         head = self._heads.get(label)
         modules: dict[str, Any] = {f"{key}.": unit for key, unit in self._entries[label].units.items()}
         if isinstance(head, LowBitHead):
@@ -154,7 +159,7 @@ class FileBank(BankState):
             yield from ((f"{place}{name}", module, name, codec) for name, codec in module.codecs().items())
 
     def _encoded(self, label: str, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Encode an adapter's tensors for a file; gives the codecs of those that are encoded too."""
+        """Encode an adapter's tensors for a file; also return the codecs of the encoded ones."""
         stored, codecs = dict(values), {}
         for key, module, name, codec in self._coded(label):
             kept = module.encoded(name)
@@ -163,13 +168,13 @@ class FileBank(BankState):
         return stored, codecs
 
     def load_base(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Load a plain timm state dict into the base, adapters untouched.
+        """Load a plain timm state dict into the base, without changing adapters.
 
         Args:
-            state_dict: Tensors under timm's names; a classifier of the same shape goes to the base's own.
+            state_dict: Tensors under timm's names; a classifier of the same shape is loaded into the base's own.
 
         Raises:
-            FileError: If a tensor is missing, unknown or of another shape; nothing is copied then.
+            FileError: If a tensor is missing, unknown or of another shape; then nothing is copied.
         """
         self._check_unmerged("load base weights")
         own, head = dict(self.base_tensors()), self._heads.base
@@ -185,7 +190,7 @@ class FileBank(BankState):
         if {k: t.shape for k, t in classifier.items()} == {k: t.shape for k, t in head.state_dict().items()}:
             head.load_state_dict(classifier)
         else:
-            logger.info("The classifier in the state dict is of another shape than the base's; that one stays.")
+            logger.info("The classifier in the state dict has another shape than the base's, which is kept.")
 
     # ------------------------------------------------------------------ notes
 
@@ -198,14 +203,14 @@ class FileBank(BankState):
         metrics: Mapping[str, Any] | None = None,
         output: Mapping[str, Any] | None = None,
     ) -> None:
-        """Note facts for the user of the file; `save` writes them down.
+        """Set notes for the users of the file, written by `save`.
 
         Args:
             name: The adapter; may be left out where only one acts.
             class_names: Names of the classes, in the order of the classifier.
-            preprocessing: Mean, std, size and interpolation.
+            preprocessing: Mean, standard deviation, size and interpolation.
             metrics: Scores of the adapter.
-            output: How the model's outputs are read: kind of target, temperature, unit.
+            output: Interpretation of the model's outputs: kind of target, temperature, unit.
         """
         notes = self._entry(name).notes
         if class_names is not None:
@@ -217,7 +222,7 @@ class FileBank(BankState):
             notes[key] = plain_values(value, key)
 
     def notes(self, name: str | None = None) -> dict[str, Any]:
-        """Give the notes of `annotate`, or of the adapter's file.
+        """Return the notes set by `annotate` or read from the adapter's file.
 
         Args:
             name: The adapter; may be left out where only one acts.
@@ -227,15 +232,15 @@ class FileBank(BankState):
     # ------------------------------------------------------------------ files
 
     def save(self, path: str | Path, name: str | None = None, *, decoder: Mapping[str, Tensor] | None = None) -> None:
-        """Write an adapter: ``adapter.json``, ``adapter.safetensors`` and ``head.safetensors``, nothing of the base.
+        """Save an adapter: ``adapter.json``, ``adapter.safetensors`` and ``head.safetensors``, nothing of the base.
 
         Args:
-            path: The directory; made where it is missing.
+            path: The directory; created if missing.
             name: The adapter; may be left out where only one acts.
-            decoder: Tensors of a decoder that belongs to the task; `files.read_decoder` gives them back.
+            decoder: Tensors of the task's decoder; read them with `files.read_decoder`.
 
         Raises:
-            FileError: If it cannot be written; the earlier files are still there then.
+            FileError: If it cannot be written; then the earlier files are unchanged.
             ConfigError: If the classifier was replaced by hand.
         """
         self._heads.check_place()
@@ -265,18 +270,18 @@ class FileBank(BankState):
         write_adapter(Path(path), header, units, {**head, **beside})
 
     def _head_part(self, label: str, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Describe the classifier: its shapes, none for features as they are, None where the adapter has none."""
+        """Describe the classifier by its shapes: empty for an identity, None if the adapter has no classifier."""
         if self._heads.get(label) is None:
             return None
         return {key.removeprefix(HEAD): list(tensor.shape) for key, tensor in tensors.items()}
 
     def load(self, path: str | Path, name: str | None = None, allow_base_mismatch: bool = False) -> None:
-        """Put an adapter from a file on the model and let it act alone.
+        """Attach an adapter from a file and make it the only one that acts.
 
         Args:
-            path: Its directory.
-            name: Its name on this model; by default ``default``, or the directory's name when that is taken.
-            allow_base_mismatch: Load it also on other weights.
+            path: The adapter's directory.
+            name: Its name on this model; by default ``default``, or the directory's name if that is taken.
+            allow_base_mismatch: Also load it on a base with other weights.
 
         Raises:
             FileError: If a file is missing, truncated or altered.
@@ -291,9 +296,9 @@ class FileBank(BankState):
             check_fingerprint(header["backbone"]["fingerprint"], self._model, self.view)
             self._check_pooling(header)
         method = method_from_dict(header["method"])
-        # Files of earlier versions may name tasks that nothing reads.
+        # Files of earlier versions may list tasks that nothing uses.
         tasks = header["tasks"] if method.multi_task or header.get("per_task") else None
-        # Modules draw values when they are made, which those of the file replace.
+        # Modules draw random values when created, which the file's values then replace.
         with torch.random.fork_rng(devices=[]), self.adding(method, label, tasks, None) as entry:
             self._heads.put(label, self._head_for(header, entry))
             if header["head"] is None:
@@ -303,7 +308,7 @@ class FileBank(BankState):
             kept = {key: cut.fit(key, tensor, entry.units) for key, tensor in units.items() if cut.keeps(key, entry)}
             found = {**kept, **{key: tensor for key, tensor in head.items() if not key.startswith(DECODER)}}
             self.load_state_dict(found, label)
-            # A tensor that was sliced for a truncated model no longer has the bytes of the file.
+            # A tensor sliced for a truncated model no longer matches the bytes of the file.
             whole = {key for key, tensor in found.items() if tensor is (units | head)[key]}
             coded = {key for key, entry in header["tensors"].items() if entry["codec"] != RAW}
             self.keep_encoded({key: (encoded[0] | encoded[1])[key] for key in whole & coded}, label)
@@ -314,7 +319,7 @@ class FileBank(BankState):
         self.annotate(label, **{key: header.get(key) for key in _NOTES})
 
     def _head_for(self, header: Mapping[str, Any], entry: Entry) -> nn.Module | None:
-        """Make the classifier of a file's adapter; None for a copy of the base's, which the file's tensors replace."""
+        """Create a loaded adapter's classifier; None means a copy of the base's, whose tensors are then replaced."""
         if header["head"] == {}:
             return nn.Identity()
         return own_head(entry.method, self.view, self._model, header["seed"])
@@ -323,16 +328,16 @@ class FileBank(BankState):
         saved, found = header["backbone"]["fingerprint"]["function"]["pool"], pool_of(self._model)
         if header["head"] and self.view.head_path is not None and found and saved != found:
             raise BaseMismatchError(
-                f"The adapter's classifier was trained behind pooling {saved!r}; this model pools by {found!r}. Create "
+                f"The adapter's classifier was trained with pooling {saved!r}; this model has {found!r}. Create "
                 f"it with global_pool={saved!r}."
             )
 
 
 class CutModel:
-    """The parts of a whole model that a truncated one lacks, and the tensors of an adapter that belong to them."""
+    """The parts of a full model that a truncated one lacks, and the adapter tensors that belong to them."""
 
     def __init__(self, bank: BankState, header: Mapping[str, Any]) -> None:
-        """Compare the model with the one an adapter was saved from.
+        """Compare the model with the one the adapter was saved from.
 
         Args:
             bank: The bank of the model.
@@ -342,7 +347,7 @@ class CutModel:
         self.absent = absent_parts(header["backbone"]["fingerprint"], bank._model, bank.view)
 
     def keeps(self, key: str, entry: Entry) -> bool:
-        """Tell whether a tensor of the file belongs to a part that is here.
+        """Return whether a tensor of the file belongs to a part this model has.
 
         Args:
             key: Its name in the file.
@@ -350,7 +355,7 @@ class CutModel:
         """
         site = key.split("/", 1)[0]
         if self.absent and not site and key not in entry.state():
-            return False  # a unit of the whole model may hold tensors for parts that a truncated one lacks
+            return False  # a unit of the full model may hold tensors for parts that a truncated one lacks
         if any(site.partition(":")[0] == part or site.startswith(f"{part}.") for part in self.absent):
             return site in {known.key for known in self.view.sites}
         no_norm = self.view.head_path is None and not any(True for _ in self.view.at("final_norm"))
@@ -358,7 +363,7 @@ class CutModel:
 
     @staticmethod
     def fit(key: str, tensor: Tensor, units: Mapping[str, Unit]) -> Tensor:
-        """Slice a tensor of the file to the shape that this model's unit expects.
+        """Slice a tensor of the file to the shape this model's unit expects.
 
         Args:
             key: Its name in the file.

@@ -22,10 +22,10 @@ def attach(
     tasks: Sequence[str] | None = None,
     verify: bool = True,
 ) -> AdapterBank:
-    """Put an adapter on a timm model, in place: the base frozen, units injected, gradients verified.
+    """Attach an adapter to a timm model, in place: freeze the base, inject units, verify gradients.
 
-    The model stays what it was: same class, same names of base tensors, same methods. The adapter gets a classifier of
-    its own, a copy of the present one.
+    The model keeps its timm class, its methods and the names of the base's tensors. The adapter gets a classifier of
+    its own, a copy of the base's.
 
     Args:
         model: A timm model of a supported family, or a ``features_only`` wrapper around one.
@@ -35,7 +35,7 @@ def attach(
         verify: Check with one image of noise that every trainable tensor receives a gradient.
 
     Returns:
-        The model's bank; the same one at every call on the same model.
+        The model's bank; every call on the same model returns the same bank.
 
     Raises:
         BackboneError: If the model is not supported.
@@ -55,13 +55,13 @@ def attach(
 def load(
     model: nn.Module, path: str | Path, *, name: str | None = None, allow_base_mismatch: bool = False
 ) -> AdapterBank:
-    """Put a saved adapter on a timm model.
+    """Attach a saved adapter to a timm model.
 
     Args:
         model: The backbone the adapter was trained on; its classifier may have any number of classes.
         path: The adapter's directory.
-        name: Its name on this model; by default ``default``, or the directory's name when that is taken.
-        allow_base_mismatch: Load it also on other weights.
+        name: Its name on this model; by default ``default``, or the directory's name if that is taken.
+        allow_base_mismatch: Also load it on a base with other weights.
 
     Returns:
         The model's bank.
@@ -77,7 +77,7 @@ def load(
 
 @contextmanager
 def _bank_of(model: nn.Module) -> Iterator[AdapterBank]:
-    """Give the model's bank, or a new one that goes again when nothing could be put into it."""
+    """Return the model's bank, or a new one, which is removed again if no adapter could be added."""
     bank = AdapterBank.of(model) or AdapterBank(model)
     try:
         yield bank

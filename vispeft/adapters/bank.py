@@ -34,13 +34,13 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+")
 class AdapterBank(FileBank, TrainingBank, HookBank):
     """All adapters of one model.
 
-    Get one from `attach` or `load`. The model stays usable by whoever knows timm; the bank is only needed to manage
-    the adapters. Two records are kept apart: the route says which adapters act (`set_active`, `using`, `disabled`), and
-    the declaration says which train (`freeze`, `unfreeze`).
+    Get one from `attach` or `load`. The model stays a timm model in use; the bank is only needed to manage the
+    adapters. It keeps two separate records: the route determines which adapters act (`set_active`, `using`,
+    `disabled`), and the declaration determines which train (`freeze`, `unfreeze`).
     """
 
     def __init__(self, outer: nn.Module) -> None:
-        """Take stock of a bare timm model; `attach` calls this.
+        """Create the bank of a timm model without adapters; called by `attach`.
 
         Args:
             outer: The timm model, or a ``features_only`` wrapper around it.
@@ -56,13 +56,13 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
 
     @staticmethod
     def of(model: nn.Module) -> AdapterBank | None:
-        """Find the bank of a model that has adapters.
+        """Return the bank of a model with adapters.
 
         Args:
             model: A timm model, a ``features_only`` wrapper around one, or a compiled one.
 
         Returns:
-            Its bank; None without adapters.
+            Its bank; None if it has no adapters.
         """
         bank = unwrap(model).__dict__.get(BANK)
         return bank if isinstance(bank, AdapterBank) else None
@@ -72,7 +72,7 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
     def add(
         self, method: Method, name: str = "default", tasks: Sequence[str] | None = None, verify: bool = True
     ) -> None:
-        """Put one more adapter on the model and let it act alone; see `attach`."""
+        """Add an adapter and make it the only one that acts; see `attach`."""
         seed = int(torch.randint(0, 2**31 - 1, ()))
         with self.adding(method, name, tasks, seed):
             self._heads.put(name, own_head(method, self.view, self._model, seed))
@@ -82,13 +82,13 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
 
     @contextmanager
     def adding(self, method: Method, name: str, tasks: Sequence[str] | None, seed: int | None) -> Iterator[Entry]:
-        """Place the units of a new adapter, without a classifier, and roll back when an error follows.
+        """Place the units of a new adapter, without a classifier, and roll back on an error in the ``with`` block.
 
         Args:
             method: The method.
             name: Name of the adapter.
             tasks: Its tasks; None for none.
-            seed: Seed of its start values; None where values from a file follow.
+            seed: Seed of its initial values; None if they will come from a file.
         """
         self._check_new_name(name)
         self.check_ready("attach another adapter")
@@ -102,21 +102,21 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
             plan = make_plan(method, self._outer, tasks)
             units = build_units(plan, self._model, seed)
             entry = Entry(method, plan, units, None if tasks is None else tuple(tasks), seed or 0)
-            place_units(entry, name, self._model, self.view, self._routing)
             self._entries[name] = entry
             try:
+                place_units(entry, name, self._model, self.view, self._routing)
                 yield entry
-            except Exception:
+            except BaseException:  # also an interrupt, in the middle of the verification
                 self.detach(name)
                 if self._entries:
                     self.set_active(before.names, task=before.task)
                 raise
 
     def declare(self, name: str) -> None:
-        """Let a new adapter train, and act alone.
+        """Make a new adapter trainable and the only one that acts.
 
         Args:
-            name: The adapter, with its classifier.
+            name: The adapter, whose classifier is in place.
         """
         self._declare(self._entries[name], name)
         head = self._heads.get(name)
@@ -144,14 +144,14 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
             )
 
     def detach(self, name: str) -> None:
-        """Take an adapter off; with the last one the model is as it was before the first.
+        """Remove an adapter; removing the last one restores the model's state before the first.
 
         Args:
             name: The adapter.
 
         Raises:
             UnknownNameError: If there is no such adapter.
-            MergeError: If it is merged for good.
+            MergeError: If it was merged with ``keep_original=False``.
         """
         entry = self._entry(name)
         if self._merged is not None:
@@ -174,7 +174,7 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
         self.close_if_empty()
 
     def close_if_empty(self) -> None:
-        """Leave the model as it was before the first adapter, when there is none left."""
+        """Restore the model's state before the first adapter, if none is left."""
         if self._entries or self._model.__dict__.get(BANK) is not self:
             return
         self._heads.close()
@@ -187,14 +187,14 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
     # ------------------------------------------------------------------ acting: the route
 
     def set_active(self, names: str | Sequence[str], *, task: str | None = None) -> None:
-        """Choose the adapters that act, for good and for every thread's next forward pass.
+        """Choose the adapters that act, as the default for every thread's next forward pass.
 
-        Several act one after the other, in the given order; the classifier is that of the last one that has one. What
-        trains is another record: see `freeze`.
+        Several act one after the other, in the given order, with the classifier of the last one that has one. This does
+        not affect which adapters train: see `freeze`.
 
         Args:
-            names: One name, several, or none for the base alone.
-            task: The task that is asked for, where an adapter has tasks.
+            names: One name or several; an empty list for the base alone.
+            task: The task, if an adapter has tasks.
 
         Raises:
             UnknownNameError: If there is no such adapter, or it has no such task.
@@ -208,19 +208,19 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
     def using(
         self, *names: str, task: str | None = None, rows: Sequence[str | None] | None = None
     ) -> AbstractContextManager[None]:
-        """Choose the adapters that act in a block of code, for the calling thread alone.
+        """Choose the adapters that act in a ``with`` block, for the calling thread alone.
 
-        Blocks nest, and the route before is put back also after an error. The backward pass of a forward pass in the
-        block may run outside of it.
+        Blocks can be nested, and the previous route is restored also after an error. The backward pass may run outside
+        the block.
 
         Args:
-            *names: The adapters, in the order in which they act; with none, those that act now.
-            task: The task that is asked for; names without a task clear the task.
-            rows: One adapter or None for each image of the batch, instead of names.
+            *names: The adapters, in the order in which they act; by default those that currently act.
+            task: The task; names without a task clear it.
+            rows: Instead of names, one adapter or None for each image of the batch.
 
         Raises:
             UnknownNameError: If there is no such adapter, or it has no such task.
-            ConfigError: If both names and rows are given, or rows, which this version does not route.
+            ConfigError: If rows are given, which this version does not support.
             SiteError: If two adapters replace the same tensor.
             MergeError: If the model is merged.
 
@@ -241,7 +241,7 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
         return self._routing.using(self.route(names or present.names, task))
 
     def disabled(self) -> AbstractContextManager[None]:
-        """Make the model the bare base for a while, its own classifier included.
+        """Run the base alone in a ``with`` block, with its own classifier.
 
         Example:
             >>> with bank.disabled():
@@ -251,7 +251,7 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
         return self._routing.using(self.route((), None))
 
     def checkpoint_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Give the contexts of a checkpoint of your own: the repeated forward pass takes the route of the first one.
+        """Return the contexts for activation checkpointing: the recomputation uses the route of the forward pass.
 
         Example:
             >>> with bank.using("seg"):
@@ -260,11 +260,11 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
         return recompute_contexts(self._routing)
 
     def route(self, names: tuple[str, ...], task: str | None) -> Route:
-        """Give the route of a choice, made once.
+        """Return the cached route for a choice of adapters.
 
         Args:
             names: The adapters that act, in order.
-            task: The task that is asked for; None for none.
+            task: The task; None for no task.
 
         Raises:
             UnknownNameError: If there is no such adapter, or it has no such task.
@@ -279,10 +279,10 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
 
     @contextmanager
     def replacing_head(self, num_classes: int) -> Iterator[None]:
-        """Give the classifier that timm makes in this block to the last acting adapter, or to the base without one.
+        """Assign the classifier timm creates in the ``with`` block to the last acting adapter, else to the base.
 
         Args:
-            num_classes: Number of classes of the new one.
+            num_classes: Number of classes of the new classifier.
         """
         self._heads.check_place()
         route, base = self._routing.present(), self._heads.base
@@ -298,15 +298,15 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
         self._heads.restore_base(base)
         self._model.__dict__["num_classes"] = before
         entry = self._entries[owner]
-        wide = entry.method.head_width(self.view) is not None
-        self.put_head(owner, own_head(entry.method, self.view, self._model, entry.seed, num_classes) if wide else made)
+        own = own_head(entry.method, self.view, self._model, entry.seed, num_classes) if num_classes else None
+        self.put_head(owner, made if own is None else own)
 
     def put_head(self, name: str, head: nn.Module | None) -> None:
-        """Give an adapter another classifier.
+        """Replace an adapter's classifier.
 
         Args:
             name: The adapter.
-            head: The classifier; None for none. One that stands at the base's place goes from there.
+            head: The classifier; None removes it. One that stands at the base's place is moved from there.
         """
         entry = self._entries[name]
         self._heads.clear_place(head)
@@ -322,20 +322,20 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
     # ------------------------------------------------------------------ merging
 
     def merge(self, keep_original: bool = True, partial: bool = False) -> MergeReport:
-        """Write the acting adapters into plain timm layers, as exact algebra in double precision.
+        """Merge the acting adapters into plain timm layers, by exact algebra in double precision.
 
-        Afterwards every layer has timm's own class and names again, and the model is as fast as the base.
+        Every layer then has timm's own class and names again, and the model is as fast as the base.
 
         Args:
-            keep_original: Keep beside the model what `unmerge` needs.
-            partial: Leave layers adapted that have no plain form, instead of refusing.
+            keep_original: Keep the original tensors, which `unmerge` needs.
+            partial: Leave layers without a plain form adapted, instead of raising.
 
         Returns:
-            Which layers changed, keys that are new, layers that stay, and the measured difference.
+            The changed layers, new keys, layers that stay adapted, and the measured error.
 
         Raises:
             MergeError: If a layer has no plain form, a merged tensor is not finite, or the outputs differ beyond
-                rounding; nothing is changed then.
+                rounding; then nothing is changed.
         """
         if self._merged is not None:
             return self._merged.report
@@ -358,7 +358,7 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
         return merged.report
 
     def unmerge(self) -> None:
-        """Undo `merge`, bit for bit, from the kept originals.
+        """Undo `merge` bit for bit, from the kept originals.
 
         Raises:
             MergeError: If the model is not merged, or the originals were not kept.
@@ -374,6 +374,7 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
         if not self._merged.report.kept:
             self._heads.show()
         reference = next(self._model.parameters())
+        self._heads.follow(reference)
         for entry in self._entries.values():
             for placed in entry.placed:
                 placed.unit.to(reference.device)  # the model may have been moved since

@@ -1,4 +1,4 @@
-"""The record of one adapter on a model: its method, its units and where they are, its tensors and notes."""
+"""The record of one adapter on a model: its method, units and their hosts, tensors and notes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Placed:
     unit: Unit
     """The unit."""
     task: str | None = None
-    """The task it is a copy for; None where it acts for every task."""
+    """The task of this copy; None if the unit acts for every task."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class UnitTensor:
     key: str
     """Name of the unit in files."""
     name: str
-    """Name inside the unit."""
+    """Name in the unit."""
     unit: Unit
     """The unit."""
     tensor: nn.Parameter
     """The tensor."""
 
     def __str__(self) -> str:
-        """Give its name in files."""
+        """Return its name in files."""
         return f"{self.key}.{self.name}"
 
 
@@ -56,19 +56,19 @@ class Entry:
     """Units by key."""
     tasks: tuple[str, ...] | None
     seed: int
-    """Seed of the start values."""
+    """Seed of the initial values."""
     frozen: bool = False
-    """Whether it is left alone by training."""
+    """Whether training leaves it unchanged."""
     placed: list[Placed] = field(default_factory=list)
-    """The units at their hosts, those of stochastic depth included."""
+    """The units at their hosts, including those of stochastic depth."""
     carriers: list[Host] = field(default_factory=list)
-    """Hosts through which its streams pass."""
+    """Hosts its streams pass through."""
     hosts: list[Host] = field(default_factory=list)
-    """All hosts that exist for this adapter, each once."""
+    """All hosts this adapter uses, each once."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Class names, preprocessing and metrics, for the file."""
     merge_error: float | None = None
-    """Error of the last merge, when there was one."""
+    """Error of the last merge, if any."""
 
     @property
     def per_task(self) -> bool:
@@ -88,18 +88,18 @@ class Entry:
         return {item.key: item.site.role for item in self.plan}
 
     def state(self) -> dict[str, Tensor]:
-        """Map names in files to the tensors of its units, in the form in which they train."""
+        """Return the tensors of its units by their names in files, in the form used in training."""
         return {f"{key}.{name}": t for key, unit in self.units.items() for name, t in unit.state_dict().items()}
 
     def file_tensors(self) -> dict[str, Tensor]:
-        """Map names in files to the tensors of its units, in the form of `Method.file_method`."""
+        """Return the tensors of its units by their names in files, in the form of `Method.file_method`."""
         return {f"{key}.{name}": t for key, unit in self.units.items() for name, t in unit.file_tensors().items()}
 
     def acting(self, task: str | None) -> Iterator[tuple[int, Unit]]:
-        """Iterate over the units that act for a task, each with the number of its host's slot.
+        """Iterate over the units that act for a task, each with the slot number of its host.
 
         Args:
-            task: The task; None for none.
+            task: The task; None for no task.
         """
         for placed in self.placed:
             unit = placed.unit.routed(task) if placed.task in (None, task) else None

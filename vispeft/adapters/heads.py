@@ -1,4 +1,4 @@
-"""Heads: each adapter owns its classifier; the one of the route answers at timm's place."""
+"""Classifiers: each adapter owns one, and the base's at timm's key dispatches to the one of the route."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["HeadRack", "LowBitHead", "WideHead", "own_head"]
 
 
 class WideHead(nn.Linear):
-    """A classifier in float32 behind a backbone in reduced precision, which would round its updates away."""
+    """A float32 classifier on a backbone in reduced precision, in which its small updates would be rounded away."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute (B, classes), in float32."""
@@ -29,12 +29,12 @@ class WideHead(nn.Linear):
 
 
 class LowBitHead(LowBit, nn.Linear):
-    """A classifier without a bias whose weight has a few bits (the 1-bit head of arXiv 2307.16867)."""
+    """A low-bit classifier without a bias (the 1-bit head of arXiv 2307.16867)."""
 
     matrices = ("weight",)
 
     def __init__(self, width: int, classes: int, bits: int) -> None:
-        """Make it, drawn as PyTorch draws a linear layer.
+        """Create the classifier, initialised as PyTorch initialises a linear layer.
 
         Args:
             width: Number of features.
@@ -45,28 +45,29 @@ class LowBitHead(LowBit, nn.Linear):
         self.bits = bits
 
     def forward(self, input: Tensor) -> Tensor:
-        """Compute (B, classes), in the weight's type."""
+        """Compute (B, classes), in the weight's dtype."""
         weight = self.matrix("weight")
         return nn.functional.linear(input.to(weight.dtype), weight)
 
 
 def own_head(method: Method, view: View, model: nn.Module, seed: int, classes: int | None = None) -> nn.Module | None:
-    """Make the classifier of a method that wants one of a few bits, or of another width than the model's.
+    """Create the classifier of a method that needs a low-bit one or another input width than the model's.
 
     Args:
         method: The method.
         view: The model's description.
         model: The timm model.
-        seed: Seed of its start values.
-        classes: Number of classes; None for that of the base's classifier.
+        seed: Seed of its initial values.
+        classes: Number of classes; None uses that of the base's classifier.
 
     Returns:
-        The classifier; None where the method takes timm's.
+        The classifier; None if the method uses timm's.
     """
     bits, width = method.low_bit_head(), method.head_width(view)
     if view.head_path is None:
         return None
-    classes = classes or getattr(model.get_submodule(view.head_path), "out_features", 0)
+    if classes is None:
+        classes = getattr(model.get_submodule(view.head_path), "out_features", 0)
     if (bits == 32 and width is None) or not classes:
         return None
     reference = next(model.parameters())
@@ -84,17 +85,17 @@ def own_head(method: Method, view: View, model: nn.Module, seed: int, classes: i
 
 
 class HeadRack:
-    """The classifiers of all adapters, in the model's ``adapter_heads``, and the base's at timm's place.
+    """The classifiers of all adapters, in the model's ``adapter_heads``, and the base's at timm's key.
 
-    The base's classifier is a host: it lets the classifier of the route answer.
+    The base's classifier is a host, which dispatches to the classifier of the route.
     """
 
     def __init__(self, model: nn.Module, path: str | None, routing: Routing) -> None:
-        """Take stock of a bare model.
+        """Record the classifier of a model without adapters, and turn it into a host.
 
         Args:
             model: The timm model.
-            path: Path of its classifier; None where there is none.
+            path: Path of its classifier; None if there is none.
             routing: The route of the model.
         """
         self.model, self.path, self.routing = model, path, routing
@@ -110,7 +111,7 @@ class HeadRack:
 
     @property
     def base(self) -> nn.Module | None:
-        """The base's own classifier; None where the model has no place for one."""
+        """The base's own classifier; None if the model has none."""
         return self._base
 
     def check_place(self) -> None:
@@ -137,18 +138,18 @@ class HeadRack:
             self._stand(cast(nn.Module, self._base))
 
     def get(self, name: str) -> nn.Module | None:
-        """Look up an adapter's classifier.
+        """Return an adapter's classifier.
 
         Args:
             name: The adapter.
 
         Returns:
-            The classifier; None where it has none.
+            The classifier; None if it has none.
         """
         return dict(self.own.items()).get(name)
 
     def put(self, name: str, head: nn.Module | None = None) -> None:
-        """Give an adapter a classifier: its own, or a copy of the base's.
+        """Set an adapter's classifier: a given one, or a copy of the base's.
 
         Args:
             name: The adapter.
@@ -157,38 +158,42 @@ class HeadRack:
         if self.path is None:
             return
         module = self._copy_of_base() if head is None else head
-        if type(module) is nn.Linear and module.weight.dtype in (torch.bfloat16, torch.float16):
-            module.__class__ = WideHead
-            module.float()
+        reference = next(self.model.parameters())
+        module.to(reference.device)
+        if type(module) is nn.Linear:
+            if reference.dtype in (torch.bfloat16, torch.float16):
+                module.__class__ = WideHead
+            module.to(reference.dtype if reference.dtype == torch.float64 else torch.float32)
         self.own[name] = module
 
     def drop(self, name: str) -> None:
-        """Forget an adapter's classifier, if it has one."""
+        """Remove an adapter's classifier, if it has one."""
         if name in self.own:
             del self.own[name]
 
     def put_base(self, head: nn.Module) -> None:
-        """Put a classifier at timm's place, as the base's own.
+        """Install a new classifier of the base at timm's key.
 
         Args:
             head: The classifier.
         """
-        self._stand(head)
+        self._stand(head.to(next(self.model.parameters())).requires_grad_(False))
         self._base = ensure_host(head, HeadHost, routing=self.routing)
+        self.pooling = self._pooling()  # or detaching would put the class count of the former one back
 
     def restore_base(self, head: nn.Module) -> None:
-        """Put the base's classifier back to timm's place.
+        """Restore the base's classifier at timm's key.
 
         Args:
-            head: The classifier, a host already.
+            head: The classifier, already a host.
         """
         self._stand(head)
 
     def hide(self, head: nn.Module | None) -> None:
-        """Leave a plain model with one classifier, for as long as it is merged.
+        """Leave the merged model with one plain classifier.
 
         Args:
-            head: The classifier that answers; None for the base's.
+            head: The classifier to keep; None for the base's.
         """
         if self.path is None:
             return
@@ -210,8 +215,18 @@ class HeadRack:
         put_back(state)
         self.model.add_module(HEADS, self.own)
 
+    def follow(self, base: Tensor) -> None:
+        """Move classifiers that were hidden to the place of a model that was moved or cast in between.
+
+        Args:
+            base: A tensor of the base.
+        """
+        self.own.to(base.device)
+        if self.base is not None:
+            self.base.to(base)
+
     def close(self) -> None:
-        """Put the base's classifier and pooling back and leave nothing behind."""
+        """Restore the base's classifier and pooling, and remove everything added."""
         if self.path is None:
             return
         take_off(cast(Host, self._at_place()))
@@ -220,7 +235,7 @@ class HeadRack:
             setattr(owner, name, value)
 
     def _pooling(self) -> list[tuple[nn.Module, str, Any]]:
-        """Note the values that timm's ``reset_classifier`` changes besides the classifier."""
+        """Record the attributes that timm's ``reset_classifier`` changes besides the classifier."""
         places = [(self.model, "global_pool"), (self.model, "attn_pool"), (self.model, "num_classes")]
         if self.path is not None and "." in self.path:
             places.append((self.model.get_submodule(self.path.rpartition(".")[0]), "global_pool"))
@@ -228,7 +243,7 @@ class HeadRack:
 
     def _copy_of_base(self) -> nn.Module:
         base = self._at_place()
-        state = take_off(cast(Host, base))  # a copy of a host would copy the route and all it refers to
+        state = take_off(cast(Host, base))  # copying a host would copy the route and everything it refers to
         try:
             return copy.deepcopy(base)
         finally:
@@ -249,7 +264,7 @@ class HeadRack:
 
 
 def _plain(head: nn.Module, like: Tensor) -> nn.Module:
-    """Make the plain layer of timm's kind that does the same as an adapter's classifier."""
+    """Convert an adapter's classifier to the equivalent plain layer."""
     if not isinstance(head, WideHead | LowBitHead):
         return head
     plain = nn.Linear(head.in_features, head.out_features, head.bias is not None)

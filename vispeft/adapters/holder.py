@@ -1,4 +1,4 @@
-"""The state of a bank and the look-ups that all of its parts use."""
+"""The state of a bank and the lookups that all of its parts share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class BankState:
     """The adapters of one model, the route, and the classifiers."""
 
     def __init__(self, outer: nn.Module) -> None:
-        """Take stock of a bare timm model.
+        """Describe a timm model without adapters.
 
         Args:
             outer: The timm model, or a ``features_only`` wrapper around it.
@@ -50,16 +50,16 @@ class BankState:
 
     @property
     def task(self) -> str | None:
-        """The task that is asked for, where an adapter has tasks."""
+        """The chosen task, if an adapter has tasks."""
         return self._routing.present().task
 
     @property
     def frozen(self) -> list[str]:
-        """Names of the adapters that training leaves alone."""
+        """Names of the adapters that training leaves unchanged."""
         return [name for name, entry in self._entries.items() if entry.frozen]
 
     def plan(self, name: str | None = None) -> Plan:
-        """Give the plan an adapter was built from.
+        """Return the plan an adapter was built from.
 
         Args:
             name: The adapter; may be left out where only one acts.
@@ -67,7 +67,7 @@ class BankState:
         return self._entry(name).plan
 
     def tasks(self, name: str | None = None) -> list[str]:
-        """List the tasks of an adapter; none where it acts for every task.
+        """List the tasks of an adapter; empty if it acts for every task.
 
         Args:
             name: The adapter; may be left out where only one acts.
@@ -75,7 +75,7 @@ class BankState:
         return list(self._entry(name).tasks or ())
 
     def head(self, name: str | None = None) -> nn.Module | None:
-        """Give an adapter's classifier; None where it has none.
+        """Return an adapter's classifier; None if it has none.
 
         Args:
             name: The adapter; may be left out where only one acts.
@@ -83,10 +83,10 @@ class BankState:
         return self._heads.get(self._label(name))
 
     def check_ready(self, wanted: str) -> None:
-        """Refuse a change while the model is merged, the bank closed, or another route in use.
+        """Raise if the model is merged, the bank is closed, or a ``with`` block overrides the route.
 
         Args:
-            wanted: The change, for the message.
+            wanted: The requested change, for the error message.
         """
         self._check_unmerged(wanted)
         self._heads.check_place()
@@ -118,11 +118,11 @@ class BankState:
         return self._entries[self._label(name)]
 
     def base_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Iterate over the tensors of the base by timm's name, without units and classifiers, also while merged."""
+        """Iterate over the base's original tensors by timm's names, without units or classifiers, even if merged."""
         return base_tensors(self._model, self.view.head_path, self._replaced())
 
     def fingerprint(self) -> dict[str, Any]:
-        """Compute the fingerprint of the base, also while it is merged."""
+        """Compute the fingerprint of the base, also while merged."""
         if self._merged is not None and self._merged.fingerprint is not None:
             return self._merged.fingerprint
         return fingerprint(self._model, self.view, self._replaced())

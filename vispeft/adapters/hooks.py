@@ -1,14 +1,14 @@
-"""Hooks of the methods on a model: further losses, changes of gradients, starts from data, and schedules.
+"""Hooks of the methods on a model: extra losses, changes of gradients, initialisation from data, and schedules.
 
 A task and a plain loop call the same functions:
 
-    bank.start_from(loader)                             # once, before the first step of a fresh training
+    bank.start_from(loader)                             # once, before the first step of a new training run
     for batch in loader:
         output = model(batch[0])
         loss = criterion(output, batch[1])
         term = bank.loss_terms(batch, output)
         (loss if term is None else loss + term).backward()
-        bank.change_gradients()                         # before clipping and the optimiser's step
+        bank.change_gradients()                         # before clipping and the optimiser step
         optimizer.step()
 """
 
@@ -29,15 +29,15 @@ class HookBank(BankState):
     """The hooks of a bank."""
 
     def loss_terms(self, batch: Any, output: Any, result: Any = None) -> Tensor | None:
-        """Sum the losses that the methods of acting adapters add to the loss of a task.
+        """Sum the losses that the methods of acting adapters add to the task's loss.
 
         Args:
             batch: The batch of the step.
             output: The model's output for it.
-            result: Run result of the forward pass, where a method reads it (`reads_result`).
+            result: Run result of the forward pass, if a method needs it (`reads_result`).
 
         Returns:
-            A scalar with a gradient; None where no method adds a loss.
+            A scalar with a gradient; None if no method adds a loss.
         """
         step, acting = Step(batch, output, result), set(self.active)
         terms = [method.loss_term(self, name, step) for name, method in self._training() if name in acting]
@@ -45,20 +45,20 @@ class HookBank(BankState):
         return sum(given[1:], start=given[0]) if given else None
 
     def reads_result(self) -> bool:
-        """Tell whether the loss of an acting method needs the run result of the model's forward pass."""
+        """Return whether the loss of an acting method needs the run result of the model's forward pass."""
         acting = set(self.active)
         return any(method.reads_result for name, method in self._training() if name in acting)
 
     def change_gradients(self) -> None:
-        """Let methods change gradients; call it after the backward pass, before clipping and the optimiser's step."""
+        """Let methods modify gradients; call after the backward pass, before clipping and the optimiser step."""
         for name, method in self._training():
             method.change_gradients(self, name)
 
     def start_from(self, loader: Iterable[Any]) -> None:
-        """Let methods compute start values from data; call it once, before the first step of a fresh training.
+        """Let methods initialise adapters from data; call once, before the first step of a new training run.
 
         Args:
-            loader: Training batches on the model's device; it may be iterated over repeatedly.
+            loader: Training batches on the model's device; may be iterated over several times.
         """
         for name, method in self._training():
             method.start_from(self, name, loader)

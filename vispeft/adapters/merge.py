@@ -1,4 +1,4 @@
-"""Merging: writing adapters into plain timm layers, and taking them out again bit for bit."""
+"""Merging of adapters into plain timm layers, and its exact reversal."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from vispeft.hosts.model import ModelHost
 __all__ = ["MergeReport", "Merged", "merge_model", "undo_merge"]
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest difference of outputs after a merge, over the largest output. Merging is exact algebra carried out in double
-precision; what is left is the rounding of the merged weights to the base's type, which each later layer carries on."""
+"""Largest allowed difference of outputs after a merge, over the largest output. Merging is exact algebra in double
+precision; the remaining error is the rounding of merged weights to the base's dtype, propagated by later layers."""
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did."""
+    """The result of a merge."""
 
     merged: tuple[str, ...]
-    """Paths of the layers that changed."""
+    """Paths of the changed layers."""
     created: tuple[str, ...]
-    """State-dict keys the plain model did not have before."""
+    """New state-dict keys of the plain model."""
     removed: tuple[str, ...]
     """State-dict keys the plain model no longer has."""
     kept: dict[str, str]
-    """Paths of the layers that stay adapted, with the reason (``partial=True`` only)."""
+    """Reasons by path of the layers that stay adapted (``partial=True`` only)."""
     max_error: float
-    """Largest difference of outputs on noise, over the largest output."""
+    """Largest difference of outputs for a noise image, over the largest output."""
 
 
 @dataclass
@@ -52,17 +52,17 @@ class Merged:
     """The originals by state-dict key."""
     keep_original: bool = True
     fingerprint: dict[str, Any] | None = None
-    """The base's fingerprint, where the originals are not kept."""
+    """The base's fingerprint, if the originals are not kept."""
     written: list[tuple[dict[str, Any], str, torch.dtype | None, float]] = field(default_factory=list)
-    """Type and sum of what stands in their place."""
+    """Dtype and sum of the merged tensors, to detect later changes."""
 
 
 Plain = dict[str, Tensor | None]
-"""New tensors by state-dict name, in double precision; None for those that must go."""
+"""New tensors by state-dict name, in double precision; None for those to remove."""
 
 
 def merge_model(model: nn.Module, view: View, partial: bool) -> Merged:
-    """Write the acting units into plain layers, and compare outputs before and after.
+    """Merge the acting units into plain layers, and compare outputs before and after.
 
     Args:
         model: The adapted model.
@@ -74,16 +74,16 @@ def merge_model(model: nn.Module, view: View, partial: bool) -> Merged:
 
     Raises:
         MergeError: If a layer has no plain form and `partial` is not set, a merged tensor is not finite, or the outputs
-            differ beyond rounding; nothing is changed then.
+            differ beyond rounding; then nothing is changed.
     """
     for module in model.modules():
         if isinstance(module, MakesTensors):
-            module.generated.drop()  # a change through ``tensor.data`` is not counted
+            module.generated.drop()  # changes through ``tensor.data`` do not invalidate it
     probe = probe_images(model, view)
     tensors, stays = plan_merge(model, view, partial)
     before = outputs(model, probe)
     if not all(torch.isfinite(tensor).all() for tensor in before):
-        raise MergeError("The adapted model's outputs are not finite, so nothing was merged; look at its tensors.")
+        raise MergeError("The adapted model's outputs are not finite, so nothing was merged; check its tensors.")
     merged = Merged(MergeReport((), (), (), {}, 0.0))
     apply_merge(model, tensors, stays, merged)
     error = difference(outputs(model, probe), before)
@@ -101,7 +101,7 @@ def merge_model(model: nn.Module, view: View, partial: bool) -> Merged:
 
 
 def plan_merge(model: nn.Module, view: View, partial: bool) -> tuple[Plain, dict[str, str]]:
-    """Compute the plain tensors of every layer that active units change, without changing anything.
+    """Compute the plain tensors of every layer that acting units change, without changing the model.
 
     Args:
         model: The adapted model.
@@ -109,7 +109,7 @@ def plan_merge(model: nn.Module, view: View, partial: bool) -> tuple[Plain, dict
         partial: Whether layers without a plain form may stay adapted.
 
     Returns:
-        The new tensors, and the layers that stay, with reasons.
+        The new tensors, and the layers that stay adapted with reasons.
 
     Raises:
         MergeError: If a layer has no plain form and `partial` is not set, or a merged tensor is not finite.
@@ -145,14 +145,14 @@ def plan_merge(model: nn.Module, view: View, partial: bool) -> tuple[Plain, dict
     for name, tensor in tensors.items():
         if tensor is not None and not torch.isfinite(tensor).all():
             raise MergeError(
-                f"The merged {name} is not finite. Nothing was changed; look at the adapter's tensors there, which "
-                "training must have driven off."
+                f"The merged {name} is not finite. Nothing was changed; check the adapter's tensors there, which "
+                "probably diverged in training."
             )
     return tensors, stays
 
 
 def _lending(hosts: list[tuple[str, Host]], stays: dict[str, str]) -> dict[str, str]:
-    """Find the layers that hold tensors which layers that stay adapted use, with this reason."""
+    """Find layers that must stay adapted since other such layers use their tensors."""
     lenders = {id(unit.lender) for path, host in hosts if path in stays for unit in host.acting.units()}
     return {
         path: "layers that stay adapted use its tensors"
@@ -162,7 +162,7 @@ def _lending(hosts: list[tuple[str, Host]], stays: dict[str, str]) -> dict[str, 
 
 
 def _read_by(hosts: list[tuple[str, Host]], stays: dict[str, str]) -> dict[str, str]:
-    """Find projections whose biases an attention keeps that stays adapted, with this reason."""
+    """Find projections that must stay adapted since the attention module with their biases does."""
     return {
         path: "the attention that holds its biases stays adapted"
         for path, host in hosts
@@ -171,7 +171,7 @@ def _read_by(hosts: list[tuple[str, Host]], stays: dict[str, str]) -> dict[str, 
 
 
 def _lost_shift(host: Host, site: Site | None) -> str | None:
-    """Say why a shift behind a norm without a bias cannot go anywhere, if so."""
+    """Return why a shift after a norm without a bias cannot be merged; None if it can."""
     if not isinstance(host, ShiftlessNormHost) or host.trailing_shift() is None:
         return None
     if site is not None and site.consumers:
@@ -180,7 +180,7 @@ def _lost_shift(host: Host, site: Site | None) -> str | None:
 
 
 def _fold_forward(model: nn.Module, site: Site, shift: Tensor | None, tensors: Plain) -> None:
-    """Move a shift behind a norm into the biases of its readers: ``W (n + s) + b = W n + (b + W s)``."""
+    """Move a shift after a norm into the biases of its readers: ``W (n + s) + b = W n + (b + W s)``."""
     if shift is None:
         return
     for path in site.consumers:
@@ -195,13 +195,13 @@ def _fold_forward(model: nn.Module, site: Site, shift: Tensor | None, tensors: P
 
 
 def apply_merge(model: nn.Module, tensors: Plain, stays: dict[str, str], merged: Merged) -> None:
-    """Put plain tensors into place and take the hosts off.
+    """Install the plain tensors and remove the hosts.
 
     Args:
         model: The adapted model.
-        tensors: What `plan_merge` computed.
+        tensors: The tensors from `plan_merge`.
         stays: Layers that stay adapted.
-        merged: Filled with what undoing needs.
+        merged: Filled with the state that `undo_merge` needs.
     """
     dtype = next(model.parameters()).dtype
     for full, tensor in tensors.items():
@@ -223,14 +223,14 @@ def apply_merge(model: nn.Module, tensors: Plain, stays: dict[str, str], merged:
 
 
 def undo_merge(merged: Merged) -> None:
-    """Put the original tensors and the hosts back.
+    """Restore the original tensors and the hosts.
 
     Args:
-        merged: What `apply_merge` filled.
+        merged: The merge, as filled by `apply_merge`.
     """
     for store, name, dtype, total in merged.written:
         found = _trace(store.get(name))
-        # A model that was moved to another type in between is still the merged one.
+        # A model cast to another dtype in between is still the merged one.
         if found[0] == dtype and found[1] != total:
             raise MergeError(
                 f"The merged {name} was changed since, so undoing the merge would mix two models. Create the backbone "
@@ -250,10 +250,10 @@ def _trace(tensor: Tensor | None) -> tuple[torch.dtype | None, float]:
 
 
 def outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """Run a model in evaluation mode, and give all it computes in double precision: features as well as logits.
+    """Run a model in evaluation mode and return all of its outputs, features included, in double precision.
 
     Args:
-        model: The model; its mode is put back.
+        model: The model; its mode is restored.
         images: (B, C, H, W).
     """
     mode = model.training
@@ -270,6 +270,6 @@ def outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def difference(after: list[Tensor], before: list[Tensor]) -> float:
-    """Compute the largest difference of any output, over the largest entry of that output."""
+    """Compute the largest difference of any output, relative to that output's largest entry."""
     pairs = zip(after, before, strict=True)
     return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs)

@@ -1,4 +1,4 @@
-"""Placing the units of a new adapter on a model."""
+"""Building the units of a new adapter and placing them on a model."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ __all__ = ["build_units", "place_units"]
 
 @torch.no_grad()
 def build_units(plan: Plan, model: nn.Module, seed: int | None) -> dict[str, Unit]:
-    """Make the units of a plan; each reads what it needs off the frozen weight of its site.
+    """Build the units of a plan; each reads the frozen weight of its site.
 
     Args:
         plan: The plan.
         model: The timm model.
-        seed: Seed of the start values; None for units that get their values from a file.
+        seed: Seed of the initial values; None for units to be loaded from a file.
 
     Returns:
         Units by key.
@@ -50,13 +50,13 @@ def build_units(plan: Plan, model: nn.Module, seed: int | None) -> dict[str, Uni
             for name, value in ({} if item.start is None else item.start()).items():
                 unit.get_parameter(name).copy_(value)
         for codec in unit.codecs().values():
-            find_codec(codec)  # or the file could not be written, after training
+            find_codec(codec)  # fail now rather than on saving, after training
         units[item.key] = unit.to(device=reference.device, dtype=dtype).train(model.training)
     return units
 
 
 def place_units(entry: Entry, name: str, model: nn.Module, view: View, routing: Routing) -> None:
-    """Put units at their hosts. All hosts are chosen before the first module changes, so that a refusal changes none.
+    """Put units at their hosts. All hosts are chosen before any module changes, so that an error changes nothing.
 
     Args:
         entry: The adapter.
@@ -72,37 +72,37 @@ def place_units(entry: Entry, name: str, model: nn.Module, view: View, routing: 
     carrying = [(module, carrying_host(module)) for module in _carriers(entry, model, view)]
     owner, biases = owner_host()
     for item, (kind, computed) in zip(entry.plan, chosen, strict=True):
-        host = ensure_host(model.get_submodule(item.site.path), kind, computed, routing=routing)
+        host = _host(entry, model.get_submodule(item.site.path), kind, computed, routing=routing)
         _slots(host, name)[item.slot] = entry.units[item.key]
         entry.placed.append(Placed(host, entry.units[item.key], item.task))
         if item.site.owner is not None:
-            entry.hosts.append(ensure_host(model.get_submodule(item.site.owner), owner, biases, routing=routing))
+            _host(entry, model.get_submodule(item.site.owner), owner, biases, routing=routing)
     for module, kind in carrying:
-        host = ensure_host(module, kind, routing=routing)
+        host = _host(entry, module, kind, routing=routing)
         host.carried |= {name}
         entry.carriers.append(host)
     _place_depth(entry, name, model, view, routing)
-    entry.hosts = list(dict.fromkeys([*entry.hosts, *(placed.host for placed in entry.placed), *entry.carriers]))
+    entry.hosts = list(dict.fromkeys(entry.hosts))
     for host in entry.hosts:
         _slots(host, name)
 
 
 def _place_depth(entry: Entry, name: str, model: nn.Module, view: View, routing: Routing) -> None:
-    """Give drop-path modules the rates of the method's recipe."""
+    """Set the method's rates at the drop-path modules."""
     rate = entry.method.stochastic_depth()
     if rate <= 0:
         return
     device = next(model.parameters()).device
     for paths, own in zip(view.drop_path_paths, depth_rates(view.depth, rate), strict=True):
         for path in paths:
-            host = ensure_host(model.get_submodule(path), DropPathHost, routing=routing)
+            host = _host(entry, model.get_submodule(path), DropPathHost, routing=routing)
             unit = DepthUnit(own).to(device).train(model.training)
             _slots(host, name)["depth"] = unit
             entry.placed.append(Placed(host, unit))
 
 
 def _carriers(entry: Entry, model: nn.Module, view: View) -> list[nn.Module]:
-    """List blocks, attention modules and MLPs that streams of an adapter pass, or start in."""
+    """List the blocks, attention modules and MLPs that streams of an adapter pass through or start in."""
     sites = []
     for item in entry.plan:
         unit = entry.units[item.key]
@@ -111,6 +111,15 @@ def _carriers(entry: Entry, model: nn.Module, view: View) -> list[nn.Module]:
         elif unit.makes_streams(view.layout):
             sites += list(view.at("block", "attn"))
     return [model.get_submodule(path) for path in dict.fromkeys(site.path for site in sites)]
+
+
+def _host(
+    entry: Entry, module: nn.Module, kind: type[Host], computed: tuple[str, ...] = (), *, routing: Routing
+) -> Host:
+    """Make a module a host and note it at once, so that an error behind it can be rolled back."""
+    host = ensure_host(module, kind, computed, routing=routing)
+    entry.hosts.append(host)
+    return host
 
 
 def _slots(host: Host, name: str) -> nn.ModuleDict:

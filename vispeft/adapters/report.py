@@ -1,4 +1,4 @@
-"""The report of an adapter: what trains, what it weighs, and where it sits."""
+"""The report of an adapter: its parameter counts by role and its size in a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Report"]
 
 @dataclass(frozen=True)
 class Report:
-    """Counts of one adapter; prints as a table."""
+    """Counts of one adapter, printed as a table."""
 
     adapter: str
     """Name of the adapter on its model."""
@@ -22,13 +22,13 @@ class Report:
     family: str
     """Family of the backbone."""
     trainable: int
-    """Trainable parameters, without any head."""
+    """Trainable parameters, without the classifier."""
     trainable_head: int
     """Trainable parameters of the adapter's classifier."""
     backbone: int
-    """Parameters of the backbone, without any head."""
+    """Parameters of the backbone, without the classifier."""
     stored_bytes: int
-    """Bytes of the adapter's tensors in a file, without head and headers."""
+    """Bytes of the adapter's tensors in a file, without headers."""
     by_role: dict[str, int]
     """Trainable parameters per role."""
 
@@ -38,7 +38,7 @@ class Report:
         return self.trainable / max(1, self.backbone)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give all counts as plain values."""
+        """Return all counts as plain values."""
         return {**asdict(self), "share": self.share}
 
     def __rich_console__(self, console: Console, _: object) -> RenderResult:

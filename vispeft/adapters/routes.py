@@ -1,9 +1,11 @@
-"""Making the route of a choice of adapters, and refusing choices that cannot act together."""
+"""Building the route of a choice of adapters, and refusing adapters that cannot act together."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import nn
 
 from vispeft.adapters.entry import Entry
 from vispeft.adapters.heads import HeadRack
@@ -17,18 +19,18 @@ Entries = Mapping[str, Entry]
 
 
 def make_route(entries: Entries, heads: HeadRack, slot: int, names: tuple[str, ...], task: str | None) -> Route:
-    """Make the route of a choice.
+    """Build the route of a choice of adapters.
 
     Args:
         entries: The adapters of the model, by name.
         heads: Their classifiers.
-        slot: Number of the slot of the model's own host.
+        slot: Slot number of the model's own host.
         names: The adapters that act, in order.
-        task: The task that is asked for; None for none.
+        task: The task; None for no task.
 
     Raises:
         UnknownNameError: If there is no such adapter, or it has no such task.
-        ConfigError: If an adapter is named twice, or a name is no string.
+        ConfigError: If an adapter is named twice.
         SiteError: If two adapters cannot act together.
     """
     _check_names(entries, names)
@@ -50,11 +52,12 @@ def make_route(entries: Entries, heads: HeadRack, slot: int, names: tuple[str, .
         for place in {**units, **dict.fromkeys(carries)}
     }
     owner = next((name for name in reversed(names) if heads.get(name) is not None), None)
+    _check_width(entries, names, owner, heads.base if owner is None else heads.get(owner))
     return Route(names, task, hosts, None if owner is None else heads.get(owner), owner, refusal)
 
 
 def check_rows(entries: Entries, names: Sequence[str], rows: Sequence[str | None]) -> None:
-    """Refuse rows: this version routes whole batches.
+    """Raise on rows, since this version routes whole batches.
 
     Args:
         entries: The adapters of the model, by name.
@@ -62,8 +65,8 @@ def check_rows(entries: Entries, names: Sequence[str], rows: Sequence[str | None
         rows: One adapter or None for each image.
 
     Raises:
-        ConfigError: In any case but the next.
-        UnknownNameError: If a row names no adapter.
+        ConfigError: In all other cases.
+        UnknownNameError: If a row names an unknown adapter.
     """
     if names:
         raise ConfigError(
@@ -85,7 +88,7 @@ def _check_names(entries: Entries, names: tuple[str, ...]) -> None:
 
 
 def _check_task(entries: Entries, names: tuple[str, ...], task: str | None) -> str | None:
-    """Refuse a task that is not known, and say why a forward pass could not run without one."""
+    """Raise on an unknown task; return the error message of a forward pass if a needed task is missing."""
     tasks = {name: entries[name].tasks or () for name in names if entries[name].tasks}
     if task is not None and not tasks:
         raise UnknownNameError("task", task, ())
@@ -102,7 +105,7 @@ def _check_task(entries: Entries, names: tuple[str, ...], task: str | None) -> s
 
 
 def _check_selections(entries: Entries, names: tuple[str, ...]) -> None:
-    """Refuse two adapters that replace the same tensor of the base."""
+    """Raise if two adapters replace the same tensor of the base."""
     owners: dict[str, str] = {}
     for name in names:
         for entry in entries[name].tensors():
@@ -118,7 +121,7 @@ def _check_selections(entries: Entries, names: tuple[str, ...]) -> None:
 
 
 def _check_beside(entries: Entries, names: tuple[str, ...]) -> None:
-    """Refuse a network beside the backbone together with adapters it would replace or leave without a gradient."""
+    """Raise if a network beside the backbone acts with adapters that it would replace or cut off from gradients."""
     beside: dict[str, Any] = {
         name: unit for name in names for unit in entries[name].units.values() if unit.kind in ("side", "queries")
     }
@@ -133,5 +136,18 @@ def _check_beside(entries: Entries, names: tuple[str, ...]) -> None:
         if unit.detach_hidden and others:
             raise SiteError(
                 f"Adapter {name!r} runs the backbone without gradients, so {others[0]!r} inside of it would not train. "
-                "Activate one of them, or attach the first with detach_hidden=False, which costs the memory it saves."
+                "Activate one of them, or attach the first with detach_hidden=False, which gives up its memory saving."
+            )
+
+
+def _check_width(entries: Entries, names: tuple[str, ...], owner: str | None, head: nn.Module | None) -> None:
+    """Refuse a linear classifier in front of which another adapter widens the features."""
+    if not isinstance(head, nn.Linear):
+        return
+    for name in names:
+        streams = [stream for unit in entries[name].units.values() for stream in unit.streams()]
+        if name != owner and any(stream.shapes for stream in streams):
+            raise SiteError(
+                f"Adapter {name!r} widens the features that the classifier reads, and the classifier is that of "
+                f"{'the base' if owner is None else repr(owner)}. Name {name!r} last, so that its own one answers."
             )

@@ -1,4 +1,4 @@
-"""The training side of a bank: which adapters train, their optimiser groups, the check of gradients, and counts."""
+"""The training side of a bank: the declaration, optimiser groups, verification of gradients, and counts."""
 
 from __future__ import annotations
 
@@ -18,53 +18,56 @@ __all__ = ["TrainingBank"]
 
 
 class TrainingBank(BankState):
-    """The declaration of a bank, which says which adapters train, and its readers."""
+    """The declaration of a bank (which adapters train) and the functions that depend on it."""
 
     def route(self, names: tuple[str, ...], task: str | None) -> Route:
-        """Give the route of a choice."""
+        """Return the route of a choice of adapters."""
         raise NotImplementedError
 
     def freeze(self, name: str) -> None:
-        """Leave an adapter and its classifier alone in training; it may still act.
+        """Exclude an adapter and its classifier from training; it may still act.
 
-        After training began, the state of the optimiser stays, and its tensors get neither updates nor decay.
+        During training, the optimiser keeps its state, and the tensors get neither updates nor weight decay.
 
         Args:
             name: The adapter.
 
         Raises:
             UnknownNameError: If there is no such adapter.
+            MergeError: If the model is merged.
         """
         self._set_frozen(name, True)
 
     def unfreeze(self, name: str) -> None:
-        """Let an adapter and its classifier train; new and loaded adapters do.
+        """Include an adapter and its classifier in training; new and loaded adapters are included.
 
         Args:
             name: The adapter.
 
         Raises:
             UnknownNameError: If there is no such adapter.
+            MergeError: If the model is merged.
         """
         self._set_frozen(name, False)
 
     def _set_frozen(self, name: str, frozen: bool) -> None:
+        self._check_unmerged(f"{'freeze' if frozen else 'unfreeze'} an adapter")
         entry = self._entry(name)
         entry.frozen = frozen
         self._declare(entry, name)
         self._wake()
 
     def _declare(self, entry: Entry, name: str) -> None:
-        """Switch the gradients of an adapter and its classifier on or off."""
+        """Set ``requires_grad`` of an adapter and its classifier."""
         head = self._heads.get(name)
         for module in [*entry.units.values(), *([] if head is None else [head])]:
             for parameter in module.parameters():
                 parameter.requires_grad_(not entry.frozen)
                 if entry.frozen:
-                    parameter.grad = None  # or an optimiser would go on with it
+                    parameter.grad = None  # or an optimiser would still use it
 
     def _wake(self) -> None:
-        """Choose the modules that follow the training mode, and set it."""
+        """Choose the modules that follow the model's mode, and apply the mode."""
         model = cast(ModelHost, self._model)
         awake = {*self.view.head_drop_paths, *self.awake_heads()}
         if any(entry.method.trains_base for entry in self._entries.values() if not entry.frozen):
@@ -73,14 +76,14 @@ class TrainingBank(BankState):
         model.train(model.training)
 
     def awake_heads(self) -> frozenset[str]:
-        """List the paths of the classifiers that follow the training mode."""
+        """Return the paths of the classifiers that follow the model's mode."""
         return frozenset(f"{HEADS}.{name}" for name, entry in self._entries.items() if not entry.frozen)
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """List all tensors of the adapters that are not frozen, their classifiers included, by state-dict name.
 
-        The order is that of attaching, and inside an adapter that of the model. A tensor belongs to the list also where
-        it gets no gradient in this step.
+        The order is that of attaching, and within an adapter that of the model. Tensors that get no gradient in this
+        step are included.
 
         Raises:
             ConfigError: If the classifier was replaced by hand.
@@ -96,7 +99,7 @@ class TrainingBank(BankState):
         return sorted(found, key=lambda item: place[id(item[1])])
 
     def named_tensors(self, name: str | None = None) -> dict[str, nn.Parameter]:
-        """Map names in files to an adapter's parameters themselves, gradients included.
+        """Return an adapter's parameters (not copies) by their names in files.
 
         Args:
             name: The adapter; may be left out where only one acts.
@@ -110,14 +113,14 @@ class TrainingBank(BankState):
         """Sort `trainable_parameters` into optimiser groups.
 
         Tensors of fewer than two dimensions, those a unit exempts and those timm exempts (positions, class tokens)
-        do not decay.
+        get no weight decay.
 
         Args:
-            lr: Learning rate; units may ask for a multiple of it.
+            lr: Learning rate; units may set a multiple of it.
             weight_decay: Weight decay of the tensors that decay.
 
         Returns:
-            Groups with ``params``, ``lr``, ``weight_decay`` and ``name``, as ``torch.optim`` takes them.
+            Groups with ``params``, ``lr``, ``weight_decay`` and ``name``, for ``torch.optim``.
         """
         timm_exempts: set[str] = getattr(self._model, "no_weight_decay", set)()  # walks the whole model
         entries = [tensor for entry in self._entries.values() for tensor in entry.tensors()]
@@ -142,17 +145,17 @@ class TrainingBank(BankState):
     ) -> None:
         """Check that every tensor of each adapter that is not frozen receives a gradient.
 
-        One image of noise goes forward and backward under the adapter's own route, each of its tasks in turn, with
-        every unit moved away from its start; all values are put back.
+        Runs a forward and backward pass for one noise image under each adapter's own route, for each of its tasks, with
+        all units perturbed from their initial values; all values are restored.
 
         Args:
-            outer: The module that is run, where that is not the model as it was given: a module around it that takes
-                images and gives a tensor or several, such as the maps a decoder reads.
-            without: Roles that are not on the way to the outputs of `outer`; units there are not looked at.
+            outer: The module to run, if not the model itself: a wrapper that maps images to one or several tensors,
+                such as the maps a decoder reads.
+            without: Roles that do not affect the outputs of `outer`; their units are not checked.
             names: The adapters to check; None for all that are not frozen.
 
         Raises:
-            VerificationError: If a tensor gets none; the message names the sites.
+            VerificationError: If a tensor gets no gradient; the message names the sites.
         """
         self.check_ready("verify its adapters")
         for name in [n for n in self._entries if n not in self.frozen] if names is None else names:
@@ -164,7 +167,7 @@ class TrainingBank(BankState):
             find_dead(probe, routes, tensors, entry.blocks())
 
     def report(self, name: str | None = None) -> Report:
-        """Count the tensors an adapter trains and stores; print the result to see a table.
+        """Count an adapter's trainable parameters and saved bytes; printing the result shows a table.
 
         Args:
             name: The adapter; may be left out where only one acts.
@@ -187,7 +190,7 @@ class TrainingBank(BankState):
         )
 
     def stored_bytes(self, name: str | None = None) -> int:
-        """Count the bytes of an adapter's tensors in a file, without headers.
+        """Return the size of an adapter's tensors in a file, without headers, in bytes.
 
         Args:
             name: The adapter; may be left out where only one acts.

@@ -23,12 +23,12 @@ __all__ = ["Probe", "find_dead", "probe_images"]
 logger = logging.getLogger(__name__)
 
 ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-8}
-"""A gradient counts as dead below this share of the largest one in the same block: what is left of a gradient that is
-zero in exact arithmetic. Layer scales of 1e-5 shrink all gradients of a branch alike and stay above it."""
+"""A gradient below this share of the largest one in its block counts as zero: rounding error of a gradient that is zero
+in exact arithmetic. Layer scales of 1e-5 shrink all gradients of a branch alike, which stay above it."""
 
 
 def probe_images(model: nn.Module, view: View, batch: int = 1) -> Tensor:
-    """Make images of noise that a model accepts.
+    """Create noise images that a model accepts.
 
     Args:
         model: The timm model.
@@ -36,11 +36,11 @@ def probe_images(model: nn.Module, view: View, batch: int = 1) -> Tensor:
         batch: Number of images.
 
     Returns:
-        (batch, channels, height, width), in the model's type and on its device, the same at every call.
+        (batch, channels, height, width), in the model's dtype and on its device, the same on every call.
     """
     reference = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
-    # The present size: set_input_size may have changed it since the model was described.
+    # The current size: set_input_size may have changed it since the model was described.
     size = getattr(cast(Any, model).patch_embed, "img_size", None) or view.img_size
     images = torch.randn(batch, view.in_chans, *size, generator=generator)
     return images.to(device=reference.device, dtype=reference.dtype)
@@ -48,41 +48,41 @@ def probe_images(model: nn.Module, view: View, batch: int = 1) -> Tensor:
 
 @dataclass(frozen=True)
 class Probe:
-    """A model on which gradients are checked."""
+    """A model whose gradients are checked."""
 
     model: nn.Module
     """The timm model."""
     outer: nn.Module
-    """The module that is run: the model itself, or a wrapper around it."""
+    """The module to run: the model itself, or a wrapper around it."""
     view: View
     """Its description."""
     routing: Routing
-    """Its route."""
+    """Its routing."""
 
 
 def find_dead(
     probe: Probe, routes: Sequence[Route], entries: list[UnitTensor], blocks: Mapping[str, int | None]
 ) -> None:
-    """Run one image forward and backward under each route, and look for tensors without a gradient in all of them.
+    """Run a forward and backward pass under each route, and raise for tensors without a gradient under all of them.
 
-    Every unit is moved away from its start first: LoRA's first factor, for one, has no gradient while the second one
-    is zero. Values, gradients, modes and random state are put back.
+    Every unit is perturbed first: the first factor of LoRA, for example, gets no gradient while the second one is zero.
+    Values, gradients, modes and random state are restored.
 
     Args:
         probe: The model.
-        routes: The routes of one adapter: one for each of its tasks.
+        routes: The routes of one adapter, one for each of its tasks.
         entries: The adapter's tensors.
         blocks: Block index of each unit.
 
     Raises:
-        VerificationError: If a tensor gets none, or one that is not above rounding.
+        VerificationError: If a tensor gets no gradient, or only one of rounding-error size.
     """
     if not entries:
         return
     dead = _dead_in_all_draws(probe, routes, entries, blocks, _filled_heads(probe.outer))
     if not dead:
         return
-    # A fresh SwinV2 has norms of weight zero behind its branches: wired rightly, and yet nothing passes.
+    # A randomly initialised SwinV2 has zero norm weights after its branches, which block all gradients.
     named = probe.outer.named_parameters()
     own = {id(entry.tensor) for entry in entries}
     zeros = {name: torch.ones_like(t) for name, t in named if id(t) not in own and not t.requires_grad and not t.any()}
@@ -90,7 +90,7 @@ def find_dead(
     still = _dead_in_all_draws(probe, routes, entries, blocks, filled) if zeros else dead
     if not still:
         logger.warning(
-            "%d of %d trainable tensors get no gradient while base tensors are all zero (%s). That is so in a model "
+            "%d of %d trainable tensors get no gradient while base tensors are all zero (%s). This happens in a model "
             "without pretrained weights; with such a base these tensors will not train.",
             len(dead),
             len(entries),
@@ -99,20 +99,20 @@ def find_dead(
         return
     raise VerificationError(
         f"{len(still)} of {len(entries)} trainable tensors get no gradient: {', '.join(still[:6])}"
-        f"{', ...' if len(still) > 6 else ''}. The model does not use what was put there; choose other roles, or "
-        "pass verify=False if that is on purpose."
+        f"{', ...' if len(still) > 6 else ''}. The model does not use the units there; choose other roles, or pass "
+        "verify=False if this is intended."
     )
 
 
 def _filled_heads(model: nn.Module) -> dict[str, Tensor]:
-    """Make values for classifiers that start at zero, as many recipes have it: no gradient passes one yet."""
+    """Create values for classifiers initialised to zero, as in many recipes, since these block all gradients."""
     generator = torch.Generator().manual_seed(2)
     heads = [(name, t) for name, t in _outside_units(model) if t.requires_grad and t.ndim > 1]
     return {name: torch.randn(t.shape, generator=generator).to(t) for name, t in heads if not t.any()}
 
 
 def _outside_units(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Parameter]]:
-    """Iterate over the parameters that belong to no unit; many adapters have many units, which need no walk."""
+    """Iterate over the parameters that belong to no unit, without walking through the units of many adapters."""
     yield from ((f"{path}{name}", tensor) for name, tensor in module._parameters.items() if tensor is not None)
     for name, child in module.named_children():
         if name != UNITS:
@@ -126,7 +126,7 @@ def _dead_in_all_draws(
     blocks: Mapping[str, int | None],
     replaced: dict[str, Tensor],
 ) -> list[str]:
-    """List the tensors that get no gradient in any of `DRAWS` draws; the first one nearly always settles it."""
+    """List the tensors that get no gradient in any of `DRAWS` draws; the first draw nearly always suffices."""
     dead = [str(entry) for entry in entries]
     for draw in range(DRAWS):
         for route in routes:
@@ -139,7 +139,7 @@ def _dead_in_all_draws(
 
 
 DRAWS = 12
-"""A narrow layer in front of a ReLU is silent for one in a few draws of its signs, which is no mistake."""
+"""Number of draws: for some random signs a narrow layer before a ReLU outputs only zeros, which is no fault."""
 
 
 def _dead_tensors(
@@ -178,9 +178,9 @@ def _dead_tensors(
 
 
 def _run(model: nn.Module, images: Tensor, base: dict[str, Tensor]) -> Any:
-    """Run a model with some tensors replaced, and one whose base is in reduced precision as if it were in float32.
+    """Run a model with some tensors replaced; a base in reduced precision is run in float32.
 
-    In bfloat16 the attention of a small model can round to uniform, and live tensors then look dead.
+    In bfloat16 the attention of a small model can round to uniform weights, so that no gradient reaches its tensors.
     """
     if images.dtype in (torch.float32, torch.float64):
         return torch.func.functional_call(model, base, (images,)) if base else model(images)
@@ -195,19 +195,19 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def _state_restored(model: nn.Module, entries: list[UnitTensor]) -> Iterator[None]:
-    """Put back values, switches of gradients, modes, buffers of the units and random state."""
+    """Restore values, ``requires_grad`` flags, modes, unit buffers and random state on exit."""
     tensors = [entry.tensor for entry in entries]
     values = [tensor.detach().clone() for tensor in tensors]
     switches = [tensor.requires_grad for tensor in tensors]
     train = [module for module in model.modules() if module.training]
-    # In evaluation nothing but a unit could write into a buffer.
+    # In evaluation mode only a unit could write into a buffer.
     buffers = [(b, b.detach().clone()) for unit in {e.unit: None for e in entries} for b in unit.buffers()]
     random = torch.get_rng_state()
     if train:
         model.eval()
     try:
         for tensor in tensors:
-            tensor.requires_grad_(True)  # a schedule may have switched some off
+            tensor.requires_grad_(True)  # a schedule may have turned some off
         with torch.enable_grad():
             yield
     finally:

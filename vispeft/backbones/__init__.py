@@ -1,4 +1,4 @@
-"""One file per timm family: its view and, where needed, its own forward."""
+"""One file per timm family, with its view and, if needed, a forward pass of its own."""
 
 from vispeft.backbones import eva, features, swin, swinv2, vit
 from vispeft.core.families import Family, describe, family_of, register_family, unwrap

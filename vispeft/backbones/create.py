@@ -1,4 +1,4 @@
-"""`create_model`: `timm.create_model`, plus local weight files, shipped backbones, and errors that name the remedy."""
+"""`create_model`: `timm.create_model` with local weight files, shipped backbones, and errors that name the remedy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vispeft.errors import ConfigError
 __all__ = ["create_model"]
 
 _LOCAL = ("cache_dir", "checkpoint_path", "pretrained_cfg_overlay")
-"""Arguments that name places on this machine, or hold such; they are not written into adapter files."""
+"""Arguments that contain local paths; they are not written to adapter files."""
 
 
 def create_model(
@@ -31,27 +31,27 @@ def create_model(
     flexible_size: bool = False,
     **timm_args: Any,
 ) -> nn.Module:
-    """Create a timm model, from a hub, from a local file or from the backbones that ship with the project.
+    """Create a timm model with weights from a hub, a local file or the shipped backbones.
 
-    A local file is loaded by timm itself, so position embeddings are resized and the layouts timm knows are
-    converted; every tensor of the backbone must be found. Only the classifier may differ: where another class count is
-    asked for than the file has, it starts afresh.
+    A local file is loaded by timm itself, so position embeddings are resized and the checkpoint layouts timm knows are
+    converted; every tensor of the backbone must be found. Only the classifier may differ: if `num_classes` is not the
+    file's number of classes, it is newly initialised.
 
     Args:
-        name: A name `timm.create_model` takes, or ``zoo:NAME`` for a backbone of ``model_zoo/backbones``.
-        pretrained: Whether to load weights. False gives random ones.
-        num_classes: Outputs of the classifier; 0 for none. None keeps the count of the weights.
+        name: A name for `timm.create_model`, or ``zoo:NAME`` for a backbone of ``model_zoo/backbones``.
+        pretrained: Whether to load weights. False initialises them randomly.
+        num_classes: Number of outputs of the classifier; 0 for no classifier. None keeps that of the weights.
         weights: A local file with the weights: ``.safetensors``, a PyTorch file (``.pth``, ``.pt``, ``.bin``, ``.tar``;
-            tensors only, code in it is refused), or ``.npz`` for families timm converts from it.
-        flexible_size: Whether the model is to take images of any size, not only the one it is built for.
+            tensors only, pickled code is refused), or ``.npz`` for families timm converts from it.
+        flexible_size: Whether the model accepts images of any size, not only the one it is built for.
         **timm_args: Further arguments of `timm.create_model`, such as ``img_size`` or ``drop_path_rate``.
 
     Returns:
-        The model, a plain timm one, in training mode as timm leaves it.
+        A plain timm model, in training mode as timm returns it.
 
     Raises:
         UnknownNameError: If timm or the zoo has no such model; near names are listed.
-        BackboneError: If weights do not fit, are not available, or the family cannot take images of any size.
+        BackboneError: If weights do not fit or are not available, or the family cannot accept images of any size.
         FileError: If the weight file is missing, damaged or altered.
         ConfigError: If arguments contradict each other.
 
@@ -75,7 +75,7 @@ def create_model(
 
 
 def _load(request: Request, file: Path | None) -> nn.Module:
-    """Build a model with weights: of a file, of the zoo, or of a hub."""
+    """Build a model with weights from a file, the zoo or a hub."""
     if file is not None:
         return build_from_file(request, file)
     if request.shipped is not None:
@@ -87,10 +87,10 @@ def _load(request: Request, file: Path | None) -> nn.Module:
 def _recorded(
     timm_args: Mapping[str, Any], num_classes: int | None, flexible_size: bool, pretrained: bool
 ) -> dict[str, Any]:
-    """List the arguments of a call that an adapter file can hold and that make the same model again.
+    """Return the arguments to record in adapter files, with which the same model can be created again.
 
     Returns:
-        Arguments by name as JSON has them (tuples as lists), without defaults and without places on this machine.
+        Arguments by name as JSON values (tuples as lists), without defaults and local paths.
     """
     asked = {key: value for key, value in timm_args.items() if key not in _LOCAL}
     if num_classes is not None:

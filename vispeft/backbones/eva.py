@@ -43,7 +43,7 @@ def describe_eva(model: Any) -> View:
         Its view.
 
     Raises:
-        BackboneError: If a block, an attention, an MLP or the patch embedding is of a class the view does not cover.
+        BackboneError: If a block, an attention module, an MLP or the patch embedding is of an unsupported class.
     """
     eva = model
     sites = [*stem_sites(eva)]
@@ -83,15 +83,15 @@ class EvaHost(PlainModelHost):
     rope_mixed: bool
 
     def embed(self, images: Tensor) -> tuple[Tensor, Any]:
-        """Run patch embedding, positions and the norm in front of the blocks; rotations go along."""
+        """Run patch embedding, positions and the norm before the blocks; also return the rotary embeddings."""
         tokens, rotations = self._pos_embed(self.patch_embed(images))
         return self.norm_pre(tokens), rotations
 
     def block_arguments(self, context: Any, block: int, inserted: int) -> dict[str, Any]:
-        """Give the rotations, with one that changes nothing for each inserted token.
+        """Return the rotary embeddings, with an identity rotation for each inserted token.
 
-        timm's attention rotates every row behind the prefix. A sine of 0 and a cosine of 1 leave a row as it is, bit
-        for bit, so inserted rows are skipped without telling the attention of another prefix.
+        timm's attention rotates every row after the prefix. A sine of 0 and a cosine of 1 leave a row unchanged bit for
+        bit, so inserted rows are not rotated although the attention still uses the model's own prefix length.
         """
         if context is None:
             return {"rope": None}
@@ -128,7 +128,7 @@ def _scaled(scale: Tensor | None, x: Tensor) -> Tensor:
 
 
 class EvaAttentionHost(TokenAttentionHost):
-    """An adapted `EvaAttention` or `AttentionRope`, which rotates positions into queries and keys."""
+    """An adapted `EvaAttention` or `AttentionRope`, with rotary position embedding of queries and keys."""
 
     q_proj: Any
     k_proj: Any
@@ -139,11 +139,11 @@ class EvaAttentionHost(TokenAttentionHost):
     plain_scores = False
 
     def order(self) -> tuple[str, ...]:
-        """Name the arguments that timm hands to the module by position, behind the tokens."""
+        """Return the names of timm's positional arguments after the tokens."""
         return "rope", "attn_mask", "is_causal"
 
     def in_heads(self, x: Tensor) -> Heads:
-        """Compute queries, keys and values in front of their norms, fused or split."""
+        """Compute queries, keys and values before their norms, from a fused or split projection."""
         if self.qkv is not None:
             return split_heads(projected(self, x), self.num_heads)
         parts = (layer(x) for layer in (self.q_proj, self.k_proj, self.v_proj))
@@ -151,13 +151,13 @@ class EvaAttentionHost(TokenAttentionHost):
         return queries, keys, values
 
     def project(self, x: Tensor) -> Heads:
-        """Compute normalised queries, keys and values, each key and value once per head that shares it."""
+        """Compute normalised queries, keys and values; shared keys and values are repeated for each query head."""
         queries, keys, values = super().project(x)
         shared = self.num_heads // keys.shape[1]
         return queries, keys.repeat_interleave(shared, 1), values.repeat_interleave(shared, 1)
 
     def apply_positions(self, heads: Heads, arguments: dict[str, Any]) -> Heads:
-        """Rotate queries and keys behind the prefix."""
+        """Rotate queries and keys after the prefix."""
         queries, keys, values = heads
         rope = arguments.get("rope")
         if rope is None:
@@ -170,7 +170,7 @@ class EvaAttentionHost(TokenAttentionHost):
 
 
 class EvaReadingHost(EvaAttentionHost, ReaderHost):
-    """The same where the module keeps the biases of its projection."""
+    """The host of a module that keeps the biases of its projection."""
 
 
 register_family(

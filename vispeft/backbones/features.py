@@ -1,4 +1,4 @@
-"""The view of timm's ``features_only`` form of a Swin: the same stages, without a classifier and under other paths."""
+"""The view of timm's ``features_only`` models of Swin: the same stages under other paths, without a classifier."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["describe_features"]
 
 
 def describe_features(model: nn.Module) -> View:
-    """Describe a `FeatureListNet` made of the stages of a Swin.
+    """Describe a `FeatureListNet` with the stages of a Swin.
 
-    Sites have the paths they have here, and the names they have in the whole model, so that adapters go from one to
-    the other.
+    Sites have their paths in this model and their names in the full model, so that adapters can be moved between the
+    two.
 
     Args:
         model: The model.
@@ -33,7 +33,7 @@ def describe_features(model: nn.Module) -> View:
         Its view.
 
     Raises:
-        BackboneError: If it is made of something else.
+        BackboneError: If it has other parts.
     """
     children = dict(model.named_children())
     names = [name for name in children if name.startswith("layers_")]
@@ -78,22 +78,22 @@ def _generation(stages: list[nn.Module]) -> Generation:
         if stages and base_class(stages[0]) is generation.stage_class:
             return generation
     found = ", ".join(sorted({base_class(stage).__name__ for stage in stages})) or "no stages"
-    raise BackboneError(f"Of features_only models, those of Swin and SwinV2 are described; this one has {found}.")
+    raise BackboneError(f"Of features_only models, those of Swin and SwinV2 are supported; this one has {found}.")
 
 
 class FeatureListHost(StageModelHost):
-    """An adapted `FeatureListNet`, which takes all its children for layers to run."""
+    """An adapted `FeatureListNet`. timm runs all of its children as layers, so `items` hides those of vispeft."""
 
     return_layers: dict[str, str]
     grad_checkpointing: bool
     global_pool = ""
 
     def stages(self) -> list[Any]:
-        """List timm's stages."""
+        """Return timm's stages."""
         return [child for name, child in self.items() if name.startswith("layers_")]
 
     def checkpoints(self) -> bool:
-        """Tell whether blocks are computed again in the backward pass."""
+        """Return whether activation checkpointing is on."""
         return self.grad_checkpointing or super().checkpoints()
 
     def forward(self, x: Tensor) -> list[Tensor]:

@@ -1,7 +1,7 @@
-"""Weights on a hub: whether it answers, a copy in its client's cache, and the fetch by timm.
+"""Weights from a hub: the check that it responds, the client's cache, and the download by timm.
 
-The hub's client tries for the better part of a minute before it gives up, and then names neither the model nor a way
-out. So the hub is asked for a sign of life first; without one, a copy in the client's cache is used.
+The hub's client retries for most of a minute before it fails, with an error that names neither the model nor a remedy.
+So the hub is probed first; if it does not respond, a copy in the client's cache is used.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from vispeft.zoo.backbones import list_zoo_backbones
 __all__ = ["build_from_hub"]
 
 ANSWER_SECONDS = 5.0
-"""How long a hub may take to answer at all before it counts as out of reach."""
+"""Timeout in seconds after which a hub counts as unreachable."""
 
-# Where timm looks on a hub, in its order.
+# The files timm looks for on a hub, in its order.
 _HUB_FILES = (
     "model.safetensors",
     "pytorch_model.bin",
@@ -38,7 +38,7 @@ _HUB_FILES = (
 
 
 def build_from_hub(request: Request) -> nn.Module:
-    """Build a model with weights that timm fetches, or that were fetched before.
+    """Build a model with weights that timm downloads or that are in the cache.
 
     Args:
         request: The model.
@@ -47,7 +47,7 @@ def build_from_hub(request: Request) -> nn.Module:
         The model.
 
     Raises:
-        BackboneError: If there are no weights, or they can neither be fetched nor be found in the cache.
+        BackboneError: If there are no weights, or they can neither be downloaded nor found in the cache.
     """
     place, _, repository = request.architecture.partition(":")
     elsewhere = "pretrained_cfg" in request.arguments or {"file", "url", "hf_hub_id"} & set(request.overlay)
@@ -72,7 +72,7 @@ def build_from_hub(request: Request) -> nn.Module:
 
 
 def _build_from_repository(request: Request, repository: str) -> nn.Module:
-    """Build a model whose architecture, too, is described on the hub (``hf-hub:OWNER/NAME``)."""
+    """Build a model whose architecture is also described on the hub (``hf-hub:OWNER/NAME``)."""
     if _answers(_probe_hub):
         return _fetch(request, repository)
     cached = _cached(request, repository, "config.json")
@@ -82,7 +82,7 @@ def _build_from_repository(request: Request, repository: str) -> nn.Module:
 
 
 def _build_from_description(request: Request, repository: str, described: timm.models.PretrainedCfg) -> nn.Module:
-    """Build a model of timm's whose weights timm describes as being on the hub."""
+    """Build a timm model whose pretrained configuration locates the weights on the hub."""
     if _answers(_probe_hub):
         return _fetch(request, repository)
     files = (described.hf_hub_filename,) if described.hf_hub_filename else _HUB_FILES
@@ -96,7 +96,7 @@ def _build_from_description(request: Request, repository: str, described: timm.m
 
 
 def _build_from_address(request: Request, url: str) -> nn.Module:
-    """Build a model of timm's whose weights are a file on a web server; torch keeps fetched files."""
+    """Build a timm model whose weights are a file on a web server; torch caches downloaded files."""
     cache_dir = request.arguments.get("cache_dir")
     folder = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / "checkpoints"
     if not (folder / url.rsplit("/", 1)[-1]).is_file() and not _answers(lambda: _probe_address(url)):
@@ -105,11 +105,11 @@ def _build_from_address(request: Request, url: str) -> nn.Module:
 
 
 def _fetch(request: Request, where: str) -> nn.Module:
-    """Have timm fetch weights from a server that answers.
+    """Download weights by timm from a server that responds.
 
     Args:
         request: The model.
-        where: The repository or address, for the message.
+        where: The repository or address, for the error message.
 
     Returns:
         The model.
@@ -119,12 +119,12 @@ def _fetch(request: Request, where: str) -> nn.Module:
     """
     try:
         return request.build(pretrained=True)
-    except OSError as error:  # the base of every error of the hub's client, and of urllib's
+    except OSError as error:  # the base class of all errors of the hub's client and of urllib
         raise _out_of_reach(request, where, brief(error)) from error
 
 
 def _out_of_reach(request: Request, where: str, reason: str = "") -> BackboneError:
-    """Compose the error for weights that cannot be had.
+    """Create the error for weights that cannot be obtained.
 
     Args:
         request: The model.
@@ -138,7 +138,7 @@ def _out_of_reach(request: Request, where: str, reason: str = "") -> BackboneErr
     zoo = list_zoo_backbones()
     shipped = f" Without a network there is also {', '.join('zoo:' + name for name in zoo)}." if zoo else ""
     name = architecture.partition(":")[2] or architecture
-    # A repository's last part begins with the architecture's name; its dot separates the tag.
+    # A repository's last part starts with the architecture's name; a dot separates the tag.
     plain = name.rsplit("/", 1)[-1].partition(".")[0]
     return BackboneError(
         f"{architecture} was asked for with pretrained weights; they are at {where}, which cannot be reached, and no "
@@ -149,15 +149,15 @@ def _out_of_reach(request: Request, where: str, reason: str = "") -> BackboneErr
 
 
 def _cached(request: Request, repository: str, file: str) -> Path | None:
-    """Look for a file in the cache of the hub's client, without any connection.
+    """Look for a file in the cache of the hub's client, without a connection.
 
     Args:
-        request: The model; its ``cache_dir`` names another place of the cache.
-        repository: Owner and name, with ``@revision`` where one is pinned.
+        request: The model; its ``cache_dir`` argument sets another cache directory.
+        repository: Owner and name, with ``@revision`` if one is pinned.
         file: Name of the file.
 
     Returns:
-        The file; None when it is not there.
+        The file; None if it is not cached.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -168,25 +168,25 @@ def _cached(request: Request, repository: str, file: str) -> Path | None:
 
 
 def _answers(probe: Callable[[], None]) -> bool:
-    """Find out whether a server answers, in bounded time.
+    """Check within bounded time whether a server responds.
 
     Args:
-        probe: Asks the server; raises when it does not answer.
+        probe: Sends a request; raises if the server does not respond.
 
     Returns:
-        Whether it did.
+        Whether it responds.
     """
     outcome: list[bool] = []
 
     def ask() -> None:
         try:
             probe()
-        except Exception:  # whatever went wrong, the server cannot be used
+        except Exception:  # on any error the server cannot be used
             outcome.append(False)
         else:
             outcome.append(True)
 
-    # Looking up a name obeys no timeout of the client's, so the question is asked in a thread that may be left alone.
+    # Name resolution ignores the client's timeouts, so the request runs in a daemon thread that may be abandoned.
     thread = threading.Thread(target=ask, name="vispeft-hub-probe", daemon=True)
     thread.start()
     thread.join(ANSWER_SECONDS + 1)
@@ -194,7 +194,7 @@ def _answers(probe: Callable[[], None]) -> bool:
 
 
 def _probe_hub() -> None:
-    """Ask the hub for a sign of life; any answer counts, also one that refuses."""
+    """Send a request to the hub; any response counts, also an error status."""
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
@@ -203,7 +203,7 @@ def _probe_hub() -> None:
 
 
 def _probe_address(url: str) -> None:
-    """Ask a web server for a sign of life; any answer counts, also one that refuses.
+    """Send a request to a web server; any response counts, also an error status.
 
     Args:
         url: The address of a weight file.

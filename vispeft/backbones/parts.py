@@ -1,4 +1,4 @@
-"""Sites of the parts that timm families share: fused and split attention projections, plain and gated MLPs."""
+"""Sites of parts common to several timm families: fused or split attention projections, plain or gated MLPs."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Spot:
-    """Where a block is, and how its tokens are laid out."""
+    """The position of a block in the model, and the width and layout of its tokens."""
 
     width: int
-    """Width of its tokens."""
+    """Width of the tokens."""
     block: int | None = None
-    """Index over all blocks."""
+    """Index among all blocks."""
     stage: int | None = None
     """Stage index of a hierarchical model."""
     layout: Layout = "NLC"
-    """Order of the axes of its tokens."""
+    """Order of the axes of the tokens."""
 
     def site(
         self,
@@ -45,7 +45,7 @@ class Spot:
         out_features: int | None = None,
         **more: Any,
     ) -> Site:
-        """Make a site there, of the block's width where none is given."""
+        """Create a site here, by default with the block's width."""
         more = {"layout": self.layout, **more}
         width_in = self.width if in_features is None else in_features
         width_out = self.width if out_features is None else out_features
@@ -53,7 +53,7 @@ class Spot:
 
 
 def is_absent(module: nn.Module | None) -> bool:
-    """Tell whether a place that some models of a family fill is empty in this one."""
+    """Return whether an optional module is absent (None or an identity)."""
     return module is None or base_class(module) is nn.Identity
 
 
@@ -63,8 +63,8 @@ def projection_sites(attn: Any, path: str, spot: Spot, inner: int) -> Iterator[S
     Args:
         attn: The module.
         path: Its path.
-        spot: Where its block is.
-        inner: Width of all heads together.
+        spot: The position of its block.
+        inner: Total width of all heads.
 
     Yields:
         The fused projection and its slices, or the split projections.
@@ -74,7 +74,7 @@ def projection_sites(attn: Any, path: str, spot: Spot, inner: int) -> Iterator[S
             layer = getattr(attn, f"{part}_proj")
             yield spot.site(f"{path}.{part}_proj", f"attn.{part}", "linear", out_features=layer.out_features)
         return
-    # timm keeps q and v biases on the module and reads the projection's weight beside them.
+    # timm keeps the q and v biases in the attention module, which also reads the projection's weight.
     reads = getattr(attn, "q_bias", None) is not None
     more: dict[str, Any] = {"reads_weight": reads, "owner": path if reads else None}
     yield spot.site(f"{path}.qkv", "attn.qkv", "linear", out_features=3 * inner, **more)
@@ -84,13 +84,13 @@ def projection_sites(attn: Any, path: str, spot: Spot, inner: int) -> Iterator[S
 
 
 def query_key_norm_sites(attn: Any, path: str, spot: Spot, rotated: bool) -> Iterator[Site]:
-    """Iterate over the norms of queries and keys, where there are any.
+    """Iterate over the norms of queries and keys, if any.
 
     Args:
         attn: The module.
         path: Its path.
-        spot: Where its block is.
-        rotated: Whether positions are rotated into queries and keys behind the norms.
+        spot: The position of its block.
+        rotated: Whether rotary position embedding follows the norms.
 
     Yields:
         Their sites.
@@ -98,7 +98,7 @@ def query_key_norm_sites(attn: Any, path: str, spot: Spot, rotated: bool) -> Ite
     for name in ("q_norm", "k_norm"):
         if is_absent(getattr(attn, name, None)):
             continue
-        # The same shift of every key adds the same to every score of a query, which softmax does not see; behind a
+        # A common shift of all keys adds a constant to all scores of a query, to which softmax is invariant; after
         # rotation by position the shifts differ.
         null = ("bias",) if name == "k_norm" and not rotated else ()
         width = attn.head_dim
@@ -106,7 +106,7 @@ def query_key_norm_sites(attn: Any, path: str, spot: Spot, rotated: bool) -> Ite
 
 
 def branch_readers(attn: Any, path: str) -> tuple[str, ...]:
-    """List the linear layers that read what enters an attention module; none where it keeps their biases itself."""
+    """List the linear layers that read an attention module's input; none if it keeps their biases itself."""
     if getattr(attn, "q_bias", None) is not None:
         return ()
     if getattr(attn, "qkv", None) is None:
@@ -124,13 +124,13 @@ def mlp_sites(mlp: Any, path: str, spot: Spot) -> Iterator[Site]:
     Args:
         mlp: An `Mlp`, a `GluMlp` (gate and value in one layer) or a `SwiGLU` (two layers).
         path: Its path.
-        spot: Where its block is.
+        spot: The position of its block.
 
     Yields:
-        Its sites, the module itself first.
+        Its sites, starting with the module itself.
 
     Raises:
-        BackboneError: If it is of another class.
+        BackboneError: If it is of an unsupported class.
     """
     check_class(path, mlp, (Mlp, GluMlp, SwiGLU))
     hidden = mlp.fc2.in_features
@@ -152,5 +152,5 @@ def mlp_sites(mlp: Any, path: str, spot: Spot) -> Iterator[Site]:
 
 
 def first_layers(mlp: Any, path: str) -> tuple[str, ...]:
-    """List the linear layers that read what enters an MLP."""
+    """List the linear layers that read an MLP's input."""
     return (f"{path}.fc1_g", f"{path}.fc1_x") if base_class(mlp) is SwiGLU else (f"{path}.fc1",)

@@ -1,8 +1,8 @@
-"""Narrow copies of a backbone: structural pruning by the size of its own weights.
+"""Narrow copies of a backbone by structural pruning: the channels with the largest weights are kept.
 
-The walk of the public code of LST (ylsung/Ladder-Side-Tuning at 1798e82): layer after layer, the rows of a weight with
-the largest sums of absolute values stay, and the next layer keeps the columns that fit. Every layer behind the stream
-chooses anew, so that the channels kept differ from one to the next.
+Follows the public code of LST (ylsung/Ladder-Side-Tuning at 1798e82): layer by layer, the rows of a weight with the
+largest sums of absolute values are kept, and the next layer keeps the matching columns. Each layer that writes to the
+residual stream chooses its own channels, so that the kept channels differ between layers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["prune", "strongest"]
 
 Named = Iterator[tuple[str, Tensor]]
 MERGED = 4
-"""Neighbours that patch merging joins."""
+"""Number of neighbouring patches that patch merging concatenates."""
 
 
 def strongest(importance: Tensor, number: int, groups: int = 1) -> Tensor:
@@ -27,11 +27,11 @@ def strongest(importance: Tensor, number: int, groups: int = 1) -> Tensor:
 
     Args:
         importance: (rows, ...).
-        number: How many rows to keep.
-        groups: Runs of rows (heads) that keep the same number each; where these do not fit there is one.
+        number: Number of rows to keep.
+        groups: Number of equal groups of rows (heads) that each keep the same number; 1 if the numbers do not divide.
 
     Returns:
-        Their indices in rising order, (number,).
+        Their indices in increasing order, (number,).
     """
     score = importance.abs().flatten(1).sum(1)
     rows = len(score)
@@ -43,19 +43,19 @@ def strongest(importance: Tensor, number: int, groups: int = 1) -> Tensor:
 
 
 def prune(view: View, model: nn.Module, rungs: Sequence[Rung], per_head: bool) -> dict[str, Tensor]:
-    """Cut a narrow network out of a backbone.
+    """Extract a narrow network from a backbone.
 
-    Where the network has a bias and the backbone none, nothing is given. Of a gated MLP the value part goes in, chosen
-    by the product with its gate.
+    A bias that the backbone lacks is left out. Of a gated MLP the value part is used, with rows chosen by the product
+    with the gate.
 
     Args:
         view: The backbone's description.
-        model: The backbone; only its own tensors are read, whatever is attached to it.
+        model: The backbone; only its own tensors are read, not those of adapters.
         rungs: The network's size beside every block.
-        per_head: Keep the same number of query, key and value channels in each head.
+        per_head: Whether to keep the same number of query, key and value channels in each head.
 
     Returns:
-        Tensors in float32 by name: ``blocks.<block>.attn.qkv.weight``, ``merging.<first block>.norm.weight``,
+        Float32 tensors by name: ``blocks.<block>.attn.qkv.weight``, ``merging.<first block>.norm.weight``,
         ``norm.weight`` and so on.
     """
     walk = _Walk(view, model)
@@ -75,14 +75,14 @@ def prune(view: View, model: nn.Module, rungs: Sequence[Rung], per_head: bool) -
 
 
 class _Walk:
-    """The layers of a backbone, visited one after the other; each gives the channels that stay behind it."""
+    """The layers of a backbone in forward order; each step returns the channels kept after the layer."""
 
     def __init__(self, view: View, model: nn.Module) -> None:
         self.view, self.model = view, model
         self.by_role = {(site.block, site.role): site for site in view.sites if site.block is not None}
 
     def tensor(self, site: Site, name: str) -> Tensor | None:
-        """Read a tensor of the base, whatever stands on it: the rows of a part, the bias where an owner keeps it."""
+        """Return a tensor of the base without adapters: for a slice its rows, and a bias also from the site's owner."""
         held = self.model.get_submodule(site.path)._parameters.get(name)
         if held is None and name == "bias" and site.owner is not None:
             return self._float(self.model.get_submodule(site.owner)._parameters.get(f"{site.part}_bias"))
@@ -90,7 +90,7 @@ class _Walk:
         return value if value is None or site.rows is None else value[site.rows.start : site.rows.stop]
 
     def weight(self, site: Site) -> Tensor:
-        """Read a weight that must be there."""
+        """Return a weight that must exist."""
         value = self.tensor(site, "weight")
         assert value is not None, f"{site.path} has no weight"
         return value
@@ -115,7 +115,7 @@ class _Walk:
             found[f"{name}.bias"] = bias[rows]
 
     def attention(self, rung: Rung, kept: Tensor, per_head: bool, found: dict[str, Tensor]) -> Tensor:
-        """Keep the same rows of queries, keys and values, chosen by the product of the three."""
+        """Keep the same rows of queries, keys and values, chosen by the product of the three weights."""
         place = f"blocks.{rung.block}"
         self.take(found, f"{place}.norm1", self.by_role[rung.block, "norm1"], kept)
         parts = [self.by_role[rung.block, f"attn.{part}"] for part in ("q", "k", "v")]
@@ -134,7 +134,7 @@ class _Walk:
         return out
 
     def _table(self, rung: Rung, found: dict[str, Tensor]) -> None:
-        """Keep the relative-position bias as it is, where the heads stay the same."""
+        """Keep the relative-position bias unchanged, if the number of heads is the same."""
         site = self.by_role.get((rung.block, "rel_pos"))
         name = "relative_position_bias_table"
         table = None if site is None else self.tensor(site, name)
@@ -142,7 +142,7 @@ class _Walk:
             found[f"blocks.{rung.block}.attn.{name}"] = table
 
     def mlp(self, rung: Rung, kept: Tensor, found: dict[str, Tensor]) -> Tensor:
-        """Keep rows of the first layer, and the columns of the second that fit."""
+        """Keep rows of the first layer and the matching columns of the second."""
         place = f"blocks.{rung.block}"
         self.take(found, f"{place}.norm2", self.by_role[rung.block, "norm2"], kept)
         parts = [self.by_role.get((rung.block, f"mlp.fc1{part}")) for part in ("_x", "_g")]
@@ -156,7 +156,7 @@ class _Walk:
         return out
 
     def merging(self, rung: Rung, kept: Tensor, found: dict[str, Tensor]) -> Tensor:
-        """Keep the entries of the joined neighbours, and choose the channels behind them."""
+        """Keep the matching entries of all concatenated neighbours, and choose the output channels."""
         norm, reduction = (
             next(site for site in self.view.at(role) if site.stage == rung.stage)
             for role in ("downsample.norm", "downsample.reduction")

@@ -1,4 +1,4 @@
-"""One call of `create_model` in timm's terms: architecture, constructor arguments, description of the weights."""
+"""A call of `create_model` in timm's terms: architecture, constructor arguments, pretrained configuration."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from vispeft.zoo.backbones import ZooBackbone, read_zoo_backbone
 __all__ = ["Request", "resolve"]
 
 _DYNAMIC = {"dynamic_img_size": True}
-# The mask is computed per forward, the window stays as built, and feature maps smaller than a window are padded: the
-# behaviour of the original Swin code and of mmsegmentation. `set_input_size` would change the window.
+# The mask is computed in each forward pass, the window size stays fixed, and feature maps smaller than a window are
+# padded, as in the original Swin code and mmsegmentation. `set_input_size` would change the window.
 _WINDOWED = {"strict_img_size": False, "always_partition": True}
 _FLEXIBLE: dict[str, dict[str, bool]] = {
     "timm.models.beit": _DYNAMIC,
@@ -28,37 +28,37 @@ _FLEXIBLE: dict[str, dict[str, bool]] = {
     "timm.models.swin_transformer_v2": _WINDOWED,
     "timm.models.vision_transformer": _DYNAMIC,
 }
-"""Per file of timm, the constructor arguments under which its models take images of any size."""
+"""By timm module, the constructor arguments with which its models accept images of any size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A model to be built by timm."""
+    """A model for timm to build."""
 
     name: str
-    """The name the user gave, for messages."""
+    """The name the user gave, for error messages."""
     architecture: str
-    """A name timm takes, with or without a tag of weights or a source."""
+    """A name for timm, with or without a pretrained tag or a source."""
     num_classes: int | None
-    """Outputs of the classifier; 0 for none, None for the count of the weights."""
+    """Number of outputs of the classifier; 0 for no classifier, None for that of the weights."""
     arguments: Mapping[str, Any]
     """Further arguments of `timm.create_model`."""
     overlay: Mapping[str, Any]
-    """Entries that replace those of timm's description of the weights."""
+    """Entries that override timm's pretrained configuration."""
     shipped: ZooBackbone | None = None
-    """The backbone of the zoo that was named, if one was."""
+    """The zoo's backbone, for ``zoo:NAME``."""
 
     def build(self, *, pretrained: bool) -> nn.Module:
-        """Have timm build the model.
+        """Build the model by timm.
 
         Args:
-            pretrained: Whether timm loads weights too.
+            pretrained: Whether timm also loads weights.
 
         Returns:
             The model.
 
         Raises:
-            ConfigError: If the model takes no argument of a name that was given.
+            ConfigError: If the model does not accept a given argument.
         """
         given = dict(self.arguments)
         if self.num_classes is not None:
@@ -84,20 +84,20 @@ def resolve(
     flexible_size: bool = False,
     arguments: Mapping[str, Any] | None = None,
 ) -> Request:
-    """Translate a call of `create_model` into the terms of timm, without building or loading anything.
+    """Translate a call of `create_model` into timm's terms, without building or loading anything.
 
     Args:
-        name: A name `timm.create_model` takes, or ``zoo:NAME``.
-        num_classes: Outputs of the classifier; None keeps the count of the weights.
-        flexible_size: Whether the model is to take images of any size.
-        arguments: Further arguments of `timm.create_model`; they win over those of the zoo and of `flexible_size`.
+        name: A name for `timm.create_model`, or ``zoo:NAME``.
+        num_classes: Number of outputs of the classifier; None keeps that of the weights.
+        flexible_size: Whether the model accepts images of any size.
+        arguments: Further arguments of `timm.create_model`; they override those of the zoo and of `flexible_size`.
 
     Returns:
         The request.
 
     Raises:
         UnknownNameError: If timm or the zoo has no such model; near names are listed.
-        BackboneError: If the family cannot take images of any size.
+        BackboneError: If the family cannot accept images of any size.
         FileError: If the description of a shipped backbone, or of a local folder, is missing or damaged.
     """
     given = dict(arguments or {})
@@ -122,13 +122,13 @@ def resolve(
 
 
 def _check_name(name: str) -> None:
-    """Refuse a name timm does not know.
+    """Raise on a name timm does not know.
 
     Args:
-        name: An architecture, with or without a tag of weights, or a name with a source such as ``hf-hub:``.
+        name: An architecture, with or without a pretrained tag, or a name with a source such as ``hf-hub:``.
 
     Raises:
-        UnknownNameError: If there is no such architecture, or no such tag of it.
+        UnknownNameError: If there is no such architecture, or it has no such tag.
         FileError: If the folder of a ``local-dir:`` name has no config.json.
     """
     if ":" in name:
@@ -148,17 +148,17 @@ def _check_name(name: str) -> None:
 
 
 def _flexible_arguments(name: str, architecture: str) -> dict[str, bool]:
-    """Look up the constructor arguments under which a family takes images of any size.
+    """Return the constructor arguments with which a family accepts images of any size.
 
     Args:
-        name: The name the user gave, for the message.
-        architecture: A name timm takes.
+        name: The name the user gave, for the error message.
+        architecture: A name for timm.
 
     Returns:
         The arguments.
 
     Raises:
-        BackboneError: If the family cannot, or the architecture is only known to a hub.
+        BackboneError: If the family cannot, or only a hub knows the architecture.
     """
     if ":" in architecture:
         raise BackboneError(

@@ -42,17 +42,17 @@ __all__ = [
 ]
 
 NOT_IN_SWIN = {
-    "norm_pre": "it has no norm in front of the first block",
+    "norm_pre": "it has no norm before the first block",
     "attn.q_norm": "its queries are not normalised by a layer",
     "attn.k_norm": "its keys are not normalised by a layer",
-    "attn.norm": "it has no norm in front of the output projection",
+    "attn.norm": "it has no norm before the output projection",
     "ls1": "it has no layer scale",
     "ls2": "it has no layer scale",
     "mlp.norm": "its MLP has no norm",
     "fc_norm": "it normalises before pooling",
     "attn_pool": "it pools by average",
 }
-"""Roles of plain models, with the reason why Swin lacks them."""
+"""Reasons why Swin lacks some roles of plain models, by role."""
 
 
 def describe_swin(model: nn.Module) -> View:
@@ -65,30 +65,29 @@ def describe_swin(model: nn.Module) -> View:
         Its view.
 
     Raises:
-        BackboneError: If a block, an attention, patch merging or the patch embedding is of a class the view does not
-            cover.
+        BackboneError: If a block, an attention module, patch merging or the patch embedding is of an unsupported class.
     """
     return hierarchical_view(model, SWIN)
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What differs between the two generations of Swin."""
+    """The differences between the two generations of Swin."""
 
     family: str
     """Name of the family."""
     model_class: type[nn.Module]
-    """timm's class."""
+    """timm's model class."""
     stage_class: type[nn.Module]
-    """timm's class of a stage."""
+    """timm's stage class."""
     block_classes: tuple[type[nn.Module], ...]
-    """timm's class of a block, and ours for maps of any size."""
+    """timm's block class, and ours for maps of any size."""
     block_sites: Callable[[Any, str, Spot], Iterator[Site]]
     """Iterates over the sites of a block."""
     merging_sites: Callable[[Any, str, int], Iterator[Site]]
     """Iterates over the sites of patch merging."""
     size_bound: tuple[str, ...]
-    """Endings of names of tensors whose shape depends on the image size."""
+    """Last name components of tensors whose shape depends on the image size."""
 
 
 def hierarchical_view(model: nn.Module, generation: Generation) -> View:
@@ -96,13 +95,13 @@ def hierarchical_view(model: nn.Module, generation: Generation) -> View:
 
     Args:
         model: The model.
-        generation: Which one it is.
+        generation: Its generation.
 
     Returns:
         The view.
 
     Raises:
-        BackboneError: If a part is of a class the view does not cover.
+        BackboneError: If a part is of an unsupported class.
     """
     swin: Any = model
     sites = [
@@ -140,13 +139,13 @@ def stage_sites(stages: Sequence[Any], generation: Generation) -> Iterator[Site]
 
     Args:
         stages: The stages.
-        generation: Which Swin it is.
+        generation: The generation of Swin.
 
     Yields:
         Their sites, in forward order.
 
     Raises:
-        BackboneError: If a part is of a class the view does not cover.
+        BackboneError: If a part is of an unsupported class.
     """
     number = 0
     for stage, layer in enumerate(stages):
@@ -161,7 +160,7 @@ def stage_sites(stages: Sequence[Any], generation: Generation) -> Iterator[Site]
 
 
 def swin_stem_sites(patch_embed: Any) -> Iterator[Site]:
-    """Iterate over the sites in front of the first stage.
+    """Iterate over the sites before the first stage.
 
     Args:
         patch_embed: The patch embedding.
@@ -170,7 +169,7 @@ def swin_stem_sites(patch_embed: Any) -> Iterator[Site]:
         Its sites, in forward order.
 
     Raises:
-        BackboneError: If the patch embedding is of a class the view does not cover.
+        BackboneError: If the patch embedding is of an unsupported class.
     """
     check_class("patch_embed", patch_embed, (PatchEmbed,))
     proj = patch_embed.proj
@@ -182,7 +181,7 @@ def swin_stem_sites(patch_embed: Any) -> Iterator[Site]:
 
 
 def swin_tail_sites(swin: Any) -> Iterator[Site]:
-    """Iterate over the sites behind the last stage.
+    """Iterate over the sites after the last stage.
 
     Args:
         swin: The model.
@@ -210,7 +209,7 @@ def _block_sites(block: Any, path: str, spot: Spot) -> Iterator[Site]:
     check_class(f"{path}.attn", attn, (WindowAttention,))
     inner = attn.proj.in_features
     yield spot.site(path, "block", "block")
-    # Windows are padded with zeros behind this norm, which a shift folded into the projection would not reach.
+    # Windows are padded with zeros after this norm; a shift merged into the projection would also act on the padding.
     yield spot.site(f"{path}.norm1", "norm1", "norm")
     yield spot.site(f"{path}.attn", "attn", "attention")
     yield from projection_sites(attn, f"{path}.attn", spot, inner)
@@ -222,20 +221,21 @@ def _block_sites(block: Any, path: str, spot: Spot) -> Iterator[Site]:
 
 
 class AnySizeBlock(nn.Module):
-    """A Swin block that decides on its shift for the map it gets, as timm does for the size a model is built for.
+    """A Swin block that chooses its shift for each map, as timm does for the size a model is built for.
 
-    timm drops the shift along a side that one window covers. A model for any size keeps window and table, and this
-    rule, so that it equals the model built for each size whose maps are not smaller than the window.
+    timm sets the shift to zero along a side that one window covers. A model for any size keeps the window size and the
+    bias table and applies this rule, so that for every size whose maps are not smaller than the window it equals the
+    model built for that size.
     """
 
     timm_block: ClassVar[type[nn.Module]]
-    """The class of timm that it stands in for."""
+    """The timm class it replaces."""
     window_size: tuple[int, int]
     shift_size: tuple[int, int]
     attn: Any
 
     def shift_for(self, height: int, width: int) -> tuple[int, int]:
-        """Give the shift of a map of some size."""
+        """Return the shift for a map of this size."""
         down, right = (
             0 if side <= window else by
             for side, window, by in zip((height, width), self.window_size, self.shift_size, strict=True)
@@ -254,11 +254,11 @@ class AnySizeSwinBlock(AnySizeBlock, SwinTransformerBlock):
 
 
 def make_any_size(model: nn.Module, blocks: Mapping[type[nn.Module], type[nn.Module]]) -> None:
-    """Let the blocks of a Swin with pinned windows decide on their shift for each map, in place.
+    """Make the blocks of a Swin with fixed windows choose their shift for each map, in place.
 
     Args:
-        model: The model, made with ``always_partition=True`` and ``strict_img_size=False``.
-        blocks: timm's class of a block to ours.
+        model: The model, created with ``always_partition=True`` and ``strict_img_size=False``.
+        blocks: Our block class by timm's.
     """
     for module in model.modules():
         if type(module) in blocks:
@@ -283,7 +283,7 @@ class SwinHost(StageModelHost):
 
     @staticmethod
     def side_block(block: Any, rung: Rung) -> nn.Module:
-        """Make a block with the windows of another one, at another width."""
+        """Create a block with the windows of another one, at another width."""
         made: Any = SwinTransformerBlock(
             rung.width,
             block.input_resolution,
@@ -299,7 +299,7 @@ class SwinHost(StageModelHost):
         return cast(nn.Module, made)
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
-        """Prepare for images of another size as timm does; networks beside the model follow."""
+        """Prepare for images of another size as timm does, and adapt networks beside the model."""
         super().set_input_size(*args, **kwargs)  # type: ignore[misc]  # timm's
         blocks = [block for stage in self.stages() for block in stage.blocks]
         for unit in self.modules():
@@ -317,10 +317,10 @@ class WindowBlockHost(BlockHost):
     _attn: Callable[[Tensor], Tensor]
 
     def attend(self, streams: Streams) -> Streams:
-        """Run the attention on a map and on the streams beside it; the output projection acts on the whole map.
+        """Run the attention on a map and the streams beside it; the output projection acts on the whole map.
 
         Args:
-            streams: A map (B, H, W, C) and streams beside it, as they enter the attention.
+            streams: The attention's inputs: a map (B, H, W, C) and streams beside it.
         """
         attn = self.attn
         if not streams.beside and not (isinstance(attn, WindowAttentionHost) and attn.acting.carries):
@@ -354,7 +354,7 @@ class SwinAttentionHost(WindowAttentionHost):
     _get_rel_pos_bias: Callable[[], Tensor]
 
     def position_bias(self) -> Tensor:
-        """Give timm's relative-position bias, (1, heads, N, N)."""
+        """Return timm's relative-position bias, (1, heads, N, N)."""
         return self._get_rel_pos_bias()
 
 

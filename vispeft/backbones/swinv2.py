@@ -1,4 +1,4 @@
-"""The view of timm's ``SwinTransformerV2``: cosine attention, norms behind the branches, reduction before norm."""
+"""The view of timm's ``SwinTransformerV2``: cosine attention, norms after the branches and after patch merging."""
 
 from __future__ import annotations
 
@@ -40,8 +40,7 @@ def describe_swinv2(model: nn.Module) -> View:
         Its view.
 
     Raises:
-        BackboneError: If a block, an attention, patch merging or the patch embedding is of a class the view does not
-            cover.
+        BackboneError: If a block, an attention module, patch merging or the patch embedding is of an unsupported class.
     """
     return hierarchical_view(model, SWINV2)
 
@@ -87,7 +86,7 @@ SWINV2 = Generation(
 
 
 class SwinV2BlockHost(WindowBlockHost):
-    """An adapted `SwinTransformerV2Block`, which normalises behind its branches."""
+    """An adapted `SwinTransformerV2Block`, which normalises after its branches."""
 
     def attention_branch(self, streams: Streams, *args: Any, **arguments: Any) -> tuple[Streams, Streams | None]:
         """Run the attention branch on a map (B, H, W, C) and the streams beside it."""
@@ -99,7 +98,7 @@ class SwinV2BlockHost(WindowBlockHost):
 
 
 class SwinV2AttentionHost(WindowAttentionHost):
-    """An adapted `WindowAttention` of the second generation, whose score is a cosine times a learned scale."""
+    """An adapted `WindowAttention` of SwinV2, whose scores are cosines times a learned scale."""
 
     logit_scale: Tensor
     cpb_mlp: nn.Module
@@ -108,14 +107,14 @@ class SwinV2AttentionHost(WindowAttentionHost):
     window_size: tuple[int, int]
     scale = 1.0
     plain_scores = False
-    neutral = 8.0  # what timm makes of a zero of the network that gives the bias: 16 * sigmoid(0)
+    neutral = 8.0  # timm's bias, 16 * sigmoid(output of cpb_mlp), for an output of 0
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute queries, keys and values from (B, N, D), in front of the cosine."""
+        """Compute queries, keys and values from (B, N, D), before their normalisation for the cosine."""
         return split_heads(projected(self, x), self.num_heads)
 
     def mix(self, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        """Compare by cosine; keys of an adapter's own too."""
+        """Compute the attention with cosine scores, also for an adapter's learned keys."""
         scale = self.logit_scale.clamp(max=math.log(1.0 / 0.01)).exp()
         queries = (F.normalize(queries, dim=-1) * scale).to(values.dtype)
         return super().mix(queries, F.normalize(keys, dim=-1).to(values.dtype), values, bias)
@@ -129,7 +128,7 @@ class SwinV2AttentionHost(WindowAttentionHost):
 
 
 class SwinV2ReadingHost(SwinV2AttentionHost, ReaderHost):
-    """The same where the module keeps the biases of its projection."""
+    """The host of a module that keeps the biases of its projection."""
 
 
 class SwinV2Host(StageModelHost):

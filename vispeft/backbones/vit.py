@@ -1,4 +1,4 @@
-"""The view of timm's ``VisionTransformer``: AugReg, DeiT, CLIP, DINOv2, MAE, SigLIP, AIMv2 and their like."""
+"""The view of timm's ``VisionTransformer``: AugReg, DeiT, CLIP, DINOv2, MAE, SigLIP, AIMv2 and similar models."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NOT_IN_PLAIN_MODELS = {
     "downsample.norm": "it has no patch merging",
     "downsample.reduction": "it has no patch merging",
 }
-"""Roles of hierarchical models, with the reason why plain ones lack them."""
+"""Reasons why plain models lack some roles of hierarchical ones, by role."""
 
 
 def describe_vit(model: Any) -> View:
@@ -47,7 +47,7 @@ def describe_vit(model: Any) -> View:
         Its view.
 
     Raises:
-        BackboneError: If a block, an attention, an MLP or the patch embedding is of a class the view does not cover.
+        BackboneError: If a block, an attention module, an MLP or the patch embedding is of an unsupported class.
     """
     vit = model
     sites = [*stem_sites(vit)]
@@ -59,7 +59,7 @@ def describe_vit(model: Any) -> View:
 
 
 def plain_view(model: Any, family: str, model_class: type[nn.Module], sites: list[Site]) -> View:
-    """Make the view of a model with one sequence of tokens from its sites.
+    """Build the view of a model with one sequence of tokens.
 
     Args:
         model: The model.
@@ -95,7 +95,7 @@ def plain_view(model: Any, family: str, model_class: type[nn.Module], sites: lis
 
 
 def stem_sites(vit: Any) -> Iterator[Site]:
-    """Iterate over the sites in front of the first block of a plain model.
+    """Iterate over the sites before the first block of a plain model.
 
     Args:
         vit: The model.
@@ -104,7 +104,7 @@ def stem_sites(vit: Any) -> Iterator[Site]:
         Its sites, in forward order.
 
     Raises:
-        BackboneError: If the patch embedding is of a class the view does not cover.
+        BackboneError: If the patch embedding is of an unsupported class.
     """
     check_class("patch_embed", vit.patch_embed, (PatchEmbed,))
     spot, proj = Spot(vit.embed_dim), vit.patch_embed.proj
@@ -117,7 +117,7 @@ def stem_sites(vit: Any) -> Iterator[Site]:
 
 
 def tail_sites(vit: Any) -> Iterator[Site]:
-    """Iterate over the sites behind the last block of a plain model.
+    """Iterate over the sites after the last block of a plain model.
 
     Args:
         vit: The model.
@@ -126,10 +126,10 @@ def tail_sites(vit: Any) -> Iterator[Site]:
         Its sites, in forward order.
 
     Raises:
-        BackboneError: If attention pooling is of a class the view does not cover.
+        BackboneError: If attention pooling is of an unsupported class.
     """
     spot = Spot(vit.embed_dim)
-    # Under average pooling timm leaves an identity here and normalises behind the pooling; the place is the same.
+    # Under average pooling timm has an identity here and normalises after pooling; the site is the same.
     yield spot.site("norm", "final_norm", "norm")
     if vit.attn_pool is not None:
         check_class("attn_pool", vit.attn_pool, (AttentionPoolLatent, AttentionPoolPrr))
@@ -150,7 +150,7 @@ def _block_sites(block: Any, path: str, spot: Spot) -> Iterator[Site]:
     yield from query_key_norm_sites(attn, f"{path}.attn", spot, rotated=False)
     yield spot.site(f"{path}.attn", "attn.core", "attention", inner, inner, inside=True)
     if not is_absent(attn.norm):
-        # A gate stands between this norm and the projection: a shift cannot pass it.
+        # With a gate between this norm and the projection, a shift cannot be merged into the projection.
         readers = (f"{path}.attn.proj",) if attn.gate is None else ()
         yield spot.site(f"{path}.attn.norm", "attn.norm", "norm", inner, inner, consumers=readers)
     yield spot.site(f"{path}.attn.proj", "attn.proj", "linear", inner)
@@ -169,12 +169,12 @@ class VitHost(PlainModelHost):
     patch_drop: nn.Module
 
     def embed(self, images: Tensor) -> tuple[Tensor, Any]:
-        """Run patch embedding, positions and the norm in front of the blocks."""
+        """Run patch embedding, positions and the norm before the blocks."""
         tokens = self._pos_embed(self.patch_embed(images))
         return self.norm_pre(self.patch_drop(tokens)), None
 
     def block_arguments(self, context: Any, block: int, inserted: int) -> dict[str, Any]:
-        """Give nothing: its blocks take tokens alone."""
+        """Return no arguments: the blocks take tokens only."""
         return {}
 
 

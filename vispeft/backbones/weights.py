@@ -16,13 +16,13 @@ __all__ = ["build_from_file", "forget_folder"]
 
 
 def build_from_file(request: Request, file: Path) -> nn.Module:
-    """Build a model and have timm load a local file into it, every backbone tensor of it.
+    """Build a model and load a local file by timm, requiring every backbone tensor.
 
-    timm stops looking for missing tensors as soon as the class count differs from that of the weights. So the model is
-    built with the file's count, loaded strictly, and given another classifier afterwards.
+    timm does not report missing tensors if the number of classes differs from that of the weights. So the model is
+    built with the file's number, loaded strictly, and then given another classifier.
 
     Args:
-        request: The model; without a class count it keeps the file's.
+        request: The model; without a number of classes it keeps the file's.
         file: The weights.
 
     Returns:
@@ -43,10 +43,10 @@ def build_from_file(request: Request, file: Path) -> nn.Module:
     if file.suffix == ".npz":
         return _build_from_npz(request, file)
 
-    # `local-dir` and `hf-hub` names are refused above, so timm has a description of this architecture.
+    # `local-dir` and `hf-hub` names are refused above, so timm knows this architecture.
     described = timm.get_pretrained_cfg(request.architecture)
     found_classes = _classes_in(file, described.classifier if described else None)
-    # Without a classifier timm can find by name, the file has none, or timm converts it from another layout.
+    # If no classifier is found by name, the file has none, or timm converts it from another layout.
     counts = [found_classes] if found_classes is not None else [0, described.num_classes if described else 1000]
     failure: Exception | None = None
     for count in counts:
@@ -68,7 +68,7 @@ def build_from_file(request: Request, file: Path) -> nn.Module:
 
 
 def _build_from_npz(request: Request, file: Path) -> nn.Module:
-    """Build a model and have timm convert the original JAX weights of its family.
+    """Build a model and convert the original JAX weights of its family by timm.
 
     Args:
         request: The model.
@@ -93,7 +93,7 @@ def _build_from_npz(request: Request, file: Path) -> nn.Module:
 
 
 def forget_folder(model: nn.Module, file: Path) -> None:
-    """Keep only the name of the weight file in timm's description, not its folder on this machine.
+    """Remove the local folder of the weight file from timm's pretrained configuration.
 
     Args:
         model: The loaded model.
@@ -105,11 +105,11 @@ def forget_folder(model: nn.Module, file: Path) -> None:
 
 
 def _renew_classifier(model: nn.Module, num_classes: int) -> None:
-    """Put a fresh classifier on a model, with the start timm gives to one in its transformers.
+    """Replace a model's classifier by a new one, initialised as timm does in its transformers.
 
     Args:
         model: A timm model; changed in place.
-        num_classes: Outputs; 0 for none.
+        num_classes: Number of outputs; 0 for no classifier.
     """
     model.reset_classifier(num_classes)  # type: ignore[operator]
     if isinstance(getattr(model, "_model_args", None), dict):
@@ -123,23 +123,23 @@ def _renew_classifier(model: nn.Module, num_classes: int) -> None:
 
 
 def _classes_in(file: Path, classifier: str | tuple[str, ...] | None) -> int | None:
-    """Read from a file how many classes its classifier has.
+    """Read the number of classes of a file's classifier.
 
     Args:
         file: A ``.safetensors`` or PyTorch file.
         classifier: timm's name, or names, for the classifier of this architecture.
 
     Returns:
-        The count; None when no classifier is found.
+        The number of classes; None if no classifier is found.
 
     Raises:
-        FileError: If the file cannot be read, or holds more than tensors.
+        FileError: If the file cannot be read, or contains objects other than tensors.
     """
     own = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
     keys = [f"{part}.weight" for part in dict.fromkeys((*own, "head", "head.fc"))]
     shapes = _shapes_in(file)
     for key in keys:
-        # The classifier's weight has two axes (or is a 1 x 1 convolution); a norm called `head.norm` has one.
+        # The classifier's weight has at least two axes (it may be a 1 x 1 convolution); a norm `head.norm` has one.
         if len(shapes.get(key, ())) >= 2:
             return shapes[key][0]
     return None
@@ -152,10 +152,10 @@ def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
         file: A ``.safetensors`` or PyTorch file.
 
     Returns:
-        Shape by name, under the names timm will see.
+        Shapes by the names that timm uses.
 
     Raises:
-        FileError: If the file cannot be read, or holds more than tensors.
+        FileError: If the file cannot be read, or contains objects other than tensors.
     """
     try:
         if file.suffix == ".safetensors":
@@ -164,7 +164,7 @@ def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
             with safe_open(file, framework="pt") as opened:
                 return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
         tensors = timm.models.load_state_dict(str(file), weights_only=True)
-    except Exception as error:  # safetensors, pickle and zip readers share no base class
+    except Exception as error:  # the readers of safetensors, pickle and zip files share no base class of errors
         raise FileError(
             f"The weights in {file.name} cannot be read: {brief(error)} The file must be a whole .safetensors, a "
             "PyTorch file that holds tensors only, or .npz."

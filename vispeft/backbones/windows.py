@@ -1,4 +1,4 @@
-"""Windows of a map: cut, masked under a shift, and put together again."""
+"""Partition of a map into windows, the mask of shifted windows, and reassembly."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 __all__ = ["Windows", "cut_windows", "join_windows", "shift_mask"]
 
 APART = -100.0
-"""Added to the score of two tokens of one window that come from different sides of a shifted map; timm's number."""
+"""Added to the score of two tokens in one window that are not neighbours in the unshifted map; timm's value."""
 
 
 class Windows(NamedTuple):
-    """A map cut into windows."""
+    """A map partitioned into windows."""
 
     tokens: Tensor
-    """(B * windows, area, C); the windows of one image follow each other."""
+    """(B * windows, area, C); the windows of an image are consecutive."""
     mask: Tensor | None
     """(windows, area, area), added to scores; None without a shift."""
     size: tuple[int, int]
@@ -31,10 +31,10 @@ class Windows(NamedTuple):
 
 
 def cut_windows(block: Any, x: Tensor) -> Windows:
-    """Shift, pad and cut a map as a Swin block does.
+    """Shift, pad and partition a map as a Swin block does.
 
     Args:
-        block: timm's block, of either generation, or one for maps of any size.
+        block: timm's block of either generation, or one for maps of any size.
         x: (B, H, W, C).
     """
     size, window = (x.shape[1], x.shape[2]), tuple(block.window_size)
@@ -51,11 +51,11 @@ def cut_windows(block: Any, x: Tensor) -> Windows:
 
 
 def join_windows(windows: Windows, tokens: Tensor) -> Tensor:
-    """Undo `cut_windows` for other contents of the windows.
+    """Reassemble a map from windows: the inverse of `cut_windows`.
 
     Args:
-        windows: The windows.
-        tokens: (B * windows, area, C).
+        windows: The result of `cut_windows`.
+        tokens: New contents of the windows, (B * windows, area, C).
 
     Returns:
         (B, H, W, C).
@@ -67,10 +67,10 @@ def join_windows(windows: Windows, tokens: Tensor) -> Tensor:
 
 
 def shift_mask(x: Tensor, window: tuple[int, int], shift: tuple[int, int]) -> Tensor | None:
-    """Keep tokens apart that stand in one window of a shifted map, but not beside each other in the map.
+    """Compute the attention mask between tokens in one window of a shifted map that are not neighbours in the map.
 
     Args:
-        x: The padded map (B, H, W, C), for its size, type and device.
+        x: The padded map (B, H, W, C), for its size, dtype and device.
         window: Height and width of a window.
         shift: Rows and columns by which it was shifted.
 

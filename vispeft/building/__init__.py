@@ -1,1 +1,1 @@
-"""Building: classes by their names, and methods from the names and fields a config gives."""
+"""Building: classes by name, and methods from the names and fields in a config."""

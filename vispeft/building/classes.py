@@ -1,4 +1,4 @@
-"""Classes by name: finding one, writing its name the way configs do, and the arguments it takes."""
+"""Classes by name: finding one, formatting its name as configs do, and listing its arguments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def class_path(cls: type) -> str:
-    """Write a class the way configs do, by the shortest package that hands it on.
+    """Return a class's import path as configs write it, by the shortest package that exports it.
 
     Args:
         cls: The class.
@@ -53,11 +53,11 @@ def find_class(name: str, base: type, *, kind: str, place: str, known: Iterable[
     """Find a class by its name or its import path.
 
     Args:
-        name: Name of a subclass of `base` that is imported already, or the import path of any.
-        base: The class it must be derived from.
-        kind: The kind of thing the class is, for messages.
+        name: Name of an already imported subclass of `base`, or the import path of any subclass.
+        base: The required base class.
+        kind: Noun for the class, for messages.
         place: The place in the config, for messages.
-        known: Further names that would have been accepted there.
+        known: Further names accepted there.
 
     Returns:
         The class's import path, as `class_path` writes it.
@@ -81,7 +81,7 @@ def find_class(name: str, base: type, *, kind: str, place: str, known: Iterable[
 
 
 def subclasses(base: type[T]) -> dict[str, type[T]]:
-    """List the imported subclasses of a class that can be made, without those of Lightning.
+    """List the imported, instantiable subclasses of a class, except Lightning's.
 
     Args:
         base: The class.
@@ -98,13 +98,13 @@ def subclasses(base: type[T]) -> dict[str, type[T]]:
 
 
 def argument_names(cls: type) -> list[str]:
-    """List the arguments of a class, those it hands on to its base included.
+    """List the arguments of a class, including those it passes on to its base.
 
     Args:
         cls: The class.
 
     Returns:
-        The names; empty where any name is accepted.
+        The names; empty if any name is accepted.
     """
     names: list[str] = []
     for part in inspect.getmro(cls):
@@ -119,12 +119,12 @@ def argument_names(cls: type) -> list[str]:
 
 
 def check_argument(place: str, key: str, known: Sequence[str]) -> None:
-    """Refuse an argument that is not known.
+    """Refuse an unknown argument.
 
     Args:
         place: The place in the config, or the class, for the message.
         key: The argument's name.
-        known: Names of `argument_names`; without any, every name is accepted.
+        known: The result of `argument_names`; if empty, every name is accepted.
 
     Raises:
         UnknownNameError: If the name is not among them.

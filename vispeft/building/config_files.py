@@ -1,4 +1,4 @@
-"""Config files: reading one."""
+"""Reading config files."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def read_config(path: Path) -> Node:
         Its keys and values.
 
     Raises:
-        ConfigError: If its name says that it is neither.
-        FileError: If it is missing, or not of that format.
+        ConfigError: If its suffix is neither.
+        FileError: If it is missing, or not valid YAML.
     """
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise ConfigError(f"The config {str(path)!r} is no YAML file; its name should end in .yaml.")

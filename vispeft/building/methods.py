@@ -29,7 +29,7 @@ def method_presets() -> dict[str, Path]:
 
 
 def method_node(node: str | Mapping[str, Any]) -> Node:
-    """Write a method out as a class with its fields.
+    """Resolve a method to a class with its fields.
 
     Args:
         node: A name in the registry or in ``configs/method``, a YAML file, a class name, or a class with fields.

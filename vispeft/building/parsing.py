@@ -1,4 +1,4 @@
-"""jsonargparse: it checks types and values of the arguments of a class, and makes the object."""
+"""jsonargparse, which checks types and values of a class's arguments and creates the object."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _KEY = re.compile(r'Parser key "([^"]+)":')
 
 @contextlib.contextmanager
 def parser_errors(source: str) -> Iterator[None]:
-    """Turn an error of the parser into one of ours.
+    """Turn an error of the parser into a `VispeftError`.
 
-    The parser wraps an error raised by a class it makes; the class's own error is raised then. About a value of the
-    wrong type the parser's text is handed on as it is, with the key in front.
+    The parser wraps errors raised by the class it creates; the class's own error is raised instead. For a value of the
+    wrong type, the parser's text is kept, with the key before it.
 
     Args:
         source: Where the values came from, for the message.
 
     Raises:
         ConfigError: If the parser refused a value.
-        VispeftError: If a class refused one.
+        VispeftError: If the class refused one.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Shared by all commands: output, clean errors, quiet libraries."""
+"""Helpers shared by all commands: output, clean errors, quiet libraries."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ console = Console()
 
 
 def run_tool(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
-    """Run a command and turn expected errors into one message.
+    """Run a command and print an expected error as one message.
 
     Args:
-        main: The command; takes the arguments without the program's name.
+        main: The command, a function of the arguments without the program's name.
         argv: The arguments; by default those of the process.
 
     Returns:
@@ -49,13 +49,13 @@ def run_tool(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
 
 
 def _is_lightnings(error: Exception) -> bool:
-    """Tell whether Lightning refused its settings, without importing it where no command has."""
+    """Whether Lightning refused its settings; never imports Lightning itself."""
     exceptions = sys.modules.get("lightning.fabric.utilities.exceptions")
     return exceptions is not None and isinstance(error, exceptions.MisconfigurationException)
 
 
 def quiet_libraries() -> None:
-    """Show our own log lines as they are, and of the libraries only what a user can act on."""
+    """Print vispeft's log lines plainly, and hide messages of libraries that users cannot act on."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("vispeft")
@@ -64,19 +64,19 @@ def quiet_libraries() -> None:
     ours.propagate = False
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Data in memory are served fastest without workers, and a frozen backbone in evaluation mode is the purpose.
+    # In-memory data are fastest without workers, and a frozen backbone in evaluation mode is intended.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode at the start of training.*")
-    # Raised inside Lightning by newer releases of torch; there is nothing to change on our side.
+    # Caused inside Lightning by newer releases of torch; nothing to change here.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\..*|torch\..*")
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line like every other error."""
+    """Report a wrong command line like every other error."""
 
     def error(self, message: str) -> Any:
-        """Raise instead of leaving the process.
+        """Raise instead of exiting the process.
 
         Raises:
             ConfigError: Always.
@@ -85,12 +85,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(command: str, description: str, example: str) -> argparse.ArgumentParser:
-    """Make a command's parser.
+    """Create a command's parser.
 
     Args:
         command: The command's name.
-        description: What the command does.
-        example: Lines that can be copied, and what they do.
+        description: One sentence on the command.
+        example: Lines that can be copied, with explanations.
     """
     return _Parser(
         prog=f"vispeft {command}",
@@ -102,7 +102,7 @@ def make_parser(command: str, description: str, example: str) -> argparse.Argume
 
 
 def one_line(text: str) -> str:
-    """Put text of several lines on one.
+    """Join the lines of a text.
 
     Args:
         text: The text.
@@ -111,7 +111,7 @@ def one_line(text: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """List the versions that decide what a run computes."""
+    """List the versions of libraries that affect results."""
     found = {"python": platform.python_version()}
     for name in ("vispeft", "torch", "torchvision", "timm", "lightning", "torchmetrics"):
         try:

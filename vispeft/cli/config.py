@@ -30,28 +30,29 @@ __all__ = ["ConfigCLI", "build_data", "build_task"]
 
 
 class ConfigCLI(LightningCLI):
-    """Lightning's CLI without subcommands: reads a config, then makes data, task and trainer.
+    """Lightning's CLI without subcommands: reads a config, then creates data, task and trainer.
 
-    The class count goes from the data to the task, and the one seed of the config also fixes the order of the data.
+    The number of classes is passed from the data to the task, and the config's single seed also fixes the order of the
+    data.
     """
 
     def __init__(self, config: Path, overrides: Sequence[str]) -> None:
-        """Read a config and make everything in it.
+        """Read a config and create all its objects.
 
-        The trainer it makes only evaluates; the settings of the training's trainer are in `trainer_settings`.
+        Its trainer only evaluates; the settings for the training trainer are in `trainer_settings`.
 
         Args:
             config: The YAML file.
             overrides: Arguments such as ``--model.lr 1e-3`` or ``--print_config``.
 
         Raises:
-            FileError: If the file is missing or no YAML.
+            FileError: If the file is missing or not YAML.
             ConfigError: If a key is unknown, or a value has the wrong type or is out of range.
         """
         self.trainer_settings: dict[str, Any] = {}
         tree = read_config(config)
         tokens = check_config(tree, split_overrides(overrides), str(config))
-        # A method is a dataclass, which jsonargparse would otherwise take for exactly that class and no other.
+        # A method is a dataclass, for which jsonargparse would otherwise accept no subclass.
         set_parsing_settings(subclasses_enabled=[Method])
         with parser_errors(str(config)):
             super().__init__(
@@ -70,7 +71,7 @@ class ConfigCLI(LightningCLI):
             )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Link arguments of one part of a config to another part that decides them."""
+        """Link arguments to the part of the config that determines them."""
         parser.link_arguments("data", "model.init_args.num_classes", self._num_classes, apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.add_argument("--init", type=str | None, default=None, help="adapter to start from: zoo:NAME or a folder")
@@ -79,27 +80,27 @@ class ConfigCLI(LightningCLI):
         parser.add_argument("--cache_features", type=bool | str | None, default=False, help=told)
 
     def _num_classes(self, data: Any) -> int:
-        """Take the number of outputs from the data, before a task of another kind is made."""
+        """Return the number of outputs of the data, after checking that the task is of the same kind."""
         check_target(import_class(self.config["model"]["class_path"]), data)
         if not hasattr(data, "num_classes"):
             raise ConfigError(f"{type(data).__name__} has no num_classes, by which a task knows how wide its head is.")
         return int(data.num_classes)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the given arguments; the process's own are not looked at."""
+        """Parse the given arguments instead of the process's."""
         self.config = parser.parse_args(args)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Note the trainer's settings and make one that evaluates."""
+        """Store the trainer's settings and create one that only evaluates."""
         self.trainer_settings = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         return evaluation_trainer(**self.trainer_settings)
 
     def resolved(self) -> str:
-        """Write the whole config as YAML, defaults included; it reads back to the same."""
+        """Return the whole config as YAML with defaults, which reads back unchanged."""
         return yaml.safe_dump(self._written_out(self.config), sort_keys=False)
 
     def completed(self, tree: Node) -> Node:
-        """Write out the whole config of an earlier run: settings that are newer than it have their defaults.
+        """Complete the config of an earlier run, with defaults for settings that are newer than the run.
 
         Args:
             tree: Its config.
@@ -111,27 +112,27 @@ class ConfigCLI(LightningCLI):
         return self._written_out(self.parser.parse_args(["--config", yaml.safe_dump(tree, sort_keys=False)]))
 
     def _written_out(self, config: Any) -> Node:
-        """Turn parsed values into plain ones, the same for everything that means the same."""
+        """Convert parsed values to plain ones, equal for equivalent configs."""
         tree = cast(Node, yaml.safe_load(self.parser.dump(config, skip_unset=False)))
         settings = tree["model"]["init_args"]
-        if "optimizer" in settings:  # a default is the bare name of an optimiser, a config's is checked and written out
+        if "optimizer" in settings:  # a default is the bare name of an optimiser, a config's is checked and expanded
             settings["optimizer"] = optimizer_node(settings["optimizer"])
         return tree
 
 
 def build_data(node: str | Mapping[str, Any], overrides: Sequence[Override], source: str) -> LightningDataModule:
-    """Make the data module of a config, without its model.
+    """Create the data module of a config, without its model.
 
     Args:
         node: The section ``data``.
-        overrides: The result of `split_overrides`; all begin with ``data.``.
-        source: Where the config came from, for messages.
+        overrides: The result of `split_overrides`; all keys start with ``data.``.
+        source: Origin of the config, for messages.
 
     Returns:
         The data module.
 
     Raises:
-        UnknownNameError: If a key or a class is not known.
+        UnknownNameError: If a key or a class is unknown.
         ConfigError: If a value has the wrong type or is out of range.
     """
     tree: Node = {"data": node}
@@ -142,18 +143,18 @@ def build_data(node: str | Mapping[str, Any], overrides: Sequence[Override], sou
 
 
 def build_task(node: Mapping[str, Any], num_classes: int, source: str) -> AdapterTask:
-    """Make the task of a config, without its data.
+    """Create the task of a config, without its data.
 
     Args:
         node: The section ``model``.
-        num_classes: Number of outputs that the data of the config asked for.
-        source: Where the config came from, for messages.
+        num_classes: Number of outputs that the config's data need.
+        source: Origin of the config, for messages.
 
     Returns:
         The task.
 
     Raises:
-        UnknownNameError: If a key or a class is not known.
+        UnknownNameError: If a key or a class is unknown.
         ConfigError: If a value has the wrong type or is out of range.
     """
     tree: Node = {"model": node}
@@ -163,7 +164,7 @@ def build_task(node: Mapping[str, Any], num_classes: int, source: str) -> Adapte
 
 
 def _build(section: str, base: type, tree: Node, tokens: Sequence[str], source: str) -> Any:
-    """Make the object of one section alone."""
+    """Create the object of one section."""
     set_parsing_settings(subclasses_enabled=[Method])
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")

@@ -1,6 +1,6 @@
-"""Keys of a config and of its overrides: each is checked before Lightning's parser sees it.
+"""Checks of the keys of a config and its overrides, before Lightning's parser sees them.
 
-So an unknown key is refused with the nearest name instead of a listing of types, and class names are written out.
+An unknown key is refused with the nearest name instead of a list of types, and class names are expanded.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ __all__ = ["Override", "check_config", "check_override", "check_tree", "split_ov
 TOP_KEYS = ("seed_everything", "init", "trainer", "model", "data", "checkpoints", "cache_features")
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 LINKED = {"model.num_classes": "the data", "data.seed": "seed_everything"}
-"""Arguments that another part of the config decides, and which."""
+"""Arguments determined by another part of the config, with that part."""
 BASES: dict[str, tuple[type, str]] = {"model": (AdapterTask, "task"), "data": (LightningDataModule, "data module")}
-"""Per section with a class, the class's base and the word for it in messages."""
+"""Base class and noun for messages, per section that names a class."""
 SETTINGS: dict[str, type] = {"trainer": Trainer, "checkpoints": Cadence}
-"""Per section with settings, the class that takes them."""
+"""Class that accepts the settings, per section with settings."""
 
 Override = tuple[str, str | None]
-"""A dotted key without its dashes, and its value."""
+"""A dotted key without leading dashes, and its value."""
 
 
 def split_overrides(tokens: Sequence[str]) -> list[Override]:
     """Pair keys with their values.
 
     Args:
-        tokens: Such as ``["--model.lr", "1e-3", "--print_config"]``; ``--key=value`` is understood too.
+        tokens: Arguments such as ``["--model.lr", "1e-3", "--print_config"]``; ``--key=value`` works too.
 
     Returns:
         The overrides, in order.
 
     Raises:
-        ConfigError: If something is no override.
+        ConfigError: If a token is not part of an override.
     """
     pairs: list[Override] = []
     waiting = list(tokens)
@@ -68,19 +68,19 @@ def split_overrides(tokens: Sequence[str]) -> list[Override]:
 
 
 def check_config(tree: Node, overrides: Sequence[Override], source: str) -> list[str]:
-    """Check every key of a config and of its overrides, and write class names out in full.
+    """Check every key of a config and its overrides, and expand class names.
 
     Args:
-        tree: The config; names of classes in it are written out in place.
+        tree: The config; class names in it are expanded in place.
         overrides: The result of `split_overrides`.
-        source: Where the config came from, for messages.
+        source: Origin of the config, for messages.
 
     Returns:
         The overrides for Lightning's parser.
 
     Raises:
-        UnknownNameError: If a key or a class is not known.
-        ConfigError: If a key is decided elsewhere, or a section is missing.
+        UnknownNameError: If a key or a class is unknown.
+        ConfigError: If a key is determined elsewhere, or a section is missing.
     """
     check_tree(tree, source)
     checked = [check_override(tree, key, value) for key, value in overrides]
@@ -92,15 +92,15 @@ def check_config(tree: Node, overrides: Sequence[Override], source: str) -> list
 
 
 def check_tree(tree: Node, source: str) -> None:
-    """Check every key of a config, or of some of its sections, and write class names out in full.
+    """Check every key of a config, or of some of its sections, and expand class names.
 
     Args:
         tree: The config; changed in place.
-        source: Where it came from, for messages.
+        source: Its origin, for messages.
 
     Raises:
-        UnknownNameError: If a key or a class is not known.
-        ConfigError: If a key is decided elsewhere, or has a value where keys belong.
+        UnknownNameError: If a key or a class is unknown.
+        ConfigError: If a key is determined elsewhere, or has a value instead of keys.
     """
     for key in tree:
         if key not in TOP_KEYS:
@@ -115,19 +115,19 @@ def check_tree(tree: Node, source: str) -> None:
 
 
 def check_override(tree: Node, key: str, value: str | None) -> str | None:
-    """Check one override, and note in the tree its changes of classes.
+    """Check one override, and apply changes of classes to the tree.
 
     Args:
         tree: The config, checked; changed in place.
         key: The dotted key.
-        value: The value as it was typed; None for none.
+        value: The value as typed; None if there is none.
 
     Returns:
-        The override for Lightning's parser; None where the tree has it already.
+        The override for Lightning's parser; None if the tree already contains it.
 
     Raises:
-        UnknownNameError: If the key or a class is not known.
-        ConfigError: If the key is decided elsewhere, or needs a value.
+        UnknownNameError: If the key or a class is unknown.
+        ConfigError: If the key is determined elsewhere, or needs a value.
     """
     if key == "print_config" or key.endswith(".help"):
         return f"--{key}" if value is None else f"--{key}={value}"
@@ -147,7 +147,7 @@ def check_override(tree: Node, key: str, value: str | None) -> str | None:
 
 
 def _check_node(place: str, node: Any, base: type, kind: str) -> Node:
-    """Check a class with its arguments, and write its name out."""
+    """Check a class with its arguments, and expand its name."""
     if isinstance(node, str):
         node = {"class_path": node}
     node = _mapping(node, place)
@@ -174,10 +174,10 @@ def _check_node(place: str, node: Any, base: type, kind: str) -> Node:
 
 
 def _check_class_override(tree: Node, parts: list[str], value: str) -> str | None:
-    """Check an override inside of the section of a class, and write class names in its value out.
+    """Check an override inside the section of a class, and expand class names in its value.
 
     Returns:
-        The value for the parser; None where the tree has it already.
+        The value for the parser; None if the tree already contains it.
     """
     section, *path = (part for part in parts if part != "init_args")
     if path in ([], ["class_path"]):
@@ -200,7 +200,7 @@ def _check_method_override(arguments: Node, place: str, path: list[str], value: 
     if path in ([], ["class_path"]):
         chosen = _check_node(place, _parsed(value), Method, "method")
         if current is None or chosen["class_path"] != current["class_path"]:
-            # The fields of the method in the file belong to that method.
+            # Fields in the config belong to its own method, so they are dropped along with it.
             arguments["method"] = chosen
         return _dumped(chosen, bare=path == ["class_path"])
     if current is None:
@@ -210,7 +210,7 @@ def _check_method_override(arguments: Node, place: str, path: list[str], value: 
 
 
 def _override_optimizer(settings: Node, path: list[str], last: str, value: Any) -> None:
-    """Change an optimiser in the config itself: the parser knows no classes of a closed list."""
+    """Change the optimiser in the config itself, as the parser does not support a closed list of classes."""
     node = optimizer_node(settings.get("optimizer", "AdamW"))
     if last == "init_args":
         node = {**node, "init_args": value}

@@ -1,4 +1,4 @@
-"""``vispeft doctor``: everything that is wrong with data, on one page, before anything is trained."""
+"""``vispeft doctor``: one page with every problem of the data, before training."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ SEGMENTATION: dict[str, type[ListedData]] = {
     "ade20k": ADE20KData,
     "cityscapes": CityscapesData,
 }
-"""Readers of published sets with masks."""
+"""Readers of published data sets with masks."""
 
 LAYOUTS = {
     "ade20k": ("images/training", "annotations/training"),
@@ -68,14 +68,14 @@ LAYOUTS = {
     "pascal_context": ("JPEGImages", "ImageSets/SegmentationContext"),
     "masks": ("images", "masks"),
 }
-"""Folders by which data with masks are known; VOC 2012 and PASCAL-Context (VOC 2010) differ in their lists."""
+"""Folders that identify data with masks; VOC 2012 and PASCAL-Context (VOC 2010) differ in their lists."""
 
 KINDS = ("auto", "folder", "list", "json", "vtab1k", "fgvc", "webdataset", "masks", *SEGMENTATION)
-"""What DATA can be, besides a config."""
+"""Kinds of DATA besides a config."""
 
 STYLES = {"error": "bold red", "warning": "yellow", "fact": "cyan"}
 PLACES = 8
-"""Places named per finding."""
+"""Largest number of places named per finding."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -85,17 +85,19 @@ def main(argv: Sequence[str]) -> None:
         argv: Arguments without the program's name.
 
     Raises:
-        SystemExit: With status 1, if the data cannot be used.
+        SystemExit: With status 1, if the data are unusable.
     """
     parser = make_parser("doctor", "Check images, labels and splits; one page.", EXAMPLE)
     parser.add_argument("data", metavar="DATA", help="a folder, a list, shards, or a config")
-    parser.add_argument("--kind", choices=KINDS, default="auto", help="what DATA is; default: found out")
+    parser.add_argument(
+        "--kind", choices=KINDS, default="auto", help="kind of DATA; default: determined from its content"
+    )
     given, overrides = parser.parse_known_args(list(argv))
     try:
         data = open_data(given.data, given.kind, overrides)
         report = data.report()
     except DataError as error:
-        # Nothing could be listed, so there is no page to show.
+        # The data could not be listed, so there is no page to show.
         console.print(f"[{STYLES['error']}]error[/]  {escape(str(error))}", soft_wrap=True)
         raise SystemExit(1) from None
     diagnose(report)
@@ -104,23 +106,23 @@ def main(argv: Sequence[str]) -> None:
 
 
 def open_data(place: str, kind: str = "auto", overrides: Sequence[str] = ()) -> ListedData:
-    """Make the data module for a place.
+    """Create the data module for a place.
 
     Args:
         place: A folder, a list, shards, a YAML config, or the name of a packaged one.
-        kind: What it is; one of `KINDS`.
+        kind: Its kind, one of `KINDS`.
         overrides: Settings of the data module, such as ``["--root", "photos"]``.
 
     Raises:
         ConfigError: If the settings do not fit.
-        DataError: If it cannot be told what the place is.
+        DataError: If the kind of the place cannot be determined.
     """
     path = Path(place)
     if not path.exists() and place in config_names():
         path = find_config(place)
     if path.suffix in (".yaml", ".yml"):
         if kind != "auto":
-            raise ConfigError(f"--kind {kind} was given for the config {place}, which says itself what its data are.")
+            raise ConfigError(f"--kind {kind} was given for the config {place}, which determines the kind itself.")
         return _from_config(path, overrides)
     node = _describe(path, kind if kind != "auto" else _guess(path))
     settings = [(f"data.{key.removeprefix('data.')}", value) for key, value in split_overrides(overrides)]
@@ -140,14 +142,14 @@ def _listed(data: LightningDataModule) -> ListedData:
     return data
 
 
-# ------------------------------------------------------------------ what is it?
+# ------------------------------------------------------------------ kinds of data
 
 
 def _guess(path: Path) -> str:
-    """Find out what a place is.
+    """Determine the kind of a place.
 
     Raises:
-        DataError: If that cannot be told.
+        DataError: If it cannot be determined.
     """
     if path.suffix == ".txt":
         return "list"
@@ -173,18 +175,18 @@ def _guess(path: Path) -> str:
 
 
 def _has(path: Path, folders: Sequence[str]) -> bool:
-    """Say whether a place, or the folder of a published set in it, has some folders."""
+    """Whether a place, or the folder of a published data set in it, contains given folders."""
     places = (path, *path.glob("VOC20*"), *path.glob("VOCdevkit/VOC20*"), path / "ADEChallengeData2016")
     return any(all((place / folder).is_dir() for folder in folders) for place in places)
 
 
 def _fgvc_name(path: Path) -> str | None:
-    """Find the name of an FGVC set in a path."""
+    """Find the name of an FGVC data set in a path."""
     return next((name for name in FGVC if name in path.resolve().name.lower()), None)
 
 
 def _describe(path: Path, kind: str) -> dict[str, Any]:
-    """Write down the data module of a place, as a config would."""
+    """Describe the data module of a place in the form of a config."""
     classes = {
         "folder": (ImageFolderData, lambda: {"root": str(path)}),
         "list": (ImageListData, lambda: _lists(path, ".txt")),
@@ -208,7 +210,7 @@ def _known(name: str, names: Any) -> str:
 
 
 def _lists(path: Path, ending: str) -> dict[str, str]:
-    """Find the lists of the splits in a folder, or take one list for all images."""
+    """Find the lists of the splits in a folder, or use one list for all images."""
     if path.is_file() or not path.is_dir():
         return {"train_list": str(path)}
     found: dict[str, str] = {}
@@ -225,10 +227,10 @@ def _lists(path: Path, ending: str) -> dict[str, str]:
 
 
 def diagnose(report: Report) -> None:
-    """Print everything that was found.
+    """Print all findings.
 
     Args:
-        report: What a data module's `report` gives.
+        report: The result of a data module's `report`.
     """
     listing = report.listing
     console.print(f"[bold]{escape(listing.place)}[/]", soft_wrap=True)
@@ -261,7 +263,7 @@ def _splits(report: Report) -> Table:
 
 
 def _classes(report: Report) -> Table:
-    """Show the number of images per class: all of a few, the largest and smallest of many; with masks also pixels."""
+    """Tabulate images per class (with masks also pixels); of many classes, only the largest and smallest."""
     listing = report.listing
     counts = {name: class_counts(listing, split) for name, split in listing.splits.items()}
     order = sorted(range(len(listing.class_names)), key=lambda i: (-counts["train"][i], i))

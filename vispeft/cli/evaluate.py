@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:
-    """Make task, data and trainer of a finished run, the trained adapter on the backbone.
+    """Create task, data and trainer of a finished run, with the trained adapter on the backbone.
 
     Args:
         run: The run.
@@ -56,7 +56,7 @@ def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:
 
     Raises:
         ConfigError: If an override would change the model.
-        BaseMismatchError: If the backbone is not the one that was adapted.
+        BaseMismatchError: If the backbone differs from the adapted one.
     """
     for key, _ in split_overrides(overrides):
         if key.split(".")[0] not in ("data", "trainer"):
@@ -68,7 +68,7 @@ def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:
 
 
 def load_task(run: Run) -> tuple[AdapterTask, Trainer]:
-    """Make the task of a finished run, the trained adapter on the backbone; its data may be gone.
+    """Create the task of a finished run, with the trained adapter on the backbone; its data need not exist.
 
     Args:
         run: The run.
@@ -77,11 +77,11 @@ def load_task(run: Run) -> tuple[AdapterTask, Trainer]:
         The task, and a trainer like the run's that only evaluates.
 
     Raises:
-        BaseMismatchError: If the backbone is not the one that was adapted.
+        BaseMismatchError: If the backbone differs from the adapted one.
     """
     tree = read_config(run.config)
     names = json.loads((run.adapter / JSON_FILE).read_text(encoding="utf-8"))["class_names"]
-    seed_everything(tree["seed_everything"], verbose=False)  # a backbone without weights from a file is drawn by it
+    seed_everything(tree["seed_everything"], verbose=False)  # determines the weights of a randomly initialised backbone
     task = build_task(tree["model"], len(names), str(run.config))
     task.load_adapter(run.adapter)
     settings = {key: value for key, value in tree["trainer"].items() if key != "plugins"}

@@ -1,4 +1,4 @@
-"""Measuring a task on a split, the same way after training and later from files."""
+"""Measuring a task on a split, in the same way after training and later from files."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ _KEPT = (
     "deterministic",
     "plugins",
 )
-"""Settings of a trainer that decide what an evaluation computes."""
+"""Trainer settings that affect the results of an evaluation."""
 
 
 def evaluation_trainer(**settings: Any) -> Trainer:
-    """Make a trainer that only evaluates: the same numbers, no files.
+    """Create a trainer that only evaluates, with the same results and no files.
 
     Args:
-        settings: Settings of the training's trainer.
+        settings: Settings of the training trainer.
     """
     return Trainer(
         **{key: value for key, value in settings.items() if key in _KEPT},
@@ -57,10 +57,10 @@ def evaluation_trainer(**settings: Any) -> Trainer:
 
 
 class Outputs(Callback):
-    """Keeps the results of evaluation steps that the task names in `kept_outputs`, of all images."""
+    """Collect, for all images, the results of evaluation steps that the task names in `kept_outputs`."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        """Begin with nothing.
+        """Start with an empty collection.
 
         Args:
             names: Names of the results.
@@ -68,14 +68,14 @@ class Outputs(Callback):
         self._parts: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        """Keep a batch."""
+        """Collect a batch."""
         for name, parts in self._parts.items():
             parts.append(outputs[name].cpu())
 
     on_test_batch_end = on_validation_batch_end
 
     def joined(self) -> dict[str, Tensor]:
-        """Join the kept results of all images."""
+        """Concatenate the collected results of all images."""
         return {name: torch.cat(parts) for name, parts in self._parts.items()}
 
 
@@ -85,17 +85,17 @@ def evaluate(
     """Measure a task on a split.
 
     Args:
-        trainer: As `evaluation_trainer` makes it.
+        trainer: A trainer from `evaluation_trainer`.
         task: The task.
         data: The data.
         split: validation or test.
-        outputs: Takes the scores and the targets of all images, where they are wanted.
+        outputs: Collector of the results of all images; None to collect nothing.
 
     Returns:
         Metrics by name, without the split's.
     """
     measure = trainer.validate if split == "validation" else trainer.test
-    torch.manual_seed(0)  # nothing here draws random numbers; if a user's task does, it draws the same ones each time
+    torch.manual_seed(0)  # in case a user's task draws random numbers: the same ones each time
     before = list(trainer.callbacks)  # type: ignore[attr-defined]
     trainer.callbacks = [*before, *([] if outputs is None else [outputs])]  # type: ignore[attr-defined]
     try:
@@ -107,38 +107,38 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Measured:
-    """Figures of a finished task."""
+    """Results of a finished task."""
 
     metrics: dict[str, dict[str, float]]
     """Metrics of validation and test, by split."""
     details: dict[str, Any]
-    """Further entries of ``metrics.json``: figures per output, calibration."""
+    """Further entries of ``metrics.json``: results per output, calibration."""
     seconds: dict[str, float]
-    """How long each split took."""
+    """Duration per split, in seconds."""
     _outputs: dict[str, Tensor]
-    """Results of the test split that the task keeps."""
+    """Collected results of the test split."""
 
     def draw(self, task: AdapterTask, names: tuple[str, ...], folder: Path) -> None:
-        """Draw the results on the test split.
+        """Draw the plots of the test split.
 
         Args:
             task: The task that was measured.
             names: Names of the outputs.
-            folder: Where pictures go.
+            folder: Folder for the plots.
         """
         task.draw_results(self._outputs, names, folder)
 
 
 def measure(trainer: Trainer, task: AdapterTask, data: LightningDataModule) -> Measured:
-    """Measure a trained task: validation, on which it may also calibrate itself, and then, once, test.
+    """Measure a trained task: first validation, on which it may calibrate itself, then test, once.
 
     Args:
-        trainer: As `evaluation_trainer` makes it.
+        trainer: A trainer from `evaluation_trainer`.
         task: The task.
         data: The data.
 
     Returns:
-        Everything for ``metrics.json``.
+        The results for ``metrics.json``.
     """
     metrics: dict[str, dict[str, float]] = {}
     seconds: dict[str, float] = {}
@@ -151,28 +151,28 @@ def measure(trainer: Trainer, task: AdapterTask, data: LightningDataModule) -> M
         metrics[split] = evaluate(trainer, task, data, split, outputs)
         seconds[split] = time.perf_counter() - start
         kept = outputs.joined()
-        # Where validation chose nothing, the model was trained on these images.
+        # If validation selects nothing, the model was trained on its images.
         if split == "test" or getattr(data, "validation_chooses", True):
             details |= task.details(split, kept, names)
     return Measured(metrics, details, seconds, kept)
 
 
 def output_names(data: Any, count: int) -> tuple[str, ...]:
-    """Name a model's outputs: by the names of the data, or by numbers.
+    """Return names of a model's outputs, from the data or as numbers.
 
     Args:
         data: A data module.
-        count: How many there are.
+        count: Number of outputs.
     """
     names = tuple(getattr(data, "class_names", ()) or ())
     return names if len(names) == count else tuple(str(index) for index in range(count))
 
 
 def metrics_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Show metrics as a table.
+    """Format metrics as a table.
 
     Args:
-        rows: Metrics by the name of their row.
+        rows: Metrics by row name.
     """
     names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
     table = Table()
@@ -185,13 +185,13 @@ def metrics_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def class_table(metrics: Mapping[str, Any]) -> Table | None:
-    """Show figures per class as a table.
+    """Format metrics per class as a table.
 
     Args:
         metrics: Content of ``metrics.json``; entries ``test_*_per_class`` are shown.
 
     Returns:
-        A row per class; None where there are no such figures, or too many classes to be read.
+        A table with one row per class; None if there are no such metrics, or too many classes.
     """
     columns = {
         name.removeprefix("test_").removesuffix("_per_class"): values
@@ -209,4 +209,4 @@ def class_table(metrics: Mapping[str, Any]) -> Table | None:
 
 
 MOST_CLASSES = 200
-"""Rows of the longest table of classes that is printed."""
+"""Largest number of rows of a printed table of classes."""

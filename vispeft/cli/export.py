@@ -22,7 +22,7 @@ from vispeft.tasks.base import AdapterTask
 __all__ = ["Exported", "InputSize", "export_run", "main"]
 
 ENDINGS = {"onnx": ".onnx", "export": ".pt2"}
-"""Endings of file names by format."""
+"""File suffixes by format."""
 EXAMPLE = """examples:
   vispeft export runs/digits_ssf/1 --out digits.onnx
   vispeft export runs/digits_ssf/1 --format export --out digits.pt2
@@ -35,28 +35,28 @@ names stand in the ONNX file's metadata, or in a JSON file beside a .pt2 file.""
 
 @dataclass(frozen=True, kw_only=True)
 class InputSize:
-    """Which images an export takes."""
+    """Size of the images an exported file accepts."""
 
     height: int
-    """In pixels."""
+    """Size in pixels."""
     width: int
-    """In pixels."""
+    """Size in pixels."""
     batch: int | None = None
-    """How many at a time; None for any number."""
+    """Number of images per call; None for any number."""
     step: tuple[int, int] | None = None
-    """Where other sizes are taken too, what height and width are multiples of; None where they are not."""
+    """Divisors of height and width if other sizes are accepted too; None if they are not."""
 
     @property
     def dynamic(self) -> dict[str, bool]:
-        """Say what is free, as the functions of `vispeft.interop.export` take it."""
+        """Return the free dimensions, as arguments of the functions in `vispeft.interop.export`."""
         return {"dynamic_batch": self.batch is None, "dynamic_size": self.step is not None}
 
     def example(self) -> Tensor:
-        """Make noise to trace with."""
+        """Return noise for tracing."""
         return self._noise(0, self.batch or 2, self.height, self.width)
 
     def others(self) -> list[Tensor]:
-        """Make noise to compare with: other numbers of images, and other sizes, where both are free."""
+        """Return noise for comparison, with other batch and image sizes if these are free."""
         sizes = [(self.height, self.width)] * 2
         if self.step is not None:
             down, right = self.step
@@ -65,7 +65,7 @@ class InputSize:
         return [self._noise(1 + i, count, *size) for i, (count, size) in enumerate(zip(counts, sizes, strict=False))]
 
     def axes(self) -> list[Any]:
-        """Describe the input's shape, with names for what is free."""
+        """Describe the input's shape, with names for free dimensions."""
         height, width = (self.height, self.width) if self.step is None else ("height", "width")
         return [self.batch or "batch", 3, height, width]
 
@@ -75,24 +75,24 @@ class InputSize:
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export did."""
+    """Result of an export."""
 
     path: Path
     """The file."""
     shape: list[Any]
     """The input's shape."""
     report: MergeReport
-    """What was merged."""
+    """Report of the merge."""
     difference: Difference
-    """How far the file's outputs are from the run's."""
+    """Difference between the file's outputs and the run's."""
 
     @property
     def merged(self) -> str:
-        """Say whether the adapter was merged, and why not."""
+        """Say whether the adapter was merged, and if not, why."""
         return _merged(self.report)
 
     def table(self) -> Table:
-        """Show it."""
+        """Format the result as a table."""
         table = Table(show_header=False)
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
@@ -111,7 +111,7 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: Arguments without the program's name.
     """
-    parser = make_parser("export", "Write a finished run for deployment, and check what was written.", EXAMPLE)
+    parser = make_parser("export", "Write a finished run for deployment, and check the file.", EXAMPLE)
     parser.add_argument("run", metavar="RUN", help="run directory")
     parser.add_argument("--format", choices=tuple(ENDINGS), default="onnx", help="onnx (default) or torch.export")
     parser.add_argument("--out", metavar="FILE", required=True, help="the file, ending in .onnx or .pt2")
@@ -133,21 +133,21 @@ def main(argv: Sequence[str]) -> None:
 
 
 def export_run(task: AdapterTask, out: Path, size: InputSize) -> Exported:
-    """Write a task's model in the format of the file's ending, and compare the file with the adapted model.
+    """Write a task's model in the format of the file's suffix, and compare the file with the adapted model.
 
-    The model is exported merged where the method allows, and in float32.
+    The model is exported in float32, and merged if the method allows.
 
     Args:
         task: The task of a finished run; its model is in float32 afterwards.
         out: The file, ending in ``.onnx`` or ``.pt2``.
-        size: Which images it is to take.
+        size: Size of the images it should accept.
 
     Returns:
-        What was done.
+        The result.
 
     Raises:
         ConfigError: If the file exists, or the extra is not installed.
-        ExportError: If the model cannot be exported, or the file computes something else; nothing is left then.
+        ExportError: If the model cannot be exported, or the file computes something else; no file is left then.
         MergeError: If the adapter's values are not finite.
     """
     model = task.deployed().float().eval().requires_grad_(False)
@@ -162,7 +162,7 @@ def export_run(task: AdapterTask, out: Path, size: InputSize) -> Exported:
                 torch.export.save(export_program(model, size.example(), **size.dynamic), place)
                 write_json(place.with_suffix(".json"), notes)
         finally:
-            task.bank.unmerge()  # the model as it was trained is what the file is held to
+            task.bank.unmerge()  # the file is compared with the model as trained
         difference = check(model, place, size.others())
         if not difference.relative <= TOLERANCE:
             raise ExportError(
@@ -173,7 +173,7 @@ def export_run(task: AdapterTask, out: Path, size: InputSize) -> Exported:
 
 
 def _notes(task: AdapterTask, size: InputSize, report: MergeReport) -> dict[str, Any]:
-    """Gather what a user of the file needs to prepare images and to read scores."""
+    """Collect the data a user of the file needs to prepare images and interpret scores."""
     notes = task.bank.notes()
     return {
         "class_names": notes.get("class_names"),
@@ -196,6 +196,6 @@ def _merged(report: MergeReport) -> str:
 
 
 def _size(path: Path) -> int:
-    """Add up a file and the weights that did not fit into it."""
+    """Return the size of a file and its external weights."""
     further = path.with_name(f"{path.name}.data")
     return path.stat().st_size + (further.stat().st_size if further.exists() else 0)

@@ -1,4 +1,4 @@
-"""``vispeft train CONFIG --folds N``: cross-validation, a run per fold."""
+"""``vispeft train CONFIG --folds N``: cross-validation, with one run per fold."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vispeft.errors import ConfigError, UnknownNameError
 __all__ = ["FOLDS", "Train", "folds_table", "summarise", "train_folds"]
 
 Train = Callable[[Path, Sequence[str], Path, str], object]
-"""Trains as a config says, into a given directory, or goes on there: config, overrides, directory, command."""
+"""Function that trains into a directory, or resumes there: config, overrides, directory, command."""
 
 FOLDS = "folds.json"
 
@@ -31,24 +31,23 @@ def train_folds(
     out: str | Path | None = None,
     command: str = "",
 ) -> Path:
-    """Train once per fold, each time with another fold for the test split, and put the figures together.
+    """Train once per fold, with that fold as test split, and summarise the results.
 
-    The same call goes on where an earlier one was stopped: finished folds are skipped, and one that was begun is
-    resumed.
+    The same call continues a stopped one: finished folds are skipped, and an unfinished one is resumed.
 
     Args:
         config: The YAML file.
-        overrides: Such as ``["--model.lr", "1e-3"]``.
+        overrides: Arguments such as ``["--model.lr", "1e-3"]``.
         folds: Number of folds.
-        train: Trains one fold.
+        train: Function that trains one fold.
         out: Directory of the runs; None takes ``runs/<config name>-<folds>-folds``.
-        command: What was typed, for ``folds.json``.
+        command: The command line, for ``folds.json``.
 
     Returns:
-        The directory; it holds a run per fold and ``folds.json``.
+        The directory, with a run per fold and ``folds.json``.
 
     Raises:
-        ConfigError: If the data cannot be dealt into folds, or the directory was begun with other settings.
+        ConfigError: If the data cannot be divided into folds, or the directory was started with other settings.
         VispeftError: If a fold cannot be trained.
     """
     if folds < 2:
@@ -87,7 +86,7 @@ def _train(train: Train, config: Path, overrides: Sequence[str], place: Path, co
 
 
 def summarise(finished: Sequence[runs.Run]) -> dict[str, Any]:
-    """Put the figures of all folds together.
+    """Summarise the results of all folds.
 
     Args:
         finished: The run of each fold.
@@ -109,10 +108,10 @@ def summarise(finished: Sequence[runs.Run]) -> dict[str, Any]:
 
 
 def folds_table(figures: Mapping[str, Any]) -> Table:
-    """Show the figures of a split as a table.
+    """Format the results of a split as a table.
 
     Args:
-        figures: One split of what `summarise` gives.
+        figures: One split of the result of `summarise`.
     """
     names = list(figures["mean"])
     table = Table(title="on the fold that was left out")

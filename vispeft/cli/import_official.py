@@ -1,4 +1,4 @@
-"""``vispeft import-official``: turn an authors' published checkpoint into an adapter directory."""
+"""``vispeft import-official``: convert an authors' published checkpoint to an adapter directory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ EXAMPLE = """example:
       --weights ViT-B_16.npz --hyper bits=1 bottleneck=1 scale=10 --out adapters/kitti
   vispeft import-official ssf model_best.pth.tar --model vit_base_patch16_224.augreg_in21k --out adapters/ssf
 
-What a file does not say about itself is given by --hyper name=value. The result is an adapter like any other:
+Give settings that are not in the file by --hyper name=value. The result is an adapter like any other:
   bank = vispeft.load(model, "adapters/kitti")"""
 
 Pixels = tuple[tuple[float, ...], tuple[float, ...]]
@@ -45,11 +45,11 @@ PIXELS: dict[str, Pixels] = {
         (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
     ),
 }
-"""Mean and deviation the authors' code prepares images with, where it is not what timm says of the backbone."""
+"""Mean and standard deviation in the authors' code, if they differ from timm's for the backbone."""
 WRAPPERS, PREFIXES = ("state_dict", "model"), ("module.", "adapter.")
-"""Keys below which training scripts store the tensors, and beginnings of names that they add."""
+"""Keys under which training scripts store tensors, and prefixes they add to names."""
 DERIVED = ("relative_position_index", "attn_mask")
-"""Endings of names of tensors that older versions of timm stored and every model computes anew."""
+"""Suffixes of tensors that older versions of timm stored, and that every model recomputes."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -83,13 +83,13 @@ def main(argv: Sequence[str]) -> None:
 
 
 def import_official(model: nn.Module, source: str, file: Path, hyper: Mapping[str, Any], place: Path) -> AdapterBank:
-    """Attach the adapter of an authors' checkpoint, save it, and check that what was saved computes the same.
+    """Attach the adapter of an authors' checkpoint, save it, and check that the saved adapter computes the same.
 
     Args:
         model: The backbone the checkpoint belongs to.
         source: The public code.
         file: The checkpoint.
-        hyper: What it does not say about itself.
+        hyper: Settings that are not in the checkpoint.
         place: The adapter's directory.
 
     Returns:
@@ -97,7 +97,7 @@ def import_official(model: nn.Module, source: str, file: Path, hyper: Mapping[st
 
     Raises:
         FileError: If the checkpoint cannot be read or does not fit; nothing is written then.
-        BaseMismatchError: If it holds tensors of another backbone.
+        BaseMismatchError: If it contains tensors of another backbone.
     """
     again = copy.deepcopy(model)
     if file.suffix == ".bin" and source in BINARY_SOURCES:
@@ -120,10 +120,10 @@ def import_official(model: nn.Module, source: str, file: Path, hyper: Mapping[st
 
 
 def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors of a checkpoint, and what it says about itself.
+    """Read the tensors of a checkpoint, and its metadata.
 
     Args:
-        file: A safetensors file, or a PyTorch file of tensors; code in one is refused.
+        file: A safetensors file, or a PyTorch file of tensors; files with code are refused.
 
     Raises:
         FileError: If it cannot be read.
@@ -159,7 +159,7 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def without_backbone(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """Leave out the tensors of the backbone, which must be those of the model.
+    """Remove the tensors of the backbone, which must equal the model's.
 
     Args:
         model: The backbone.
@@ -167,7 +167,7 @@ def without_backbone(model: nn.Module, tensors: Mapping[str, Tensor], file: Path
         file: Its name, for messages.
 
     Raises:
-        BaseMismatchError: If it holds other values.
+        BaseMismatchError: If their values differ.
     """
     head, own = describe(model).head_path, unwrap(model).state_dict()
     kept = {name: t for name, t in tensors.items() if not name.endswith(DERIVED)}
@@ -192,7 +192,7 @@ def _preprocessing(model: nn.Module, source: str) -> Preprocessing:
 
 
 def _pairs(entries: Sequence[str]) -> dict[str, Any]:
-    """Read name=value, with values as in YAML."""
+    """Parse name=value pairs, with values in YAML."""
     found: dict[str, Any] = {}
     for entry in entries:
         name, equals, value = entry.partition("=")
@@ -206,7 +206,7 @@ def _pairs(entries: Sequence[str]) -> dict[str, Any]:
 
 
 def _decoded(value: str) -> Any:
-    """Undo JSON where it is some."""
+    """Decode a value if it is JSON."""
     try:
         return json.loads(value)
     except ValueError:

@@ -1,4 +1,4 @@
-"""``vispeft inspect``: show what a method would put where, before anything is changed."""
+"""``vispeft inspect``: show the plan of a method without changing anything."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""``vispeft``: the command line. ``vispeft NAME ...`` and ``tools/NAME.py ...`` are the same function.
+"""``vispeft``: the command line. ``vispeft NAME ...`` and ``tools/NAME.py ...`` call the same function.
 
-Nothing of weight is imported before a command runs, so that asking what there is takes no time.
+Heavy imports happen only when a command runs, so that help is instant.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ COMMANDS = {
     "evaluate": "measure a finished run again, from its files",
     "export": "write a finished run as ONNX or as a torch.export program",
     "import-official": "turn an authors' published checkpoint into an adapter directory",
-    "inspect": "show what a method would put where, before anything is changed",
+    "inspect": "show the plan of a method without changing anything",
     "merge": "write a finished run as a plain timm model",
     "predict": "predict images with a finished run",
     "quickstart": "train, merge and reload an adapter on real images",
     "select-features": "keep the features of a VQT adapter that matter",
     "train": "train an adapter from a config (--list names the packaged ones)",
 }
-"""What the commands do, by name. Each is the `main` of a module of this package, a hyphen being an underscore there."""
+"""Commands with their descriptions. Each is `main` of the module of that name, with underscores for hyphens."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(name: str, argv: Sequence[str] | None = None) -> int:
-    """Run one command, an expected error as one message.
+    """Run one command, and print an expected error as one message.
 
     Args:
         name: Its name, one of `COMMANDS`.

@@ -27,7 +27,7 @@ __all__ = ["main", "merge_run"]
 EXAMPLE = """example:
   vispeft merge runs/digits_ssf/1 --out digits.safetensors
 
-Writes digits.safetensors, a plain timm state dict, and digits.json, which says how to make the model:
+Writes digits.safetensors, a plain timm state dict, and digits.json, with the arguments to create the model:
   model = timm.create_model(info["architecture"], **info["args"])
   model.load_state_dict(safetensors.torch.load_file("digits.safetensors"))"""
 
@@ -51,17 +51,17 @@ def main(argv: Sequence[str]) -> None:
 
 
 def merge_run(run: Run, out: Path) -> dict[str, Any]:
-    """Merge a run's adapter, write the model, and check what was written.
+    """Merge a run's adapter, write the model, and check the files.
 
     Args:
         run: The run.
         out: The state dict's file.
 
     Returns:
-        What the JSON file beside it says.
+        The content of the JSON file written with it.
 
     Raises:
-        ConfigError: If a file of that name exists, or the name has another ending.
+        ConfigError: If a file of that name exists, or the name has another suffix.
         MergeError: If the method cannot be merged, or plain timm does not compute the same from the files.
     """
     if out.suffix != ".safetensors":
@@ -97,7 +97,7 @@ def merge_run(run: Run, out: Path) -> dict[str, Any]:
 
 
 def _timm_arguments(task: AdapterTask) -> tuple[str, dict[str, Any]]:
-    """Say how timm alone makes the task's backbone, without weights.
+    """Return the call by which timm alone creates the task's backbone, without weights.
 
     Returns:
         The architecture's name and the arguments of ``timm.create_model``.
@@ -115,10 +115,10 @@ def _noise(size: tuple[int, int]) -> Tensor:
 def _check(
     architecture: str, args: dict[str, Any], state: dict[str, Tensor], images: Tensor, adapted: Tensor, created: Any
 ) -> float:
-    """Make a plain timm model from the parts and compare it with the adapted one.
+    """Create a plain timm model from the files and compare it with the adapted one.
 
     Returns:
-        The largest difference, over the largest output.
+        The largest difference, divided by the largest output.
     """
     plain = timm.create_model(architecture, **args).eval()
     try:

@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         ConfigError: If mmsegmentation is not installed, or the arguments contradict each other.
     """
-    importlib.import_module("vispeft.mmseg")  # says what to install; mmengine is only imported behind it
+    importlib.import_module("vispeft.mmseg")  # raises with an install hint; mmengine is imported only after it
     from mmengine.config import DictAction
 
     parser = make_parser("train", "Train a segmentor of mmsegmentation with mmengine's Runner.", EXAMPLE)
@@ -61,24 +61,24 @@ def train(
     resume: str | Path | None = None,
     command: str = "",
 ) -> Path:
-    """Train as a config says.
+    """Train from a config.
 
     Args:
         config: The ``.py`` file.
-        overrides: Values by dotted key, instead of the config's.
+        overrides: Values by dotted key that replace the config's.
         out: The run directory; None takes the next number under ``runs/<config name>``.
-        resume: Directory of a run that goes on from its newest checkpoint.
-        command: What was typed, for ``metrics.json``.
+        resume: Directory of a run to resume from its newest checkpoint.
+        command: The command line, for ``metrics.json``.
 
     Returns:
         The run directory.
 
     Raises:
-        ConfigError: If mmsegmentation is not installed, or the config's parts do not fit together.
-        FileError: If the config, or the run to go on with, is missing or cannot be read.
-        DataError: If the data are not where the config says.
+        ConfigError: If mmsegmentation is not installed, or the config's parts contradict each other.
+        FileError: If the config, or the run to resume, is missing or cannot be read.
+        DataError: If the data are not at the config's paths.
     """
-    importlib.import_module("vispeft.mmseg")  # says what to install; mmengine is only imported behind it
+    importlib.import_module("vispeft.mmseg")  # raises with an install hint; mmengine is imported only after it
     from mmengine.runner import Runner
 
     began = time.perf_counter()
@@ -112,13 +112,13 @@ def read(config: Path, overrides: Mapping[str, Any] | None = None) -> Any:
 
     Args:
         config: The ``.py`` file.
-        overrides: Values by dotted key, instead of the config's.
+        overrides: Values by dotted key that replace the config's.
 
     Returns:
         mmengine's ``Config``.
 
     Raises:
-        FileError: If it is missing or no config.
+        FileError: If it is missing or not a config.
     """
     from mmengine.config import Config
 
@@ -133,20 +133,20 @@ def read(config: Path, overrides: Mapping[str, Any] | None = None) -> Any:
 
 @contextlib.contextmanager
 def _removed_unless_begun(place: Path, *, keep: bool) -> Iterator[list[Any]]:
-    """Remove a run directory again where an error comes before the end of the first step.
+    """Remove the run directory if an error occurs before the end of the first step.
 
     Args:
         place: The directory, empty so far.
-        keep: Leave it in any case.
+        keep: Whether to keep it in any case.
 
     Yields:
-        A list for the Runner, as soon as there is one.
+        A list, to which the caller adds the Runner once it exists.
     """
     begun: list[Any] = []
     try:
         yield begun
     except Exception:
-        # Asking for `runner.iter` would build the loop, which may be what failed.
+        # Accessing `runner.iter` would build the loop, which may be the cause of the error.
         if not keep and not any(getattr(runner._train_loop, "iter", 0) for runner in begun):
             shutil.rmtree(place, ignore_errors=True)
         raise
@@ -161,7 +161,7 @@ def _begun(place: Path) -> Path:
 
 
 def _summary(runner: Any, command: str, seconds: float) -> dict[str, Any]:
-    """Collect what the run came to, as far as mmengine says."""
+    """Collect the results of the run that mmengine provides."""
     import mmcv
     import mmengine
     import mmseg

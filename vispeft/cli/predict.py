@@ -76,17 +76,17 @@ def main(argv: Sequence[str]) -> None:
 def predict(
     task: AdapterTask, predictor: Predictor, trainer: Trainer, paths: Sequence[Path], batch_size: int = 64
 ) -> Iterator[Prediction]:
-    """Predict image files in the precision of a trainer and on its device.
+    """Predict image files with a trainer's precision and device.
 
     Args:
         task: A trained task.
-        predictor: Made by the task.
-        trainer: A trainer that evaluates.
+        predictor: The task's predictor.
+        trainer: A trainer for evaluation.
         paths: The files.
-        batch_size: Images at a time, where the predictor takes several.
+        batch_size: Images per batch, if the predictor accepts several.
 
     Yields:
-        One prediction for each file, in their order.
+        One prediction per file, in order.
     """
     task.to(trainer.strategy.root_device).eval()
     count = min(batch_size, predictor.at_once or batch_size)
@@ -98,7 +98,7 @@ def predict(
 
 
 def _check_readable(paths: Sequence[Path]) -> None:
-    """Read every image once before the first is predicted, so that a broken one costs no finished work."""
+    """Read every image before the first prediction, so that a broken one wastes no work."""
     broken = []
     for path in track(paths, "reading", console=console, transient=True, disable=not console.is_terminal):
         try:
@@ -114,7 +114,7 @@ def _check_readable(paths: Sequence[Path]) -> None:
 
 
 def _targets(paths: Sequence[Path], root: Path, out: Path, folders: Sequence[str]) -> list[Path]:
-    """Name the pictures of each image, and see that they are free, before the first image is predicted."""
+    """Return the output paths of each image, after checking before the first prediction that none exists."""
     base = root if root.is_dir() else root.parent
     targets = [path.relative_to(base).with_suffix(".png") for path in paths]
     if not folders:

@@ -1,4 +1,4 @@
-"""``vispeft quickstart``: SSF beside a linear probe on real images, merged and reloaded, in about two minutes."""
+"""``vispeft quickstart``: SSF against a linear probe on real images, merged and reloaded, in about two minutes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from vispeft.tasks.schedules import warmup_cosine
 __all__ = ["main", "train_probe"]
 
 PROBE_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-"""Learning rates the probe is tuned over; SSF has the one rate of its config."""
+"""Learning rates for tuning the probe; SSF uses the single rate of its config."""
 
 EXAMPLE = """example:
   vispeft quickstart
@@ -73,13 +73,13 @@ def compare(seed: int, place: Path) -> dict[str, Any]:
 
     Args:
         seed: The seed.
-        place: Where the runs go.
+        place: Directory for the runs.
 
     Returns:
-        The figures of both, and how equal the merged and the reloaded model are.
+        The results of both, and the differences of the merged and the reloaded model.
 
     Raises:
-        MergeError: If they do not give the trained model's predictions.
+        MergeError: If their predictions differ from the trained model's.
     """
     overrides = ["--seed_everything", str(seed)]
     console.rule(f"SSF, seed {seed}")
@@ -98,13 +98,13 @@ def compare(seed: int, place: Path) -> dict[str, Any]:
 
 
 def check_equality(run: runs.Run) -> dict[str, float]:
-    """Compare the trained model with the merged one and with one made afresh from the run's files.
+    """Compare the trained model with the merged one and with one reloaded from the run's files.
 
     Args:
         run: The run.
 
     Returns:
-        Number of test images, and the largest difference of outputs over the largest output, for both.
+        Number of test images and, for both, the largest difference of outputs divided by the largest output.
 
     Raises:
         MergeError: If a prediction differs.
@@ -141,11 +141,8 @@ def tune_probe(overrides: Sequence[str], folder: Path, epochs: int) -> dict[str,
 
     Args:
         overrides: Changes to the probe's config.
-        folder: Where its adapter goes.
-        epochs: Passes over the training images for each rate.
-
-    Returns:
-        Its figures, with the validation accuracy of every rate.
+        folder: Folder for its adapter.
+        epochs: Epochs for each rate.
     """
     began = time.perf_counter()
     cli = ConfigCLI(find_config("classification/digits_linear_probe"), overrides)
@@ -178,11 +175,11 @@ def tune_probe(overrides: Sequence[str], folder: Path, epochs: int) -> dict[str,
 
 
 Features = dict[str, tuple[Tensor, Tensor]]
-"""Per split, what the classifier sees (N, width), and the labels (N,)."""
+"""Input of the classifier (N, width) and labels (N,), by split."""
 
 
 def _features(task: AdapterTask, data: ImageData, split: str) -> tuple[Tensor, Tensor]:
-    """Compute once what a frozen backbone without augmentation gives the classifier in every epoch."""
+    """Compute the classifier's input once; it is the same in every epoch, as backbone and images do not change."""
     images, labels = data.split(split).__getitems__(range(len(data.split(split))))  # type: ignore[attr-defined, arg-type]
     model = unwrap(task.model).eval()
     with torch.inference_mode():
@@ -193,18 +190,18 @@ def _features(task: AdapterTask, data: ImageData, split: str) -> tuple[Tensor, T
 def train_probe(
     task: AdapterTask, features: Features, lr: float, epochs: int, batch_size: int, seed: int
 ) -> tuple[float, dict[str, Tensor]]:
-    """Train a classifier on features, with the steps `Classification` would take on the images.
+    """Train a classifier on features, with the same steps as `Classification` on the images.
 
     Args:
-        task: Gives the classifier's start, weight decay and warm-up.
+        task: Source of the classifier's initial values, weight decay and warm-up.
         features: Features and labels of the splits train and validation.
         lr: Highest learning rate.
-        epochs: Passes over the training images.
-        batch_size: Images in a batch.
+        epochs: Number of epochs.
+        batch_size: Images per batch.
         seed: Seed of the order.
 
     Returns:
-        The best validation accuracy of an epoch, and the classifier's tensors after it.
+        The best validation accuracy of all epochs, and the classifier's tensors after that epoch.
     """
     x, y = features["train"]
     start = unwrap(task.model).get_classifier()

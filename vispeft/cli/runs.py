@@ -1,4 +1,4 @@
-"""Run directories: claiming one, filling it, and reading it again."""
+"""Run directories: claiming one, filling it, and reading it later."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ CONFIG, METRICS = "config.yaml", "metrics.json"
 
 
 def claim(out: str | Path | None, config: Path) -> Path:
-    """Make the directory of a new run.
+    """Create the directory of a new run.
 
     Args:
-        out: The directory asked for; None takes the next number under ``runs/<config name>``.
+        out: The requested directory; None takes the next number under ``runs/<config name>``.
         config: The run's config.
 
     Returns:
         The directory, empty.
 
     Raises:
-        ConfigError: If it holds something already.
-        FileError: If it cannot be made.
+        ConfigError: If it is not empty.
+        FileError: If it cannot be created.
     """
     try:
         if out is None:
@@ -64,17 +64,17 @@ def claim(out: str | Path | None, config: Path) -> Path:
 
 
 def _listing(place: Path) -> list[str]:
-    """List a run directory, without what a kill left of a file half written."""
+    """List a run directory, without partial files left by a killed process."""
     return sorted(path.name for path in place.iterdir() if not path.name.startswith(f".{CONFIG}."))
 
 
 def begin(place: Path, config: str, command: str) -> None:
-    """Write the config of a run, from when on it can be resumed.
+    """Write the config of a run, after which it can be resumed.
 
     Args:
         place: Its directory.
         config: The whole config.
-        command: What was typed; it stands above the config.
+        command: The command line, written as a comment above the config.
 
     Raises:
         FileError: If it cannot be written.
@@ -83,7 +83,7 @@ def begin(place: Path, config: str, command: str) -> None:
 
 
 def command_of(place: Path) -> str:
-    """Give the command a run was begun with.
+    """Return the command line that started a run.
 
     Args:
         place: Its directory.
@@ -93,13 +93,13 @@ def command_of(place: Path) -> str:
 
 
 def begun(path: str | Path) -> bool:
-    """Tell whether a run directory has its config, and so can be resumed.
+    """Whether a run directory has its config, so it can be resumed.
 
     Args:
         path: The directory.
 
     Raises:
-        FileError: If there is no such directory, or it is none of a run.
+        FileError: If there is no such directory, or it is not a run directory.
     """
     place = Path(path)
     if not place.is_dir():
@@ -119,14 +119,14 @@ def _next_number(base: Path) -> Path:
         number += 1
         place = base / str(number)
         try:
-            place.mkdir()  # fails when another run took the number in the meantime
+            place.mkdir()  # fails if another run has taken the number meanwhile
         except FileExistsError:
             continue
         return place
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all.
+    """Write a text file atomically.
 
     Raises:
         FileError: If it cannot be written.
@@ -135,7 +135,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all.
+    """Write a JSON file atomically.
 
     Raises:
         FileError: If it cannot be written.
@@ -150,7 +150,7 @@ class Run:
     path: Path
     """Its directory."""
     metrics: dict[str, Any]
-    """What ``metrics.json`` says."""
+    """Content of ``metrics.json``."""
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -160,7 +160,7 @@ class Run:
             path: Its directory.
 
         Raises:
-            FileError: If it is none.
+            FileError: If it is not a finished run.
         """
         place = Path(path)
         if not place.is_dir():

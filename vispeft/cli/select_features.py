@@ -48,17 +48,17 @@ def select(run: Run, scored: Run, keep: float, out: Path) -> AdapterBank:
     """Write an adapter with a run's queries and the features another run's classifier uses most.
 
     Args:
-        run: The run whose queries are taken.
+        run: The run with the queries.
         scored: The run whose classifier was trained with ``head_sparsity``.
-        keep: Share of the features, above 0 and below 1.
+        keep: Fraction of the features, above 0 and below 1.
         out: Directory for the adapter.
 
     Returns:
         The bank of the model that has the new adapter.
 
     Raises:
-        ConfigError: If the share is out of range, one of the runs is not of VQT with all features, they differ, or the
-            directory holds an adapter.
+        ConfigError: If the fraction is out of range, a run is not of VQT with all features, the runs differ, or the
+            directory contains an adapter.
     """
     if not 0 < keep < 1:
         raise ConfigError(f"--keep {keep}: a share above 0 and below 1 is needed.")

@@ -1,4 +1,4 @@
-"""Starting a new task from an adapter that exists."""
+"""Starting a new task from an existing adapter."""
 
 from __future__ import annotations
 
@@ -17,15 +17,12 @@ __all__ = ["start_from"]
 
 
 def start_from(task: AdapterTask, source: str, class_names: Sequence[str]) -> str:
-    """Give a task's adapter the values of a saved one.
+    """Load the values of a saved adapter into a task's adapter.
 
     Args:
         task: The task, with a fresh adapter of the same method on the same backbone.
-        source: Where the saved adapter is; see `find_adapter`.
-        class_names: Names of the new task's classes; the saved head is kept for the same ones only.
-
-    Returns:
-        What was done, in one sentence.
+        source: Location of the saved adapter; see `find_adapter`.
+        class_names: Names of the new task's classes; the saved head is kept only if they are the same.
 
     Raises:
         ConfigError: If the saved adapter is of another method.
@@ -55,7 +52,7 @@ def start_from(task: AdapterTask, source: str, class_names: Sequence[str]) -> st
 
 
 def _read_alike(own: Mapping[str, Any] | None, saved: Mapping[str, Any] | None) -> bool:
-    """Tell whether two decoders, as far as both are described, are of one kind and read the same maps."""
+    """Whether two decoders, as far as both are described, have the same kind and read the same maps."""
     return own is None or saved is None or all(own[key] == saved.get(key) for key in ("name", "taps", "levels"))
 
 

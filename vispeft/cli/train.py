@@ -41,7 +41,7 @@ __all__ = ["main", "resume", "train"]
 FREE = re.compile(
     r"trainer\.(accelerator|devices|enable_progress_bar|profiler)(\..*)?|data\.init_args\.num_workers|checkpoints\..*"
 )
-"""Keys that may change when a run is resumed: none of them changes what comes out."""
+"""Keys that may change when a run is resumed, as none affects the result."""
 
 EXAMPLE = """example:
   vispeft train classification/digits_ssf
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         if not any(token.partition("=")[0] == "--resume" for token in argv):
             raise ConfigError(f"{argv[0]} stands where the config belongs. {one_line(parser.format_usage())}")
-        argv = ["", *argv]  # the run has a config of its own
+        argv = ["", *argv]  # the run has its own config
     given, overrides = parser.parse_known_args(argv)
     for key, value in (("init", given.init), ("model.method", given.method)):
         if value is not None:
@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("train", "Train an adapter as a config says.", EXAMPLE)
+    parser = make_parser("train", "Train an adapter from a config.", EXAMPLE)
     parser.add_argument(
         "config", metavar="CONFIG", help="name of a packaged config, or a YAML file; first, or left out with --resume"
     )
@@ -120,21 +120,21 @@ def _train_or_resume(config: Path, overrides: Sequence[str], place: Path, comman
 
 
 def train(config: Path, overrides: Sequence[str] = (), *, out: str | Path | None = None, command: str = "") -> Path:
-    """Train as a config says.
+    """Train from a config.
 
-    Everything that can be wrong with config, data, backbone and method is found before the run directory is made.
+    Config, data, backbone and method are fully checked before the run directory is created.
 
     Args:
         config: The YAML file.
-        overrides: Such as ``["--model.lr", "1e-3"]``.
+        overrides: Arguments such as ``["--model.lr", "1e-3"]``.
         out: The run directory; None takes the next number under ``runs/<config name>``.
-        command: What was typed, for ``metrics.json``.
+        command: The command line, for ``metrics.json``.
 
     Returns:
         The run directory.
 
     Raises:
-        VispeftError: If something is wrong with what was given, or training cannot go on.
+        VispeftError: If the arguments are invalid, or training cannot continue.
     """
     began = time.perf_counter()
     cli = _prepared(ConfigCLI(config, overrides))
@@ -150,20 +150,20 @@ def train(config: Path, overrides: Sequence[str] = (), *, out: str | Path | None
 
 
 def resume(run: str | Path, config: Path | None = None, overrides: Sequence[str] = (), *, command: str = "") -> Path:
-    """Go on with a run that was stopped, wherever that was, and end as if it had not been.
+    """Resume a run that was stopped at any point, with the same result as an uninterrupted run.
 
     Args:
         run: Its directory.
-        config: The config it was begun with; None takes it from the directory.
-        overrides: Those it was begun with, or none; keys that change nothing about the result may differ.
-        command: What was typed; only used when the run had not begun yet.
+        config: The config it was started with; None takes it from the directory.
+        overrides: The overrides it was started with, or none; keys that do not affect the result may differ.
+        command: The command line; used only if the run had not started yet.
 
     Returns:
         The run directory.
 
     Raises:
-        ConfigError: If something was asked for that would change the result.
-        VispeftError: If the run cannot go on.
+        ConfigError: If a setting would change the result.
+        VispeftError: If the run cannot continue.
     """
     began = time.perf_counter()
     place = Path(run)
@@ -188,7 +188,7 @@ def resume(run: str | Path, config: Path | None = None, overrides: Sequence[str]
 
 
 def _prepared(cli: ConfigCLI) -> ConfigCLI:
-    """Check everything that can be checked before training, and give the adapter its start."""
+    """Run all checks possible before training, and initialise the adapter."""
     task, data = cli.model, cli.datamodule
     _check(cli.trainer_settings)
     _check_processes(cli.trainer)
@@ -206,7 +206,7 @@ def _prepared(cli: ConfigCLI) -> ConfigCLI:
 
 
 def _carry_out(place: Path, cli: ConfigCLI, trainer: Trainer, found: Found | None, began: float) -> Path:
-    """Train, or go on training, and finish."""
+    """Train, or resume training, and finish."""
     task, checkpoints = cli.model, cast(RunCheckpoints, trainer.checkpoint_callback)
     console.print(task.bank.report())
     console.print(f"Run directory: {place}", soft_wrap=True)
@@ -232,17 +232,17 @@ def _carry_out(place: Path, cli: ConfigCLI, trainer: Trainer, found: Found | Non
 
 
 def _check_measured(data: Any, found: Found) -> None:
-    """Check that a training that is over is measured on the splits it was trained with."""
+    """Check that a completed training run is measured on the splits it was trained with."""
     state = read_checkpoint(found.path).get(type(data).__qualname__)
     if isinstance(data, ImageData) and state:
         data.check_same(state)
 
 
 def _check_same(place: Path, cli: ConfigCLI) -> None:
-    """Refuse to go on with a run under another config.
+    """Refuse to resume a run with another config.
 
     Raises:
-        ConfigError: If a key differs that could change the result.
+        ConfigError: If a key that could change the result differs.
     """
     saved = dict(_flat(cli.completed(read_config(place / runs.CONFIG))))
     asked = dict(_flat(yaml.safe_load(cli.resolved())))
@@ -250,7 +250,7 @@ def _check_same(place: Path, cli: ConfigCLI) -> None:
     if other:
         listing = ", ".join(f"{key} was {saved.get(key)!r} and is {asked.get(key)!r}" for key in other[:4])
         raise ConfigError(
-            f"{place} goes on as it was begun, and this would change what comes out: {listing}. Leave it out, or begin "
+            f"{place} goes on as it was begun, and this would change the result: {listing}. Leave it out, or begin "
             "a new run."
         )
 
@@ -302,7 +302,7 @@ def _check_last(settings: dict[str, Any], data: Any) -> None:
 
 
 def _trainer(place: Path, cli: ConfigCLI, found: Found | None) -> Trainer:
-    """Make the trainer that fits, with the files of a run directory."""
+    """Create the training trainer, which writes into a run directory."""
     task, settings = cli.model, cli.trainer_settings
     callbacks = list(settings.get("callbacks") or [])
     folder, cadence = place / runs.CHECKPOINTS, cli.config_init["checkpoints"]
@@ -311,7 +311,7 @@ def _trainer(place: Path, cli: ConfigCLI, found: Found | None) -> Trainer:
     if not any(isinstance(callback, ProgressBar) for callback in callbacks):
         callbacks.append(progress_bar(terminal=sys.stdout.isatty()))
     logs = place / runs.LOGS
-    # TensorBoard hides what an earlier process logged beyond the checkpoint.
+    # TensorBoard hides values that an earlier process logged after the checkpoint.
     purge = {} if found is None else {"purge_step": found.state["logged_steps"]}
     board = TensorBoardLogger(logs, name="tensorboard", version="", **purge)
     own = {
@@ -325,14 +325,14 @@ def _trainer(place: Path, cli: ConfigCLI, found: Found | None) -> Trainer:
 
 
 def _listed(value: Any) -> list[Any]:
-    """Make a list of a setting that may also be one thing, or be left open."""
+    """Convert a setting that may be a list, a single value or None to a list."""
     if value is None or isinstance(value, bool):
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _finish(place: Path, cli: ConfigCLI, trainer: Trainer, seconds: dict[str, float], began: float) -> dict[str, Any]:
-    """Take the best epoch, measure it, and write adapter and plots; ``metrics.json`` comes last, by the caller."""
+    """Load the best epoch, measure it, and write adapter and plots; the caller writes ``metrics.json`` last."""
     task, data = cli.model, cli.datamodule
     checkpoints = cast(RunCheckpoints, trainer.checkpoint_callback)
     if not checkpoints.best_model_path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -106,14 +106,49 @@ class Route:
     """Error message for a forward pass under this route, where no task was chosen and one is needed; else None."""
 
 
+@dataclass(eq=False)
+class _Entered:
+    """A block of code that a thread has entered and not left."""
+
+    route: Route
+    """The route it uses."""
+    before: Route | None
+    """The one its thread used before."""
+
+
 class _Thread(threading.local):
-    """One thread's temporary route, if it has one, and those it returns to."""
+    """One thread's temporary route, if it has one."""
 
     route: Route | None = None
 
     def __init__(self) -> None:
-        """Start without temporary routes; Python calls this in each thread."""
-        self.outer: list[Route | None] = []
+        """Start outside of every block, as each thread does."""
+        self.entered: list[_Entered] = []
+
+
+class _Block(AbstractContextManager[None]):
+    """A block of code in which the calling thread uses a route.
+
+    It may be entered repeatedly: a graph that is kept goes backward several times, and each time computes again under
+    the route of its forward pass.
+    """
+
+    def __init__(self, routing: Routing, route: Route) -> None:
+        """Note the route.
+
+        Args:
+            routing: Where the hosts find it.
+            route: The route.
+        """
+        self.routing, self.route = routing, route
+
+    def __enter__(self) -> None:
+        """Let the calling thread use the route."""
+        self.routing._enter(self.route)
+
+    def __exit__(self, *_: object) -> None:
+        """Put back the one before."""
+        self.routing._leave()
 
 
 class Routing:
@@ -128,6 +163,7 @@ class Routing:
         self.traced = self.default
         self.slots = 0
         self._thread = _Thread()
+        self._entered: list[_Entered] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the routes of threads."""
@@ -138,6 +174,7 @@ class Routing:
         self.default = self.traced = state["default"]
         self.slots = state["slots"]
         self._thread = _Thread()
+        self._entered = []
 
     def new_slot(self) -> int:
         """Assign a slot number to one more host."""
@@ -167,22 +204,29 @@ class Routing:
         """Whether the calling thread uses a route of its own."""
         return self._thread.route is not None
 
-    @contextmanager
-    def using(self, route: Route) -> Iterator[None]:
+    def using(self, route: Route) -> AbstractContextManager[None]:
         """Use a route in the calling thread and restore the previous one on exit, also after an error.
 
         Args:
             route: The route.
         """
-        thread, outer = self._thread, self._thread.outer
-        outer.append(thread.route)
+        return _Block(self, route)
+
+    def _enter(self, route: Route) -> None:
+        """Enter a block in the calling thread."""
+        thread = self._thread
+        entered = _Entered(route, thread.route)
+        thread.entered.append(entered)
+        self._entered.append(entered)
         thread.route = self.traced = route
-        try:
-            yield
-        finally:
-            thread.route = outer.pop()
-            # The default of now: another thread may have set it meanwhile.
-            self.traced = thread.route or self.default
+
+    def _leave(self) -> None:
+        """Leave the last block of the calling thread; compiled graphs follow the last one that is still open."""
+        thread = self._thread
+        left = thread.entered.pop()
+        self._entered.remove(left)
+        thread.route = left.before
+        self.traced = self._entered[-1].route if self._entered else self.default
 
     def refresh(self, made_again: Callable[[Route], Route]) -> None:
         """Rebuild routes that refer to removed objects, such as a replaced classifier.
@@ -192,7 +236,8 @@ class Routing:
         """
         thread = self._thread
         self.set(made_again(self.default))
-        thread.outer[:] = [None if route is None else made_again(route) for route in thread.outer]
+        for entered in thread.entered:
+            entered.route, entered.before = made_again(entered.route), entered.before and made_again(entered.before)
         if thread.route is not None:
             thread.route = self.traced = made_again(thread.route)
 

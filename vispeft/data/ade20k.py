@@ -17,7 +17,7 @@ __all__ = ["ADE20KData"]
 class ADE20KData(PublishedMasks):
     """ADE20K: ``root/ADEChallengeData2016/{images,annotations}/{training,validation}``.
 
-    In the masks 0 stands for everything else, which takes no part, and 1 to 150 for the classes.
+    In the masks, 0 marks everything else, which is ignored, and 1 to 150 are the classes.
     """
 
     @property
@@ -27,12 +27,12 @@ class ADE20KData(PublishedMasks):
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """Published number of images."""
+        """Published number of images by split."""
         return {"train": 20_210, "validation": 2_000}
 
     @property
     def coding(self) -> MaskCoding:
-        """Class by value of a mask."""
+        """Mapping from mask values to classes."""
         return MaskCoding(num_classes=150, reduce_zero_label=True)
 
     def pairs(self, split: Literal["train", "validation"]) -> Sequence[tuple[Path, Path]]:

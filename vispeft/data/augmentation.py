@@ -1,4 +1,4 @@
-"""What happens to training images beyond resizing, with the augmentations of torchvision and timm."""
+"""Augmentation of training images, built from the transforms of torchvision and timm."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ __all__ = ["Augmentation", "TrainTransform"]
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Changes of training images. Everything is off unless it is asked for."""
+    """Augmentation of training images. Everything is off by default."""
 
     crop: Literal["none", "random", "resized"] = "none"
-    """Which part is seen: as in evaluation, a window at a random place (needs `crop_pct` of the data module), or a
-    random part of random shape, resized."""
+    """Crop: ``none`` as in evaluation, ``random`` a window at a random place (needs the data module's `crop_pct`), or
+    ``resized`` a random area of random aspect ratio, resized."""
     crop_area: tuple[float, float] = (0.08, 1.0)
-    """For ``resized``: the smallest and the largest share of the image's area. (0.08, 1) is timm's default."""
+    """For ``resized``: smallest and largest fraction of the image's area. (0.08, 1) is timm's default."""
     flip: float = 0.0
-    """Probability of mirroring left and right."""
+    """Probability of a horizontal flip."""
     rand_augment: str | None = None
     """RandAugment in timm's spelling, such as ``rand-m9-n2-mstd0.5``."""
     erase: float = 0.0
@@ -35,15 +35,15 @@ class Augmentation:
     mixup: float = 0.0
     """Alpha of mixup; 0 is off."""
     cutmix: float = 0.0
-    """Alpha of cutmix; 0 is off. With both, each batch gets one of them, each half of the time."""
+    """Alpha of cutmix; 0 is off. With both, each batch gets one of them, with equal probability."""
     mix_probability: float = 1.0
-    """Probability that a batch is mixed at all."""
+    """Probability of mixing a batch."""
 
     def __post_init__(self) -> None:
-        """Check the fields.
+        """Validate the fields.
 
         Raises:
-            ConfigError: If one of them cannot work.
+            ConfigError: If one of them is invalid.
         """
         for field in ("flip", "erase", "mix_probability"):
             if not 0 <= getattr(self, field) <= 1:
@@ -61,15 +61,15 @@ class Augmentation:
 
     @property
     def mixes(self) -> bool:
-        """Whether images of a batch are mixed, which makes the targets soft."""
+        """Whether images of a batch are mixed, which makes targets soft."""
         return self.mix_probability > 0 and (self.mixup > 0 or self.cutmix > 0)
 
     def mixer(self, num_classes: int, multi_label: bool) -> Mixup | None:
-        """Make timm's mixup of a batch, or nothing. Labels are smoothed by the task, not here.
+        """Create timm's mixup for a batch, or None. Label smoothing is left to the task.
 
         Args:
             num_classes: Number of classes.
-            multi_label: Whether targets are (B, classes) already.
+            multi_label: Whether targets already have shape (B, classes).
         """
         if not self.mixes:
             return None
@@ -84,20 +84,20 @@ class Augmentation:
 
 
 class TrainTransform:
-    """Prepares one training image: uint8 (3, H, W) in, normalised float32 of the backbone's size out.
+    """Transform one training image: uint8 (3, H, W) in, normalised float32 of the backbone's size out.
 
     It draws from the global generators; call it inside `vispeft.data.randomness.seeded`.
     """
 
     def __init__(self, preprocessing: Preprocessing, augmentation: Augmentation) -> None:
-        """Put the steps together, in timm's order.
+        """Compose the steps, in timm's order.
 
         Args:
-            preprocessing: What happens to every image.
-            augmentation: What happens to training images.
+            preprocessing: Preprocessing of every image.
+            augmentation: Augmentation of training images.
 
         Raises:
-            ConfigError: If a random window is asked for and nothing would be cut off.
+            ConfigError: If a random crop is configured and would cut off nothing.
         """
         if augmentation.crop == "random" and preprocessing.crop_pct is None:
             raise ConfigError(
@@ -113,7 +113,7 @@ class TrainTransform:
         self._erase = RandomErasing(erase, mode="pixel", device="cpu") if erase else None
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Prepare an image.
+        """Transform an image.
 
         Args:
             image: uint8 (3, H, W).
@@ -138,7 +138,7 @@ def _placing(preprocessing: Preprocessing, augmentation: Augmentation) -> v2.Tra
 
 
 def _rand_augment(spelling: str, preprocessing: Preprocessing) -> Any:
-    # timm's own settings (timm.data.transforms_factory): shifts of up to 45 %, gaps filled with the mean colour.
+    # timm's settings (timm.data.transforms_factory): translations of up to 45 %, gaps filled with the mean colour.
     settings = {
         "translate_const": int(min(preprocessing.size) * 0.45),
         "img_mean": tuple(min(255, max(0, round(255 * value))) for value in preprocessing.mean),

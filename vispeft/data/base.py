@@ -1,4 +1,4 @@
-"""What all image data modules share: preprocessing of the backbone, an order that can be repeated, loaders."""
+"""Base of all image data modules: the backbone's preprocessing, a reproducible order, data loaders."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ Index = tuple[int, int]
 
 
 class EpochSampler(Sampler[Index]):
-    """Yields (epoch, index), in an order that depends on the seed and the epoch alone.
+    """Yield (epoch, index) pairs, in an order that depends only on seed and epoch.
 
-    The epoch travels with the index, so a worker that has started early still draws the augmentation of the right one.
+    The epoch is part of the index, so a worker that prefetches still draws the augmentation of the right epoch.
     """
 
     def __init__(self, length: int, seed: int, start: tuple[int, int] = (0, 0)) -> None:
-        """Remember what the order depends on.
+        """Store the settings of the order.
 
         Args:
             length: Number of images.
             seed: Seed of the order.
-            start: The epoch to begin with, and how many of its images are done already.
+            start: The first epoch, and the number of its images to skip, as they were already served.
         """
         self.length, self.seed, self.start = length, seed, start
         self.epoch = start[0]
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; Lightning calls this before each one.
+        """Set the epoch; Lightning calls this before each one.
 
         Args:
             epoch: Counted from zero.
@@ -52,7 +52,7 @@ class EpochSampler(Sampler[Index]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Index]:
-        """Iterate over one epoch, or over what is left of the one to begin with."""
+        """Iterate over one epoch, or over the rest of the first one."""
         generator = torch.Generator().manual_seed(draw_seed(self.seed, self.epoch))
         done = self.start[1] if self.epoch == self.start[0] else 0
         for index in torch.randperm(self.length, generator=generator).tolist()[done:]:
@@ -64,7 +64,7 @@ class EpochSampler(Sampler[Index]):
 
 
 class BatchSplit(Dataset[tuple[Tensor, Tensor]], ABC):
-    """A split that makes a whole batch at once, so that what happens to a batch can depend on its indices alone."""
+    """A split that builds a whole batch at once, so random changes of a batch depend only on its indices."""
 
     targets: Tensor
     """Targets of all images, one row each."""
@@ -74,17 +74,17 @@ class BatchSplit(Dataset[tuple[Tensor, Tensor]], ABC):
         return len(self.targets)
 
     def __getitem__(self, index: Index | int) -> tuple[Tensor, Tensor]:
-        """Give one normalised image (3, H, W) and its target."""
+        """Return one normalised image (3, H, W) and its target."""
         images, targets = self.__getitems__([index])
         return images[0], targets[0]
 
     def __getitems__(self, indices: Sequence[Index | int]) -> tuple[Tensor, Tensor]:
-        """Give normalised images (B, 3, H, W) and their targets; the data loader calls this."""
+        """Return normalised images (B, 3, H, W) and their targets; the data loader calls this."""
         return self.batch([index if isinstance(index, tuple) else (0, index) for index in indices])
 
     @abstractmethod
     def batch(self, indices: list[Index]) -> tuple[Tensor, Tensor]:
-        """Make a batch.
+        """Build a batch.
 
         Args:
             indices: Epoch and position of each image.
@@ -92,7 +92,7 @@ class BatchSplit(Dataset[tuple[Tensor, Tensor]], ABC):
 
 
 class MemorySplit(BatchSplit):
-    """A split whose images are in memory, already resized; a whole batch is made at once."""
+    """A split of resized images in memory, from which a whole batch is built at once."""
 
     def __init__(
         self,
@@ -102,20 +102,21 @@ class MemorySplit(BatchSplit):
         augment: v2.Transform | None = None,
         seed: int = 0,
     ) -> None:
-        """Keep the tensors.
+        """Store the tensors.
 
         Args:
-            images: uint8 (N, 1 or 3, H, W), of the size of `preprocessing`; grey ones are repeated when taken out.
+            images: uint8 (N, 1 or 3, H, W), of the size of `preprocessing`; grey ones are repeated to three channels on
+                access.
             labels: Class indices (N,).
-            preprocessing: Gives mean and deviation.
-            augment: Applied to each uint8 image (3, H, W), with random numbers of its own.
+            preprocessing: Source of mean and standard deviation.
+            augment: Applied to each uint8 image (3, H, W), with separate random numbers.
             seed: Seed of the augmentation.
         """
         self.images, self.targets, self.augment, self.seed = images, labels, augment, seed
         self._normalise = preprocessing.normalise()
 
     def batch(self, indices: list[Index]) -> tuple[Tensor, Tensor]:
-        """Make a batch."""
+        """Build a batch."""
         order = torch.tensor([index for _, index in indices])
         images = self.images[order].expand(-1, 3, -1, -1)
         if self.augment is not None:
@@ -131,17 +132,17 @@ class MemorySplit(BatchSplit):
 class ImageData(LightningDataModule, ABC):
     """Base of all data modules.
 
-    Size, mean, deviation and interpolation come from the backbone unless they are given: a Lightning trainer hands
-    them over from its task, and `for_model` reads them where there is no trainer. Order and augmentation are functions
-    of (seed, epoch, index) alone.
+    Size, mean, standard deviation and interpolation come from the backbone unless they are given: under a Lightning
+    trainer the task passes them on, and without a trainer `for_model` reads them. Order and augmentation are functions
+    of (seed, epoch, index) only.
 
-    A subclass gives `class_names` and, in `load`, its three splits.
+    Subclasses implement `class_names` and return their three splits from `load`.
     """
 
     target: Target = "class"
-    """What kind of targets there are: ``class``, ``multilabel``, ``regression`` or ``mask``."""
+    """Kind of targets: ``class``, ``multilabel``, ``regression`` or ``mask``."""
     validation_chooses: bool = True
-    """Whether the validation split can choose the best epoch; otherwise the last epoch is kept."""
+    """Whether the validation split may select the best epoch; otherwise the last one is kept."""
 
     def __init__(
         self,
@@ -156,18 +157,18 @@ class ImageData(LightningDataModule, ABC):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        """Check and keep the settings.
+        """Validate and store the settings.
 
         Args:
-            batch_size: Images in a batch.
+            batch_size: Images per batch.
             image_size: Height and width in pixels, or one number for both; None takes the backbone's.
             mean: Mean per channel of values in [0, 1]; None takes the backbone's.
-            std: Deviation per channel; None takes the backbone's.
+            std: Standard deviation per channel; None takes the backbone's.
             interpolation: nearest, bilinear or bicubic; None takes the backbone's.
-            crop_pct: Share of a proportionally resized image that is cut out of its middle; None stretches the whole
+            crop_pct: Fraction of a proportionally resized image that the centre crop keeps; None stretches the whole
                 image to the size.
-            drop_last: Leave out the last training batch of an epoch when it is smaller than the others.
-            num_workers: Processes that prepare batches; 0 is fastest for data in memory.
+            drop_last: Drop the last training batch of an epoch if it is smaller than the others.
+            num_workers: Worker processes that build batches; 0 is fastest for data in memory.
             seed: Seed of order and augmentation.
 
         Raises:
@@ -180,7 +181,7 @@ class ImageData(LightningDataModule, ABC):
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
         given = {"size": size, "mean": mean, "std": std, "interpolation": interpolation, "crop_pct": crop_pct}
         self._given: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-        # Placeholders stand in for what the backbone will give, so that what was given is checked now.
+        # Placeholders stand in for the backbone's values, so that the given ones are validated now.
         Preprocessing(**{"size": (1, 1), "mean": (0, 0, 0), "std": (1, 1, 1), **self._given})
         self.batch_size, self.num_workers, self.seed, self.drop_last = batch_size, num_workers, seed, drop_last
         self._from_model: Preprocessing | None = None
@@ -190,7 +191,7 @@ class ImageData(LightningDataModule, ABC):
 
     @classmethod
     def for_model(cls, model: nn.Module, **settings: Any) -> ImageData:
-        """Make the data module for a backbone, ready for use without a trainer.
+        """Create the data module for a backbone, ready for use without a trainer.
 
         Args:
             model: A timm model, adapted or not.
@@ -202,10 +203,10 @@ class ImageData(LightningDataModule, ABC):
         return data
 
     def fit_to(self, preprocessing: Preprocessing) -> None:
-        """Take over what a backbone expects, where the settings leave it open.
+        """Adopt a backbone's preprocessing where the settings leave it open.
 
         Args:
-            preprocessing: What the backbone expects.
+            preprocessing: The backbone's preprocessing.
         """
         self._from_model = preprocessing
 
@@ -216,15 +217,15 @@ class ImageData(LightningDataModule, ABC):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes, or of numbers to predict."""
+        """Number of classes, or of values to predict."""
         return len(self.class_names)
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """What happens to each image.
+        """Preprocessing of each image.
 
         Raises:
-            DataError: If neither settings nor a backbone say it.
+            DataError: If neither the settings nor a backbone define it.
         """
         base = self._from_model
         if base is None and self.trainer is not None:
@@ -245,10 +246,10 @@ class ImageData(LightningDataModule, ABC):
 
     @abstractmethod
     def load(self, preprocessing: Preprocessing) -> dict[str, Dataset[Any]]:
-        """Make the splits ``train``, ``validation`` and ``test``.
+        """Create the splits ``train``, ``validation`` and ``test``.
 
         Args:
-            preprocessing: What happens to each image.
+            preprocessing: Preprocessing of each image.
 
         Raises:
             DataError: If images or labels cannot be used.
@@ -271,20 +272,20 @@ class ImageData(LightningDataModule, ABC):
         self._splits = splits
 
     def split(self, name: str) -> Dataset[Any]:
-        """Give one split.
+        """Return one split.
 
         Args:
             name: train, validation or test.
 
         Raises:
-            DataError: If nothing is loaded yet.
+            DataError: If the splits are not loaded yet.
         """
         if name not in self._splits:
             raise DataError(f"{type(self).__name__} has no {name!r} split loaded. Call setup(), or use for_model.")
         return self._splits[name]
 
     def replace_splits(self, splits: Mapping[str, Dataset[Any]]) -> None:
-        """Serve something else for the same images, in the same order.
+        """Replace the splits by others of the same images in the same order, such as cached features.
 
         Args:
             splits: The splits ``train``, ``validation`` and ``test``.
@@ -292,14 +293,14 @@ class ImageData(LightningDataModule, ABC):
         self._splits = dict(splits)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Serve the training images, in another order in each epoch."""
+        """Return the loader of training images, in a different order each epoch."""
         split = self.split("train")
-        # The place comes before the loader is made, since workers begin to read as soon as it is iterated over.
+        # The position is taken before the loader is created, as workers read as soon as it is iterated over.
         (epoch, batches), self._position = self._position, (0, 0)
         return self._loader(split, EpochSampler(len(split), self.seed, (epoch, batches * self.batch_size)))  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:
-        """Say how far a training has come through the images; Lightning puts it into checkpoints."""
+        """Return the position of the training run in the data; Lightning adds it to checkpoints."""
         if self.trainer is None or not self._splits:
             return {}
         loop = self.trainer.fit_loop
@@ -308,13 +309,13 @@ class ImageData(LightningDataModule, ABC):
         return {**self._order(), "epoch": epochs.processed, "batches": 0 if between else batches.processed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Begin the next training where `state_dict` was made.
+        """Start the next training run at the position of a `state_dict`.
 
         Args:
-            state_dict: What it gave.
+            state_dict: A result of `state_dict`.
 
         Raises:
-            DataError: If the images are others, so that the order cannot be the same.
+            DataError: If the images differ, so that the order cannot be the same.
         """
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return
@@ -322,13 +323,13 @@ class ImageData(LightningDataModule, ABC):
         self._position = (state_dict["epoch"], state_dict["batches"])
 
     def check_same(self, state_dict: Mapping[str, Any]) -> None:
-        """Check that splits are those of an earlier training, so that none of its images is a test image now.
+        """Check that the splits are those of an earlier run, so none of its training images is a test image now.
 
         Args:
-            state_dict: What its `state_dict` gave.
+            state_dict: The `state_dict` of that run.
 
         Raises:
-            DataError: If images, targets or their order are others.
+            DataError: If images, targets or their order differ.
         """
         changed = [
             f"{name} was {state_dict[name]} and is {now}"
@@ -342,7 +343,7 @@ class ImageData(LightningDataModule, ABC):
             )
 
     def _order(self) -> dict[str, Any]:
-        """Give what the order of the training images depends on, besides the epoch, and what tells them from others."""
+        """Return the inputs of the training order except the epoch, and the identity of the images."""
         if self._digest is None:
             digest = hashlib.sha256()
             for part in self.identity():
@@ -352,22 +353,22 @@ class ImageData(LightningDataModule, ABC):
         return {"images": images, "batch_size": self.batch_size, "seed": self.seed, "digest": self._digest}
 
     def identity(self) -> Iterator[bytes]:
-        """Give what tells the images and targets of all splits from others."""
+        """Yield bytes that identify the images and targets of all splits."""
         for name, split in self._splits.items():
             yield f"{name} {len(split)}".encode()  # type: ignore[arg-type]
             if isinstance(targets := getattr(split, "targets", None), Tensor):
                 yield targets.numpy().tobytes()
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Serve the validation images in a fixed order."""
+        """Return the loader of validation images, in a fixed order."""
         return self._loader(self.split("validation"))
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Serve the test images in a fixed order."""
+        """Return the loader of test images, in a fixed order."""
         return self._loader(self.split("test"))
 
     def _batch_of(self, split: Dataset[Any], sampler: Sampler[Index] | None) -> int:
-        """Say how many images a batch of a split has; training images come with a sampler."""
+        """Return the batch size for a split; only the training split comes with a sampler."""
         return self.batch_size
 
     def _loader(self, split: Dataset[Any], sampler: Sampler[Index] | None = None) -> DataLoader[Any]:
@@ -379,11 +380,11 @@ class ImageData(LightningDataModule, ABC):
             num_workers=self.num_workers,
             collate_fn=_keep if isinstance(split, BatchSplit) else None,
             pin_memory=torch.cuda.is_available(),
-            # Seeds workers and keeps the loader from drawing on the global generator of the training.
+            # Seeds the workers and keeps the loader from drawing from the training run's global generator.
             generator=torch.Generator().manual_seed(draw_seed(self.seed)),
         )
 
 
 def _keep(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Collate what `BatchSplit` has already collated."""
+    """Return a batch unchanged: `BatchSplit` has already collated it."""
     return batch

@@ -1,8 +1,8 @@
 """Outputs of a frozen backbone on disk: a store of tensors by key, and a split that serves them.
 
-A folder per key holds one ``.npy`` file per output, which is mapped into memory and not read whole, and ``meta.json``
-with the key and a sha256 of each file. The folder's name is a digest of the key, so that other weights, images or
-settings never find it; it gets that name when everything in it is on disk.
+A folder per key holds one ``.npy`` file per output, memory-mapped rather than read whole, and ``meta.json`` with the
+key and a sha256 of each file. The folder is named by a digest of the key, so other weights, images or settings never
+find it, and gets that name only once all its files are on disk.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ logger = logging.getLogger(__name__)
 
 META = "meta.json"
 PROBED = 64
-"""Training images that are prepared for two epochs to see whether they change."""
+"""Number of training images prepared for two epochs to detect changes."""
 
 
 class CachedSplit(BatchSplit):
     """A split that serves the outputs of a frozen backbone instead of its images."""
 
     def __init__(self, outputs: Mapping[str, Tensor], targets: Tensor) -> None:
-        """Keep the tensors.
+        """Store the tensors.
 
         Args:
             outputs: Outputs of the backbone by name, one row per image.
@@ -48,20 +48,20 @@ class CachedSplit(BatchSplit):
         self.outputs, self.targets = dict(outputs), targets
 
     def batch(self, indices: list[Index]) -> tuple[Any, Tensor]:
-        """Make a batch."""
+        """Build a batch."""
         order = torch.tensor([index for _, index in indices])
         return {name: tensor[order] for name, tensor in self.outputs.items()}, self.targets[order]
 
 
 class OutputFiles:
-    """Files of one key that are being filled, batch by batch; each is mapped into memory."""
+    """Memory-mapped files of one key, written batch by batch."""
 
     def __init__(self, folder: Path, rows: int) -> None:
-        """Begin without any file.
+        """Start without files.
 
         Args:
-            folder: Where the files are made.
-            rows: Rows of each file in the end.
+            folder: Folder for the files.
+            rows: Final number of rows of each file.
         """
         self.folder, self.rows, self.done = folder, rows, 0
         self.maps: dict[str, np.memmap[Any, Any]] = {}
@@ -86,7 +86,7 @@ class OutputFiles:
         self.done += count
 
     def close(self) -> dict[str, str]:
-        """Bring everything onto the disk.
+        """Flush all files to disk.
 
         Returns:
             The types of the outputs, by name.
@@ -98,10 +98,10 @@ class OutputFiles:
 
 
 class OutputStore:
-    """A folder with outputs by key."""
+    """A folder of outputs by key."""
 
     def __init__(self, place: Path) -> None:
-        """Name the folder; it is made when something is written.
+        """Set the folder, which is created on the first write.
 
         Args:
             place: The folder.
@@ -109,10 +109,10 @@ class OutputStore:
         self.place = place
 
     def home(self, key: Mapping[str, Any]) -> Path:
-        """Name the folder of a key, whether it exists or not.
+        """Return the path of a key's folder, which need not exist.
 
         Args:
-            key: Everything that decides the outputs, as JSON can hold it.
+            key: Everything the outputs depend on, as JSON-compatible values.
         """
         return self.place / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
 
@@ -123,7 +123,7 @@ class OutputStore:
             key: The key.
 
         Returns:
-            Outputs by name; None where there are none, or they are damaged, which is logged.
+            Outputs by name; None if there are none, or if they are damaged, which is logged.
         """
         home = self.home(key)
         if not home.is_dir():
@@ -144,18 +144,18 @@ class OutputStore:
         return {name: _mapped(home / f"{name}.npy", dtype) for name, dtype in meta["dtypes"].items()}
 
     def write(self, key: Mapping[str, Any], rows: int, fill: Callable[[OutputFiles], None]) -> dict[str, Tensor]:
-        """Fill a folder that gets the name of its key at the end.
+        """Fill a folder, and give it the name of its key once it is complete.
 
         Args:
             key: The key.
             rows: Rows of each output.
-            fill: Appends the outputs to the files it is given.
+            fill: Function that appends the outputs to the given files.
 
         Returns:
             The outputs by name, mapped into memory.
 
         Raises:
-            FileError: If they cannot be written, or are damaged once they are.
+            FileError: If they cannot be written, or are damaged afterwards.
         """
         home, part = self.home(key), None
         try:
@@ -164,7 +164,7 @@ class OutputStore:
             files = OutputFiles(part, rows)
             fill(files)
             _write_meta(part, key, files.close())
-            if home.exists():  # damaged, or made by another process in the meantime, which computes the same
+            if home.exists():  # damaged, or meanwhile written by another process, which computes the same
                 shutil.rmtree(home, ignore_errors=True)
             with contextlib.suppress(FileExistsError):
                 os.rename(part, home)
@@ -183,13 +183,13 @@ class OutputStore:
 
 
 def changes_between_epochs(split: Any) -> bool:
-    """Prepare some images for two epochs, to see whether images or targets change.
+    """Detect whether images or targets differ between epochs, by preparing some of them for two.
 
     Args:
-        split: The split; only one that makes batches itself is looked at.
+        split: The split; any other than a `BatchSplit` counts as constant.
 
     Returns:
-        Whether any of them did.
+        Whether any image or target differs.
     """
     if not isinstance(split, BatchSplit):
         return False
@@ -199,7 +199,7 @@ def changes_between_epochs(split: Any) -> bool:
 
 
 def split_digest(split: Any) -> str:
-    """Hash images and targets of a split.
+    """Hash the images and targets of a split.
 
     Args:
         split: The split.
@@ -214,7 +214,7 @@ def split_digest(split: Any) -> str:
             digest.update(facts.digest.encode())
     elif images is not None:
         _update(digest, images)
-    else:  # as they are prepared; slower, but true for any split
+    else:  # hashes prepared images: slower, but valid for any split
         for batch, _ in DataLoader(split, batch_size=256):
             _update(digest, batch)
     _update(digest, split.targets)
@@ -236,12 +236,12 @@ def _write_meta(folder: Path, key: Mapping[str, Any], dtypes: Mapping[str, str])
 
 
 def _as_json(key: Mapping[str, Any]) -> Any:
-    """The key as it is read back: tuples are lists then."""
+    """Return the key as JSON reads it back, with tuples as lists."""
     return json.loads(json.dumps(key))
 
 
 def _as_numpy(tensor: Tensor) -> Any:
-    """The same bytes for numpy, which has no bfloat16."""
+    """Return the same bytes as a numpy array; numpy has no bfloat16."""
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
@@ -251,6 +251,6 @@ def _sha256(path: Path) -> str:
 
 
 def _mapped(path: Path, dtype: str) -> Tensor:
-    # Copy on write: torch wants memory it may write to, and the file stays as it is.
+    # Copy on write: torch needs writable memory, and the file must not change.
     values = torch.from_numpy(np.load(path, mmap_mode="c"))
     return values.view(torch.bfloat16) if dtype == "bfloat16" else values

@@ -1,4 +1,4 @@
-"""Checks of data before training: everything that is found, in one report."""
+"""Checks of data before training, with all findings in one report."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from vispeft.errors import DataError
 __all__ = ["Report", "examine"]
 
 EXTREME_ASPECT = 4.0
-"""Longer side over shorter side from which stretching an image to a square is worth a warning."""
+"""Ratio of longer to shorter side from which stretching an image to a square gives a warning."""
 IMBALANCE = 10.0
-"""Largest class over smallest class from which a warning is given."""
+"""Ratio of largest to smallest class from which a warning is given."""
 
 PROBLEMS = {
     "missing": ("missing-file", "{n} listed and not there; check paths and root"),
@@ -32,7 +32,7 @@ MODES = {
     "LA": ("transparency", "in grayscale with transparency; grey is repeated, transparency is dropped"),
     "P": ("palette", "with a palette; looked up as RGB"),
     "PA": ("palette", "with a palette; looked up as RGB"),
-    "RGBA": ("transparency", "with transparency, which is dropped: what lies under it becomes visible"),
+    "RGBA": ("transparency", "with transparency, which is dropped: hidden colours become visible"),
     "CMYK": ("cmyk", "in CMYK; converted to RGB without a colour profile"),
     "YCbCr": ("ycbcr", "in YCbCr; converted to RGB"),
     "LAB": ("lab", "in Lab; converted to RGB"),
@@ -41,22 +41,22 @@ MODES = {
     "I;16B": ("16-bit", "with 16 bits; scaled to 8"),
     "I;16L": ("16-bit", "with 16 bits; scaled to 8"),
 }
-"""Kinds of pixels other than RGB by Pillow's name, and what happens to them."""
+"""Pixel modes other than RGB by Pillow's name, and their treatment."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything found in data."""
+    """All findings about data."""
 
     listing: Listing
     """The data."""
     facts: dict[str, list[ImageFacts]]
-    """What is known about each image, by split."""
+    """Facts about each image, by split."""
     findings: tuple[Finding, ...]
     """Errors first, then warnings, then facts."""
 
     def of(self, level: str) -> list[Finding]:
-        """Give the findings of one level.
+        """Return the findings of one level.
 
         Args:
             level: error, warning or fact.
@@ -64,10 +64,10 @@ class Report:
         return [finding for finding in self.findings if finding.level == level]
 
     def raise_errors(self) -> None:
-        """Refuse data that cannot be used.
+        """Refuse unusable data.
 
         Raises:
-            DataError: If there is an error; it lists all errors and warnings.
+            DataError: If there is an error; the message lists all errors and warnings.
         """
         errors, warnings = self.of("error"), self.of("warning")
         if not errors:
@@ -87,10 +87,10 @@ def examine(listing: Listing, full: bool = True) -> Report:
         full: Decode every image and compare contents; otherwise read headers and compare names.
 
     Returns:
-        Everything found.
+        The report.
     """
     facts = {name: split.source.facts(full) for name, split in listing.splits.items()}
-    # Masks come first, because equal images are compared by them too.
+    # Masks first, as the comparison of equal images uses them too.
     targets = check_masks(listing, facts, full) if listing.target == "mask" else _targets(listing)
     findings = [
         *listing.findings,
@@ -111,7 +111,7 @@ def _many(count: int, word: str) -> str:
 
 
 def _all(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> Iterable[tuple[str, int, str, ImageFacts]]:
-    """Go through all images: split, position, name for messages, facts."""
+    """Yield split, position, name for messages, and facts of every image."""
     for name, split in listing.splits.items():
         for index, known in enumerate(facts[name]):
             yield name, index, split.source.name(index), known
@@ -136,7 +136,7 @@ def _images(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> list[Fin
 
 
 def _modes(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> list[Finding]:
-    """Find images that are not RGB; a warning where only some are so, which often means a mistake."""
+    """Find images that are not RGB; a warning if only some are, which often means a mistake."""
     places: dict[tuple[str, str], list[str]] = defaultdict(list)
     frames: list[str] = []
     total = 0
@@ -158,7 +158,7 @@ def _modes(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> list[Find
 
 
 def _shapes(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> list[Finding]:
-    """Find extreme shapes, and say which sizes there are."""
+    """Find extreme aspect ratios, and report the range of sizes."""
     sizes: Counter[tuple[int, int]] = Counter()
     extreme: list[str] = []
     for _, _, name, known in _all(listing, facts):
@@ -185,14 +185,14 @@ def _area(size: tuple[int, int]) -> int:
 
 
 def _contents(listing: Listing, facts: Mapping[str, list[ImageFacts]], full: bool) -> list[Finding]:
-    """Find images that occur more than once."""
+    """Find duplicate images."""
     by_name = _groups(listing, ((s, i, n, n) for s, i, n, _ in _all(listing, facts)))
     by_pixels = _groups(listing, ((s, i, n, known.digest) for s, i, n, known in _all(listing, facts) if known.digest))
-    same_file = "{n} listed in two splits, so the test would see what was trained on; leave them in one"
-    same_pixels = "{n} with equal pixels in two splits, so the test would see what was trained on; keep one of each"
+    same_file = "{n} listed in two splits, so evaluation would include training images; leave them in one"
+    same_pixels = "{n} with equal pixels in two splits, so evaluation would include training images; keep one of each"
     twice = "{n} listed twice in a split; leave one of each"
     copies = "{n} with equal pixels in a split; keep one of each unless that is meant"
-    # Published lists are used as they are, and some of the published sets have equal images in train and test.
+    # Published lists are used unchanged, and some published data sets have equal images in train and test.
     level = listing.blame
     known = {place for places in by_name.values() for place in places}
     found = _counted("error", "same-file-in-two-splits", same_file, by_name["across"])
@@ -201,7 +201,7 @@ def _contents(listing: Listing, facts: Mapping[str, list[ImageFacts]], full: boo
     found += _counted("warning", "duplicates", copies, [p for p in by_pixels["inside"] if p not in known])
     text = "{n} that occur with different labels; one of the labels is wrong"
     disagreeing = dict.fromkeys([*by_name["disagreeing"], *by_pixels["disagreeing"]])
-    # Numbers may have been measured twice; classes of one image cannot both be right.
+    # A value may have been measured twice; two classes of one image cannot both be right.
     measured = listing.target == "regression"
     found += _counted("warning" if measured else level, "labels-disagree", text, list(disagreeing))
     if not full and len(listing.splits) > 1:
@@ -215,7 +215,7 @@ def _counted(level: str, code: str, text: str, places: list[str]) -> list[Findin
 
 
 def _groups(listing: Listing, images: Iterable[tuple[str, int, str, str]]) -> dict[str, list[str]]:
-    """Find equal keys in two splits, inside one split, and with differing targets."""
+    """Find keys that occur in two splits, twice in one split, or with different targets."""
     seen: dict[str, list[tuple[str, int, str]]] = defaultdict(list)
     for split, index, name, key in images:
         seen[key].append((split, index, name))
@@ -244,7 +244,7 @@ def _together(members: list[tuple[str, int, str]]) -> str:
 
 
 def _targets(listing: Listing) -> list[Finding]:
-    """Check what there is to learn."""
+    """Check that the targets can be learned."""
     if listing.target == "regression":
         return _numbers(listing)
     counts = {name: class_counts(listing, split) for name, split in listing.splits.items()}
@@ -291,8 +291,8 @@ def class_counts(listing: Listing, split: ListedSplit) -> list[int]:
     """Count the images of each class.
 
     Args:
-        listing: Has the classes.
-        split: Has the images. With masks, an image counts for each class it shows.
+        listing: Source of the classes.
+        split: Source of the images. With masks, an image counts for each class it shows.
     """
     if isinstance(split, ListedMasks):
         return image_counts(listing, split)
@@ -321,7 +321,7 @@ def _classes_with_images(listing: Listing) -> int:
 
 
 def _published(listing: Listing) -> list[Finding]:
-    """Compare with published numbers."""
+    """Compare the counts with the published ones."""
     if listing.published is None:
         return []
     known, found = listing.published, []

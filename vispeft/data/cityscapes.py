@@ -15,9 +15,9 @@ from vispeft.errors import DataError
 __all__ = ["CityscapesData"]
 
 EVALUATED = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-"""Values of ``labelIds`` masks that are classes, in their order (cityscapesScripts, helpers/labels.py)."""
+"""Values of ``labelIds`` masks that are evaluated, in class order (cityscapesScripts, helpers/labels.py)."""
 VALUES = 34
-"""Values there are in ``labelIds`` masks."""
+"""Number of values in ``labelIds`` masks."""
 
 IMAGE, TRAIN_IDS, LABEL_IDS = "_leftImg8bit.png", "_gtFine_labelTrainIds.png", "_gtFine_labelIds.png"
 
@@ -25,8 +25,8 @@ IMAGE, TRAIN_IDS, LABEL_IDS = "_leftImg8bit.png", "_gtFine_labelTrainIds.png", "
 class CityscapesData(PublishedMasks):
     """Cityscapes: ``root/leftImg8bit/{train,val}/<city>/*_leftImg8bit.png`` and ``root/gtFine/{train,val}/<city>/``.
 
-    The masks ``*_gtFine_labelTrainIds.png``, which cityscapesScripts makes, are taken where there are some, and
-    otherwise the ``*_gtFine_labelIds.png`` of the download, whose values are mapped to the 19 classes.
+    Uses the masks ``*_gtFine_labelTrainIds.png`` made by cityscapesScripts if there are any, otherwise the
+    ``*_gtFine_labelIds.png`` of the download, with their values mapped to the 19 classes.
     """
 
     @property
@@ -36,12 +36,12 @@ class CityscapesData(PublishedMasks):
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """Published number of images."""
+        """Published number of images by split."""
         return {"train": 2_975, "validation": 500}
 
     @cached_property
     def _ending(self) -> str:
-        """How names of masks end."""
+        """Suffix of mask file names."""
         return TRAIN_IDS if next((self._place / "gtFine").rglob(f"*{TRAIN_IDS}"), None) else LABEL_IDS
 
     @property
@@ -50,7 +50,7 @@ class CityscapesData(PublishedMasks):
 
     @property
     def coding(self) -> MaskCoding:
-        """Class by value of a mask."""
+        """Mapping from mask values to classes."""
         if self._ending == TRAIN_IDS:
             return MaskCoding(num_classes=19)
         ids = {value: EVALUATED.index(value) if value in EVALUATED else IGNORE for value in range(VALUES)}

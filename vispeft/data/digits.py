@@ -24,20 +24,19 @@ PROPERTIES = {
     "closed loop": (0, 6, 8, 9),
     "above four": (5, 6, 7, 8, 9),
 }
-"""Labels of the target ``multilabel``, and the digits that have them; 1 has none."""
+"""Labels of the ``multilabel`` target with the digits that have them; 1 has none."""
 _TARGETS: dict[Target, tuple[str, ...]] = {
     "class": tuple("0123456789"),
     "multilabel": tuple(PROPERTIES),
     "regression": ("digit",),
 }
-"""Names of what the model gives."""
+"""Names of the model's outputs by target."""
 
 
 class DigitsData(ImageData):
     """The digits 0 to 9 as grey images, repeated over three channels and resized to the backbone's size.
 
-    The three splits are drawn once, each with every class in its proportion, from a seed of their own: another
-    training seed sees the same test images.
+    The three splits are stratified and drawn from their own seed, so every training seed sees the same test images.
     """
 
     def __init__(
@@ -53,25 +52,25 @@ class DigitsData(ImageData):
         target: Target = "class",
         **settings: Any,
     ) -> None:
-        """Check and keep the settings.
+        """Validate and store the settings.
 
         Args:
             interpolation: nearest, bilinear or bicubic; None takes the backbone's.
-            validation: Share of all images that chooses the best epoch, above 0.
-            test: Share of all images that is looked at once, at the end, above 0; with folds it is one of them.
-            split_seed: Seed of the splits and of the folds.
-            folds: Number of parts for cross-validation; each is the test split of one run. None makes a single split.
-            fold: Which part is tested, from 0.
-            augment: Turn training images by up to 10 degrees and shift them by up to a tenth of their size.
-            target: What is asked for: the digit as one of ten classes (``class``), what is true of it
-                (``multilabel``), or its value as a number (``regression``).
-            settings: Those of `ImageData`.
+            validation: Fraction of all images for selecting the best epoch, above 0.
+            test: Fraction of all images for the final test, above 0; with folds, one fold is the test split instead.
+            split_seed: Seed of the splits and the folds.
+            folds: Number of parts for cross-validation, each the test split of one run. None gives a single split.
+            fold: Index of the part to test, from 0.
+            augment: Rotate training images by up to 10 degrees and shift them by up to a tenth of their size.
+            target: Kind of target: the digit as one of ten classes (``class``), its properties (``multilabel``), or its
+                value (``regression``).
+            settings: Settings of `ImageData`.
 
         Raises:
             ConfigError: If a number is out of range.
         """
         super().__init__(interpolation=interpolation, **settings)
-        # Below 10 images scikit-learn cannot give each of the ten classes a place in a split.
+        # With fewer than 10 images scikit-learn cannot put all ten classes into a split.
         least = 10 / 1797
         for name, share in (("validation", validation), ("test", test), ("train", 1 - validation - test)):
             if not least <= share < 1:
@@ -88,17 +87,17 @@ class DigitsData(ImageData):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The digits, as text; or what else the targets are called."""
+        """The digits as text, or the names of the other targets."""
         return _TARGETS[self.target]
 
     def load(self, preprocessing: Preprocessing) -> dict[str, Dataset[Any]]:
         """Read the images, resize them once, and draw the splits.
 
         Args:
-            preprocessing: What happens to each image.
+            preprocessing: Preprocessing of each image.
         """
         digits = load_digits()
-        # The file has grey values from 0 to 16. Rounding them to 8 bits makes them equal to images read from files.
+        # Grey values go from 0 to 16. Rounding to 8 bits gives the same values as images read from files.
         grey = (torch.from_numpy(digits.images) * (255 / 16)).round().to(torch.uint8)
         images = preprocessing.resize()(grey[:, None])
         labels = torch.from_numpy(digits.target).long()
@@ -137,7 +136,7 @@ class DigitsData(ImageData):
             random_state=self.split_seed,
             stratify=labels[rest],
         )
-        # Sorted, so that a split is the same list whatever order scikit-learn draws it in.
+        # Sorted, so that a split does not depend on the order in which scikit-learn draws it.
         return {
             name: torch.from_numpy(indices).sort().values
             for name, indices in (("train", train), ("validation", validation), ("test", test))

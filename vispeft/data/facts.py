@@ -1,4 +1,4 @@
-"""What is found when an image is looked at, and a store of it, so that no image is looked at twice."""
+"""Facts about images, and a store of them, so that no image is inspected twice."""
 
 from __future__ import annotations
 
@@ -23,39 +23,39 @@ __all__ = ["FactStore", "Facts", "ImageFacts", "cache_folder", "look_at"]
 logger = logging.getLogger(__name__)
 
 Key = tuple[str, int, int, str]
-"""Path, bytes, time of the last change in nanoseconds, and how thoroughly the image was looked at."""
+"""Path, size in bytes, modification time in nanoseconds, and level of inspection."""
 
 QUARTER_TURNS = (5, 6, 7, 8)
 """Orientations of Exif 2.3 that exchange width and height."""
 
 SETTLED = 2.0
-"""Seconds after its last change from which on a file's time tells one content from another."""
+"""Seconds after a modification from which the file's modification time identifies its content."""
 
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What is known about one image."""
+    """Facts about one image."""
 
     problem: str = ""
-    """Why it cannot be used: ``missing``, ``empty``, ``truncated`` or ``broken``; empty when it can."""
+    """Why it is unusable: ``missing``, ``empty``, ``truncated`` or ``broken``; empty if it is usable."""
     reason: str = ""
-    """What the reader said about the problem."""
+    """The reader's message about the problem."""
     width: int = 0
     """Pixels."""
     height: int = 0
     """Pixels."""
     mode: str = ""
-    """Pillow's name for the kind of pixels, such as RGB, L, I;16 or CMYK."""
+    """Pillow's pixel mode, such as RGB, L, I;16 or CMYK."""
     frames: int = 1
-    """Images in the file."""
+    """Number of images in the file."""
     digest: str = ""
-    """Hash of the pixels; empty when only the header was read."""
+    """Hash of the pixels; empty if only the header was read."""
     turned: bool = False
-    """Whether its metadata turn it by a quarter, so that width and height change places when it is read."""
+    """Whether its metadata rotate it by 90 degrees, which swaps width and height on reading."""
 
     @property
     def upright(self) -> tuple[int, int]:
-        """Width and height of the image that is read."""
+        """Width and height of the image as read."""
         return (self.height, self.width) if self.turned else (self.width, self.height)
 
 
@@ -63,11 +63,11 @@ Facts = TypeVar("Facts", bound=ImageFacts)
 
 
 def look_at(file: BinaryIO, full: bool) -> ImageFacts:
-    """Look at one image.
+    """Inspect one image.
 
     Args:
         file: Its open file.
-        full: Decode and hash the pixels; otherwise only the header is read.
+        full: Whether to decode and hash the pixels, instead of reading only the header.
     """
     if not file.read(1):
         return ImageFacts(problem="empty")
@@ -78,7 +78,7 @@ def look_at(file: BinaryIO, full: bool) -> ImageFacts:
             header = ImageFacts(width=image.width, height=image.height, mode=image.mode, frames=frames)
             if full:
                 return _decoded(image, header)
-            # Pillow reads the whole of a PNG to find these metadata, which stand behind its pixels.
+            # Pillow reads a whole PNG to find these metadata, which may follow the pixels.
             return header if image.format == "PNG" else replace(header, turned=_turn(image) in QUARTER_TURNS)
     except UNREADABLE as error:
         return ImageFacts(problem="broken", reason=why(error))
@@ -88,25 +88,25 @@ def _decoded(image: Image.Image, header: ImageFacts) -> ImageFacts:
     try:
         image.load()
     except UNREADABLE as error:
-        # The header was whole, so what is missing are pixels.
+        # The header was complete, so pixels are missing.
         return replace(header, problem="truncated", reason=why(error))
     to_rgb(image, image.format)
     pixels = hashlib.blake2b(image.tobytes(), digest_size=16)
-    # The way an image is turned belongs to it: equal pixels that are turned differently are two images.
+    # Orientation is part of the image: equal pixels with different orientations are two images.
     turned = _turn(image)
     pixels.update(f"{image.mode} {image.size} {turned}".encode())
-    if image.mode == "P":  # equal indices are other colours under another palette
+    if image.mode == "P":  # equal indices mean different colours under different palettes
         pixels.update(bytes(image.getpalette("RGBA") or ()))
     return replace(header, digest=pixels.hexdigest(), turned=turned in QUARTER_TURNS)
 
 
 def _turn(image: Image.Image) -> int:
-    """Give the number by which metadata say how an image is turned; 1 is upright."""
+    """Return the Exif orientation; 1 is upright."""
     return image.getexif().get(ExifTags.Base.Orientation) or 1
 
 
 def cache_folder() -> Path:
-    """Give the folder for what can be computed again: ``VISPEFT_CACHE``, or ``vispeft`` in the user's cache folder."""
+    """Return the cache folder: ``VISPEFT_CACHE``, or ``vispeft`` in the user's cache folder."""
     chosen = os.environ.get("VISPEFT_CACHE")
     if chosen:
         return Path(chosen)
@@ -114,29 +114,29 @@ def cache_folder() -> Path:
 
 
 VERSION = 2
-"""Of the stored facts: raised when one of them is found in another way, so that older ones are not believed."""
+"""Version of the stored facts, incremented whenever one is determined differently, to discard older ones."""
 
 
 class FactStore(Generic[Facts]):
-    """Facts on disk, by path, size and time of the last change.
+    """Facts on disk, by path, size and modification time.
 
-    It only saves time: where it cannot be read or written, everything is looked at again.
+    It only saves time: if it cannot be read or written, everything is inspected again.
     """
 
     def __init__(self, kind: type[Facts]) -> None:
-        """Remember where the store is.
+        """Locate the store.
 
         Args:
-            kind: What is kept.
+            kind: Class of the stored facts.
         """
         self.kind = kind
         self.file = cache_folder() / f"images-{VERSION}.sqlite"
 
     def get(self, keys: Iterable[Key]) -> dict[Key, Facts]:
-        """Give what is known.
+        """Return the known facts.
 
         Args:
-            keys: The files in question.
+            keys: Keys of the files.
         """
         found: dict[Key, Facts] = {}
         try:
@@ -151,11 +151,11 @@ class FactStore(Generic[Facts]):
         return found
 
     def put(self, facts: Mapping[Key, Facts]) -> None:
-        """Remember what was found.
+        """Store facts.
 
         Args:
-            facts: Facts by file. Files changed in the last seconds are left out, because their next change could fall
-                into the same tick of the clock.
+            facts: Facts by file. Files modified in the last seconds are left out, as their next modification could have
+            the same time stamp.
         """
         latest = (time.time() - SETTLED) * 1e9
         rows = [(*key, json.dumps(asdict(value))) for key, value in facts.items() if key[2] < latest]

@@ -1,4 +1,4 @@
-"""The five fine-grained sets with the splits that were published with VPT."""
+"""The five fine-grained data sets with the splits published with VPT."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ FGVC = {
     "dogs": ("Stanford Dogs", "Images", 120, (10_800, 1_200, 8_580)),
     "cars": ("Stanford Cars", "", 196, (7_329, 815, 8_041)),
 }
-"""Title, folder of the images, classes, and images of train, validation and test (Jia et al., ECCV 2022)."""
+"""Title, image folder, classes, and number of train, validation and test images (Jia et al., ECCV 2022)."""
 
 LISTS = {"train": "train.json", "validation": "val.json", "test": "test.json"}
 
 
 class FgvcData(ListedData):
-    """One fine-grained set: ``root/{train,val,test}.json``, each one object from image path to class id.
+    """One fine-grained data set: ``root/{train,val,test}.json``, each one object from image path to class id.
 
-    Paths start from ``root/images`` for cub and nabirds, ``root/Images`` for dogs, and ``root`` for cars and flowers;
-    ids get the numbers 0, 1, ... in sorted order.
+    Paths are relative to ``root/images`` for cub and nabirds, ``root/Images`` for dogs, and ``root`` for cars and
+    flowers; ids are numbered 0, 1, ... in sorted order.
 
-    As published, images are resized to 256 pixels on the shorter side (for 224), of which training takes a window at a
-    random place, mirrored half of the time, and evaluation the middle; mean and deviation are ImageNet's.
+    As published, images are resized to 256 pixels on the shorter side (for 224); training takes a random crop, flipped
+    with probability 0.5, and evaluation the centre crop; mean and standard deviation are ImageNet's.
     """
 
     def __init__(
@@ -48,20 +48,20 @@ class FgvcData(ListedData):
         augment: Augmentation | None = Augmentation(crop="random", flip=0.5),  # noqa: B008 - it is frozen
         **settings: Any,
     ) -> None:
-        """Keep the place.
+        """Store the settings.
 
         Args:
             root: The folder of the set.
             dataset: cub, nabirds, flowers, dogs or cars.
             mean: Mean per channel; None takes the backbone's.
-            std: Deviation per channel; None takes the backbone's.
-            crop_pct: Share of a proportionally resized image that is cut out; None stretches the whole image.
-            augment: What happens to training images.
-            settings: Those of `ListedData` and `ImageData`.
+            std: Standard deviation per channel; None takes the backbone's.
+            crop_pct: Fraction of a proportionally resized image that the crop keeps; None stretches the whole image.
+            augment: Augmentation of training images.
+            settings: Settings of `ListedData` and `ImageData`.
 
         Raises:
-            UnknownNameError: If there is no such set.
-            ConfigError: If a setting cannot work.
+            UnknownNameError: If there is no such data set.
+            ConfigError: If a setting is invalid.
         """
         super().__init__(mean=mean, std=std, crop_pct=crop_pct, augment=augment, **settings)
         if dataset not in FGVC:

@@ -17,7 +17,7 @@ from vispeft.errors import DataError
 
 __all__ = ["ImageFolderData", "find_split_folders"]
 
-# timm's synonyms (timm/data/dataset_factory.py), and those for the test split, which timm does not look for.
+# timm's synonyms (timm/data/dataset_factory.py), and those for the test split, which timm lacks.
 SYNONYMS = {
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid", "eval", "evaluation"),
@@ -29,15 +29,15 @@ class ImageFolderData(ListedData):
     """Images in folders named after their classes: ``root/train/cat/1.jpg``, or ``root/cat/1.jpg`` without splits.
 
     Split folders may be called train or training, val, valid, validation, eval or evaluation, and test or testing.
-    What is missing is drawn from train. Folders inside a class folder belong to the class.
+    Missing splits are drawn from train. Folders inside a class folder belong to the class.
     """
 
     def __init__(self, *, root: str, **settings: Any) -> None:
-        """Keep the place.
+        """Store the settings.
 
         Args:
             root: The folder.
-            settings: Those of `ListedData` and `ImageData`.
+            settings: Settings of `ListedData` and `ImageData`.
         """
         super().__init__(**settings)
         self.root = Path(root)
@@ -90,7 +90,7 @@ class ImageFolderData(ListedData):
         return ListedSplit(FileSource(paths, self.root), torch.tensor(labels, dtype=torch.long))
 
     def _strays(self, places: dict[str, Path]) -> list[Finding]:
-        """Find images that lie beside the class folders."""
+        """Find images next to the class folders."""
         stray = [
             str(path.relative_to(self.root))
             for place in dict.fromkeys([self.root, *places.values()])
@@ -104,10 +104,10 @@ def find_split_folders(root: Path) -> dict[str, Path]:
     """Find the folders of the splits by their usual names.
 
     Args:
-        root: Where to look.
+        root: The folder to search.
 
     Returns:
-        Folder by split; empty when there is no train folder and no other.
+        Folder by split; empty if there is none.
     """
     inside = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
     found = {split: next((inside[n] for n in names if n in inside), None) for split, names in SYNONYMS.items()}
@@ -120,12 +120,12 @@ def _class_folders(place: Path) -> dict[str, Path]:
 
 def _files(folder: Path) -> list[Path]:
     inside = sorted(folder.rglob("*"), key=lambda path: _as_people_count(str(path)))
-    # A link that leads nowhere is an image that is missing, and is found as such.
+    # A broken link counts as a missing image, and is reported as such.
     return [path for path in inside if (path.is_file() or not path.exists()) and not _hidden(path)]
 
 
 def _as_people_count(name: str) -> tuple[Any, str]:
-    # timm's key takes A for a and 01 for 1; without the name itself, their order would change from process to process.
+    # timm's key equates A with a and 01 with 1; without the name itself, their order would vary between processes.
     return natural_key(name), name
 
 

@@ -17,15 +17,15 @@ from vispeft.errors import DataError
 __all__ = ["EXTENSIONS", "UNREADABLE", "ImageFiles", "find_images", "read_image", "to_rgb", "why"]
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""File name endings taken for images."""
+"""Suffixes of image files."""
 
 UNREADABLE = (Exception,)
-"""What Pillow raises for files it cannot read: besides its own errors also what broken bytes lead its decoders to, such
-as TypeError, IndexError and struct.error."""
+"""Exceptions of Pillow for unreadable files: its own, and those that broken bytes cause in its decoders, such as
+TypeError, IndexError and struct.error."""
 
 
 def find_images(place: str | Path) -> list[Path]:
-    """List the images of a folder and of the folders in it, sorted by path.
+    """List the images of a folder, recursively, sorted by path.
 
     Args:
         place: A folder, or one image file.
@@ -34,7 +34,7 @@ def find_images(place: str | Path) -> list[Path]:
         The paths.
 
     Raises:
-        DataError: If there is no such place, or no image in it.
+        DataError: If the path does not exist, or has no images.
     """
     root = Path(place)
     if root.is_file():
@@ -49,13 +49,13 @@ def find_images(place: str | Path) -> list[Path]:
 
 
 def read_image(file: str | Path | BinaryIO, name: str | None = None) -> Tensor:
-    """Read an image as RGB, turned upright as its metadata says.
+    """Read an image as RGB, rotated upright according to its metadata.
 
     Grey values are repeated, 16-bit ones scaled to 8 bits, CMYK is converted, and transparency is dropped.
 
     Args:
         file: A path, or an open file.
-        name: What to call it in messages; by default its path.
+        name: Its name in messages; by default its path.
 
     Returns:
         uint8 values (3, H, W).
@@ -80,7 +80,7 @@ def to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
         file_format: Pillow's name of the format of its file.
 
     Raises:
-        ValueError: If its values have no known range.
+        ValueError: If the range of its values is unknown.
     """
     # Pillow would clip values above 255 instead of scaling them. It reads 16-bit PGM (and PNG, in older releases) as
     # "I", already scaled to 16 bits; in other formats "I" and "F" say nothing about the range of their values.
@@ -92,24 +92,24 @@ def to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
 
 
 def why(error: BaseException) -> str:
-    """Say shortly why an image cannot be read.
+    """Summarise why an image cannot be read.
 
     Args:
-        error: What Pillow raised.
+        error: Pillow's exception.
     """
-    # Pillow's message repeats the path where it cannot identify a file; its first words are enough.
+    # Pillow's message repeats the path of a file it cannot identify; its first words suffice.
     return str(error).split(" '")[0].split(" <")[0] or type(error).__name__
 
 
 class ImageFiles(Dataset[Tensor]):
-    """Image files, read when they are asked for."""
+    """Image files, read on access."""
 
     def __init__(self, paths: Sequence[Path], transform: Callable[[Tensor], Tensor]) -> None:
-        """Keep the paths.
+        """Store the paths.
 
         Args:
             paths: The files.
-            transform: Takes uint8 values (3, H, W).
+            transform: Function of uint8 values (3, H, W).
         """
         self.paths, self.transform = list(paths), transform
 

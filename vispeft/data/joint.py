@@ -1,8 +1,8 @@
-"""What happens to an image and its mask together: resizing, cropping, flipping, changes of colour, padding.
+"""Joint transforms of an image and its mask: resizing, cropping, flipping, colour changes, padding.
 
-The steps and their numbers are those of mmsegmentation's training pipelines (`RandomResize`, `RandomCrop`,
-`RandomFlip`, `PhotoMetricDistortion`). They take torchvision's `tv_tensors.Image` and `tv_tensors.Mask`, and draw from
-the global generators; call them inside `vispeft.data.randomness.seeded`.
+Steps and default values are those of mmsegmentation's training pipelines (`RandomResize`, `RandomCrop`, `RandomFlip`,
+`PhotoMetricDistortion`). They accept torchvision's `tv_tensors.Image` and `tv_tensors.Mask`, and draw from the global
+generators; call them inside `vispeft.data.randomness.seeded`.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from vispeft.errors import ConfigError
 __all__ = ["EvaluationPair", "MaskAugmentation", "MaskCrop", "PadTo", "PhotometricDistortion", "Rescale", "TrainPair"]
 
 TRIES = 10
-"""Windows that are drawn before one with too much of a class is taken (mmsegmentation's `RandomCrop`)."""
+"""Number of windows drawn before one dominated by a class is accepted (mmsegmentation's `RandomCrop`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskAugmentation:
-    """Changes of training images and their masks, by default those of mmsegmentation."""
+    """Augmentation of training images and their masks, by default that of mmsegmentation."""
 
     crop_size: int | tuple[int, int] | None = None
     """Height and width of the crops; one number for both; None takes the size of the data module."""
     scale: tuple[float, float] = (0.5, 2.0)
-    """Images are resized, keeping their proportions, by a random factor between these two."""
+    """Range of the random factor by which images are resized, keeping their aspect ratio."""
     cat_max_ratio: float = 0.75
-    """Another window is drawn, up to ten times, while one class fills more than this share of the labelled pixels."""
+    """Fraction of the labelled pixels above which a class dominates a crop, which is then redrawn, up to ten times."""
     flip: float = 0.5
-    """Probability of mirroring left and right."""
+    """Probability of a horizontal flip."""
     photometric: bool = True
-    """Whether brightness, contrast, saturation and hue are changed."""
+    """Whether to change brightness, contrast, saturation and hue."""
 
     def __post_init__(self) -> None:
-        """Check the fields.
+        """Validate the fields.
 
         Raises:
-            ConfigError: If one of them cannot work.
+            ConfigError: If one of them is invalid.
         """
         if isinstance(self.crop_size, int):
             object.__setattr__(self, "crop_size", (self.crop_size, self.crop_size))
@@ -61,17 +61,18 @@ class MaskAugmentation:
 
 
 class TrainPair:
-    """Prepares a training image and its mask: uint8 (3, H, W) and (H, W) in, float32 and int64 of one size out."""
+    """Transform a training image and its mask: uint8 (3, H, W) and (H, W) in, float32 and int64 of one size out."""
 
     def __init__(
         self, preprocessing: Preprocessing, augmentation: MaskAugmentation | None, short_side: int | None = None
     ) -> None:
-        """Put the steps together.
+        """Compose the steps.
 
         Args:
-            preprocessing: Gives size, interpolation, mean and deviation.
-            augmentation: What is changed; None stretches the whole image and its mask to the size.
-            short_side: Shorter side of the image in pixels before it is resized by a random factor; None leaves it.
+            preprocessing: Source of size, interpolation, mean and standard deviation.
+            augmentation: The augmentation; None stretches the whole image and its mask to the size.
+            short_side: Shorter side in pixels to which the image is resized before the random factor; None keeps its
+                size.
         """
         if augmentation is None:
             steps: list[v2.Transform] = [Rescale(preprocessing.interpolation, size=preprocessing.size)]
@@ -85,11 +86,11 @@ class TrainPair:
             ]
             if augmentation.photometric:
                 steps.append(PhotometricDistortion())
-        # Padding comes last: zero is the mean colour then.
+        # Padding comes last, so that zero is the mean colour.
         self._steps = v2.Compose([*steps, preprocessing.normalise(), PadTo(size)])
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Prepare an image and its mask.
+        """Transform an image and its mask.
 
         Args:
             image: uint8 (3, H, W).
@@ -100,22 +101,22 @@ class TrainPair:
 
 
 class EvaluationPair:
-    """Prepares an image for evaluation; its mask keeps its size, and scores are resized to it."""
+    """Transform an image for evaluation; its mask keeps its size, to which scores are resized."""
 
     def __init__(self, preprocessing: Preprocessing, whole: bool = False, short_side: int | None = None) -> None:
-        """Put the steps together.
+        """Compose the steps.
 
         Args:
-            preprocessing: Gives size, interpolation, mean and deviation.
-            whole: Keep the proportions of the image; otherwise it is stretched to the size.
-            short_side: With `whole`, shorter side of the image in pixels; None keeps its own size.
+            preprocessing: Source of size, interpolation, mean and standard deviation.
+            whole: Whether to keep the image's aspect ratio instead of stretching it to the size.
+            short_side: With `whole`, the shorter side of the result in pixels; None keeps the image's size.
         """
         size = None if whole else preprocessing.size
         self._resize = Rescale(preprocessing.interpolation, size=size, short_side=short_side)
         self._steps = v2.Compose([self._resize, preprocessing.normalise()])
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Prepare an image.
+        """Transform an image.
 
         Args:
             image: uint8 (3, H, W).
@@ -124,11 +125,11 @@ class EvaluationPair:
         return self._steps(image), mask.long()
 
     def size_of(self, height: int, width: int) -> tuple[int, int]:
-        """Give height and width that an image is brought to.
+        """Return the height and width of a transformed image.
 
         Args:
-            height: Height of the image.
-            width: Its width.
+            height: Height of the original image.
+            width: Width of the original image.
         """
         rows, columns = self._resize.make_params([torch.empty(0, height, width)])["size"]
         return rows, columns
@@ -138,7 +139,7 @@ class EvaluationPair:
 
 
 class Rescale(v2.Transform):
-    """Resizes image and mask to a size, or by a random factor that keeps the proportions."""
+    """Resize image and mask to a size, or by a random factor that keeps the aspect ratio."""
 
     def __init__(
         self,
@@ -148,12 +149,12 @@ class Rescale(v2.Transform):
         short_side: int | None = None,
         factors: tuple[float, float] = (1.0, 1.0),
     ) -> None:
-        """Keep what the new size depends on.
+        """Store the settings of the target size.
 
         Args:
-            interpolation: Of images: nearest, bilinear or bicubic.
-            size: Height and width; None keeps the proportions.
-            short_side: Shorter side in pixels before the factor; None takes the image as it is.
+            interpolation: Interpolation of images: nearest, bilinear or bicubic.
+            size: Height and width; None keeps the aspect ratio.
+            short_side: Shorter side in pixels before the factor; None starts from the image's size.
             factors: Smallest and largest factor.
         """
         super().__init__()
@@ -178,21 +179,22 @@ class Rescale(v2.Transform):
             return inpt
         if not isinstance(inpt, tv_tensors.Mask):
             return F.resize(inpt, size, interpolation=self.interpolation, antialias=True)
-        # torchvision resizes masks by "nearest", which takes the upper left pixel and so moves them by up to half a
-        # pixel against the image.
+        # torchvision resizes masks by "nearest", which picks the upper left pixel and so shifts them by up to half a
+        # pixel relative to the image.
         mask = inpt.as_subclass(Tensor)[None]
         return tv_tensors.Mask(F.resize(mask, size, interpolation=v2.InterpolationMode.NEAREST_EXACT)[0])
 
 
 class MaskCrop(v2.Transform):
-    """Cuts a window out at a random place, if possible one that is not filled by a single class."""
+    """Crop a random window, if possible one that no single class dominates."""
 
     def __init__(self, size: tuple[int, int], cat_max_ratio: float = 1.0) -> None:
-        """Keep the settings.
+        """Store the settings.
 
         Args:
-            size: Height and width; a smaller image is taken whole in that direction.
-            cat_max_ratio: Share of the labelled pixels above which another window is drawn, up to ten times.
+            size: Height and width; along a side where the image is smaller, all of it is kept.
+            cat_max_ratio: Fraction of the labelled pixels above which a class dominates and the window is redrawn, up
+            to ten times.
         """
         super().__init__()
         self.size, self.cat_max_ratio = size, cat_max_ratio
@@ -209,7 +211,7 @@ class MaskCrop(v2.Transform):
         return dict(zip(("top", "left", "height", "width"), window, strict=True))
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Cut the window out of an image or a mask."""
+        """Crop the window from an image or a mask."""
         return F.crop(inpt, **params)
 
     def _draw(self, height: int, width: int) -> tuple[int, int, int, int]:
@@ -218,7 +220,7 @@ class MaskCrop(v2.Transform):
         return top, left, rows, columns
 
     def _mixed(self, mask: Tensor, window: tuple[int, int, int, int]) -> bool:
-        """Say whether a window has several classes, none of which fills too much of it."""
+        """Whether a window has several classes, none of which dominates it."""
         top, left, rows, columns = window
         inside = mask[top : top + rows, left : left + columns]
         pixels = torch.bincount(inside[inside != IGNORE].flatten().long())
@@ -227,12 +229,12 @@ class MaskCrop(v2.Transform):
 
 
 class PhotometricDistortion(v2.Transform):
-    """Changes brightness, contrast, saturation and hue, each half of the time.
+    """Change brightness, contrast, saturation and hue, each with probability 0.5.
 
     Semantics of `PhotoMetricDistortion` of mmsegmentation 1.2.2 (from SSD: Liu et al., ECCV 2016): brightness is added,
     contrast multiplies the colours themselves, saturation multiplies S of HSV, and contrast comes second or last.
-    torchvision's `RandomPhotometricDistort` differs in all four and exchanges the channels too. Colours are rounded
-    once, at the end, and not after each change.
+    torchvision's `RandomPhotometricDistort` differs in all four and also permutes the channels. Colours are rounded
+    once, at the end, instead of after each change.
     """
 
     def __init__(
@@ -242,13 +244,13 @@ class PhotometricDistortion(v2.Transform):
         saturation: tuple[float, float] = (0.5, 1.5),
         hue: float = 0.1,
     ) -> None:
-        """Keep the ranges.
+        """Store the ranges.
 
         Args:
-            brightness: Most that is added or taken away, of 255.
+            brightness: Largest absolute change, out of 255.
             contrast: Smallest and largest factor.
             saturation: Smallest and largest factor.
-            hue: Most that hue is turned, as a share of the circle (mmsegmentation's 18 of OpenCV's 180).
+            hue: Largest rotation as a fraction of the circle (mmsegmentation's 18 of OpenCV's 180).
         """
         super().__init__()
         self.ranges = {
@@ -259,14 +261,14 @@ class PhotometricDistortion(v2.Transform):
         }
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw which changes are made, how strongly, and in which order."""
+        """Draw the changes, their strength and their order."""
         first, later = ("brightness", "contrast"), ("saturation", "hue")
         order = (*first, *later) if torch.rand(()) < 0.5 else ("brightness", *later, "contrast")
         drawn = {name: float(torch.empty(()).uniform_(*self.ranges[name])) for name in order if torch.rand(()) < 0.5}
         return {"changes": drawn}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Change a uint8 image (3, H, W); a mask is left alone."""
+        """Change a uint8 image (3, H, W) and return masks unchanged."""
         if isinstance(inpt, tv_tensors.Mask) or not params["changes"]:
             return inpt
         image = inpt.as_subclass(Tensor).float() / 255
@@ -278,7 +280,7 @@ class PhotometricDistortion(v2.Transform):
 def _saturate(image: Tensor, factor: float) -> Tensor:
     """Multiply S of HSV, where S = (max - min) / max of the channels and V = max stays."""
     value, least = image.amax(0), image.amin(0)
-    # S may not pass 1, where the least channel is 0.
+    # S is at most 1, where the smallest channel is 0.
     most = value / (value - least).clamp(min=1e-6)
     return value - (value - image) * most.clamp(max=factor)
 
@@ -292,10 +294,10 @@ _CHANGES = {
 
 
 class PadTo(v2.Transform):
-    """Fills an image up to a size, on the right and below: with zero, and masks with `IGNORE`."""
+    """Pad right and bottom to a size: images with zero, masks with `IGNORE`."""
 
     def __init__(self, size: tuple[int, int]) -> None:
-        """Keep the size.
+        """Store the size.
 
         Args:
             size: Height and width.

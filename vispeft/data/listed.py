@@ -1,4 +1,4 @@
-"""Base of the data modules that list their images first: checks, drawn splits, folds, augmentation."""
+"""Base of the data modules that list their images first: checks, random splits, folds, augmentation."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ __all__ = ["ImageSplit", "ListedData"]
 logger = logging.getLogger(__name__)
 
 MIX = 0x6D6978
-"""Keeps the random numbers of a batch apart from those of its first image."""
+"""Salt that separates the random numbers of a batch from those of its first image."""
 
 
 class ImageSplit(BatchSplit):
-    """A split whose images are read when they are asked for."""
+    """A split that reads its images on access."""
 
     def __init__(
         self,
@@ -41,12 +41,12 @@ class ImageSplit(BatchSplit):
         mixer: Mixup | None = None,
         seed: int = 0,
     ) -> None:
-        """Keep what is needed to make batches.
+        """Store the parts that batches are built from.
 
         Args:
             listed: Images and targets.
-            preprocessing: What happens to each image.
-            augment: What happens to training images.
+            preprocessing: Preprocessing of each image.
+            augment: Augmentation of training images.
             mixer: timm's mixup.
             seed: Seed of augmentation and mixing.
         """
@@ -56,7 +56,7 @@ class ImageSplit(BatchSplit):
         self._mixer, self._seed = mixer, seed
 
     def batch(self, indices: list[Index]) -> tuple[Tensor, Tensor]:
-        """Make a batch; it depends on its indices and the seed alone."""
+        """Build a batch, which depends only on its indices and the seed."""
         images = torch.stack([self._image(epoch, index) for epoch, index in indices])
         targets = self.targets[torch.tensor([index for _, index in indices])]
         if self._mixer is not None:
@@ -75,13 +75,12 @@ class ImageSplit(BatchSplit):
 class ListedData(ImageData):
     """Base of the data modules that list their images before opening one.
 
-    A subclass gives, in `read`, the splits it finds. Splits it does not find are drawn from ``train``. Before anything
-    is trained, all images are checked, and everything that is wrong with them is said in one message; images that have
-    not changed are not looked at again the next time.
+    Subclasses return the splits they find from `read`. Missing splits are drawn from ``train``. Before training, all
+    images are checked, and one message lists every problem; unchanged images are not inspected again next time.
 
-    With `folds`, all images of train and validation (and of test, where that would be drawn) are dealt into so many
-    parts. The chosen one is the test split, and a share of the others is the validation split. A test split that is
-    given is then left alone.
+    With `folds`, all images of train and validation (and of test, if that would be drawn) are divided into that many
+    parts. The chosen one is the test split, and a fraction of the others is the validation split. A given test split is
+    then ignored.
     """
 
     def __init__(
@@ -96,20 +95,20 @@ class ListedData(ImageData):
         fold: int = 0,
         **settings: Any,
     ) -> None:
-        """Check and keep the settings.
+        """Validate and store the settings.
 
         Args:
             check: Decode every image and compare contents (``full``), or read headers only (``fast``).
-            augment: What happens to training images.
-            validation: Share of train that chooses the best epoch, where no validation split is given.
-            test: Share of train that is looked at once, at the end, where no test split is given.
-            split_seed: Seed of drawn splits and folds.
-            folds: Number of parts for cross-validation; each is the test split of one run. None makes a single split.
-            fold: Which part is tested, from 0.
-            settings: Those of `ImageData`.
+            augment: Augmentation of training images.
+            validation: Fraction of train for selecting the best epoch, if no validation split is given.
+            test: Fraction of train for the final test, if no test split is given.
+            split_seed: Seed of random splits and folds.
+            folds: Number of parts for cross-validation, each the test split of one run. None gives a single split.
+            fold: Index of the part to test, from 0.
+            settings: Settings of `ImageData`.
 
         Raises:
-            ConfigError: If a setting cannot work.
+            ConfigError: If a setting is invalid.
         """
         super().__init__(**settings)
         name = type(self).__name__
@@ -124,7 +123,7 @@ class ListedData(ImageData):
 
     @abstractmethod
     def read(self) -> Listing:
-        """List images and targets, without opening an image.
+        """List images and targets, without opening any image.
 
         Raises:
             DataError: If there is nothing to list.
@@ -132,7 +131,7 @@ class ListedData(ImageData):
 
     @property
     def listing(self) -> Listing:
-        """The images with the splits they are used in."""
+        """The images with their final splits."""
         if self._listing is None:
             self._listing = self._divide(self.read())
         return self._listing
@@ -141,7 +140,7 @@ class ListedData(ImageData):
         """Check everything, once.
 
         Returns:
-            Everything found; nothing is raised because of it.
+            The report; findings raise no error here.
         """
         if self._report is None:
             self._report = examine(self.listing, full=self.check == "full")
@@ -152,21 +151,21 @@ class ListedData(ImageData):
         """Names of the classes in the order of the targets, or of the numbers.
 
         Raises:
-            DataError: If the data cannot be used; the message says everything that is wrong.
+            DataError: If the data cannot be used; the message lists every problem.
         """
         if self.listing.broken or len(self.listing.class_names) < (2 if self.listing.target == "class" else 1):
             self.report().raise_errors()
         return self.listing.class_names
 
     def load(self, preprocessing: Preprocessing) -> dict[str, Dataset[Any]]:
-        """Check the images and give the splits.
+        """Check the images and return the splits.
 
         Args:
-            preprocessing: What happens to each image.
+            preprocessing: Preprocessing of each image.
 
         Raises:
-            DataError: If the data cannot be used; the message says everything that is wrong.
-            ConfigError: If the augmentation does not fit.
+            DataError: If the data cannot be used; the message lists every problem.
+            ConfigError: If the augmentation does not suit the targets or batches.
         """
         mixer = self._mixer()
         self.accept()
@@ -178,10 +177,10 @@ class ListedData(ImageData):
         }
 
     def accept(self) -> None:
-        """Refuse data with errors, and log what else looks wrong.
+        """Refuse data with errors, and log the warnings.
 
         Raises:
-            DataError: If the data cannot be used; the message says everything that is wrong.
+            DataError: If the data cannot be used; the message lists every problem.
         """
         report = self.report()
         report.raise_errors()
@@ -189,7 +188,7 @@ class ListedData(ImageData):
             logger.warning("%s: %s", self.listing.place, finding.line(3))
 
     def identity(self) -> Iterator[bytes]:
-        """Give what tells the images and targets of all splits from others: names, and pixels where they were read."""
+        """Yield bytes that identify images and targets of all splits: names, and pixels where they were read."""
         yield from super().identity()
         facts = self.report().facts
         for name, split in self.listing.splits.items():
@@ -212,7 +211,7 @@ class ListedData(ImageData):
     # ------------------------------------------------------------------ drawing splits
 
     def _divide(self, listing: Listing) -> Listing:
-        """Draw the splits that are not given, or the folds."""
+        """Draw the missing splits, or the folds."""
         splits = dict(listing.splits)
         drawn: dict[str, ListedSplit] = {}
         if self.folds is not None:
@@ -234,7 +233,7 @@ class ListedData(ImageData):
         drawn_of = f"fold {self.fold + 1} of {self.folds}, " if self.folds else ""
         text = f"Drawn ({drawn_of}split_seed {self.split_seed}), stratified and disjoint"
         note = Finding("fact", "drawn-splits", text, tuple(f"{name} {len(split)}" for name, split in drawn.items()))
-        # Folds mix the published splits, whose sizes then say nothing.
+        # Folds mix the published splits, so their published sizes do not apply.
         published = None if self.folds is not None else listing.published
         findings = [*listing.findings, note]
         return replace(listing, splits=splits, findings=findings, published=published, repeats=frozenset())
@@ -244,7 +243,7 @@ class ListedData(ImageData):
         return split.take(rest), split.take(held)
 
     def _pool(self, listing: Listing) -> ListedSplit:
-        """Put the images together that folds are made of."""
+        """Join the images that are divided into folds."""
         parts = [listing.splits["train"]]
         if "validation" in listing.splits and "validation" not in listing.repeats:
             parts.append(listing.splits["validation"])

@@ -1,4 +1,4 @@
-"""What a reader finds before any image is opened: splits of images with targets, and what is wrong already."""
+"""Results of a reader before any image is opened: splits of images with targets, and first findings."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from vispeft.data.sources import JoinedSource, Source
 __all__ = ["Finding", "ListedSplit", "Listing", "Published", "Target"]
 
 Target = Literal["class", "multilabel", "regression", "mask"]
-"""One class per image, any number of labels, numbers, or a class for each pixel."""
+"""Kinds of targets: one class per image, any number of labels, numbers, or a class per pixel."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was found in data."""
+    """One observation about data."""
 
     level: Literal["error", "warning", "fact"]
-    """Whether data with it cannot be used, can be used but look wrong, or are just so."""
+    """Severity: the data are unusable (``error``), look wrong (``warning``), or neither (``fact``)."""
     code: str
-    """Short name of the kind of finding, such as ``empty-file``."""
+    """Short name of its kind, such as ``empty-file``."""
     text: str
-    """What was found and what to do, one sentence or two without a full stop at the end."""
+    """The observation and its remedy, one or two sentences without a final full stop."""
     places: tuple[str, ...] = ()
-    """Where: files, lines, classes."""
+    """Files, lines or classes it concerns."""
 
     def line(self, at_most: int = 5) -> str:
-        """Write it on one line.
+        """Format it as one line.
 
         Args:
-            at_most: How many places to name.
+            at_most: Largest number of places to name.
         """
         named = ", ".join(self.places[:at_most])
         more = f", and {len(self.places) - at_most} more" if len(self.places) > at_most else ""
@@ -43,7 +43,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Published:
-    """Numbers published for a data set."""
+    """Published sizes of a data set."""
 
     title: str
     """Its name."""
@@ -58,7 +58,7 @@ class ListedSplit:
     """Images of a split and their targets."""
 
     source: Source
-    """Gives the images."""
+    """Source of the images."""
     targets: Tensor
     """Class indices (N,), or 0 and 1 or numbers (N, C)."""
 
@@ -67,7 +67,7 @@ class ListedSplit:
         return len(self.source)
 
     def label(self, index: int) -> str:
-        """Tell the target of an image from others.
+        """Return a string that identifies the target of an image.
 
         Args:
             index: Its position.
@@ -75,7 +75,7 @@ class ListedSplit:
         return str(self.targets[index].tolist())
 
     def take(self, indices: Tensor) -> ListedSplit:
-        """Give some of the images.
+        """Select some of the images.
 
         Args:
             indices: Their positions.
@@ -83,7 +83,7 @@ class ListedSplit:
         return ListedSplit(self.source.take(indices.tolist()), self.targets[indices])
 
     def join(self, other: ListedSplit) -> ListedSplit:
-        """Put the images of another split behind these.
+        """Append the images of another split.
 
         Args:
             other: The other split.
@@ -96,30 +96,30 @@ class Listing:
     """Splits as a reader found them."""
 
     place: str
-    """Where the data are, for messages."""
+    """Location of the data, for messages."""
     class_names: tuple[str, ...]
-    """Names of the classes, of the labels, or of the numbers."""
+    """Names of the classes, the labels, or the numbers."""
     splits: dict[str, ListedSplit]
-    """``train``, and where given ``validation`` and ``test``."""
+    """``train`` and, if given, ``validation`` and ``test``."""
     target: Target = "class"
-    """What kind of targets there are."""
+    """Kind of targets."""
     findings: list[Finding] = field(default_factory=list)
-    """What is wrong or worth knowing already."""
+    """First findings."""
     published: Published | None = None
-    """What is known about the data set, if it is a known one."""
+    """Published sizes, if it is a known data set."""
     settled: bool = False
-    """Whether it is a published set that is used as it is, although nothing is known here about its numbers."""
+    """Whether it is a published data set to be used unchanged, although its published sizes are not known here."""
     repeats: frozenset[str] = frozenset()
-    """Splits that have images of other splits because the protocol says so."""
+    """Splits that contain images of other splits by protocol."""
 
     @property
     def blame(self) -> Literal["error", "warning"]:
-        """How bad faults are that nobody can mend in a published set, such as equal images in train and test."""
+        """Severity of faults that users cannot fix in a published data set, such as equal images in train and test."""
         return "error" if self.published is None and not self.settled else "warning"
 
     @property
     def broken(self) -> bool:
-        """Whether something is wrong with it."""
+        """Whether there is an error among the findings."""
         return any(finding.level == "error" for finding in self.findings)
 
 
@@ -127,7 +127,7 @@ def gather(level: Literal["error", "warning", "fact"], found: Mapping[tuple[str,
     """Turn places sorted by (code, text) into findings.
 
     Args:
-        level: Of all of them.
+        level: Severity of all findings.
         found: Places by code and text; kinds without a place are left out.
     """
     listed: list[tuple[tuple[str, str], Sequence[str]]] = [(key, tuple(places)) for key, places in found.items()]

@@ -1,4 +1,4 @@
-"""Images listed in text or JSON files: class, several labels, or numbers."""
+"""Images listed in text or JSON files, each with a class, several labels, or numbers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["ImageListData", "JsonData", "ListFileData", "list_splits", "read_jso
 
 
 class ListFileData(ListedData):
-    """Base of the data modules whose splits stand in a file each."""
+    """Base of the data modules that read each split from one list file."""
 
     renumber = False
-    """Whether the classes that occur get the numbers 0, 1, ... in sorted order."""
+    """Whether to number the occurring classes 0, 1, ... in sorted order."""
 
     def __init__(
         self,
@@ -36,19 +36,19 @@ class ListFileData(ListedData):
         names: Sequence[str] | None = None,
         **settings: Any,
     ) -> None:
-        """Keep the places.
+        """Store the settings.
 
         Args:
-            train_list: The list of the training images, or of all images where splits are drawn.
+            train_list: The list of the training images, or of all images if splits are drawn.
             validation_list: The list of the validation images; None draws them from train.
             test_list: The list of the test images; None draws them from train.
-            root: The folder that paths start from; by default that of the training list.
+            root: The folder that paths are relative to; by default that of the training list.
             target: ``class`` (one class), ``multilabel`` (any number of labels) or ``regression`` (numbers).
-            names: Names of the classes, of the labels or of the numbers; None takes what the lists have.
-            settings: Those of `ListedData` and `ImageData`.
+            names: Names of the classes, the labels or the numbers; None derives them from the lists.
+            settings: Settings of `ListedData` and `ImageData`.
 
         Raises:
-            ConfigError: If a setting cannot work.
+            ConfigError: If a setting is invalid.
         """
         super().__init__(**settings)
         check_labelling(type(self).__name__, target, names)
@@ -65,7 +65,7 @@ class ListFileData(ListedData):
             path: Its file.
 
         Raises:
-            DataError: If it is no such file.
+            DataError: If it is not a valid list.
         """
 
     def read(self) -> Listing:
@@ -90,7 +90,7 @@ class ImageListData(ListFileData):
     """Images in text lists, a path and a label per line: ``birds/1.jpg 3``.
 
     A class is a whole number from 0, or a word. Several labels are written with commas (``1,4``; ``-`` for none), and
-    so are several numbers. Paths may have spaces; the label stands behind the last one. Lines that begin with ``#`` are
+    so are several numbers. Paths may contain spaces; the label follows the last one. Lines that start with ``#`` are
     comments.
     """
 
@@ -102,7 +102,7 @@ class ImageListData(ListFileData):
 class JsonData(ListFileData):
     """Images in JSON files, each one object from path to label: ``{"birds/1.jpg": 3}``.
 
-    Classes get the numbers 0, 1, ... in sorted order of their ids. With several labels a label is a list.
+    Class ids are numbered 0, 1, ... in sorted order. Several labels are a list.
     """
 
     renumber = True
@@ -124,13 +124,13 @@ def list_splits(
     """Turn entries of lists into splits.
 
     Args:
-        place: Where they come from, for messages.
+        place: Their origin, for messages.
         entries: Entries by split.
-        root: The folder that paths start from.
-        target: What kind of targets they have.
+        root: The folder that paths are relative to.
+        target: Kind of targets.
         names: Names of the classes.
-        renumber: Give the classes that occur the numbers 0, 1, ... in sorted order.
-        published: What is known about the data set.
+        renumber: Whether to number the occurring classes 0, 1, ... in sorted order.
+        published: Published sizes of the data set.
     """
     kept, findings = _inside(entries)
     found, encoded, problems = encode(kept, target, names, renumber)
@@ -197,7 +197,7 @@ def read_json(path: Path) -> list[Entry]:
         path: The file.
 
     Raises:
-        DataError: If it cannot be read, or is something else.
+        DataError: If it cannot be read, or is not such an object.
     """
     try:
         pairs = json.loads(_text(path), object_pairs_hook=lambda pairs: pairs)

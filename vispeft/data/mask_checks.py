@@ -1,4 +1,4 @@
-"""Checks of masks before training: files, sizes, values, and which classes occur in which split."""
+"""Checks of masks before training: files, sizes, values, and the classes of each split."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHOWN = 12
 
 
 def mask_splits(listing: Listing) -> dict[str, ListedMasks]:
-    """Give the splits of data whose targets are masks.
+    """Return the splits of a listing whose targets are masks.
 
     Args:
         listing: The data.
@@ -36,8 +36,8 @@ def check_masks(listing: Listing, facts: Mapping[str, list[ImageFacts]], full: b
 
     Args:
         listing: The data.
-        facts: What is known about the images, by split.
-        full: Decode the masks and look at their values; otherwise only headers are read.
+        facts: Facts about the images, by split.
+        full: Whether to decode the masks and check their values, instead of reading only headers.
     """
     for split in mask_splits(listing).values():
         split.mask_facts(full)
@@ -52,19 +52,19 @@ def image_counts(listing: Listing, split: ListedMasks) -> list[int]:
     """Count, for each class, the images that show it; zeros where masks were not decoded.
 
     Args:
-        listing: Has the classes.
-        split: Has the masks.
+        listing: Source of the classes.
+        split: Source of the masks.
     """
     seen = Counter(index for known in split.mask_facts(full=False) for index in known.classes)
     return [seen[index] for index in range(len(listing.class_names))]
 
 
 def pixel_shares(listing: Listing, split: ListedMasks) -> list[float]:
-    """Give the share of each class in the labelled pixels; zeros where masks were not decoded.
+    """Return the fraction of the labelled pixels in each class; zeros where masks were not decoded.
 
     Args:
-        listing: Has the classes.
-        split: Has the masks.
+        listing: Source of the classes.
+        split: Source of the masks.
     """
     pixels: Counter[int] = Counter()
     for known in split.mask_facts(full=False):
@@ -74,7 +74,7 @@ def pixel_shares(listing: Listing, split: ListedMasks) -> list[float]:
 
 
 def _all(listing: Listing) -> Iterator[tuple[str, int, str, MaskFacts]]:
-    """Go through all masks: split, position, name for messages, facts."""
+    """Yield split, position, name for messages, and facts of every mask."""
     for name, split in mask_splits(listing).items():
         for index, known in enumerate(split.mask_facts(full=False)):
             yield name, index, split.masks.name(index), known
@@ -85,7 +85,7 @@ def _many(count: int, word: str = "image") -> str:
 
 
 def _files(listing: Listing) -> list[Finding]:
-    """Find masks that are not there or cannot be read."""
+    """Find missing and unreadable masks."""
     places: dict[str, list[str]] = defaultdict(list)
     for _, _, name, known in _all(listing):
         if known.problem:
@@ -110,7 +110,7 @@ def _shared(listing: Listing) -> list[Finding]:
 
 
 def _sizes(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> list[Finding]:
-    """Find masks of another size than their image."""
+    """Find masks whose size differs from their image's."""
     differing = []
     for split, index, name, known in _all(listing):
         image = facts[split][index]
@@ -122,7 +122,7 @@ def _sizes(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> list[Find
 
 
 def _values(listing: Listing) -> list[Finding]:
-    """Find values that stand for no class."""
+    """Find values that map to no class."""
     files: dict[int, list[str]] = defaultdict(list)
     for _, _, name, known in _all(listing):
         if not known.coloured:
@@ -143,7 +143,7 @@ def _values(listing: Listing) -> list[Finding]:
 
 
 def _colours(listing: Listing) -> list[Finding]:
-    """Find RGB masks whose colours stand for no class."""
+    """Find RGB masks whose colours map to no class."""
     colours: Counter[int] = Counter()
     names, more = [], 0
     for _, _, name, known in _all(listing):
@@ -181,7 +181,7 @@ def _unlabelled(listing: Listing) -> list[Finding]:
 
 
 def _classes(listing: Listing) -> list[Finding]:
-    """Find classes that do not occur where they should."""
+    """Find classes that are missing from a split."""
     counts = {name: image_counts(listing, split) for name, split in mask_splits(listing).items()}
     everywhere = [sum(column) for column in zip(*counts.values(), strict=True)]
     names, train = listing.class_names, counts["train"]
@@ -198,10 +198,10 @@ def _classes(listing: Listing) -> list[Finding]:
 
 
 def _one_class(listing: Listing, present: list[str]) -> list[Finding]:
-    """Say that there is nothing to tell apart; masks of 0 and 255 are the usual reason."""
+    """Report that there is only one class; the usual cause is masks of 0 and 255."""
     values = {code for _, _, _, known in _all(listing) for code, _ in known.codes}
     if any(known.outside for _, _, _, known in _all(listing)):
-        return []  # that is the reason, and said already
+        return []  # the cause, which is already reported
     hint = f": {IGNORE} means no label; for black and white masks set ids: {{0: 0, 255: 1}}" if IGNORE in values else ""
     text = f"Masks show {'one class only' if present else 'no class'}; two are needed{hint}. Found"
     return [Finding("error", "one-class", text, tuple(present) or ("nothing",))]

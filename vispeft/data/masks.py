@@ -1,4 +1,4 @@
-"""Masks: the class of each pixel, read from files as it was written there and never by way of RGB."""
+"""Masks: the class of each pixel, read directly from the file's values, never by conversion to RGB."""
 
 from __future__ import annotations
 
@@ -24,42 +24,42 @@ from vispeft.errors import ConfigError, DataError
 __all__ = ["IGNORE", "ListedMasks", "MaskCoding", "MaskFacts", "MaskFiles", "read_codes", "reduce_zero_label"]
 
 IGNORE: int = 255
-"""Marks pixels without a label; they take no part in losses and scores."""
+"""Class of unlabelled pixels, which losses and metrics ignore."""
 
 OUTSIDE = -1
-"""Stands for values that are no class."""
+"""Result for values that map to no class."""
 CODES = 65_536
-"""Values a mask of 16 bits can have."""
+"""Number of values of a 16-bit mask."""
 KEPT = 1_000
-"""Values of one mask that are remembered; index masks have fewer, photos have more."""
+"""Largest number of values stored per mask; index masks have fewer, photos more."""
 
 STRETCHED = {"L;2": 85, "L;4": 17}
-"""Grey PNG of 2 and 4 bits by Pillow's name: it multiplies their values, so that they fill 0 to 255."""
+"""Factors by which Pillow stretches the values of 2-bit and 4-bit grey PNG to 0 to 255, by raw mode."""
 
 
 def reduce_zero_label(mask: Tensor) -> Tensor:
-    """Take class 0 out: 0 becomes `IGNORE`, every other class one less, and `IGNORE` stays.
+    """Remove class 0: it becomes `IGNORE`, every other class is lowered by one, and `IGNORE` stays.
 
     Args:
         mask: Classes from 0, or `IGNORE`, of any shape.
     """
     unlabelled = (mask == 0) | (mask == IGNORE)
-    # Beginning from what stays valid, so that 0 - 1 is never asked of an unsigned type.
+    # Clamped first, so that an unsigned type never computes 0 - 1.
     return torch.where(unlabelled, torch.full_like(mask, IGNORE), mask.clamp(min=1) - 1)
 
 
 def read_codes(file: str | Path | BinaryIO) -> np.ndarray:
-    """Read what a mask file says about each pixel.
+    """Read the raw values of a mask file.
 
     Args:
         file: A path, or an open file.
 
     Returns:
-        Indices (H, W) of a grey mask of 1 to 16 bits or of one with a palette, which is not looked up; or colours
-        (H, W, 3) of an RGB mask, uint8.
+        Indices (H, W) of a grey mask of 1 to 16 bits or of a palette mask, whose palette is ignored; or colours (H, W,
+        3) of an RGB mask, uint8.
 
     Raises:
-        ValueError: If it is of another kind.
+        ValueError: If it is of another mode.
     """
     with Image.open(file) as image:
         return _codes(image)
@@ -78,40 +78,40 @@ def _codes(image: Image.Image) -> np.ndarray:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """Say how grey values are packed in a file that is not read yet."""
+    """Return the raw mode in which an unread file packs its grey values."""
     tiles = getattr(image, "tile", None)
     arguments = tiles[0][3] if tiles else None
     return arguments if isinstance(arguments, str) else ""
 
 
 def pack(colours: np.ndarray) -> np.ndarray:
-    """Turn colours (..., 3) into whole numbers 0xRRGGBB (...)."""
+    """Pack colours (..., 3) into integers 0xRRGGBB (...)."""
     wide = colours.astype(np.int32)
     return wide[..., 0] << 16 | wide[..., 1] << 8 | wide[..., 2]
 
 
-# ------------------------------------------------------------------ what values mean
+# ------------------------------------------------------------------ from values to classes
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskCoding:
-    """Says which class a value or a colour of a mask file stands for."""
+    """Mapping from the values or colours of mask files to classes."""
 
     num_classes: int
-    """Number of classes that come out, at most 255."""
+    """Number of resulting classes, at most 255."""
     ids: Mapping[int, int] | None = None
-    """Class by value of the file, where they are not the same; 255 for values without a label. Values that are left
-    out are an error, besides 255 itself."""
+    """Class by file value, if they differ; 255 marks values without a label. Values that are not listed are an error,
+    except 255."""
     reduce_zero_label: bool = False
-    """Whether 0 stands for pixels without a label, and the classes begin at 1."""
+    """Whether 0 marks unlabelled pixels and classes start at 1."""
     colours: tuple[Colour, ...] | None = None
-    """A colour per class, for masks that are RGB."""
+    """Colour of each class, for RGB masks."""
 
     def __post_init__(self) -> None:
-        """Check the fields.
+        """Validate the fields.
 
         Raises:
-            ConfigError: If one of them cannot work.
+            ConfigError: If one of them is invalid.
         """
         if not 1 <= self.num_classes <= IGNORE:
             raise ConfigError(
@@ -131,14 +131,14 @@ class MaskCoding:
             raise ConfigError(f"Two classes have the colour {twice}, so RGB masks cannot be read with it.")
 
     def classes(self, codes: np.ndarray, coloured: bool) -> np.ndarray:
-        """Look values up.
+        """Map values to classes.
 
         Args:
-            codes: Values, or colours as `pack` gives them, of any shape.
+            codes: Values, or packed colours (see `pack`), of any shape.
             coloured: Whether they are colours.
 
         Returns:
-            int16 classes, `IGNORE` or `OUTSIDE`, of the same shape.
+            int16 classes, `IGNORE` or `OUTSIDE`, in the same shape.
         """
         if coloured:
             return self._by_colour(codes)
@@ -148,17 +148,17 @@ class MaskCoding:
         return self._table[codes]
 
     def decode(self, codes: np.ndarray, name: str) -> Tensor:
-        """Turn what `read_codes` gave into classes.
+        """Map the result of `read_codes` to classes.
 
         Args:
             codes: Indices (H, W) or colours (H, W, 3).
-            name: What to call the mask in messages.
+            name: Name of the mask in messages.
 
         Returns:
             uint8 classes or `IGNORE` (H, W).
 
         Raises:
-            DataError: If it has a value or a colour that stands for nothing.
+            DataError: If a value or colour maps to no class.
         """
         coloured = codes.ndim == 3
         codes = pack(codes) if coloured else codes
@@ -173,7 +173,7 @@ class MaskCoding:
 
     @cached_property
     def _table(self) -> np.ndarray:
-        """Class by value, for all values of 16 bits."""
+        """Class by value, for all 16-bit values."""
         table = np.full(CODES, OUTSIDE, np.int16)
         table[IGNORE] = IGNORE
         if self.ids is None:
@@ -197,38 +197,38 @@ class MaskCoding:
 
 
 def show_code(code: int, coloured: bool) -> str:
-    """Write a value or a colour for messages.
+    """Format a value or a colour for messages.
 
     Args:
-        code: A value, or a colour as `pack` gives it.
+        code: A value, or a packed colour (see `pack`).
         coloured: Whether it is a colour.
     """
     return f"({code >> 16}, {code >> 8 & 255}, {code & 255})" if coloured else f"value {code}"
 
 
-# ------------------------------------------------------------------ what is known about a mask
+# ------------------------------------------------------------------ facts about a mask
 
 
 @dataclass(frozen=True)
 class MaskFacts(ImageFacts):
-    """What is known about one mask."""
+    """Facts about one mask."""
 
     codes: Sequence[tuple[int, int]] = ()
-    """Values, or colours as `pack` gives them, with their pixels, most frequent first, at most `KEPT`."""
+    """Values or packed colours with their pixel counts, most frequent first, at most `KEPT`."""
     coloured: bool = False
-    """Whether they are colours."""
+    """Whether `codes` are colours."""
     more: int = 0
-    """Further values that were left out."""
+    """Number of further values left out of `codes`."""
     classes: Mapping[int, int] = field(default_factory=dict)
-    """Pixels by class, `IGNORE` among them."""
+    """Pixel counts by class, including `IGNORE`."""
     outside: Sequence[tuple[int, int]] = ()
-    """Values or colours that stand for nothing, with their pixels."""
+    """Values or colours that map to no class, with their pixel counts."""
 
     def read_with(self, coding: MaskCoding) -> MaskFacts:
-        """Say which classes the values stand for.
+        """Return the facts with classes, mapped from the values.
 
         Args:
-            coding: Knows it.
+            coding: The mapping.
         """
         if not self.codes:
             return self
@@ -244,11 +244,11 @@ class MaskFacts(ImageFacts):
 
 
 def look_at_mask(file: BinaryIO, full: bool) -> MaskFacts:
-    """Look at one mask.
+    """Inspect one mask.
 
     Args:
         file: Its open file.
-        full: Decode it and count its values; otherwise only the header is read.
+        full: Whether to decode it and count its values, instead of reading only the header.
     """
     if not file.read(1):
         return MaskFacts(problem="empty")
@@ -289,15 +289,15 @@ def _unique(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class MaskFiles(FileSource):
-    """Mask files; `read` gives classes (H, W) instead of an image."""
+    """Mask files; `read` returns classes (H, W) instead of an image."""
 
     def __init__(self, paths: Iterable[Path], root: Path, coding: MaskCoding) -> None:
-        """Keep the paths.
+        """Store the paths.
 
         Args:
             paths: The files.
-            root: Names in messages are relative to it.
-            coding: Which class a value stands for.
+            root: Folder that names in messages are relative to.
+            coding: Mapping from values to classes.
         """
         super().__init__(paths, root)
         self.coding = coding
@@ -311,11 +311,11 @@ class MaskFiles(FileSource):
         return self.coding.decode(codes, self.paths[index])
 
     def take(self, indices: Sequence[int]) -> MaskFiles:
-        """Give a source of some of the files."""
+        """Return a source of some of the files."""
         return MaskFiles([Path(self.paths[index]) for index in indices], Path(self.root), self.coding)
 
     def facts(self, full: bool) -> list[MaskFacts]:  # type: ignore[override]
-        """Look at every file that has changed since the last time."""
+        """Inspect every file that has changed since the last time."""
         found = self.look("mask" if full else "mask-fast", lambda file: look_at_mask(file, full), MaskFacts)
         return [known.read_with(self.coding) for known in found]
 
@@ -324,25 +324,25 @@ class ListedMasks(ListedSplit):
     """Images of a split and their masks."""
 
     masks: Source
-    """Gives the masks."""
+    """Source of the masks."""
 
     def __init__(self, source: Source, masks: Source) -> None:
-        """Put images and masks together.
+        """Combine images and masks.
 
         Args:
-            source: Gives the images.
-            masks: Gives a mask for each of them.
+            source: Source of the images.
+            masks: Source of one mask per image.
         """
-        # Masks are not read to draw splits: to the draw, all images are of one kind.
+        # Splits are drawn without reading masks, so all images count as one class.
         super().__init__(source, torch.zeros(len(source), dtype=torch.long))
         self.masks = masks
         self._facts: tuple[bool, list[MaskFacts]] | None = None
 
     def mask_facts(self, full: bool) -> list[MaskFacts]:
-        """Look at every mask, once.
+        """Inspect every mask, once.
 
         Args:
-            full: Decode them and count their values; otherwise what is known already, at least the headers.
+            full: Whether to decode them and count their values; otherwise stored facts or headers suffice.
         """
         if self._facts is not None and (self._facts[0] or not full):
             return self._facts[1]
@@ -351,15 +351,15 @@ class ListedMasks(ListedSplit):
         return found
 
     def label(self, index: int) -> str:
-        """Tell the mask of an image from others: by its values, where they were read."""
+        """Return a string that identifies the mask of an image, by its values if they were read."""
         return self.mask_facts(full=False)[index].digest
 
     def take(self, indices: Tensor) -> ListedMasks:
-        """Give some of the images."""
+        """Select some of the images."""
         return ListedMasks(self.source.take(indices.tolist()), self.masks.take(indices.tolist()))
 
     def join(self, other: ListedSplit) -> ListedMasks:
-        """Put the images of another split behind these."""
+        """Append the images of another split."""
         assert isinstance(other, ListedMasks)
         joined = JoinedSource([self.source, other.source])
         return ListedMasks(joined, JoinedSource([self.masks, other.masks]))

@@ -1,4 +1,4 @@
-"""Classes and colours of published segmentation sets, and colours for classes that have none."""
+"""Classes and colours of published segmentation data sets, and generated colours for other classes."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class ClassTable:
-    """Classes of a published set."""
+    """Classes of a published data set."""
 
     title: str
-    """Name of the set."""
+    """Name of the data set."""
     class_names: tuple[str, ...]
-    """In the order of the labels."""
+    """Names of the classes, in the order of the labels."""
     palette: tuple[Colour, ...]
-    """A colour for each class."""
+    """Colour of each class."""
 
 
 @cache
 def class_table(name: str) -> ClassTable:
-    """Give the classes of a published set, as mmsegmentation 1.2.2 has them.
+    """Return the classes of a published data set, as in mmsegmentation 1.2.2.
 
     Args:
         name: ade20k, cityscapes, pascal_context (60 classes, the first is the background) or voc.
 
     Raises:
-        UnknownNameError: If there is no such set.
+        UnknownNameError: If there is no such data set.
     """
     text = resources.files("vispeft.data").joinpath("palettes.json").read_text(encoding="utf-8")
     tables = {key: value for key, value in json.loads(text).items() if isinstance(value, dict)}
@@ -48,14 +48,14 @@ def class_table(name: str) -> ClassTable:
 
 
 def make_palette(count: int) -> tuple[Colour, ...]:
-    """Make colours that are easy to tell apart; the first is black.
+    """Generate colours that are easy to distinguish; the first is black.
 
     Args:
-        count: How many, up to 256.
+        count: Number of colours, up to 256.
 
     Returns:
-        The colours of PASCAL VOC (VOClabelcolormap.m of its development kit): the bits of the class number are dealt
-        to red, green and blue in turn, the lowest to the highest bit of a colour.
+        The colours of PASCAL VOC (VOClabelcolormap.m of its development kit): the bits of the class index, from the
+        lowest, go to red, green and blue in turn, from the highest bit of each.
     """
     return tuple(_voc_colour(index) for index in range(count))
 
@@ -71,15 +71,15 @@ def _voc_colour(index: int) -> Colour:
 
 
 def read_palette(palette: Sequence[Sequence[int]], count: int, owner: str) -> tuple[Colour, ...]:
-    """Check colours that were given.
+    """Validate given colours.
 
     Args:
         palette: Red, green and blue for each class.
         count: Number of classes.
-        owner: Who was given them, for messages.
+        owner: The object they were given to, for messages.
 
     Raises:
-        ConfigError: If there are too many or too few, or one is no colour.
+        ConfigError: If their number is wrong, or one is not a colour.
     """
     if len(palette) != count:
         raise ConfigError(f"{owner}: palette has {len(palette)} colours for {count} classes; give one for each.")

@@ -1,4 +1,4 @@
-"""What happens to an image before a backbone sees it: size, interpolation, mean and standard deviation."""
+"""Preprocessing of images for a backbone: size, interpolation, mean and standard deviation."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ INTERPOLATIONS = {
     "bilinear": v2.InterpolationMode.BILINEAR,
     "bicubic": v2.InterpolationMode.BICUBIC,
 }
-"""Interpolations by their name in timm's configurations, as far as tensors can be resized with them."""
+"""Interpolations that can resize tensors, by their name in timm's configurations."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """Resize to a size, scale to [0, 1], subtract a mean, divide by a deviation.
+    """Resize to a size, scale to [0, 1], subtract a mean, divide by a standard deviation.
 
-    Images are stretched to the size, so that nothing is cut off, unless `crop_pct` says otherwise.
+    Images are stretched to the size, so nothing is cut off, unless `crop_pct` is set.
     """
 
     size: tuple[int, int]
     """Height and width in pixels."""
     mean: tuple[float, ...]
-    """Subtracted per channel from values in [0, 1]."""
+    """Mean per channel, subtracted from values in [0, 1]."""
     std: tuple[float, ...]
-    """Divided by per channel."""
+    """Standard deviation per channel, by which values are divided."""
     interpolation: str = "bicubic"
-    """How images are resized: nearest, bilinear or bicubic."""
+    """Interpolation of the resizing: nearest, bilinear or bicubic."""
     crop_pct: float | None = None
-    """Share of a proportionally resized image that is cut out of its middle; None stretches the whole image."""
+    """Fraction of a proportionally resized image that the centre crop keeps; None stretches the whole image."""
 
     def __post_init__(self) -> None:
-        """Check the fields.
+        """Validate the fields.
 
         Raises:
-            DataError: If one of them cannot work.
+            DataError: If one of them is invalid.
         """
         for field in ("size", "mean", "std"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
@@ -68,7 +68,7 @@ class Preprocessing:
 
     @classmethod
     def of(cls, model: nn.Module) -> Preprocessing:
-        """Read what a backbone was pretrained with.
+        """Read the preprocessing a backbone was pretrained with.
 
         Args:
             model: A timm model, adapted or not.
@@ -87,7 +87,7 @@ class Preprocessing:
                 f"The backbone takes {channels} channels, and images are prepared as RGB. "
                 "Create it with in_chans=3 (grey images are repeated)."
             )
-        # `pretrained_cfg` keeps the published size also when img_size was given at creation.
+        # `pretrained_cfg` keeps the published size even if img_size was given at creation.
         built_for = getattr(getattr(timm_model, "patch_embed", None), "img_size", None)
         height, width = built_for or config["input_size"][1:]
         interpolation = config["interpolation"] if config["interpolation"] in INTERPOLATIONS else "bicubic"
@@ -100,13 +100,13 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """Read what `to_dict` wrote, as it stands in ``adapter.json``.
+        """Read the result of `to_dict`, as stored in ``adapter.json``.
 
         Args:
             values: ``input_size``, ``mean``, ``std`` and ``interpolation``.
 
         Raises:
-            DataError: If one of them is missing or cannot work.
+            DataError: If one of them is missing or invalid.
         """
         missing = [key for key in ("input_size", "mean", "std", "interpolation") if key not in values]
         if missing:
@@ -120,7 +120,7 @@ class Preprocessing:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain values under timm's names; ``crop_pct`` only where something is cut off."""
+        """Return plain values under timm's names, with ``crop_pct`` only if it is set."""
         values = {
             "input_size": [3, *self.size],
             "mean": list(self.mean),
@@ -130,27 +130,27 @@ class Preprocessing:
         return values if self.crop_pct is None else {**values, "crop_pct": self.crop_pct}
 
     def scale(self) -> v2.Transform:
-        """Make the proportional resizing that `resize` cuts the middle out of."""
+        """Return the proportional resizing whose centre `resize` crops."""
         share = self.crop_pct or 1.0
         return _Cover([int(length / share) for length in self.size], INTERPOLATIONS[self.interpolation])
 
     def resize(self) -> v2.Transform:
-        """Make the resizing alone; it takes uint8 tensors (..., H, W)."""
+        """Return the resizing only, for uint8 tensors (..., H, W)."""
         if self.crop_pct is not None:
             return v2.Compose([self.scale(), v2.CenterCrop(list(self.size))])
         return v2.Resize(list(self.size), interpolation=INTERPOLATIONS[self.interpolation], antialias=True)
 
     def normalise(self) -> v2.Transform:
-        """Make the rest; it takes resized uint8 tensors (..., 3, H, W) and gives float32."""
+        """Return the normalisation of resized uint8 tensors (..., 3, H, W) to float32."""
         return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(self.mean), list(self.std))])
 
     def transform(self) -> v2.Transform:
-        """Make the whole of it; it takes uint8 tensors (..., 3, H, W)."""
+        """Return the complete preprocessing, for uint8 tensors (..., 3, H, W)."""
         return v2.Compose([self.resize(), self.normalise()])
 
 
 class _Cover(v2.Transform):
-    """Resizes an image, keeping its proportions, to the smallest size that covers a given one."""
+    """Resize an image, keeping its aspect ratio, to the smallest size that covers a given one."""
 
     def __init__(self, size: list[int], interpolation: v2.InterpolationMode) -> None:
         super().__init__()
@@ -160,12 +160,12 @@ class _Cover(v2.Transform):
         """Resize a tensor (..., H, W)."""
         height, width = inpt.shape[-2:]
         ratio = max(self.size[0] / height, self.size[1] / width)
-        # Along the side that decides, the size is taken as it is: a product could be one pixel short.
+        # The limiting side takes the size itself, as the product could be one pixel short.
         size = [max(wanted, int(length * ratio)) for wanted, length in zip(self.size, (height, width), strict=True)]
         return F.resize(inpt, size, interpolation=self.interpolation, antialias=True)
 
 
 def _channels(model: nn.Module) -> int | None:
-    """Read the input channels off the patch embedding; `pretrained_cfg` keeps the published ones."""
+    """Return the input channels of the patch embedding, as `pretrained_cfg` keeps the published number."""
     projection = getattr(getattr(model, "patch_embed", None), "proj", None)
     return int(projection.in_channels) if isinstance(projection, nn.Conv2d) else None

@@ -1,4 +1,4 @@
-"""Random numbers that depend on what they are for, and on nothing that happened before."""
+"""Random numbers that depend on their purpose, not on earlier draws."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def draw_seed(*numbers: int) -> int:
     """Mix several numbers into one seed, so that neighbouring epochs and images have unrelated random numbers.
 
     Args:
-        numbers: Such as seed, epoch and index.
+        numbers: Numbers such as seed, epoch and index.
 
     Returns:
         A seed for `torch.Generator.manual_seed`.
@@ -32,13 +32,13 @@ def draw_seed(*numbers: int) -> int:
 
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Let everything inside draw from one seed, and put the state of every global generator back.
+    """Seed all global CPU generators inside the context, and restore their state afterwards.
 
-    torchvision draws from torch's generator, timm from Python's, from numpy's and from torch's; none of them takes a
-    generator of its own. The generators of GPUs are left alone: images are prepared on the CPU.
+    torchvision draws from torch's generator, timm from those of Python, numpy and torch; neither accepts a generator
+    argument. GPU generators are untouched: images are prepared on the CPU.
 
     Args:
-        numbers: What the seed is mixed from, such as seed, epoch and index.
+        numbers: Numbers the seed is mixed from, such as seed, epoch and index.
     """
     seed = draw_seed(*numbers)
     python, numpy, pytorch = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002

@@ -1,7 +1,7 @@
-"""Generated scenes of balls, boxes and cylinders in a room, with everything known about each pixel.
+"""Generated scenes of balls, boxes and cylinders in a room, with exact labels for each pixel.
 
-A scene is a function of (seed, index) alone; at another size the same scene is seen. It is ray-cast: one ray through
-the middle of each pixel, one more to the light. Colours and patterns say nothing about what a thing is.
+A scene is a function of (seed, index) only; its size changes just the resolution. It is ray-cast: one ray through the
+centre of each pixel, and one to the light. Colours and patterns are independent of the class.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vispeft.errors import ConfigError
 __all__ = ["SCENE_CLASSES", "SCENE_PARTS", "Scene", "SceneSource", "ScenesData", "render_scene"]
 
 VERSION = 1
-"""Of the generator: raised when the same seed gives another scene."""
+"""Version of the generator, incremented whenever the same seed gives a different scene."""
 
 SCENE_CLASSES = ("wall", "floor", "ball", "box", "cylinder")
 SCENE_PARTS = (
@@ -41,43 +41,43 @@ SCENE_PARTS = (
 COLOURS: tuple[Colour, ...] = ((128, 128, 128), (166, 118, 29), (231, 41, 138), (27, 158, 119), (117, 112, 179))
 
 VIEW = 60.0
-"""Degrees that are seen along the longer side."""
+"""Field of view along the longer side, in degrees."""
 AMBIENT = 0.35
-"""Share of the light that reaches shadows."""
+"""Fraction of the light in shadows."""
 NEAR = 1e-4
-"""Metres from which a ray meets something, so that a ray to the light does not meet where it begins."""
+"""Smallest distance of a hit in metres, so that a ray to the light does not hit its own origin."""
 
 FACES = 6
-"""Most faces a thing has."""
+"""Largest number of faces of an object."""
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A rendered scene and what is known about each of its pixels."""
+    """A rendered scene with its per-pixel labels."""
 
     image: Tensor
     """Colours, uint8 (3, H, W)."""
     mask: Tensor
     """Index into `SCENE_CLASSES`, uint8 (H, W)."""
     parts: Tensor
-    """Index into `SCENE_PARTS`, uint8 (H, W); equal for all things of a kind."""
+    """Index into `SCENE_PARTS`, uint8 (H, W); equal for all objects of a class."""
     depth: Tensor
-    """Metres along the axis of the camera, float32 (H, W)."""
+    """Depth along the camera's axis in metres, float32 (H, W)."""
     normals: Tensor
-    """Unit vectors that point away from the surface, float32 (3, H, W): right, up, and towards the camera."""
+    """Outward unit normals, float32 (3, H, W): components right, up, and towards the camera."""
     edges: Tensor
-    """Whether the pixel to the right or the one below shows another thing or another face, bool (H, W)."""
+    """Whether the pixel to the right or below shows another object or face, bool (H, W)."""
 
 
-@lru_cache(maxsize=8)  # an image and its mask are asked for one after the other
+@lru_cache(maxsize=8)  # an image and its mask are requested in sequence
 def render_scene(seed: int, index: int, size: tuple[int, int]) -> Scene:
     """Render a scene.
 
     Args:
-        seed: Of a set of scenes, from 0.
-        index: Number of the scene, from 0.
+        seed: Seed of the set of scenes, from 0.
+        index: Index of the scene, from 0.
         size: Height and width in pixels.
     """
     random = np.random.default_rng([VERSION, seed, index])
@@ -102,67 +102,66 @@ def render_scene(seed: int, index: int, size: tuple[int, int]) -> Scene:
 
 
 def _as_map(values: Array, size: tuple[int, int], kind: type) -> Tensor:
-    """Give values of all pixels (..., H * W) the shape (..., H, W)."""
+    """Reshape values of all pixels (..., H * W) to (..., H, W)."""
     return torch.from_numpy(values.reshape(*values.shape[:-1], *size).astype(kind))
 
 
-# ------------------------------------------------------------------ things
-# Vectors are columns, (3, N), so that numpy adds their parts up fast. The axes of the room point right, up, and away
-# from the camera.
+# ------------------------------------------------------------------ things Vectors are columns, (3, N), for which numpy
+# sums components fast. The room's axes point right, up, and away from the camera.
 
 
 @dataclass(frozen=True)
 class _Thing:
-    """A solid of size one, stretched, turned about the vertical axis and put somewhere."""
+    """A unit solid, scaled, rotated about the vertical axis and translated."""
 
     kind: int
     """Index into `SCENE_CLASSES`."""
     centre: Array
-    """Metres (3, 1)."""
+    """Position of its centre in metres (3, 1)."""
     scale: Array
-    """Half its width, height and length in metres (3, 1)."""
+    """Half of its width, height and length in metres (3, 1)."""
     turn: Array
-    """From the room's axes to its own (3, 3)."""
+    """Rotation from the room's axes to its own (3, 3)."""
     pattern: Callable[[Array], Array]
-    """Colours (3, N) in [0, 1] at points (3, N), in metres from its centre along its own axes."""
+    """Colours (3, N) in [0, 1] at points (3, N), given in metres from its centre along its own axes."""
 
     def inward(self, points: Array) -> Array:
-        """Go from points in the room to the solid of size one."""
+        """Transform points in the room to the unit solid's coordinates."""
         return self.turn @ (points - self.centre) / self.scale
 
     def hit(self, origins: Array, rays: Array) -> Array:
-        """Give how far along each ray (3, N) it is met first, in lengths of the ray (N,); infinity for never."""
-        # Stretching changes lengths and not the share of a ray, so that the result needs no stretching back.
+        """Return the distance to the first hit along each ray (3, N), in ray lengths (N,); infinity for none."""
+        # Scaling changes lengths but not the fraction of a ray, so the result needs no inverse scaling.
         with np.errstate(divide="ignore", invalid="ignore"):
             return _HITS[self.kind](self.inward(origins), self.turn @ rays / self.scale)
 
 
 def _wall(origins: Array, rays: Array) -> Array:
-    """Meet the plane z = 0 from the side of the camera."""
+    """Intersect the plane z = 0 from the camera's side."""
     return _beyond(-origins[2] / rays[2], rays[2] > 0)
 
 
 def _floor(origins: Array, rays: Array) -> Array:
-    """Meet the plane y = 0 from above."""
+    """Intersect the plane y = 0 from above."""
     return _beyond(-origins[1] / rays[1], rays[1] < 0)
 
 
 def _round(origins: Array, rays: Array) -> Array:
-    """Meet the unit ball, or in two dimensions the unit circle, from outside: the nearer root of |o + t r| = 1."""
+    """Intersect the unit ball, or the unit circle in two dimensions, from outside: nearer root of |o + t r| = 1."""
     a, b = (rays**2).sum(0), (origins * rays).sum(0)
     inside = b**2 - a * ((origins**2).sum(0) - 1)
     return _beyond((-b - np.sqrt(np.maximum(inside, 0))) / a, inside > 0)
 
 
 def _box(origins: Array, rays: Array) -> Array:
-    """Meet the cube from -1 to 1: behind the last of the planes that are entered, before one is left."""
+    """Intersect the cube from -1 to 1: at the last of the planes entered, if none has been left before."""
     one, other = (-1 - origins) / rays, (1 - origins) / rays
     entered, left = np.fmin(one, other).max(0), np.fmax(one, other).min(0)
     return _beyond(entered, entered <= left)
 
 
 def _cylinder(origins: Array, rays: Array) -> Array:
-    """Meet the upright cylinder of radius 1 from -1 to 1."""
+    """Intersect the upright cylinder of radius 1 from -1 to 1."""
     level = [0, 2]
     side = _round(origins[level], rays[level])
     height = origins[1] + np.where(np.isfinite(side), side, 0) * rays[1]
@@ -180,7 +179,7 @@ _HITS = (_wall, _floor, _round, _box, _cylinder)
 
 
 def _surface(thing: _Thing, points: Array) -> tuple[Array, Array, Array]:
-    """Give outward normals (3, N) in the room, faces and parts (N,) at points on a thing."""
+    """Return outward normals (3, N) in the room, faces and parts (N,) at points on an object."""
     own = thing.inward(points)
     normals, count = np.zeros_like(own), own.shape[1]
     faces, parts = np.zeros(count, np.int64), np.zeros(count, np.int64)
@@ -196,7 +195,7 @@ def _surface(thing: _Thing, points: Array) -> tuple[Array, Array, Array]:
         normals[axis, each] = np.sign(own[axis, each])
         faces, parts = axis * 2 + (own[axis, each] > 0), np.where(axis == 1, 3, 4)
     else:
-        # A point on the side is on the unit circle up to rounding, one on a lid inside of it.
+        # A point on the side lies on the unit circle up to rounding, one on a lid lies inside it.
         lid = np.abs(own[1]) > np.hypot(own[0], own[2])
         normals = np.where(lid, np.sign(own) * _UP, own * (1 - _UP))
         faces, parts = lid.astype(np.int64), np.where(lid, 5, 6)
@@ -210,7 +209,7 @@ _UP = np.array([[0.0], [1.0], [0.0]])
 
 
 def _furnish(random: np.random.Generator) -> list[_Thing]:
-    """Make wall and floor, and put things on the floor that do not touch."""
+    """Create wall and floor, and place objects on the floor that do not touch."""
     one, upright = np.ones((3, 1)), np.eye(3)
     behind = np.array([[0], [0], [random.uniform(7, 10)]])
     room = [
@@ -227,7 +226,7 @@ def _furnish(random: np.random.Generator) -> list[_Thing]:
         elif SCENE_CLASSES[kind] == "cylinder":
             scale[2] = scale[0]
         spread = float(np.hypot(scale[0], scale[2]))
-        # Drawn in any case, so that a thing without room leaves the others as they are.
+        # Always drawn, so that an object without room does not change the others.
         z, angle = random.uniform(2.8, 6.5), random.uniform(0, np.pi)
         x, pattern = random.uniform(-0.55, 0.55) * z, _pattern(random)
         if any(np.hypot(x - a, z - b) < spread + far for a, b, far in taken):
@@ -249,7 +248,7 @@ def _pattern(random: np.random.Generator) -> Callable[[Array], Array]:
         if kind == 0:
             return np.zeros((1, points.shape[1]))
         if kind == 1:
-            # Half a millimetre off, so that a face does not lie on the border of two squares.
+            # Offset by half a millimetre, so that a face does not lie on the border of two squares.
             return np.floor((points + 5e-4) / step).sum(0, keepdims=True) % 2
         if kind == 2:
             return np.floor(along.T @ points / step) % 2
@@ -263,7 +262,7 @@ def _about_vertical(angle: float) -> Array:
 
 
 def _camera(random: np.random.Generator) -> tuple[Array, Array]:
-    """Draw where the camera stands (3, 1), and how it looks: from its axes to the room's (3, 3)."""
+    """Draw the camera's position (3, 1) and orientation, from its axes to the room's (3, 3)."""
     place = np.array([[0.0], [random.uniform(1.6, 2.6)], [0.0]])
     down, aside = np.radians(random.uniform(10, 22)), np.radians(random.uniform(-8, 8))
     pitch = np.array([[1, 0, 0], [0, np.cos(down), -np.sin(down)], [0, np.sin(down), np.cos(down)]])
@@ -271,7 +270,7 @@ def _camera(random: np.random.Generator) -> tuple[Array, Array]:
 
 
 def _rays(size: tuple[int, int]) -> Array:
-    """Give a unit vector (3, H * W) through the middle of each pixel, along the camera's axes: right, up, away."""
+    """Return unit vectors (3, H * W) through the pixel centres, in the camera's axes: right, up, away."""
     height, width = size
     side = 2 * np.tan(np.radians(VIEW / 2)) / max(size)
     right = (np.arange(width) + 0.5 - width / 2) * side
@@ -287,14 +286,14 @@ def _unit(vectors: Array) -> Array:
 
 
 def _first_hit(things: Sequence[_Thing], origin: Array, rays: Array) -> tuple[Array, Array]:
-    """Give the distance to what each ray meets first, and its position in the list."""
+    """Return the distance to the first hit of each ray, and the index of the object that is hit."""
     distances = np.stack([thing.hit(origin, rays) for thing in things])
     which = distances.argmin(0)
     return distances[which, np.arange(len(which))], which
 
 
 def _shadowed(things: Sequence[_Thing], points: Array, light: Array) -> Array:
-    """Say from which points (3, N) the light is hidden; wall and floor hide it from nothing."""
+    """Return which points (3, N) are in shadow; wall and floor cast none."""
     dark = np.zeros(points.shape[1], bool)
     for thing in things[2:]:
         dark |= np.isfinite(thing.hit(points, light))
@@ -302,7 +301,7 @@ def _shadowed(things: Sequence[_Thing], points: Array, light: Array) -> Array:
 
 
 def _look(things: Sequence[_Thing], which: Array, points: Array) -> dict[str, Array]:
-    """Collect what is known about points on things: (N,), or (3, N) for normals and colours."""
+    """Collect the labels of points on objects: (N,), or (3, N) for normals and colours."""
     count = len(which)
     seen: dict[str, Array] = {name: np.zeros(count, np.int64) for name in ("classes", "faces", "parts")}
     seen |= {name: np.zeros((3, count)) for name in ("normals", "colours")}
@@ -317,7 +316,7 @@ def _look(things: Sequence[_Thing], which: Array, points: Array) -> dict[str, Ar
 
 
 def _edges(surface: Array) -> Array:
-    """Find pixels whose neighbour to the right or below is on another surface (H, W)."""
+    """Find pixels whose neighbour to the right or below lies on another surface (H, W)."""
     edges = np.zeros(surface.shape, bool)
     edges[:, :-1] |= surface[:, :-1] != surface[:, 1:]
     edges[:-1] |= surface[:-1] != surface[1:]
@@ -328,16 +327,16 @@ def _edges(surface: Array) -> Array:
 
 
 class SceneSource(Source):
-    """Scenes by number; `read` gives the image, or with `masks` the mask."""
+    """Scenes by index; `read` returns the image or, with `masks`, the mask."""
 
     def __init__(self, seed: int, numbers: Sequence[int], size: tuple[int, int], masks: bool = False) -> None:
-        """Keep what the scenes depend on.
+        """Store the settings of the scenes.
 
         Args:
-            seed: Of the set of scenes.
-            numbers: Of the scenes.
+            seed: Seed of the set of scenes.
+            numbers: Indices of the scenes.
             size: Height and width in pixels.
-            masks: Give masks (H, W) instead of images (3, H, W).
+            masks: Whether to return masks (H, W) instead of images (3, H, W).
         """
         self.seed, self.numbers, self.size, self.masks = seed, list(numbers), size, masks
 
@@ -346,7 +345,7 @@ class SceneSource(Source):
         return len(self.numbers)
 
     def name(self, index: int) -> str:
-        """Give the number of a scene."""
+        """Return the index of a scene as text."""
         return f"scene {self.numbers[index]}"
 
     def scene(self, index: int) -> Scene:
@@ -358,16 +357,16 @@ class SceneSource(Source):
         return render_scene(self.seed, self.numbers[index], self.size)
 
     def read(self, index: int) -> Tensor:
-        """Render a scene and give its image, or its mask."""
+        """Render a scene and return its image or its mask."""
         scene = self.scene(index)
         return scene.mask if self.masks else scene.image
 
     def take(self, indices: Sequence[int]) -> SceneSource:
-        """Give a source of some of the scenes."""
+        """Return a source of some of the scenes."""
         return SceneSource(self.seed, [self.numbers[index] for index in indices], self.size, self.masks)
 
     def facts(self, full: bool) -> list[ImageFacts]:
-        """Describe every scene; masks are rendered and counted where all is to be known."""
+        """Return facts about every scene; with `full`, masks are rendered and counted."""
         return [self._facts(index, full) for index in range(len(self))]
 
     def _facts(self, index: int, full: bool) -> ImageFacts:
@@ -382,7 +381,7 @@ class SceneSource(Source):
 
 
 class ScenesData(SegmentationData):
-    """Generated scenes with exact masks of five classes; nothing is read and nothing is written."""
+    """Generated scenes with exact masks of five classes; no files are read or written."""
 
     def __init__(
         self,
@@ -393,14 +392,14 @@ class ScenesData(SegmentationData):
         check: Literal["full", "fast"] = "fast",
         **settings: Any,
     ) -> None:
-        """Check and keep the settings.
+        """Validate and store the settings.
 
         Args:
             images: Number of scenes in all splits.
             scene_size: Height and width of a scene in pixels, or one number for both.
-            scene_seed: Seed of the set of scenes; with another one no scene is the same.
-            check: With ``full``, the classes of all scenes are counted first.
-            settings: Those of `SegmentationData`, `ListedData` and `ImageData`.
+            scene_seed: Seed of the set of scenes; different seeds share no scene.
+            check: With ``full``, the classes of all scenes are counted before training.
+            settings: Settings of `SegmentationData`, `ListedData` and `ImageData`.
 
         Raises:
             ConfigError: If a number is out of range.
@@ -416,7 +415,7 @@ class ScenesData(SegmentationData):
 
     @property
     def palette(self) -> tuple[Colour, ...]:
-        """A colour for each class."""
+        """Colour of each class."""
         return COLOURS
 
     def read(self) -> Listing:

@@ -27,25 +27,25 @@ from vispeft.errors import ConfigError, DataError
 __all__ = ["MaskFolderData", "MaskSplit", "PublishedMasks", "SegmentationData", "list_masks"]
 
 Pair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Prepares an image and its mask."""
+"""Transform of an image and its mask."""
 
 
 class MaskSplit(BatchSplit):
-    """A split whose images and masks are read when they are asked for."""
+    """A split that reads its images and masks on access."""
 
     def __init__(self, listed: ListedMasks, prepare: Pair, seed: int = 0) -> None:
-        """Keep what is needed to make batches.
+        """Store the parts that batches are built from.
 
         Args:
             listed: Images and masks.
-            prepare: What happens to each of them, with random numbers of its own.
-            seed: Seed of these.
+            prepare: Transform of an image and its mask, with separate random numbers.
+            seed: Seed of the random numbers.
         """
         self.source, self.masks, self.targets = listed.source, listed.masks, listed.targets
         self._prepare, self._seed = prepare, seed
 
     def batch(self, indices: list[Index]) -> tuple[Tensor, Tensor]:
-        """Make a batch of images (B, 3, H, W) and masks (B, h, w)."""
+        """Build a batch of images (B, 3, H, W) and masks (B, h, w)."""
         images, masks = zip(*(self._pair(epoch, index) for epoch, index in indices), strict=True)
         return torch.stack(images), torch.stack(masks)
 
@@ -58,12 +58,11 @@ class MaskSplit(BatchSplit):
 class SegmentationData(ListedData):
     """Base of the data modules for semantic segmentation.
 
-    Batches are images (B, 3, H, W) and masks int64 (B, h, w) of classes from 0, with 255 for pixels without a label.
-    Training images are crops of one size. In validation and test the whole image is seen, and its mask keeps the size
-    it has on the disk, to which scores are to be resized. Batches there hold one image, unless all of a split have one
-    size.
+    Batches are images (B, 3, H, W) and masks int64 (B, h, w) of classes from 0, with 255 for unlabelled pixels.
+    Training images are crops of one size. Validation and test use the whole image, and its mask keeps its size on disk,
+    to which scores must be resized. Their batches hold one image, unless all images of a split have the same size.
 
-    A subclass gives, in `read`, a listing whose splits are `ListedMasks`.
+    Subclasses return a listing whose splits are `ListedMasks` from `read`.
     """
 
     def __init__(
@@ -75,19 +74,19 @@ class SegmentationData(ListedData):
         batch_size: int = 8,
         **settings: Any,
     ) -> None:
-        """Check and keep the settings.
+        """Validate and store the settings.
 
         Args:
-            augment: What happens to training images; None stretches them to the size, without random changes.
-            evaluation: In validation and test, images are stretched to the size (``stretch``), or keep their
-                proportions (``whole``), for models that take any size, or windows.
-            short_side: Shorter side in pixels that images are resized to, keeping their proportions, in training
-                before the random factor and with ``whole``; None leaves them as they are.
-            batch_size: Images in a batch.
-            settings: Those of `ListedData` and `ImageData`.
+            augment: Augmentation of training images; None stretches them to the size, without random changes.
+            evaluation: Validation and test images are stretched to the size (``stretch``), or keep their aspect ratio
+            (``whole``), for models that accept any size, or for sliding windows.
+            short_side: Shorter side in pixels to which images are resized proportionally, in training before the random
+            factor and with ``whole``; None keeps their size.
+            batch_size: Images per batch.
+            settings: Settings of `ListedData` and `ImageData`.
 
         Raises:
-            ConfigError: If a setting cannot work.
+            ConfigError: If a setting is invalid.
         """
         super().__init__(batch_size=batch_size, **settings)
         name = type(self).__name__
@@ -102,11 +101,11 @@ class SegmentationData(ListedData):
 
     @property
     def palette(self) -> tuple[Colour, ...]:
-        """A colour for each class, red, green and blue from 0 to 255."""
+        """Colour of each class, red, green and blue from 0 to 255."""
         return make_palette(self.num_classes)
 
     def output_notes(self) -> dict[str, Any]:
-        """Say for the adapter's file how masks are painted, and how images are brought to the backbone."""
+        """Return the mask colours and the image sizing for the adapter's file."""
         return {
             "palette": [list(colour) for colour in self.palette],
             "evaluation": self.evaluation,
@@ -115,7 +114,7 @@ class SegmentationData(ListedData):
 
     @property
     def smallest_size(self) -> tuple[int, int]:
-        """Height and width of the smallest image of validation and test, as the backbone sees it."""
+        """Height and width of the smallest validation or test image, as the backbone sees it."""
         if self.evaluation == "stretch":
             return self.preprocessing.size
         facts = [known for name in ("validation", "test") for known in self.report().facts[name] if known.width]
@@ -124,13 +123,13 @@ class SegmentationData(ListedData):
         return round(height * factor), round(width * factor)
 
     def load(self, preprocessing: Preprocessing) -> dict[str, Dataset[Any]]:
-        """Check images and masks and give the splits.
+        """Check images and masks and return the splits.
 
         Args:
-            preprocessing: What happens to each image.
+            preprocessing: Preprocessing of each image.
 
         Raises:
-            DataError: If the data cannot be used; the message says everything that is wrong.
+            DataError: If the data cannot be used; the message lists every problem.
         """
         self.accept()
         train = TrainPair(preprocessing, self.crops, self.short_side)
@@ -142,14 +141,14 @@ class SegmentationData(ListedData):
         }
 
     def identity(self) -> Iterator[bytes]:
-        """Give what tells images and masks of all splits from others."""
+        """Yield bytes that identify the images and masks of all splits."""
         yield from super().identity()
         for name, split in self.listing.splits.items():
             for index in range(len(split)):
                 yield f"{name} mask {split.label(index)}\n".encode()
 
     def _batch_of(self, split: Dataset[Any], sampler: Sampler[Index] | None) -> int:
-        """Take one image at a time where sizes differ."""
+        """Return a batch size of one if sizes differ."""
         if sampler is not None:
             return self.batch_size
         names = [name for name, loaded in self._splits.items() if loaded is split]
@@ -158,13 +157,13 @@ class SegmentationData(ListedData):
 
 
 def list_masks(images: Iterable[Path], masks: Iterable[Path], root: Path, coding: MaskCoding) -> ListedMasks:
-    """Put the files of a split together.
+    """List the image and mask files of a split.
 
     Args:
         images: Its images.
         masks: A mask for each of them.
-        root: Names in messages are relative to it.
-        coding: Which class a value of a mask stands for.
+        root: Folder that names in messages are relative to.
+        coding: Mapping from mask values to classes.
     """
     return ListedMasks(FileSource(images, root), MaskFiles(masks, root, coding))
 
@@ -175,12 +174,11 @@ def list_masks(images: Iterable[Path], masks: Iterable[Path], root: Path, coding
 class MaskFolderData(SegmentationData):
     """A folder of images and a folder of masks: ``root/images/train/a.jpg`` and ``root/masks/train/a.png``.
 
-    Images and masks belong together by their path without its ending. The splits are folders inside of these two, or
-    around them (``root/train/images/a.jpg``), under the names of `ImageFolderData`; without such folders, or where one
-    is missing, splits are drawn from train.
+    Images and masks are paired by their path without suffix. The splits are folders inside these two, or around them
+    (``root/train/images/a.jpg``), named as in `ImageFolderData`; missing splits are drawn from train.
 
-    Masks have the index of a class in each pixel: grey files of 1 to 16 bits, or files with a palette, which is not
-    looked at. RGB masks are read with ``rgb_masks`` and `palette`.
+    Masks hold a class index per pixel: grey files of 1 to 16 bits, or palette files, whose palette is ignored. RGB
+    masks are read with ``rgb_masks`` and `palette`.
     """
 
     def __init__(
@@ -198,24 +196,23 @@ class MaskFolderData(SegmentationData):
         mask_suffix: str = ".png",
         **settings: Any,
     ) -> None:
-        """Keep the place.
+        """Store the settings.
 
         Args:
             root: The folder.
             class_names: Names of the classes, in the order of their indices.
             images: Folder of the images.
             masks: Folder of the masks.
-            palette: Colour of each class; None makes colours.
-            rgb_masks: Masks are RGB, in the colours of `palette`.
-            reduce_zero_label: 0 stands for pixels without a label, and the classes begin at 1.
-            ids: Class by value of the masks, where they are not the same, such as ``{0: 0, 255: 1}``; 255 as a class
-                stands for no label.
-            image_suffix: How names of images end, such as ``_leftImg8bit.png``; by default any ending of an image.
-            mask_suffix: How names of masks end.
-            settings: Those of `SegmentationData`, `ListedData` and `ImageData`.
+            palette: Colour of each class; None generates colours.
+            rgb_masks: Whether masks are RGB, in the colours of `palette`.
+            reduce_zero_label: Whether 0 marks unlabelled pixels and classes start at 1.
+            ids: Class by mask value, if they differ, such as ``{0: 0, 255: 1}``; class 255 means no label.
+            image_suffix: End of image file names, such as ``_leftImg8bit.png``; by default any image suffix.
+            mask_suffix: End of mask file names.
+            settings: Settings of `SegmentationData`, `ListedData` and `ImageData`.
 
         Raises:
-            ConfigError: If a setting cannot work.
+            ConfigError: If a setting is invalid.
         """
         super().__init__(**settings)
         self.root, self.names = Path(root), tuple(class_names)
@@ -237,7 +234,7 @@ class MaskFolderData(SegmentationData):
 
     @property
     def palette(self) -> tuple[Colour, ...]:
-        """The colours that were given, or made."""
+        """The given or generated colours."""
         return self._palette
 
     def read(self) -> Listing:
@@ -259,7 +256,7 @@ class MaskFolderData(SegmentationData):
         images, masks = self.root / self.images, self.root / self.masks
         if images.is_dir() and masks.is_dir():
             inside = find_split_folders(images)
-            # The same folder name on the side of the masks; one that is missing shows in every mask of the split.
+            # Same folder name for the masks; if it is missing, every mask of the split is reported.
             found = {split: (place, masks / place.name) for split, place in inside.items()} or {
                 "train": (images, masks)
             }
@@ -301,7 +298,7 @@ class MaskFolderData(SegmentationData):
 
 
 def _files(folder: Path) -> list[Path]:
-    """List the files of a folder and of the folders in it, without hidden ones."""
+    """List the files of a folder, recursively, without hidden ones."""
     return [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
 
 
@@ -309,11 +306,11 @@ def _files(folder: Path) -> list[Path]:
 
 
 class PublishedMasks(SegmentationData):
-    """Base of the readers of published sets, which have a train and a validation split with public masks.
+    """Base of the readers of published data sets, which have a train and a validation split with public masks.
 
-    Numbers are published for the validation split. With the protocol ``final`` all of train is trained on, the
-    published validation images are the test split and stand in for the validation split too, and the last epoch is
-    kept. With ``tune`` the validation split is drawn from train, so that it can choose settings and epochs.
+    Published results are on the validation split. The protocol ``final`` trains on all of train, uses the published
+    validation images as test and as validation split, and keeps the last epoch. The protocol ``tune`` draws the
+    validation split from train, so it may select settings and epochs.
     """
 
     def __init__(
@@ -324,16 +321,16 @@ class PublishedMasks(SegmentationData):
         validation: float = 0.1,
         **settings: Any,
     ) -> None:
-        """Keep the place.
+        """Store the settings.
 
         Args:
             root: The folder of the set.
-            protocol: Whether all of train is trained on (``final``) or a share of it validates (``tune``).
-            validation: With ``tune``, this share.
-            settings: Those of `SegmentationData`, `ListedData` and `ImageData`.
+            protocol: Whether to train on all of train (``final``) or hold out a fraction for validation (``tune``).
+            validation: With ``tune``, this fraction.
+            settings: Settings of `SegmentationData`, `ListedData` and `ImageData`.
 
         Raises:
-            ConfigError: If a setting cannot work.
+            ConfigError: If a setting is invalid.
         """
         super().__init__(validation=validation, **settings)
         if protocol not in ("final", "tune"):
@@ -346,10 +343,10 @@ class PublishedMasks(SegmentationData):
         """List images and masks of a published split.
 
         Args:
-            split: Which of the two.
+            split: One of the two.
 
         Raises:
-            DataError: If it is not there.
+            DataError: If it is missing.
         """
 
     @property
@@ -360,11 +357,11 @@ class PublishedMasks(SegmentationData):
     @property
     @abstractmethod
     def counts(self) -> Mapping[str, int]:
-        """Published number of images of ``train`` and ``validation``."""
+        """Published number of images in ``train`` and ``validation``."""
 
     @property
     def coding(self) -> MaskCoding:
-        """Which class a value of a mask stands for."""
+        """Mapping from mask values to classes."""
         return MaskCoding(num_classes=len(self.table.class_names))
 
     @property
@@ -376,7 +373,7 @@ class PublishedMasks(SegmentationData):
         """List images and masks.
 
         Raises:
-            DataError: If the layout is another one.
+            DataError: If the layout differs.
         """
         listed = {}
         for split in ("train", "validation"):
@@ -393,14 +390,14 @@ class PublishedMasks(SegmentationData):
         return Listing(str(self.root), names, splits, target="mask", published=known, repeats=repeats)
 
     def place(self, *candidates: str, needs: Sequence[str]) -> Path:
-        """Find the folder of the set.
+        """Find the folder of the data set.
 
         Args:
-            candidates: Where it may be, relative to root.
-            needs: Folders it must have.
+            candidates: Possible folders, relative to root.
+            needs: Folders it must contain.
 
         Raises:
-            DataError: If it is in none of them.
+            DataError: If no candidate contains them.
         """
         for candidate in candidates:
             if all((self.root / candidate / need).is_dir() for need in needs):
@@ -416,7 +413,7 @@ def find_split(place: Path, split: str) -> Path:
     """Find the folder of a split by its usual names.
 
     Args:
-        place: Where to look.
+        place: The folder to search.
         split: train, validation or test.
 
     Raises:
@@ -429,18 +426,18 @@ def find_split(place: Path, split: str) -> Path:
 
 
 def read_stems(path: Path) -> list[str]:
-    """Read a published list of images, one name without ending per line.
+    """Read a published list of images, one name without suffix per line.
 
     Args:
         path: Its file.
 
     Raises:
-        DataError: If it is not there, or empty.
+        DataError: If it is missing or empty.
     """
     if not path.is_file():
         found = sorted(other.name for other in path.parent.glob("*.txt")) if path.parent.is_dir() else []
         raise DataError(f"There is no list {path}; found {', '.join(found) or 'no list beside it'}.")
-    # mmsegmentation's lists have a name per line; those of the development kit's class sets have a number behind it.
+    # mmsegmentation's lists have one name per line; the development kit's class lists add a number.
     stems = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not stems:
         raise DataError(f"No image is listed in {path}.")

@@ -1,8 +1,8 @@
 """WebDataset shards: tar files in which an image and its label share a name.
 
-The shards are listed once and their images read in place. So any order is possible at no cost, and order and
-augmentation stay functions of (seed, epoch, index), with any number of workers and after a resume; the streaming
-readers of the webdataset package shuffle in a buffer and cannot promise that.
+The shards are listed once and their images read in place. Any order is therefore free, and order and augmentation stay
+functions of (seed, epoch, index) for any number of workers and after a resume, which the streaming readers of the
+webdataset package, with their shuffle buffers, cannot guarantee.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from vispeft.errors import ConfigError, DataError
 __all__ = ["WebDatasetData", "expand"]
 
 Member = tuple[str, str, int, int]
-"""Shard, name in it, offset and size in bytes."""
+"""Shard, name inside it, offset and size in bytes."""
 
 
 class WebDatasetData(ListedData):
-    """Images in tar shards, as the WebDataset convention has them: ``000017.jpg`` beside ``000017.cls``.
+    """Images in tar shards in the WebDataset convention: ``000017.jpg`` next to ``000017.cls``.
 
-    A label is the text of a member (``.cls``), or a key of a JSON member. Shards are plain tar files on a disk.
+    A label is the text of a member (``.cls``), or a key of a JSON member. Shards are uncompressed tar files on disk.
     """
 
     def __init__(
@@ -46,19 +46,19 @@ class WebDatasetData(ListedData):
         names: Sequence[str] | None = None,
         **settings: Any,
     ) -> None:
-        """Keep the places.
+        """Store the settings.
 
         Args:
-            train_shards: The training shards: a path with ``{000..012}``, ``{a,b}``, ``*`` or none of them.
+            train_shards: The training shards: a path, optionally with ``{000..012}``, ``{a,b}`` or ``*``.
             validation_shards: The validation shards; None draws validation images from train.
             test_shards: The test shards; None draws test images from train.
-            label: Ending of the member with the label, such as ``cls``, or ``json:KEY`` for a key of a JSON member.
+            label: Suffix of the member with the label, such as ``cls``, or ``json:KEY`` for a key of a JSON member.
             target: ``class`` (one class), ``multilabel`` (any number of labels) or ``regression`` (numbers).
-            names: Names of the classes, of the labels or of the numbers; None takes what the shards have.
-            settings: Those of `ListedData` and `ImageData`.
+            names: Names of the classes, the labels or the numbers; None derives them from the shards.
+            settings: Settings of `ListedData` and `ImageData`.
 
         Raises:
-            ConfigError: If a setting cannot work.
+            ConfigError: If a setting is invalid.
         """
         super().__init__(**settings)
         check_labelling("WebDatasetData", target, names)
@@ -76,7 +76,7 @@ class WebDatasetData(ListedData):
         """List the images of all shards; only headers and labels are read.
 
         Raises:
-            DataError: If a shard is missing or is no plain tar file.
+            DataError: If a shard is missing or is not an uncompressed tar file.
         """
         findings: list[Finding] = []
         members: dict[str, dict[str, Member]] = {}
@@ -107,7 +107,7 @@ class WebDatasetData(ListedData):
     def _list(
         self, shard: Path, members: dict[str, Member], entries: list[Entry], lost: list[str], several: list[str]
     ) -> None:
-        """List one shard: a sample is what shares folder and name up to the first dot."""
+        """List one shard: members with the same folder and name up to the first dot are one sample."""
         ending, _, key = self.label.partition(":")
         images: dict[str, Member] = {}
         labels: dict[str, Any] = {}
@@ -117,7 +117,7 @@ class WebDatasetData(ListedData):
                     if not member.isfile():
                         continue
                     sample, _, kind = _parts(member.name)
-                    # The whole ending counts: a.seg.png beside a.jpg is a mask.
+                    # The whole suffix counts: a.seg.png next to a.jpg is a mask.
                     if f".{kind.lower()}" in EXTENSIONS:
                         if sample in images:
                             several.append(f"{shard.name}:{member.name}")
@@ -139,7 +139,7 @@ class WebDatasetData(ListedData):
 
 
 def expand(pattern: str) -> list[Path]:
-    """List the shards a pattern stands for.
+    """Expand a pattern to its shards.
 
     Args:
         pattern: A path with ``{000..012}``, ``{a,b}`` or ``*``.
@@ -148,7 +148,7 @@ def expand(pattern: str) -> list[Path]:
         The files, in order.
 
     Raises:
-        DataError: If one of them is not there.
+        DataError: If one of them is missing.
     """
     if "://" in pattern or pattern.startswith("pipe:"):
         raise DataError(f"{pattern} is no path. Shards are read in place, so they have to lie on a disk.")
@@ -174,7 +174,7 @@ def _choices(text: str) -> list[str]:
 
 
 def _ended(shard: Path) -> bool:
-    """Tell whether a tar file has its end mark, two empty blocks."""
+    """Whether a tar file has its end marker, two empty blocks."""
     with open(shard, "rb") as file:
         file.seek(max(0, shard.stat().st_size - 1024))
         return file.read() == bytes(1024)
@@ -187,7 +187,7 @@ def _parts(name: str) -> tuple[str, str, str]:
 
 
 def _label(content: bytes, key: str | None) -> Any:
-    """Read a label; None where there is none, which is found later with all others."""
+    """Read a label; None if there is none, which is reported later with all others."""
     text = content.decode("utf-8", errors="replace").strip()
     if key is None:
         return text or None

@@ -1,4 +1,4 @@
-"""Where images come from: files, shards, data sets of torchvision. A source gives image number i."""
+"""Sources of images by index: files, shards, torchvision data sets."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from vispeft.errors import DataError
 __all__ = ["FileSource", "JoinedSource", "ShardSource", "Source", "TorchvisionSource"]
 
 CHUNK = 1024
-"""Images looked at between two writes to the store, so that a check that was stopped goes on where it was."""
+"""Images inspected between two writes to the store, so that an interrupted check can continue."""
 
 
 class Source(ABC):
-    """Images by number."""
+    """Images by index."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -36,7 +36,7 @@ class Source(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Name an image for messages."""
+        """Return the name of an image for messages."""
 
     @abstractmethod
     def read(self, index: int) -> Tensor:
@@ -48,28 +48,28 @@ class Source(ABC):
 
     @abstractmethod
     def facts(self, full: bool) -> list[ImageFacts]:
-        """Look at every image.
+        """Inspect every image.
 
         Args:
-            full: Decode and hash the pixels; otherwise only headers are read.
+            full: Whether to decode and hash the pixels, instead of reading only headers.
         """
 
     @abstractmethod
     def take(self, indices: Sequence[int]) -> Source:
-        """Give a source of some of the images."""
+        """Return a source of some of the images."""
 
 
 class FileSource(Source):
     """Image files."""
 
     def __init__(self, paths: Iterable[Path], root: Path) -> None:
-        """Keep the paths.
+        """Store the paths.
 
         Args:
             paths: The files.
-            root: Names in messages are relative to it.
+            root: Folder that names in messages are relative to.
         """
-        # Strings are a tenth of the size of paths, which counts for a million of them in each worker.
+        # Strings take a tenth of the memory of paths, which matters for a million of them in each worker.
         self.paths, self.root = [str(path) for path in paths], str(root)
 
     def __len__(self) -> int:
@@ -77,7 +77,7 @@ class FileSource(Source):
         return len(self.paths)
 
     def name(self, index: int) -> str:
-        """Give the path, relative to the root where it lies inside."""
+        """Return the path, relative to the root if it lies inside."""
         return self.paths[index].removeprefix(self.root).lstrip("/\\") or self.paths[index]
 
     def read(self, index: int) -> Tensor:
@@ -85,20 +85,20 @@ class FileSource(Source):
         return read_image(self.paths[index])
 
     def take(self, indices: Sequence[int]) -> FileSource:
-        """Give a source of some of the files."""
+        """Return a source of some of the files."""
         return FileSource([Path(self.paths[index]) for index in indices], Path(self.root))
 
     def facts(self, full: bool) -> list[ImageFacts]:
-        """Look at every file that has changed since the last time."""
+        """Inspect every file that has changed since the last time."""
         return self.look("full" if full else "fast", lambda file: look_at(file, full), ImageFacts)
 
     def look(self, level: str, look_at: Callable[[BinaryIO], Facts], kind: type[Facts]) -> list[Facts]:
-        """Look at every file that was not looked at in this way since it changed.
+        """Inspect every file that was not inspected at this level since its last change.
 
         Args:
-            level: Name of the way.
-            look_at: Looks at an open file.
-            kind: What it gives.
+            level: Name of the level.
+            look_at: Function that inspects an open file.
+            kind: Class of its result.
         """
         keys = [_key(path, level) for path in self.paths]
 
@@ -108,7 +108,7 @@ class FileSource(Source):
                     return look_at(file)
             except FileNotFoundError:
                 return kind(problem="missing")
-            except (OSError, ValueError) as error:  # a path with a zero byte is a ValueError
+            except (OSError, ValueError) as error:  # a path with a zero byte raises ValueError
                 return kind(problem="broken", reason=getattr(error, "strerror", None) or str(error))
 
         return _look_all(keys, look, kind)
@@ -118,10 +118,10 @@ class ShardSource(Source):
     """Images inside tar files, read in place by offset and size."""
 
     def __init__(self, members: Iterable[tuple[str, str, int, int]]) -> None:
-        """Keep where the images are.
+        """Store the location of the images.
 
         Args:
-            members: For each image its shard, its name in there, and offset and size in bytes.
+            members: Shard, name inside it, offset and size in bytes of each image.
         """
         self.members = list(members)
 
@@ -130,12 +130,12 @@ class ShardSource(Source):
         return len(self.members)
 
     def name(self, index: int) -> str:
-        """Give shard and name."""
+        """Return shard and name of an image."""
         shard, name, _, _ = self.members[index]
         return f"{Path(shard).name}:{name}"
 
     def read(self, index: int) -> Tensor:
-        """Read an image out of its shard."""
+        """Read an image from its shard."""
         try:
             content = self._content(index)
         except OSError as error:
@@ -143,11 +143,11 @@ class ShardSource(Source):
         return read_image(io.BytesIO(content), self.name(index))
 
     def take(self, indices: Sequence[int]) -> ShardSource:
-        """Give a source of some of the images."""
+        """Return a source of some of the images."""
         return ShardSource(self.members[index] for index in indices)
 
     def facts(self, full: bool) -> list[ImageFacts]:
-        """Look at every image of a shard that has changed since the last time."""
+        """Inspect every image of a shard that has changed since the last time."""
         level = "full" if full else "fast"
         shards = {shard: _key(shard, level) for shard, _, _, _ in self.members}
         keys = [(f"{shard}:{offset}", *shards[shard][1:]) for shard, _, offset, _ in self.members]
@@ -171,12 +171,12 @@ class TorchvisionSource(Source):
     """Images of a torchvision data set."""
 
     def __init__(self, dataset: Any, title: str, indices: Sequence[int] | None = None) -> None:
-        """Keep the data set.
+        """Store the data set.
 
         Args:
-            dataset: Its items are an image and a label.
-            title: What to call it in messages.
-            indices: The images to serve; all by default.
+            dataset: Data set whose items are an image and a label.
+            title: Its name in messages.
+            indices: Indices of the images; all by default.
         """
         self.dataset, self.title = dataset, title
         self.indices = list(range(len(dataset)) if indices is None else indices)
@@ -186,11 +186,11 @@ class TorchvisionSource(Source):
         return len(self.indices)
 
     def name(self, index: int) -> str:
-        """Give the data set and the number of the image."""
+        """Return the data set's name and the index of the image."""
         return f"{self.title}[{self.indices[index]}]"
 
     def read(self, index: int) -> Tensor:
-        """Take an image out of the data set."""
+        """Read an image from the data set."""
         try:
             image = self._image(index)
             return F.pil_to_tensor(to_rgb(image, None)) if isinstance(image, Image.Image) else _as_rgb(image)
@@ -198,11 +198,11 @@ class TorchvisionSource(Source):
             raise DataError(f"{self.name(index)} cannot be read ({why(error)}).") from error
 
     def take(self, indices: Sequence[int]) -> TorchvisionSource:
-        """Give a source of some of the images."""
+        """Return a source of some of the images."""
         return TorchvisionSource(self.dataset, self.title, [self.indices[index] for index in indices])
 
     def facts(self, full: bool) -> list[ImageFacts]:
-        """Look at every image; without `full` nothing is known but that torchvision lists it."""
+        """Inspect every image; without `full`, torchvision's list is trusted and facts stay empty."""
         if not full:
             return [ImageFacts() for _ in self.indices]
         return [self._facts(index) for index in _shown(range(len(self)), len(self))]
@@ -226,14 +226,14 @@ class TorchvisionSource(Source):
 
 
 class JoinedSource(Source):
-    """Images of several sources, one after the other."""
+    """Concatenation of several sources."""
 
     def __init__(self, parts: Sequence[Source], indices: Sequence[tuple[int, int]] | None = None) -> None:
-        """Keep the parts.
+        """Store the sources.
 
         Args:
             parts: The sources.
-            indices: Part and position of each image; by default all.
+            indices: Source and position of each image; all by default.
         """
         self.parts = list(parts)
         everything = [(part, index) for part, source in enumerate(parts) for index in range(len(source))]
@@ -244,7 +244,7 @@ class JoinedSource(Source):
         return len(self.indices)
 
     def name(self, index: int) -> str:
-        """Name an image as its source does."""
+        """Return the name of an image from its source."""
         part, position = self.indices[index]
         return self.parts[part].name(position)
 
@@ -254,11 +254,11 @@ class JoinedSource(Source):
         return self.parts[part].read(position)
 
     def take(self, indices: Sequence[int]) -> JoinedSource:
-        """Give a source of some of the images."""
+        """Return a source of some of the images."""
         return JoinedSource(self.parts, [self.indices[index] for index in indices])
 
     def facts(self, full: bool) -> list[ImageFacts]:
-        """Look at every image."""
+        """Inspect every image."""
         found: dict[tuple[int, int], ImageFacts] = {}
         for part, source in enumerate(self.parts):
             positions = [position for owner, position in self.indices if owner == part]
@@ -275,7 +275,7 @@ def _as_rgb(image: Any) -> Tensor:
 
 
 def _key(path: str, level: str) -> Key | tuple[()]:
-    """Identify the content of a file without reading it; nothing for one that is not there."""
+    """Return a key for the content of a file without reading it; empty if the file is missing."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):
@@ -284,7 +284,7 @@ def _key(path: str, level: str) -> Key | tuple[()]:
 
 
 def _look_all(keys: Sequence[Any], look: Callable[[int], Facts], kind: type[Facts]) -> list[Facts]:
-    """Look at what the store does not know, in several threads; Pillow decodes without Python's lock."""
+    """Inspect images that the store lacks, in several threads, as Pillow releases the GIL while decoding."""
     store = FactStore(kind)
     known = store.get({key for key in keys if key})
     new = [index for index, key in enumerate(keys) if key not in known]
@@ -299,7 +299,7 @@ def _look_all(keys: Sequence[Any], look: Callable[[int], Facts], kind: type[Fact
 
 
 def _shown(steps: Sequence[Any], count: int) -> Iterable[Any]:
-    """Go through steps with a progress bar on a terminal, where there are enough of them to wait for."""
+    """Iterate over steps, with a progress bar on a terminal if there are many."""
     console = Console(stderr=True)
     return track(
         steps, "looking at images", console=console, transient=True, disable=count < 3 or not console.is_terminal

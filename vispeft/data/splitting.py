@@ -1,4 +1,4 @@
-"""Drawing splits and folds: stratified, from a seed, disjoint."""
+"""Random splits and folds: seeded, stratified and disjoint."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from vispeft.errors import ConfigError
 __all__ = ["check_drawing", "cross_validation", "hold_out", "share_of_rest"]
 
 BINS = 10
-"""Numbers are put into at most so many bins of equal count, so that each split sees small and large ones."""
+"""Largest number of equal-count bins for numeric targets, so each split has small and large ones."""
 
 
 def check_drawing(name: str, *, validation: float, test: float, split_seed: int, folds: int | None, fold: int) -> None:
-    """Check the settings that say how splits are drawn.
+    """Validate the settings of random splits.
 
     Args:
         name: The data module, for messages.
-        validation: Share of the images that chooses the best epoch.
-        test: Share that is looked at once.
+        validation: Fraction of the images for selecting the best epoch.
+        test: Fraction for the final test.
         split_seed: Seed of the splits.
         folds: Number of folds, or None.
-        fold: Which of them is tested.
+        fold: Index of the fold to test.
 
     Raises:
-        ConfigError: If one of them cannot work.
+        ConfigError: If one of them is invalid.
     """
     if not (0 < validation < 1 and 0 < test < 1 and validation + test < 1):
         raise ConfigError(
@@ -44,38 +44,38 @@ def check_drawing(name: str, *, validation: float, test: float, split_seed: int,
 
 
 def share_of_rest(validation: float, test: float) -> float:
-    """Turn a share of all images into one of those that the test images leave.
+    """Convert a fraction of all images to a fraction of the images left without the test images.
 
     Args:
-        validation: Share of all images that chooses the best epoch.
-        test: Share that is taken already, a fold's included.
+        validation: Fraction of all images for selecting the best epoch.
+        test: Fraction already taken, including a fold's.
 
     Returns:
-        The share; half, where not even one image would be left to train on, as with two folds and a share of a half.
+        The fraction; half if no image would be left to train on, as with two folds and a fraction of a half.
     """
     return validation / (1 - test) if validation + test < 1 else 0.5
 
 
 def hold_out(targets: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw a share of the images, the same share of every class up to one image.
+    """Hold out a fraction of the images, the same fraction of every class up to one image.
 
     A class with a single image is never held out. (scikit-learn's stratified splits refuse such classes, and targets
     with several labels.)
 
     Args:
         targets: Labels (N,), or several labels or numbers per image (N, C).
-        share: Share that is held out, from 0 to 1.
+        share: Fraction to hold out, from 0 to 1.
         seed: Seed of the draw.
 
     Returns:
-        Indices of the rest and of what was held out, each sorted.
+        Indices of the rest and of the held-out images, each sorted.
     """
     groups = strata(targets)
     _, which, counts = groups.unique(return_inverse=True, return_counts=True)
     order, start = _shuffled(groups, seed)
     order = order[counts[which][order] > 1]
-    # Walking through the images class by class, one is taken whenever another 1 / share of them has been passed: that
-    # is the right number of every class and of all, to within one image.
+    # Going through the images class by class, one of every 1 / share images is held out: this gives the right number
+    # per class and in total, to within one image.
     passed = (torch.arange(len(order) + 1, dtype=torch.float64) * share + start).floor()
     chosen = torch.zeros(len(groups), dtype=torch.bool)
     chosen[order[passed[1:] > passed[:-1]]] = True
@@ -83,12 +83,12 @@ def hold_out(targets: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def cross_validation(targets: Tensor, folds: int, fold: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Take one of several disjoint folds that together hold every image, each with its share of every class.
+    """Return one of several disjoint, stratified folds that together contain every image.
 
     Args:
         targets: Labels (N,), or several labels or numbers per image (N, C).
         folds: Number of folds.
-        fold: Which of them, from 0.
+        fold: Index of the fold, from 0.
         seed: Seed of the draw, the same for all folds.
 
     Returns:
@@ -101,14 +101,14 @@ def cross_validation(targets: Tensor, folds: int, fold: int, seed: int) -> tuple
 
 
 def _shuffled(groups: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Order images by group, and at random inside a group; with a random number from 0 to 1 beside it."""
+    """Sort images by group, randomly inside a group; also return a random offset from 0 to 1."""
     generator = torch.Generator().manual_seed(draw_seed(seed))
     shuffle = torch.randperm(len(groups), generator=generator)
     return shuffle[groups[shuffle].argsort(stable=True)], torch.rand((), generator=generator, dtype=torch.float64)
 
 
 def strata(targets: Tensor) -> Tensor:
-    """Put images into groups that every split should have in the same proportion.
+    """Assign images to groups that should have the same proportion in every split.
 
     Args:
         targets: Labels (N,), 0 and 1 for several labels (N, C), or numbers (N, C).

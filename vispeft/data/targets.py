@@ -1,4 +1,4 @@
-"""Turning labels as they stand in files into targets a task can train on."""
+"""Conversion of labels in files to training targets."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["Entry", "LabelError", "check_labelling", "encode"]
 
 
 class LabelError(ValueError):
-    """A label that cannot be understood; carries the kind of finding and its text."""
+    """Error for an invalid label, with the code and text of its finding."""
 
     def __init__(self, code: str, text: str) -> None:
-        """Keep the kind of finding.
+        """Store code and text of the finding.
 
         Args:
-            code: Its short name.
-            text: What is wrong and what to do.
+            code: Short name of its kind.
+            text: The problem and its remedy.
         """
         super().__init__(text)
         self.code, self.text = code, text
@@ -33,7 +33,7 @@ class LabelError(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One image of a list: its name, its label as it was read, and where it stands."""
+    """One image of a list: its name, its label as read, and its place in the list."""
 
     name: str
     label: Any
@@ -41,21 +41,21 @@ class Entry:
 
 
 UNNAMED = 1000
-"""So many classes without names are taken as they come; more only where there are as many images."""
+"""Number of unnamed classes always accepted; more need at least as many images."""
 
 MISSING = LabelError("label-missing", "without a label; give one, or leave the image out")
 
 
 def check_labelling(owner: str, target: str, names: Sequence[str] | None) -> None:
-    """Check the settings that say what labels mean.
+    """Validate the settings of labels.
 
     Args:
         owner: The data module, for messages.
-        target: What kind of targets they are.
+        target: Kind of targets.
         names: Names of the classes, or None.
 
     Raises:
-        ConfigError: If one of them cannot work.
+        ConfigError: If one of them is invalid.
     """
     if target == "mask" or target not in get_args(Target):
         raise ConfigError(f"{owner}(target={target!r}): the choices are class, multilabel and regression.")
@@ -75,13 +75,13 @@ def encode(
 
     Args:
         entries: Entries by split.
-        target: What kind of targets they are.
-        class_names: Names of the classes; None takes what is found.
-        renumber: Give the classes that occur the numbers 0, 1, ... in sorted order.
+        target: Kind of targets.
+        class_names: Names of the classes; None derives them from the labels.
+        renumber: Whether to number the occurring classes 0, 1, ... in sorted order.
 
     Returns:
-        Names of the classes (or of the numbers), entries that have a usable label with their targets by split, and
-        what is wrong with the others.
+        Names of the classes (or the numbers), entries with a valid label and their targets by split, and findings about
+        the other entries.
     """
     read = _number if target == "regression" else _labels if target == "multilabel" else _label
     problems: dict[tuple[str, str], list[str]] = defaultdict(list)
@@ -111,7 +111,7 @@ def encode(
 
 
 def _counted(text: str, count: int) -> str:
-    """Write how many images a text is about."""
+    """Insert the number of images into a text."""
     return text.replace("{n}", f"{count} image{'s' if count > 1 else ''}")
 
 
@@ -123,7 +123,7 @@ def _shown(value: Any) -> str:
 
 
 def _label(raw: Any) -> int | str:
-    """Read one class: a whole number, or a word."""
+    """Parse one class: a whole number, or a word."""
     if raw is None or raw == "" or raw == []:
         raise MISSING
     if isinstance(raw, (bool, list, tuple, dict)):
@@ -139,7 +139,7 @@ def _label(raw: Any) -> int | str:
 
 
 def _labels(raw: Any) -> tuple[int | str, ...]:
-    """Read any number of labels: a list, or text with commas; ``-`` or an empty list stands for none."""
+    """Parse any number of labels: a list, or text with commas; ``-`` or an empty list means none."""
     if raw is None or raw == "":
         raise LabelError("label-missing", "without a label; write - (in JSON []) for an image without any")
     if isinstance(raw, str):
@@ -148,7 +148,7 @@ def _labels(raw: Any) -> tuple[int | str, ...]:
 
 
 def _number(raw: Any) -> tuple[float, ...]:
-    """Read one number or several."""
+    """Parse one number or several."""
     if raw is None or raw == "" or raw == []:
         raise MISSING
     if isinstance(raw, str):
@@ -166,7 +166,7 @@ def _number(raw: Any) -> tuple[float, ...]:
 
 
 def _vocabulary(values: Sequence[Any], target: Target, given: Sequence[str] | None, renumber: bool) -> Any:
-    """Find the names, and the function that turns a read label into a target."""
+    """Return the names, and the function from a parsed label to its target."""
     if target == "regression":
         return _numbers(values, given)
     found = {one for value in values for one in value} if target == "multilabel" else set(values)
@@ -194,11 +194,11 @@ def _vocabulary(values: Sequence[Any], target: Target, given: Sequence[str] | No
 def _classes(
     found: set[Any], given: Sequence[str] | None, renumber: bool, limit: int
 ) -> tuple[tuple[str, ...], dict[Any, int]]:
-    """Name the classes, and say which label is which; a stray number from `limit` on makes no classes below it."""
+    """Return class names and the index of each label; a stray number from `limit` on adds no classes below it."""
     words = sorted(one for one in found if isinstance(one, str))
     numbers = sorted(one for one in found if isinstance(one, int))
     if renumber:
-        # By value where all are numbers, as in the published code; otherwise by their text.
+        # By value if all are numbers, as in the published code; otherwise by text.
         ordered = numbers if not words else sorted(found, key=str)
         names = tuple(given) if given is not None else tuple(str(one) for one in ordered)
         return names, {one: index for index, one in enumerate(ordered) if index < len(names)}
@@ -218,7 +218,7 @@ def _by_name(names: Sequence[str]) -> dict[Any, int]:
 
 
 def _numbers(values: Sequence[tuple[float, ...]], given: Sequence[str] | None) -> Any:
-    # The usual count: a single longer label must not make all others wrong.
+    # The most common length: a single longer label must not invalidate all others.
     lengths = Counter(len(value) for value in values).most_common(1)
     width = len(given) if given is not None else lengths[0][0] if lengths else 1
     names = tuple(given) if given is not None else _default_names(width)

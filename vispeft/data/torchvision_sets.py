@@ -1,4 +1,4 @@
-"""Data sets that torchvision reads, already on the disk."""
+"""torchvision's data sets, read from disk."""
 
 from __future__ import annotations
 
@@ -62,27 +62,27 @@ SETS: dict[str, tuple[Mapping[str, Any], str]] = {
     "StanfordCars": (_TWO, "stanford_cars/{devkit,cars_train,cars_test}/ and cars_test_annos_withlabels.mat"),
     "USPS": (_FLAG, "usps.bz2 and usps.t.bz2"),
 }
-"""Arguments per split, and what has to lie in the root."""
+"""Arguments per split, and the files required in the root."""
 
 
 class TorchvisionData(ListedData):
-    """A classification data set of torchvision that lies on the disk already; nothing is downloaded.
+    """A classification data set of torchvision that is already on disk; nothing is downloaded.
 
-    The set's own splits are used. Where torchvision has no validation or no test split, it is drawn from train. Only
-    ``check: full`` looks at every image.
+    The data set's own splits are used; if torchvision has no validation or no test split, it is drawn from train. Only
+    ``check: full`` inspects every image.
     """
 
     def __init__(self, *, dataset: str, root: str, check: Literal["full", "fast"] = "fast", **settings: Any) -> None:
-        """Keep the place.
+        """Store the settings.
 
         Args:
             dataset: Name of the class in torchvision.datasets, such as CIFAR100.
             root: The folder given to torchvision.
             check: Decode every image and compare contents (``full``), or trust torchvision's own check (``fast``).
-            settings: Those of `ListedData` and `ImageData`.
+            settings: Settings of `ListedData` and `ImageData`.
 
         Raises:
-            UnknownNameError: If the set is not known here.
+            UnknownNameError: If the data set is unknown.
         """
         super().__init__(check=check, **settings)
         if dataset not in SETS:
@@ -93,7 +93,7 @@ class TorchvisionData(ListedData):
         """Open the data set.
 
         Raises:
-            DataError: If it is not in the root.
+            DataError: If torchvision cannot open it in the root.
         """
         arguments, _ = SETS[self.dataset]
         opened = {split: self._open(given) for split, given in arguments.items()}
@@ -109,7 +109,7 @@ class TorchvisionData(ListedData):
         quiet = {"download": False} if "download" in inspect.signature(cls).parameters else {}
         try:
             return cls(str(self.root), **arguments, **quiet)
-        except Exception as error:  # files that were cut short lead it to assertions, pickle's errors and others
+        except Exception as error:  # truncated files cause assertions, pickle errors and others
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(
                 f"torchvision cannot open {self.dataset} in {str(self.root)!r} ({reason}). "
@@ -119,11 +119,11 @@ class TorchvisionData(ListedData):
 
 
 def _labels(data: Any) -> list[int]:
-    """Take the labels of a data set, without its images where it keeps them."""
+    """Return the labels of a data set, without reading images if it stores labels separately."""
     for name in ("targets", "labels", "_labels", "y"):
         known = getattr(data, name, None)
         if known is not None and len(known) == len(data):
-            # QMNIST keeps more than the class in a row; the class comes first.
+            # QMNIST's rows hold more than the class, which comes first.
             return [int(label) for label in (known[:, 0] if getattr(known, "ndim", 1) > 1 else known)]
     for name in ("samples", "_samples"):
         known = getattr(data, name, None)
@@ -133,7 +133,7 @@ def _labels(data: Any) -> list[int]:
 
 
 def _names(data: Any, count: int) -> tuple[str, ...]:
-    """Take the names of the classes, or number them."""
+    """Return the names of the classes, or their numbers as text."""
     found = getattr(data, "classes", None) or getattr(data, "categories", None) or ()
     names = tuple(", ".join(name) if isinstance(name, tuple) else str(name) for name in found)
     return names if len(names) >= count and len(set(names)) == len(names) else tuple(str(n) for n in range(count))

@@ -20,18 +20,18 @@ LISTS = {"train": "train.txt", "validation": "val.txt"}
 class VOCData(PublishedMasks):
     """PASCAL VOC 2012, 21 classes: ``root/VOCdevkit/VOC2012/{JPEGImages,SegmentationClass,ImageSets/Segmentation}``.
 
-    With `augmented`, the masks of the Semantic Boundaries Dataset (Hariharan et al., ICCV 2011) are trained on too,
-    where mmsegmentation's ``tools/dataset_converters/voc_aug.py`` puts them: ``SegmentationClassAug``, listed in
+    With `augmented`, training also uses the masks of the Semantic Boundaries Dataset (Hariharan et al., ICCV 2011), as
+    written by mmsegmentation's ``tools/dataset_converters/voc_aug.py``: ``SegmentationClassAug``, listed in
     ``trainaug.txt`` or ``aug.txt``.
     """
 
     def __init__(self, *, root: str, augmented: bool = False, **settings: Any) -> None:
-        """Keep the place.
+        """Store the settings.
 
         Args:
             root: The folder with ``VOCdevkit``, or ``VOCdevkit/VOC2012`` itself.
-            augmented: Train on the masks of the Semantic Boundaries Dataset too.
-            settings: Those of `PublishedMasks`, `SegmentationData`, `ListedData` and `ImageData`.
+            augmented: Whether to train on the masks of the Semantic Boundaries Dataset too.
+            settings: Settings of `PublishedMasks`, `SegmentationData`, `ListedData` and `ImageData`.
         """
         super().__init__(root=root, **settings)
         self.augmented = augmented
@@ -43,7 +43,7 @@ class VOCData(PublishedMasks):
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """Published number of images."""
+        """Published number of images by split."""
         return {"train": 10_582 if self.augmented else 1_464, "validation": 1_449}
 
     def pairs(self, split: Literal["train", "validation"]) -> Sequence[tuple[Path, Path]]:
@@ -65,20 +65,20 @@ class VOCData(PublishedMasks):
 class PascalContextData(PublishedMasks):
     """PASCAL-Context: ``root/VOCdevkit/VOC2010/{JPEGImages,SegmentationClassContext,ImageSets/SegmentationContext}``.
 
-    Masks are those that mmsegmentation's ``tools/dataset_converters/pascal_context.py`` makes: 0 for the background, 1
-    to 59 for the classes. With 59 classes the background takes no part.
+    Masks are those written by mmsegmentation's ``tools/dataset_converters/pascal_context.py``: 0 for the background, 1
+    to 59 for the classes. With 59 classes the background is ignored.
     """
 
     def __init__(self, *, root: str, classes: int = 59, **settings: Any) -> None:
-        """Keep the place.
+        """Store the settings.
 
         Args:
             root: The folder with ``VOCdevkit``, or ``VOCdevkit/VOC2010`` itself.
             classes: 59, or 60 with the background.
-            settings: Those of `PublishedMasks`, `SegmentationData`, `ListedData` and `ImageData`.
+            settings: Settings of `PublishedMasks`, `SegmentationData`, `ListedData` and `ImageData`.
 
         Raises:
-            ConfigError: If there is no such number of classes.
+            ConfigError: If `classes` is another number.
         """
         super().__init__(root=root, **settings)
         if classes not in (59, 60):
@@ -95,12 +95,12 @@ class PascalContextData(PublishedMasks):
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """Published number of images."""
+        """Published number of images by split."""
         return {"train": 4_998, "validation": 5_105}
 
     @property
     def coding(self) -> MaskCoding:
-        """Class by value of a mask."""
+        """Mapping from mask values to classes."""
         return MaskCoding(num_classes=self.classes, reduce_zero_label=self.classes == 59)
 
     def pairs(self, split: Literal["train", "validation"]) -> Sequence[tuple[Path, Path]]:

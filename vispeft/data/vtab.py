@@ -36,7 +36,7 @@ VTAB = {
     "smallnorb_azi": (18, 12_150),
     "smallnorb_ele": (9, 12_150),
 }
-"""Classes and test images of each task (Zhai et al., 2019; the table of tasks in the VPT paper)."""
+"""Number of classes and test images of each task (Zhai et al., 2019; table of tasks in the VPT paper)."""
 
 PROTOCOLS = {
     "final": {"train": "train800val200", "validation": "val200", "test": "test"},
@@ -49,13 +49,13 @@ COUNTS = {"train800": 800, "val200": 200, "train800val200": 1000}
 class Vtab1kData(ListedData):
     """One task of VTAB-1k: ``root/<task>/{train800,val200,train800val200,test}.txt`` with a path and a label per line.
 
-    Hyperparameters are chosen with ``protocol: tune``: 800 images train, 200 validate, and stand in for the test split,
-    which is not opened. Results are reported with ``final``: all 1,000 images train, and the test split is measured.
-    There the validation images are among the
-    training images, so their accuracy says nothing, and the last epoch is kept.
+    ``protocol: tune`` is for choosing hyperparameters: 800 images train, 200 validate and also serve as test split, and
+    the real test split is not opened. ``final`` is for reported results: all 1,000 images train, and the test split is
+    measured. Its validation images are among the training images, so their accuracy is meaningless, and the last epoch
+    is kept.
 
     As published, images are stretched to the backbone's size (224 x 224), bicubic, normalised with ImageNet's mean and
-    deviation, and not augmented; a last, smaller batch is left out.
+    standard deviation, and not augmented; a smaller last batch is dropped.
     """
 
     def __init__(
@@ -70,21 +70,21 @@ class Vtab1kData(ListedData):
         drop_last: bool = True,
         **settings: Any,
     ) -> None:
-        """Keep the place.
+        """Store the settings.
 
         Args:
-            root: The folder that holds the tasks' folders.
+            root: The folder that contains the tasks' folders.
             task: Name of the task, such as cifar or dsprites_loc.
             protocol: ``tune`` or ``final``.
             mean: Mean per channel; None takes the backbone's.
-            std: Deviation per channel; None takes the backbone's.
+            std: Standard deviation per channel; None takes the backbone's.
             interpolation: nearest, bilinear or bicubic; None takes the backbone's.
-            drop_last: Leave out the last training batch of an epoch when it is smaller than the others.
-            settings: Those of `ListedData` and `ImageData`.
+            drop_last: Drop the last training batch of an epoch if it is smaller than the others.
+            settings: Settings of `ListedData` and `ImageData`.
 
         Raises:
             UnknownNameError: If there is no such task.
-            ConfigError: If a setting cannot work.
+            ConfigError: If a setting is invalid.
         """
         super().__init__(mean=mean, std=std, interpolation=interpolation, drop_last=drop_last, **settings)
         if task not in VTAB:

@@ -1,4 +1,4 @@
-"""Dense decoders, one file each. Every module of this package is imported, and registers the decoder it holds."""
+"""Dense decoders, one file each: importing this package imports every module, and each registers its decoder."""
 
 import importlib
 import pkgutil

@@ -1,4 +1,4 @@
-"""What dense decoders have in common: checked maps in, class scores out, and a name in the registry."""
+"""Base class and registry of dense decoders, which turn checked maps into class scores."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ __all__ = ["Decoder", "decoder", "list_decoders", "register_decoder", "sizes_of"
 
 
 class Decoder(nn.Module):
-    """Turns maps of a backbone into class scores: subclasses fuse the maps, a 1x1 convolution scores each pixel.
+    """Turn a backbone's maps into class scores: subclasses fuse the maps, a 1x1 convolution scores each pixel.
 
     To add a decoder, subclass it in one file of this package, name its options in ``__init__``, write `fuse`, and
     decorate the class with `register_decoder`.
 
-    As in mmsegmentation 1.2.2, the last layer is called ``conv_seg``, starts from a normal distribution of deviation
-    0.01 and a bias of zero, and whole channels are dropped in front of it in training.
+    As in mmsegmentation 1.2.2, the last layer is called ``conv_seg``, is initialised from a normal distribution of
+    standard deviation 0.01 with zero bias, and follows channel dropout.
     """
 
     name: ClassVar[str]
     """Name in the registry, in configs and in files."""
     paper: ClassVar[str]
-    """Where it was published."""
+    """Link to the publication."""
     needs_pyramid: ClassVar[bool] = False
     """Whether each map must be smaller than the one before."""
     least_batch: int = 1
-    """Images a batch has at least in training."""
+    """Smallest batch size for training."""
 
     def __init__(self, in_channels: Sequence[int], num_classes: int, *, channels: int, dropout: float) -> None:
-        """Make the classifier.
+        """Create the last layer and its dropout.
 
         Args:
             in_channels: Channels of each map, fine to coarse.
             num_classes: Number of scores per pixel.
             channels: Channels of the fused map.
-            dropout: Probability with which a channel of the fused map is dropped in training, from 0 to below 1.
+            dropout: Probability of dropping a channel of the fused map during training, from 0 to below 1.
 
         Raises:
             ConfigError: If a number is out of range.
@@ -60,7 +60,7 @@ class Decoder(nn.Module):
         nn.init.zeros_(self.conv_seg.bias)  # type: ignore[arg-type]
 
     def fuse(self, maps: Sequence[Tensor]) -> Tensor:
-        """Make one map (B, channels, h, w) of all.
+        """Fuse all maps into one, (B, channels, h, w).
 
         Args:
             maps: Maps (B, in_channels[i], h_i, w_i), fine to coarse.
@@ -68,25 +68,25 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Compute class scores (B, num_classes, h, w), at the size of the finest map that is read.
+        """Compute class scores (B, num_classes, h, w), at the size of the finest map it reads.
 
         Args:
             maps: Maps (B, in_channels[i], h_i, w_i), fine to coarse.
 
         Raises:
-            ConfigError: If number, channels or sizes of the maps do not fit.
+            ConfigError: If number, channels or sizes of the maps do not match.
         """
         self.check(maps)
         return self.conv_seg(self.dropout(self.fuse(maps)))
 
     def check(self, maps: Sequence[Tensor]) -> None:
-        """Refuse maps this decoder was not made for.
+        """Refuse maps that do not match this decoder.
 
         Args:
             maps: Maps (B, C_i, h_i, w_i), on any device, meta included.
 
         Raises:
-            ConfigError: If number, channels or sizes of the maps do not fit.
+            ConfigError: If number, channels or sizes of the maps do not match.
         """
         found = tuple(level.shape[1] for level in maps)
         if found != self.in_channels:
@@ -127,7 +127,7 @@ def list_decoders() -> list[str]:
 
 
 def decoder(name: str, in_channels: Sequence[int], num_classes: int, **options: Any) -> Decoder:
-    """Make a decoder by its name.
+    """Create a decoder by its name.
 
     Args:
         name: One of `list_decoders`.
@@ -157,7 +157,7 @@ def decoder(name: str, in_channels: Sequence[int], num_classes: int, **options: 
 
 
 def sizes_of(maps: Sequence[Tensor]) -> str:
-    """Write the sizes of maps for a message.
+    """Format the sizes of maps for a message.
 
     Args:
         maps: Maps (B, C_i, h_i, w_i).
@@ -166,7 +166,7 @@ def sizes_of(maps: Sequence[Tensor]) -> str:
 
 
 def _shrinks(maps: Sequence[Tensor]) -> bool:
-    """Tell whether both sides shrink from each map to the next, until they are one pixel."""
+    """Whether both sides shrink from each map to the next, until they are one pixel."""
     sizes = [tuple(level.shape[-2:]) for level in maps]
     pairs = [sides for large, small in pairwise(sizes) for sides in zip(large, small, strict=True)]
     return all(after < before or before == 1 for before, after in pairs)

@@ -1,4 +1,4 @@
-"""DPT's decoder for a plain ViT: maps of one size are brought to four scales and fused from coarse to fine."""
+"""DPT's decoder for a plain ViT: maps of one size are resampled to four scales and fused from coarse to fine."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["DPTDecoder"]
 
 @register_decoder
 class DPTDecoder(Decoder):
-    """Reassembles four maps at 4, 2, 1 and 1/2 times their size and fuses them as RefineNet does (arXiv 1611.06612).
+    """Reassemble four maps at 4, 2, 1 and 1/2 times their size and fuse them as RefineNet does (arXiv 1611.06612).
 
-    Scores come at twice the finest of these: eight times the maps given, half the image for patches of 16 pixels.
-    The class token is not read (the paper's *ignore*). Where halving rounds, a fused map is resized to the size of
-    the next finer one, so that any grid of patches works.
+    Scores have twice the size of the finest of these: eight times the input maps, or half the image for 16-pixel
+    patches. The class token is not read (the paper's *ignore*). If halving an odd size rounds, a fused map is resized
+    to the next finer one, so any patch grid works.
     """
 
     name: ClassVar[str] = "dpt"
@@ -36,15 +36,15 @@ class DPTDecoder(Decoder):
         reassembled: Sequence[int] | None = None,
         dropout: float = 0.1,
     ) -> None:
-        """Make it.
+        """Create the layers.
 
         Args:
             in_channels: Channels of the four maps, from early to late blocks.
             num_classes: Number of scores per pixel.
-            channels: Channels in which maps are fused; 256 in the paper.
+            channels: Channels of the fused maps; 256 in the paper.
             reassembled: Channels of the maps at the four scales. None gives 1/8, 1/4, 1/2 and 1 of the width of the
-                maps: 96, 192, 384, 768 for ViT-B, as published; for ViT-L the authors took 256, 512, 1024, 1024.
-            dropout: Probability with which a channel is dropped in training.
+                maps: 96, 192, 384, 768 for ViT-B, as published; for ViT-L the authors use 256, 512, 1024, 1024.
+            dropout: Probability of dropping a channel during training.
 
         Raises:
             ConfigError: If a number is out of range, or there are not four maps.
@@ -74,13 +74,13 @@ class DPTDecoder(Decoder):
         self.project = ConvBlock(channels, channels, 3)
 
     def check(self, maps: Sequence[Tensor]) -> None:
-        """Refuse maps this decoder was not made for.
+        """Refuse maps that do not match this decoder.
 
         Args:
             maps: Maps (B, in_channels[i], h, w).
 
         Raises:
-            ConfigError: If number or channels do not fit, or the sizes differ.
+            ConfigError: If number or channels of the maps do not match, or their sizes differ.
         """
         super().check(maps)
         if any(level.shape[-2:] != maps[0].shape[-2:] for level in maps):
@@ -107,10 +107,10 @@ class DPTDecoder(Decoder):
 
 
 class FusionBlock(nn.Module):
-    """Adds a finer map to a fused one, refines the sum, brings it to the next size and projects it."""
+    """Add a finer map to a fused one, refine the sum, resize it to the next size and project it."""
 
     def __init__(self, channels: int, skip: bool) -> None:
-        """Make it.
+        """Create the layers.
 
         Args:
             channels: Channels of all maps.
@@ -132,7 +132,7 @@ class FusionBlock(nn.Module):
         if self.res_conv_unit1 is not None and finer is not None:
             x = x + self.res_conv_unit1(finer)
         x = self.res_conv_unit2(x)
-        # Corners are aligned here in the authors' code, unlike everywhere else.
+        # The authors' code aligns corners here, unlike in every other resize.
         return self.project(F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True))
 
 
@@ -140,7 +140,7 @@ class ResidualUnit(nn.Module):
     """Two 3x3 convolutions with ReLU before and BatchNorm after each, added to their input."""
 
     def __init__(self, channels: int) -> None:
-        """Make it.
+        """Create the layers.
 
         Args:
             channels: Channels of the map.

@@ -17,9 +17,9 @@ __all__ = ["FCNDecoder"]
 
 @register_decoder
 class FCNDecoder(Decoder):
-    """3x3 convolutions on one chosen map, with that map joined to their output (``FCNHead`` of mmsegmentation).
+    """3x3 convolutions on one chosen map, with that map concatenated to their output (``FCNHead`` of mmsegmentation).
 
-    Scores have the size of that map, so that none is resized twice on its way to the image.
+    Scores have the size of that map, so they are resized only once, to the image.
     """
 
     name: ClassVar[str] = "fcn"
@@ -36,16 +36,16 @@ class FCNDecoder(Decoder):
         concat_input: bool = True,
         dropout: float = 0.1,
     ) -> None:
-        """Make it.
+        """Create the layers.
 
         Args:
             in_channels: Channels of each map, fine to coarse.
             num_classes: Number of scores per pixel.
-            index: Which map is read; negative numbers count from the last.
+            index: Index of the map to read; negative ones count from the last.
             channels: Channels of every convolution.
-            num_convs: Number of convolutions before the map is joined, at least one.
-            concat_input: Whether the map is joined to their output, and one more convolution reads both.
-            dropout: Probability with which a channel is dropped in training.
+            num_convs: Number of convolutions before the concatenation, at least one.
+            concat_input: Whether to concatenate the map to their output, followed by one more convolution.
+            dropout: Probability of dropping a channel during training.
 
         Raises:
             ConfigError: If a number is out of range, or there is no such map.

@@ -1,4 +1,4 @@
-"""Layers that several decoders are made of."""
+"""Layers shared by several decoders."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["ConvBlock", "concat_resized", "conv2d", "resize"]
 
 
 def conv2d(in_channels: int, out_channels: int, kernel_size: int = 1, bias: bool = False) -> nn.Conv2d:
-    """Make a convolution that keeps the size of the map, with the start of mmcv's ``ConvModule``.
+    """Create a convolution that keeps the size of the map, initialised as mmcv's ``ConvModule``.
 
-    That is Kaiming's normal distribution over outputs (arXiv 1502.01852), and zero for a bias.
+    That is Kaiming-normal in fan-out mode (arXiv 1502.01852), with zero bias.
 
     Args:
-        in_channels: Channels it reads.
-        out_channels: Channels it gives.
+        in_channels: Input channels.
+        out_channels: Output channels.
         kernel_size: Odd side of the kernel.
-        bias: Whether it has one; before a BatchNorm it would do nothing.
+        bias: Whether it has a bias, which a following BatchNorm would cancel.
     """
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
@@ -30,22 +30,22 @@ def conv2d(in_channels: int, out_channels: int, kernel_size: int = 1, bias: bool
 
 
 class ConvBlock(nn.Module):
-    """Convolution without a bias, BatchNorm, ReLU; tensors are called as in mmcv's ``ConvModule``."""
+    """Convolution without bias, BatchNorm and ReLU, with the tensor names of mmcv's ``ConvModule``."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1) -> None:
-        """Make it.
+        """Create the layers.
 
         Args:
-            in_channels: Channels it reads.
-            out_channels: Channels it gives.
-            kernel_size: Odd side of the kernel; the size of the map stays.
+            in_channels: Input channels.
+            out_channels: Output channels.
+            kernel_size: Odd side of the kernel; the map keeps its size.
         """
         super().__init__()
         self.conv = conv2d(in_channels, out_channels, kernel_size)
         self.bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute (B, out_channels, h, w).
+        """Compute a map (B, out_channels, h, w).
 
         Args:
             x: Map (B, in_channels, h, w).
@@ -54,11 +54,11 @@ class ConvBlock(nn.Module):
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize a map (B, C, h, w) bilinearly, pixels taken as areas (``align_corners=False``).
+    """Resize a map (B, C, h, w) bilinearly with ``align_corners=False``.
 
     Args:
         x: The map.
-        size: Height and width wanted.
+        size: Target height and width.
     """
     if tuple(x.shape[-2:]) == tuple(size):
         return x
@@ -66,7 +66,7 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def concat_resized(maps: Sequence[Tensor]) -> Tensor:
-    """Bring maps to the size of the first one and join their channels: (B, sum of C_i, h_0, w_0).
+    """Resize maps to the first one's size and concatenate their channels: (B, sum of C_i, h_0, w_0).
 
     Args:
         maps: Maps (B, C_i, h_i, w_i).

@@ -1,4 +1,4 @@
-"""Linear decoder: how much a frozen backbone's maps say by themselves."""
+"""Linear decoder: a probe of a frozen backbone's maps."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ __all__ = ["LinearDecoder"]
 
 @register_decoder
 class LinearDecoder(Decoder):
-    """BatchNorm and a 1x1 convolution on all maps, resized to the finest and joined (``BNHead`` of DINOv2's code)."""
+    """BatchNorm and a 1x1 convolution on all maps, resized to the finest and concatenated (``BNHead`` in DINOv2)."""
 
     name: ClassVar[str] = "linear"
     paper: ClassVar[str] = "arXiv 2304.07193"
 
     def __init__(self, in_channels: Sequence[int], num_classes: int, *, dropout: float = 0.0) -> None:
-        """Make it.
+        """Create the layers.
 
         Args:
             in_channels: Channels of each map, fine to coarse.
             num_classes: Number of scores per pixel.
-            dropout: Probability with which a channel is dropped in training; none in DINOv2.
+            dropout: Probability of dropping a channel during training; 0 in DINOv2.
 
         Raises:
             ConfigError: If a number is out of range.
@@ -35,7 +35,7 @@ class LinearDecoder(Decoder):
         self.bn = nn.BatchNorm2d(sum(in_channels))
 
     def fuse(self, maps: Sequence[Tensor]) -> Tensor:
-        """Join the maps and normalise them.
+        """Concatenate the maps and normalise them.
 
         Args:
             maps: Maps (B, in_channels[i], h_i, w_i).

@@ -1,4 +1,4 @@
-"""Maps for dense tasks: what a backbone hands to a decoder, fine to coarse."""
+"""Maps for dense tasks: the backbone's outputs that a decoder reads, fine to coarse."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ __all__ = ["BEHIND_MAPS", "DensePyramid", "MapReader"]
 
 LEVELS = ("taps", "vitdet")
 BEHIND_MAPS = ("fc_norm", "attn_pool")
-"""Roles of what a model does with its pooled feature, which no map passes."""
+"""Roles that act on the pooled feature, so they never affect a map."""
 TAPS = 4
-"""Maps taken from a plain ViT, evenly spread and the last block among them (DINOv2, BEiT and DPT take four)."""
+"""Number of maps read from a plain ViT, evenly spaced up to the last block (four in DINOv2, BEiT and DPT)."""
 
 
 class MapReader(nn.Module):
-    """Reads maps off a backbone, which stays the caller's.
+    """Read maps from a backbone, which it does not own.
 
-    ``taps`` gives what leaves the chosen blocks (ViT) or stages (Swin), as timm's ``forward_intermediates`` does, the
-    last norm included. ``vitdet`` makes four levels, at a quarter of the patch to twice the patch, out of the last tap
-    alone: the simple feature pyramid of ViTDet (arXiv 2203.16527, section 3), for decoders that need a pyramid.
+    ``taps`` returns the outputs of the chosen blocks (ViT) or stages (Swin), as timm's ``forward_intermediates`` does,
+    with the last norm. ``vitdet`` builds four levels, with strides from a quarter of the patch size to twice the patch
+    size, from the last tap alone: the simple feature pyramid of ViTDet (arXiv 2203.16527, section 3), for decoders that
+    need a pyramid.
     """
 
     def __init__(
@@ -37,22 +38,22 @@ class MapReader(nn.Module):
         levels: Literal["taps", "vitdet"] = "taps",
         width: int = 256,
     ) -> None:
-        """Say which maps are read.
+        """Choose the maps to read.
 
         Args:
             model: A timm model of a supported family, adapted or not.
-            taps: Blocks of a ViT or stages of a Swin, in rising order; negative ones count from the last. None takes
-                four blocks evenly spread, or all stages.
-            levels: Hand the maps on as they are, or make a pyramid.
+            taps: Blocks of a ViT or stages of a Swin, in ascending order; negative ones count from the last. None takes
+                four evenly spaced blocks, or all stages.
+            levels: Return the maps unchanged (``taps``), or build a pyramid (``vitdet``).
             width: Channels of each level of a ``vitdet`` pyramid.
 
         Raises:
-            ConfigError: If a tap does not exist, or a pyramid is asked for where there is one already.
-            BackboneError: If the model gives maps itself and has no ``forward_intermediates``.
+            ConfigError: If a tap does not exist, or ``vitdet`` is chosen for a model that already yields a pyramid.
+            BackboneError: If the model returns maps itself and has no ``forward_intermediates``.
         """
         super().__init__()
         if not hasattr(unwrap(model), "forward_intermediates") or is_feature_getter(model):
-            raise BackboneError("A features_only model gives maps by itself. Give the whole model (num_classes=0).")
+            raise BackboneError("A features_only model already returns maps. Pass the whole model (num_classes=0).")
         view = describe(unwrap(model))
         self.taps = _checked(view, taps)
         self.side = view.patch_size[0]
@@ -72,18 +73,18 @@ class MapReader(nn.Module):
 
     @property
     def divisor(self) -> int:
-        """What height and width should be multiples of, so that no map ends inside a patch."""
+        """Number that should divide height and width, so that no map ends inside a patch."""
         return max(self.side, *self.strides)
 
     def forward(self, model: nn.Module, images: Tensor) -> list[Tensor]:
         """Compute the maps.
 
         Args:
-            model: The model that was described, or a copy of it.
+            model: The model this reader was created for, or a copy of it.
             images: (B, 3, H, W) in the model's type.
 
         Returns:
-            Maps (B, C, h, w) in float32 (autocast may say otherwise), fine to coarse.
+            Maps (B, C, h, w) in float32 (or the type of autocast), fine to coarse.
         """
         run = cast(Any, unwrap(model)).forward_intermediates
         maps = run(images, indices=self.taps, norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True)
@@ -95,7 +96,7 @@ class MapReader(nn.Module):
 
 
 class DensePyramid(nn.Module):
-    """A backbone together with its `MapReader`: images in, maps out."""
+    """A backbone with its `MapReader`: images in, maps out."""
 
     def __init__(
         self,
@@ -104,7 +105,7 @@ class DensePyramid(nn.Module):
         levels: Literal["taps", "vitdet"] = "taps",
         width: int = 256,
     ) -> None:
-        """Put both together; see `MapReader` for the arguments."""
+        """Combine both; see `MapReader` for the arguments."""
         super().__init__()
         self.model = model
         self.reader = MapReader(model, taps, levels, width)
@@ -120,7 +121,7 @@ class DensePyramid(nn.Module):
 
 
 def _checked(view: View, taps: Sequence[int] | None) -> list[int]:
-    """Give taps from 0, in order."""
+    """Return the taps as non-negative indices, or refuse them."""
     staged = _has_stages(view)
     count, what = (len(view.stages), "stages") if staged else (len(view.widths), "blocks")
     if taps is None:
@@ -140,7 +141,7 @@ def _has_stages(view: View) -> bool:
 
 
 def _shapes(view: View, taps: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Give channels and strides of the maps at taps."""
+    """Return channels and strides of the maps at the taps."""
     patch = view.patch_size[0]
     if not _has_stages(view):
         return [view.widths[-1]] * len(taps), [patch] * len(taps)
@@ -148,7 +149,7 @@ def _shapes(view: View, taps: Sequence[int]) -> tuple[list[int], list[int]]:
 
 
 def _level(width: int, out: int, share: float) -> nn.Sequential:
-    """Make one level: change the size, then bring it to the pyramid's width by a 1x1 and a 3x3 convolution."""
+    """Create one level: resize, then project to the pyramid's width by a 1x1 and a 3x3 convolution."""
     resize: list[nn.Module]
     narrow = width
     if share == 4:

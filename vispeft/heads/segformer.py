@@ -15,10 +15,10 @@ __all__ = ["SegFormerDecoder"]
 
 @register_decoder
 class SegFormerDecoder(Decoder):
-    """A 1x1 convolution per map, all resized to the finest, joined and mixed by another one.
+    """A 1x1 convolution per map; the results are resized to the finest, concatenated and mixed by another one.
 
-    Follows ``SegformerHead`` of mmsegmentation, which differs from the paper's formula in that BatchNorm and ReLU
-    follow the layer of each map too. The maps may have any sizes, so that it serves a plain ViT as well.
+    Follows ``SegformerHead`` of mmsegmentation, which, unlike the paper's formula, also has BatchNorm and ReLU after
+    the layer of each map. The maps may have any sizes, so a plain ViT works too.
     """
 
     name: ClassVar[str] = "segformer"
@@ -27,13 +27,13 @@ class SegFormerDecoder(Decoder):
     def __init__(
         self, in_channels: Sequence[int], num_classes: int, *, channels: int = 256, dropout: float = 0.1
     ) -> None:
-        """Make it.
+        """Create the layers.
 
         Args:
             in_channels: Channels of each map, fine to coarse.
             num_classes: Number of scores per pixel.
-            channels: Channels each map is brought to; 256 in the paper for B0 and B1, 768 above.
-            dropout: Probability with which a channel is dropped in training.
+            channels: Channels each map is projected to; 256 in the paper for B0 and B1, 768 for larger ones.
+            dropout: Probability of dropping a channel during training.
 
         Raises:
             ConfigError: If a number is out of range.
@@ -43,7 +43,7 @@ class SegFormerDecoder(Decoder):
         self.fusion_conv = ConvBlock(channels * len(self.in_channels), channels)
 
     def fuse(self, maps: Sequence[Tensor]) -> Tensor:
-        """Project, resize, join and mix the maps.
+        """Project, resize, concatenate and mix the maps.
 
         Args:
             maps: Maps (B, in_channels[i], h_i, w_i).

@@ -17,9 +17,9 @@ __all__ = ["UPerDecoder"]
 
 @register_decoder
 class UPerDecoder(Decoder):
-    """Pyramid pooling (arXiv 1612.01105) on the coarsest map, added downwards to finer ones, all joined at the finest.
+    """Pyramid pooling (arXiv 1612.01105) on the coarsest map, added top-down, all concatenated at the finest.
 
-    Tensors are called as in ``UPerHead`` of mmsegmentation.
+    Tensors have the names of ``UPerHead`` in mmsegmentation.
     """
 
     name: ClassVar[str] = "uper"
@@ -35,14 +35,14 @@ class UPerDecoder(Decoder):
         pool_scales: Sequence[int] = (1, 2, 3, 6),
         dropout: float = 0.1,
     ) -> None:
-        """Make it.
+        """Create the layers.
 
         Args:
             in_channels: Channels of each map, fine to coarse.
             num_classes: Number of scores per pixel.
             channels: Channels of every convolution; 512 in the paper.
-            pool_scales: Sides of the grids the coarsest map is averaged over; those of the paper by default.
-            dropout: Probability with which a channel is dropped in training.
+            pool_scales: Sides of the grids to which the coarsest map is average-pooled; those of the paper by default.
+            dropout: Probability of dropping a channel during training.
 
         Raises:
             ConfigError: If a number is out of range.
@@ -52,7 +52,7 @@ class UPerDecoder(Decoder):
             raise ConfigError(f"Decoder 'uper' was asked for with pool_scales={pool_scales}; give numbers from 1 on.")
         *finer, coarsest = self.in_channels
         self.pool_scales = tuple(pool_scales)
-        self.least_batch = 2 if 1 in self.pool_scales else 1  # BatchNorm sees one value per image on a grid of one
+        self.least_batch = 2 if 1 in self.pool_scales else 1  # a 1x1 grid gives BatchNorm one value per image
         self.psp_modules = nn.ModuleList(
             nn.Sequential(nn.AdaptiveAvgPool2d(scale), ConvBlock(coarsest, channels)) for scale in pool_scales
         )
@@ -62,7 +62,7 @@ class UPerDecoder(Decoder):
         self.fpn_bottleneck = ConvBlock(len(self.in_channels) * channels, channels, 3)
 
     def fuse(self, maps: Sequence[Tensor]) -> Tensor:
-        """Pool the coarsest map, add it downwards, and join all levels.
+        """Pool the coarsest map, add it top-down, and concatenate all levels.
 
         Args:
             maps: Maps (B, in_channels[i], h_i, w_i).
@@ -74,13 +74,13 @@ class UPerDecoder(Decoder):
         return self.fpn_bottleneck(concat_resized([*finer, levels[-1]]))
 
     def pool(self, x: Tensor) -> Tensor:
-        """Join a map with its averages over grids of several sizes: (B, channels, h, w).
+        """Fuse a map with its averages over grids of several sizes: (B, channels, h, w).
 
         Args:
             x: The coarsest map (B, in_channels[-1], h, w).
 
         Raises:
-            ConfigError: If BatchNorm would see a single value per channel in training.
+            ConfigError: If BatchNorm would see a single value per channel during training.
         """
         if self.training and x.shape[0] < self.least_batch:
             raise ConfigError(

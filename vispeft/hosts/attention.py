@@ -1,9 +1,9 @@
-"""The hosts of attention modules: keys and values of an adapter's own, and streams beside the tokens.
+"""The hosts of attention modules: learned keys and values, and streams beside the tokens.
 
-Where nothing of that acts, every call goes to timm's own forward. Where something does, the attention is computed here,
-from timm's own submodules: once for ViT and Eva (`TokenAttentionHost`) and once for windows (`WindowAttentionHost`); a
-family's file says where it differs. In windows the output projection acts on the map that was put together again, so
-that a task can branch there.
+If neither acts, every call goes to timm's own forward pass. Otherwise the attention is computed here with timm's own
+submodules: once for ViT and Eva (`TokenAttentionHost`) and once for windows (`WindowAttentionHost`), with differences
+in the families' files. With windows, the output projection acts on the reassembled map, so that a task can branch
+there.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class AttentionHost(Host):
     attn_drop: Any
 
     plain_scores: ClassVar[bool] = True
-    """Whether a score is a plain product of query and key, so that rows which only read need no keys of the tokens."""
+    """Whether a score is a plain product of query and key, so that reading rows need no keys of the tokens."""
     neutral: ClassVar[float] = 0.0
-    """The position bias of a key that has no position."""
+    """Position bias of a key without a position."""
 
     def project(self, x: Tensor) -> Heads:
-        """Compute queries, keys and values as scores need them, without positions.
+        """Compute queries, keys and values ready for the scores, except for positions.
 
         Args:
             x: (B, N, D).
@@ -58,40 +58,40 @@ class AttentionHost(Host):
         raise NotImplementedError
 
     def apply_positions(self, heads: Heads, arguments: dict[str, Any]) -> Heads:
-        """Write positions into queries and keys of tokens, where the family does it there."""
+        """Encode positions in the queries and keys of tokens, in families that do so."""
         return heads
 
     def bias(self, x: Tensor, scores_like: Tensor, arguments: dict[str, Any]) -> Tensor | None:
-        """Compute the term added to the scores of tokens, broadcast over (B, heads, N, N); None for none."""
+        """Compute the bias of the tokens' scores, broadcastable to (B, heads, N, N); None for no bias."""
         raise NotImplementedError
 
     def project_out(self, mixed: Streams, entered: Streams) -> Streams:
-        """Apply all that follows the mixing of values: norm, gate, output projection.
+        """Apply the steps after the mixing of values: norm, gate, output projection.
 
         Args:
-            mixed: Mixed values with the heads side by side, (..., inner width) for each stream.
+            mixed: Mixed values with concatenated heads, (..., inner width) for each stream.
             entered: The inputs of the attention, for gates.
 
         Returns:
-            (..., D) for each stream, and for each that starts at the projection.
+            (..., D) for each stream, including those that start at the projection.
         """
         return split(self.proj, mixed).each(self.proj_drop)
 
     def mix(self, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute softmax of queries and keys, times values."""
+        """Compute the softmax attention of queries, keys and values."""
         bias = None if bias is None else bias.to(queries.dtype)
         dropout = self.attn_drop.p if self.training else 0.0
         return F.scaled_dot_product_attention(queries, keys, values, bias, dropout, scale=self.scale)
 
     def mixed(self, streams: Streams, arguments: dict[str, Any]) -> Streams:
-        """Mix values for the tokens and for the streams that read.
+        """Compute the mixed values of the tokens and of the streams that read.
 
         Args:
-            streams: Normalised tokens (windows, N, D), and rows beside them (B, R, D) by the rule of each.
+            streams: Normalised tokens (windows, N, D) and streams of rows (B, R, D), each with its rule.
             arguments: The further arguments of timm's module.
 
         Returns:
-            Tokens (windows, N, inner width) and rows (B, R, inner width), which average over the windows of the image.
+            Tokens (windows, N, inner width) and rows (B, R, inner width), averaged over the windows of their image.
         """
         x, rows = streams.tokens, streams.beside
         seen = {name: self.project(y) for name, y in rows.items() if streams.rules[name].seen}
@@ -105,14 +105,14 @@ class AttentionHost(Host):
         beside = {}
         for name in reading:
             asking = seen[name][0] if name in seen else self.project(rows[name])[0]
-            # Rows beside the tokens have no position.
+            # Rows of streams have no position.
             out = self.mix(_spread(asking, keys), keys, values, None)
             beside[name] = _averaged(_side_by_side(out), rows[name])
         tokens = _side_by_side(self.mix(queries, keys, values, bias))
         return Streams(tokens, beside, streams.rules)
 
     def _joined(self, keys: Tensor, values: Tensor, seen: Sequence[Heads]) -> tuple[Tensor, Tensor]:
-        """Put keys and values of streams that are seen, and those of an adapter's own, in front of the tokens'."""
+        """Prepend the keys and values of seen streams, and learned ones, to those of the tokens."""
         for heads in seen:
             keys = torch.cat([_spread(heads[1], keys), keys], dim=2)
             values = torch.cat([_spread(heads[2], values), values], dim=2)
@@ -123,7 +123,7 @@ class AttentionHost(Host):
         return keys, values
 
     def reads_alone(self, streams: Streams, arguments: dict[str, Any]) -> bool:
-        """Tell whether streams only read, and reading through the projection's weight is exact and keeps less."""
+        """Return whether `read_streams` is exact and saves memory: streams only read, and the projection is plain."""
         acting = self.acting
         if acting.prefix or acting.branch or not streams.beside or not self.plain_scores:
             return False
@@ -137,11 +137,11 @@ class AttentionHost(Host):
         return plain and all(rows.shape[1] * self.num_heads <= rows.shape[2] for rows in streams.beside.values())
 
     def read_mixed(self, queries: Tensor, x: Tensor) -> Tensor:
-        """Let rows read tokens without keys and values of the tokens.
+        """Compute the attention of rows to tokens without the tokens' keys and values.
 
-        ``(W_k n + b_k) . q = n . (W_k^T q)`` up to a number that is the same for all tokens, which softmax does not
-        see; and weights that sum to one mix ``W_v n + b_v`` as ``W_v`` of the mixed ``n``, plus ``b_v``. Of the tokens
-        nothing but ``n`` is kept for the backward pass.
+        ``(W_k n + b_k) . q = n . (W_k^T q)`` up to a constant over all tokens, to which softmax is invariant; and since
+        attention weights sum to one, mixing ``W_v n + b_v`` equals ``W_v`` of the mixed ``n``, plus ``b_v``. The
+        backward pass needs no activation of the tokens but ``n``.
 
         Args:
             queries: (B, Q, D), normalised.
@@ -162,13 +162,13 @@ class AttentionHost(Host):
         return _averaged(_side_by_side(values), queries)
 
     def read_streams(self, streams: Streams) -> dict[str, Tensor]:
-        """Compute the attention of streams that only read, where `reads_alone` allows it; (B, R, D) each."""
+        """Compute the attention of streams that only read, where `reads_alone` holds; (B, R, D) each."""
         mixed = {name: self.read_mixed(rows, streams.tokens) for name, rows in streams.beside.items()}
         entered = {name: streams.beside[name] for name in mixed}
         return {name: self.project_out(Streams(out), Streams(entered[name])).tokens for name, out in mixed.items()}
 
     def no_plain_form(self) -> str | None:
-        """Give the reason why no plain attention does the same, or None where one does."""
+        """Return why no plain attention is equivalent; None if one is."""
         own = self.acting.carries or self.acting.prefix
         return "no plain attention has keys and values of its own" if own else super().no_plain_form()
 
@@ -202,7 +202,7 @@ class TokenAttentionHost(AttentionHost):
         return self.project_out(self.mixed(streams, arguments), streams)
 
     def order(self) -> tuple[str, ...]:
-        """Name the arguments that timm hands to the module by position, behind the tokens."""
+        """Return the names of timm's positional arguments after the tokens."""
         return "attn_mask", "is_causal"
 
     def project(self, x: Tensor) -> Heads:
@@ -211,16 +211,16 @@ class TokenAttentionHost(AttentionHost):
         return self.q_norm(queries), self.k_norm(keys), values
 
     def in_heads(self, x: Tensor) -> Heads:
-        """Compute queries, keys and values in front of their norms from (B, N, D)."""
+        """Compute queries, keys and values from (B, N, D), before their norms."""
         return split_heads(self.qkv(x), self.num_heads)
 
     def bias(self, x: Tensor, scores_like: Tensor, arguments: dict[str, Any]) -> Tensor | None:
-        """Give the mask a caller hands over."""
+        """Return the attention mask given by the caller."""
         mask, causal = arguments.get("attn_mask"), arguments.get("is_causal", False)
         return resolve_self_attn_mask(x.shape[1], scores_like, mask, causal)
 
     def project_out(self, mixed: Streams, entered: Streams) -> Streams:
-        """Norm, gate and project (B, N, inner width)."""
+        """Normalise, gate and project (B, N, inner width)."""
         out = mixed.each(self.norm)
         if self.gate is not None:
             beside = {name: x * self.gate(entered.beside[name]).sigmoid() for name, x in out.beside.items()}
@@ -228,7 +228,7 @@ class TokenAttentionHost(AttentionHost):
         return super().project_out(out, entered)
 
     def reads_alone(self, streams: Streams, arguments: dict[str, Any]) -> bool:
-        """Tell whether streams only read, and reading through the projection's weight is exact and keeps less."""
+        """Return whether `read_streams` is exact and saves memory: streams only read, and the projection is plain."""
         return isinstance(self.k_norm, nn.Identity) and super().reads_alone(streams, arguments)
 
 
@@ -239,8 +239,8 @@ class WindowAttentionHost(AttentionHost):
         """Compute (windows, N, D).
 
         Args:
-            x: Tokens of the windows; those of one image follow each other.
-            mask: (windows of an image, N, N) added to scores, or None.
+            x: Tokens of the windows; the windows of an image are consecutive.
+            mask: (windows of an image, N, N), added to the scores; or None.
         """
         if not self.acting.prefix:
             return cast(Tensor, super().forward(x, mask))
@@ -251,11 +251,11 @@ class WindowAttentionHost(AttentionHost):
         return split_heads(self.qkv(x), self.num_heads)
 
     def position_bias(self) -> Tensor:
-        """Give the relative-position bias, (1, heads, N, N)."""
+        """Return the relative-position bias, (1, heads, N, N)."""
         raise NotImplementedError
 
     def bias(self, x: Tensor, scores_like: Tensor, arguments: dict[str, Any]) -> Tensor | None:
-        """Add position bias and mask, (1 or windows, heads, N, N)."""
+        """Compute the sum of position bias and mask, (1 or windows, heads, N, N)."""
         bias, mask = self.position_bias(), arguments["mask"]
         if mask is None:
             return bias
@@ -278,7 +278,7 @@ def attended(attn: Any, streams: Streams, *args: Any, **arguments: Any) -> Strea
 
 
 def projected(attn: Any, x: Tensor) -> Tensor:
-    """Compute a joint projection as timm does in modules that keep its biases.
+    """Compute the fused projection, as timm does in modules that keep its biases.
 
     Args:
         attn: The attention module.
@@ -294,7 +294,7 @@ def projected(attn: Any, x: Tensor) -> Tensor:
 
 
 def split_heads(joint: Tensor, heads: int) -> Heads:
-    """Split a joint projection into its parts, head by head.
+    """Split a fused projection into queries, keys and values by head.
 
     Args:
         joint: (B, N, 3 D).
@@ -305,24 +305,24 @@ def split_heads(joint: Tensor, heads: int) -> Heads:
 
 
 def _side_by_side(mixed: Tensor) -> Tensor:
-    """Bring mixed values (B, heads, N, width of a head) to (B, N, inner width)."""
+    """Concatenate the heads: (B, heads, N, width of a head) to (B, N, inner width)."""
     return mixed.transpose(1, 2).flatten(2)
 
 
 def _by_head(rows: Tensor, weight: Tensor) -> Tensor:
-    """Multiply rows (B, heads, R, width) by a matrix of each head (heads, width, out), which is not copied for it."""
+    """Multiply rows (B, heads, R, width) by each head's matrix (heads, width, out) without copying the matrices."""
     joined = rows.transpose(0, 1).flatten(1, 2) @ weight
     return joined.unflatten(1, (-1, rows.shape[2])).transpose(0, 1)
 
 
 def _own(table: Tensor, like: Tensor) -> Tensor:
-    """Give a table (length, D) to every image and head."""
+    """Expand a table (length, D) over the images and split it by head."""
     heads = table.to(like.dtype).unflatten(1, (like.shape[1], -1)).transpose(0, 1)
     return heads.unsqueeze(0).expand(like.shape[0], -1, -1, -1)
 
 
 def _spread(rows: Tensor, windows: Tensor) -> Tensor:
-    """Repeat what belongs to an image for each of its windows, which follow each other."""
+    """Repeat each image's rows for its windows; the windows of an image are consecutive."""
     images = rows.shape[0]
     spread = rows.unsqueeze(1).expand(-1, windows.shape[0] // images, *[-1] * (rows.ndim - 1))
     return spread.flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Hosts: the one mechanism that makes a timm layer obey its units.
+"""Hosts: the single mechanism by which units act on a timm layer.
 
 A host is a subclass of the class it replaces, put on the module in place (``module.__class__ = ...``). Base tensors
 keep their names and their objects; units hang below the module under ``adapters.<adapter>.<unit>``, so that device
@@ -26,9 +26,9 @@ __all__ = ["Host", "HostState", "ensure_host", "host_class", "host_kind", "put_b
 
 
 class Host(nn.Module):
-    """Common part of all host classes.
+    """Base class of all hosts.
 
-    A plain `Host` is enough where selections of tensors are all that acts on a module.
+    A plain `Host` suffices if only selection units act on a module.
     """
 
     adapters: nn.ModuleDict
@@ -37,24 +37,29 @@ class Host(nn.Module):
     slot: int
     """Number of this host in routes."""
     carried: frozenset[str]
-    """Names of the adapters whose streams pass here."""
+    """Names of the adapters whose streams pass through."""
     replaces: type[nn.Module]
-    """The class the host stands in for."""
+    """The class the host replaces."""
     computed: tuple[str, ...]
     attributes: ClassVar[dict[str, Any]] = {"routing": None, "slot": 0, "carried": frozenset()}
     """Plain attributes a host adds to its module, with their start values."""
     whole: ClassVar[tuple[str, ...]] = ()
-    """Methods of a whole forward pass, which take the route once and keep it to their end."""
+    """Methods that run a whole forward pass: they read the route once and keep it until they return."""
 
     @property
     def acting(self) -> Acting:
         """The units that act here under the route of the calling thread."""
         return self.routing.present().hosts.get(self.slot, NOTHING)
 
-    def own(self, name: str) -> Tensor | None:
-        """Look up a tensor of the base module, replaced where an acting unit selects it."""
+    def own(self, name: str, acting: Acting | None = None) -> Tensor | None:
+        """Return a tensor of the base module, or its replacement by an acting selection unit.
+
+        Args:
+            name: Its name.
+            acting: The units that act here, where the caller has looked them up.
+        """
         value = cast("Tensor | None", self.__getattr__(name))
-        for unit in self.acting.selection:
+        for unit in (self.acting if acting is None else acting).selection:
             selected = unit.value(name)
             if selected is None:
                 continue
@@ -63,19 +68,19 @@ class Host(nn.Module):
         return value
 
     def read(self, name: str) -> Tensor | None:
-        """Compute the tensor that the base's own code gets when it reads one by name."""
+        """Compute the tensor that timm's code gets when it reads this attribute."""
         return self.own(name)
 
     def acts(self) -> bool:
-        """Tell whether a unit acts here, or a stream passes."""
+        """Return whether a unit acts here or a stream passes through."""
         acting = self.acting
         return acting.carries or any(True for _ in acting.units())
 
     def plain_tensors(self) -> dict[str, Tensor | None]:
-        """Compute the tensors of the plain module that does the same, in double precision, for merging.
+        """Compute the tensors of the equivalent plain module, in double precision, for merging.
 
         Returns:
-            By name inside the module, the tensors that acting units change; None for those that must go.
+            The tensors that acting units change, by name in the module; None for those to remove.
 
         Raises:
             NotImplementedError: If a unit has no weight form.
@@ -84,7 +89,7 @@ class Host(nn.Module):
         return {name: value.detach().double() for name, value in values.items() if value is not None}
 
     def no_plain_form(self) -> str | None:
-        """Give the reason why no plain module does the same, or None where one does."""
+        """Return why no plain module is equivalent; None if one is."""
         acting = self.acting
         if acting.queries:
             return "no plain model has queries that read its blocks"
@@ -104,7 +109,7 @@ def _reader(name: str) -> Callable[[Host], Tensor | None]:
         try:
             return host.read(name)
         except AttributeError as error:
-            # nn.Module would take it for a missing attribute and quietly hand out the base's tensor.
+            # nn.Module would treat this as a missing attribute and silently return the base's tensor.
             raise RuntimeError(f"A unit failed to compute {name!r} of a {host.replaces.__name__}: {error}") from error
 
     return read
@@ -114,11 +119,11 @@ _CLASSES: dict[tuple[type[Host], type[nn.Module], tuple[str, ...]], type[Host]] 
 
 
 def host_class(host: type[Host], base: type[nn.Module], computed: tuple[str, ...]) -> type[Host]:
-    """Make, once, the host class for a base class.
+    """Create, or look up, the host class for a base class.
 
     Args:
         host: The kind of host.
-        base: The class it stands in for.
+        base: The class it replaces.
         computed: Names of the tensors that are computed on read.
 
     Returns:
@@ -142,14 +147,14 @@ def _restore(host: type[Host], base: type[nn.Module], computed: tuple[str, ...])
 
 
 def host_kind(module: Host) -> type[Host]:
-    """Give the kind of a host, which with its base and its computed tensors makes its class."""
+    """Return the kind of a host; kind, base class and computed tensors determine its class."""
     return cast(type[Host], type(module).__mro__[1])
 
 
 def ensure_host(module: nn.Module, host: type[Host], computed: tuple[str, ...] = (), *, routing: Routing) -> Host:
-    """Make a module obey units, in place.
+    """Turn a module into a host, in place.
 
-    A module that is a host already keeps its kind when that is at least as able, and gains computed tensors.
+    An existing host keeps its kind if that is the same or a subclass, and gains the computed tensors.
 
     Args:
         module: The module.
@@ -161,7 +166,7 @@ def ensure_host(module: nn.Module, host: type[Host], computed: tuple[str, ...] =
         The same object.
 
     Raises:
-        SiteError: If the module is a host of a kind that does not go together with the one needed.
+        SiteError: If the module is a host of an incompatible kind.
     """
     if isinstance(module, Host):
         kind = host_kind(module)
@@ -182,7 +187,7 @@ def ensure_host(module: nn.Module, host: type[Host], computed: tuple[str, ...] =
 
 @dataclass
 class HostState:
-    """Everything vispeft put on one module, taken off for as long as the model is merged."""
+    """Everything vispeft added to one module, kept aside while the model is merged."""
 
     module: nn.Module
     kind: type[Host]
@@ -192,13 +197,13 @@ class HostState:
 
 
 def take_off(module: Host) -> HostState:
-    """Turn a host back into what it was, keeping what it carried.
+    """Turn a host back into the plain timm module and return its state.
 
     Args:
-        module: The host; it has its base class again afterwards.
+        module: The host, changed in place.
 
     Returns:
-        What `put_back` needs.
+        The state for `put_back`.
     """
     kind = host_kind(module)
     attributes = {name: module.__dict__.pop(name) for name in kind.attributes}
@@ -213,7 +218,7 @@ def put_back(state: HostState) -> None:
     """Undo `take_off`.
 
     Args:
-        state: What it returned.
+        state: The state it returned.
     """
     state.module.__class__ = host_class(state.kind, type(state.module), state.computed)
     host = cast(Host, state.module)

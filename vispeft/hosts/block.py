@@ -1,4 +1,4 @@
-"""The host of a block: residual streams, terms beside the two branches, and streams beside the tokens."""
+"""The host of a block: terms beside its two branches, and streams beside the tokens."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ __all__ = ["BlockHost"]
 class BlockHost(Host):
     """An adapted block: ``x1 = x + attention(x) + terms(x)``, then ``x1 + mlp(x1) + terms(x1)``.
 
-    A family says how it runs its two branches, with timm's own submodules and everything that stands between them and
-    the stream (norms, layer scales, stochastic depth). Without parallel units and streams beside the tokens every call
-    goes to timm's own forward.
+    A family implements the two branches with timm's own submodules, including their norms, layer scales and stochastic
+    depth. Without parallel units and streams beside the tokens, every call goes to timm's own forward pass.
     """
 
     drop_path1: Any
@@ -34,7 +33,7 @@ class BlockHost(Host):
             **arguments: The same, by name.
 
         Returns:
-            The terms added to the streams, and the output of the branch's norm; None where the norm comes last.
+            The terms to add to the streams, and the output of the branch's norm (None if the norm comes last).
         """
         raise NotImplementedError
 
@@ -56,13 +55,13 @@ class BlockHost(Host):
         Args:
             x: The residual stream, (B, N, D) or (B, H, W, D).
             *args: The further arguments of timm's block.
-            grid: Height and width of the patches among tokens, where `wants_grid` asks for it.
-            prefix: Number of tokens in front of them.
-            beside: The streams beside the tokens and the rules of all streams; its own tokens are not used.
+            grid: Height and width of the grid of patch tokens, where `wants_grid` holds.
+            prefix: Number of tokens before the patch tokens.
+            beside: The streams beside the tokens and the rules of all streams; its ``tokens`` are ignored.
             **arguments: The further arguments of timm's block, by name.
 
         Returns:
-            The shape of `x`; the whole bundle where `beside` is given.
+            The shape of `x`; the whole bundle if `beside` is given.
         """
         acting = self.acting
         units = acting.parallel
@@ -90,7 +89,7 @@ class BlockHost(Host):
         for unit in units:
             if unit.place == place:
                 read = stream if unit.reads == "stream" else normed
-                assert read is not None, "methods refuse families that normalise behind their branches"
+                assert read is not None, "methods refuse families that normalise after their branches"
                 beside = {name: _alone(unit, x, grid, prefix) for name, x in read.beside.items()}
                 term = Streams(unit.branch(read.tokens, grid, prefix), beside)
                 if unit.gain is not None:
@@ -99,18 +98,18 @@ class BlockHost(Host):
                 yield term.each(drop) if unit.drops else term
 
     def wants_grid(self) -> bool:
-        """Tell whether an acting unit looks at tokens as an image."""
+        """Return whether an acting unit treats the tokens as an image."""
         return any(unit.needs_grid for unit in self.acting.parallel)
 
     def no_plain_form(self) -> str | None:
-        """Give the reason why no plain block does the same, or None where one does."""
+        """Return why no plain block is equivalent; None if one is."""
         if self.acting.parallel:
             return "no plain block has a term beside a branch"
         return "no plain block takes streams beside its tokens" if self.acting.carries else super().no_plain_form()
 
 
 def _alone(unit: ParallelUnit, x: Tensor, grid: tuple[int, int] | None, prefix: int) -> Tensor:
-    """Compute a term for a stream: a map as it is, and each of its rows (B, R, D) as an image of one pixel."""
+    """Compute a term for a stream: directly for a map, and with each row of (B, R, D) as an image of one pixel."""
     if x.ndim == 4:
         return unit.branch(x, grid, prefix)
     pixels = x.flatten(0, 1)[:, None, None]

@@ -1,4 +1,4 @@
-"""Which host carries which unit on which layer."""
+"""Choice of the host that carries a unit on a layer."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ from vispeft.hosts.layers import (
 __all__ = ["carrying_host", "host_for", "owner_host"]
 
 Choice = tuple[type[Host], tuple[str, ...]]
-"""The kind of host, and the tensors to be computed on read."""
+"""Kind of host, and names of the tensors computed on read."""
 
 _IN_LINEAR = frozenset({"weight", "delta", "affine", "input", "sequential", "branch"})
 _IN_CONV = frozenset({"weight", "delta", "affine"})
 _OF_MODEL = frozenset({"tokens", "stream", "queries", "side"})
+_BRANCHING = ("attn.proj", "mlp.fc1", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2")
+"""Roles of the layers that blocks run on all streams."""
 NORMS_WITHOUT_BIAS = frozenset({"RmsNorm", "RmsNormFp32", "SimpleNorm", "SimpleNormFp32", "RMSNorm"})
 
 
@@ -36,13 +38,13 @@ def owner_host() -> Choice:
     """Choose the host of a module that reads a projection's weight.
 
     Returns:
-        The kind of host, and the tensors to be computed on read.
+        Kind of host, and names of the tensors computed on read.
     """
     return ReaderHost, BIASES
 
 
 def carrying_host(module: nn.Module) -> type[Host]:
-    """Choose the host of a block, an attention or an MLP that streams beside the tokens pass.
+    """Choose the host of a block, an attention module or an MLP through which streams pass.
 
     Args:
         module: timm's module.
@@ -53,7 +55,7 @@ def carrying_host(module: nn.Module) -> type[Host]:
     found = block_host(module)
     if found is None:
         raise SiteError(
-            f"There is no host that takes streams beside the tokens through a {base_class(module).__name__}."
+            f"There is no host that passes streams beside the tokens through a {base_class(module).__name__}."
         )
     return found
 
@@ -67,7 +69,7 @@ def host_for(site: Site, module: nn.Module, unit: Unit) -> Choice:
         unit: The unit.
 
     Returns:
-        The kind of host, and the tensors to be computed on read.
+        Kind of host, and names of the tensors computed on read.
 
     Raises:
         SiteError: If no host carries this kind of unit there.
@@ -78,6 +80,11 @@ def host_for(site: Site, module: nn.Module, unit: Unit) -> Choice:
         return Host, ()
     if site.rows is not None and not isinstance(unit, DeltaUnit | WeightUnit):
         raise SiteError(f"A unit of kind {unit.kind!r} acts on whole layers; {site.role!r} is a part of {site.path!r}.")
+    if unit.kind == "branch" and site.role not in _BRANCHING:
+        raise SiteError(
+            f"A unit that starts streams was to act at {site.path!r} ({site.role}); streams start at "
+            f"{', '.join(_BRANCHING)}."
+        )
     if unit.kind == "depth":
         return DropPathHost, ()
     if isinstance(unit, ParallelUnit) and block_host(module) is not None:

@@ -1,4 +1,4 @@
-"""Stochastic depth: off in a frozen base, and on while an adapter trains whose recipe asks for it."""
+"""Stochastic depth: off in a frozen base, on while an adapter trains whose method sets a rate."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["DropPathHost", "depth_rates"]
 
 
 class DropPathHost(Host):
-    """An adapted drop path: the largest rate of the acting adapters, while these train; else the model's own rule."""
+    """An adapted drop path: it uses the largest rate of the acting adapters in training mode, else timm's forward."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Drop the branch of whole images, and enlarge it for the others, (B, ...)."""
+        """Zero the branch of randomly dropped images and scale up that of the others, (B, ...)."""
         units = [unit for unit in self.acting.depth if unit.training]
         if not units:
             return super().forward(x)  # timm's
@@ -27,7 +27,7 @@ class DropPathHost(Host):
 
 
 def depth_rates(depth: int, rate: float) -> list[float]:
-    """List the rate of each block, growing linearly with depth as in timm.
+    """Return the rate of each block, rising linearly with depth as in timm.
 
     Args:
         depth: Number of blocks.

@@ -1,7 +1,7 @@
-"""The arithmetic of adapted linear layers, with backward passes that store little and skip frozen weights.
+"""The arithmetic of adapted linear layers, with backward passes that save few activations and skip frozen weights.
 
-Two eager autograd functions carry the common paths. Under ``torch.compile`` and ``torch.export`` the same formulas are
-written in plain operations, which the compiler fuses itself and which leave a graph any runtime can read.
+Two eager autograd functions cover the common cases. Under ``torch.compile`` and ``torch.export`` the same formulas are
+written in plain operations, which the compiler can fuse and any runtime can execute.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["affine", "compute_dtype", "linear", "low_rank_linear", "low_rank_ter
 
 
 class _Place(NamedTuple):
-    """What a branch is besides its tensors."""
+    """The settings of a branch, without its tensors."""
 
     scale: float
     start: int
@@ -29,21 +29,21 @@ class _Place(NamedTuple):
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """Choose the type a linear layer computes in.
+    """Choose the dtype a linear layer computes in.
 
     Args:
-        x: What enters.
+        x: The layer's input.
         weight: The layer's weight.
 
     Returns:
-        Autocast's type where autocast is on, else the weight's: adapters follow the base, never the other way round.
+        Autocast's dtype if autocast is on, else the weight's: adapters follow the base, never the other way round.
     """
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Apply a unit's own linear layer in the type of what it reads; a base in half precision has units in float32.
+    """Apply a unit's linear layer in the dtype of its input; units are float32 even on a half-precision base.
 
     Args:
         x: (..., in).
@@ -66,7 +66,7 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: Se
         branches: The terms to add; at least one.
 
     Returns:
-        (..., out), in the type given by `compute_dtype`.
+        (..., out), in the dtype given by `compute_dtype`.
     """
     dtype = compute_dtype(x, weight)
     x, weight = x.to(dtype), weight.to(dtype)
@@ -74,18 +74,18 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: Se
     factors = [t.to(dtype) for branch in branches for t in (branch.a, branch.b)]
     layout = tuple(_Place(branch.scale, branch.start, branch.stop, branch.dropout) for branch in branches)
     with torch.autocast(x.device.type, enabled=False):
-        # The fused backward knows no gradient of the frozen weight; where one is wanted, autograd does the work.
+        # The fused backward pass computes no gradient of the weight; if one is needed, autograd computes it.
         base_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
         if _leaves_a_graph() or base_trains:
             return _low_rank_plain(x, weight, bias, layout, factors)
-        # Reshaped out here: a view made inside the function could not be added to in place, which some timm attention
-        # modules do with what their projection returns.
+        # Reshaped outside the function: a view returned from it could not be modified in place, as some timm attention
+        # modules do with the output of their projection.
         out: Tensor = _LowRankLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, layout, *factors)
         return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def _leaves_a_graph() -> bool:
-    """Tell whether somebody records or transforms the operations, who needs plain ones."""
+    """Return whether operations are recorded or transformed, so that plain ones are needed."""
     transformed = torch._C._are_functorch_transforms_active()
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed
 
@@ -107,15 +107,15 @@ def _with_terms(x: Tensor, out: Tensor, layout: Sequence[_Place], factors: Seque
 
 
 def low_rank_terms(x: Tensor, out: Tensor, branches: Sequence[Branch]) -> Tensor:
-    """Add low-rank terms to the output of a layer that is there already: ``y[rows] += scale * (x A^T) B^T``.
+    """Add low-rank terms to an existing output of a layer: ``y[rows] += scale * (x A^T) B^T``.
 
     Args:
         x: The input of the layer, (..., in).
-        out: Its output, (..., out); not changed.
-        branches: The terms; with none the output is returned as it is.
+        out: Its output, (..., out); not modified.
+        branches: The terms; if empty, the output is returned unchanged.
 
     Returns:
-        (..., out), in the type of `out`.
+        (..., out), in the dtype of `out`.
     """
     factors = [t.to(out.dtype) for branch in branches for t in (branch.a, branch.b)]
     layout = tuple(_Place(branch.scale, branch.start, branch.stop, branch.dropout) for branch in branches)
@@ -124,12 +124,12 @@ def low_rank_terms(x: Tensor, out: Tensor, branches: Sequence[Branch]) -> Tensor
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """The frozen product and every low-rank term in one node.
+    """The frozen product and all low-rank terms in one autograd node.
 
-    No second (rows, out) tensor is made in either direction, and nothing but the input, the narrow (rows, rank)
-    projections and what dropout kept (a byte each) is stored. With more rows than input channels it is cheaper to write
-    the terms into a passing copy of the weight than to add them to every row; in reduced precision that copy would
-    round them away, and under dropout each row has a term of its own, so there they are added.
+    Neither direction allocates a second (rows, out) tensor. Saved for backward are the input, the narrow (rows, rank)
+    projections and the dropout masks (a byte per entry). With more rows than input channels it is cheaper to add the
+    terms to a temporary copy of the weight than to every row. In reduced precision that copy would round them away, and
+    with dropout each row has its own term, so in these cases they are added to the rows.
     """
 
     @staticmethod
@@ -147,13 +147,13 @@ class _LowRankLinear(torch.autograd.Function):
             inputs = _kept(x, dropout.at("input"))
             narrow = _only(x, inputs) @ factors[2 * index].t()
             between = _kept(narrow, dropout.at("hidden"))
-            # What is kept is enlarged here, where there are few channels, and not in the input.
+            # Kept entries are scaled up here, where there are few channels, and not in the input.
             narrow = _only(narrow, between).div_(dropout.kept)
             hidden.append(narrow)
             kept += [inputs, between]
             if not ctx.folds:
                 out[:, start:stop].addmm_(narrow, factors[2 * index + 1].t(), alpha=scale)
-        # Layers whose factors do not train in this step keep nothing of the input.
+        # If no first factor trains in this step, the input need not be saved.
         reads_input = any(ctx.needs_input_grad[4::2])
         ctx.save_for_backward(x if reads_input else None, weight, *factors, *hidden, *kept)
         return out
@@ -186,10 +186,10 @@ class _LowRankLinear(torch.autograd.Function):
 
 
 def _kept(x: Tensor, share: float) -> Tensor | None:
-    """Draw which entries dropout keeps, as ones and zeros of a byte each; None where it keeps all.
+    """Draw the dropout mask, ones and zeros of a byte each; None if everything is kept.
 
-    An entry takes 16 random bits. `torch.bernoulli` draws one after the other on a CPU, which in a ViT-S with dropout
-    in front of every linear layer takes a fifth of a training step.
+    Each entry uses 16 random bits. `torch.bernoulli` draws sequentially on a CPU, which takes a fifth of a training
+    step of a ViT-S with dropout before every linear layer.
     """
     if not share:
         return None
@@ -199,15 +199,15 @@ def _kept(x: Tensor, share: float) -> Tensor | None:
 
 
 def _only(x: Tensor, kept: Tensor | None) -> Tensor:
-    """Set the other entries to zero."""
+    """Apply a dropout mask."""
     return x if kept is None else x * kept
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute ``x W^T + b`` of two matrices outside autograd.
 
-    In float32 on a CPU this asks oneDNN, as PyTorch does for linear layers it compiles: on the sizes of a ViT-S its
-    product takes less time than the one behind `torch.addmm`.
+    In float32 on a CPU this calls oneDNN, as PyTorch does for compiled linear layers: at the sizes of a ViT-S it is
+    faster than `torch.addmm`.
     """
     if x.dtype == torch.float32 and x.device.type == "cpu" and _ONEDNN is not None and x.shape[0] > 0:
         return cast(Tensor, _ONEDNN(x, weight, bias, "none", [], ""))
@@ -218,7 +218,7 @@ _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends
 
 
 def _written_into(weight: Tensor, layout: Sequence[_Place], factors: Sequence[Tensor]) -> Tensor:
-    """Compute ``W + scale * B A`` on each term's rows, in a new tensor."""
+    """Compute ``W + scale * B A`` on each term's rows as a new tensor."""
     scale, start, stop, _ = layout[0]
     if len(layout) == 1 and stop - start == weight.shape[0]:
         return torch.addmm(weight, factors[1], factors[0], alpha=scale)
@@ -237,23 +237,23 @@ def affine(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         shift: (channels,).
 
     Returns:
-        The shape and type of `y`.
+        The shape and dtype of `y`.
     """
     if y.dtype == scale.dtype:
         if _can_recover(y, scale, shift):
             return cast(Tensor, _Affine.apply(y, scale, shift))
-        # addcmul keeps y and scale and nothing else; a product and a sum would also make a temporary of y's size.
+        # addcmul saves y and scale only; a product and a sum would also allocate a temporary of y's size.
         return torch.addcmul(shift, y, scale)
-    # A scale near one would be rounded to a coarse grid; its distance from one is not.
+    # A scale near one would be rounded coarsely; its difference from one is not.
     return torch.addcmul(y + shift.to(y.dtype), y, (scale - 1).to(y.dtype))
 
 
 RECOVERY = 64
-"""Largest factor by which recovering the input of an affine map from its output may enlarge rounding."""
+"""Largest factor by which recovering an affine map's input from its output may amplify rounding errors."""
 
 
 def _can_recover(y: Tensor, scale: Tensor, shift: Tensor) -> bool:
-    """Tell whether the input of an affine map need not be kept: in float32, where no scale is near zero.
+    """Return whether an affine map's input can be recovered from its output: in float32, with no scale near zero.
 
     With ``out`` rounded to ``eps |out|``, ``(out - shift) / scale`` is off by ``eps (|y| + |shift| / |scale|)``.
     """
@@ -266,7 +266,7 @@ def _can_recover(y: Tensor, scale: Tensor, shift: Tensor) -> bool:
 
 
 class _Affine(torch.autograd.Function):
-    """Scale and shift, keeping the output instead of the input: what reads the output mostly keeps it anyway."""
+    """Scale and shift, saving the output instead of the input: the next layer usually saves the output anyway."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -281,6 +281,6 @@ class _Affine(torch.autograd.Function):
         rows = tuple(range(grad.ndim - 1))
         total = grad.sum(rows) if rows else grad
         product = (grad * out).sum(rows) if rows else grad * out
-        # The sum over rows of grad * (out - shift) / scale, without a tensor for what is in the brackets.
+        # The sum over rows of grad * (out - shift) / scale, without allocating the difference.
         grad_scale = (product - shift * total) / scale if ctx.needs_input_grad[1] else None
         return grad * scale if ctx.needs_input_grad[0] else None, grad_scale, total

@@ -1,4 +1,4 @@
-"""The host of the base's classifier: the classifier of the route answers in its place."""
+"""The host of the base's classifier: it dispatches to the classifier of the route."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["HeadHost"]
 
 
 class HeadHost(Host):
-    """The classifier at timm's place: the last acting adapter's answers, and the base's own where none acts."""
+    """The classifier at timm's path: it runs the last acting adapter's classifier, or the base's own if none acts."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute (B, classes) from features (B, width)."""

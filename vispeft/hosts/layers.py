@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vispeft.core.low_rank import Branch
 from vispeft.core.route import NOTHING, Acting
-from vispeft.core.units import AffineUnit, BranchUnit, InputUnit, Unit
+from vispeft.core.units import AffineUnit, InputUnit, Unit
 from vispeft.hosts.base import Host
 from vispeft.hosts.functional import affine, low_rank_linear, low_rank_terms
 from vispeft.hosts.streams import Streams
@@ -30,13 +30,13 @@ __all__ = [
 
 _BEFORE_INPUT = ("weight", "delta", "sequential")
 COMPOSITION = (*_BEFORE_INPUT, "input", "affine")
-"""The order in which units are written into a layer, by kind. A change of the input comes after all that read it."""
+"""The order, by kind, in which units are merged into a layer. Input units follow the kinds that read the input."""
 BIASES = ("q_bias", "k_bias", "v_bias")
-"""The biases that an attention module keeps itself where it reads the weight of its projection."""
+"""The biases kept by an attention module that reads the weight of its projection."""
 
 
 def gained(unit: Unit, before: Tensor, after: Tensor) -> Tensor:
-    """Scale the change that a unit makes by its gain.
+    """Scale a unit's change of a tensor by its gain.
 
     Args:
         unit: The unit.
@@ -47,23 +47,23 @@ def gained(unit: Unit, before: Tensor, after: Tensor) -> Tensor:
 
 
 class _Foldable(Host):
-    """A layer with a weight and a bias into which units can be written."""
+    """A layer with a weight and a bias into which units can be merged."""
 
     folds: tuple[str, ...] = ("affine",)
-    """The kinds of units that `read` writes into the tensors, in the order of composition."""
+    """The kinds of units that `read` merges into the tensors, in the order of composition."""
     foldable: tuple[str, ...] = ("weight", "bias")
-    """The tensors of a plain layer that hold all of it."""
+    """The tensors of the plain layer."""
 
     def read(self, name: str) -> Tensor | None:
-        """Compute a tensor with the units that are written into it, in the type of the base."""
+        """Compute a tensor with the units merged into it, in the base's dtype."""
         own = self.own(name)
         value = self.folded(name, self.folds, own)
-        # Units may be wider than the base; timm's own code goes on in the base's type.
+        # Units may have a wider dtype than the base; timm's own code continues in the base's.
         like = self.own("weight") if own is None else own
         return value if value is None or like is None else value.to(like.dtype)
 
     def plain_tensors(self) -> dict[str, Tensor | None]:
-        """Compute the tensors of the plain layer that does the same, in double precision."""
+        """Compute the tensors of the equivalent plain layer, in double precision."""
         plain = {name: self._plain(name) for name in self.foldable}
         return {name: value for name, value in plain.items() if value is not None}
 
@@ -72,7 +72,7 @@ class _Foldable(Host):
         return self.folded(name, COMPOSITION, None if own is None else own.detach().double())
 
     def folded(self, name: str, kinds: tuple[str, ...], value: Tensor | None) -> Tensor | None:
-        """Write units into a weight or bias, kind after kind in the order of composition."""
+        """Merge units into a weight or bias, kind by kind in the order of composition."""
         live = [unit for kind in kinds for unit in self._written(kind)]
         if value is None and live:
             value = self.missing(name, live)
@@ -87,12 +87,12 @@ class _Foldable(Host):
         return unit.fold_bias(bias)
 
     def _written(self, kind: str) -> Sequence[Unit]:
-        """List units in the order in which they are written: of two changes of the input, the nearer one first."""
+        """List units in merging order: of several input units, the one nearest to the layer comes first."""
         units: tuple[Unit, ...] = getattr(self.acting, kind)
         return units[::-1] if kind == "input" else units
 
     def missing(self, name: str, live: Sequence[Unit]) -> Tensor | None:
-        """Make the neutral tensor where the base has none and units need one."""
+        """Create the neutral tensor if the base has none and a unit needs one."""
         weight = self.own("weight")
         if name != "bias" or weight is None or not any(unit.needs_bias() for unit in live):
             return None
@@ -112,56 +112,58 @@ def _terms(acting: Acting) -> list[Branch]:
     return [term if gain is None else dataclasses.replace(term, b=term.b * gain) for gain, term in terms]
 
 
+def _before(acting: Acting, x: Tensor) -> Tensor:
+    """Apply the units that act on the input."""
+    for unit in acting.input:
+        x = gained(unit, x, unit.transform_input(x))
+    return x
+
+
+def _after(acting: Acting, x: Tensor, out: Tensor) -> Tensor:
+    """Apply the units that act on the output."""
+    for following in acting.sequential:
+        out = gained(following, out, following.after(x, out))
+    for unit in acting.affine:
+        out = affine_by(unit, out)
+    return out
+
+
 class LinearHost(_Foldable):
-    """An adapted ``nn.Linear``: a changed input, the product, low-rank terms, a sequential change, scale and shift."""
+    """An adapted ``nn.Linear``: input units, product, low-rank terms, sequential units, scale and shift."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute (..., out) from (..., in)."""
         acting = self.acting
-        for unit in acting.input:
-            x = gained(unit, x, unit.transform_input(x))
+        x = _before(acting, x)
         branches = _terms(acting)
-        weight, bias = self._whole_weight(), self.own("bias")
+        weight, bias = self._whole_weight(acting), self.own("bias", acting)
         out = low_rank_linear(x, weight, bias, branches) if branches else F.linear(x, weight, bias)
-        return self._behind(x, out)
-
-    def _behind(self, x: Tensor, out: Tensor) -> Tensor:
-        """Apply the units that act behind the product."""
-        acting = self.acting
-        for following in acting.sequential:
-            out = gained(following, out, following.after(x, out))
-        for unit in acting.affine:
-            out = affine_by(unit, out)
-        return out
+        return _after(acting, x, out)
 
     def split(self, streams: Streams) -> Streams:
-        """Run the layer on all streams; units that branch here read the frozen product apart from the shared output."""
-        branching = self.acting.branch
-        if not branching:
+        """Run the layer on all streams; branch units read the frozen product as well as the shared output."""
+        acting = self.acting
+        if not acting.branch:
             return streams.each(self)
-        x = streams.tokens
-        for unit in self.acting.input:
-            x = gained(unit, x, unit.transform_input(x))
-        frozen = F.linear(x, self._whole_weight(), self.own("bias"))
-        shared = self._behind(x, low_rank_terms(x, frozen, _terms(self.acting)))
-        beside = {name: y for unit in branching for name, y in self._branched(unit, x, streams, frozen, shared)}
+        x = _before(acting, streams.tokens)
+        frozen = F.linear(x, self._whole_weight(acting), self.own("bias", acting))
+        shared = _after(acting, x, low_rank_terms(x, frozen, _terms(acting)))
+        beside: dict[str, Tensor] = {}
+        for unit in acting.branch:
+            beside |= unit.branches(x, streams.beside, frozen, shared)
         others = {name: self(y) for name, y in streams.beside.items() if name not in beside}
         return Streams(shared, {**others, **beside}, streams.rules)
 
-    @staticmethod
-    def _branched(unit: BranchUnit, x: Tensor, streams: Streams, frozen: Tensor, shared: Tensor) -> Any:
-        return unit.branches(x, streams.beside, frozen, shared).items()
-
     def read(self, name: str) -> Tensor | None:
-        """Give the tensor of the base: units act in the forward pass."""
+        """Return the base's tensor: units act in the forward pass."""
         return self.own(name)
 
     def input_bias(self, unit: InputUnit, dtype: torch.dtype) -> Tensor:
-        """Compute the bias behind the layer that the shift of a changed input amounts to.
+        """Compute the layer's output for the shift of an input unit: the equivalent output bias.
 
         Args:
-            unit: The unit that changes the input.
-            dtype: Type to compute in.
+            unit: The input unit.
+            dtype: Dtype to compute in.
 
         Returns:
             (out,).
@@ -178,58 +180,58 @@ class LinearHost(_Foldable):
         return bias + self.input_bias(unit, bias.dtype) if isinstance(unit, InputUnit) else unit.fold_bias(bias)
 
     def no_plain_form(self) -> str | None:
-        """Give the reason why no plain layer does the same, or None where one does."""
+        """Return why no plain layer is equivalent; None if one is."""
         return "no plain layer has several outputs" if self.acting.branch else super().no_plain_form()
 
-    def _whole_weight(self) -> Tensor:
-        """Compute the weight of the product, in the type of the base."""
-        own = cast(Tensor, self.own("weight"))
-        if not self.acting.weight:
+    def _whole_weight(self, acting: Acting) -> Tensor:
+        """Compute the weight of the product, in the base's dtype."""
+        own = cast(Tensor, self.own("weight", acting))
+        if not acting.weight:
             return own
         return cast(Tensor, self.folded("weight", ("weight",), own)).to(own.dtype)
 
 
 class ReadLinearHost(LinearHost):
-    """A linear layer whose weight the model reads: units are written into the weight on every read.
+    """A linear layer whose weight the model reads: units are merged into the weight on every read.
 
-    Where the owner calls it after all (low-rank terms only, see `ReaderHost`), it acts as a `LinearHost`.
+    If its owner calls it instead (only low-rank terms act, see `ReaderHost`), it works as a `LinearHost`.
     """
 
     folds = COMPOSITION
     foldable = ("weight",)
 
     def read(self, name: str) -> Tensor | None:
-        """Compute a tensor with the units that are written into it."""
+        """Compute a tensor with the units merged into it."""
         return _Foldable.read(self, name)
 
 
 class ReaderHost(Host):
     """An attention module that reads ``qkv.weight`` and keeps the biases itself (SwinV2, EVA-02).
 
-    The biases are computed on read from the units of the projection. For low-rank terms alone, which leave the biases
-    as they are, timm's own switch makes the module call the projection, whose host then adds the terms cheaply; the
-    switch adds the bias behind the layer and in place, which is wrong for everything else.
+    The biases are computed on read from the units of the projection. If only low-rank terms act, which leave the biases
+    unchanged, timm's ``qkv_bias_separate`` makes the module call the projection, whose host adds the terms cheaply. The
+    bias is then added in place after the layer, which would be wrong for other kinds of units.
     """
 
     qkv: nn.Linear
 
     @property
     def qkv_bias_separate(self) -> bool:
-        """Tell timm whether to call the projection and add the biases itself."""
+        """Whether timm calls the projection and adds the biases separately."""
         acting = self._projection()
         if acting.affine:
             return False
         return bool(acting.delta or acting.input) or bool(self.__dict__["qkv_bias_separate"])
 
     def read(self, name: str) -> Tensor | None:
-        """Compute a tensor, a bias of the projection with the units of the projection."""
+        """Compute a tensor; a bias of the projection includes the projection's units."""
         value = self.own(name)
-        # A projection that is called changes its input itself; only where its weight is read must biases hold it all.
+        # A projection that is called applies its input units itself; the biases must include them only if it is read.
         read_whole = value is not None and name in BIASES and bool(self._projection().affine)
         return self._whole_bias(name, value) if read_whole and value is not None else value
 
     def _whole_bias(self, name: str, value: Tensor) -> Tensor:
-        """Write the projection's units into one of the biases."""
+        """Merge the projection's units into one of the biases."""
         start = BIASES.index(name) * value.numel()
         rows = slice(start, start + value.numel())
         whole = value
@@ -242,19 +244,19 @@ class ReaderHost(Host):
         return whole.to(value.dtype)
 
     def acts(self) -> bool:
-        """Tell whether a unit acts here, or changes a bias of the projection."""
+        """Return whether a unit acts here or changes a bias of the projection."""
         return super().acts() or self._changes_biases()
 
     def plain_tensors(self) -> dict[str, Tensor | None]:
-        """Compute the tensors of the plain module that does the same, in double precision."""
+        """Compute the tensors of the equivalent plain module, in double precision."""
         if not self._changes_biases():
             return super().plain_tensors() if super().acts() else {}
-        # timm's key bias is a buffer that no state dict holds: a shift there needs one plain bias of the projection.
+        # timm's key bias is a non-persistent buffer: a shift there needs one plain bias of the projection.
         biases = [self._whole_bias(name, cast(Tensor, self.own(name)).detach().double()) for name in BIASES]
         return {"qkv.bias": torch.cat(biases), **dict.fromkeys(BIASES)}
 
     def _projection(self) -> Acting:
-        """Look up the units that act at the projection."""
+        """Return the units that act at the projection."""
         return self.qkv.acting if isinstance(self.qkv, Host) else NOTHING
 
     def _changes_biases(self) -> bool:
@@ -263,12 +265,12 @@ class ReaderHost(Host):
 
 
 class ConvHost(_Foldable):
-    """An adapted convolution: changes of its weight, low-rank terms, scale and shift are written into it on read."""
+    """An adapted convolution: weight changes, low-rank terms, scale and shift are merged into it on read."""
 
     folds = ("weight", "delta", "affine")
 
     def folded(self, name: str, kinds: tuple[str, ...], value: Tensor | None) -> Tensor | None:
-        """Write units into the weight or bias; units see the weight as a matrix (out, in x height x width)."""
+        """Merge units into the weight or bias; units see the weight as a matrix (out, in x height x width)."""
         if value is None or name != "weight":
             return super().folded(name, kinds, value)
         written = super().folded(name, kinds, value.flatten(1))
@@ -276,20 +278,20 @@ class ConvHost(_Foldable):
 
 
 class NormHost(_Foldable):
-    """An adapted norm: scale and shift are written into weight and bias on read.
+    """An adapted norm: scale and shift are merged into weight and bias on read.
 
-    Nothing but the norm's own input is then kept for the backward pass.
+    The backward pass then needs no activation but the norm's own input.
     """
 
     def missing(self, name: str, live: Sequence[Unit]) -> Tensor | None:
-        """Make the neutral tensor where the base has none."""
+        """Create the neutral tensor if the base has none."""
         unit = self.acting.affine[0]
         fill = torch.ones if name == "weight" else torch.zeros
         return fill(unit.scale.numel(), dtype=unit.scale.dtype, device=unit.scale.device)
 
 
 class ShiftlessNormHost(NormHost):
-    """An adapted norm that has a weight only (RMSNorm): the shift is added behind it."""
+    """An adapted norm without a bias (RMSNorm): the shift is added to its output."""
 
     foldable = ("weight",)
 
@@ -300,7 +302,7 @@ class ShiftlessNormHost(NormHost):
         return out if shift is None else out + shift.to(out.dtype)
 
     def trailing_shift(self) -> Tensor | None:
-        """Sum up what is added behind the norm, (width,)."""
+        """Compute the total shift of the norm's output, (width,); None for none."""
         total: Tensor | None = None
         for unit in self.acting.affine:
             before = torch.zeros_like(unit.shift) if total is None else total
@@ -309,7 +311,7 @@ class ShiftlessNormHost(NormHost):
 
 
 class IdentityHost(Host):
-    """An affine map where the model has an identity (the place of the last norm under average pooling)."""
+    """An affine map in place of an identity (that of the last norm under average pooling)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the shape of `x`."""
@@ -318,5 +320,5 @@ class IdentityHost(Host):
         return x
 
     def no_plain_form(self) -> str | None:
-        """Give the reason why no plain layer does the same."""
+        """Return why no plain layer is equivalent."""
         return "the model has an identity here, and no plain layer scales and shifts in its place"

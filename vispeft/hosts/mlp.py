@@ -1,4 +1,4 @@
-"""The host of an MLP: timm's own forward, or its layers one by one where a task branches at one of them."""
+"""The hosts of MLPs: timm's own forward pass, or its layers one by one where streams pass through or start."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["MLP_HOSTS", "GatedMlpHost", "MlpHost", "SplitMlpHost"]
 
 
 class MlpHost(Host):
-    """An adapted ``Mlp``: two layers with an activation in between."""
+    """An adapted ``Mlp``: two linear layers with an activation between them."""
 
     fc1: Any
     act: Any
@@ -23,7 +23,7 @@ class MlpHost(Host):
     drop2: Any
 
     def split(self, streams: Streams) -> Streams:
-        """Run the MLP on all streams, and on those that start inside it.
+        """Run the MLP on all streams, including those that start inside it.
 
         Args:
             streams: Normalised tokens (..., D), and streams beside them.
@@ -39,7 +39,7 @@ class MlpHost(Host):
 
 
 class GatedMlpHost(MlpHost):
-    """An adapted ``GluMlp``: gate and value come out of one layer."""
+    """An adapted ``GluMlp``: one layer computes gate and value."""
 
     gate_last: bool
 
@@ -53,13 +53,13 @@ class GatedMlpHost(MlpHost):
 
 
 class SplitMlpHost(MlpHost):
-    """An adapted ``SwiGLU``: gate and value come out of a layer each."""
+    """An adapted ``SwiGLU``: separate layers compute gate and value."""
 
     fc1_g: Any
     fc1_x: Any
 
     def hidden(self, streams: Streams) -> Streams:
-        """Run the two first layers and the gate; a stream that starts in one of them reads the tokens in the other."""
+        """Run both first layers and the gate; a stream that starts in one layer uses the tokens in the other."""
         gate, value = split(self.fc1_g, streams).each(self.act), split(self.fc1_x, streams)
         names = dict.fromkeys([*gate.beside, *value.beside])
         beside = {name: gate.beside.get(name, gate.tokens) * value.beside.get(name, value.tokens) for name in names}
@@ -67,4 +67,4 @@ class SplitMlpHost(MlpHost):
 
 
 MLP_HOSTS: dict[type, type[Host]] = {Mlp: MlpHost, GluMlp: GatedMlpHost, SwiGLU: SplitMlpHost}
-"""The hosts of timm's MLPs, which several families share."""
+"""Hosts of timm's MLPs that several families share."""

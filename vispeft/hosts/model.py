@@ -1,4 +1,4 @@
-"""The host of a whole model: it takes the route, and its frozen part behaves in training as in evaluation."""
+"""The host of a whole model: it reads the route and keeps the frozen base in evaluation mode."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ UNITS = "adapters"
 HEADS = "adapter_heads"
 """Child of the model that holds the classifiers of the adapters."""
 _UNIT = re.compile(rf"{UNITS}\.[^.]+\.[^.]+\.")
-"""The part of a tensor's name that names the unit which stands for a tensor of the base."""
+"""The part of a tensor's name that a unit adds to the name of the base tensor it replaces."""
 
 
 def recompute_contexts(routing: Routing) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Give the contexts of a forward pass and of its repetition in the backward pass: both take the same route.
+    """Return the contexts of a forward pass and of its recomputation in the backward pass: both use the same route.
 
     Args:
-        routing: The route of the model; the present one is kept.
+        routing: The routing of the model, whose current route is used.
     """
     return nullcontext(), routing.using(routing.present())
 
 
 class ModelHost(Host):
-    """An adapted timm model. Families with a forward of their own subclass it in ``vispeft/backbones``."""
+    """An adapted timm model. Families with their own forward pass subclass it in ``vispeft/backbones``."""
 
     awake: frozenset[str]
-    """Paths of modules that follow the training mode, besides units; an empty path means the whole base."""
+    """Paths of modules that follow the model's mode, besides units; an empty path means the whole base."""
     asleep: frozenset[str]
-    """Names of frozen adapters, whose units stay in evaluation."""
+    """Names of frozen adapters, whose units stay in evaluation mode."""
     attributes: ClassVar[dict[str, Any]] = {**Host.attributes, "awake": frozenset(), "asleep": frozenset()}
     whole: ClassVar[tuple[str, ...]] = ("forward", "forward_features", "forward_intermediates", "forward_head", "run")
 
     def train(self, mode: bool = True) -> Any:
-        """Switch units, heads and the parts that a method wakes between training and evaluation; the rest evaluates.
+        """Set the mode of units, classifiers and `awake` modules; all others stay in evaluation mode.
 
         Args:
-            mode: True for training.
+            mode: True for training mode.
 
         Returns:
             The model.
@@ -63,18 +63,18 @@ class ModelHost(Host):
         return self
 
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Compute features as timm does, for images of a size the model takes."""
+        """Compute features as timm does, after checking the image size."""
         self.check_size(x)
         return super().forward_features(x, *args, **kwargs)  # type: ignore[misc]  # timm's
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Compute intermediate features as timm does, for images of a size the model takes."""
+        """Compute intermediate features as timm does, after checking the image size."""
         self.check_size(x)
         return super().forward_intermediates(x, *args, **kwargs)  # type: ignore[misc]  # timm's
 
     @property
     def num_classes(self) -> int:
-        """Number of classes of the classifier that answers."""
+        """Number of classes of the classifier in use."""
         head = self.routing.present().head
         if head is None:
             try:
@@ -88,26 +88,26 @@ class ModelHost(Host):
         self.__dict__["num_classes"] = number
 
     def get_classifier(self) -> nn.Module:
-        """Give the classifier that answers: of the last acting adapter, or of the base."""
+        """Return the classifier in use: that of the last acting adapter, or of the base."""
         head = self.routing.present().head
         return cast(nn.Module, super().get_classifier()) if head is None else head  # type: ignore[misc]  # timm's
 
     def reset_classifier(self, num_classes: int, *args: Any, **kwargs: Any) -> None:
-        """Make a new classifier as timm does, for the last acting adapter and as wide as its method wants it.
+        """Create a new classifier as timm does, for the last acting adapter, with the input width its method needs.
 
-        With no acting adapter the classifier of the base is made anew.
+        If no adapter acts, the classifier of the base is replaced.
         """
         bank: Any = self.__dict__[BANK]
         with bank.replacing_head(num_classes):
             super().reset_classifier(num_classes, *args, **kwargs)  # type: ignore[misc]  # timm's
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load tensors, also under the names of earlier versions."""
+        """Load tensors, accepting the names of earlier versions."""
         self._rename_heads(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _rename_heads(self, tensors: dict[str, Any], prefix: str) -> None:
-        """Rename classifiers: the acting adapter's stood at timm's place once, and the base's as ``(base)``."""
+        """Rename classifiers of earlier versions: the acting one was at timm's key and the base's at ``(base)``."""
         heads = f"{prefix}{HEADS}."
         if not any(key.startswith(f"{heads}(base).") for key in tensors):
             return
@@ -119,27 +119,27 @@ class ModelHost(Host):
                 tensors[after + key.removeprefix(before)] = tensors.pop(key)
 
     def recomputed(self, block: Callable[..., Any], x: Tensor, **arguments: Any) -> Any:
-        """Run a block and compute it again in the backward pass, under the route of now.
+        """Run a block with activation checkpointing, under the current route.
 
         Args:
             block: The block.
             x: Its tokens.
             **arguments: Its further arguments.
         """
-        if is_compiling():  # a graph is made for one route
+        if is_compiling():  # a graph is compiled for one route
             return checkpoint(block, x, **arguments)
         return checkpoint(block, x, context_fn=lambda: recompute_contexts(self.routing), **arguments)
 
     def group_matcher(self, coarse: bool = False) -> Any:
-        """Say which layer a tensor belongs to, as timm does, also for units that stand for tensors of the stem.
+        """Return timm's grouping of tensors by layer, extended to units that replace tensors of the stem.
 
         Args:
-            coarse: Group whole stages where the family has them.
+            coarse: Group by stage, where the family has stages.
         """
         return {name: _also_in_units(spec) for name, spec in super().group_matcher(coarse).items()}  # type: ignore[misc]
 
     def no_weight_decay(self) -> set[str]:
-        """Name the tensors that should not decay: timm's, the units that stand for these, and what units exempt."""
+        """Return the tensors without weight decay: timm's, the units that replace them, and those that units exempt."""
         listing: Any = getattr(super(), "no_weight_decay", set)
         exempt = set(listing())
         stand_for = {name for name, _ in self.named_parameters() if _UNIT.sub("", name) in exempt}
@@ -147,13 +147,13 @@ class ModelHost(Host):
         return exempt | stand_for | {f"{path}.{name}" for path, unit in units for name in unit.no_decay}
 
     def check_size(self, images: Tensor) -> None:
-        """Refuse images the model was not built for.
+        """Raise on images of a size the model does not accept.
 
         Args:
             images: (B, C, H, W).
 
         Raises:
-            BackboneError: If the model takes one size only and this is another one, or the patches do not fit.
+            BackboneError: If the model accepts only one other size, or the size is not a multiple of the patch.
         """
         embed = cast(Any, self.patch_embed)
         size = tuple(images.shape[-2:])
@@ -172,7 +172,7 @@ class ModelHost(Host):
             )
 
     def _put_to_sleep(self, module: nn.Module, path: str, awake: bool = False) -> None:
-        """Set a module and all below it to evaluation, but for units and for the parts that are awake."""
+        """Set a module and its descendants to evaluation mode, except units and `awake` modules."""
         awake = awake or path in self.awake
         module.training = awake
         for name, child in module.named_children():
@@ -184,8 +184,8 @@ class ModelHost(Host):
 
 
 def _also_in_units(spec: Any) -> Any:
-    """Let a pattern of names match units of the whole model too, such as the one of a trained position embedding."""
+    """Extend a name pattern to units of the whole model, such as that of a trained position embedding."""
     if isinstance(spec, str):
-        anywhere = re.sub(r"(^|[|])[\^]", r"\1", spec)  # names are matched from their beginning in any case
+        anywhere = re.sub(r"(^|[|])[\^]", r"\1", spec)  # names are matched from their start in any case
         return f"(?:{_UNIT.pattern})?(?:{anywhere})"
     return [(_also_in_units(pattern), suffix) for pattern, suffix in spec]

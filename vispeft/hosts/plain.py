@@ -1,4 +1,4 @@
-"""The run of a plain model: one sequence of tokens, with room for learned tokens behind the prefix."""
+"""The forward pass of a plain model: one sequence of tokens, with learned tokens inserted after the prefix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from vispeft.core.model_units import TokensUnit
 from vispeft.core.units import Unit
 from vispeft.errors import ConfigError
 from vispeft.hosts.block import BlockHost
-from vispeft.hosts.reading import taken_apart
 from vispeft.hosts.running import ENTRY, RunningHost, RunResult, pooled_rows, token_units
 from vispeft.hosts.streams import Streams
 
@@ -23,10 +22,10 @@ __all__ = ["PlainModelHost"]
 class PlainModelHost(RunningHost):
     """An adapted model with one sequence of tokens.
 
-    Without tokens to insert, streams, units that look at tokens as an image, and a network beside the model, every call
-    goes to timm's own forward.
+    Without inserted tokens, streams, units that treat the tokens as an image, and a network beside the model, every
+    call goes to timm's own forward pass.
 
-    A family says how it enters the first block (`embed`) and which arguments its blocks take (`block_arguments`).
+    A family implements the steps before the first block (`embed`) and the arguments of its blocks (`block_arguments`).
     """
 
     takes_side: ClassVar[bool] = True
@@ -41,68 +40,62 @@ class PlainModelHost(RunningHost):
     head: nn.Module
 
     def embed(self, images: Tensor) -> tuple[Tensor, Any]:
-        """Run all that comes in front of the first block, with timm's own submodules.
+        """Run all steps before the first block, with timm's own submodules.
 
         Args:
             images: (B, C, H, W).
 
         Returns:
-            Tokens (B, N, D), prefix tokens first, and whatever `block_arguments` needs.
+            Tokens (B, N, D), prefix tokens first, and the context for `block_arguments`.
         """
         raise NotImplementedError
 
     def block_arguments(self, context: Any, block: int, inserted: int) -> dict[str, Any]:
-        """Give the arguments of one block besides tokens.
+        """Return the arguments of one block besides the tokens.
 
         Args:
             context: The second result of `embed`.
             block: Index of the block.
-            inserted: Number of tokens that stand between prefix and patches.
+            inserted: Number of tokens between prefix and patches.
         """
         raise NotImplementedError
 
     def checkpoints(self) -> bool:
-        """Tell whether blocks are computed again in the backward pass."""
+        """Return whether activation checkpointing is on."""
         return self.grad_checkpointing
 
     def block_ends(self) -> list[int]:
-        """Count the blocks; a plain model has one stage."""
+        """Return the number of blocks; a plain model has one stage."""
         return [len(self.blocks)]
 
     def runs_itself(self) -> bool:
-        """Tell whether timm's own forward cannot run the route: its blocks get no height and width, for one."""
+        """Return whether timm's own forward pass cannot run the route, for example if blocks need the grid."""
         return super().runs_itself() or any(_wants_grid(block) for block in self.blocks)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Compute (B, N, D) normalised tokens; a unit chooses which rows are there besides prefix and patches."""
+        """Compute normalised tokens (B, N, D); units determine the rows besides prefix and patches."""
         if not self.runs_itself():
             out: Tensor = super().forward_features(x, attn_mask=attn_mask, is_causal=is_causal)
             return out
         return self.features(self.run(x, **self._masked(attn_mask, is_causal)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool and classify as timm does; the output of a network beside the model is not normalised again.
+        """Pool and classify as timm does, without a second norm on the output of a network beside the model.
 
         Args:
             x: (B, N, D), the output of `forward_features`.
-            pre_logits: Leave the classifier out.
+            pre_logits: Skip the classifier.
 
         Returns:
             (B, classes), or (B, D).
         """
-        streams = self.answering()
-        if not streams and not self.acting.side:
+        if not self.answering() and not self.acting.side:
             out: Tensor = super().forward_head(x, pre_logits=pre_logits)  # type: ignore[misc]  # timm's
             return out
-        found = []
-        for stream in reversed(streams):  # the last one that was put in stands in front
-            x, kept = taken_apart(x, stream, self.num_prefix_tokens)
-            found.append((stream, kept))
+        x, kept = self.unpacked(x)
         x = self.pool(x)
         x = x if self.acting.side else self.fc_norm(x)
-        for stream, kept in reversed(found):
-            x = stream.features(x, kept)
-        x = self.head_drop(x)
+        x = self.head_drop(self.with_streams(x, kept))
         return x if pre_logits else self.head(x)
 
     def forward_intermediates(
@@ -118,7 +111,7 @@ class PlainModelHost(RunningHost):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Any:
-        """Compute the tokens behind chosen blocks, as timm does; inserted tokens never show in them."""
+        """Compute the tokens after chosen blocks, as timm does; inserted tokens are removed from them."""
         if not self.runs_itself():
             asked = {"output_dict": True} if output_dict else {}
             return super().forward_intermediates(
@@ -159,7 +152,7 @@ class PlainModelHost(RunningHost):
     def backbone(
         self, images: Tensor, units: Sequence[Unit], taken: frozenset[int], depth: int, **arguments: Any
     ) -> RunResult:
-        """Run the backbone, with learned tokens behind the prefix."""
+        """Run the backbone, with learned tokens after the prefix."""
         tokens, context = self.embed(images)
         tokens = self.entered(tokens)
         grid = self.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
@@ -180,27 +173,27 @@ class PlainModelHost(RunningHost):
         return result
 
     def features(self, result: RunResult) -> Tensor:
-        """Normalise the tokens, keep the rows that pooling is to see, and put those of streams among them."""
+        """Normalise the tokens, keep the rows to be pooled, and insert the rows of streams."""
         if result.final:
             return result.tokens
         tokens = self.norm(result.tokens)
         return self.with_kept(self._pooled(tokens, result), result)
 
     def _masked(self, attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
-        """Hand an attention mask to every block, where it has a row for each token."""
+        """Return the attention-mask arguments of every block; refuse a mask that does not fit the tokens."""
         if attn_mask is None and not is_causal:
             return {}
         acting = self.acting
         if acting.tokens or acting.side or acting.queries or acting.stream or any(map(_wants_grid, self.blocks)):
             raise ConfigError(
-                "An attention mask was given to a model whose adapter inserts tokens, which it has no rows for, looks "
-                "at tokens as an image, of which it hides some, or stands beside the model and has tokens of its own. "
-                "Disable the adapter for this call, or leave the mask out."
+                "An attention mask was given, and the adapter inserts tokens that the mask has no rows for, treats the "
+                "tokens as an image of which the mask hides a part, or is a network beside the model with tokens of "
+                "its own. Disable the adapter for this call, or omit the mask."
             )
         return {"attn_mask": attn_mask, "is_causal": is_causal}
 
     def _insert(self, result: RunResult, units: Sequence[TokensUnit], block: int) -> None:
-        """Put each unit's tokens of this block behind the prefix, in place of its earlier ones."""
+        """Insert each unit's tokens of this block after the prefix, in place of its earlier ones."""
         tokens, first = result.tokens, self.num_prefix_tokens
         new = [unit.tokens(block, tokens.shape[0]) for unit in units]
         if all(value is None for value in new):
@@ -217,7 +210,7 @@ class PlainModelHost(RunningHost):
         return torch.cat([tokens[:, :first], tokens[:, first + count :]], dim=1) if count else tokens
 
     def _pooled(self, tokens: Tensor, result: RunResult) -> Tensor:
-        """Keep the rows that pooling is to see; a class token is pooled whatever stands behind it."""
+        """Keep the rows to be pooled; with class-token pooling, the other rows do not matter."""
         count = sum(result.inserted)
         if not count:
             return tokens

@@ -1,8 +1,7 @@
-"""Rows of streams on their way to the classifier.
+"""Packing of stream rows among the tokens, for the classifier.
 
-`forward_features` gives the backbone's own tokens, with the rows that the classifier reads packed among them;
-`forward_head` takes these rows apart again. So everything that calls the two one after the other works, and nothing is
-kept in modules.
+`forward_features` returns the backbone's tokens, with the rows that the classifier reads packed among them;
+`forward_head` unpacks these rows. Code that calls the two in turn thus works, and modules keep no state.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ def packed_rows(shapes: Sequence[tuple[int, int]], width: int) -> int:
 
 
 def joined(tokens: Tensor, kept: Sequence[Tensor], first: int) -> Tensor:
-    """Put rows of streams among the tokens, packed into rows of the tokens' width.
+    """Insert stream rows among the tokens, packed into rows of the tokens' width.
 
     Args:
         tokens: (B, N, D).
         kept: (B, R, width) of each block.
-        first: Number of tokens in front.
+        first: Number of tokens before the packed rows.
 
     Returns:
         (B, N + rows, D).
@@ -51,7 +50,7 @@ def taken_apart(tokens: Tensor, stream: Stream, first: int) -> tuple[Tensor, lis
     Args:
         tokens: (B, N + rows, D).
         stream: The stream whose rows are among them.
-        first: Number of tokens in front.
+        first: Number of tokens before the packed rows.
 
     Returns:
         The tokens (B, N, D), and the rows of each block.

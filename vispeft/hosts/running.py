@@ -1,7 +1,7 @@
-"""The run of a model by its host, with tokens to insert, streams beside the tokens, and a network beside the model.
+"""The forward pass of a model by its host: inserted tokens, streams beside them, and a network beside the model.
 
-Tokens and streams pass through the blocks as arguments and results; nothing is kept in modules, so checkpointing and
-several calls at once are safe. A network beside the model runs after the backbone, on the outputs of its blocks alone.
+Tokens and streams pass through the blocks as arguments and results. Modules keep no state, so activation checkpointing
+and concurrent calls are safe. A network beside the model runs after the backbone, on the outputs of its blocks alone.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from vispeft.core.units import Unit
 from vispeft.errors import ConfigError
 from vispeft.hosts.block import BlockHost
 from vispeft.hosts.model import ModelHost
-from vispeft.hosts.reading import joined
+from vispeft.hosts.reading import joined, taken_apart
 from vispeft.hosts.streams import Streams
 
 __all__ = ["ENTRY", "RunResult", "Rung", "RunningHost", "pooled_rows", "token_units"]
 
 ENTRY = -1
-"""Key of the first block's input among the outputs of the blocks."""
+"""Key of the first block's input in dictionaries of block outputs."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Rung:
     stage: int
     """Its stage."""
     wide: int
-    """Width of the backbone there."""
+    """Width of the backbone at that block."""
     width: int
     """Width of the network."""
     heads: int
@@ -51,43 +51,43 @@ class Rung:
 
 @dataclass
 class RunResult:
-    """The result of a run, of one sequence of tokens or of a pyramid of maps."""
+    """The run result: one sequence of tokens, or a pyramid of maps."""
 
     streams: Streams
-    """Tokens and streams behind the last block that was run; inserted tokens are among the tokens of a sequence."""
+    """Tokens and streams after the last block that was run; in a sequence the tokens include inserted ones."""
     taps: dict[int, Tensor] = field(default_factory=dict)
-    """Tokens behind chosen blocks, without inserted ones; under `ENTRY` those that entered the first block."""
+    """Tokens after chosen blocks, without inserted ones; under `ENTRY` the input of the first block."""
     stages: list[Streams] = field(default_factory=list)
-    """The bundle behind each stage, in front of patch merging."""
+    """The bundle after each stage, before patch merging."""
     entries: list[Streams] = field(default_factory=list)
-    """The bundle that enters the blocks of each stage, behind patch merging."""
+    """The bundle at the input of each stage's blocks, after patch merging."""
     kept: dict[str, list[Tensor]] = field(default_factory=dict)
-    """Rows of streams behind the blocks that each stream keeps."""
+    """Rows by stream, after each block for which the stream keeps them."""
     inserted: tuple[int, ...] = ()
-    """Number of tokens that each unit inserted into the sequence."""
+    """Number of tokens inserted by each unit."""
     pool: str = "patches"
-    """The rows that average pooling sees: ``all``, ``patches`` or ``prompts``."""
+    """The rows that average pooling includes: ``all``, ``patches`` or ``prompts``."""
     complete: bool = True
     """Whether all blocks were run."""
     final: bool = False
-    """Whether the tokens are features already: a network beside the model made them, and no norm follows."""
+    """Whether the tokens are final features, computed by a network beside the model, with no norm to follow."""
 
     @property
     def tokens(self) -> Tensor:
-        """The tokens behind the last block that was run."""
+        """The tokens after the last block that was run."""
         return self.streams.tokens
 
 
 class RunningHost(ModelHost):
-    """An adapted model that can run itself; a family says how."""
+    """An adapted model with a forward pass of its own; each family implements the steps."""
 
     takes_side: ClassVar[bool] = False
-    """Whether there is a form of a network beside the model for the family; `side_block` makes its blocks then."""
+    """Whether the family supports a network beside the model, whose blocks `side_block` creates."""
     num_prefix_tokens: int
     norm: Any
 
     def checkpoints(self) -> bool:
-        """Tell whether blocks are computed again in the backward pass."""
+        """Return whether activation checkpointing is on."""
         raise NotImplementedError
 
     def backbone(
@@ -97,15 +97,15 @@ class RunningHost(ModelHost):
 
         Args:
             images: (B, C, H, W).
-            units: The tokens, streams and queries that act.
-            taken: Blocks whose outputs are wanted.
+            units: The acting units with tokens, streams or queries.
+            taken: Blocks whose outputs to return.
             depth: Number of blocks to run.
             **arguments: Further arguments of every block.
         """
         raise NotImplementedError
 
     def block_ends(self) -> list[int]:
-        """Count the blocks up to the end of each stage."""
+        """Return the number of blocks up to the end of each stage."""
         raise NotImplementedError
 
     def features(self, result: RunResult) -> Tensor:
@@ -131,7 +131,7 @@ class RunningHost(ModelHost):
             images: (B, C, H, W).
             units: Units that act besides those of the route, made for this batch and not attached: tokens whose number
                 may differ by block, streams, queries.
-            taken: Blocks whose outputs are wanted.
+            taken: Blocks whose outputs to return.
             depth: Number of blocks to run, on a pyramid up to the end of a stage; None for all.
             **arguments: Further arguments of every block.
 
@@ -174,24 +174,24 @@ class RunningHost(ModelHost):
     def read_hidden(
         self, side: SideUnit, images: Tensor, extra: frozenset[int], depth: int, units: Sequence[Unit] = ()
     ) -> dict[int, Tensor]:
-        """Run the backbone for a network, without gradients unless the network asks for them.
+        """Run the backbone for a network beside it, without gradients unless the network needs them.
 
         Args:
             side: The network.
             images: (B, C, H, W).
-            extra: Blocks whose outputs are wanted besides those it reads.
+            extra: Blocks whose outputs to return besides those the network reads.
             depth: Number of blocks to run.
-            units: The tokens and streams that act.
+            units: The acting units with tokens or streams.
 
         Returns:
-            The output of each of these blocks without inserted tokens, and under `ENTRY` the input of the first one.
+            The output of each of these blocks without inserted tokens, and under `ENTRY` the input of the first block.
         """
         self.check_size(images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not side.detach_hidden):
             return self.backbone(images, units, side.reads | extra, depth).taps
 
     def side(self) -> SideUnit | None:
-        """Look up the acting network beside the backbone, if any."""
+        """Return the acting network beside the backbone, if any."""
         return next(iter(self.acting.side), None)
 
     def features_beside(self, side: SideUnit, hidden: Mapping[int, Tensor]) -> Tensor:
@@ -205,16 +205,16 @@ class RunningHost(ModelHost):
         return side.project_out(states[-1]).to(hidden[ENTRY].dtype)
 
     def runs_itself(self) -> bool:
-        """Tell whether timm's own forward cannot run the route that is chosen.
+        """Return whether timm's own forward pass cannot run the current route.
 
-        Blocks that are computed again in the backward pass have to be told the route then.
+        With activation checkpointing it cannot: the recomputation must use the same route.
         """
         acting = self.acting
         units = acting.tokens or acting.stream or acting.queries or acting.side or acting.carries
         return bool(units) or (self.checkpoints() and torch.is_grad_enabled())
 
     def streams_of(self, units: Sequence[Unit]) -> list[Stream]:
-        """List the streams of some units, and those that start inside blocks.
+        """List the streams of the given units, and those that start inside blocks.
 
         Args:
             units: The units.
@@ -224,7 +224,7 @@ class RunningHost(ModelHost):
     def pass_block(
         self, block: Any, index: int, result: RunResult, streams: Sequence[Stream], **arguments: Any
     ) -> None:
-        """Run one block on the bundle of a result, in place, and keep the rows that streams keep.
+        """Run one block on the bundle of a run result, in place, and store the rows that streams keep.
 
         Args:
             block: The block.
@@ -242,7 +242,7 @@ class RunningHost(ModelHost):
         carries = isinstance(block, BlockHost) and block.acting.carries
         if beside and not isinstance(block, BlockHost):
             raise ConfigError(
-                f"Streams beside the tokens ({', '.join(beside)}) were given to a run, and the blocks of this model "
+                f"Streams beside the tokens ({', '.join(beside)}) were given to a run, but the blocks of this model "
                 "carry none. Attach a method that makes streams."
             )
         if beside or carries:
@@ -257,45 +257,71 @@ class RunningHost(ModelHost):
                 result.kept.setdefault(stream.name, []).append(result.streams.beside[stream.name])
 
     def entered(self, tokens: Tensor) -> Tensor:
-        """Change the input of the first block as acting queries ask for, (B, N, D) or (B, H, W, D)."""
+        """Apply `QueryUnit.change_tokens` to the input of the first block, (B, N, D) or (B, H, W, D)."""
         for unit in self.acting.queries:
             tokens = unit.change_tokens(tokens)
         return tokens
 
     def with_kept(self, tokens: Tensor, result: RunResult) -> Tensor:
-        """Put the rows that the classifier reads among the tokens, behind the prefix, (B, N + rows, D).
+        """Insert the rows that the classifier reads after the prefix, (B, N + rows, D).
 
-        Rows of a run that was cut off reach no classifier.
+        The rows of a truncated run are left out, since they reach no classifier.
         """
         for stream in self.answering() if result.complete else ():
             tokens = tokens.flatten(1, 2) if tokens.ndim == 4 else tokens
             tokens = joined(tokens, result.kept[stream.name], self.num_prefix_tokens)
         return tokens
 
+    def unpacked(self, tokens: Tensor) -> tuple[Tensor, list[list[Tensor]]]:
+        """Undo `with_kept`.
+
+        Args:
+            tokens: (B, N + rows, D).
+
+        Returns:
+            The tokens (B, N, D), and the rows of each stream of `answering`.
+        """
+        kept = []
+        for stream in reversed(self.answering()):  # the stream packed last comes first
+            tokens, rows = taken_apart(tokens, stream, self.num_prefix_tokens)
+            kept.append(rows)
+        return tokens, kept[::-1]
+
+    def with_streams(self, pooled: Tensor, kept: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Compute the features the classifier reads, (B, features).
+
+        Args:
+            pooled: The pooled tokens, (B, D).
+            kept: The rows of each stream, as from `unpacked`.
+        """
+        for stream, rows in zip(self.answering(), kept, strict=True):
+            pooled = stream.features(pooled, rows)
+        return pooled
+
     def answering(self) -> list[Stream]:
-        """List the acting streams of which the classifier reads rows."""
+        """List the acting streams whose rows the classifier reads."""
         units = (*self.acting.stream, *self.acting.queries)
         return [stream for unit in units for stream in unit.streams() if stream.shapes]
 
     @staticmethod
     def side_block(block: Any, rung: Rung) -> nn.Module:
-        """Make a block of the family at another size.
+        """Create a block of the family at another size.
 
         Args:
-            block: The backbone's block beside which it will stand.
+            block: The backbone's block it belongs to.
             rung: Its size.
 
         Returns:
-            The block: norm first, biases everywhere, GELU, no layer scale, nothing dropped.
+            The block: pre-norm, biases everywhere, GELU, no layer scale, no dropout.
         """
-        # Half a channel more, since timm rounds the width inside the MLP down.
+        # Half a channel more, since timm rounds the hidden width of the MLP down.
         ratio = (rung.hidden + 0.5) / rung.width
         norm: Any = partial(LayerNorm, eps=1e-6)
         return Block(rung.width, rung.heads, ratio, qkv_bias=True, norm_layer=norm)
 
 
 def pooled_rows(units: Sequence[TokensUnit]) -> str:
-    """Choose the rows that average pooling sees, as the last unit wants it.
+    """Return the rows that average pooling includes, as set by the last unit.
 
     Args:
         units: The units that insert tokens.

@@ -1,6 +1,6 @@
-"""The run of a hierarchical model: maps in stages, with room for prompts in the windows and for other streams.
+"""The forward pass of a hierarchical model: maps in stages, prompts in the windows, and other streams.
 
-Prompts and maps stay apart: a block takes both and gives both. Nothing else travels between blocks.
+Prompts and maps stay separate: a block takes and returns both, and blocks share no other state.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from vispeft.core.model_units import TokensUnit
 from vispeft.core.streams import Stream, StreamRule
 from vispeft.core.units import Unit
 from vispeft.errors import ConfigError
-from vispeft.hosts.reading import taken_apart
 from vispeft.hosts.running import ENTRY, RunningHost, RunResult, pooled_rows, token_units
 from vispeft.hosts.streams import Streams
 
@@ -27,7 +26,7 @@ PROMPTS = "prompts"
 
 
 class PromptStream(Stream):
-    """The prompts of all units, which stand in every window; those of a unit are replaced where it has new ones."""
+    """The prompts of all units, which stand in every window; a unit's new prompts replace its earlier ones."""
 
     name = PROMPTS
 
@@ -37,13 +36,13 @@ class PromptStream(Stream):
         Args:
             units: The units that insert prompts.
             blocks: Number of blocks of the model.
-            pooled: Whether pooling sees the rows that leave the last block.
+            pooled: Whether pooling includes the rows after the last block.
         """
         self.units, self.blocks, self.pooled = units, blocks, pooled
         self._lengths: list[int] = []
 
     def enter(self, block: int, present: Tensor | None, tokens: Tensor) -> Tensor | None:
-        """Put each unit's own prompts of a block in place of those that left the one before."""
+        """Replace each unit's prompts from the previous block by its new ones for this block, if any."""
         coming = [unit.tokens(block, tokens.shape[0]) for unit in self.units]
         if all(value is None for value in coming):
             return present
@@ -53,7 +52,7 @@ class PromptStream(Stream):
         return torch.cat([part for part in rows if part is not None], dim=1)
 
     def rule(self, block: int) -> StreamRule:
-        """Let the tokens see prompts; those that the next block replaces need no rows of their own behind this one."""
+        """Let the tokens see the prompts; prompts that the next block replaces need no output rows."""
         last = block == self.blocks - 1
         needed = self.pooled if last else any(not unit.replaces(block + 1) for unit in self.units)
         return StreamRule(seen=True, reads=needed)
@@ -62,7 +61,7 @@ class PromptStream(Stream):
 class StageModelHost(RunningHost):
     """An adapted model of stages, with maps in NHWC.
 
-    Without prompts, streams and a network beside the model, every call goes to timm's own forward.
+    Without prompts, streams and a network beside the model, every call goes to timm's own forward pass.
     """
 
     num_prefix_tokens = 0
@@ -75,11 +74,11 @@ class StageModelHost(RunningHost):
         return list(self.layers)  # type: ignore[arg-type]
 
     def checkpoints(self) -> bool:
-        """Tell whether blocks are computed again in the backward pass."""
+        """Return whether activation checkpointing is on."""
         return any(stage.grad_checkpointing for stage in self.stages())
 
     def block_ends(self) -> list[int]:
-        """Count the blocks up to the end of each stage."""
+        """Return the number of blocks up to the end of each stage."""
         return list(accumulate(len(stage.blocks) for stage in self.stages()))
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -90,25 +89,19 @@ class StageModelHost(RunningHost):
         return self.features(self.run(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool and classify as timm does, also rows.
+        """Pool and classify as timm does, maps as well as rows.
 
         Args:
             x: The output of `forward_features`.
-            pre_logits: Leave the classifier out.
+            pre_logits: Skip the classifier.
         """
-        streams = self.answering()
-        if not streams:
+        if not self.answering():
             x = x.unsqueeze(1) if x.ndim == 3 else x
             out: Tensor = super().forward_head(x, pre_logits=pre_logits)  # type: ignore[misc]  # timm's
             return out
-        found = []
-        for stream in reversed(streams):
-            x, kept = taken_apart(x, stream, 0)
-            found.append((stream, kept))
+        x, kept = self.unpacked(x)
         x = self.head.global_pool(x.unsqueeze(1))
-        for stream, kept in reversed(found):
-            x = stream.features(x, kept)
-        x = self.head.drop(x)
+        x = self.head.drop(self.with_streams(x, kept))
         return x if pre_logits else self.head.fc(x)
 
     def forward_intermediates(
@@ -120,7 +113,7 @@ class StageModelHost(RunningHost):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Compute the maps behind chosen stages, as timm does; prompts never show in them."""
+        """Compute the maps after chosen stages, as timm does, without prompts."""
         if not self.runs_itself():
             return super().forward_intermediates(
                 x,
@@ -174,13 +167,13 @@ class StageModelHost(RunningHost):
 
     @staticmethod
     def _merged(merging: Any, bundle: Streams, streams: Sequence[Stream]) -> Streams:
-        """Take tokens and streams through patch merging."""
+        """Pass tokens and streams through patch merging."""
         rules = {stream.name: stream for stream in streams}
         beside = {name: rules[name].merge(merging, rows) for name, rows in bundle.beside.items()}
         return Streams(merging(bundle.tokens), beside, bundle.rules)
 
     def features(self, result: RunResult) -> Tensor:
-        """Normalise the map, and put the rows that pooling is to see among it."""
+        """Normalise the map and insert the rows to be pooled."""
         if result.final:
             return result.tokens
         tokens = self.norm(result.tokens)

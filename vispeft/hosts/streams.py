@@ -1,4 +1,4 @@
-"""The bundle that goes through a block: the tokens, and named streams of rows beside them."""
+"""The bundle that passes through a block: the tokens, and named streams of rows beside them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NONE: Mapping[str, Any] = {}
 
 
 class Streams(NamedTuple):
-    """The tokens of a block and the streams beside them. A block takes one bundle and gives one; nothing else travels.
+    """The tokens of a block and the streams beside them. Blocks take and return one bundle and share no other state.
 
     Streams hold rows (B, R, D), or maps of the tokens' shape.
     """
@@ -25,25 +25,25 @@ class Streams(NamedTuple):
     beside: Mapping[str, Tensor] = _NONE
     """Further streams by name."""
     rules: Mapping[str, StreamRule] = _NONE
-    """What the block's attention does with each stream, also with those that start inside the block."""
+    """How the block's attention treats each stream, including those that start inside the block."""
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Streams:
-        """Apply a change that acts on each row by itself, such as a norm, a layer scale or an MLP.
+        """Apply a function that acts on each row independently, such as a norm, a layer scale or an MLP.
 
         Args:
-            change: The change.
+            change: The function.
         """
         return Streams(change(self.tokens), {name: change(x) for name, x in self.beside.items()}, self.rules)
 
     def plus(self, added: Streams, *terms: Streams) -> Streams:
         """Add the output of a branch, and further terms, to the residual streams.
 
-        A stream that is new in `added` starts as a copy of the tokens. One that `added` lacks passes by where its rule
-        says so, and ends otherwise.
+        A stream that is new in `added` starts as a copy of the tokens. A stream missing in `added` passes through
+        unchanged if its rule neither reads nor is seen, and ends otherwise.
 
         Args:
             added: The output of the branch.
-            *terms: Further terms of some of the streams.
+            *terms: Further terms, of some or all streams.
         """
         passing = {name: x for name, x in self.beside.items() if not any(self.rules[name])}
         starts = {name: self.beside.get(name, self.tokens) for name in added.beside}
@@ -56,7 +56,7 @@ class Streams(NamedTuple):
 
 
 def split(module: Any, streams: Streams) -> Streams:
-    """Run a layer or an MLP on a bundle; where units branch inside it, new streams come out.
+    """Run a layer or an MLP on a bundle; branch units inside it add new streams.
 
     Args:
         module: The module.

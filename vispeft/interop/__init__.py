@@ -1,4 +1,4 @@
-"""Bridges to other code: checkpoints of the authors, and Hugging Face peft."""
+"""Bridges to other code: checkpoints of the methods' authors, Hugging Face peft, and export."""
 
 import importlib
 from typing import Any
@@ -8,9 +8,9 @@ from vispeft.interop.binary import load_binary
 from vispeft.interop.official import Source, list_sources, load_official, register_source, to_official
 
 _PEFT = ("PeftMethod", "from_peft", "to_peft")
-"""Names of the extra `peft`; their module is imported when one of them is asked for."""
+"""Names that need the extra `peft`; their module is imported on first access."""
 
-__all__ = [  # noqa: PLE0604  (those of the extra are added by name)
+__all__ = [  # noqa: PLE0604  (the names of the extra are added by unpacking)
     *_PEFT,
     "Source",
     "blocks",

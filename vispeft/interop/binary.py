@@ -1,7 +1,7 @@
-"""The published files of Bi-AdaptFormer and Bi-LoRA (JieShibo/PETL-ViT at 026e4f1, MIT): codes without any header.
+"""The published files of Bi-AdaptFormer and Bi-LoRA (JieShibo/PETL-ViT at 026e4f1, MIT): codes without a header.
 
-A file holds matrix after matrix: the packed codes, then mean and spread as float32. What stands there are codes, so the
-matrices act as they are decoded and are never quantised again.
+A file is a sequence of matrices: for each the packed codes, then mean and standard deviation as float32. The loaded
+matrices keep exactly the decoded values and are never quantised again.
 """
 
 from __future__ import annotations
@@ -24,53 +24,55 @@ from vispeft.storage.quantize import decode
 __all__ = ["BINARY_SOURCES", "load_binary"]
 
 BINARY_SOURCES = {"biadaptformer": "adapter_down.weight", "bilora": "lora_q.adapter_down.weight"}
-"""The public codes with such files, and how the name of a matrix ends whose first side is the bottleneck."""
+"""The public codes with such files, each with the name ending of a matrix whose first axis is the bottleneck."""
 HEAD_BITS = 1
-"""Bits per weight of a quantised classifier in these files, whatever the adapters have."""
+"""Bits per weight of a quantised classifier in these files, independent of the adapter's bits."""
 _STATISTICS = 8
 _SPREADS = (1e-8, 1e4)
-"""Spreads of trained matrices; four bytes read at a wrong place are hardly ever between."""
+"""Range of standard deviations of trained matrices; four bytes read at a wrong offset are rarely within it."""
 
 
 class _Reader:
-    """Takes a file apart from its beginning."""
+    """Sequential reader of a file's bytes."""
 
     def __init__(self, content: bytes, asked: str) -> None:
         self.content, self.asked, self.place = content, asked, 0
 
     @property
     def left(self) -> int:
-        """Bytes not yet read."""
+        """Number of bytes not yet read."""
         return len(self.content) - self.place
 
-    def take(self, count: int, what: str) -> Tensor:
+    def take(self, count: int, part: str) -> Tensor:
         """Read bytes as uint8."""
         if count > self.left:
             raise FileError(
-                f"The file ends within {what}: it has {len(self.content)} bytes, which is too few for {self.asked}. "
+                f"The file ends within {part}: it has {len(self.content)} bytes, which is too few for {self.asked}. "
                 "Give the bits and the bottleneck it was trained with, and the model's own size."
             )
         found = torch.frombuffer(bytearray(self.content[self.place : self.place + count]), dtype=torch.uint8)
         self.place += count
         return found
 
-    def matrix(self, shape: tuple[int, ...], bits: int, what: str) -> Tensor:
-        """Read one quantised matrix, packed."""
+    def matrix(self, shape: tuple[int, ...], bits: int, part: str) -> Tensor:
+        """Read one quantised matrix without unpacking it."""
         numbers = math.prod(shape)
         if numbers * bits % 8:
             raise FileError(
-                f"{what} has {numbers} numbers of {bits} bits, which fill no whole bytes; the public code drops the "
+                f"{part} has {numbers} numbers of {bits} bits, which fill no whole bytes; the public code drops the "
                 "rest, so that such a file is not complete."
             )
-        packed = self.take(numbers * bits // 8 + _STATISTICS, what)
+        packed = self.take(numbers * bits // 8 + _STATISTICS, part)
         std = float(packed[-4:].view(torch.float32))
         if not _SPREADS[0] < std < _SPREADS[1]:
-            raise FileError(f"{what} would have the spread {std:g}, so the file does not hold {self.asked}.")
+            raise FileError(
+                f"{part} would have the standard deviation {std:g}, so the file does not hold {self.asked}."
+            )
         return packed
 
-    def numbers(self, shape: tuple[int, ...], what: str) -> Tensor:
+    def numbers(self, shape: tuple[int, ...], part: str) -> Tensor:
         """Read float32 numbers."""
-        return self.take(4 * math.prod(shape), what).view(torch.float32).reshape(shape).clone()
+        return self.take(4 * math.prod(shape), part).view(torch.float32).reshape(shape).clone()
 
 
 def load_binary(model: nn.Module, source: str, content: bytes, hyper: Mapping[str, Any]) -> AdapterBank:
@@ -80,15 +82,15 @@ def load_binary(model: nn.Module, source: str, content: bytes, hyper: Mapping[st
         model: The backbone the adapter belongs to.
         source: ``biadaptformer`` or ``bilora``.
         content: The file's bytes.
-        hyper: ``bits``, ``bottleneck`` and ``scale``, of which the file says nothing; ``bihead`` where both kinds of
+        hyper: ``bits``, ``bottleneck`` and ``scale``, which the file does not contain; ``bihead`` if both kinds of
             classifier fit the number of bytes.
 
     Returns:
-        The model's bank; quantised matrices act as decoded, and are stored again byte for byte.
+        The model's bank; quantised matrices keep the decoded values, and are saved again byte for byte.
 
     Raises:
         UnknownNameError: If the source has no such files.
-        FileError: If the bytes do not fit the settings; the model is unchanged then.
+        FileError: If the bytes do not fit the settings; then the model is unchanged.
     """
     if source not in BINARY_SOURCES:
         raise UnknownNameError("source of files without a header", source, BINARY_SOURCES)
@@ -104,11 +106,11 @@ def load_binary(model: nn.Module, source: str, content: bytes, hyper: Mapping[st
 
 
 Packed = dict[str, tuple[Tensor, int, tuple[int, ...]]]
-"""By the authors' name: bytes, bits and shape."""
+"""Bytes, bits and shape by the authors' names."""
 
 
 def _read(model: nn.Module, source: str, content: bytes, hyper: dict[str, Any]) -> tuple[Packed, dict[str, Tensor]]:
-    """Give the quantised matrices and the other tensors of a file."""
+    """Read the quantised matrices and the other tensors of a file."""
     entry, view = find_source(source), describe(model)
     if view.head_path is None:
         raise FileError("The file holds a classifier, and this model has no place for one. Give the whole model.")
@@ -130,7 +132,7 @@ def _read(model: nn.Module, source: str, content: bytes, hyper: dict[str, Any]) 
 
 
 def _quantised_head(reader: _Reader, width: int, told: bool | None) -> bool:
-    """Tell by the bytes that are left whether the classifier is quantised."""
+    """Determine from the number of remaining bytes whether the classifier is quantised."""
     left = reader.left
     fits = {
         False: left > 0 and left % (4 * (width + 1)) == 0,
@@ -146,6 +148,6 @@ def _quantised_head(reader: _Reader, width: int, told: bool | None) -> bool:
         )
     asked = {None: "classifier", False: "classifier of float32", True: "classifier of 1 bit"}[told]
     raise FileError(
-        f"{left} bytes are left behind {reader.asked}, which is no {asked} of {width} channels. Give the bits and the "
+        f"{left} bytes are left after {reader.asked}, which is no {asked} of {width} channels. Give the bits and the "
         "bottleneck the file was trained with, and the model's own size."
     )

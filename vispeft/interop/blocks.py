@@ -1,4 +1,4 @@
-"""Names of public codes that put small linear layers beside or inside blocks.
+"""Tensor names in public codes that put small linear layers beside or inside blocks.
 
 AdaptFormer (ShoufaChen/AdaptFormer at 6967d67), Bi-AdaptFormer, Bi-LoRA, Convpass (JieShibo/PETL-ViT at 026e4f1, MIT),
 RepAdapter (luogen1996/RepAdapter at 360992f), Hydra (extremebird/Hydra at 4138457, MIT).
@@ -26,7 +26,7 @@ Names = Mapping[str, str]
 
 
 def layer_names(**layers: str) -> dict[str, str]:
-    """Name weight and bias of linear layers.
+    """Map the weights and biases of linear layers to the authors' names.
 
     Args:
         **layers: The authors' name of each of our layers.
@@ -42,17 +42,17 @@ def layer_names(**layers: str) -> dict[str, str]:
 
 
 def block_of(site: Site) -> str:
-    """Give the path of the block a site is in."""
+    """Return the path of a site's block."""
     parts = site.path.split(".")
     return ".".join(parts[: parts.index("blocks") + 2])
 
 
 def placed(place: Callable[[Site, str], str], tensors: Names) -> Callable[[Plan], dict[str, str]]:
-    """Make the names of a plan's tensors.
+    """Build a function that maps a plan's tensors to the authors' names.
 
     Args:
-        place: Gives the authors' module from a site and the unit's name, relative to the block.
-        tensors: The authors' name of each tensor inside that module.
+        place: Function of a site and the unit's name; returns the authors' module path, relative to the block.
+        tensors: The authors' name of each tensor in that module.
     """
 
     def names(plan: Plan) -> dict[str, str]:
@@ -66,15 +66,15 @@ def placed(place: Callable[[Site, str], str], tensors: Names) -> Callable[[Plan]
 
 
 def hyper_of(metadata: Mapping[str, Any], source: str, *needed: str) -> dict[str, Any]:
-    """Take the hyper-parameters out of a file's metadata.
+    """Return the hyper-parameters in a file's metadata.
 
     Args:
         metadata: The metadata, or the hyper-parameters themselves.
-        source: The public code, for the message.
-        *needed: Keys that must be there.
+        source: The public code, for the error message.
+        *needed: Required keys.
 
     Raises:
-        FileError: If one is missing.
+        FileError: If a key is missing.
     """
     found = metadata.get("hyper", metadata)
     missing = [key for key in needed if key not in found]
@@ -87,11 +87,11 @@ def hyper_of(metadata: Mapping[str, Any], source: str, *needed: str) -> dict[str
 
 
 def ending_in(tensors: Mapping[str, Tensor], ending: str) -> Tensor:
-    """Take the first tensor of a kind.
+    """Return the first tensor whose name has a given ending.
 
     Args:
         tensors: Tensors under the authors' names.
-        ending: What the kind's names end in.
+        ending: The ending of the name.
 
     Raises:
         FileError: If there is none.

@@ -1,6 +1,6 @@
-"""Export for deployment: `torch.export` programs and ONNX files, compared with the model they were made from.
+"""Export for deployment: `torch.export` programs and ONNX files, and their comparison with the original model.
 
-A model takes one batch of images and gives one tensor. ONNX needs the extra `export`, which is imported where it is
+A model maps one batch of images to one tensor. ONNX needs the extra `export`, which is imported where it is
 used.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import math
 import os
 import tempfile
@@ -24,24 +25,27 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
+from vispeft.adapters.bank import AdapterBank
 from vispeft.errors import ConfigError, ExportError, FileError
 
 __all__ = ["INPUT", "OUTPUT", "TOLERANCE", "Difference", "check", "export_onnx", "export_program", "staged"]
 
+logger = logging.getLogger(__name__)
+
 INPUT, OUTPUT = "images", "scores"
 """Names of an ONNX model's input and output."""
 TOLERANCE = 1e-4
-"""Largest difference of float32 outputs, over the largest output, that is rounding. Runtimes fuse and reorder sums; a
-wrong operator or a shape that was traced as a constant shows in the first digits."""
+"""Largest difference of float32 outputs, over the largest output, that counts as rounding. Runtimes fuse and reorder
+sums; a wrong operator, or a shape traced as a constant, changes the leading digits."""
 _AXES = {0: "batch", 2: "height", 3: "width"}
 _WINDOWED = (SwinTransformerBlock, SwinTransformerV2Block)
-"""Blocks that choose by the size of the maps whether and where windows are padded and shifted, in Python, so that a
-trace holds the choice of one size."""
+"""Blocks whose padding and shift of windows depend on the size of the maps in Python code, so that a trace is valid for
+one size only."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far an export is from the model it was made from."""
+    """The difference between the outputs of an export and of the original model."""
 
     absolute: float
     """Largest difference of any output."""
@@ -50,7 +54,7 @@ class Difference:
 
     @property
     def relative(self) -> float:
-        """The one over the other; infinite where something is not finite."""
+        """The absolute difference over the largest output; infinite if a value is not finite."""
         share = self.absolute / max(self.largest, 1e-30)
         return share if math.isfinite(share) else math.inf
 
@@ -60,35 +64,43 @@ def export_program(
 ) -> ExportedProgram:
     """Trace a model with `torch.export`.
 
+    Of a model with adapters the program holds the present route for good: the adapters that act, for the task that is
+    chosen, and the classifier that answers. A log message names them.
+
     Args:
-        model: Takes images and gives one tensor; in evaluation mode.
+        model: Maps images to one tensor; in evaluation mode.
         example: Images (B, 3, H, W) of the sizes that stay fixed.
-        dynamic_batch: Whether the program takes any number of images.
-        dynamic_size: Whether it takes images of any height and width that the model takes.
+        dynamic_batch: Whether the program accepts any number of images.
+        dynamic_size: Whether it accepts images of any height and width that the model accepts.
 
     Returns:
         The program.
 
     Raises:
         ConfigError: If the model is in training mode.
-        ExportError: If the model's computation depends on a size that is to be free, or cannot be traced.
+        ExportError: If the model's computation depends on a dynamic size, or cannot be traced.
     """
     if any(module.training for module in model.modules()):
         raise ConfigError("The model is in training mode, and would be exported so. Call model.eval() first.")
     if dynamic_size and any(isinstance(module, _WINDOWED) for module in model.modules()):
         raise ExportError(
-            "Swin cuts, pads and shifts its windows as the size of the images asks for, and a trace holds one of these "
-            "ways. Leave the size fixed, and export a file for each size that is needed."
+            "Swin's windows, their padding and their shift depend on the size of the images, and a trace is valid for "
+            "one size. Leave the size fixed, and export one file for each size."
         )
     if dynamic_batch and len(example) < 2:
         example = example.expand(2, -1, -1, -1).contiguous()  # a batch of 1 is traced as the constant 1
+    for module in model.modules():
+        bank = AdapterBank.of(module)
+        if bank is not None:
+            task = "" if bank.task is None else f", for the task {bank.task!r}"
+            logger.info("The export holds the adapters that act now: %s%s.", ", ".join(bank.active) or "none", task)
     free: dict[int, Any] = {0: Dim("batch", min=1)} if dynamic_batch else {}
     if dynamic_size:
-        free |= {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}  # the bounds are the model's own: whole patches, mostly
+        free |= {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}  # the model sets the bounds: mostly multiples of the patch size
     try:
         with torch.no_grad():
             program = torch.export.export(model, (example,), dynamic_shapes=(free,))
-    # Dynamo's errors, those of symbolic shapes and timm's own assertions share no other base.
+    # Dynamo's errors, those of symbolic shapes and timm's assertions have no narrower common base class.
     except Exception as error:
         wanted = ", ".join(_AXES[axis] for axis in free) or "nothing"
         raise ExportError(
@@ -102,7 +114,7 @@ def export_program(
         )
     for part in program.graph_module.modules():
         for node in part.graph.nodes if isinstance(part, GraphModule) else ():
-            node.meta.pop("stack_trace", None)  # it would write the paths of this machine into every file
+            node.meta.pop("stack_trace", None)  # it would write local paths into every file
     return program
 
 
@@ -115,16 +127,16 @@ def export_onnx(
     dynamic_size: bool = False,
     notes: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a model as an ONNX file, whole or not at all; its input is ``images``, its output ``scores``.
+    """Export a model to an ONNX file with input ``images`` and output ``scores``; no partial file is left on an error.
 
-    Weights of more than 2 GiB, the most a file of this format holds, go into a second file ``<name>.data``.
+    Weights of more than 2 GiB, the format's limit, go into a second file ``<name>.data``.
 
     Args:
-        model: Takes images and gives one tensor; in evaluation mode.
+        model: Maps images to one tensor; in evaluation mode.
         example: Images (B, 3, H, W) of the sizes that stay fixed.
         path: The file.
-        dynamic_batch: Whether the file takes any number of images.
-        dynamic_size: Whether it takes images of any height and width that the model takes.
+        dynamic_batch: Whether the file accepts any number of images.
+        dynamic_size: Whether it accepts images of any height and width that the model accepts.
         notes: Values by name, written as JSON into the file's ``metadata_props``.
 
     Returns:
@@ -152,15 +164,15 @@ def export_onnx(
 
 
 def check(model: nn.Module, exported: ExportedProgram | str | Path, batches: Iterable[Tensor]) -> Difference:
-    """Compare an export with the model it was made from.
+    """Compare an export with the original model.
 
     Args:
         model: The model, in evaluation mode on the CPU.
-        exported: A program; or a file, ``.onnx``, which is run in onnxruntime on the CPU, or ``.pt2``.
-        batches: Images (B, 3, H, W), also of other numbers and sizes than were traced.
+        exported: A program, or a file: ``.onnx``, which is run by onnxruntime on the CPU, or ``.pt2``.
+        batches: Images (B, 3, H, W), also of other batch and image sizes than the traced ones.
 
     Returns:
-        The largest difference on any of them.
+        The largest difference over all batches.
 
     Raises:
         ConfigError: If the extra is not installed and the file is ONNX.
@@ -174,7 +186,7 @@ def check(model: nn.Module, exported: ExportedProgram | str | Path, batches: Ite
             wanted = model(images)
             try:
                 found = run(images)
-            except Exception as error:  # onnxruntime's errors have no base of their own
+            except Exception as error:  # onnxruntime's errors have no common base class
                 raise ExportError(
                     f"The export does not run on images of shape {tuple(images.shape)}: {_first_line(error)}. Leave "
                     "the sizes fixed that the model's computation depends on."
@@ -192,18 +204,18 @@ def check(model: nn.Module, exported: ExportedProgram | str | Path, batches: Ite
 
 @contextmanager
 def staged(path: Path, *others: Path) -> Iterator[Path]:
-    """Give a place to write a file, and files beside it, that get their names only if nothing went wrong.
+    """Write a file, and files beside it, in a temporary folder and move them into place only on success.
 
     Args:
         path: The file.
-        others: Files that will be written into the same folder and are moved with it, as far as they are known.
+        others: Files known to be written beside it, which must not exist either.
 
     Yields:
-        A path of the same name in a folder beside it.
+        A path of the same name in a temporary folder, all of whose files are moved.
 
     Raises:
-        ConfigError: If a file of one of the names exists.
-        FileError: If nothing can be written there.
+        ConfigError: If one of the files exists.
+        FileError: If the files cannot be written.
     """
     for file in (path, *others):
         _refuse_existing(file)
@@ -228,7 +240,7 @@ def _refuse_existing(path: Path) -> None:
 
 
 def _runner(exported: ExportedProgram | str | Path) -> Callable[[Tensor], Tensor]:
-    """Make a function of an export: images in, outputs out."""
+    """Return a function that runs an export on images."""
     if isinstance(exported, ExportedProgram):
         return exported.module()
     path = Path(exported)
@@ -238,17 +250,17 @@ def _runner(exported: ExportedProgram | str | Path) -> Callable[[Tensor], Tensor
         return torch.export.load(path).module()
     (runtime,) = _extra("onnxruntime")
     options = runtime.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong is raised too
-    options.intra_op_num_threads = torch.get_num_threads()  # otherwise all processors, which wait busily
+    options.log_severity_level = 4  # errors are raised anyway
+    options.intra_op_num_threads = torch.get_num_threads()  # the default is all processors, with busy waiting
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
 
 
 def _extra(*names: str) -> list[Any]:
-    """Import what the extra brings.
+    """Import modules of the extra `export`.
 
     Raises:
-        ConfigError: If it is not installed.
+        ConfigError: If a module is not installed.
     """
     try:
         return [importlib.import_module(name) for name in names]
@@ -260,6 +272,6 @@ def _extra(*names: str) -> list[Any]:
 
 
 def _first_line(error: Exception) -> str:
-    """Give the first line of a message; those of the tracer go on for pages."""
+    """Return the first line of an error message; the tracer's messages are pages long."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].partition(" For more information")[0].rstrip(".!") if lines else type(error).__name__

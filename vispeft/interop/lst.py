@@ -1,4 +1,4 @@
-"""Names of the ladder (ylsung/Ladder-Side-Tuning at 1798e82, MIT), as this project's form for vision has them."""
+"""Tensor names of LST (ylsung/Ladder-Side-Tuning at 1798e82, MIT), for this project's form of it for vision."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PLACES = {
     "up": "side_final_upsample",
     "merging": "side_merging",
 }
-"""The authors' name of each part; patch merging, which a language model has none of, is named alike."""
+"""The authors' name of each part; patch merging, which language models lack, is named in the same style."""
 
 
 def _names(plan: Plan) -> dict[str, str]:

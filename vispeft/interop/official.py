@@ -1,4 +1,4 @@
-"""Adapters under the names of the authors' public code, in both directions."""
+"""Conversion of adapters from and to the names and shapes of the authors' public code."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Source:
-    """One public code and the names it gives to its tensors."""
+    """A public code and the names of its tensors."""
 
     name: str
     """Name of the source."""
     method: Callable[[Mapping[str, Any], Mapping[str, Tensor], View], Method]
-    """Makes the method from the file's metadata, its tensors and the model's view."""
+    """Builds the method from the file's metadata, its tensors and the model's view."""
     names: Callable[[Plan], dict[str, str]]
-    """Gives the authors' name of each of our tensors."""
+    """Maps our tensor names for a plan to the authors' names."""
     head: str | None = None
-    """The authors' name of the classifier; None for timm's."""
+    """The authors' name of the classifier; None if it is timm's."""
     trailing: tuple[str, ...] = ()
-    """Endings of the names whose tensors have one more axis of length one at the end (1x1 convolutions)."""
+    """Name endings of the tensors that have an additional last axis of length one (1x1 convolutions)."""
 
     def ours(self, name: str, tensor: Tensor) -> Tensor:
-        """Bring one of the authors' tensors into our shape."""
+        """Convert one of the authors' tensors to our shape."""
         return tensor.squeeze(-1) if name.endswith(self.trailing or ("\0",)) else tensor
 
     def theirs(self, name: str, tensor: Tensor) -> Tensor:
-        """Bring one of our tensors into the authors' shape."""
+        """Convert one of our tensors to the authors' shape."""
         return tensor.unsqueeze(-1) if name.endswith(self.trailing or ("\0",)) else tensor
 
 
@@ -58,7 +58,7 @@ def register_source(source: Source) -> None:
     """Add a public code.
 
     Args:
-        source: Its names.
+        source: The public code with its names.
     """
     _SOURCES[source.name] = source
 
@@ -76,15 +76,15 @@ def load_official(
     Args:
         model: The backbone the adapter belongs to.
         source: The public code, one of `list_sources`.
-        tensors: The adapter's tensors; a classifier among them (``head.*``) becomes the adapter's head.
-        hyper: What the file says about itself: its whole metadata with JSON values decoded.
+        tensors: The adapter's tensors; a classifier among them (``head.*``) becomes the adapter's classifier.
+        hyper: The file's whole metadata, with JSON values decoded.
 
     Returns:
-        The model's bank; the model computes what the authors' model computes.
+        The model's bank; the model's outputs equal those of the authors' model.
 
     Raises:
         UnknownNameError: If the source is not known.
-        FileError: If tensors are missing, unknown or of the wrong shape; the model is unchanged then.
+        FileError: If tensors are missing, unknown or of the wrong shape; then the model is unchanged.
     """
     entry = find_source(source)
     view = describe(unwrap(model))
@@ -92,7 +92,7 @@ def load_official(
     bank = attach(model, method, name=_free_name(model), verify=False)
     label = bank.active[-1]
     ours = {theirs: own for own, theirs in official_names(entry, bank, label).items()}
-    place = f"{entry.head or view.head_path}."  # a model without a classifier gets the one among the tensors
+    place = f"{entry.head or view.head_path}."  # a model without a classifier gets the one in the file
     ours |= {name: f"head/{name.removeprefix(place)}" for name in tensors if name.startswith(place)}
     unknown = [name for name in tensors if name not in ours]
     try:
@@ -109,19 +109,19 @@ def load_official(
 
 
 def to_official(bank: AdapterBank, source: str, grad: bool = False) -> dict[str, Tensor]:
-    """Give the active adapter's tensors under the names of the authors' public code, its classifier's under timm's.
+    """Return the acting adapter's tensors under the authors' names.
 
     Args:
-        bank: The bank; one adapter must be active.
+        bank: The bank; exactly one adapter must act.
         source: The public code, one of `list_sources`.
-        grad: Give the gradients instead of the values.
+        grad: Return the gradients instead of the values.
 
     Returns:
-        The tensors.
+        The tensors, those of the classifier under timm's names unless the source has its own.
 
     Raises:
         UnknownNameError: If the source is not known.
-        ConfigError: If gradients are asked for and there are none.
+        ConfigError: If gradients are requested and there are none.
     """
     entry = find_source(source)
     label = bank.active[-1] if len(bank.active) == 1 else None
@@ -159,12 +159,12 @@ def find_source(name: str) -> Source:
 
 
 def official_names(entry: Source, bank: AdapterBank, label: str | None) -> dict[str, str]:
-    """Give the authors' name of each tensor of an adapter, its classifier's included.
+    """Return the authors' name of each tensor of an adapter, including its classifier.
 
     Args:
         entry: The public code.
         bank: The bank.
-        label: The adapter; None where there is only one active.
+        label: The adapter; may be None if only one acts.
     """
     names = entry.names(bank.plan(label))
     heads = [key for key in bank.named_tensors(label) if key.startswith("head/")]

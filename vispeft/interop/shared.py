@@ -1,4 +1,4 @@
-"""Names of public codes whose layers share tensors.
+"""Tensor names in public codes whose layers share tensors.
 
 FacT (JieShibo/PETL-ViT at 026e4f1, MIT), Compacter (rabeehk/compacter at e123daa; facts only, it has no licence; the
 places in a ViT block are this project's).

@@ -1,4 +1,4 @@
-"""Names of the public SSF code (dongzelian/SSF at e94e0e7, MIT)."""
+"""Tensor names in the public SSF code (dongzelian/SSF at e94e0e7, MIT)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vispeft.core.sites import Site, View
 from vispeft.interop.official import Source, register_source
 from vispeft.methods.ssf import SSF
 
-# Role to the module that holds the pair, relative to the block (or the model), and the pair's number in it.
+# By role, the module that holds the scale and shift, relative to the block (or the model), and their number there.
 _PLACES = {
     "patch_embed": ("patch_embed", 1),
     "patch_embed.norm": ("patch_embed", 2),
@@ -44,7 +44,7 @@ def _block(site: Site) -> str:
 
 
 def _merging(site: Site) -> str:
-    """Name patch merging as the public code does: at the end of a stage, where timm has it at the start of the next."""
+    """Return the public code's name of patch merging: it ends a stage there, while in timm it starts the next one."""
     parts = site.path.split(".")
     return f"layers.{int(parts[1]) - 1}.downsample" if parts[0] == "layers" else ""
 

@@ -1,4 +1,4 @@
-"""Names of the public code of the unified view (jxhe/unify-parameter-efficient-tuning at 3222ce2, Apache-2.0).
+"""Tensor names in the public code of the unified view (jxhe/unify-parameter-efficient-tuning at 3222ce2, Apache-2.0).
 
 The authors have language models only; the places in a ViT block are those of the reference values.
 """

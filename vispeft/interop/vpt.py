@@ -1,4 +1,4 @@
-"""Names of the public VPT code (KMnP/vpt at 4410440; facts only, its licence is not ours)."""
+"""Tensor names in the public VPT code (KMnP/vpt at 4410440; facts only, its licence is not ours)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _names(plan: Plan) -> dict[str, str]:
 
 
 def _theirs(tensor: str) -> str:
-    """Name a tensor; those of Swin's stages end in the stage."""
+    """Return the authors' name of a tensor; the prompts of Swin's stages end in the stage index."""
     return _NAMES.get(tensor) or tensor.replace("deep_", "deep_prompt_embeddings_")
 
 
@@ -39,7 +39,7 @@ def _method(hyper: Mapping[str, Any], tensors: Mapping[str, Tensor], view: View)
         num_tokens=number,
         deep=any(name.startswith("deep_prompt_embeddings") for name in tensors),
         project=stored if "prompt_proj.weight" in tensors else None,
-        # What average pooling sees is not to be seen from the tensors; the public code's own choice is all.
+        # The tensors do not show which rows are pooled; the public code's default is all.
         pool=(hyper.get("config") or {}).get("pool", "all"),
     )
 

@@ -1,4 +1,4 @@
-"""Names of the public VQT code (andytu28/VQT at 9bca87e, BSD-3)."""
+"""Tensor names in the public VQT code (andytu28/VQT at 9bca87e, BSD-3)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _method(hyper: Mapping[str, Any], tensors: Mapping[str, Tensor], view: View)
         found = ", ".join(sorted(tensors)) or "nothing"
         raise FileError(f"VQT's tensors hold 'query_prompt_embeddings'; found {found}.")
     config = hyper.get("config") or {}
-    # What the tensors do not tell: the public code's own defaults.
+    # Settings that the tensors do not show get the public code's defaults.
     aggregate = "weighted" if "combine_params" in tensors else config.get("aggregate", "concat")
     return VQT(
         num_queries=tensors["query_prompt_embeddings"].shape[1],

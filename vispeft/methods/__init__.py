@@ -1,4 +1,4 @@
-"""The methods, one file each. Every module of this package is imported, and what it registers is found by its name."""
+"""The methods, one file each: importing this package imports every module, and each registers its methods by name."""
 
 import importlib
 import pkgutil
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vispeft.core.method import Method, list_methods, method, register
 
-# For type checkers alone. A method that is not in this list works all the same; they take its class for `Any`.
+# For type checkers only. A method missing from this list still works; type checkers see its class as `Any`.
 if TYPE_CHECKING:
     from vispeft.methods.adapter import Adapter as Adapter
     from vispeft.methods.adaptformer import AdaptFormer as AdaptFormer
@@ -39,7 +39,7 @@ CONFIGURATIONS = sorted(
     for name, value in globals().items()
     if isinstance(value, type) and issubclass(value, Method) and value is not Method
 )
-"""Names of the configuration classes, which the package hands on."""
+"""Names of the configuration classes that the package re-exports."""
 
-if not TYPE_CHECKING:  # they would take it for all there is
+if not TYPE_CHECKING:  # a type checker would take this list as complete
     __all__ = ["CONFIGURATIONS", "Method", "list_methods", "method", "register"]

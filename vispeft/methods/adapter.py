@@ -31,45 +31,45 @@ __all__ = [
 ]
 
 LAYERNORM_EPS = 1e-5
-"""PyTorch's default, which the public code keeps (jxhe/unify-parameter-efficient-tuning)."""
+"""PyTorch's default, as in the public code (jxhe/unify-parameter-efficient-tuning)."""
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
-"""What stands between the two layers; ReLU in both papers."""
+"""Activations between the two layers; ReLU in both papers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bottleneck:
-    """The shape of a bottleneck: ``scale * up(dropout(activation(down(x))))``."""
+    """Configuration of a bottleneck: ``scale * up(dropout(activation(down(x))))``."""
 
     width: int
     """Channels of the stream."""
     middle: int
-    """Channels in between."""
+    """Hidden channels."""
     scale: float | None = 1.0
-    """Multiplier; None for one learned number that starts at one."""
+    """Multiplier; None for a learned scalar that starts at one."""
     bias: bool = True
     """Whether the two layers have biases."""
     layernorm: str = "none"
-    """A LayerNorm ``in`` front of the first layer, on the way ``out``, or ``none``."""
+    """A LayerNorm at the input (``in``), at the output (``out``), or ``none``."""
     activation: str = "relu"
     """One of `ACTIVATIONS`."""
     dropout: float = 0.0
-    """Share of the middle channels dropped while training."""
+    """Fraction of the hidden channels dropped during training."""
     start: str = "lora"
-    """``lora``: first matrix uniform, second zero; ``bert``: both normal of spread 0.02 (public code)."""
+    """``lora``: first matrix uniform, second zero; ``bert``: both normal, standard deviation 0.02 (public code)."""
     bits: int = 32
     """Bits per weight of the two matrices."""
 
 
 class BottleneckUnit(LowBit, Unit):
-    """The tensors of a bottleneck, and what it makes of tokens."""
+    """The tensors of a bottleneck and its forward pass."""
 
     matrices = ("down", "up")
 
     def __init__(self, shape: Bottleneck) -> None:
-        """Make room for the tensors.
+        """Allocate the tensors.
 
         Args:
-            shape: What the bottleneck looks like.
+            shape: The bottleneck's configuration.
         """
         super().__init__()
         self.shape, self.bits = shape, shape.bits
@@ -85,7 +85,7 @@ class BottleneckUnit(LowBit, Unit):
         self.scale = nn.Parameter(torch.empty(1)) if shape.scale is None else None
 
     def reset(self, generator: Generator) -> None:
-        """Draw the first matrix as PyTorch draws a linear layer and close the branch, or draw both as BERT does."""
+        """Initialise the first matrix as PyTorch's linear layer and the second at zero, or both as BERT does."""
         if self.shape.start == "bert":
             for weight in (self.down, self.up):
                 weight.normal_(0.0, 0.02, generator=generator)
@@ -101,7 +101,7 @@ class BottleneckUnit(LowBit, Unit):
                 factor.fill_(1.0)
 
     def change(self, x: Tensor) -> Tensor:
-        """Compute what is added.
+        """Compute the term that is added to the stream.
 
         Args:
             x: (..., width).
@@ -125,62 +125,62 @@ class BottleneckUnit(LowBit, Unit):
 
 
 class SequentialBottleneck(BottleneckUnit, SequentialUnit):
-    """A bottleneck behind a layer: ``y + change(y)``."""
+    """A bottleneck after a layer: ``y + change(y)``."""
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """Compute (..., width) from the layer's own output."""
+        """Add the bottleneck's term to the layer's output, (..., width)."""
         return y + self.change(y)
 
 
 class ParallelBottleneck(BottleneckUnit, ParallelUnit):
-    """A bottleneck beside a branch of a block."""
+    """A bottleneck parallel to a branch of a block."""
 
     def __init__(self, shape: Bottleneck, place: Literal["attn", "mlp"], reads: Literal["stream", "normed"]) -> None:
-        """Make room for the tensors.
+        """Allocate the tensors.
 
         Args:
-            shape: What the bottleneck looks like.
-            place: The branch it stands beside.
-            reads: What it is computed from.
+            shape: The bottleneck's configuration.
+            place: The branch it runs parallel to.
+            reads: Its input: the residual stream, or the branch's normalised input.
         """
         super().__init__(shape)
         self.place, self.reads = place, reads
 
     def branch(self, x: Tensor, grid: tuple[int, int] | None, prefix: int) -> Tensor:
-        """Compute the shape of `x`, token by token."""
+        """Compute the term, token by token, in the shape of `x`."""
         return self.change(x)
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
 class Adapter(FewBits, DropPath, Method):
-    """A bottleneck behind the MLP or the attention of each block, or beside the MLP.
+    """A bottleneck after the MLP or the attention of each block, or parallel to the MLP.
 
-    Sequential: ``f + up(relu(down(f)))`` with f the output of the branch's last linear layer, in front of layer scale
-    and residual sum. Parallel: the same term computed from the residual stream that enters the MLP branch, in front of
-    its norm (He et al.; in their pre-norm model the adapter reads the stream), or from what the norm makes of it. In a
-    model that normalises behind its branches (SwinV2) there is no normed input, and the sequential form stands in front
-    of that norm (form of this project).
+    Sequential: ``f + up(relu(down(f)))`` with f the output of the branch's last linear layer, before layer scale and
+    residual sum. Parallel: the same term computed from the residual stream that enters the MLP branch, before its norm
+    (He et al.; in their pre-norm model the adapter reads the stream itself), or from the norm's output. A model that
+    normalises after its branches (SwinV2) has no normalised input there, and the sequential form comes before that norm
+    (form of this project).
     """
 
     bottleneck: int = 8
-    """Channels in between; 8 in the vision tables, 64 and more in language."""
+    """Hidden channels; 8 in published vision results, 64 and more in language."""
     scale: float | None = 1.0
-    """Multiplier of the term; None for one learned number per unit that starts at one."""
+    """Multiplier of the term; None for one learned scalar per unit that starts at one."""
     parallel: bool = False
-    """Beside the MLP instead of behind it."""
+    """Whether the bottleneck runs parallel to the MLP instead of after it."""
     layernorm: Literal["none", "in", "out"] = "none"
-    """A LayerNorm in front of the first layer (``in``), behind the second (``out``), or none."""
+    """A LayerNorm before the first layer (``in``), after the second (``out``), or none."""
     reads: Literal["stream", "normed"] = "stream"
-    """What the parallel form is computed from."""
+    """Input of the parallel form: the residual stream, or the MLP's normalised input."""
     activation: Literal["relu", "gelu", "quick_gelu"] = "relu"
-    """What stands between the two layers."""
+    """Activation between the two layers."""
     dropout: float = 0.0
-    """Share of the middle channels dropped while training."""
+    """Fraction of the hidden channels dropped during training."""
     bias: bool = True
     """Whether the two layers have biases."""
     start: Literal["lora", "bert"] = "lora"
-    """``lora`` starts as the identity; ``bert`` draws both matrices from a normal of spread 0.02."""
+    """``lora`` starts as the identity; ``bert`` draws both matrices from a normal, standard deviation 0.02."""
 
     name: ClassVar[str] = "adapter"
     paper: ClassVar[str] = "https://arxiv.org/abs/1902.00751"
@@ -188,7 +188,7 @@ class Adapter(FewBits, DropPath, Method):
     default_roles: ClassVar[tuple[str, ...]] = ("mlp",)
 
     def __post_init__(self) -> None:
-        """Check the fields."""
+        """Validate the fields."""
         super().__post_init__()
         check_whole(self, "bottleneck")
         check_factor(self, "scale")
@@ -201,7 +201,7 @@ class Adapter(FewBits, DropPath, Method):
         check_roles_in(self, ("mlp",) if self.parallel else ("attn", "mlp"))
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
-        """Put one bottleneck behind the last linear layer of each branch, or beside it."""
+        """Put one bottleneck after the last linear layer of each branch, or parallel to the branch."""
         if self.parallel:
             if self.reads == "normed":
                 view.needs_norm_first(type(self).__name__)
@@ -226,7 +226,7 @@ class Adapter(FewBits, DropPath, Method):
         )
 
     def parameter_count(self, view: View) -> int:
-        """Count ``2 m D + m + D`` per site, without biases ``2 m D``; a norm adds ``2 D``, a learned scale 1."""
+        """Count ``2 m D + m + D`` per site (``2 m D`` without biases); a norm adds ``2 D``, a learned scale 1."""
         per_width = 2 * self.bottleneck + (1 if self.bias else 0) + (2 if self.layernorm != "none" else 0)
         fixed = (self.bottleneck if self.bias else 0) + (1 if self.scale is None else 0)
         return sum(per_width * site.out_features + fixed for site in self.sites(view))
@@ -240,7 +240,7 @@ def branch_ends(view: View, branches: Iterable[Site]) -> Iterator[Site]:
         branches: Sites of role ``attn`` and ``mlp``.
 
     Yields:
-        Of each the site of its last layer.
+        The site of each branch's last layer.
     """
     last = {"attn": "attn.proj", "mlp": "mlp.fc2"}
     for branch in branches:

@@ -1,4 +1,4 @@
-"""AdaptFormer: a scaled bottleneck beside the MLP (Chen et al., NeurIPS 2022, arXiv 2205.13535)."""
+"""AdaptFormer: a scaled bottleneck parallel to the MLP (Chen et al., NeurIPS 2022, arXiv 2205.13535)."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ __all__ = ["AdaptFormer"]
 @register
 @dataclass(frozen=True, kw_only=True)
 class AdaptFormer(FewBits, DropPath, Method):
-    """A bottleneck beside each MLP: ``x + mlp(norm2(x)) + scale * up(dropout(relu(down(x))))``.
+    """A bottleneck parallel to each MLP: ``x + mlp(norm2(x)) + scale * up(dropout(relu(down(x))))``.
 
-    The branch reads the residual stream in front of the norm and is not under stochastic depth (public code). The first
+    The branch reads the residual stream before the norm, and stochastic depth does not drop it (public code). The first
     matrix starts uniform, the second at zero. With fewer than 32 bits and without biases this is Bi-AdaptFormer
     (arXiv 2307.16867); its second matrix then starts near zero. Most VTAB-1k recipes have ``drop_path=0.1``.
     """
 
     bottleneck: int = 64
-    """Channels in between; 64 in the paper, 8 in most VTAB-1k tables."""
+    """Hidden channels; 64 in the paper, 8 in most VTAB-1k tables."""
     scale: float = 0.1
-    """Multiplier of the branch, fixed (paper, main table)."""
+    """Multiplier of the branch, not learned (paper, main table)."""
     dropout: float = 0.1
-    """Share of the middle channels dropped while training (public code)."""
+    """Fraction of the hidden channels dropped during training (public code)."""
     bias: bool = True
     """Whether the two layers have biases; Bi-AdaptFormer has none."""
 
@@ -43,7 +43,7 @@ class AdaptFormer(FewBits, DropPath, Method):
     default_roles: ClassVar[tuple[str, ...]] = ("mlp",)
 
     def __post_init__(self) -> None:
-        """Check the fields."""
+        """Validate the fields."""
         super().__post_init__()
         check_whole(self, "bottleneck")
         check_factor(self, "scale")
@@ -51,7 +51,7 @@ class AdaptFormer(FewBits, DropPath, Method):
         check_roles_in(self, ("mlp",), "See Adapter for others.")
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
-        """Put one bottleneck beside the MLP of each block."""
+        """Put one bottleneck parallel to the MLP of each block."""
         for site in view.blocks_of(self.sites(view)):
             shape = Bottleneck(
                 width=site.out_features,
@@ -64,6 +64,6 @@ class AdaptFormer(FewBits, DropPath, Method):
             yield PlanItem(site, "adaptformer", partial(ParallelBottleneck, shape, "mlp", "stream"))
 
     def parameter_count(self, view: View) -> int:
-        """Count ``2 h D + h + D`` per block, without biases ``2 h D``."""
+        """Count ``2 h D + h + D`` per block (``2 h D`` without biases)."""
         biases = 1 if self.bias else 0
         return sum((2 * self.bottleneck + biases) * s.out_features + biases * self.bottleneck for s in self.sites(view))

@@ -21,15 +21,15 @@ _BIASES = frozenset({"bias", "q_bias", "v_bias"})
 @register
 @dataclass(frozen=True, kw_only=True)
 class BitFit(Method):
-    """Every bias of the backbone trains, in place of the frozen one.
+    """Train a copy of every bias of the backbone, used in place of the frozen one.
 
     Biases are the parameters named ``bias``, in linear layers, convolutions and norms, and the query and value biases
-    that SwinV2 and EVA-02 keep on the attention module (form of this project). Published counts for Swin also hold the
-    tables of relative positions, whose name contains the word.
+    that SwinV2 and EVA-02 keep on the attention module (form of this project). Published counts for Swin also include
+    the relative position bias tables, whose name contains "bias".
     """
 
     include_rel_pos_bias: bool = False
-    """Also the tables of relative positions of Swin."""
+    """Whether to train Swin's relative position bias tables too."""
 
     name: ClassVar[str] = "bitfit"
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.10199"
@@ -39,7 +39,7 @@ class BitFit(Method):
         return _BIASES | ({"relative_position_bias_table"} if self.include_rel_pos_bias else frozenset())
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
-        """Select the biases, or those below the chosen roles and blocks."""
+        """Select all biases, or only those inside the chosen roles and blocks."""
         inside = below(self, view)
         yield from selections(view, model, "bitfit", lambda path, name: name in self._chosen() and inside(path))
 

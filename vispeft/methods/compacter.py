@@ -1,6 +1,6 @@
 """Compacter: adapters whose matrices are sums of Kronecker products (Karimi Mahabadi et al., NeurIPS 2021).
 
-Paper: arXiv 2106.04647; public code rabeehk/compacter at e123daa (read for facts only, it has no licence).
+Paper: arXiv 2106.04647; public code rabeehk/compacter at e123daa (read for facts only; it has no licence).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from vispeft.storage.quantize import LowBit
 __all__ = ["Compacter", "CompacterUnit", "PHMRule", "UnitShape", "phm_linear", "phm_matrix"]
 
 Factored = Tensor | tuple[Tensor, Tensor]
-"""A stack of matrices, or two stacks whose products these are."""
+"""A stack of matrices, or two stacks of factors whose products are the matrices."""
 SHARED_START, OWN_START = 1e-4, 1e-2
-"""Spread of a new rule: of one that all layers share, and of one that a layer has for itself (public code)."""
+"""Initial standard deviation of a rule shared by all layers, and of a layer's own rule (public code)."""
 
 
 def phm_matrix(rule: Factored, weight: Factored) -> Tensor:
@@ -52,7 +52,7 @@ def phm_matrix(rule: Factored, weight: Factored) -> Tensor:
 def phm_linear(x: Tensor, rule: Factored, weight: Factored, bias: Tensor | None = None) -> Tensor:
     """Apply a parametrised hypercomplex layer: ``y = x H + b`` with the H of `phm_matrix`.
 
-    H is small beside the tokens, so it is cheaper to build it than to mix slices of every token.
+    H is small compared with the tokens, so building it is cheaper than mixing slices of every token.
 
     Args:
         x: (..., in).
@@ -76,55 +76,55 @@ class PHMRule(SharedUnit):
     no_decay = frozenset({"rule"})
 
     def __init__(self, n: int, spread: float) -> None:
-        """Make room for the rule.
+        """Allocate the rule.
 
         Args:
             n: Number of Kronecker products, and side of the rule's matrices.
-            spread: Spread of its start values.
+            spread: Standard deviation of its initial values.
         """
         super().__init__()
         self.spread = spread
         self.rule = nn.Parameter(torch.empty(n, n, n))
 
     def reset(self, generator: Generator) -> None:
-        """Draw the rule from a normal."""
+        """Draw the rule from a normal distribution."""
         self.rule.normal_(0.0, self.spread, generator=generator)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitShape:
-    """What a Compacter unit looks like."""
+    """Configuration of a Compacter unit."""
 
     width: int
     """Channels of the stream."""
     middle: int
-    """Channels in between."""
+    """Hidden channels."""
     n: int
     """Number of Kronecker products."""
     rank: int | None
-    """Rank of the blocks; None for full ones."""
+    """Rank of the blocks; None for full-rank blocks."""
     own_rules: bool = False
-    """Whether it has rules of its own instead of borrowing one."""
+    """Whether the unit has its own rules instead of the shared one."""
     spread: float = SHARED_START
-    """Spread of the start values of its rule or rules."""
+    """Standard deviation of the initial values of its rule or rules."""
     bits: int = 32
     """Bits per weight of the blocks."""
 
 
 class CompacterUnit(LowBit, SequentialUnit):
-    """A bottleneck behind a layer: ``y + up(gelu(down(y)))`` with two PHM layers and the tanh form of GELU."""
+    """A bottleneck after a layer: ``y + up(gelu(down(y)))`` with two PHM layers and the tanh form of GELU."""
 
     no_decay = frozenset({"down_rule", "up_rule"})
 
     def __init__(self, shape: UnitShape) -> None:
-        """Make room for the tensors.
+        """Allocate the tensors.
 
         Args:
-            shape: What the unit looks like.
+            shape: The unit's configuration.
         """
         super().__init__()
         self.shape, self.bits = shape, shape.bits
-        # Both layers carry the rule, so that a small one closes the branch all but for rounding.
+        # Both layers are multiplied by the rule, so a small rule makes the branch zero up to rounding.
         self.identity_at_start = shape.spread <= SHARED_START
         n, k = shape.n, shape.rank
         matrices = []
@@ -139,12 +139,12 @@ class CompacterUnit(LowBit, SequentialUnit):
         self.matrices = tuple(matrices)
 
     def _sides(self) -> dict[str, tuple[int, int]]:
-        """Give rows and columns of each layer's blocks."""
+        """Return the rows and columns of each layer's blocks."""
         width, middle = self.shape.width // self.shape.n, self.shape.middle // self.shape.n
         return {"down": (width, middle), "up": (middle, width)}
 
     def reset(self, generator: Generator) -> None:
-        """Draw blocks Glorot-uniform with a gain of sqrt(2), rules from a normal; biases are zero (public code)."""
+        """Initialise blocks Glorot-uniform with gain sqrt(2), rules from a normal, and biases at zero (public code)."""
         for name in self.matrices:
             for block in getattr(self, name):
                 nn.init.xavier_uniform_(block, gain=math.sqrt(2), generator=generator)
@@ -154,11 +154,11 @@ class CompacterUnit(LowBit, SequentialUnit):
                 getattr(self, f"{layer}_rule").normal_(0.0, self.shape.spread, generator=generator)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """Compute (..., width) from the layer's own output."""
+        """Add the bottleneck's term to the layer's output, (..., width)."""
         return y + self.change(y)
 
     def change(self, x: Tensor) -> Tensor:
-        """Compute what is added.
+        """Compute the term that is added to the stream.
 
         Args:
             x: (..., width).
@@ -181,29 +181,29 @@ class CompacterUnit(LowBit, SequentialUnit):
 @register
 @dataclass(frozen=True, kw_only=True)
 class Compacter(FewBits, DropPath, Method):
-    """A bottleneck behind attention and MLP of each block, whose matrices are sums of Kronecker products.
+    """A bottleneck after attention and MLP of each block, whose matrices are sums of Kronecker products.
 
-    ``h + up(gelu(down(h)))`` with h the output of the branch's last linear layer, in front of layer scale and residual
-    sum (the authors adapt a language model; this is the same place in a ViT). Compacter++ stands behind the MLP alone
-    (``roles=["mlp"]``); PHM-Adapter has ``rank=None, shared_rule=False, phm_dim=12``. The start is almost the identity.
-    With few bits the blocks are quantised, rules and biases are not.
+    ``h + up(gelu(down(h)))`` with h the output of the branch's last linear layer, before layer scale and residual sum
+    (the authors adapt a language model; this is the same place in a ViT). Compacter++ adapts the MLP only
+    (``roles=["mlp"]``); PHM-Adapter has ``rank=None, shared_rule=False, phm_dim=12``. A new unit is almost the
+    identity. With fewer than 32 bits the blocks are quantised; rules and biases are not.
     """
 
     bottleneck: int | None = None
-    """Channels in between; None for the width over `reduction`, rounded up to a multiple of `phm_dim`."""
+    """Hidden channels; None for the width divided by `reduction`, rounded up to a multiple of `phm_dim`."""
     phm_dim: int = 4
-    """Number of Kronecker products; it must divide the width and the channels in between (paper)."""
+    """Number of Kronecker products; must divide the width and the hidden channels (paper)."""
     rank: int | None = 1
     """Rank of the blocks (paper); None for full blocks."""
     shared_rule: bool = True
-    """One rule for the whole adapter (paper), or two in each unit."""
+    """Whether the whole adapter shares one rule (paper); otherwise each unit has two."""
     reduction: int = 32
-    """Width over channels in between (paper)."""
+    """Width divided by hidden channels (paper)."""
     rule_start: float | None = None
-    """Spread of the rules' start values; None for the public code's: 0.0001 where shared, 0.01 otherwise. Take
-    0.01 where a short training does not move it."""
+    """Standard deviation of the rules' initial values; None for the public code's: 0.0001 if shared, else 0.01. Use
+    0.01 if a short training run does not move the rule."""
     train_layernorm: bool = False
-    """Whether the backbone's norms train as well, as in the authors' runs."""
+    """Whether the backbone's norms also train, as in the authors' runs."""
 
     name: ClassVar[str] = "compacter"
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.04647"
@@ -217,7 +217,7 @@ class Compacter(FewBits, DropPath, Method):
     default_roles: ClassVar[tuple[str, ...]] = ("attn", "mlp")
 
     def __post_init__(self) -> None:
-        """Check the fields."""
+        """Validate the fields."""
         super().__post_init__()
         check_whole(self, "bottleneck", "phm_dim", "rank", "reduction")
         if not 0 < self._spread < math.inf:
@@ -229,7 +229,7 @@ class Compacter(FewBits, DropPath, Method):
         return self.rule_start if self.rule_start is not None else SHARED_START if self.shared_rule else OWN_START
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
-        """Put the shared rule at the first block and a bottleneck behind the last linear layer of each branch."""
+        """Put the shared rule at the first block and a bottleneck after the last linear layer of each branch."""
         ends = list(branch_ends(view, self.sites(view)))
         lender = None
         if self.shared_rule:

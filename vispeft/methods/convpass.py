@@ -1,4 +1,4 @@
-"""Convpass: convolutional bypasses beside attention and MLP (Jie and Deng, arXiv 2207.07039)."""
+"""Convpass: convolutional bypasses parallel to attention and MLP (Jie and Deng, arXiv 2207.07039)."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ quick_gelu = ACTIVATIONS["quick_gelu"]
 
 
 class ConvpassUnit(LowBit, ParallelUnit):
-    """A bottleneck with a 3x3 convolution over the image of tokens: ``s * up(act(conv(act(down(u)))))``.
+    """A bottleneck with a 3x3 convolution over the token grid: ``s * up(act(conv(act(down(u)))))``.
 
-    Patches are convolved as the image they are; each prefix token as an image of one pixel, on which the middle of the
-    kernel alone acts (public code for the class token; registers alike, form of this project).
+    Patch tokens are convolved on their grid; each prefix token is convolved as a one-pixel image, where only the
+    kernel's centre acts (public code for the class token; the same for registers, form of this project).
     """
 
     needs_grid, reads, drops = True, "normed", True
@@ -44,20 +44,20 @@ class ConvpassUnit(LowBit, ParallelUnit):
         start: str,
         bits: int,
     ) -> None:
-        """Make room for the tensors.
+        """Allocate the tensors.
 
         Args:
             width: Channels of the stream.
-            middle: Channels in between.
-            place: The branch it stands beside.
+            middle: Hidden channels.
+            place: The branch it runs parallel to.
             scale: Multiplier of the term.
-            dropout: Share of the channels in between dropped while training.
-            start: ``xavier`` or ``identity``: how the kernel starts.
+            dropout: Fraction of the hidden channels dropped during training.
+            start: Initialisation of the kernel: ``xavier`` or ``identity``.
             bits: Bits per weight of the matrices.
         """
         super().__init__()
         self.place, self.scale, self.dropout, self.start, self.bits = place, scale, dropout, start, bits
-        # A kernel that starts as the identity keeps its precision: rounding it to a few levels would undo the start.
+        # A kernel that starts as the identity keeps full precision: quantising it would destroy the initialisation.
         self.matrices = ("down", "conv", "up") if start == "xavier" else ("down", "up")
         self.identity_at_start = bits == 32
         self.down = nn.Parameter(torch.empty(middle, width))
@@ -68,7 +68,7 @@ class ConvpassUnit(LowBit, ParallelUnit):
         self.up_bias = nn.Parameter(torch.empty(width))
 
     def reset(self, generator: Generator) -> None:
-        """Draw matrices Xavier-uniform, close the branch, and start the kernel as asked for (public code)."""
+        """Initialise matrices Xavier-uniform, the last one at zero, and the kernel as configured (public code)."""
         nn.init.xavier_uniform_(self.down, generator=generator)
         if self.start == "xavier":
             nn.init.xavier_uniform_(self.conv, generator=generator)
@@ -107,22 +107,22 @@ class ConvpassUnit(LowBit, ParallelUnit):
 @register
 @dataclass(frozen=True, kw_only=True)
 class Convpass(FewBits, DropPath, Method):
-    """A convolutional bypass beside attention and MLP, both reading the normalised input of their branch.
+    """A convolutional bypass parallel to attention and to MLP, each reading the normalised input of its branch.
 
-    The term is under stochastic depth of its own, as in the public code; the paper has ``drop_path=0.1``. On Swin the
-    image of tokens is the whole map, not a window. With few bits an identity kernel keeps 32.
+    The term has its own stochastic depth, as in the public code; the paper uses ``drop_path=0.1``. On Swin the
+    token grid is the whole map, not a window. With fewer than 32 bits, an identity kernel still keeps 32.
     """
 
     bottleneck: int = 8
-    """Channels in between (paper)."""
+    """Hidden channels (paper)."""
     scale: float = 1.0
-    """Multiplier of the term; the paper tunes it by task from 0.01 to 100."""
+    """Multiplier of the term; tuned per task in the paper, from 0.01 to 100."""
     variant: Literal["block", "attn"] = "block"
-    """Beside both branches, or beside the attention alone (``convpass_attn``)."""
+    """Parallel to both branches (``block``), or to attention only (``attn``; ``convpass_attn`` in the public code)."""
     start: Literal["xavier", "identity"] = "xavier"
-    """How the kernel starts; the paper chooses by task."""
+    """Initialisation of the kernel; chosen per task in the paper."""
     dropout: float = 0.1
-    """Share of the channels in between dropped while training (public code)."""
+    """Fraction of the hidden channels dropped during training (public code)."""
 
     name: ClassVar[str] = "convpass"
     paper: ClassVar[str] = "https://arxiv.org/abs/2207.07039"
@@ -130,7 +130,7 @@ class Convpass(FewBits, DropPath, Method):
     default_roles: ClassVar[tuple[str, ...]] = ("attn", "mlp")
 
     def __post_init__(self) -> None:
-        """Check the fields."""
+        """Validate the fields."""
         super().__post_init__()
         check_whole(self, "bottleneck")
         check_factor(self, "scale")
@@ -138,11 +138,11 @@ class Convpass(FewBits, DropPath, Method):
         check_roles_in(self, ("attn", "mlp"))
 
     def paper_roles(self) -> tuple[str, ...]:
-        """Give the places of the variant."""
+        """Return the variant's roles."""
         return self.default_roles if self.variant == "block" else self.default_roles[:1]
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
-        """Put one bypass beside each branch."""
+        """Put one bypass parallel to each branch."""
         view.needs_norm_first(type(self).__name__)
         sites = self.sites(view)
         for branch, block in zip(sites, view.blocks_of(sites), strict=True):

@@ -25,7 +25,7 @@ __all__ = ["FacT", "FacTFactors", "FacTUnit"]
 
 @dataclass(frozen=True)
 class _Shape:
-    """What all units of one set of factors have in common."""
+    """Configuration shared by all units of one set of factors."""
 
     width: int
     """Width of the stream, and of one slice of a weight."""
@@ -36,13 +36,13 @@ class _Shape:
 
 
 class FacTFactors(LowBit, SharedUnit):
-    """U (rank, width) and V (width, rank) of one set; in the Tucker form also the core C and the last factor P."""
+    """Factors U (rank, width) and V (width, rank) of one set; the Tucker form adds the core C and last factor P."""
 
     def __init__(self, shape: _Shape, slices: int | None) -> None:
-        """Make room for the factors.
+        """Allocate the factors.
 
         Args:
-            shape: What the set looks like.
+            shape: The configuration of the set.
             slices: Number of slices that share the core; None for the tensor-train form, which has no core.
         """
         super().__init__()
@@ -54,7 +54,7 @@ class FacTFactors(LowBit, SharedUnit):
         self.P = None if slices is None else nn.Parameter(torch.empty(shape.rank, slices))
 
     def reset(self, generator: Generator) -> None:
-        """Draw U as PyTorch draws a linear layer and C and P Xavier-uniform; V is zero (public code)."""
+        """Initialise U as PyTorch's linear layer, C and P Xavier-uniform, and V at zero (public code)."""
         bound = 1 / math.sqrt(self.U.shape[1])
         self.U.uniform_(-bound, bound, generator=generator)
         start_above_zero(self.V, self.bits, generator)
@@ -66,17 +66,17 @@ class FacTFactors(LowBit, SharedUnit):
 class FacTUnit(LowBit, DeltaUnit):
     """The term of one linear layer: ``scale * V S U x``, with the layer cut into slices of the stream's width.
 
-    Slices of the input meet U each, slices of the output V each; what stands between, S (rank * slices out, rank *
-    slices in), is the unit's own tensor or, in the Tucker form, made of the shared core: ``S_j = sum_p C[:, :, p] P[p,
-    j]``. A last slice that is wider than what is left of the layer is cut off.
+    U is applied to each input slice and V to each output slice; the matrix between them, S (rank * slices out, rank *
+    slices in), is the unit's own tensor or, in the Tucker form, computed from the shared core: ``S_j = sum_p C[:, :, p]
+    P[p, j]``. A last slice wider than the rest of the layer is truncated.
     """
 
     def __init__(self, site: Site, shape: _Shape, columns: range | None) -> None:
-        """Make room for the tensors.
+        """Allocate the tensors.
 
         Args:
-            site: The linear layer, or the slice of one.
-            shape: What the set of factors looks like.
+            site: The linear layer, or a slice of one.
+            shape: The configuration of the set of factors.
             columns: The layer's columns of P; None for the tensor-train form.
         """
         super().__init__()
@@ -93,7 +93,7 @@ class FacTUnit(LowBit, DeltaUnit):
         self.matrices = ("S",) if columns is None else ()
 
     def reset(self, generator: Generator) -> None:
-        """Draw S as PyTorch draws a linear layer (public code)."""
+        """Initialise S as PyTorch's linear layer (public code)."""
         if self.S is not None:
             bound = 1 / math.sqrt(self.S.shape[1])
             self.S.uniform_(-bound, bound, generator=generator)
@@ -102,33 +102,33 @@ class FacTUnit(LowBit, DeltaUnit):
         return cast(FacTFactors, self.lender).matrix(name)
 
     def _middle(self) -> Tensor:
-        """Give S, (rank * slices out, rank * slices in)."""
+        """Return S, (rank * slices out, rank * slices in)."""
         if self.columns is None:
             return self.matrix("S")
         part = self._shared("P")[:, self.columns.start : self.columns.stop]
-        # The public code reshapes (rank, rank, slices) row by row, so that the slice runs fastest.
+        # The public code reshapes (rank, rank, slices) in row-major order, so the slice index varies fastest.
         core = (self._shared("C").flatten(0, 1) @ part).reshape(self.rank, -1)
         return core if self.slices[0] > 1 else core.t()
 
     def _first(self) -> Tensor:
-        """Give ``S U``, (rank * slices out, in)."""
+        """Return ``S U``, (rank * slices out, in)."""
         behind = self.slices[1]
         by_slice = self._middle().reshape(-1, self.rank) @ self._shared("U")
         return by_slice.reshape(behind * self.rank, -1)[:, : self.sizes[0]]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Give two factors of the whole term: of the narrower inner width, which is the rank on either side."""
+        """Return the two factors of the whole term, split where the inner width is narrower."""
         before, behind = self.slices
         if behind == 1:
             return self._first(), self._shared("V")
         u = torch.block_diag(*[self._shared("U")] * before)[:, : self.sizes[0]]
-        # One product of two matrices: how PyTorch folds more axes depends on who trains, and so would the last bits.
+        # A product of two matrices: how PyTorch folds more axes, and so the last bits, depends on requires_grad.
         middle = self._middle().reshape(behind, self.rank, -1).transpose(0, 1).flatten(1)
         by_slice = (self._shared("V") @ middle).unflatten(1, (behind, -1)).transpose(0, 1)
         return u, by_slice.flatten(0, 1)[: self.sizes[1]]
 
     def branches(self) -> list[Branch]:
-        """Give the term with V apart while dropout acts, which stands between S and V."""
+        """Return the term, with V as a separate factor while dropout acts between S and V."""
         if not self.dropped().share:
             return super().branches()
         b = torch.block_diag(*[self._shared("V")] * self.slices[1])[: self.sizes[1]]
@@ -136,29 +136,29 @@ class FacTUnit(LowBit, DeltaUnit):
 
 
 def _slices(features: int, width: int) -> int:
-    """Count the slices of the stream's width that cover a layer's side."""
+    """Count the slices of the stream's width that cover one side of a layer."""
     return -(-features // width)
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
 class FacT(FewBits, DropPath, Method):
-    """Low-rank terms at all linear layers of the blocks, whose outer factors U and V all layers share.
+    """Low-rank terms at all linear layers of the blocks, which share the outer factors U and V.
 
     The weights of a block are twelve square slices: q, k, v, the output projection and four each of the two MLP layers.
-    In the tensor-train form (``tt``) each slice has a small matrix of its own between U and V; in the Tucker form
-    (``tk``) these come from one core, and each slice has one column. A Swin has one set per stage. Layers that are no
-    whole number of slices wide (SwiGLU) count a last slice that is cut off (form of this project).
+    In the tensor-train form (``tt``) each slice has its own small matrix between U and V; in the Tucker form (``tk``)
+    these come from one core, and each slice has one column. A Swin has one set per stage. A layer whose width is not a
+    whole number of slices (SwiGLU) has a truncated last slice (form of this project).
     """
 
     rank: int = 16
-    """Width in between; 4 to 16 (tt) and 16 or 32 (tk) in the paper."""
+    """Rank; 4 to 16 (tt) and 16 or 32 (tk) in the paper."""
     scale: float = 1.0
-    """Multiplier of the terms; the paper tunes it by task from 0.01 to 100."""
+    """Multiplier of the terms; tuned per task in the paper, from 0.01 to 100."""
     variant: Literal["tt", "tk"] = "tt"
-    """Tensor train, or Tucker."""
+    """Tensor-train (``tt``) or Tucker (``tk``) form."""
     dropout: float = 0.1
-    """Share of channels in front of V dropped while training (public code)."""
+    """Fraction of channels before V dropped during training (public code)."""
 
     name: ClassVar[str] = "fact"
     paper: ClassVar[str] = "https://arxiv.org/abs/2212.03145"
@@ -166,7 +166,7 @@ class FacT(FewBits, DropPath, Method):
     default_roles: ClassVar[tuple[str, ...]] = ("attn.q", "attn.k", "attn.v", "attn.proj", "mlp.fc1", "mlp.fc2")
 
     def __post_init__(self) -> None:
-        """Check the fields."""
+        """Validate the fields."""
         super().__post_init__()
         check_whole(self, "rank")
         check_factor(self, "scale")
@@ -188,7 +188,7 @@ class FacT(FewBits, DropPath, Method):
                 yield PlanItem(site, "fact", build, lender=factors.key)
 
     def _sets(self, view: View) -> Iterator[list[Site]]:
-        """Share the sites out by stage, which has one width."""
+        """Group the sites by stage, as the width is constant within one."""
         sites = self.sites(view)
         for site in sites:
             if site.kind != "linear" or site.block is None:
@@ -199,7 +199,7 @@ class FacT(FewBits, DropPath, Method):
                 yield inside
 
     def parameter_count(self, view: View) -> int:
-        """Count ``2 r d + 12 L r^2`` (tt) or ``2 r d + 12 L r + r^3`` (tk) per set, by the slices there are."""
+        """Count ``2 r d + 12 L r^2`` (tt) or ``2 r d + 12 L r + r^3`` (tk) per set, 12 L being the number of slices."""
         blocks = {site.block: site.out_features for site in view.at("block")}
         per_slice = self.rank**2 if self.variant == "tt" else self.rank
         total = 0

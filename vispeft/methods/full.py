@@ -1,4 +1,4 @@
-"""Full fine-tuning: every tensor of the backbone, as the yardstick of all adapters."""
+"""Full fine-tuning: every tensor of the backbone trains, as the baseline for all adapters."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ __all__ = ["Full"]
 @register
 @dataclass(frozen=True, kw_only=True)
 class Full(DropPath, Method):
-    """Every parameter of the backbone trains, on values of its own beside the frozen ones.
+    """Train a copy of every parameter of the backbone, used in place of the frozen one.
 
-    It can therefore be saved, switched and taken off like any adapter, at the price of a second copy of the weights.
+    It can therefore be saved, switched and detached like any adapter, at the cost of a second copy of the weights.
     """
 
     name: ClassVar[str] = "full"
@@ -36,11 +36,11 @@ class Full(DropPath, Method):
     trains_base: ClassVar[bool] = True
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
-        """Select every parameter, or those below the chosen roles and blocks."""
+        """Select all parameters, or only those inside the chosen roles and blocks."""
         inside = below(self, view)
         yield from selections(view, model, "full", lambda path, name: inside(path))
 
     def parameter_count(self, view: View) -> int:
-        """Count all parameters of the backbone, as the view lists them."""
+        """Count all parameters of the backbone listed by the view."""
         inside = below(self, view)
         return sum(sum(own.values()) for path, own in view.tensors.items() if inside(path))

@@ -31,13 +31,13 @@ class HydraUnit(LowBit, SequentialUnit):
     matrices = ("parallel_down", "parallel_up", "sequential_down", "sequential_up")
 
     def __init__(self, site: Site, rank: int, scale: float, dropout: float, bits: int) -> None:
-        """Make room for the tensors.
+        """Allocate the tensors.
 
         Args:
             site: The linear layer.
-            rank: Channels in between.
+            rank: Hidden channels.
             scale: Multiplier of both branches.
-            dropout: Share of the channels in between dropped while training.
+            dropout: Fraction of the hidden channels dropped during training.
             bits: Bits per weight of the matrices.
         """
         super().__init__()
@@ -49,7 +49,7 @@ class HydraUnit(LowBit, SequentialUnit):
                 self.register_parameter(f"{branch}_{name}_bias", nn.Parameter(torch.empty(shape[0])))
 
     def reset(self, generator: Generator) -> None:
-        """Draw the first matrices Xavier-uniform; the second ones and the biases are zero (public code, VTAB-1k)."""
+        """Initialise the first matrices Xavier-uniform, all else at zero (public code, VTAB-1k)."""
         for branch in BRANCHES:
             nn.init.xavier_uniform_(getattr(self, f"{branch}_down"), generator=generator)
             start_above_zero(getattr(self, f"{branch}_up"), self.bits, generator)
@@ -57,7 +57,7 @@ class HydraUnit(LowBit, SequentialUnit):
                 getattr(self, f"{branch}_{name}_bias").zero_()
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """Add both branches to what the layer gives."""
+        """Add both branches to the layer's output."""
         return y + self.scale * (self._branch("parallel", x) + self._branch("sequential", y)).to(y.dtype)
 
     def _branch(self, branch: str, x: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class HydraUnit(LowBit, SequentialUnit):
         return linear(hidden, self.matrix(f"{branch}_up"), getattr(self, f"{branch}_up_bias"))
 
     def fold_weight(self, weight: Tensor) -> Tensor:
-        """Compute ``W + s * (Bp Ap + Bs As W)``: both branches read the layer as it is, not each other."""
+        """Compute ``W + s * (Bp Ap + Bs As W)``: the branches do not read each other."""
         parallel, sequential = (self._product(branch, weight) for branch in BRANCHES)
         return weight + self.scale * (parallel + sequential @ weight)
 
@@ -92,11 +92,11 @@ class Hydra(FewBits, DropPath, Method):
     """
 
     rank: int = 2
-    """Channels in between (paper, VTAB-1k)."""
+    """Hidden channels (paper, VTAB-1k)."""
     scale: float = 1.0
-    """Multiplier of both branches; the paper tunes it by task from 0.1 to 4.5."""
+    """Multiplier of both branches; tuned per task in the paper, from 0.1 to 4.5."""
     dropout: float = 0.0
-    """Share of the channels in between dropped while training; 0 to 0.2 by task in the paper."""
+    """Fraction of the hidden channels dropped during training; 0 to 0.2 by task in the paper."""
 
     name: ClassVar[str] = "hydra"
     paper: ClassVar[str] = "https://arxiv.org/abs/2309.06922"
@@ -111,7 +111,7 @@ class Hydra(FewBits, DropPath, Method):
     default_roles: ClassVar[tuple[str, ...]] = ("attn.proj", "mlp.fc2")
 
     def __post_init__(self) -> None:
-        """Check the fields."""
+        """Validate the fields."""
         super().__post_init__()
         check_whole(self, "rank")
         check_factor(self, "scale")

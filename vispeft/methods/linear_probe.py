@@ -19,7 +19,7 @@ __all__ = ["LinearProbe"]
 @register
 @dataclass(frozen=True, kw_only=True)
 class LinearProbe(Method):
-    """Nothing but the classifier trains, on features of a frozen backbone in evaluation mode."""
+    """Train only the classifier, on features of the frozen backbone in evaluation mode."""
 
     name: ClassVar[str] = "linear_probe"
     recipes: ClassVar[tuple[Recipe, ...]] = (
@@ -32,15 +32,15 @@ class LinearProbe(Method):
     cacheable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        """Refuse sites, of which there are none."""
+        """Refuse `roles` and `blocks`, as the method has no sites."""
         super().__post_init__()
         if self.roles is not None or self.blocks is not None:
-            raise ConfigError("LinearProbe puts nothing into the backbone; leave roles and blocks out.")
+            raise ConfigError("LinearProbe adds nothing to the backbone; leave roles and blocks out.")
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
-        """Put nothing anywhere."""
+        """Yield no items."""
         yield from ()
 
     def parameter_count(self, view: View) -> int:
-        """Count nothing: the classifier is not part of the adapter."""
+        """Return 0: the classifier is counted separately."""
         return 0

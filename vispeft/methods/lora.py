@@ -1,6 +1,7 @@
-"""LoRA: low-rank adaptation of linear layers (Hu et al., ICLR 2022, arXiv 2106.09685), and what was built on it.
+"""LoRA: low-rank adaptation of linear layers (Hu et al., ICLR 2022, arXiv 2106.09685), and its variants.
 
-LoRA+ (arXiv 2402.12354), LoRA-FA (arXiv 2308.03303), PiSSA (arXiv 2404.02948) and DoRA (arXiv 2402.09353) are fields.
+LoRA+ (arXiv 2402.12354), LoRA-FA (arXiv 2308.03303), PiSSA (arXiv 2404.02948) and DoRA (arXiv 2402.09353) are options
+of `LoRA`.
 """
 
 from __future__ import annotations
@@ -29,22 +30,22 @@ __all__ = ["DoRAUnit", "LoRA", "LowRank", "PiSSAUnit"]
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
-    """What the two factors of a term look like."""
+    """Configuration of the two factors of a term."""
 
     rank: int
-    """Width in between."""
+    """Rank of the term."""
     scale: float
     """Multiplier of the term."""
     bits: int
     """Bits per weight."""
     freeze_a: bool
-    """Whether A keeps its start values."""
+    """Whether A stays at its initial values."""
     lr_ratio: float
     """Multiple of the learning rate for B."""
 
 
 class _Factored(LowBit, Unit):
-    """A (rank, in), uniform as a linear layer's weight, and B (rows, rank), zero."""
+    """Factors A (rank, in), initialised as a linear layer's weight, and B (rows, rank), initialised at zero."""
 
     matrices = ("A", "B")
 
@@ -58,61 +59,61 @@ class _Factored(LowBit, Unit):
         self.stop = site.out_features if site.rows is None else site.rows.stop
         a = torch.empty(factors.rank, site.in_features)
         if factors.freeze_a:
-            self.register_buffer("A", a)  # does not train and is in files: its start values are random
+            self.register_buffer("A", a)  # not trained, but saved: its values are random
         else:
             self.A = nn.Parameter(a)
         self.B = nn.Parameter(torch.empty(site.out_features, factors.rank))
 
     def reset(self, generator: Generator) -> None:
-        """Draw A as PyTorch draws a linear layer (Kaiming-uniform with a = sqrt(5)); set B to zero, or near it."""
+        """Initialise A as PyTorch's linear layer (Kaiming-uniform, a = sqrt(5)), B at zero (near it if quantised)."""
         bound = 1 / math.sqrt(self.A.shape[1])
         self.A.uniform_(-bound, bound, generator=generator)
         start_above_zero(self.B, self.bits, generator)
 
 
 class LowRank(_Factored, DeltaUnit):
-    """A term ``scale * B A x`` beside a linear layer."""
+    """A term ``scale * B A x`` added to a linear layer's output."""
 
     def __init__(self, site: Site, factors: Factors, dropout: Dropout) -> None:
-        """Make room for the two factors.
+        """Allocate the two factors.
 
         Args:
-            site: The linear layer, or the slice of one.
-            factors: What the factors look like.
-            dropout: What is dropped while training.
+            site: The linear layer, or a slice of one.
+            factors: Configuration of the factors.
+            dropout: Dropout rate during training, and its place.
         """
         super().__init__(site, factors)
         self.dropout = dropout
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Give A (rank, in) and B (rows, rank)."""
+        """Return A (rank, in) and B (rows, rank)."""
         return self.matrix("A"), self.matrix("B")
 
 
 class PiSSAUnit(LowRank):
-    """A term that starts as the layer's own largest directions, less these: ``scale * (B A - B0 A0) x``.
+    """A term whose factors start at the weight's principal components: ``scale * (B A - B0 A0) x``.
 
-    The authors write ``W - scale * B0 A0`` into the frozen weight; here the weight stays as it is and the term carries
-    both, which is the same sum. A file holds it as one term of twice the rank, which needs no decomposition to load.
+    The authors write ``W - scale * B0 A0`` into the frozen weight; here the weight is unchanged and the term contains
+    both parts, which gives the same sum. It is saved as one term of twice the rank, so loading needs no decomposition.
     """
 
     A0: Tensor
     B0: Tensor
 
     def __init__(self, site: Site, factors: Factors, dropout: Dropout) -> None:
-        """Make room for the factors and their start values.
+        """Allocate the factors and their initial values.
 
         Args:
-            site: The linear layer, or the slice of one.
-            factors: Shape of the factors.
-            dropout: Dropout while training.
+            site: The linear layer, or a slice of one.
+            factors: Configuration of the factors.
+            dropout: Dropout rate during training, and its place.
         """
         super().__init__(site, factors, dropout)
         self.register_buffer("A0", torch.empty(self.A.shape))
         self.register_buffer("B0", torch.empty(self.B.shape))
 
     def prepare(self, weight: Tensor) -> None:
-        """Share out the largest singular values of the weight evenly between both factors."""
+        """Set A0 and B0 from the weight's largest singular values, split evenly between the two."""
         rank = self.A.shape[0]
         u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
         root = (s[:rank] / abs(self.scale)).sqrt()
@@ -120,17 +121,17 @@ class PiSSAUnit(LowRank):
         self.B0.copy_(u[:, :rank] * root * math.copysign(1, self.scale))
 
     def reset(self, generator: Generator) -> None:
-        """Start from the singular values."""
+        """Start at A0 and B0."""
         self.A.copy_(self.A0)
         self.B.copy_(self.B0)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Give (2 rank, in) and (rows, 2 rank)."""
+        """Return the factors of the whole term, (2 rank, in) and (rows, 2 rank)."""
         (a, start_a), (b, start_b) = self._pairs()
         return torch.cat([a, start_a]), torch.cat([b, -start_b], dim=1)
 
     def branches(self) -> list[Branch]:
-        """Give what trains and what it started from apart while dropout acts, which leaves the latter alone."""
+        """Return trained and initial term separately while dropout acts, which applies to the trained one only."""
         if not self.dropped().share:
             return super().branches()
         (a, start_a), (b, start_b) = self._pairs()
@@ -141,22 +142,22 @@ class PiSSAUnit(LowRank):
         return (self.A, self.A0), (self.B, self.B0)
 
     def file_tensors(self) -> dict[str, Tensor]:
-        """Give the tensors of a `LowRank` of twice the rank."""
+        """Return the tensors as those of a `LowRank` of twice the rank."""
         return {name: tensor.detach() for name, tensor in zip("AB", self.factors(), strict=True)}
 
 
 class DoRAUnit(_Factored, WeightUnit):
-    """Length and direction of each row of a weight apart: ``m * (W + scale * B A) / |W + scale * B A|``."""
+    """Separate length and direction of each row of a weight: ``m * (W + scale * B A) / |W + scale * B A|``."""
 
     lengths: Tensor
     """Lengths of the rows of the frozen weight, (rows,)."""
 
     def __init__(self, site: Site, factors: Factors) -> None:
-        """Make room for the factors and the lengths.
+        """Allocate the factors and the lengths.
 
         Args:
-            site: The linear layer, or the slice of one.
-            factors: Shape of the factors.
+            site: The linear layer, or a slice of one.
+            factors: Configuration of the factors.
         """
         super().__init__(site, factors)
         self.magnitude = nn.Parameter(torch.empty(site.out_features))
@@ -167,17 +168,17 @@ class DoRAUnit(_Factored, WeightUnit):
         self.lengths.copy_(torch.linalg.vector_norm(weight.double(), dim=1))
 
     def reset(self, generator: Generator) -> None:
-        """Start with the lengths the frozen weight has."""
+        """Start at the lengths of the frozen weight's rows."""
         super().reset(generator)
         self.magnitude.copy_(self.lengths)
 
     def fold_weight(self, weight: Tensor) -> Tensor:
-        """Rescale the rows; their length counts as a constant in the gradient (section 4.3 of the paper)."""
+        """Rescale the rows, with their current length as a constant in the gradient (section 4.3 of the paper)."""
         dtype = torch.promote_types(weight.dtype, self.B.dtype)
         rows = weight[self.start : self.stop].to(dtype)
         rows = rows + self.scale * (self.matrix("B").to(dtype) @ self.matrix("A").to(dtype))
         length = torch.linalg.vector_norm(rows.detach(), dim=1)
-        # A row of zeros has no direction and stays one.
+        # A row of zeros has no direction and stays zero.
         length = torch.where(length == 0, torch.ones_like(length), length)
         rows = (self.magnitude.to(dtype) / length)[:, None] * rows
         return torch.cat([weight[: self.start].to(dtype), rows, weight[self.stop :].to(dtype)])
@@ -186,32 +187,32 @@ class DoRAUnit(_Factored, WeightUnit):
 @register
 @dataclass(frozen=True, kw_only=True)
 class LoRA(FewBits, DropPath, Method):
-    """A low-rank term beside frozen linear layers: ``W' = W + scale * B A``, with ``scale = alpha / rank``.
+    """A low-rank term added to frozen linear layers: ``W' = W + scale * B A``, with ``scale = alpha / rank``.
 
-    By default on queries and values, as in the paper. Papers differ in the multiplier: set ``alpha`` to ``rank * s``
-    for a plain scale s (PETL-ViT). Roles may be the fused ``attn.qkv`` (one pair on the whole matrix), its slices
-    ``attn.q``, ``attn.k`` and ``attn.v`` (a pair each), ``attn.proj``, ``mlp.fc1`` and ``mlp.fc2``. With fewer than 32
-    bits this is Bi-LoRA (arXiv 2307.16867). Most VTAB-1k recipes have ``drop_path=0.1``.
+    Acts on queries and values by default, as in the paper. Papers define the multiplier differently: for a plain scale
+    s (PETL-ViT), set ``alpha`` to ``rank * s``. Roles may be the fused ``attn.qkv`` (one pair on the whole matrix), its
+    slices ``attn.q``, ``attn.k`` and ``attn.v`` (a pair each), ``attn.proj``, ``mlp.fc1`` and ``mlp.fc2``. With fewer
+    than 32 bits this is Bi-LoRA (arXiv 2307.16867). Most VTAB-1k recipes have ``drop_path=0.1``.
     """
 
     rank: int = 8
-    """Width in between; the paper's vision users take 4 to 16."""
+    """Rank; 4 to 16 in papers on vision."""
     alpha: float = 8.0
-    """Numerator of the multiplier; equal to the rank it gives 1."""
+    """Numerator of the multiplier, which is 1 if ``alpha == rank``."""
     dropout: float = 0.0
-    """Share of channels dropped while training."""
+    """Fraction of channels dropped during training."""
     dropout_place: Literal["input", "hidden"] = "input"
-    """Where: in front of the first factor (LoRA), or between the two (PETL-ViT, Bi-LoRA)."""
+    """Place of the dropout: before the first factor (LoRA), or between the two (PETL-ViT, Bi-LoRA)."""
     rslora: bool = False
-    """Divide alpha by the root of the rank (rank-stabilised LoRA, arXiv 2312.03732)."""
+    """Divide alpha by the square root of the rank (rank-stabilised LoRA, arXiv 2312.03732)."""
     start: Literal["uniform", "pissa"] = "uniform"
-    """``uniform``: A random, B zero; ``pissa``: both from the largest singular values of the frozen weight, which needs
-    its decomposition once (files hold the outcome as plain LoRA of twice the rank)."""
+    """``uniform``: A random, B zero; ``pissa``: both from the largest singular values of the frozen weight, decomposed
+    once on attach (saved as plain LoRA of twice the rank)."""
     dora: bool = False
-    """Train the length of each row of the weight beside its direction (DoRA); a step then computes the gradient of the
-    whole weight."""
+    """Train the length of each row of the weight separately from its direction (DoRA); each step then computes the
+    gradient of the whole weight."""
     freeze_a: bool = False
-    """Train B alone (LoRA-FA)."""
+    """Train only B (LoRA-FA)."""
     lr_ratio: float = 1.0
     """Multiple of the learning rate for B (LoRA+, which recommends 16)."""
 
@@ -221,7 +222,7 @@ class LoRA(FewBits, DropPath, Method):
     default_roles: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v")
 
     def __post_init__(self) -> None:
-        """Check the fields."""
+        """Validate the fields."""
         super().__post_init__()
         check_whole(self, "rank")
         check_factor(self, "alpha")
@@ -248,7 +249,7 @@ class LoRA(FewBits, DropPath, Method):
             )
 
     def file_method(self) -> Method:
-        """Give plain LoRA of twice the rank and the same multiplier for what started from singular values."""
+        """Return, for a PiSSA start, plain LoRA of twice the rank and the same multiplier."""
         if self.start != "pissa":
             return self
         return dataclasses.replace(
@@ -264,7 +265,9 @@ class LoRA(FewBits, DropPath, Method):
         """Put one pair of factors at each site."""
         for site in self.sites(view):
             if site.kind not in ("linear", "conv") or site.role == "head":
-                raise SiteError(f"LoRA acts on linear layers and convolutions of the backbone; {site.role!r} is none.")
+                raise SiteError(
+                    f"LoRA acts on linear layers and convolutions of the backbone; {site.role!r} is neither."
+                )
             yield PlanItem(site, "lora", self._builder(dataclasses.replace(site, in_features=site.columns)))
 
     def _builder(self, site: Site) -> Callable[[], Unit]:
@@ -284,7 +287,7 @@ class LoRA(FewBits, DropPath, Method):
         return partial(PiSSAUnit, site, factors, dropout)
 
     def parameter_count(self, view: View) -> int:
-        """Count ``rank * (in + out)`` per site, without ``rank * in`` where A is frozen; DoRA adds ``out``."""
+        """Count ``rank * (in + out)`` per site, without ``rank * in`` if A is frozen; DoRA adds ``out``."""
         seen = 0 if self.freeze_a else 1
         return sum(
             self.rank * (seen * site.columns + site.out_features) + (site.out_features if self.dora else 0)

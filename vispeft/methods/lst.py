@@ -1,7 +1,7 @@
 """LST: ladder side-tuning (Sung et al., NeurIPS 2022, arXiv 2206.06522).
 
-The authors have published it for language models only; the form for vision transformers is this project's, from the
-equations of their code.
+The authors published it for language models only; the form for vision transformers is this project's, derived from
+their code.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ from vispeft.hosts.running import ENTRY, Rung, RunningHost
 __all__ = ["LST", "Ladder"]
 
 TEMPERATURE = 0.1
-"""What the gates are divided by in front of the sigmoid; public code."""
+"""Divisor of the gates before the sigmoid; public code."""
 SPREAD = 0.01
-"""Standard deviation of the start of the maps between the two widths; public code."""
+"""Initial standard deviation of the linear layers between the two widths; public code."""
 BLOCK_SPREAD = 0.02
-"""The same inside blocks that start at random; timm."""
+"""Initial standard deviation inside randomly initialised blocks; timm."""
 TABLE = "relative_position_bias_table"
-"""timm's name of the position bias of a Swin's attention."""
+"""timm's name for the position bias of Swin's attention."""
 
 
 class Ladder(SideUnit):
-    """A narrow network that takes in, rung after rung, what leaves the blocks of the backbone.
+    """A narrow side network that reads the outputs of the backbone's blocks, one rung per block.
 
-    With ``h`` what leaves a block: ``s <- g s + (1 - g) (W h + b)`` with ``g = sigmoid(gate / 0.1)``, then a block of
-    its own on ``s``. In front of the first one ``s`` comes from what enters the backbone; behind the last one it is
-    normalised and brought back to the backbone's width.
+    With ``h`` the output of a block: ``s <- g s + (1 - g) (W h + b)`` with ``g = sigmoid(gate / 0.1)``, then the
+    network's own block acts on ``s``. Initially ``s`` is a projection of the input of the backbone's first block; after
+    the last rung it is normalised and projected back to the backbone's width.
     """
 
     def __init__(self, rungs: Sequence[Rung], blocks: Mapping[int, nn.Module], options: LST) -> None:
-        """Make room for the network.
+        """Allocate the network.
 
         Args:
-            rungs: Its size beside every block of the backbone.
-            blocks: Its own blocks, by the block of the backbone they stand beside.
+            rungs: Its size at every block of the backbone.
+            blocks: Its own blocks, keyed by the index of the backbone block they read.
             options: The method.
         """
         super().__init__()
@@ -76,11 +76,11 @@ class Ladder(SideUnit):
         self.up = nn.Linear(last.width, last.wide)
         names = [name for name, _ in self.named_parameters()]
         self.no_decay = frozenset(name for name in names if name.endswith(TABLE))
-        # Only who asks for intermediate features gives the levels a gradient.
+        # The levels get a gradient only if intermediate features are requested.
         self.zero_gradient = frozenset(name for name in names if name.startswith("levels."))
 
     def reset(self, generator: Generator) -> None:
-        """Draw blocks and the maps between the widths, and open every gate half."""
+        """Initialise blocks and the layers between the widths, and set every gate to one half."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, 0.0, BLOCK_SPREAD, generator=generator)
@@ -98,7 +98,7 @@ class Ladder(SideUnit):
             gate.zero_()
 
     def climb(self, hidden: Mapping[int, Tensor], depth: int, checkpoints: bool) -> list[Tensor]:
-        """Run the network and give its state (B, N, d) or (B, H, W, d) behind each block of the backbone."""
+        """Run the network and return its state (B, N, d) or (B, H, W, d) after each block of the backbone."""
         dtype = self.norm.weight.dtype
         state = linear(hidden[ENTRY], self.first.weight, self.first.bias).to(dtype)
         states = []
@@ -118,17 +118,17 @@ class Ladder(SideUnit):
         return torch.lerp(taken, state, torch.sigmoid(self.gates[rung] / TEMPERATURE).to(state.dtype))
 
     def project_out(self, state: Tensor) -> Tensor:
-        """Normalise a state of the last stage and bring it to the backbone's width."""
+        """Normalise a state of the last stage and project it to the backbone's width."""
         out: Tensor = self.up(self.norm(state))
         return out
 
     def stage_map(self, stage: int, state: Tensor) -> Tensor | None:
-        """Do the same behind an earlier stage, where `LST.levels` asks for it."""
+        """Project the state after an earlier stage to the backbone's width; None unless `LST.levels` is set."""
         key = str(stage)
         return self.levels[key](state) if key in self.levels else None
 
     def resize_with(self, blocks: Sequence[nn.Module]) -> None:
-        """Take over the windows of a Swin's blocks."""
+        """Copy input size and windows from Swin's blocks after a change of image size."""
         for index, block in cast(Any, self.blocks).items():
             base: Any = blocks[int(index)]
             block.set_input_size(base.input_resolution, base.window_size, base.always_partition)
@@ -137,27 +137,28 @@ class Ladder(SideUnit):
 @register
 @dataclass(frozen=True, kw_only=True)
 class LST(Method):
-    """A narrow side network that reads the blocks of a backbone which runs without gradients; memory stays low.
+    """A narrow side network that reads the blocks of a backbone run without gradients, which saves memory.
 
-    Its blocks are the family's (norm first, biases, GELU, no layer scale) at a width divided by `reduction`, with the
-    backbone's heads where these divide that width, else with the largest number below that does. Its output is pooled
-    as the backbone pools, and goes to the classifier without the backbone's last norm. On a Swin it has windows,
-    position tables and patch merging of its own. On Eva its blocks rotate nothing: what they read knows its position.
+    Its blocks are those of the backbone's family (pre-norm, biases, GELU, no layer scale) with the width divided by
+    `reduction` and as many heads as the backbone, or the largest smaller number that divides the width. Its output is
+    pooled like the backbone's and goes to the classifier without the backbone's last norm. On Swin it has its own
+    windows, position bias tables and patch merging. On Eva its blocks use no rotary embedding: their input already
+    carries positions.
 
-    Intermediate features are the network's. On a plain model every level goes through the last norm and the last map.
-    On a Swin the maps of earlier stages are the frozen backbone's unless `levels` is set.
+    Intermediate features are those of the side network. On a ViT or Eva every level passes the last norm and the last
+    projection. On Swin the maps of earlier stages are the frozen backbone's unless `levels` is set.
     """
 
     reduction: int = 8
-    """What the backbone's width is divided by."""
+    """Divisor of the backbone's width."""
     start: Literal["magnitude", "random"] = "magnitude"
-    """How its blocks start: ``magnitude`` (pruned out of the backbone by the size of its weights) or ``random``."""
+    """Initialisation of its blocks: ``magnitude`` (pruned from the backbone by weight magnitude) or ``random``."""
     per_head: bool = True
-    """Prune each head by the same share; without it heads mix, as in most of the public code."""
+    """Prune every head by the same fraction; if False, heads mix, as in most of the public code."""
     levels: bool = False
-    """Train a norm and a map behind every stage but the last, for dense tasks on a Swin."""
+    """Train a norm and a projection after every stage but the last, for dense tasks on Swin."""
     detach_hidden: bool = True
-    """Run the backbone without gradients; without it adapters inside the backbone can train beside this one."""
+    """Run the backbone without gradients; if False, adapters inside the backbone can train together with this one."""
 
     name: ClassVar[str] = "lst"
     paper: ClassVar[str] = "https://arxiv.org/abs/2206.06522"
@@ -173,14 +174,16 @@ class LST(Method):
     cacheable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        """Check the fields."""
+        """Validate the fields."""
         super().__post_init__()
         check_whole(self, "reduction")
         if self.roles not in (None, ("tokens",)):
-            raise ConfigError("LST stands beside the whole model; leave roles out, and choose the blocks it reads.")
+            raise ConfigError(
+                "LST runs beside the whole model; leave roles out, and choose the blocks it reads by blocks=[...]."
+            )
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
-        """Put the whole network on the model, as one unit."""
+        """Put the whole network at the model's tokens, as one unit."""
         host = family_of(model).host
         if not (issubclass(host, RunningHost) and host.takes_side):
             what = f"{view.family} wrapped for its features" if view.aliases else view.family
@@ -195,13 +198,13 @@ class LST(Method):
             yield PlanItem(site, "lst", partial(_build, model, host, rungs, paths, self), start=start)
 
     def rungs(self, view: View) -> tuple[Rung, ...]:
-        """Work out the network's size beside every block of a backbone.
+        """Compute the network's size at every block of a backbone.
 
         Args:
             view: The backbone's description.
 
         Raises:
-            ConfigError: If the network would have fewer than two channels: a norm makes zero of one.
+            ConfigError: If the network would have fewer than two channels: the norm of one channel is always zero.
         """
         if min(view.widths) // self.reduction < 2:
             raise ConfigError(
@@ -234,7 +237,7 @@ class LST(Method):
         return count + 2 * last.width + last.width * last.wide + last.wide
 
     def frozen_outputs(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-        """Compute what leaves the blocks that are read, and what enters the first one."""
+        """Compute the outputs of the blocks that are read, and the input of the first block."""
         host = cast(RunningHost, model)
         unit = host.side()
         assert unit is not None
@@ -242,19 +245,19 @@ class LST(Method):
         return {f"block{index}": tensor for index, tensor in hidden.items()}
 
     def from_outputs(self, model: nn.Module, outputs: Mapping[str, Tensor]) -> Tensor:
-        """Run the network and the classifier on these."""
+        """Run the network and the classifier on the result of `frozen_outputs`."""
         host: Any = model
         unit = host.side()
         hidden = {int(name.removeprefix("block")): tensor for name, tensor in outputs.items()}
         return cast(Tensor, host.forward_head(host.features_beside(unit, hidden)))
 
     def frozen_fields(self) -> dict[str, Any]:
-        """Give the blocks that are read."""
+        """Return the blocks that are read."""
         return {"blocks": self.blocks}
 
 
 def _table_entries(view: View, rung: Rung) -> int:
-    """Count the relative-position bias of a block of the network; it has a row per pair of positions."""
+    """Count the relative position bias of a block of the network, which has one row per relative position."""
     owner = next((site.path for site in view.at("rel_pos") if site.block == rung.block), None)
     whole = 0 if owner is None else view.tensors[owner][TABLE]
     return whole // view.heads[rung.block] * rung.heads
@@ -274,6 +277,6 @@ def _build(
 def _pruned(
     view: View, model: nn.Module, rungs: Sequence[Rung], chosen: Container[int], per_head: bool
 ) -> dict[str, Tensor]:
-    """Start values of blocks and norms; the walk passes the blocks without a rung too."""
+    """Prune initial values of blocks and norms; the walk also passes blocks that are not read."""
     found = prune(view, model, rungs, per_head)
     return {n: value for n, value in found.items() if not n.startswith("blocks.") or int(n.split(".")[1]) in chosen}

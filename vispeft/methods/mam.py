@@ -1,4 +1,4 @@
-"""MAM: a mix and match of prefix and scaled parallel adapter (He et al., ICLR 2022, arXiv 2110.04366)."""
+"""MAM: mix-and-match adapter of a prefix and a scaled parallel bottleneck (He et al., ICLR 2022, arXiv 2110.04366)."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ __all__ = ["MAM"]
 @register
 @dataclass(frozen=True, kw_only=True)
 class MAM(Method):
-    """A short prefix in each attention and a scaled bottleneck beside each MLP.
+    """A short prefix in each attention and a scaled bottleneck parallel to each MLP.
 
-    The bottleneck reads the residual stream in front of the MLP's norm, as in the authors' own pre-norm model, and
-    starts closed. Both parts are those of `Prefix` and `Adapter`.
+    The bottleneck reads the residual stream before the MLP's norm, as in the authors' own pre-norm model, and starts at
+    zero. The parts are those of `Prefix` and `Adapter`.
     """
 
     length: int = 16
     """Number of keys and values in each attention; 16 in the paper's GLUE runs, 30 in XSum."""
     bottleneck: int = 16
-    """Channels in between; 16 and 512 there."""
+    """Hidden channels; 16 in the paper's GLUE runs, 512 in XSum."""
     scale: float = 2.0
-    """Multiplier of the bottleneck; 2 and 4 there."""
+    """Multiplier of the bottleneck; 2 in the paper's GLUE runs, 4 in XSum."""
     mid_dim: int | None = None
-    """Width inside the network that makes keys and values while training; None for tables alone."""
+    """Hidden width of the MLP that generates keys and values during training; None for tables only."""
     prefix_dropout: float = 0.0
-    """Share of what that network makes that is dropped while training."""
+    """Fraction of the MLP's outputs dropped during training."""
     dropout: float = 0.0
-    """Share of the bottleneck's middle channels dropped while training."""
+    """Fraction of the bottleneck's hidden channels dropped during training."""
     reads: Literal["stream", "normed"] = "stream"
-    """What the bottleneck is computed from; the paper's drawing suggests what the norm makes."""
+    """Input of the bottleneck: the residual stream, or the norm's output, as the paper's figure suggests."""
 
     name: ClassVar[str] = "mam"
     paper: ClassVar[str] = "https://arxiv.org/abs/2110.04366"
@@ -51,7 +51,7 @@ class MAM(Method):
     default_roles: ClassVar[tuple[str, ...]] = ("attn.core", "mlp")
 
     def __post_init__(self) -> None:
-        """Check the fields."""
+        """Validate the fields."""
         super().__post_init__()
         check_whole(self, "length", "mid_dim", "bottleneck")
         check_share(self, "prefix_dropout", "dropout")
@@ -61,7 +61,7 @@ class MAM(Method):
             raise ConfigError("MAM acts in the attention and beside the MLP; leave roles out. See Prefix and Adapter.")
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
-        """Put keys and values at each attention, and a bottleneck beside each MLP."""
+        """Put keys and values at each attention, and a bottleneck parallel to each MLP."""
         if self.reads == "normed":
             view.needs_norm_first("MAM(reads='normed')")
         sites = self.sites(view)
@@ -72,7 +72,7 @@ class MAM(Method):
             yield PlanItem(site, "adapter", partial(ParallelBottleneck, shape, "mlp", self.reads))
 
     def file_method(self) -> Method:
-        """Give the method without the network, whose tables a file holds."""
+        """Return the method without the MLP: files hold its outputs, the tables."""
         return dataclasses.replace(self, mid_dim=None, prefix_dropout=0.0)
 
     def parameter_count(self, view: View) -> int:

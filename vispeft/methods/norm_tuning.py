@@ -19,17 +19,17 @@ __all__ = ["NormTuning"]
 @register
 @dataclass(frozen=True, kw_only=True)
 class NormTuning(Method):
-    """Weight and bias of every norm of the backbone train, in place of the frozen ones.
+    """Train a copy of weight and bias of every norm of the backbone, used in place of the frozen ones.
 
-    Norms are chosen by what they are, not by their names: those of blocks, of queries and keys, of patch embedding and
-    patch merging, and the last one. The norm inside attention pooling belongs to the pooling and stays.
+    Norms are found by role, not by name: those of blocks, of queries and keys, of patch embedding and patch merging,
+    and the last one. The norm inside attention pooling belongs to the pooling and stays frozen.
     """
 
     name: ClassVar[str] = "norm_tuning"
     recipes: ClassVar[tuple[Recipe, ...]] = (FGVC,)
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
-        """Select the tensors of the norms, or of those below the chosen roles and blocks."""
+        """Select the tensors of all norms, or only of those inside the chosen roles and blocks."""
         norms, inside = _norms(view), below(self, view)
         yield from selections(view, model, "norm_tuning", lambda path, name: path in norms and inside(path))
 

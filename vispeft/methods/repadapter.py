@@ -1,4 +1,4 @@
-"""RepAdapter: a linear bottleneck in front of linear layers (Luo et al., arXiv 2302.08106)."""
+"""RepAdapter: a linear bottleneck before linear layers (Luo et al., arXiv 2302.08106)."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ __all__ = ["RepAdapter", "RepAdapterUnit"]
 
 
 class RepAdapterUnit(LowBit, InputUnit):
-    """A dense layer down and a grouped one up, without activation: ``x + s * (B (A x + a) + b)``.
+    """A dense down-projection and a grouped up-projection, without activation: ``x + s * (B (A x + a) + b)``.
 
-    Each group of output channels sees its own share of the channels in between, as a grouped 1x1 convolution does.
+    Each group of output channels reads its own group of hidden channels, as in a grouped 1x1 convolution.
     """
 
     matrices = ("down", "up")
 
     def __init__(self, width: int, middle: int, groups: int, scale: float, dropout: float, bits: int) -> None:
-        """Make room for the tensors.
+        """Allocate the tensors.
 
         Args:
-            width: Channels of what enters the layer.
-            middle: Channels in between.
+            width: Channels of the layer's input.
+            middle: Hidden channels.
             groups: Groups of the second layer.
             scale: Multiplier of the term.
-            dropout: Share of the channels in between dropped while training.
+            dropout: Fraction of the hidden channels dropped during training.
             bits: Bits per weight of the two matrices.
         """
         super().__init__()
@@ -51,19 +51,19 @@ class RepAdapterUnit(LowBit, InputUnit):
         self.up_bias = nn.Parameter(torch.empty(width))
 
     def reset(self, generator: Generator) -> None:
-        """Draw the first matrix Xavier-uniform; everything else is zero (public code)."""
+        """Initialise the first matrix Xavier-uniform and everything else at zero (public code)."""
         nn.init.xavier_uniform_(self.down, generator=generator)
         start_above_zero(self.up, self.bits, generator)
         self.down_bias.zero_()
         self.up_bias.zero_()
 
     def transform_input(self, x: Tensor) -> Tensor:
-        """Add the term to what enters the layer."""
+        """Add the term to the layer's input."""
         hidden = F.dropout(linear(x, self.matrix("down"), self.down_bias), self.dropout, self.training)
         return x + (self.scale * linear(hidden, self._dense_up(), self.up_bias)).to(x.dtype)
 
     def _dense_up(self) -> Tensor:
-        """Write the grouped matrix out, (width, middle), zero outside of the groups."""
+        """Expand the grouped matrix to (width, middle), zero outside the groups."""
         return torch.block_diag(*self.matrix("up").chunk(self.groups))
 
     def fold_weight(self, weight: Tensor) -> Tensor:
@@ -79,22 +79,22 @@ class RepAdapterUnit(LowBit, InputUnit):
 @register
 @dataclass(frozen=True, kw_only=True)
 class RepAdapter(FewBits, DropPath, Method):
-    """A linear bottleneck in front of the attention's joint projection and of the first MLP layer; merges exactly.
+    """A linear bottleneck before the fused qkv projection and before the first MLP layer; merges exactly.
 
-    It acts on what the linear layers read, so that windows padded with zeros go through it too, and the merged model is
+    It acts on the input of the linear layers, so it also acts on the zero padding of windows, and the merged model is
     the same function at every image size.
     """
 
     bottleneck: int = 8
-    """Channels in between (paper)."""
+    """Hidden channels (paper)."""
     groups: int = 2
     """Groups of the second layer (paper)."""
     scale: float = 1.0
-    """Multiplier of the term; the paper tunes it by task from 0.1 to 10."""
+    """Multiplier of the term; tuned per task in the paper, from 0.1 to 10."""
     variant: Literal["block", "attn"] = "block"
-    """Both places (``repblock`` in the public code), or the attention alone (``repattn``)."""
+    """Attention and MLP (``repblock`` in the public code), or attention only (``repattn``)."""
     dropout: float = 0.1
-    """Share of the channels in between dropped while training (public code)."""
+    """Fraction of the hidden channels dropped during training (public code)."""
 
     name: ClassVar[str] = "repadapter"
     paper: ClassVar[str] = "https://arxiv.org/abs/2302.08106"
@@ -102,7 +102,7 @@ class RepAdapter(FewBits, DropPath, Method):
     default_roles: ClassVar[tuple[str, ...]] = ("attn.qkv", "mlp.fc1")
 
     def __post_init__(self) -> None:
-        """Check the fields."""
+        """Validate the fields."""
         super().__post_init__()
         check_whole(self, "bottleneck", "groups")
         check_factor(self, "scale")
@@ -114,15 +114,15 @@ class RepAdapter(FewBits, DropPath, Method):
             )
 
     def paper_roles(self) -> tuple[str, ...]:
-        """Give the places of the variant."""
+        """Return the variant's roles."""
         return self.default_roles if self.variant == "block" else self.default_roles[:1]
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
-        """Put one bottleneck in front of each site."""
+        """Put one bottleneck before each site."""
         for site in self.sites(view):
             if site.kind != "linear" or site.rows is not None or site.role not in _WHOLE:
                 raise SiteError(
-                    f"RepAdapter changes what enters one whole linear layer; {site.role!r} of this {view.family} model "
+                    f"RepAdapter changes the input of one whole linear layer; {site.role!r} of {view.family} models "
                     f"is a part of one, or shares its input with others. It can stand at {', '.join(_WHOLE)} where a "
                     "model has these as one layer."
                 )
@@ -141,4 +141,4 @@ class RepAdapter(FewBits, DropPath, Method):
 
 
 _WHOLE = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-"""Roles of layers that are the only readers of their input."""
+"""Roles of layers whose input no other layer reads."""

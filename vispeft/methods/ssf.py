@@ -22,18 +22,18 @@ __all__ = ["SSF", "ScaleShift"]
 class ScaleShift(AffineUnit):
     """One scale and one shift per channel: ``y = scale * x + shift`` (eq. 3).
 
-    Both start from normal values of spread 0.02 around one and zero, as in the public code, so that a new adapter is
-    near the identity and not equal to it.
+    Both are drawn from normals of standard deviation 0.02 around one and zero, as in the public code, so a new adapter
+    is near the identity, not equal to it.
     """
 
     identity_at_start = False
 
     def __init__(self, width: int, spread: float = 0.02) -> None:
-        """Make room for the two vectors.
+        """Allocate the two vectors.
 
         Args:
             width: Number of channels.
-            spread: Standard deviation of the start values; 0 starts as the identity.
+            spread: Standard deviation of the initial values; 0 starts as the identity.
         """
         super().__init__()
         self.spread = spread
@@ -41,7 +41,7 @@ class ScaleShift(AffineUnit):
         self.shift = nn.Parameter(torch.empty(width))
 
     def reset(self, generator: Generator) -> None:
-        """Draw the start values."""
+        """Draw the initial values of all tensors."""
         self.scale.normal_(1.0, self.spread, generator=generator)
         self.shift.normal_(0.0, self.spread, generator=generator)
 
@@ -49,18 +49,17 @@ class ScaleShift(AffineUnit):
 @register
 @dataclass(frozen=True, kw_only=True)
 class SSF(DropPath, Method):
-    """A scale and a shift behind every linear layer, norm and convolution; merges without a trace.
+    """A scale and a shift after every linear layer, norm and convolution; merges exactly.
 
-    On a ViT they stand behind the patch embedding, and in each block behind norm1, qkv, proj, norm2, fc1 and fc2, and
-    behind the last norm. Under average pooling timm has an identity at the place of the last norm; the pair there acts
-    on the residual stream, as in the public code, and cannot be merged. Swin has the same sites, and the norm of its
-    patch embedding. SwinV2 normalises behind its branches; the sites are the same layers (form of this project).
-    A gated MLP with two first layers has a pair behind each (form of this project). The paper sets `drop_path` by data
-    set, from 0 to 0.2.
+    On a ViT they follow the patch embedding, then norm1, qkv, proj, norm2, fc1 and fc2 of each block, and the last
+    norm. With average pooling, timm replaces the last norm by an identity; the pair there acts on the residual stream,
+    as in the public code, and cannot be merged. Swin has the same sites and the norm of its patch embedding. SwinV2
+    normalises after its branches; the sites are the same layers (form of this project). A gated MLP with two first
+    layers has a pair after each (form of this project). The paper sets `drop_path` per data set, from 0 to 0.2.
     """
 
     patch_merging: bool = False
-    """Also behind the norm of patch merging (Swin): meant by the paper, inactive in the public code."""
+    """Whether to add a pair after patch merging's norm (Swin): described in the paper, inactive in the public code."""
     start: Literal["normal", "identity"] = "normal"
     """``normal`` (spread 0.02, public code) or ``identity``."""
 
@@ -94,11 +93,11 @@ class SSF(DropPath, Method):
     optional_roles: ClassVar[frozenset[str]] = frozenset({"patch_embed.norm", "final_norm"})
 
     def paper_roles(self) -> tuple[str, ...]:
-        """Give the sites of the paper, with patch merging where it is switched on."""
+        """Return the paper's roles, with patch merging if it is switched on."""
         return (*self.default_roles, "downsample.norm") if self.patch_merging else self.default_roles
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
-        """Put one pair behind each site."""
+        """Put one pair after each site."""
         spread = 0.02 if self.start == "normal" else 0.0
         for site in self.sites(view):
             yield PlanItem(site, "ssf", partial(ScaleShift, site.out_features, spread))

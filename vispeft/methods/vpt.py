@@ -24,21 +24,21 @@ __all__ = ["VPT", "Prompts", "StagePrompts"]
 
 
 class Prompts(TokensUnit):
-    """Prompts behind the prefix tokens, without a position; deep ones are replaced in front of every block.
+    """Prompts after the prefix tokens, without a position; the deep form replaces them before every block.
 
-    All start uniform in ``(-v, v)`` with ``v = sqrt(6 / (channels * patch height * patch width + stored width))``.
+    All are drawn uniformly from ``(-v, v)``, ``v = sqrt(6 / (channels * patch height * patch width + stored width))``.
     """
 
     def __init__(self, shape: tuple[int, int], depth: int, width: int, fan: int, dropout: float, pool: str) -> None:
-        """Make room for the prompts.
+        """Allocate the prompts.
 
         Args:
-            shape: Number of prompts, and the width they are stored at.
-            depth: Number of blocks with prompts of their own; 1 is the shallow form.
-            width: Width of the model's tokens; where it differs from the stored one, one shared linear layer maps.
-            fan: Numbers in one patch, for the start values.
-            dropout: Share of prompt entries dropped while training, drawn anew for each image.
-            pool: What average pooling sees.
+            shape: Number of prompts and their stored width.
+            depth: Number of blocks with their own prompts; 1 in the shallow form.
+            width: Width of the model's tokens; if it differs from the stored width, one shared linear layer maps.
+            fan: Numbers per patch (channels * height * width), for the initial values.
+            dropout: Fraction of prompt entries dropped during training, drawn separately for each image.
+            pool: Tokens that average pooling sees; see `VPT.pool`.
         """
         super().__init__()
         self.length, stored = shape
@@ -48,19 +48,19 @@ class Prompts(TokensUnit):
         self.proj = nn.Linear(stored, width) if stored != width else None
 
     def reset(self, generator: Generator) -> None:
-        """Draw the start values."""
+        """Draw the initial values of all tensors."""
         bound = math.sqrt(6 / (self.fan + self.prompts.shape[-1]))
         for name, tensor in self.named_parameters():
             if not name.startswith("proj."):
                 tensor.uniform_(-bound, bound, generator=generator)
         if self.proj is not None:
-            # Kaiming-normal over outputs, and PyTorch's own start of a bias, as in the public code.
+            # Kaiming-normal in fan-out mode, and PyTorch's default for the bias, as in the public code.
             out, width = self.proj.weight.shape
             self.proj.weight.normal_(0, math.sqrt(2 / out), generator=generator)
             self.proj.bias.uniform_(-1 / math.sqrt(width), 1 / math.sqrt(width), generator=generator)
 
     def tokens(self, block: int, batch: int) -> Tensor | None:
-        """Give the prompts of a block, (batch, length, width); None where the ones before go on."""
+        """Return the prompts of a block, (batch, length, width), or None if it keeps those of the block before."""
         stored = self.prompts if block == 0 else self.own(block)
         if stored is None:
             return None
@@ -68,22 +68,22 @@ class Prompts(TokensUnit):
         return F.dropout(mapped.expand(batch, -1, -1), self.dropout, self.training)
 
     def replaces(self, block: int) -> bool:
-        """Tell whether a block has prompts of its own."""
+        """Whether a block has its own prompts."""
         return block == 0 or self.deep is not None
 
     def sliced(self, name: str, tensor: Tensor) -> Tensor:
-        """Leave out the prompts of blocks that are not there."""
+        """Drop the prompts of blocks that a truncated model lacks."""
         return tensor if name != "deep" or self.deep is None else tensor[: self.deep.shape[0]]
 
     def own(self, block: int) -> Tensor | None:
-        """Give what is stored for a block behind the first, (1, length, stored width); None in the shallow form."""
+        """Return the stored prompts of a block after the first, (1, length, stored width); None in the shallow form."""
         return None if self.deep is None else self.deep[block - 1 : block]
 
 
 class StagePrompts(Prompts):
-    """Prompts in every window of a hierarchical model; deep ones are as wide as their stage.
+    """Prompts in every window of a hierarchical model; deep prompts have the width of their stage.
 
-    All start in the range that the first stage's width gives (public code).
+    All are drawn from the range given by the first stage's width (public code).
     """
 
     passes_rows = True
@@ -97,26 +97,26 @@ class StagePrompts(Prompts):
         dropout: float,
         pool: str,
     ) -> None:
-        """Make room for the prompts.
+        """Allocate the prompts.
 
         Args:
-            shape: Number of prompts, and the width they are stored at.
-            stages: Number of blocks and width of each stage; none for the shallow form.
+            shape: Number of prompts and their stored width.
+            stages: Number of blocks and width of each stage; empty for the shallow form.
             width: Width of the first stage.
-            fan: Numbers in one patch, for the start values.
-            dropout: Share of prompt entries dropped while training, drawn anew for each image.
-            pool: What average pooling sees.
+            fan: Numbers per patch (channels * height * width), for the initial values.
+            dropout: Fraction of prompt entries dropped during training, drawn separately for each image.
+            pool: Tokens that average pooling sees; see `VPT.pool`.
         """
         super().__init__(shape, 1, width, fan, dropout, pool)
         self.ends = tuple(accumulate(depth for depth, _ in stages))
         for stage, (depth, wide) in enumerate(stages):
-            number = depth - 1 if stage == 0 else depth  # the first block has the prompts that every form has
+            number = depth - 1 if stage == 0 else depth  # the shallow form already has those of the first block
             if number:
                 deep = nn.Parameter(torch.empty(number, self.length, wide))
                 self.register_parameter(f"deep_{stage}", deep)
 
     def own(self, block: int) -> Tensor | None:
-        """Give what is stored for a block behind the first, (1, length, width of its stage)."""
+        """Return the stored prompts of a block after the first, (1, length, width of its stage)."""
         stage = next((stage for stage, end in enumerate(self.ends) if block < end), None)
         if stage is None:
             return None
@@ -127,25 +127,26 @@ class StagePrompts(Prompts):
 @register
 @dataclass(frozen=True, kw_only=True)
 class VPT(Method):
-    """Learned prompt tokens beside the patches; the backbone stays as it is.
+    """Learned prompt tokens in the input of the blocks; the backbone is unchanged.
 
-    On a ViT and on Eva the prompts stand behind class and register tokens and in front of the patches. They have no
-    position: on Eva the rotation skips them. They are queries, keys and values like any token, and never show in maps
-    (``forward_intermediates``). On Swin they stand in every window, see its tokens and are seen by them, without a
-    position; what leaves at their rows is averaged over the windows of the image. The public code of the shallow form
-    mixes the images of a batch there; here each image is computed as it would be alone.
+    On a ViT and on Eva the prompts come after class and register tokens and before the patches. They have no position:
+    on Eva the rotation skips them. They are queries, keys and values like any token, and never appear in maps
+    (``forward_intermediates``). On Swin they are part of every window, attend to its tokens and are attended to,
+    without a position; their outputs are averaged over the windows of the image. There the public code of the shallow
+    form mixes the images of a batch; here each image is computed independently.
     """
 
     num_tokens: int = 10
     """Number of prompts; the paper searches 1 to 200."""
     deep: bool = True
-    """Whether every block has prompts of its own."""
+    """Whether every block has its own prompts."""
     project: int | None = None
-    """Store prompts at this width and map them by one shared linear layer."""
+    """Store prompts at this width and project them by one shared linear layer; None to store them at full width."""
     dropout: float = 0.0
-    """Share of prompt entries dropped while training; the public deep recipes use 0.1."""
+    """Fraction of prompt entries dropped during training; the public deep recipes use 0.1."""
     pool: Literal["all", "patches", "prompts"] = "all"
-    """What average pooling sees: ``all`` (prompts and patches, as in the public code), ``patches``, ``prompts``."""
+    """Tokens that average pooling sees: ``all`` (prompts and patches, as in the public code), ``patches``,
+    ``prompts``."""
 
     name: ClassVar[str] = "vpt"
     paper: ClassVar[str] = "https://arxiv.org/abs/2203.12119"
@@ -160,7 +161,7 @@ class VPT(Method):
     default_roles: ClassVar[tuple[str, ...]] = ("tokens",)
 
     def __post_init__(self) -> None:
-        """Check the fields."""
+        """Validate the fields."""
         super().__post_init__()
         check_whole(self, "num_tokens", "project")
         check_share(self, "dropout")
@@ -168,7 +169,7 @@ class VPT(Method):
             raise ConfigError("VPT inserts tokens in front of the blocks; leave roles and blocks out.")
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
-        """Put one unit with all prompts on the model."""
+        """Put one unit with all prompts at the model's tokens."""
         if self.pool != "all" and view.global_pool == "token":
             raise SiteError(
                 f"VPT(pool={self.pool!r}) chooses what average pooling sees, but this model pools its class token. "
@@ -198,7 +199,7 @@ class VPT(Method):
         return view.widths[0] if self.project is None else self.project
 
     def parameter_count(self, view: View) -> int:
-        """Count ``T D`` (shallow) or T times the sum of widths (deep), as stored, and the shared projection."""
+        """Count ``T D`` (shallow) or T times the sum of widths (deep), as stored, plus the shared projection."""
         width, stored = view.widths[0], self._stored(view)
         widths = view.widths if self.project is None else (stored,) * view.depth
         prompts = self.num_tokens * (sum(widths) if self.deep else stored)

@@ -1,6 +1,6 @@
 """VQT: visual query tuning (Tu, Mai and Chao, CVPR 2023, arXiv 2212.03220).
 
-Swin's form is this project's: the public code has none.
+The form for Swin is this project's: the public code has none.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from vispeft.errors import ConfigError, SiteError
 __all__ = ["VQT", "Queries", "feature_scores", "select_features"]
 
 NORM_EPS = 1e-12
-"""Smallest length a feature is divided by; PyTorch's default, which the public code keeps."""
+"""Lower bound of the length a feature is divided by; PyTorch's default, as in the public code."""
 PRIOR = 0.01
-"""What a class scores at the start: the bias is the logit of it (public code)."""
+"""Initial probability of a class, whose logit is the initial bias (public code)."""
 
 
 def feature_scores(weight: Tensor) -> Tensor:
-    """Score features by how much a classifier uses them: the length of each one's column (public code).
+    """Score features by how much a classifier uses them: the L2 norm of each feature's column (public code).
 
     Args:
-        weight: Of the classifier, (classes, features).
+        weight: The classifier's weight, (classes, features).
 
     Returns:
-        (features,), at least 0. Their sum is the penalty that makes a classifier do with few features.
+        (features,), non-negative. Their sum is the penalty that makes a classifier use few features.
     """
-    # At a column of zeros the plain length has a gradient of 0, as it should.
+    # `vector_norm` has a gradient of 0, not NaN, at a column of zeros.
     return torch.linalg.vector_norm(weight, dim=0)
 
 
@@ -47,11 +47,11 @@ def select_features(weight: Tensor, keep: float) -> Tensor:
     """Choose the features a classifier uses most.
 
     Args:
-        weight: Of a classifier trained on all features with `feature_scores` as a penalty, (classes, features).
-        keep: Share of the features, above 0 and at most 1.
+        weight: Weight of a classifier trained on all features with `feature_scores` as penalty, (classes, features).
+        keep: Fraction of the features to keep, above 0 and at most 1.
 
     Returns:
-        Their indices in rising order, int64, (int(features * keep),).
+        Their indices in ascending order, int64, (int(features * keep),).
     """
     return feature_scores(weight).topk(_kept(weight.shape[1], keep)).indices.sort().values
 
@@ -61,16 +61,16 @@ def _kept(features: int, keep: float) -> int:
 
 
 class Queries(QueryUnit):
-    """Queries of each block, as wide as their stage, and what becomes of what they read."""
+    """Queries of each block, as wide as their stage, and the features made from their outputs."""
 
     selected: Tensor | None
     """Indices of the features that the classifier sees; None for all."""
 
     def __init__(self, stages: Sequence[tuple[int, Sequence[Site]]], view: View, options: VQT) -> None:
-        """Make room for the queries.
+        """Allocate the queries.
 
         Args:
-            stages: Number of each stage that is read, and the sites of its blocks.
+            stages: Index of each stage that is read, and the sites of its blocks.
             view: The backbone.
             options: The method.
         """
@@ -91,14 +91,14 @@ class Queries(QueryUnit):
         weighted = self.aggregate == "weighted"
         self.weights = nn.Parameter(torch.empty(len(sites), self.length)) if weighted else None
         if weighted and self.normalize and self.length == 1:
-            # One weight per block scales its whole piece, whose length is then set to one.
+            # A single weight scales the block's whole piece, which is then normalised: the weight has no effect.
             self.zero_gradient = frozenset({"weights"})
         self.all_features = options.all_features(view)
         some = options.keep < 1
         self.register_buffer("selected", torch.arange(options.head_width(view)) if some else None)
 
     def reset(self, generator: Generator) -> None:
-        """Draw queries uniform in the range of prompts, and weigh them alike."""
+        """Draw queries uniformly from the range of VPT's prompts, and set equal weights."""
         first = self.get_parameter(self.places[self.blocks[0]][0])
         bound = math.sqrt(6 / (self.fan + first.shape[-1]))
         for name in dict.fromkeys(name for name, _ in self.places.values()):
@@ -110,11 +110,11 @@ class Queries(QueryUnit):
             self.selected.copy_(drawn[: len(self.selected)].sort().values)
 
     def change_tokens(self, tokens: Tensor) -> Tensor:
-        """Drop entries of what enters the first block while training, as the public supervised code does."""
+        """Apply dropout to the input of the first block during training, as in the public supervised code."""
         return F.dropout(tokens, self.token_dropout, self.training) if self.token_dropout else tokens
 
     def queries_of(self, block: int, batch: int) -> Tensor | None:
-        """Give a block's queries, (batch, length, width); each image drops entries of its own."""
+        """Return a block's queries, (batch, length, width), with dropout drawn separately for each image."""
         if block not in self.places:
             return None
         name, row = self.places[block]
@@ -122,7 +122,7 @@ class Queries(QueryUnit):
         return F.dropout(own.expand(batch, -1, -1), self.dropout, self.training)
 
     def features(self, pooled: Tensor, reads: Sequence[Tensor]) -> Tensor:
-        """Put the backbone's feature and one piece per block side by side, each of length one if so asked."""
+        """Concatenate the backbone's feature and one piece per block, each L2-normalised if `normalize` is set."""
         dtype = torch.promote_types(pooled.dtype, self.get_parameter(self.places[self.blocks[0]][0]).dtype)
         pieces = [pooled.to(dtype), *(self._piece(index, read.to(dtype)) for index, read in enumerate(reads))]
         if self.normalize:
@@ -141,38 +141,38 @@ class Queries(QueryUnit):
 @register
 @dataclass(frozen=True, kw_only=True)
 class VQT(Method):
-    """Queries of their own read every block; what they read goes to a wide classifier, and nothing goes back.
+    """Learned queries read every block; their outputs go to a wide classifier and leave the tokens unchanged.
 
-    In each block the queries pass the frozen norm, ask the tokens by the block's own attention, and pass its MLP. They
-    never are keys or values, so the tokens are those of the plain backbone, which runs without a backward pass. What
-    leaves at the queries stands, without a last norm, beside the backbone's own feature. Maps inside the model stay as
-    they are: the method gives vectors.
+    In each block the queries pass the frozen norm, attend to the tokens by the block's own attention, and pass its MLP.
+    They are never keys or values, so the tokens are those of the plain backbone, which runs without a backward pass.
+    The outputs of the queries, without a last norm, are concatenated with the backbone's own feature. Maps inside the
+    model are unchanged: the method yields vectors.
 
-    With ``keep`` below 1 the classifier sees a share of these features. ``vispeft select-features`` chooses them by a
-    classifier that was trained with ``head_sparsity``, and lists the four steps.
+    With ``keep`` below 1 the classifier sees a fraction of these features. ``vispeft select-features`` selects them
+    with a classifier trained with ``head_sparsity``, and lists the four steps.
 
-    On Swin and SwinV2 (form of this project) queries ask every window, without position bias and mask, and what leaves
-    behind the output projection is averaged over the windows of the image.
+    On Swin and SwinV2 (form of this project) queries attend to every window, without position bias and mask, and the
+    result after the output projection is averaged over the windows of the image.
     """
 
     num_queries: int = 1
     """Queries of each block; 1, 10 or 20 in the public recipes."""
     aggregate: Literal["concat", "pool", "weighted"] = "concat"
-    """How a block's queries become one piece: side by side, their mean, or their sum with learned weights."""
+    """How a block's queries become one piece: concatenated, their mean, or their sum with learned weights."""
     normalize: bool = True
-    """Whether each piece, a block's as a whole, gets the length one."""
+    """Whether each piece (one per block) is L2-normalised."""
     dropout: float = 0.1
-    """Share of query entries dropped while training, drawn anew for each image (public recipes)."""
+    """Fraction of query entries dropped during training, drawn separately for each image (public recipes)."""
     token_dropout: float = 0.0
-    """The same of what enters the first block; the public supervised code has 0.1, which the paper does not mention."""
+    """Dropout of the first block's input; 0.1 in the public supervised code, not mentioned in the paper."""
     keep: float = 1.0
-    """Share of the features that the classifier sees (0.7 in the public code's second stage). Which ones is part of the
-    adapter: `select_features` chooses them, and a fresh adapter draws them."""
+    """Fraction of the features that the classifier sees (0.7 in the public code's second stage). The selection is part
+    of the adapter: `select_features` computes it, and a new adapter draws it at random."""
     head_sparsity: float = 0.0
-    """Weight of a penalty on the lengths of the classifier's columns, one for each feature, which makes it use few
-    features (1e-4 in the public code's first stage)."""
+    """Weight of a penalty on the norms of the classifier's columns, one per feature, which makes it use few features
+    (1e-4 in the public code's first stage)."""
     detach_hidden: bool = True
-    """Whether the backbone runs without gradients; such queries cannot act together with what trains inside of it."""
+    """Whether the backbone runs without gradients; if so, nothing inside it can train along with the queries."""
 
     name: ClassVar[str] = "vqt"
     paper: ClassVar[str] = "https://arxiv.org/abs/2212.03220"
@@ -189,7 +189,7 @@ class VQT(Method):
     training_fields: ClassVar[frozenset[str]] = frozenset({"head_sparsity"})
 
     def __post_init__(self) -> None:
-        """Check the fields."""
+        """Validate the fields."""
         super().__post_init__()
         check_whole(self, "num_queries")
         check_share(self, "dropout", "token_dropout")
@@ -201,10 +201,10 @@ class VQT(Method):
             raise ConfigError("VQT reads whole blocks; leave roles out, and choose blocks by blocks=[...].")
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
-        """Put one unit with all queries on the model."""
+        """Put one unit with all queries at the model's tokens."""
         if view.head_path is None:
             raise SiteError(
-                "VQT gives what enters a classifier, and a model wrapped for its features has none. Attach it to the "
+                "VQT makes the input of a classifier, and a model wrapped for its features has none. Attach it to the "
                 "whole model, or use a method that changes the maps, such as SSF or LoRA."
             )
         if not view.global_pool:
@@ -216,7 +216,7 @@ class VQT(Method):
         return select(view, ("block",), self.blocks)
 
     def _stages(self, view: View) -> list[tuple[int, list[Site]]]:
-        """Sort the blocks that are read by their stage."""
+        """Group the blocks that are read by stage."""
         read = self._read(view)
         stages = [
             (number, [site for site in read if site.block in blocks]) for number, blocks in enumerate(view.stages)
@@ -234,7 +234,7 @@ class VQT(Method):
         return self.head_sparsity * feature_scores(bank.named_tensors(name)["head/weight"]).sum()
 
     def fresh_head(self) -> str | None:
-        """A classifier whose columns are to say which features matter starts anew (public code)."""
+        """Start the classifier anew if its columns will be used to score features (public code)."""
         return "head_sparsity is to score its features" if self.head_sparsity else None
 
     def all_features(self, view: View) -> int:
@@ -243,12 +243,12 @@ class VQT(Method):
         return view.widths[-1] + each * sum(site.out_features for site in self._read(view))
 
     def start_head(self, head: nn.Linear, generator: Generator) -> None:
-        """Draw the weight Kaiming-normal over classes, and let every class be rare (public code)."""
+        """Draw the weight Kaiming-normal in fan-out mode; give every class the probability `PRIOR` (public code)."""
         head.weight.normal_(0.0, math.sqrt(2 / head.out_features), generator=generator)
         head.bias.fill_(-math.log((1 - PRIOR) / PRIOR))
 
     def parameter_count(self, view: View) -> int:
-        """Count Q times the sum of widths (``L Q D`` on a ViT), and one weight per query where they are weighted."""
+        """Count Q times the sum of widths (``L Q D`` on a ViT), and one weight per query if weighted."""
         read = self._read(view)
         weights = len(read) * self.num_queries if self.aggregate == "weighted" else 0
         return self.num_queries * sum(site.out_features for site in read) + weights

@@ -1,4 +1,4 @@
-"""Scores that torchmetrics lacks."""
+"""Metrics that torchmetrics lacks."""
 
 from vispeft.metrics.boundary import BoundaryF
 from vispeft.metrics.segmentation import SegmentationScores

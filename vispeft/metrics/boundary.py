@@ -1,4 +1,4 @@
-"""How well the contours of a segmentation are met."""
+"""Boundary F1: how well predicted contours match the labelled ones."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from vispeft.metrics.segmentation import Absent, check_rule, class_maps, mean_ov
 __all__ = ["BoundaryF"]
 
 NONE = IGNORE
-"""Value of pixels that lie on no contour, in maps that hold the classes of those that do."""
+"""Value of pixels on no contour, in maps of contour classes."""
 
 
 class BoundaryF(Metric):
     """Mean boundary F1 of the classes (Csurka et al., BMVC 2013; the contour measure of DAVIS, CVPR 2016).
 
-    A pixel lies on the contour of its class if one of its four neighbours has another class. Precision is the share of
-    predicted contour pixels with a labelled one of the same class within the tolerance, recall the share of labelled
-    ones with a predicted one; F1 is taken per image and class and averaged over images, then over classes.
+    A pixel lies on the contour of its class if one of its four neighbours has another class. Precision is the fraction
+    of predicted contour pixels with a labelled one of the same class within the tolerance, recall the fraction of
+    labelled ones with a predicted one; F1 is computed per image and class and averaged over images, then over classes.
 
-    Pixels without a label are left out: they lie on no contour and make none of their neighbours lie on one. Sets whose
-    contours are marked as such pixels (VOC) can therefore not be scored.
+    Unlabelled pixels are ignored: they are on no contour and put none of their neighbours on one. Data sets that mark
+    contours as unlabelled (VOC) therefore cannot be scored.
 
-    An image where neither label nor prediction has a contour of a class says nothing about that class; where only one
-    of them has, F1 is 0. Classes about which no image says anything are left out of the mean with ``absent="skip"`` and
+    If neither label nor prediction of an image has a contour of a class, the image does not count for that class; if
+    only one of them has, F1 is 0. Classes for which no image counts are left out of the mean with ``absent="skip"`` and
     count as zero with ``absent="zero"``.
     """
 
@@ -45,17 +45,17 @@ class BoundaryF(Metric):
     def __init__(
         self, num_classes: int, *, tolerance: float = 0.0075, absent: Absent = "skip", **settings: Any
     ) -> None:
-        """Begin with nothing counted.
+        """Create the metric with all counts at zero.
 
         Args:
             num_classes: Number of classes, at most 255.
-            tolerance: Greatest distance of matching pixels, as a share of the image's diagonal, and never less than
-                one pixel. 0.0075 as in Csurka et al., and in the edge benchmark of Martin et al. (PAMI 2004).
-            absent: What the mean does with classes that were not measured: ``skip`` or ``zero``.
-            settings: Those of `torchmetrics.Metric`.
+            tolerance: Largest distance between matching pixels as a fraction of the image's diagonal, at least one
+                pixel. 0.0075 as in Csurka et al., and in the edge benchmark of Martin et al. (PAMI 2004).
+            absent: Treatment of classes that were not measured in the mean: ``skip`` or ``zero``.
+            settings: Settings of `torchmetrics.Metric`.
 
         Raises:
-            ConfigError: If a setting cannot be.
+            ConfigError: If a setting is out of range.
         """
         super().__init__(**settings)
         check_rule(num_classes, absent)
@@ -66,14 +66,14 @@ class BoundaryF(Metric):
         self.add_state("images", torch.zeros(num_classes, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, predictions: Tensor, masks: Tensor) -> None:
-        """Measure the images of a batch.
+        """Add the images of a batch.
 
         Args:
             predictions: Classes (B, h, w), or class scores (B, C, h, w); whole images.
             masks: Classes (B, h, w), 0 to C-1 or `IGNORE`.
 
         Raises:
-            DataError: If shapes differ, or a value is no class.
+            DataError: If shapes differ, or a value is not a class.
         """
         classes = class_maps(predictions, masks, self.num_classes)
         valid = masks != IGNORE
@@ -81,17 +81,17 @@ class BoundaryF(Metric):
         radius = max(1.0, self.tolerance * math.hypot(*masks.shape[-2:]))
         precision, of_predicted = self._matched(predicted, labelled, radius)
         recall, of_labelled = self._matched(labelled, predicted, radius)
-        # With no pixel on one side both shares are zero, and so is F1.
+        # With no contour pixel on one side, precision and recall are zero, and so is F1.
         f1 = 2 * precision * recall / (precision + recall).clamp_min(torch.finfo(torch.double).tiny)
         self.total += f1.sum(0)
         self.images += ((of_predicted > 0) | (of_labelled > 0)).sum(0)
 
     def compute(self) -> Tensor:
-        """Give the mean over classes, from 0 to 1; NaN where nothing was measured at all."""
+        """Return the mean over classes, from 0 to 1; NaN if nothing was measured."""
         return mean_over_classes(self._per_class(), self.absent)
 
     def per_class(self) -> Tensor:
-        """Give the F1 of each class (C,), NaN where not measured; over all processes."""
+        """Return the F1 of each class (C,), NaN where not measured; reduced over all processes."""
         with self.sync_context(should_sync=self._to_sync):
             return self._per_class()
 
@@ -99,7 +99,7 @@ class BoundaryF(Metric):
         return (self.total / self.images).float()
 
     def _matched(self, wanted: Tensor, offered: Tensor, radius: float) -> tuple[Tensor, Tensor]:
-        """Give the share of contour pixels that are matched, and their number, per image and class (B, C)."""
+        """Return the fraction of contour pixels that have a match, and their number, per image and class (B, C)."""
         matched = near(wanted, offered, radius)
         number = self._count(wanted, wanted != NONE)
         return self._count(wanted, matched) / number.clamp_min(1), number
@@ -113,11 +113,11 @@ class BoundaryF(Metric):
 
 
 def contours(classes: Tensor, valid: Tensor) -> Tensor:
-    """Find the pixels that have a neighbour (of four) of another class.
+    """Find the pixels with one of four neighbours in another class.
 
     Args:
         classes: Classes (B, h, w).
-        valid: Which pixels count (B, h, w).
+        valid: Whether each pixel is labelled (B, h, w).
 
     Returns:
         Their classes (B, h, w) in bytes, `NONE` for all other pixels.
@@ -135,14 +135,14 @@ def contours(classes: Tensor, valid: Tensor) -> Tensor:
 
 
 def near(wanted: Tensor, offered: Tensor, radius: float) -> Tensor:
-    """Tell which contour pixels have one of the same class in the other map within a distance.
+    """Mark the contour pixels that have one of the same class within a distance in the other map.
 
-    Offsets are tried from the nearest on, and a pixel is dropped from the search as soon as it has its match, so that
-    the work depends on the length of the contours and on how well they agree, and not on image or class number.
+    Offsets are tried from the nearest outwards, and a matched pixel leaves the search, so the cost depends on the
+    length of the contours and their agreement, not on image size or number of classes.
 
     Args:
         wanted: Classes of contour pixels (B, h, w), `NONE` elsewhere.
-        offered: The same of the other map.
+        offered: Classes of the other map's contour pixels, in the same form.
         radius: Greatest Euclidean distance in pixels.
 
     Returns:
@@ -164,7 +164,7 @@ def near(wanted: Tensor, offered: Tensor, radius: float) -> Tensor:
 
 
 def offsets(radius: float) -> list[tuple[int, int]]:
-    """List the steps (rows, columns) of at most this length, the shortest first."""
+    """List the offsets (rows, columns) of at most this length, shortest first."""
     steps = range(-int(radius), int(radius) + 1)
     inside = [(y, x) for y in steps for x in steps if math.hypot(y, x) <= radius]
     return sorted(inside, key=lambda step: math.hypot(*step))

@@ -1,4 +1,4 @@
-"""Scores of semantic segmentation from one confusion matrix over all pixels of a split."""
+"""Metrics of semantic segmentation from one confusion matrix over all pixels of a split."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from vispeft.errors import ConfigError, DataError
 __all__ = ["Absent", "SegmentationScores", "check_rule", "class_maps", "mean_over_classes"]
 
 Absent = Literal["skip", "zero"]
-"""What a mean over classes does with those that were not measured: leave them out, or count them as zero."""
+"""Treatment of classes that were not measured in a mean: leave them out, or count them as zero."""
 
 
 class SegmentationScores(Metric):
     """Mean IoU, mean class accuracy, pixel accuracy and mean Dice coefficient.
 
     With TP, FP and FN of a class summed over all labelled pixels: IoU = TP / (TP + FP + FN), accuracy = TP / (TP + FN),
-    Dice = 2 TP / (2 TP + FP + FN). A score with a denominator of zero was not measured: IoU and Dice of a class that is
+    Dice = 2 TP / (2 TP + FP + FN). A score with a zero denominator counts as not measured: IoU and Dice of a class
     neither labelled nor predicted, accuracy of a class that is not labelled. Means leave it out with ``absent="skip"``
     (as mmsegmentation) and count it as zero with ``absent="zero"`` (as the multi-task benchmarks on PASCAL-Context).
     """
@@ -34,15 +34,15 @@ class SegmentationScores(Metric):
     confusion: Tensor
 
     def __init__(self, num_classes: int, *, absent: Absent = "skip", **settings: Any) -> None:
-        """Begin with nothing counted.
+        """Create the metric with all counts at zero.
 
         Args:
             num_classes: Number of classes, at most 255.
-            absent: What means do with classes that were not measured: ``skip`` or ``zero``.
-            settings: Those of `torchmetrics.Metric`.
+            absent: Treatment of classes that were not measured in means: ``skip`` or ``zero``.
+            settings: Settings of `torchmetrics.Metric`.
 
         Raises:
-            ConfigError: If the number of classes or the rule cannot be.
+            ConfigError: If the number of classes or the rule is invalid.
         """
         super().__init__(**settings)
         check_rule(num_classes, absent)
@@ -51,14 +51,14 @@ class SegmentationScores(Metric):
         self.add_state("confusion", zeros, dist_reduce_fx="sum")
 
     def update(self, predictions: Tensor, masks: Tensor) -> None:
-        """Count the pixels of a batch; it may also be a part of an image, such as a band of rows.
+        """Count the pixels of a batch, of whole images or of parts such as a band of rows.
 
         Args:
             predictions: Classes (B, h, w), or class scores (B, C, h, w).
             masks: Classes (B, h, w), 0 to C-1 or `IGNORE`.
 
         Raises:
-            DataError: If shapes differ, or a value is no class.
+            DataError: If shapes differ, or a value is not a class.
         """
         classes = class_maps(predictions, masks, self.num_classes)
         self.confusion += multiclass_confusion_matrix(
@@ -66,14 +66,14 @@ class SegmentationScores(Metric):
         )
 
     def compute(self) -> dict[str, Tensor]:
-        """Give ``miou``, ``macc``, ``aacc`` and ``mdice``, from 0 to 1; NaN where nothing was measured at all."""
+        """Return ``miou``, ``macc``, ``aacc`` and ``mdice``, from 0 to 1; NaN if nothing was measured."""
         scores = self._per_class()
         means = {f"m{name}": mean_over_classes(values, self.absent) for name, values in scores.items()}
         right, pixels = self.confusion.diagonal().sum(), self.confusion.sum()
         return {**means, "aacc": mean_over_classes((right.double() / pixels).float().reshape(1), self.absent)}
 
     def per_class(self) -> dict[str, Tensor]:
-        """Give ``iou``, ``acc`` and ``dice`` of each class (C,), NaN where not measured; over all processes."""
+        """Return ``iou``, ``acc`` and ``dice`` of each class (C,), NaN where not measured; over all processes."""
         with self.sync_context(should_sync=self._to_sync):
             return self._per_class()
 
@@ -89,7 +89,7 @@ class SegmentationScores(Metric):
 
 
 def mean_over_classes(values: Tensor, absent: Absent) -> Tensor:
-    """Average scores (C,) of which some are NaN, by the rule given.
+    """Average scores (C,), some of which may be NaN, by the given rule.
 
     Args:
         values: Scores.
@@ -99,7 +99,7 @@ def mean_over_classes(values: Tensor, absent: Absent) -> Tensor:
 
 
 def class_maps(predictions: Tensor, masks: Tensor, num_classes: int) -> Tensor:
-    """Give predicted classes (B, h, w), checked against the labels.
+    """Return predicted classes (B, h, w) after checking them and the labels.
 
     Args:
         predictions: Classes (B, h, w), or class scores (B, C, h, w).
@@ -107,7 +107,7 @@ def class_maps(predictions: Tensor, masks: Tensor, num_classes: int) -> Tensor:
         num_classes: Number of classes C.
 
     Raises:
-        DataError: If shapes differ, or a value is no class.
+        DataError: If shapes differ, or a value is not a class.
     """
     classes = predictions.argmax(dim=1) if predictions.ndim == masks.ndim + 1 else predictions
     if classes.shape != masks.shape:
@@ -127,14 +127,14 @@ def class_maps(predictions: Tensor, masks: Tensor, num_classes: int) -> Tensor:
 
 
 def check_rule(num_classes: int, absent: str) -> None:
-    """Refuse settings that cannot be.
+    """Refuse invalid settings.
 
     Args:
         num_classes: Number of classes.
         absent: The rule for classes that were not measured.
 
     Raises:
-        ConfigError: If one of them cannot be.
+        ConfigError: If one of them is invalid.
     """
     if not 1 <= num_classes <= IGNORE:
         raise ConfigError(f"A metric of {num_classes} classes was asked for; 1 to {IGNORE} are possible.")

@@ -1,7 +1,7 @@
-"""The plug-in for mmsegmentation: importing it registers the backbone, the hook and all else that a config may name.
+"""The plug-in for mmsegmentation: importing it registers the backbone, the hook and everything else for configs.
 
 In a config: ``custom_imports = dict(imports=["vispeft.mmseg"])``. In a script: ``import vispeft.mmseg`` before the
-first import of ``mmseg``, which otherwise stops where only the light build of mmcv is installed.
+first import of ``mmseg``, which otherwise fails if only mmcv-lite is installed.
 """
 
 from vispeft.mmseg.compat import prepare

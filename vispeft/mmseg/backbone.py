@@ -27,9 +27,11 @@ from vispeft.zoo.adapters import find_adapter
 __all__ = ["BASE_KEY", "VispeftBackbone"]
 
 BASE_KEY = "base_fingerprint"
-"""Entry of a checkpoint without frozen tensors that says which ones they were: bytes of JSON."""
+"""Entry of a checkpoint without frozen tensors that identifies them: bytes of JSON."""
 _OWN = ("flexible_size", "num_classes", "pretrained", "weights")
-"""Arguments of `create_model` that do not belong into ``model_args``."""
+"""Arguments of `create_model` that are not allowed in ``model_args``."""
+_HOOKS = ("callbacks", "change_gradients", "loss_term", "start_from")
+"""Methods of `Method` that tasks and plain loops call during training."""
 
 
 @MODELS.register_module()
@@ -97,7 +99,7 @@ class VispeftBackbone(BaseModule):
                 f"model_args has {', '.join(taken)}. VispeftBackbone takes pretrained and weights by these names, and "
                 "sets num_classes=0 and flexible_size=True itself."
             )
-        # A name on a hub does not tell the family, and so not how it takes any size; model_args can.
+        # The name of a hub model does not reveal its family, and so not its option for flexible sizes; use model_args.
         flexible = ":" not in model or model.startswith("zoo:")
         self.model: nn.Module = create_model(
             model, pretrained=pretrained, weights=weights, num_classes=0, flexible_size=flexible, **given
@@ -131,7 +133,7 @@ class VispeftBackbone(BaseModule):
         return AdapterBank.of(self.model)
 
     def init_weights(self) -> None:
-        """Leave everything as it is: mmengine would call timm's ``init_weights``, which draws the backbone anew."""
+        """Do nothing: mmengine would call timm's ``init_weights``, which randomises the backbone."""
         self._is_init = True
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -154,15 +156,15 @@ class VispeftBackbone(BaseModule):
     # ------------------------------------------------------------------ checkpoints
 
     def frozen_keys(self) -> set[str]:
-        """Name the tensors of the state dict that training leaves as they are; none without an adapter, or merged."""
+        """Names of the state dict's tensors that training does not change; empty without an adapter, or merged."""
         if self.bank is None or not isinstance(self.model, ModelHost):
             return set()
         return {f"model.{name}" for name, _ in base_tensors(self.model, self.bank.view.head_path)}
 
     def slim(self, state: MutableMapping[str, Any], prefix: str = "") -> None:
-        """Take the frozen tensors out of a checkpoint, and note which ones they were.
+        """Remove the frozen tensors from a checkpoint, and record which ones they were.
 
-        Random ones stay, since nothing could bring them back.
+        Random ones stay, as they could not be restored.
 
         Args:
             state: The state dict; changed in place.
@@ -177,7 +179,7 @@ class VispeftBackbone(BaseModule):
         state[f"{prefix}{BASE_KEY}"] = torch.tensor(list(text.encode()), dtype=torch.uint8)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Let torch and mmengine load a checkpoint with or without the frozen tensors, and no other one."""
+        """Let torch and mmengine load only checkpoints that are complete, or lack just the frozen tensors."""
         self._complete(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -186,7 +188,7 @@ class VispeftBackbone(BaseModule):
 
         Raises:
             FileError: If a tensor that trains is missing, or one is unknown.
-            BaseMismatchError: If the frozen tensors it lacks are others than here.
+            BaseMismatchError: If the frozen tensors it lacks differ from this model's.
         """
         base = state.pop(f"{prefix}{BASE_KEY}", None)
         own = {prefix + name: tensor for name, tensor in self.state_dict().items()}
@@ -211,7 +213,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _adapt(model: nn.Module, peft: dict[str, Any]) -> None:
-    """Put the adapter of a config on a model, unverified: that is done through the maps."""
+    """Attach the adapter of a config to a model, without verification, which follows through the maps."""
     if "load" in peft:
         if set(peft) != {"load"}:
             others = ", ".join(sorted(set(peft) - {"load"}))
@@ -224,6 +226,12 @@ def _adapt(model: nn.Module, peft: dict[str, Any]) -> None:
         raise ConfigError(
             f"{method.name} changes the backbone's last feature and no map inside it, which is all that a decoder "
             "reads. Choose another method, such as LoRA, SSF or AdaptFormer."
+        )
+    hooks = [name for name in _HOOKS if getattr(type(method), name) is not getattr(Method, name)]
+    if hooks:
+        raise ConfigError(
+            f"{method.name} takes part in every training step ({', '.join(hooks)}), which mmengine's loops do not let "
+            "it do. Train it by a task of vispeft, or choose another method, such as LoRA, SSF or AdaptFormer."
         )
 
 
@@ -238,7 +246,7 @@ def _method(peft: dict[str, Any]) -> Method:
 
 
 def _load_reader(reader: MapReader, source: str) -> None:
-    """Take over the pyramid an adapter was trained with, where there is one beside it."""
+    """Load the pyramid stored with an adapter, if there is one."""
     beside = read_decoder(find_adapter(source))
     tensors = {key.removeprefix("reader."): tensor for key, tensor in beside.items() if key.startswith("reader.")}
     if tensors:

@@ -1,8 +1,8 @@
-"""Makes mmsegmentation 1.2 work on current releases of torch, with the light build of mmcv.
+"""Make mmsegmentation 1.2 work on current releases of torch, with mmcv-lite.
 
-Two things stand in the way. mmseg imports ``mmcv.ops`` without a guard, and that needs the compiled ``mmcv._ext``, for
-which there are no wheels beside a current torch; none of the models used here calls into it. And `torch.load` reads
-nothing but tensors by default since torch 2.6, while the checkpoints of mmengine hold its log and numpy's numbers.
+There are two obstacles. mmseg imports ``mmcv.ops`` without a guard, and that needs the compiled ``mmcv._ext``, for
+which there are no wheels for a current torch; none of the models used here calls it. And `torch.load` reads only
+tensors by default since torch 2.6, while mmengine's checkpoints contain its log and numpy values.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def import_ops() -> None:
     """Import ``mmcv.ops`` without its compiled part, where that is not installed.
 
     Operators written in Python then work, such as ``point_sample``; the others raise an error when they are called.
-    The stand-in is gone afterwards: mmengine asks for ``mmcv._ext`` to find out whether the full mmcv is there.
+    The stand-in is removed afterwards, as mmengine detects the full mmcv by ``mmcv._ext``.
     """
     if "mmcv.ops" in sys.modules or importlib.util.find_spec(_EXTENSION) is not None:
         return
@@ -65,7 +65,7 @@ def import_ops() -> None:
 
 
 class _Absent(ModuleType):
-    """Stands in for mmcv's compiled operators; has any of them, and none works."""
+    """Stand-in for mmcv's compiled operators, which has any attribute and raises on call."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -81,14 +81,14 @@ class _Absent(ModuleType):
 
 
 def allow_checkpoints() -> None:
-    """Let `torch.load` read the objects beside tensors in checkpoints of mmengine, and still run no code.
+    """Let `torch.load` read the non-tensor objects in mmengine's checkpoints, still without running code.
 
     These are mmengine's log with the names of its statistics, and scalars and arrays of numpy.
     """
     from mmengine.logging.history_buffer import HistoryBuffer
 
     home = importlib.import_module("numpy._core.multiarray")
-    # Checkpoints written under numpy 1 name the same functions by the module's earlier name.
+    # Checkpoints written under numpy 1 refer to the same functions by the module's old name.
     calls = [(getattr(home, name), f"{place}.multiarray.{name}") for name in _NUMPY for place in _HOMES]
     kinds = dict.fromkeys(type(np.dtype(code)) for code in np.typecodes["All"] if code not in "OV")
     allowed = [HistoryBuffer, np.ndarray, np.dtype, *kinds, *calls, (_statistic, "builtins.getattr")]
@@ -96,7 +96,7 @@ def allow_checkpoints() -> None:
 
 
 def _statistic(owner: Any, name: str) -> Any:
-    """Stand in for `getattr`, by which a pickled log names its statistics; gives those and nothing else.
+    """Replace `getattr`, by which a pickled log refers to its statistics, and return nothing else.
 
     Args:
         owner: Must be mmengine's `HistoryBuffer`.

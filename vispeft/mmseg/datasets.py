@@ -25,13 +25,13 @@ class VispeftEarthDataset(BaseSegDataset):
     def __init__(
         self, root: str, split: Literal["train", "validation", "test"], overlapping: bool = False, **settings: Any
     ) -> None:
-        """Cut the tiles where that has not been done, and list those of a split.
+        """Cut the tiles if needed, and list those of a split.
 
         Args:
             root: The folder of the two wheels, or of their contents; see `vispeft.data.EarthData`.
             split: train, validation or test.
-            overlapping: Add the tiles that lie between training tiles; for training only.
-            settings: Those of mmsegmentation's ``BaseSegDataset``, such as ``pipeline``.
+            overlapping: Whether to add the tiles between training tiles; for training only.
+            settings: Settings of mmsegmentation's ``BaseSegDataset``, such as ``pipeline``.
 
         Raises:
             ConfigError: If there is no such split.

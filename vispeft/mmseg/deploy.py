@@ -19,10 +19,10 @@ CONFIG, CHECKPOINT = "config.py", "model.pth"
 
 
 def merge(model: nn.Module, out: str | Path | None = None) -> MergeReport:
-    """Write the adapter of a segmentor into the layers of its backbone.
+    """Merge the adapter of a segmentor into its backbone.
 
     The outputs stay the same to rounding, and the backbone is a plain timm model, as fast as without an adapter. The
-    layers' earlier tensors are kept beside the model, for ``model.backbone.bank.unmerge()``.
+    layers' original tensors are kept outside the model, for ``model.backbone.bank.unmerge()``.
 
     Args:
         model: A segmentor, such as ``mmseg.apis.init_model`` gives.

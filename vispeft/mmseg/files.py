@@ -1,7 +1,7 @@
 """Adapters of segmentors as files: the adapter, the map reader and the decoder, nothing of the backbone.
 
 The tensors have the names a Lightning `Segmentation` task gives them, and its FCN, SegFormer and UPer decoders have
-those of mmsegmentation's heads, so that a directory goes from one to the other.
+those of mmsegmentation's heads, so a directory can be used by both.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vispeft.zoo.adapters import find_adapter
 __all__ = ["adapted_backbone", "backbones", "load_decoder", "save_adapter"]
 
 _DECODERS = {"FCNHead": "fcn", "SegformerHead": "segformer", "UPerHead": "uper"}
-"""Heads of mmsegmentation that are a decoder of this project too."""
+"""Heads of mmsegmentation that exist as decoders of this project too."""
 
 
 def backbones(model: nn.Module) -> dict[str, VispeftBackbone]:
@@ -54,12 +54,12 @@ def adapted_backbone(model: nn.Module) -> VispeftBackbone:
 
 
 def save_adapter(model: nn.Module, path: str | Path, *, metrics: Mapping[str, Any] | None = None) -> None:
-    """Write a segmentor's adapter, with its map reader and its decoder beside it.
+    """Write a segmentor's adapter with its map reader and decoder.
 
     Args:
         model: The segmentor; of its heads only ``decode_head`` is written, since the others only help training.
-        path: The directory; made where it is missing.
-        metrics: Its figures, for ``adapter.json``; None when it was not measured.
+        path: The directory, created if missing.
+        metrics: Its metrics, for ``adapter.json``; None if it was not measured.
 
     Raises:
         ConfigError: If it has no adapter.
@@ -78,7 +78,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, metrics: Mapping[str, An
 
 
 def load_decoder(model: nn.Module, path: str | Path) -> None:
-    """Copy the map reader and the decoder that stand beside an adapter into a segmentor.
+    """Load the map reader and the decoder stored with an adapter into a segmentor.
 
     Args:
         model: The segmentor.
@@ -98,7 +98,7 @@ def load_decoder(model: nn.Module, path: str | Path) -> None:
 
 
 def _decoder_state(model: Any) -> dict[str, Tensor]:
-    """List the tensors beside the adapter that inference needs, under their names in files."""
+    """Return the tensors outside the adapter that inference needs, under their names in files."""
     parts = {"reader": adapted_backbone(model).reader, "decoder": model.decode_head}
     if model.with_neck:
         parts["neck"] = model.neck
@@ -106,7 +106,7 @@ def _decoder_state(model: Any) -> dict[str, Tensor]:
 
 
 def _preprocessing(model: Any, backbone: VispeftBackbone) -> dict[str, Any] | None:
-    """Say how images were normalised; None where they were not made RGB, which no other part of this project reads."""
+    """Return the normalisation of images; None if they were not RGB, which no other part of this project supports."""
     found = model.data_preprocessor
     if not getattr(found, "channel_conversion", False) or not getattr(found, "_enable_normalize", False):
         return None
@@ -115,7 +115,7 @@ def _preprocessing(model: Any, backbone: VispeftBackbone) -> dict[str, Any] | No
 
 
 def _output(model: Any, backbone: VispeftBackbone) -> dict[str, Any]:
-    """Say how outputs are read, as a Lightning task does."""
+    """Describe how outputs are read, as a Lightning task does."""
     cascade = isinstance(model.decode_head, nn.ModuleList)
     head, reader = model.decode_head[-1] if cascade else model.decode_head, backbone.reader
     name = type(head).__name__ if cascade else _DECODERS.get(type(head).__name__, type(head).__name__)

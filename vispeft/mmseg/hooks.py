@@ -1,4 +1,4 @@
-"""The hook: prints the trainable parts, saves the adapter and the decoder by themselves, keeps checkpoints small."""
+"""The hook: prints the trainable parts, saves adapter and decoder separately, keeps checkpoints small."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ __all__ = ["VispeftHook", "check_segmentor"]
 
 @HOOKS.register_module()
 class VispeftHook(Hook):
-    """Saves adapters from mmengine's Runner and keeps its checkpoints small.
+    """Save adapters from mmengine's Runner and keep its checkpoints small.
 
     ``<work_dir>/adapter`` always belongs to the newest checkpoint, and ``<work_dir>/adapter_best`` to the one that
     ``CheckpointHook(save_best=...)`` found best; where that chooses by several metrics, to ``adapter_best_<metric>``.
     All hold the decoder too. Where an ``EMAHook`` averages the weights, the average is saved.
     """
 
-    # Behind EMAHook (50), which swaps averages in and out, and behind CheckpointHook (90), which chooses the best.
+    # After EMAHook (50), which swaps averages in and out, and after CheckpointHook (90), which selects the best.
     priority = "LOWEST"
 
     def __init__(self, slim: bool = True, decoder: str | None = None) -> None:
-        """Set it up.
+        """Store the settings.
 
         Args:
             slim: Leave the frozen tensors out of mmengine's checkpoints. They come back from the config's ``model``
@@ -68,7 +68,7 @@ class VispeftHook(Hook):
             load_decoder(model, self.decoder)
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Save the adapter, and take the frozen tensors out of the checkpoint."""
+        """Save the adapter, and remove the frozen tensors from the checkpoint."""
         _save(runner, ADAPTER)
         if not self.slim:
             return
@@ -77,7 +77,7 @@ class VispeftHook(Hook):
                 backbone.slim(checkpoint.get(part, {}), prefix)
 
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
-        """Save the adapter once more where this validation is the best so far."""
+        """Save the adapter again if this validation is the best so far."""
         best = _best_checkpoints(runner)
         for suffix, path in best.items():
             if path != self._best.get(suffix):
@@ -85,7 +85,7 @@ class VispeftHook(Hook):
         self._best = best
 
     def after_train(self, runner: Any) -> None:
-        """Save the adapter as training leaves it."""
+        """Save the final adapter."""
         _save(runner, ADAPTER)
 
 
@@ -111,21 +111,21 @@ def _unwrapped(model: Any) -> nn.Module:
 
 
 def check_segmentor(model: Any, classes: Sequence[str] | None) -> None:
-    """Refuse heads that cannot read the backbone's maps, or score other classes than the data have.
+    """Refuse heads that cannot read the backbone's maps, or whose classes differ from the data's.
 
     Args:
         model: The segmentor.
         classes: Names of the data's classes; None where they are not known.
 
     Raises:
-        ConfigError: With everything that was found.
+        ConfigError: If a head does not fit; the message lists all problems.
     """
     heads = _heads("decode_head", model.decode_head)
     if model.with_auxiliary_head:
         heads |= _heads("auxiliary_head", model.auxiliary_head)
     found = []
     for name, head in heads.items():
-        # Heads of mmdetection, such as Mask2Former's, name the maps they read in other words.
+        # Heads of mmdetection, such as Mask2Former's, use other attributes for the maps they read.
         if isinstance(model.backbone, VispeftBackbone) and not model.with_neck and isinstance(head, BaseDecodeHead):
             found += _unreadable(name, head, model.backbone)
         if classes is not None and len(classes) != head.num_classes:
@@ -147,7 +147,7 @@ def _heads(name: str, module: nn.Module) -> dict[str, Any]:
 
 
 def _behind_the_heads(model: Any, heads: Sequence[Any]) -> bool:
-    """Tell whether an adapter reaches further into the backbone than the maps that are read."""
+    """Whether an adapter acts after the last map that is read."""
     backbone = model.backbone
     known = isinstance(backbone, VispeftBackbone) and all(isinstance(head, BaseDecodeHead) for head in heads)
     if not known or model.with_neck or backbone.reader.levels is not None or backbone.bank is None:

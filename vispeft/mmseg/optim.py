@@ -17,12 +17,12 @@ __all__ = ["VispeftOptimWrapperConstructor"]
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class VispeftOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """mmengine's constructor, but for adapters.
+    """mmengine's constructor, adapted to adapters.
 
     Tensors of an adapter are grouped by `AdapterBank.parameter_groups`: units say which of them do not decay and which
-    learn faster. Frozen tensors reach no optimiser. Of ``paramwise_cfg``, an entry of ``custom_keys`` whose key is
-    part of the backbone's own name (``backbone``) multiplies rate and decay of all of the adapter; keys that aim at
-    tensors inside of it (``norm``) do not reach it. Outside of it everything is as documented by mmengine.
+    learn faster. Frozen tensors are in no optimiser. Of ``paramwise_cfg``, an entry of ``custom_keys`` whose key is
+    part of the backbone's own name (``backbone``) multiplies rate and decay of the whole adapter; keys for tensors
+    inside it (``norm``) do not affect it. Outside the adapter everything is as documented by mmengine.
     """
 
     def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None) -> None:
@@ -35,7 +35,7 @@ class VispeftOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         Raises:
             ConfigError: If the optimiser has no learning rate, which units may ask for a multiple of.
         """
-        # mmengine looks at single parameters only where there is a rule; this one is its default.
+        # mmengine handles single parameters only if there is a rule; this one is its default.
         super().__init__(optim_wrapper_cfg, {"bypass_duplicate": False, **(paramwise_cfg or {})})
         if self.base_lr is None:
             raise ConfigError("optim_wrapper.optimizer has no lr, and adapters need one to start from. Give lr=...")
@@ -62,7 +62,7 @@ class VispeftOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         super().add_params(params, module.reader, f"{prefix}.reader", is_dcn_module)
 
     def _adapter_groups(self, bank: AdapterBank, name: str) -> list[dict[str, Any]]:
-        """Give the groups of an adapter, under the rule for the backbone's name, if there is one."""
+        """Return the groups of an adapter, under the rule for the backbone's name, if there is one."""
         rules = self.paramwise_cfg.get("custom_keys", {})
         matching = sorted((key for key in rules if key in name), key=lambda key: (-len(key), key))
         rule = rules[matching[0]] if matching else {}

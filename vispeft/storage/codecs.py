@@ -1,13 +1,13 @@
-"""Codecs: how the values of a tensor become the bytes of a file, and back.
+"""Codecs: conversions between the values of a tensor and the bytes in a file.
 
-A method chooses a codec for each tensor (`Unit.codecs`), and ``adapter.json`` names it beside the tensor's shape and
-type. Names are part of the file format and never change their meaning. Codecs of this package:
+A method chooses a codec for each tensor (`Unit.codecs`), and ``adapter.json`` names it with the tensor's shape and
+dtype. Names are part of the file format and never change their meaning. Codecs of this package:
 
-* ``raw``: the tensor itself;
+* ``raw``: the tensor unencoded;
 * ``l1-normal-500/<bits>``: a matrix of 1, 2, 4 or 8 bits per weight (`vispeft.storage.quantize`);
 * ``mask``: one bit per entry (`Mask`);
-* ``positions``: rising whole numbers, as gaps (`Positions`);
-* ``sparse``: the entries that are not zero, as positions and values (`Sparse`).
+* ``positions``: increasing whole numbers, as gaps (`Positions`);
+* ``sparse``: the nonzero entries, as positions and values (`Sparse`).
 
 Another package adds its own by `register_codec`. Multi-byte numbers are little-endian.
 """
@@ -39,11 +39,11 @@ __all__ = [
 ]
 
 RAW = "raw"
-"""Codec of tensors that are in the file as they are."""
+"""Codec of tensors saved unencoded."""
 
 
 class Codec:
-    """Values of a tensor to bytes, and back. Subclass it, and hand an instance to `register_codec`."""
+    """Encoder and decoder of tensors. Subclass it and pass an instance to `register_codec`."""
 
     name: str
     """Name in files."""
@@ -63,12 +63,12 @@ class Codec:
         raise NotImplementedError
 
     def decode(self, stored: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Decode what `encode` returned.
+        """Decode the result of `encode`.
 
         Args:
             stored: The bytes, uint8 (bytes,).
             shape: Shape of the tensor.
-            dtype: Type of the tensor.
+            dtype: Dtype of the tensor.
 
         Returns:
             The tensor, on the CPU.
@@ -79,7 +79,7 @@ class Codec:
         raise NotImplementedError
 
     def size(self, values: Tensor) -> int:
-        """Bytes a file holds of a tensor.
+        """Return the size of a tensor in a file, in bytes.
 
         Args:
             values: The tensor.
@@ -88,12 +88,12 @@ class Codec:
 
 
 class Raw(Codec):
-    """A tensor as it is."""
+    """A tensor, unencoded."""
 
     name = RAW
 
     def encode(self, values: Tensor) -> Tensor:
-        """Return the tensor itself; safetensors knows shape and type."""
+        """Return the tensor itself; safetensors stores shape and dtype."""
         return values
 
     def decode(self, stored: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -101,43 +101,43 @@ class Raw(Codec):
         return stored
 
     def size(self, values: Tensor) -> int:
-        """Bytes of the tensor."""
+        """Return the size of the tensor in bytes."""
         return values.nbytes
 
 
 class Mask(Codec):
     """One bit per entry, row by row, the first entry in the highest bit of the first byte, as `numpy.packbits` does.
 
-    It is the layout of published masks (R-AMT). The last byte is padded with zeros.
+    This is the layout of published masks (R-AMT). The last byte is padded with zeros.
     """
 
     name = "mask"
 
     def encode(self, values: Tensor) -> Tensor:
-        """Pack entries that are true or false, or 1 or 0, into ceil(entries / 8) bytes."""
+        """Pack boolean or 0/1 entries into ceil(entries / 8) bytes."""
         flags = values.detach().cpu().reshape(-1)
         if not bool(((flags == 0) | (flags == 1)).all()):
             raise ConfigError("A mask holds true and false, or 1 and 0; other values were given. Threshold them first.")
         return torch.from_numpy(numpy.packbits(flags.bool().numpy()))
 
     def decode(self, stored: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Unpack the entries, as 1 and 0 where the type is not bool."""
+        """Unpack the entries, as 1 and 0 if the dtype is not bool."""
         _check_size(self.name, stored, -(-prod(shape) // 8), shape)
         flags = numpy.unpackbits(stored.cpu().numpy(), count=prod(shape))
         return torch.from_numpy(flags).to(dtype).reshape(shape)
 
     def size(self, values: Tensor) -> int:
-        """Bytes of the mask."""
+        """Return the size of the mask in bytes."""
         return -(-values.numel() // 8)
 
 
 class Positions(Codec):
-    """Whole numbers from 0 in rising order, each at most once, as gaps.
+    """Strictly increasing whole numbers from 0, as gaps.
 
-    A number is written as its distance from the one before, less one (the first one: as it is). Gaps are coded in
-    units of 1, 2 or 4 bytes, whichever takes the least: a unit of all ones means "add this much and read on", every
-    other one ends a gap. The first byte says how many bytes a unit has. A random choice of one weight in a hundred
-    takes 1.1 bytes per position.
+    A number is stored as its difference from the previous one, minus one (the first: unchanged). Gaps are coded in
+    units of 1, 2 or 4 bytes, whichever takes the fewest bytes: a unit of all ones means "add this value and continue",
+    any other unit ends the gap. The first byte is the unit's size in bytes. A random 1 % of the weights takes 1.1 bytes
+    per position.
     """
 
     name = "positions"
@@ -151,7 +151,7 @@ class Positions(Codec):
         return _gaps(flat)
 
     def decode(self, stored: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Add the gaps up."""
+        """Sum up the gaps."""
         found = _from_gaps(stored)
         if found.numel() != prod(shape):
             raise FileError(f"{prod(shape)} positions were expected; the file has {found.numel()}.")
@@ -159,23 +159,23 @@ class Positions(Codec):
 
 
 class Sparse(Codec):
-    """The entries of a tensor that are not zero: their number, their values, and their positions row by row.
+    """The nonzero entries of a tensor: their number, their values, and their positions in row-major order.
 
-    Bytes: the number of entries as uint64, their values in the tensor's own type, then the positions as `Positions`
-    codes them. Values come back bit for bit; also a negative zero counts as an entry.
+    Bytes: the number of entries as uint64, their values in the tensor's dtype, then the positions as coded by
+    `Positions`. Values are restored bit for bit; a negative zero counts as nonzero.
     """
 
     name = "sparse"
 
     def encode(self, values: Tensor) -> Tensor:
-        """Encode a tensor, most of whose entries are zero."""
+        """Encode a tensor whose entries are mostly zero."""
         flat = values.detach().cpu().contiguous().reshape(-1)
         found = flat.view(torch.uint8).view(flat.numel(), flat.element_size()).ne(0).any(dim=1).nonzero().reshape(-1)
         count = torch.from_numpy(numpy.array([len(found)], dtype="<u8").view(numpy.uint8))
         return torch.cat([count, flat[found].view(torch.uint8), _gaps(found)])
 
     def decode(self, stored: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Put the entries back among zeros."""
+        """Restore the entries among zeros."""
         flat = torch.zeros(prod(shape), dtype=dtype)
         head, rest = stored[:8].cpu(), stored[8:].cpu()
         count = int(head.numpy().view("<u8")[0]) if len(head) == 8 else -1
@@ -188,11 +188,11 @@ class Sparse(Codec):
 
 
 _WIDTHS = (1, 2, 4)
-"""Bytes that a unit of a gap may have."""
+"""Possible sizes of a unit of a gap, in bytes."""
 
 
 def _gaps(positions: Tensor) -> Tensor:
-    """Code rising positions, int64 (count,), as `Positions` describes."""
+    """Encode increasing positions, int64 (count,), as described in `Positions`."""
     gaps = positions.diff(prepend=positions.new_tensor([-1])).sub(1).numpy()
     full, width = min(((2 ** (8 * w) - 1, w) for w in _WIDTHS), key=lambda u: int((gaps // u[0] + 1).sum()) * u[1])
     ends = numpy.cumsum(gaps // full + 1) - 1
@@ -202,7 +202,7 @@ def _gaps(positions: Tensor) -> Tensor:
 
 
 def _from_gaps(stored: Tensor) -> Tensor:
-    """Undo `_gaps`, int64 (count,)."""
+    """Decode the result of `_gaps` to int64 (count,)."""
     content = stored.cpu().numpy()
     width = int(content[0]) if len(content) else 0
     if width not in _WIDTHS or (len(content) - 1) % width:
@@ -211,7 +211,7 @@ def _from_gaps(stored: Tensor) -> Tensor:
     ends = units != numpy.iinfo(units.dtype).max
     if len(ends) and not ends[-1]:
         raise FileError("Coded positions are cut off: the last gap has no end.")
-    steps = units.astype(numpy.int64) + ends  # a gap is the distance less one
+    steps = units.astype(numpy.int64) + ends  # a gap is the difference minus one
     return torch.from_numpy(numpy.cumsum(steps)[ends] - 1)
 
 
@@ -229,7 +229,7 @@ def register_codec(codec: Codec) -> None:
     """Add a codec, under its `name`.
 
     Args:
-        codec: The codec. Register it where its method is defined, so that both are there when a file is loaded.
+        codec: The codec. Register it where its method is defined, so that loading a file finds both.
 
     Raises:
         ConfigError: If a codec of another class has the name already.
@@ -242,7 +242,7 @@ def register_codec(codec: Codec) -> None:
 
 
 def known_codecs() -> list[str]:
-    """Names of all codecs."""
+    """List the names of all codecs."""
     return sorted(_CODECS)
 
 
@@ -265,13 +265,13 @@ def decode_tensors(tensors: Mapping[str, Tensor], entries: Mapping[str, Mapping[
 
     Args:
         tensors: Tensors as the file has them, by name.
-        entries: Codec, dtype and shape of each, as ``adapter.json`` lists them; tensors without an entry are raw.
+        entries: Codec, dtype and shape of each, as listed in ``adapter.json``; tensors without an entry are raw.
 
     Returns:
         Their values, by the same names.
 
     Raises:
-        FileError: If bytes do not fit what is said of a tensor.
+        FileError: If the bytes of a tensor do not fit its entry.
     """
     return {key: _decoded(tensor, entries.get(key, {"codec": RAW})) for key, tensor in tensors.items()}
 
@@ -293,7 +293,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Pack small numbers into bytes, the first one in the lowest bits.
 
     The order is that of the published 1-bit adapter files (PETL-ViT, ``binary_adapter``): row-major, least significant
-    bits first. The last byte is padded with zeros, where those files drop an incomplete one.
+    bits first. The last byte is padded with zeros, whereas those files drop an incomplete one.
 
     Args:
         codes: Any shape; integers from 0 to ``2**bits - 1``.

@@ -1,8 +1,7 @@
-"""The adapter's files: ``adapter.json``, ``adapter.safetensors`` and, where there is a head, ``head.safetensors``.
+"""An adapter's files: ``adapter.json``, ``adapter.safetensors`` and, with a classifier, ``head.safetensors``.
 
-Every tensor file is named with its sha256 in the JSON file, and the JSON file holds a digest of itself, so that a
-truncated or altered file is recognised before anything is built from it. Loading reads JSON and safetensors only: it
-cannot run code.
+The JSON file lists every tensor file with its sha256 and contains a digest of itself, so that a truncated or altered
+file is detected before anything is built from it. Loading reads JSON and safetensors only and cannot run code.
 """
 
 from __future__ import annotations
@@ -43,20 +42,20 @@ __all__ = [
 ]
 
 SCHEMA = 1
-"""Version of the layout. It rises when an older version of vispeft could misread a file."""
+"""Version of the layout. It is raised when an older version of vispeft could misread a file."""
 JSON_FILE, ADAPTER_FILE, HEAD_FILE = "adapter.json", "adapter.safetensors", "head.safetensors"
 DECODER = "decoder/"
-"""What the names of a decoder's tensors begin with; those of an adapter's own classifier begin with ``head/``."""
+"""Name prefix of a decoder's tensors; the prefix of an adapter's own classifier is ``head/``."""
 
 
 def write_atomically(files: Mapping[Path, bytes]) -> None:
-    """Write files so that either all of them are new or all of them are as they were.
+    """Write several files, all or none.
 
-    All contents are on disk under other names before the first one gets its own, and what had the names before stays
-    beside them until the last one has. A process killed in between leaves the earlier files to `read_adapter`.
+    All contents are written under temporary names before the first file is renamed, and the earlier files are kept
+    until the last one is renamed. If the process is killed in between, `read_adapter` finds the earlier files.
 
     Args:
-        files: Contents by path; they get their names in this order.
+        files: Contents by path, renamed in this order.
 
     Raises:
         FileError: If they cannot be written, for example because the disk is full.
@@ -86,15 +85,15 @@ def write_atomically(files: Mapping[Path, bytes]) -> None:
                 os.unlink(name)
             with contextlib.suppress(OSError):
                 os.replace(_earlier(path), path)
-                _earlier(path).unlink(missing_ok=True)  # renaming one name of a file to another leaves both
+                _earlier(path).unlink(missing_ok=True)  # renaming onto a hard link of the same file leaves both
         raise FileError(
-            f"{', '.join(str(path) for path in files)} could not be written ({error.strerror or error}). What was "
-            "there before is still there; free some space or choose another place."
+            f"{', '.join(str(path) for path in files)} could not be written ({error.strerror or error}). The earlier "
+            "files are unchanged; free some space or choose another directory."
         ) from error
 
 
 def _earlier(path: Path) -> Path:
-    """Name what stood at a path while something new is put there."""
+    """Return the name of an earlier file while its path is being overwritten."""
     return path.with_name(f".{path.name}.earlier")
 
 
@@ -102,10 +101,10 @@ def write_adapter(folder: Path, header: dict[str, Any], units: dict[str, Tensor]
     """Write an adapter directory.
 
     Args:
-        folder: The directory; made where it is missing.
-        header: Everything ``adapter.json`` says besides file digests.
+        folder: The directory; created if missing.
+        header: The content of ``adapter.json`` without file digests.
         units: Tensors by name in the file.
-        head: Tensors of the head by name; empty for none.
+        head: Tensors of classifier and decoder by name; empty for none.
 
     Raises:
         FileError: If it cannot be written.
@@ -129,26 +128,26 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
         folder: The directory.
 
     Returns:
-        The content of ``adapter.json``, the values of the units' tensors and those of the head's.
+        The content of ``adapter.json``, the values of the units' tensors and those of classifier and decoder.
 
     Raises:
-        FileError: If a file is missing, truncated, altered, of a later schema, or coded in an unknown way.
+        FileError: If a file is missing, truncated, altered, of another schema, or uses an unknown codec.
     """
     header, units, head = read_encoded(folder)
     return header, decode_tensors(units, header["tensors"]), decode_tensors(head, header["tensors"])
 
 
 def read_encoded(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    """Read and check an adapter directory, and leave tensors as they are coded there.
+    """Read and check an adapter directory without decoding its tensors.
 
     Args:
         folder: The directory.
 
     Returns:
-        The content of ``adapter.json``, the units' tensors and the head's; `decode_tensors` makes values of them.
+        The content of ``adapter.json``, the units' tensors and the classifier's; decode them with `decode_tensors`.
 
     Raises:
-        FileError: If a file is missing, truncated, altered, of a later schema, or coded in an unknown way.
+        FileError: If a file is missing, truncated, altered, of another schema, or uses an unknown codec.
     """
     if folder.name == JSON_FILE:
         folder = folder.parent
@@ -166,7 +165,7 @@ def read_encoded(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
         content = _read(folder / name)
         earlier = _earlier(folder / name)
         if hashlib.sha256(content).hexdigest() != sha and earlier.is_file():
-            content = _read(earlier)  # saving was cut off between this file and the description
+            content = _read(earlier)  # saving was interrupted between this file and the JSON file
         if hashlib.sha256(content).hexdigest() != sha:
             raise FileError(
                 f"{folder / name} is truncated or was altered: its sha256 is not the one in {JSON_FILE}. "
@@ -180,13 +179,13 @@ def read_encoded(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
 
 
 def read_decoder(folder: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a task's decoder that stand beside an adapter.
+    """Read the tensors of the decoder saved with an adapter.
 
     Args:
         folder: The adapter's directory.
 
     Returns:
-        Tensors by their names in the decoder; empty where there is none.
+        Tensors by their names in the decoder; empty if there is none.
 
     Raises:
         FileError: If a file is missing, truncated or altered.
@@ -236,12 +235,12 @@ def _to_bytes(tensors: dict[str, Tensor]) -> bytes:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Name a type as in JSON, such as ``float32``."""
+    """Return the name of a dtype in JSON, such as ``float32``."""
     return str(dtype).removeprefix("torch.")
 
 
 def check_tensors(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that do not fit, before the first one is copied."""
+    """Raise on tensors that do not fit, before any is copied."""
     missing = [key for key in own if key not in given]
     if missing:
         raise FileError(f"{len(missing)} of {len(own)} tensors are missing, first {', '.join(missing[:3])}.")
@@ -255,13 +254,13 @@ def check_tensors(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Non
 
 
 class UnknownTensorError(FileError, UnknownNameError):
-    """A tensor in a file belongs to nothing here."""
+    """A tensor in a file matches no tensor of the adapter or model."""
 
     def __init__(self, key: str, own: Mapping[str, Tensor]) -> None:
         """Compose the message.
 
         Args:
             key: The tensor's name.
-            own: What there is.
+            own: The existing tensors.
         """
         UnknownNameError.__init__(self, "tensor", key, own)

@@ -1,10 +1,10 @@
-"""The fingerprint of a base: which frozen weights an adapter was trained on.
+"""The fingerprint of a base: the identity of the frozen weights an adapter was trained on.
 
-It covers every parameter and persistent buffer that depends neither on the image size nor on the number of input
-channels nor on the classifier, in parts (one per block), so that a mismatch can be located and a truncated model
-(``features_only``) can be recognised. Each part has a digest of its values in float32, and of their roundings to
-bfloat16 and float16, so that a model in reduced precision is recognised as the same one. Positions and the input layer
-are fields of their own: they must agree where they have the same shape, and may differ in shape.
+It covers all parameters and persistent buffers except the classifier and tensors whose shape depends on the image size
+or the number of input channels. It has one part per block, so that a mismatch can be located and a truncated model
+(``features_only``) recognised. Each part has a digest of its values in float32 and of their roundings to bfloat16 and
+float16, so that a model in reduced precision is recognised as the same one. Position tensors and the input layer are
+listed separately: they must agree where the shapes are equal, and may differ in shape.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def base_tensors(
         replaced: For a merged model, the original tensors by name; None for those that merging created.
 
     Yields:
-        Name in a plain timm state dict, and tensor, in the model's order.
+        Name in a plain timm state dict and tensor, in the model's order.
     """
     replaced = replaced or {}
 
@@ -85,10 +85,10 @@ def fingerprint(model: nn.Module, view: View, replaced: Mapping[str, Tensor | No
 def check_fingerprint(
     saved: Mapping[str, Any], model: nn.Module, view: View, replaced: Mapping[str, Tensor | None] | None = None
 ) -> None:
-    """Refuse a model whose frozen weights are not those of the fingerprint.
+    """Raise if a model's frozen weights do not match a fingerprint.
 
     Args:
-        saved: What `fingerprint` gave when the adapter was saved.
+        saved: The result of `fingerprint` when the adapter was saved.
         model: The timm model.
         view: Its description.
         replaced: For a merged model, the original tensors by name.
@@ -103,7 +103,7 @@ def check_fingerprint(
         )
     parts, bound, dtype = _group(model, view, replaced)
     unknown = [part for part in parts if part not in saved["parts"]]
-    # A model made for its features may be cut; one with a classifier has all of it or is another one.
+    # A model without a classifier may be truncated; one with a classifier must have all parts.
     cut = len(parts) < len(saved["parts"])
     if unknown or (cut and not (_has_no_classifier(model, view) and _is_prefix(parts, saved["parts"]))):
         missing = [part for part in saved["parts"] if part not in parts]
@@ -130,7 +130,7 @@ def check_fingerprint(
 
 
 def function_of(model: nn.Module, view: View) -> dict[str, Any]:
-    """Say what the weights do not: how the model pools, attends, activates and normalises.
+    """Describe the parts of a model's function that its weights do not determine: pooling, heads, activations, norms.
 
     Args:
         model: The timm model.
@@ -153,20 +153,20 @@ def function_of(model: nn.Module, view: View) -> dict[str, Any]:
 
 
 def pool_of(model: nn.Module) -> str:
-    """Say how a model pools in front of its classifier, now."""
+    """Return how a model currently pools before its classifier."""
     return str(getattr(model, "global_pool", ""))
 
 
 def _check_function(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    for what in saved:
-        # Pooling belongs to the classifier and is checked with it; a cut model lacks what stands behind the cut.
-        if what == "pool" or what not in found or found[what] in (saved[what], ["Identity"]):
+    for key in saved:
+        # Pooling belongs to the classifier and is checked with it; a truncated model lacks its last parts.
+        if key == "pool" or key not in found or found[key] in (saved[key], ["Identity"]):
             continue
-        if what == "heads" and found[what] == saved[what][: len(found[what])]:
+        if key == "heads" and found[key] == saved[key][: len(found[key])]:
             continue
         raise BaseMismatchError(
-            f"The adapter was trained on a backbone whose {what} is {saved[what]}; here it is "
-            f"{found[what]}. Create the backbone with the arguments in its adapter.json."
+            f"The adapter was trained on a backbone whose {key} is {saved[key]}; here it is "
+            f"{found[key]}. Create the backbone with the arguments in its adapter.json."
         )
 
 
@@ -175,22 +175,22 @@ def _has_no_classifier(model: nn.Module, view: View) -> bool:
 
 
 def absent_parts(saved: Mapping[str, Any], model: nn.Module, view: View) -> list[str]:
-    """List the parts of the whole model that a truncated one lacks.
+    """List the parts of the full model that a truncated one lacks.
 
     Args:
-        saved: The fingerprint of the whole model.
+        saved: The fingerprint of the full model.
         model: The timm model.
         view: Its description.
 
     Returns:
-        Paths in the whole model.
+        Paths in the full model.
     """
     parts, _, _ = _group(model, view, None)
     return [part for part in saved["parts"] if part not in parts]
 
 
 def _is_prefix(parts: Mapping[str, Any], saved: Mapping[str, Any]) -> bool:
-    """Tell whether only a tail of the saved model is missing, as in a model cut for its features."""
+    """Return whether only the last parts of the saved model are missing, as in a truncated model."""
     return list(parts) == [part for part in saved if part in parts] and len(parts) > 1
 
 
@@ -199,10 +199,10 @@ def _some(names: list[str]) -> str:
 
 
 def _levels(saved: str, present: str) -> list[str]:
-    """List the precisions in which two models may agree, exact first.
+    """List the precisions in which two models may agree, the exact one first.
 
-    Two float32 models agree exactly, or one of them holds values that were once rounded. A reduced model is compared
-    in its own precision.
+    Two float32 models agree exactly, or after rounding if one of them holds values rounded earlier (marked ``!``). A
+    model in reduced precision is compared in that precision.
     """
     if "float32" == saved == present:
         return ["float32", "bfloat16!", "float16!"]
@@ -249,7 +249,7 @@ def _digests(tensors: list[tuple[str, Tensor]]) -> dict[str, str]:
 
 
 def _digest(tensors: list[tuple[str, Tensor]], precision: str) -> str:
-    """Hash names, shapes and values; 64 bits of sha256 are plenty to tell checkpoints apart."""
+    """Hash names, shapes and values; 64 bits of sha256 suffice to distinguish checkpoints."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())

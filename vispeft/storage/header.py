@@ -1,4 +1,4 @@
-"""What ``adapter.json`` says: the method, the backbone and its preprocessing, and every tensor."""
+"""The content of ``adapter.json``: the method, the backbone, its preprocessing, and every tensor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["adapter_part", "backbone_part", "plain_values", "preprocessing_part"
 
 
 def adapter_part(method: Method) -> dict[str, Any]:
-    """Say which method the adapter is, and which versions made it.
+    """Describe the adapter's method and the versions of the packages.
 
     Args:
         method: The method.
@@ -28,14 +28,14 @@ def adapter_part(method: Method) -> dict[str, Any]:
 
 
 def plain_values(value: Any, name: str) -> Any:
-    """Turn a note into what JSON holds: numbers out of tensors and arrays, lists out of tuples, names for keys.
+    """Convert a note to plain JSON values: tensors and arrays to numbers, tuples to lists, keys to strings.
 
     Args:
         value: The note.
-        name: What it is, for the message.
+        name: Name of the note, for the error message.
 
     Raises:
-        ConfigError: If something in it cannot be written down.
+        ConfigError: If a value cannot be converted.
     """
     try:
         return json.loads(json.dumps(value, default=lambda item: item.tolist()))
@@ -44,11 +44,11 @@ def plain_values(value: Any, name: str) -> Any:
 
 
 def backbone_part(model: nn.Module, outer: nn.Module) -> dict[str, Any]:
-    """Say how the backbone was made, as far as it is known.
+    """Describe how the backbone was created, as far as known.
 
     Args:
         model: The timm model.
-        outer: What the user created: the model itself, or a wrapper around it.
+        outer: The object the user created: the model itself or a wrapper around it.
     """
     cfg = getattr(model, "pretrained_cfg", None) or {}
     named = {"name": cfg.get("architecture"), "args": _jsonable(getattr(model, "_model_args", {}))}
@@ -56,7 +56,7 @@ def backbone_part(model: nn.Module, outer: nn.Module) -> dict[str, Any]:
 
 
 def preprocessing_part(model: nn.Module) -> dict[str, Any]:
-    """Say what images the backbone expects, as timm describes it.
+    """Describe the images the backbone expects, from timm's pretrained configuration.
 
     Args:
         model: The timm model.
@@ -67,11 +67,11 @@ def preprocessing_part(model: nn.Module) -> dict[str, Any]:
 
 
 def tensor_part(tensors: Mapping[str, Tensor], codecs: Mapping[str, str]) -> dict[str, Any]:
-    """Codec, type and shape of each tensor in the file.
+    """Describe the codec, dtype and shape of each tensor in the file.
 
     Args:
         tensors: The tensors by name in the file, before encoding.
-        codecs: Names of the codecs, by tensor; those left out are raw.
+        codecs: Names of the codecs, by tensor; omitted tensors are raw.
     """
     return {
         key: {"codec": codecs.get(key, RAW), "dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)}

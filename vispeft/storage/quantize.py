@@ -1,8 +1,8 @@
-"""Matrices of a few bits: the quantiser of Bi-AdaptFormer and Bi-LoRA (Jie et al., ICCV 2023, arXiv 2307.16867).
+"""Low-bit matrices: the quantiser of Bi-AdaptFormer and Bi-LoRA (Jie et al., ICCV 2023, arXiv 2307.16867).
 
-A matrix is replaced on every pass by codes of 1, 2, 4 or 8 bits times its spread plus its mean. The levels are the best
-ones for a normal variable under the mean absolute error. What a file holds is codes, mean and spread; a matrix that was
-read from a file is used as it stands there and is never quantised a second time, which would shrink it.
+In every forward pass a matrix is replaced by levels, coded in 1, 2, 4 or 8 bits, times its standard deviation plus its
+mean. The levels minimise the mean absolute error for a normal variable. A file holds codes, mean and standard
+deviation; a loaded matrix is used with exactly these values and never quantised a second time, which would shrink it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vispeft.core.fields import Bits
-from vispeft.errors import FileError
+from vispeft.errors import ConfigError, FileError
 from vispeft.storage.codecs import Codec, pack_bits, register_codec, unpack_bits
 
 __all__ = [
@@ -33,33 +33,33 @@ __all__ = [
 ]
 
 BITS: tuple[int, ...] = get_args(Bits)
-"""Bits per weight; 32 means that nothing is quantised."""
+"""Supported bits per weight; 32 means no quantisation."""
 EPSILON = 1e-5
-"""Added to the spread in front of a division, as in the public code."""
+"""Added to the standard deviation before a division, as in the public code."""
 ROUNDS = 500
-"""Rounds of the iteration that makes the levels; at 8 bits it has not converged by then, so the number is part of the
-format."""
+"""Rounds of the iteration that computes the levels; at 8 bits it has not converged by then, so the number is part of
+the format."""
 _STATISTICS = 8
-"""Bytes of mean and spread behind the codes."""
+"""Bytes of mean and standard deviation, stored after the codes."""
 
 
 def codec(bits: int) -> str:
-    """Name how a matrix of a few bits stands in a file; the number of rounds fixes the levels."""
+    """Return the codec name of a low-bit matrix; the number of rounds in it determines the levels."""
     return f"l1-normal-{ROUNDS}/{bits}"
 
 
 @cache
 def codebook(bits: int) -> tuple[Tensor, Tensor]:
-    """Make the levels for a standard normal variable: each is the median of its cell, each threshold a midpoint.
+    """Compute the levels for a standard normal variable: each level is its cell's median, each threshold a midpoint.
 
-    Both are iterated together, `ROUNDS` times from all levels at zero, in double precision (public code of the paper,
+    Both are iterated together, `ROUNDS` times from all-zero levels, in double precision (public code of the paper,
     PETL-ViT ``binary_adapter``).
 
     Args:
         bits: 1, 2, 4 or 8.
 
     Returns:
-        Levels (2**bits,) in rising order and the thresholds between them (2**bits - 1,), float32.
+        Levels (2**bits,) in increasing order and the thresholds between them (2**bits - 1,), float32.
     """
     levels = torch.zeros(2**bits, dtype=torch.float64)
     thresholds = levels[:-1]
@@ -73,7 +73,7 @@ def codebook(bits: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A matrix as codes."""
+    """A quantised matrix."""
 
     codes: Tensor
     """Indices into the levels, int64, in the matrix's shape."""
@@ -83,12 +83,12 @@ class Quantized:
     """Unbiased standard deviation of the matrix, a scalar."""
 
     def values(self, bits: int) -> Tensor:
-        """Compute what the codes stand for: level times spread plus mean, in this order and without fusing."""
+        """Dequantise: level times standard deviation plus mean, in this order and without a fused multiply-add."""
         levels = codebook(bits)[0].to(self.mean)
         return levels[self.codes] * self.std + self.mean
 
     def packed(self, bits: int) -> Tensor:
-        """Give the bytes of a file: codes, then mean and spread as float32, little-endian.
+        """Return the bytes to save: codes, then mean and standard deviation as float32, little-endian.
 
         Args:
             bits: Bits per code.
@@ -102,14 +102,14 @@ class Quantized:
 
 
 def quantize(weight: Tensor, bits: int) -> Quantized:
-    """Find the codes of a matrix.
+    """Quantise a matrix.
 
     Args:
-        weight: The matrix, any shape of at least two entries.
+        weight: The matrix, of any shape with at least two entries.
         bits: 1, 2, 4 or 8.
 
     Returns:
-        Codes, mean and spread.
+        Codes, mean and standard deviation.
     """
     weight = weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
     mean, std = weight.mean(), weight.std()
@@ -118,7 +118,7 @@ def quantize(weight: Tensor, bits: int) -> Quantized:
 
 
 def decode(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """Undo `Quantized.packed`.
+    """Dequantise the result of `Quantized.packed`.
 
     Args:
         packed: uint8, (bytes,).
@@ -126,23 +126,23 @@ def decode(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
         shape: Shape of the matrix.
 
     Returns:
-        What the codes stand for, float32.
+        The dequantised matrix, float32.
 
     Raises:
-        FileError: If the number of bytes does not fit the shape, or mean or spread is not finite.
+        FileError: If the number of bytes does not fit the shape, or mean or standard deviation is not finite.
     """
     codes = unpack_bits(packed[:-_STATISTICS], bits, shape)
     mean, std = (float(n) for n in packed[-_STATISTICS:].cpu().numpy().view("<f4"))
     if not (math.isfinite(mean) and math.isfinite(std)):
-        raise FileError(f"The mean {mean} or the spread {std} of a quantised matrix is not finite.")
+        raise FileError(f"The mean {mean} or the standard deviation {std} of a quantised matrix is not finite.")
     return Quantized(codes, torch.tensor(mean), torch.tensor(std)).values(bits)
 
 
 class FewBitsCodec(Codec):
-    """A matrix of a few bits per weight: codes, mean and spread."""
+    """A matrix of a few bits per weight: codes, mean and standard deviation."""
 
     def __init__(self, bits: int) -> None:
-        """Make the codec of one number of bits.
+        """Create the codec for a number of bits.
 
         Args:
             bits: 1, 2, 4 or 8.
@@ -150,15 +150,24 @@ class FewBitsCodec(Codec):
         self.bits, self.name = bits, codec(bits)
 
     def encode(self, values: Tensor) -> Tensor:
-        """Quantise a matrix; uint8 (ceil(numel * bits / 8) + 8,)."""
+        """Quantise a matrix; uint8 (ceil(numel * bits / 8) + 8,).
+
+        Raises:
+            ConfigError: If it has fewer than two entries, which have no standard deviation.
+        """
+        if values.numel() < 2:
+            raise ConfigError(
+                f"A tensor of shape {tuple(values.shape)} was to be stored with {self.bits} bits, which needs at least "
+                "two entries. Store it as raw."
+            )
         return quantize(values, self.bits).packed(self.bits)
 
     def decode(self, stored: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Values of the codes, float32 whatever the matrix had."""
-        return decode(stored, self.bits, shape)
+        """Dequantise to float32, whatever the matrix's dtype was."""
+        return decode(stored.cpu(), self.bits, shape)
 
     def size(self, values: Tensor) -> int:
-        """Bytes of codes and statistics."""
+        """Return the size of codes and statistics in bytes."""
         return -(-values.numel() * self.bits // 8) + _STATISTICS
 
 
@@ -169,13 +178,13 @@ for _bits in BITS:
 
 @torch.library.custom_op("vispeft::quantized", mutates_args=())
 def _quantized(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Replace a matrix by what its codes stand for: one node for a compiler, whatever happens inside.
+    """Quantise and dequantise a matrix, as one opaque node for compilers.
 
-    The value is exactly what a file gives; a sum such as ``codes + normalised - normalised`` would not be. Traced
-    through instead, the sorting into cells kept `torch.compile` busy for hours deciding what to keep for backward.
+    The values are exactly those of a saved and loaded matrix; a sum such as ``codes + normalised - normalised`` would
+    not be. When it traced through the bucketing, `torch.compile` took hours to choose the tensors to save for backward.
 
     Returns:
-        The matrix as it acts, its codes as uint8, its mean and its spread.
+        The dequantised matrix, its codes as uint8, its mean and its standard deviation.
     """
     found = quantize(weight, bits)
     return found.values(bits).to(weight.dtype), found.codes.to(torch.uint8), found.mean, found.std
@@ -183,7 +192,7 @@ def _quantized(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 @_quantized.register_fake
 def _(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Give the shapes of `_quantized`."""
+    """Return the shapes of `_quantized`."""
     exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
     statistic = weight.new_empty((), dtype=exact)
     return (
@@ -195,7 +204,7 @@ def _(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    """Keep what the gradient needs."""
+    """Save the tensors that the backward pass needs."""
     weight, ctx.bits = inputs
     _, codes, mean, std = output
     ctx.save_for_backward(weight, codes, mean, std)
@@ -203,7 +212,7 @@ def _keep(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor, Te
 
 @torch.library.custom_op("vispeft::quantized_gradient", mutates_args=())
 def _gradient(grad: Tensor, weight: Tensor, codes: Tensor, mean: Tensor, std: Tensor, bits: int) -> Tensor:
-    """Compute the gradient of `_quantized`: straight through the codes, with mean and spread inside the graph."""
+    """Compute the gradient of `_quantized`: straight-through for the codes, exact for mean and standard deviation."""
     levels = codebook(bits)[0].to(mean)[codes.long()]
     exact, centred = grad.to(mean.dtype), weight.to(mean.dtype) - mean
     share = std / (std + EPSILON)
@@ -214,12 +223,12 @@ def _gradient(grad: Tensor, weight: Tensor, codes: Tensor, mean: Tensor, std: Te
 
 @_gradient.register_fake
 def _(grad: Tensor, weight: Tensor, codes: Tensor, mean: Tensor, std: Tensor, bits: int) -> Tensor:
-    """Give the shape of `_gradient`."""
+    """Return the shape of `_gradient`."""
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor, None]:
-    """Hand the gradient of the values back; codes and statistics have none."""
+    """Propagate the gradient of the values; codes and statistics have none."""
     return _gradient(grad, *ctx.saved_tensors, ctx.bits), None
 
 
@@ -227,10 +236,10 @@ _quantized.register_autograd(_backward, setup_context=_keep)
 
 
 def start_above_zero(weight: Tensor, bits: int, generator: torch.Generator) -> None:
-    """Start a matrix that closes a branch: at zero, or near it where it is quantised.
+    """Initialise the last matrix of a branch: at zero, or near zero if it is quantised.
 
-    A quantised matrix of zeros has no spread, and rounding noise would decide its first codes. The small start is that
-    of the public code: normal of spread 0.001, cut at twice that.
+    The standard deviation of a zero matrix is zero, so that rounding noise would determine its first codes. The small
+    values are those of the public code: normal with standard deviation 0.001, truncated at twice that.
 
     Args:
         weight: The matrix, changed in place.
@@ -244,18 +253,18 @@ def start_above_zero(weight: Tensor, bits: int, generator: torch.Generator) -> N
 
 
 class LowBit(nn.Module):
-    """Some matrices of a module are used and stored with a few bits per weight.
+    """A module some of whose matrices are used and saved with a few bits per weight.
 
-    A unit names it as a base in front of its kind: ``class LowRank(LowBit, DeltaUnit)``.
+    List it before the kind in a unit's bases: ``class LowRank(LowBit, DeltaUnit)``.
     """
 
     bits: int = 32
-    """Bits per weight of the matrices; 32 leaves them alone."""
+    """Bits per weight of the matrices; 32 means no quantisation."""
     matrices: tuple[str, ...] = ()
     """Names of the tensors that are quantised."""
 
     def matrix(self, name: str) -> Tensor:
-        """Give a matrix as it acts: itself, or what its codes stand for.
+        """Return the matrix as used in the forward pass: unchanged, or quantised and dequantised.
 
         Args:
             name: One of `matrices`.
@@ -268,24 +277,24 @@ class LowBit(nn.Module):
             return _quantized(weight, self.bits)[0]
         if torch.compiler.is_compiling():
             return torch.where((weight == read).all(), weight, _quantized(weight, self.bits)[0])
-        # A matrix that still is what a file gave stands for codes already; once it is trained it does not.
+        # A matrix that still equals its loaded values is dequantised already; after a training step it is not.
         return weight if torch.equal(weight, read) else _quantized(weight, self.bits)[0]
 
     def codecs(self) -> dict[str, str]:
-        """Codec of each quantised tensor, by name; see `Unit.codecs`."""
+        """Return the codec of each quantised tensor, by name; see `Unit.codecs`."""
         return {} if self.bits == 32 else dict.fromkeys(self.matrices, codec(self.bits))
 
     def encoded(self, name: str) -> Tensor | None:
-        """Bytes of the file a matrix was read from, while it still equals what they decode to; see `Unit.encoded`."""
+        """Return the bytes a matrix was loaded from, while it still equals their decoded values; see `Unit.encoded`."""
         read = self._buffers.get(f"{name}_read")
         if read is None or not torch.equal(getattr(self, name), read):
             return None
         return cast(Tensor, self._buffers[f"{name}_bytes"]).cpu()
 
     def keep_encoded(self, name: str, stored: Tensor) -> None:
-        """Remember the bytes of a matrix that was just loaded, which holds their decoded values; see `Unit`.
+        """Keep the bytes of a matrix that was just loaded and holds their decoded values; see `Unit.keep_encoded`.
 
-        Until it is trained the matrix acts as decoded and is saved byte for byte.
+        Until trained, the matrix is used as decoded and saved byte for byte.
         """
         weight: Tensor = getattr(self, name)
         self.register_buffer(f"{name}_read", weight.detach().clone(), persistent=False)

@@ -38,13 +38,13 @@ class AdapterTask(LightningModule):
     """
 
     monitor: str
-    """Name of the validation metric that chooses the best epoch."""
+    """Name of the validation metric that selects the best epoch."""
     monitor_mode: str = "max"
     """Whether more or less of it is better: ``max`` or ``min``."""
     least_outputs: ClassVar[int] = 2
-    """How many outputs the task needs at least."""
+    """Smallest number of outputs the task supports."""
     kept_outputs: ClassVar[tuple[str, ...]] = ()
-    """Results of an evaluation step that are kept for all images, for `details` and `draw_results`."""
+    """Results of an evaluation step that are collected over all images, for `details` and `draw_results`."""
     classifies: ClassVar[bool] = True
     """Whether the outputs are those of the backbone's classifier; otherwise the task has a decoder."""
 
@@ -75,8 +75,8 @@ class AdapterTask(LightningModule):
             weights: File with the backbone's weights, instead of pretrained ones.
             lr: Highest learning rate.
             weight_decay: Weight decay of matrices; vectors have none.
-            warmup: Share of all steps in which the learning rate rises.
-            layer_decay: Learning rate of a layer over that of the layer behind it, for methods that train the backbone.
+            warmup: Fraction of all steps in which the learning rate rises.
+            layer_decay: Learning rate of a layer relative to the next one, for methods that train the backbone.
             ema: Decay of the exponential moving average of the trained tensors, which is then validated and saved; 0
                 for none.
             base_dtype: Type of the frozen backbone; adapter and head are float32 in any case.
@@ -85,7 +85,7 @@ class AdapterTask(LightningModule):
                 as ``momentum``. Learning rate and weight decay are `lr` and `weight_decay`.
 
         Raises:
-            ConfigError: If a number is out of range, or the backbone is not known.
+            ConfigError: If a number is out of range, or the backbone is unknown.
             BackboneError: If the backbone is not supported.
             SiteError: If the method finds no site.
             VerificationError: If a trainable tensor receives no gradient.
@@ -124,7 +124,7 @@ class AdapterTask(LightningModule):
         self.layer_decay = layer_decay
         self.ema = EMA(ema) if ema else None
         self.started = False
-        """Whether the adapter has left its drawn start values: by a training, or by values from a file."""
+        """Whether the adapter has left its initial values, by training or by loading a file."""
 
     def save_adapter(self, path: str | Path) -> None:
         """Write the adapter, together with the tensors of the task.
@@ -170,7 +170,7 @@ class AdapterTask(LightningModule):
         self.started = True
 
     def restore(self, checkpoint: str | Path) -> int:
-        """Take the weights of a checkpoint this task wrote, those of the EMA where there is one.
+        """Load the weights of a checkpoint of this task, those of the EMA if there is one.
 
         Args:
             checkpoint: Its file.
@@ -209,11 +209,11 @@ class AdapterTask(LightningModule):
         return self.model(images.to(self.base_dtype))
 
     def deployed(self) -> nn.Module:
-        """Module that is exported: normalised images (B, 3, H, W) in, scores out."""
+        """Module to export: normalised images (B, 3, H, W) in, scores out."""
         return self.model
 
     def predictor(self) -> Predictor:
-        """Make the object that predicts images: rows of a table, and pictures.
+        """Create the predictor of images: rows of a table, and pictures.
 
         Raises:
             ConfigError: If the task does not say how it predicts.
@@ -221,7 +221,7 @@ class AdapterTask(LightningModule):
         raise ConfigError(f"{type(self).__name__} does not say how images are predicted; give it a `predictor` method.")
 
     def size_step(self) -> tuple[int, int]:
-        """Numbers that height and width of images are multiples of: those of a patch, in pixels."""
+        """Divisors of the height and width of images: the patch size in pixels."""
         backbone: Any = unwrap(self.model)
         height, width = backbone.patch_embed.patch_size
         return int(height), int(width)
@@ -231,7 +231,7 @@ class AdapterTask(LightningModule):
         return list(self.bank.notes().get("class_names") or map(str, range(self.num_classes)))
 
     def check_data(self, data: Any) -> None:
-        """Check that data fit the model, as far as they say.
+        """Check that data fit the model, as far as they are described.
 
         Args:
             data: A data module.
@@ -276,7 +276,7 @@ class AdapterTask(LightningModule):
         return [p for name, p in self.named_parameters() if not name.startswith("model.")]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Make the optimiser over the groups of the adapter and of the task, and its schedule."""
+        """Create the optimiser over the groups of adapter and task, and its schedule."""
         groups = self.bank.parameter_groups(self.lr, self.weight_decay)
         if self.layer_decay != 1:
             groups = decay_by_layer(unwrap(self.model), groups, self.layer_decay)
@@ -286,7 +286,7 @@ class AdapterTask(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def further_groups(self) -> list[dict[str, Any]]:
-        """Make groups for the optimiser out of the task's own tensors; each has a ``name``."""
+        """Return optimiser groups of the task's own tensors; each has a ``name``."""
         return []
 
     def answered(self, images: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Any]:
@@ -339,7 +339,7 @@ class AdapterTask(LightningModule):
         return loss + term
 
     def on_train_epoch_start(self) -> None:
-        """Log the learning rate the epoch begins with."""
+        """Log the learning rate at the start of the epoch."""
         schedule: Any = self.lr_schedulers()
         self.log("lr", schedule.get_last_lr()[0], on_epoch=True)
 
@@ -348,7 +348,7 @@ class AdapterTask(LightningModule):
         return {}
 
     def details(self, split: str, outputs: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Any]:
-        """Compute further figures for ``metrics.json``, after a split was measured.
+        """Compute further metrics for ``metrics.json``, after a split was measured.
 
         Args:
             split: validation or test.
@@ -358,10 +358,10 @@ class AdapterTask(LightningModule):
         return {}
 
     def draw_epoch(self, folder: Path, epoch: int) -> None:
-        """Draw something after an epoch was measured on the validation split, where the task has something to show.
+        """Draw plots after an epoch was measured on the validation split, if the task has any.
 
         Args:
-            folder: Where pictures go.
+            folder: Folder for the plots.
             epoch: Counted from zero.
         """
 
@@ -371,22 +371,26 @@ class AdapterTask(LightningModule):
         Args:
             outputs: The results named by `kept_outputs`, of all images.
             names: Names of the outputs.
-            folder: Where pictures go.
+            folder: Folder for the plots.
         """
 
     def configure_callbacks(self) -> list[Callback]:
         """Add the hooks and schedules of the methods, the guard against values that are not finite, and the EMA."""
-        # Hooks come first: the guard checks the gradients they leave, and the EMA begins at the values they set.
+        # Hooks come first: the guard checks the gradients after them, and the EMA starts at the values they set.
         return [MethodHooks(), *self.bank.callbacks(), FiniteGuard(), *([] if self.ema is None else [self.ema])]
 
     # ------------------------------------------------------------------ checkpoints
 
     def _changed(self) -> set[str]:
-        """Names of the tensors that training can change: trained ones, and buffers except the frozen backbone's."""
-        trained = {name for name, _ in self.trainable_parameters()}
+        """Names of the tensors that training can change: trained ones, and buffers except the frozen backbone's.
+
+        Tensors of frozen adapters belong to them, since a schedule may freeze one that was trained before.
+        """
+        tensors = [t for name in self.bank.names for t in self.bank.named_tensors(name).values()]
+        kept = {id(t) for t in [*tensors, *self.own_parameters()]}
+        trained = {name for name, p in self.named_parameters() if id(p) in kept}
         owners = {name.rpartition(".")[0] for name in trained}
-        trained_by = set(self.bank.names) - set(self.bank.frozen)
-        whole = any(self.bank.plan(name).method.trains_base for name in trained_by)
+        whole = any(self.bank.plan(name).method.trains_base for name in self.bank.names)
         return trained | {
             name
             for name, _ in self.named_buffers()
@@ -394,7 +398,7 @@ class AdapterTask(LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen tensors out of a checkpoint, and add the EMA."""
+        """Remove the frozen tensors from a checkpoint, and add the EMA."""
         changed = self._changed()
         state = {**checkpoint["state_dict"], **({} if self.ema is None else self.ema.trained())}
         checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name in changed}
@@ -402,7 +406,7 @@ class AdapterTask(LightningModule):
             checkpoint["average"] = self.ema.state(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that a checkpoint has exactly the tensors that training changes, and take its EMA over.
+        """Check that a checkpoint has exactly the tensors that training changes, and load its EMA.
 
         Raises:
             FileError: If it belongs to another method or backbone.

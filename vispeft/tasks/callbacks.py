@@ -1,4 +1,4 @@
-"""Callbacks: hooks of the methods, a stop at the first value that is not finite, pictures, and progress."""
+"""Callbacks: hooks of the methods, a stop at the first non-finite value, plots, and progress."""
 
 from __future__ import annotations
 
@@ -24,39 +24,39 @@ logger = logging.getLogger(__name__)
 
 
 class MethodHooks(Callback):
-    """Calls the hooks of the methods that act around a step: the start from data, and the change of gradients."""
+    """Call the hooks of methods around a step: initialisation from data, and changes of gradients."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let methods compute start values from the training data, unless the adapter has left its start already."""
+        """Let methods initialise from the training data, unless the adapter is already trained or loaded."""
         task = cast(Any, pl_module)
         if task.started:
             return
         task.started = True
         random = random_state()
         task.bank.start_from(TrainingBatches(trainer))
-        set_random_state(random)  # the steps draw the same numbers whether or not a method looked at the data
+        set_random_state(random)  # the steps draw the same numbers whether or not a method read the data
         if trainer.world_size > 1:
             for _, parameter in task.trainable_parameters():
                 parameter.data.copy_(trainer.strategy.broadcast(parameter.data))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Let methods change gradients, once those of all summed batches are there and before they are clipped."""
+        """Let methods change gradients, after accumulation and before clipping."""
         cast(Any, pl_module).bank.change_gradients()
 
 
 class TrainingBatches:
-    """The batches of a training epoch on the device of the training, as its steps get them."""
+    """The batches of a training epoch on the training device, as the steps receive them."""
 
     def __init__(self, trainer: Trainer) -> None:
-        """Note the trainer.
+        """Store the trainer.
 
         Args:
-            trainer: A trainer that is about to train.
+            trainer: A trainer about to train.
         """
         self._trainer = trainer
 
     def __iter__(self) -> Iterator[Any]:
-        """Begin anew, with a loader apart from that of the steps, whose sampler counts the epochs."""
+        """Start a new epoch with a separate loader, as the sampler of the steps' loader counts epochs."""
         trainer = self._trainer
         data = cast(Any, trainer).datamodule
         loader = trainer.train_dataloader if data is None else data.train_dataloader()
@@ -67,9 +67,9 @@ class TrainingBatches:
 
 
 class FiniteGuard(Callback):
-    """Stops a training at the first loss or gradient that is not finite, before any weight is touched by it.
+    """Stop training at the first non-finite loss or gradient, before it changes any weight.
 
-    The weights are then still those of the step before, and the checkpoints on disk are good.
+    The weights are then still those of the previous step, and the checkpoints on disk are valid.
     """
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -95,12 +95,12 @@ class FiniteGuard(Callback):
             TrainingError: If one is not finite.
         """
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
-            return  # float16 with a scaler overflows on purpose while it looks for its scale, and skips such a step
+            return  # a float16 scaler overflows by design while it searches its scale, and skips such a step
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not gradients or torch.stack(torch._foreach_norm(gradients)).isfinite().all():
             return
         broken = _by_group(trainer, pl_module, lambda parameter: parameter.grad)
-        if broken:  # the norm of finite values may itself overflow; then there is nothing to stop for
+        if broken:  # the norm of finite values may overflow by itself, which is no reason to stop
             raise TrainingError(f"Gradients are not finite at {_step(trainer)}: {broken}. {_what_to_do(trainer)}")
 
 
@@ -140,18 +140,18 @@ def _groups(trainer: Trainer) -> list[tuple[str, list[Tensor]]]:
 
 
 class EpochPictures(Callback):
-    """Lets a task draw its pictures after each validation."""
+    """Let a task draw its plots after each validation."""
 
     def __init__(self, folder: Path) -> None:
-        """Set the folder of the pictures.
+        """Set the folder of the plots.
 
         Args:
-            folder: Made when the first one is drawn.
+            folder: The folder, created with the first plot.
         """
         self.folder = folder
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw, but not for the few batches that are tried before training."""
+        """Draw, except after Lightning's sanity check."""
         if not trainer.sanity_checking:
             cast(Any, pl_module).draw_epoch(self.folder, trainer.current_epoch)
 
@@ -169,15 +169,15 @@ class PlainProgress(ProgressBar):
         self._show, self._enabled, self._began = show, True, 0.0
 
     def disable(self) -> None:
-        """Fall silent; Lightning calls this in all processes but the first."""
+        """Disable output; Lightning calls this in all processes but the first."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Speak again."""
+        """Enable output."""
         self._enabled = True
 
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
-        """Start the clock, for an epoch that is gone on with in its middle."""
+        """Start the clock, for an epoch resumed in its middle."""
         self._began = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
@@ -197,32 +197,32 @@ class PlainProgress(ProgressBar):
 
 
 class NarrowProgress(RichProgressBar):
-    """A bar with one figure, since more would not fit on a terminal of 80 columns."""
+    """A progress bar with one metric, as more would not fit into 80 columns."""
 
     _SHORT: ClassVar[dict[str, str]] = {"mean_average_precision": "mAP"}
     """Short names of metrics, for the bar."""
 
     def __init__(self) -> None:
-        """Leave no bar behind; the figures are in the logs."""
+        """Create a bar that disappears when done; the metrics are in the logs."""
         super().__init__(leave=False, theme=RichProgressBarTheme(metrics_format=".3f"))
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """The metric that chooses the best epoch, or nothing where there is none yet."""
+        """The metric that selects the best epoch, or nothing before its first value."""
         monitor, metrics = _monitor(pl_module), trainer.callback_metrics
         name = monitor.partition("/")[2]
         return {self._SHORT.get(name, name): float(metrics[monitor])} if monitor in metrics else {}
 
 
 def _monitor(module: LightningModule) -> str:
-    """Name the metric that chooses the best epoch."""
+    """Return the name of the metric that selects the best epoch."""
     return str(getattr(module, "monitor", "validation/accuracy"))
 
 
 def progress_bar(terminal: bool) -> ProgressBar:
-    """Choose how progress is shown.
+    """Choose the progress display.
 
     Args:
-        terminal: Whether a person is watching a terminal.
+        terminal: Whether the output is a terminal.
 
     Returns:
         A bar for a terminal, and plain lines otherwise.

@@ -1,8 +1,8 @@
-"""Checkpoints from which a training goes on as if it had never been stopped.
+"""Checkpoints from which training resumes as if it had never been stopped.
 
-A checkpoint is a file of Lightning's with a digest behind it, so that a truncated or altered one is noticed. It is
-written between two steps, when nothing is half done, and holds everything that training changes; the parts that
-Lightning's own checkpoints leave out are collected in `vispeft.tasks.state`.
+A checkpoint is a file of Lightning's followed by a digest, so that a truncated or altered one is detected. It is
+written between two steps and contains everything that training changes; the state that Lightning's own checkpoints lack
+is collected in `vispeft.tasks.state`.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ __all__ = ["Cadence", "Found", "RunCheckpoints", "SealedCheckpointIO", "find_che
 logger = logging.getLogger(__name__)
 
 SEAL = b"\nvispeft sha256 "
-"""Stands between a checkpoint and its digest. A reader of zip files, torch among them, ignores the rest of the file."""
+"""Separator between a checkpoint and its digest. Readers of zip files, such as torch, ignore the rest of the file."""
 STATE = "vispeft"
-"""Key of our part of a checkpoint."""
+"""Key of vispeft's part of a checkpoint."""
 
 
 # ------------------------------------------------------------------ files
 
 
 class SealedCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints whole or not at all, with a digest, and reads them without running code."""
+    """Write checkpoints atomically, with a digest, and read them without running code."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint.
@@ -56,7 +56,7 @@ class SealedCheckpointIO(TorchCheckpointIO):
             storage_options: Not used.
 
         Raises:
-            FileError: If it cannot be written; an earlier file of that name is left.
+            FileError: If it cannot be written; an earlier file of that name is kept.
         """
         buffer = io.BytesIO()
         torch.save({**checkpoint, "sealed": True}, buffer)
@@ -76,7 +76,7 @@ class SealedCheckpointIO(TorchCheckpointIO):
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint and check its digest; one of Lightning's own, which has none, is read as it is.
+    """Read a checkpoint and check its digest; Lightning's own checkpoints, which have none, are read unchecked.
 
     Args:
         path: The file.
@@ -97,7 +97,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise FileError(f"The checkpoint {path} was altered: its digest does not fit its content.")
     try:
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a parser says about bytes that are no checkpoint
+    except Exception as error:  # a parser may raise anything for bytes that are not a checkpoint
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise FileError(f"The checkpoint {path} cannot be read: {reason}") from error
     if not isinstance(loaded, dict) or "state_dict" not in loaded:
@@ -109,27 +109,27 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint to go on from."""
+    """A checkpoint to resume from."""
 
     path: Path
     """Its file."""
     state: dict[str, Any]
-    """Our part of it."""
+    """vispeft's part of it."""
 
     @property
     def finished(self) -> bool:
-        """Whether training had come to its end."""
+        """Whether training had finished."""
         return bool(self.state["finished"])
 
 
 def find_checkpoint(folder: Path) -> Found | None:
-    """Find the last checkpoint of a run that is whole, together with the best epoch it knows.
+    """Find the last intact checkpoint of a run, with its best epoch.
 
     Args:
         folder: The checkpoints of the run.
 
     Returns:
-        The checkpoint; None when there is no good one. A damaged one is said in a warning.
+        The checkpoint; None if there is no intact one. Damaged ones are logged as warnings.
     """
     for path in sorted(folder.glob("step-*.ckpt"), key=lambda path: path.stem, reverse=True):
         try:
@@ -148,15 +148,15 @@ def find_checkpoint(folder: Path) -> Found | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Cadence:
-    """How often a checkpoint is written inside an epoch; there is always one between two epochs."""
+    """Interval of checkpoints inside an epoch; there is always one between two epochs."""
 
     every_n_steps: int | None = None
-    """Steps between two checkpoints; None leaves it to the clock."""
+    """Steps between two checkpoints; None uses only `minutes`."""
     minutes: float | None = 5.0
-    """Minutes between two checkpoints; None leaves it to the steps."""
+    """Minutes between two checkpoints; None uses only `every_n_steps`."""
 
     def __post_init__(self) -> None:
-        """Check the fields.
+        """Validate the fields.
 
         Raises:
             ConfigError: If one is not above 0.
@@ -168,20 +168,20 @@ class Cadence:
 
 
 class RunCheckpoints(Checkpoint):
-    """Keeps the best epoch and the last two states of a training, and goes on from such a state bit for bit.
+    """Keep the best epoch and the last two states of a training run, and resume from a state bit for bit.
 
-    States are taken at the start of a step, where the step before is wholly done: its validation, its rows in the logs.
-    They are put back at the same place. Use it together with `SealedCheckpointIO` among the trainer's plugins.
+    States are saved and restored at the start of a step, when the previous step is complete, including its validation
+    and its rows in the logs. Use it together with `SealedCheckpointIO` among the trainer's plugins.
     """
 
     def __init__(self, folder: str | Path, *, monitor: str, mode: str = "max", cadence: Cadence | None = None) -> None:
-        """Set the folder and the metric that chooses.
+        """Set the folder and the metric.
 
         Args:
-            folder: Their folder.
-            monitor: Metric that chooses the best epoch.
+            folder: Folder of the checkpoints.
+            monitor: Metric that selects the best epoch.
             mode: Whether more or less of it is better: ``max`` or ``min``.
-            cadence: How often to write one inside an epoch.
+            cadence: Interval of checkpoints inside an epoch.
         """
         self.folder, self.monitor, self.mode = Path(folder), monitor, mode
         self.cadence = cadence or Cadence()
@@ -190,7 +190,7 @@ class RunCheckpoints(Checkpoint):
         self.epochs = self.steps = 0
         """Epochs and steps of the training, once it is finished."""
         self.seconds = 0.0
-        """Seconds of training so far, those before a kill included."""
+        """Seconds of training so far, including those before a resume."""
         self.last_model_path = ""
         self._generations: list[set[str]] = []
         self._saving = self._finished = self._validated = False
@@ -200,26 +200,26 @@ class RunCheckpoints(Checkpoint):
 
     @property
     def best_model_path(self) -> str:
-        """File of the best epoch; empty when there is none yet."""
+        """File of the best epoch; empty if there is none yet."""
         return "" if self.best is None else str(self.folder / self.best["file"])
 
     # ------------------------------------------------------------------ going on
 
     def take_over(self, state: dict[str, Any]) -> None:
-        """Take over the figures of the whole run from a checkpoint.
+        """Load the counters and scores of the whole run from a checkpoint.
 
         Args:
-            state: Our part of it.
+            state: vispeft's part of it.
         """
         self.best, self.seconds = state["best"], state["seconds"]
         self.epochs, self.steps, self._backbone = state["epochs"], state["steps"], state["backbone"]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note the state to put back before the next step.
+        """Store the state to restore before the next step.
 
         Raises:
             TrainingError: If it was written by another number of processes.
-            BaseMismatchError: If the backbone is another one.
+            BaseMismatchError: If the backbone differs.
         """
         state = checkpoint.get(STATE)
         if state is None or trainer.state.fn != TrainerFn.FITTING:
@@ -241,7 +241,7 @@ class RunCheckpoints(Checkpoint):
         self.last_model_path = str(trainer.ckpt_path)
         self._generations = [self._files(Path(self.last_model_path).name)]
         self._pending = state
-        trainer.num_sanity_val_steps = 0  # it has been done, and would reset counters that were just loaded
+        trainer.num_sanity_val_steps = 0  # already done, and it would reset the loaded counters
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Verify the adapter after resuming, and start the clock."""
@@ -249,15 +249,15 @@ class RunCheckpoints(Checkpoint):
         if self._pending is None:
             return
         cast(Any, pl_module).verify()
-        # Meant for loaders that begin anew; the data module begins where it was stopped.
+        # Meant for loaders that restart the epoch; the data module continues where it was stopped.
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
         if self._pending["batches"] == 0:
-            # With max_steps, Lightning takes a training stopped between two epochs for one stopped inside an epoch.
+            # With max_steps, Lightning mistakes a run stopped between two epochs for one stopped inside an epoch.
             trainer.fit_loop._restarting = False
             trainer.fit_loop.epoch_loop.restarting = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Put a state back, or write one where it is time."""
+        """Restore a state, or write one if it is due."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             put_back(pending["training"], trainer, pl_module)
@@ -269,11 +269,11 @@ class RunCheckpoints(Checkpoint):
 
     def _due(self, trainer: Trainer, batch: int) -> bool:
         if trainer.global_step == 0:
-            return False  # a run stopped before its first checkpoint begins again, which comes to the same
+            return False  # a run stopped before its first checkpoint restarts, with the same result
         if batch == 0:
             return True
         progress = trainer.fit_loop.epoch_loop.batch_progress.current.completed
-        # Right after a validation, and while gradients are summed, a state has more parts than are kept.
+        # Right after a validation, and during gradient accumulation, the state has parts that are not saved.
         if self._validated or progress % trainer.accumulate_grad_batches or not _repeatable(trainer):
             return False
         steps, minutes = self.cadence.every_n_steps, self.cadence.minutes
@@ -284,10 +284,10 @@ class RunCheckpoints(Checkpoint):
     # ------------------------------------------------------------------ writing
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the weights when they are the best so far.
+        """Keep the weights if they are the best so far.
 
         Raises:
-            TrainingError: If the task does not log the metric that chooses.
+            TrainingError: If the task does not log the selecting metric.
         """
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
@@ -298,7 +298,7 @@ class RunCheckpoints(Checkpoint):
                 f"The best epoch is chosen by {self.monitor}, which the task does not log; it logs "
                 f"{', '.join(sorted(trainer.callback_metrics)) or 'nothing'}."
             )
-        # Where validation images are trained on, their score says nothing, and the last epoch is the one to keep.
+        # If validation images are trained on, their score is meaningless, and the last epoch is kept.
         if getattr(trainer.datamodule, "validation_chooses", True) and not self._better(float(score)):
             return
         epoch = trainer.current_epoch
@@ -315,7 +315,7 @@ class RunCheckpoints(Checkpoint):
         return score > best if self.mode == "max" else score < best
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the last state, after which nothing is left to train."""
+        """Write the final state."""
         self._finished = True
         self.epochs, self.steps = trainer.current_epoch, trainer.global_step
         self._save(trainer)
@@ -324,7 +324,7 @@ class RunCheckpoints(Checkpoint):
         now = time.monotonic()
         self.seconds, self._began, self._saved = self.seconds + now - self._began, now, now
         for experiment in _writers(trainer):
-            experiment.flush()  # rows that the state counts as logged must not die with this process
+            experiment.flush()  # rows that the state counts as logged must survive this process
         path = self.folder / f"step-{trainer.global_step:07d}.ckpt"
         self._saving = True
         try:
@@ -336,7 +336,7 @@ class RunCheckpoints(Checkpoint):
             self._prune(path.name)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add our part to a checkpoint of our own."""
+        """Add vispeft's part to a checkpoint written by this callback."""
         if not self._saving:
             return
         task = cast(Any, pl_module)
@@ -358,7 +358,7 @@ class RunCheckpoints(Checkpoint):
         }
 
     def _prune(self, newest: str) -> None:
-        """Remove files that neither of the last two states needs, and those a kill left half written."""
+        """Remove files that neither of the last two states needs, and partial files of a killed process."""
         self._generations = [*self._generations[-1:], self._files(newest)]
         kept = set().union(*self._generations)
         for pattern in ("step-*.ckpt", "best-*.ckpt", ".step-*", ".best-*"):
@@ -367,12 +367,12 @@ class RunCheckpoints(Checkpoint):
                     path.unlink(missing_ok=True)
 
     def _files(self, state: str) -> set[str]:
-        """Name the files that belong to a state: its own, and the best epoch it knows."""
+        """Return the files of a state: its own, and its best epoch."""
         return {state} if self.best is None else {state, self.best["file"]}
 
 
 def _repeatable(trainer: Trainer) -> bool:
-    """Whether the data can begin inside an epoch: with several processes each has a share of it only."""
+    """Whether the data can resume inside an epoch, which needs a single process."""
     return trainer.world_size == 1 and isinstance(cast(Any, trainer).datamodule, ImageData)
 
 

@@ -30,7 +30,7 @@ BINS = 15
 
 
 class Classification(SupervisedTask):
-    """One class per image, trained with cross entropy; targets may also be shares per class, as mixup makes them.
+    """One class per image, trained with cross entropy; targets may also be class proportions, as mixup makes them.
 
     Logs loss and accuracy of training, and of validation also the accuracy among the first five, the mean accuracy and
     the mean F1 of the classes, and the expected calibration error. A test adds the accuracy per class and the
@@ -50,13 +50,13 @@ class Classification(SupervisedTask):
         """Create the backbone, attach the adapter and verify it.
 
         Args:
-            label_smoothing: Share of each label that is spread evenly over all classes.
+            label_smoothing: Fraction of each label to spread evenly over all classes.
             class_weights: How much each class counts in the training loss; ``balanced`` makes all classes count the
                 same in sum, whatever their numbers of training images.
-            settings: Those of `AdapterTask`.
+            settings: Settings of `AdapterTask`.
 
         Raises:
-            ConfigError: If a number is out of range, or the backbone is not known.
+            ConfigError: If a number is out of range, or the backbone is unknown.
             BackboneError: If the backbone is not supported.
             SiteError: If the method finds no site.
             VerificationError: If a trainable tensor receives no gradient.
@@ -74,7 +74,7 @@ class Classification(SupervisedTask):
         self.test_confusion = MulticlassConfusionMatrix(self.num_classes)
 
     def make_metrics(self, split: str) -> MetricCollection:
-        """Make the metrics of a split.
+        """Create the metrics of a split.
 
         Args:
             split: train, validation or test.
@@ -94,7 +94,7 @@ class Classification(SupervisedTask):
 
         Args:
             scores: Class scores (B, classes).
-            targets: Labels (B,), or shares per class (B, classes).
+            targets: Labels (B,), or class proportions (B, classes).
         """
         if targets.is_floating_point():
             return soft_cross_entropy(scores, targets, self._weights, self.label_smoothing)
@@ -110,14 +110,14 @@ class Classification(SupervisedTask):
         return F.cross_entropy(scores, targets)
 
     def for_metrics(self, scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Take the class with the largest share for the label of a mixed image.
+        """Use the class with the largest proportion as label of a mixed image.
 
         Args:
             scores: Class scores (B, classes).
-            targets: Labels (B,), or shares per class (B, classes).
+            targets: Labels (B,), or class proportions (B, classes).
         """
-        # torchmetrics takes scores for probabilities where all of a batch happen to lie between 0 and 1; logarithms of
-        # probabilities never do.
+        # torchmetrics mistakes scores for probabilities if all of a batch lie between 0 and 1; log-probabilities never
+        # do.
         return scores.log_softmax(dim=1), targets.argmax(dim=1) if targets.is_floating_point() else targets
 
     def take_targets(self, targets: Tensor) -> None:
@@ -129,7 +129,7 @@ class Classification(SupervisedTask):
         self._weights = balanced_weights(targets, self.num_classes).to(self.device)
 
     def on_test_epoch_start(self) -> None:
-        """Begin anew; these two are not logged by Lightning, which would otherwise do it."""
+        """Reset the two metrics that Lightning does not log, and so does not reset."""
         self.test_class_accuracy.reset()
         self.test_confusion.reset()
 
@@ -141,7 +141,7 @@ class Classification(SupervisedTask):
         return measured
 
     def decode(self, scores: Tensor) -> Tensor:
-        """Class probabilities (B, classes), at the temperature that was fitted on validation.
+        """Class probabilities (B, classes), at the temperature fitted on validation.
 
         Args:
             scores: Class scores (B, classes).
@@ -149,7 +149,7 @@ class Classification(SupervisedTask):
         return (scores / self.temperature).softmax(dim=-1)
 
     def calibrate(self, scores: Tensor, targets: Tensor) -> dict[str, Any]:
-        """Fit the temperature that `decode` divides scores by; the class that wins stays the same.
+        """Fit the temperature that `decode` divides scores by, which never changes the predicted class.
 
         Args:
             scores: Class scores of the validation split (N, classes).
@@ -201,7 +201,7 @@ class Classification(SupervisedTask):
             scores: Class scores of the test split (N, classes).
             targets: Labels (N,).
             names: Names of the classes.
-            folder: Where pictures go.
+            folder: Folder for the plots.
         """
         confusion_matrix(self.test_confusion.compute(), names, folder / "confusion_matrix.png")
         right = scores.argmax(dim=1) == targets
@@ -219,19 +219,19 @@ class Classification(SupervisedTask):
 
 
 def soft_cross_entropy(scores: Tensor, shares: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
-    """Compute the cross entropy with shares per class, so that whole labels and class indices have the same loss.
+    """Compute the cross entropy with class proportions, with the same loss as class indices for one-hot targets.
 
     Args:
         scores: Class scores (B, classes).
-        shares: How much of each image is of each class (B, classes).
-        weights: How much each class counts (classes,); None for the same.
-        smoothing: Share that is spread evenly over all classes.
+        shares: Proportion of each class in each image (B, classes).
+        weights: Weight of each class (classes,); None for equal weights.
+        smoothing: Fraction to spread evenly over all classes.
 
     Returns:
         The mean, weighted by the classes' weights.
     """
     total = F.cross_entropy(scores, shares, weights, label_smoothing=smoothing, reduction="sum")
-    # torch divides by the number of images here, but by the sum of weights where labels are indices.
+    # torch divides by the number of images here, but by the sum of weights for class indices.
     return total / (shares.sum() if weights is None else (shares @ weights).sum())
 
 

@@ -24,15 +24,15 @@ from vispeft.tasks.supervised import check_target
 __all__ = ["DenseTask"]
 
 EXAMPLES = 4
-"""Images of a split that are kept for pictures."""
+"""Number of images per split kept for plots."""
 
 
 class DenseTask(AdapterTask, ABC):
     """Base of the tasks that predict something for every pixel.
 
-    The adapter acts inside the frozen backbone; a map reader and decoders train beside it and are stored with it. A
-    subclass makes its decoders after this class has made the map reader, names them in `parts`, returns the whole
-    `network`, and then calls `check_maps`.
+    The adapter acts inside the frozen backbone; a map reader and decoders train with it and are stored with it.
+    Subclasses create their decoders after this class has created the map reader, name them in `parts`, return the whole
+    `network`, and then call `check_maps`.
     """
 
     target: ClassVar[str]
@@ -59,12 +59,12 @@ class DenseTask(AdapterTask, ABC):
             decoder: Name of the decoder; see `vispeft.heads.list_decoders`.
             decoder_args: Its options.
             taps: Blocks of a ViT or stages of a Swin whose maps are read; None takes four blocks, or all stages.
-            levels: Hand the maps on as they are, or make a pyramid out of the last map of a plain ViT.
+            levels: ``taps`` passes the maps on unchanged, ``vitdet`` builds a pyramid from the last map of a plain ViT.
             decoder_lr: Highest learning rate of map reader and decoders; None takes `lr`.
-            inference: How predictions are computed outside of training; None takes whole images as they are.
+            inference: Inference outside training; None predicts whole images at their size.
             backbone_args: Further arguments of ``timm.create_model``; the backbone takes images of any size unless
                 they say otherwise.
-            settings: Those of `AdapterTask`.
+            settings: Settings of `AdapterTask`.
 
         Raises:
             ConfigError: If a setting is out of range, or the method changes no map.
@@ -89,7 +89,7 @@ class DenseTask(AdapterTask, ABC):
 
     @abstractmethod
     def parts(self) -> dict[str, nn.Module]:
-        """Modules that train beside the adapter, by the name they have in files: the map reader and the decoders."""
+        """Modules that train with the adapter, by their name in files: the map reader and the decoders."""
 
     @abstractmethod
     def network(self) -> nn.Module:
@@ -127,7 +127,7 @@ class DenseTask(AdapterTask, ABC):
             ) from error
 
     def _try_maps(self) -> None:
-        """Run one small image through, so that a decoder that cannot read these maps is refused now."""
+        """Run one small image through, to refuse now a decoder that cannot read these maps."""
         size = self.preprocessing.size if self._one_size() else (self.reader.divisor * 2,) * 2
         image = torch.zeros(1, 3, *size, dtype=self.base_dtype)
         modes = {module: module.training for module in self.modules()}
@@ -140,7 +140,7 @@ class DenseTask(AdapterTask, ABC):
         return bool(getattr(getattr(self.model, "patch_embed", None), "strict_img_size", False))
 
     def check_data(self, data: Any) -> None:
-        """Check that data fit the task and the model, as far as they say.
+        """Check that data fit the task and the model, as far as they are described.
 
         Args:
             data: A data module.
@@ -159,7 +159,7 @@ class DenseTask(AdapterTask, ABC):
             )
 
     def _check_batches(self, data: Any) -> None:
-        """Find a last training batch that BatchNorm could not be trained on, which would end an epoch's work."""
+        """Refuse a last training batch too small for BatchNorm, which would fail at the end of an epoch."""
         if not isinstance(data, ImageData):
             return
         last = 0 if data.drop_last else len(data.split("train")) % data.batch_size  # type: ignore[arg-type]
@@ -173,7 +173,7 @@ class DenseTask(AdapterTask, ABC):
     # ------------------------------------------------------------------ training
 
     def further_groups(self) -> list[dict[str, Any]]:
-        """Make groups for map reader and decoders: matrices decay, vectors do not."""
+        """Return optimiser groups of map reader and decoders: matrices decay, vectors do not."""
         trained = [p for part in self.parts().values() for p in part.parameters()]
         lr = self.decoder_lr or self.lr
         return [
@@ -227,11 +227,11 @@ class DenseTask(AdapterTask, ABC):
     # ------------------------------------------------------------------ files
 
     def deployed(self) -> nn.Module:
-        """Module that is exported: normalised images in, predictions per pixel out."""
+        """Module to export: normalised images in, predictions per pixel out."""
         return self.network()
 
     def size_step(self) -> tuple[int, int]:
-        """Numbers that height and width of images are multiples of: cells of the coarsest map, in pixels."""
+        """Divisors of the height and width of images: the cell size of the coarsest map in pixels."""
         return self.reader.divisor, self.reader.divisor
 
     def output(self) -> dict[str, Any]:
@@ -249,7 +249,7 @@ class DenseTask(AdapterTask, ABC):
         return {f"{name}.{key}": tensor for name, part in parts for key, tensor in part.state_dict().items()}
 
     def take(self, units: Mapping[str, Tensor], head: Mapping[str, Tensor]) -> None:
-        """Copy the tensors of a saved adapter, and those of map reader and decoders where they are given."""
+        """Copy the tensors of a saved adapter, and those of map reader and decoders if given."""
         super().take(units, {})
         if head:
             self.load_decoder({key.removeprefix(DECODER): tensor for key, tensor in head.items()})
@@ -270,7 +270,7 @@ class DenseTask(AdapterTask, ABC):
                 own[key].copy_(tensor)
 
     def save_adapter(self, path: str | Path) -> None:
-        """Write the adapter, and map reader and decoders beside it.
+        """Write the adapter with map reader and decoders.
 
         Args:
             path: Its directory.

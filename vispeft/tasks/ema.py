@@ -13,7 +13,7 @@ __all__ = ["EMA"]
 
 
 class EMA(Callback):
-    """Averages the trained tensors of a task over the steps; validation and the adapter's file use the average.
+    """Average the trained tensors of a task over the steps; validation and the adapter's file use the average.
 
     timm's `ModelEmaV3` copies the whole model; here the frozen backbone exists once. Buffers are not averaged. The
     tensors are those the task declares (`AdapterTask.trainable_parameters`), whether or not a step changes them.
@@ -23,7 +23,7 @@ class EMA(Callback):
         """Set the decay.
 
         Args:
-            decay: Share of the average that a step keeps, below 1; early steps keep less, (1 + steps) / (10 + steps).
+            decay: Fraction of the average kept by a step, below 1; early steps keep less, (1 + steps) / (10 + steps).
         """
         self.decay, self.updates = decay, 0
         self.exchanged = False
@@ -52,7 +52,7 @@ class EMA(Callback):
         return {"tensors": dict(self.average(module)), "updates": self.updates}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint.
+        """Continue from a checkpoint.
 
         Args:
             state: A result of `state`.
@@ -74,18 +74,18 @@ class EMA(Callback):
         self.exchanged = not self.exchanged
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin with the present tensors, or go on."""
+        """Start from the current tensors, or continue."""
         if self.exchanged:
-            self.exchange(pl_module)  # an earlier training left the average in place
+            self.exchange(pl_module)  # an earlier fit left the average in place
         trained = dict(cast(Any, pl_module).trainable_parameters())
         known = self._tensors
         self._tensors = {n: known[n].to(p.device) if n in known else p.detach().clone() for n, p in trained.items()}
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Take one more step into the average."""
+        """Update the average."""
         if trainer.global_step == self.updates:
-            return  # gradients are still being summed
+            return  # gradients are still accumulating
         self.updates = trainer.global_step
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         parameters = dict(pl_module.named_parameters())
@@ -98,11 +98,11 @@ class EMA(Callback):
             self.exchange(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on with the trained tensors."""
+        """Continue with the trained tensors."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self.exchange(pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the average in the model, so that it gets saved."""
+        """Leave the average in the model, to be saved."""
         if self._tensors and not self.exchanged:
             self.exchange(pl_module)

@@ -32,19 +32,19 @@ SCHEMA = 1
 
 
 def cache_features(task: AdapterTask, data: Any, trainer: Trainer, folder: str | Path | None = None) -> None:
-    """Let a data module serve the outputs of the frozen backbone, computed once, instead of images.
+    """Replace a data module's images by outputs of the frozen backbone, computed once.
 
     Outputs on disk from an earlier run with the same backbone, images and settings are used again. Order, batches and
     targets stay those of the data module.
 
     Args:
-        task: The task, on which nothing is trained yet.
+        task: The task, before training.
         data: Its data, set up; its splits are replaced.
         trainer: Computes the outputs, on its device and in its precision.
-        folder: Where outputs are kept; None for ``features`` in vispeft's cache folder.
+        folder: Folder of the outputs; None for ``features`` in vispeft's cache folder.
 
     Raises:
-        ConfigError: If the outputs of the backbone would not be the same in every epoch, or several processes train.
+        ConfigError: If the backbone's outputs would differ between epochs, or several processes train.
         DataError: If the data module is not one of `ImageData`.
         FileError: If the outputs cannot be written.
     """
@@ -106,7 +106,7 @@ def _check(task: AdapterTask, data: Any, trainer: Trainer) -> None:
 
 
 def _shared_key(task: AdapterTask, data: ImageData, trainer: Trainer) -> dict[str, Any]:
-    """Collect everything but the images that decides the outputs."""
+    """Collect everything except the images that affects the outputs."""
     method = task.bank.plan().method
     model = unwrap(task.model)
     return {
@@ -141,7 +141,7 @@ class _Backbone(LightningModule):
 
 
 class _Writer(BasePredictionWriter):
-    """Hands the outputs of each batch on to the files of a store."""
+    """Pass the outputs of each batch to the files of a store."""
 
     def __init__(self, files: OutputFiles) -> None:
         super().__init__(write_interval="batch")

@@ -18,7 +18,7 @@ Scores = Callable[[Tensor], Tensor]
 """Images (B, 3, H, W) in, class scores (B, classes, H, W) out."""
 
 ROWS = 64
-"""Rows of a mask that are computed at once where scores are resized."""
+"""Mask rows computed at once when scores are resized."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +37,15 @@ class Inference:
     stride: int = 341
     """Pixels from one window to the next; two thirds of the window is customary."""
     flip: bool = False
-    """See everything mirrored too."""
+    """Whether to predict the mirrored image too."""
     scales: tuple[float, ...] = (1.0,)
-    """Sizes in which everything is seen, as multiples of its own."""
+    """Scales at which images are predicted, relative to their size."""
 
     def __post_init__(self) -> None:
-        """Check the fields.
+        """Validate the fields.
 
         Raises:
-            ConfigError: If one of them cannot work.
+            ConfigError: If one of them is invalid.
         """
         object.__setattr__(self, "scales", tuple(self.scales))
         if self.mode not in ("whole", "slide"):
@@ -60,7 +60,7 @@ class Inference:
 
     @property
     def plain(self) -> bool:
-        """Whether everything is seen once, as it is."""
+        """Whether there is no augmentation: one scale of 1, no flip."""
         return not self.flip and self.scales == (1.0,)
 
 
@@ -68,13 +68,13 @@ class Inference:
 def predict_masks(scores: Scores, images: Tensor, inference: Inference, size: tuple[int, int] | None = None) -> Tensor:
     """Compute the likeliest class of every pixel.
 
-    With windows no more scores are kept than those of one row of windows, whatever the height of the image: each band
-    of rows is decided as soon as no further window reaches it.
+    With windows, only the scores of one row of windows are held in memory, whatever the height of the image: each band
+    of rows is decided as soon as no further window covers it.
 
     Args:
         scores: The model.
         images: (B, 3, H, W).
-        inference: How.
+        inference: The settings.
         size: Height and width of the masks, to which scores are resized bilinearly; None for those of the images.
 
     Returns:
@@ -178,13 +178,13 @@ def _resized(bands: Iterator[Tensor], height: int, wanted: tuple[int, ...]) -> I
             if before is not None:
                 above[:, :, first < 0] = before
             mixed = above.lerp_(band[:, :, second], share[some, None].to(band))
-            # Rows are where they belong; this moves columns alone.
+            # Rows are already resized; this resizes only columns.
             yield F.interpolate(mixed, (len(some), wanted[1]), mode="bilinear", align_corners=False).argmax(1)
         top, before = top + band.shape[2], band[:, :, -1:].clone()
 
 
 def _shift(band: Tensor, done: int) -> None:
-    """Move rows up in place, class by class so that no second band is needed, and make room below."""
+    """Move rows up in place, class by class to avoid a second band, and free the rows below."""
     for plane in band.flatten(0, 1):
         kept = plane[done:].clone()
         plane[: kept.shape[0]] = kept

@@ -1,4 +1,4 @@
-"""Learning rates that fall from the last layer to the first."""
+"""Layer-wise learning rate decay, from the last layer to the first."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["decay_by_layer"]
 
 
 def decay_by_layer(model: nn.Module, groups: list[dict[str, Any]], decay: float) -> list[dict[str, Any]]:
-    """Split optimiser groups so that each layer learns more slowly than the one behind it, as timm numbers layers.
+    """Split optimiser groups so that each layer learns more slowly than the one after it, as timm numbers layers.
 
     Args:
         model: The adapted timm model.

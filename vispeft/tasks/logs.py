@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunLog(CSVLogger):
-    """Lightning's ``metrics.csv``, which a resumed run goes on with instead of beginning it anew."""
+    """Lightning's ``metrics.csv``, which a resumed run continues instead of restarting."""
 
     def __init__(self, folder: str | Path) -> None:
         """Set the folder of the table.
@@ -46,16 +46,16 @@ class RunLog(CSVLogger):
         return int(self.experiment.rows)
 
     def rewind(self, rows: int) -> None:
-        """Take back the rows that were written after a checkpoint.
+        """Remove the rows written after a checkpoint.
 
         Args:
-            rows: Number of rows there were then.
+            rows: Number of rows at the checkpoint.
         """
         self.experiment.rewind(rows)
 
 
 class _Writer(ExperimentWriter):
-    """Appends rows; a table that needs another column is replaced as a whole, so that no kill can cut it."""
+    """Append rows; a table that needs another column is replaced atomically."""
 
     def __init__(self, log_dir: str) -> None:
         super().__init__(log_dir)

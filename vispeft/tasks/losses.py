@@ -1,6 +1,6 @@
 """Losses of dense tasks, on scores (B, C, h, w) and labels per pixel.
 
-Pixels labelled `IGNORE` count nowhere. A batch without a labelled pixel has a loss of zero, with a gradient of zero.
+Pixels labelled `IGNORE` are ignored. A batch without a labelled pixel has a loss of zero, with a gradient of zero.
 All are computed in float32 at least.
 """
 
@@ -28,14 +28,14 @@ def cross_entropy(scores: Tensor, masks: Tensor, class_weights: Tensor | None = 
     Args:
         scores: Class scores (B, C, h, w).
         masks: Classes (B, h, w), 0 to C-1 or `IGNORE`.
-        class_weights: How much a pixel of each class counts (C,).
+        class_weights: Weight of a pixel of each class (C,).
     """
     losses = _pixel_losses(scores, masks, class_weights)
     return _mean(losses, _pixel_weights(masks, class_weights).to(losses.dtype))
 
 
 def dice_loss(scores: Tensor, masks: Tensor) -> Tensor:
-    """Compute one minus the soft Dice coefficient, averaged over the classes that the labels of the batch hold.
+    """Compute one minus the soft Dice coefficient, averaged over the classes in the batch's labels.
 
     The coefficient of class c is ``2 sum(p_c y_c) / (sum(p_c) + sum(y_c))``, with softmax probabilities p, labels y of
     0 and 1, and sums over all labelled pixels of the batch. Denominators are first powers (V-Net, arXiv 1606.04797, has
@@ -60,7 +60,7 @@ def dice_loss(scores: Tensor, masks: Tensor) -> Tensor:
 
 
 def lovasz_softmax(scores: Tensor, masks: Tensor) -> Tensor:
-    """Compute the Lovász extension of the Jaccard loss, averaged over the classes that the labels of the batch hold.
+    """Compute the Lovász extension of the Jaccard loss, averaged over the classes in the batch's labels.
 
     Berman et al., CVPR 2018 (arXiv 1705.08790), equation 11, over all pixels of the batch together
     (``classes="present"``, ``per_image=False`` in the authors' code).
@@ -97,9 +97,9 @@ def ohem_cross_entropy(
     Args:
         scores: Class scores (B, C, h, w).
         masks: Classes (B, h, w), 0 to C-1 or `IGNORE`.
-        class_weights: How much a pixel of each class counts (C,).
+        class_weights: Weight of a pixel of each class (C,).
         thresh: Probability below which a pixel is hard, in any case.
-        min_kept: How many pixels per image are kept at least, if there are as many.
+        min_kept: Smallest number of pixels to keep per image, if there are as many.
     """
     losses = _pixel_losses(scores, masks, class_weights)
     kept = hard_pixels(scores.detach(), masks, thresh, min_kept).to(losses.dtype)
@@ -113,7 +113,7 @@ def hard_pixels(scores: Tensor, masks: Tensor, thresh: float, min_kept: int) -> 
         scores: Class scores (B, C, h, w).
         masks: Classes (B, h, w), 0 to C-1 or `IGNORE`.
         thresh: Probability below which a pixel is hard, in any case.
-        min_kept: How many pixels per image are kept at least, if there are as many.
+        min_kept: Smallest number of pixels to keep per image, if there are as many.
 
     Returns:
         Booleans (B, h, w).
@@ -146,7 +146,7 @@ class SegmentationLoss(nn.Module):
         ohem_thresh: float = 0.7,
         ohem_min_kept: int = 100_000,
     ) -> None:
-        """Check and keep the settings.
+        """Validate and store the settings.
 
         Args:
             weights: Weight of each loss: ``cross_entropy``, ``dice``, ``lovasz``, ``ohem``.
@@ -184,7 +184,7 @@ class SegmentationLoss(nn.Module):
             masks: Classes (B, h, w), 0 to C-1 or `IGNORE`.
 
         Raises:
-            ConfigError: If there is another number of class weights than of scores.
+            ConfigError: If the number of class weights differs from the number of scores.
         """
         terms = self.terms(scores, masks)
         return torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
@@ -193,10 +193,10 @@ class SegmentationLoss(nn.Module):
         """Check that the settings fit a number of classes.
 
         Args:
-            num_classes: How many scores there are per pixel.
+            num_classes: Number of scores per pixel.
 
         Raises:
-            ConfigError: If there is another number of class weights.
+            ConfigError: If the number of class weights differs.
         """
         if self.class_weights is not None and len(self.class_weights) != num_classes:
             raise ConfigError(
@@ -212,7 +212,7 @@ class SegmentationLoss(nn.Module):
             masks: Classes (B, h, w), 0 to C-1 or `IGNORE`.
 
         Raises:
-            ConfigError: If there is another number of class weights than of scores.
+            ConfigError: If the number of class weights differs from the number of scores.
         """
         self.check(scores.shape[1])
         weights = self.class_weights
@@ -256,7 +256,7 @@ def _lovasz(probabilities: Tensor, foreground: Tensor) -> Tensor:
     """
     errors, order = (foreground.to(probabilities.dtype) - probabilities).abs().sort(descending=True)
     ordered = foreground[order]
-    # Counts in int64: float32 loses ones above 2^24 pixels.
+    # Counts in int64: float32 loses increments above 2^24.
     intersection = ordered.sum() - ordered.cumsum(0)
     union = ordered.sum() + (~ordered).cumsum(0)
     losses = 1 - intersection.to(errors.dtype) / union.to(errors.dtype)

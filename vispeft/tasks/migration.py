@@ -13,7 +13,7 @@ MOVED = {
     "head_sparsity": "head_sparsity is a field of the method vqt now: set model.method.head_sparsity, or in Python "
     "VQT(head_sparsity=...)."
 }
-"""Settings that tasks had in earlier versions, and the place they have now."""
+"""Settings that tasks had in earlier versions, and their present place."""
 
 
 def without_moved(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,8 +30,8 @@ def rename_heads(
 ) -> dict[str, Tensor]:
     """Rename the classifier of an old checkpoint to its present name.
 
-    In checkpoints of earlier versions, the classifier of the adapter that acted stood under the backbone's own name,
-    such as ``model.head.weight``. Now each adapter's classifier has a name of its own, such as
+    In checkpoints of earlier versions, the classifier of the acting adapter had the backbone's own name,
+    such as ``model.head.weight``. Now each adapter's classifier has its own name, such as
     ``model.adapter_heads.default.weight``. Tensors are renamed only where the task needs the new name and not the old.
 
     Args:

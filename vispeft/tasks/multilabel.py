@@ -67,10 +67,10 @@ class MultiLabel(SupervisedTask):
         Args:
             pos_weights: How much more a present label counts than an absent one, per label; ``balanced`` takes absent
                 over present among the training images.
-            settings: Those of `AdapterTask`; ``num_classes`` is the number of labels.
+            settings: Settings of `AdapterTask`; ``num_classes`` is the number of labels.
 
         Raises:
-            ConfigError: If a number is out of range, or the backbone is not known.
+            ConfigError: If a number is out of range, or the backbone is unknown.
             BackboneError: If the backbone is not supported.
             SiteError: If the method finds no site.
             VerificationError: If a trainable tensor receives no gradient.
@@ -82,7 +82,7 @@ class MultiLabel(SupervisedTask):
         self.register_buffer("_weights", weights, persistent=False)
 
     def make_metrics(self, split: str) -> MetricCollection:
-        """Make the metrics of a split; training has none but its loss.
+        """Create the metrics of a split; training has none but its loss.
 
         Args:
             split: train, validation or test.
@@ -159,7 +159,7 @@ class MultiLabel(SupervisedTask):
             scores: Scores of the test split (N, labels).
             targets: Targets (N, labels).
             names: Names of the labels.
-            folder: Where pictures go.
+            folder: Folder for the plots.
         """
         heights = dict(zip(names, self._precisions(scores, targets), strict=True))
         known = {name: height for name, height in heights.items() if height is not None}

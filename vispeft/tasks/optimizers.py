@@ -32,7 +32,7 @@ _TAKEN = ("lr", "weight_decay")
 
 
 def optimizer_node(given: Any) -> dict[str, Any]:
-    """Check how a config names an optimiser, and write it out in full.
+    """Check the optimiser of a config, and expand it.
 
     Args:
         given: A name such as ``"SGD"`` or ``"torch.optim.SGD"``, or a mapping with ``class_path`` and ``init_args``.
@@ -70,7 +70,7 @@ def optimizer_node(given: Any) -> dict[str, Any]:
 
 
 def check_optimizer(given: Any, weight_decay: float) -> dict[str, Any]:
-    """Check an optimiser and the values of its arguments, before there is anything to optimise.
+    """Check an optimiser and its arguments before there are parameters.
 
     Args:
         given: As `optimizer_node` takes it.
@@ -92,7 +92,7 @@ def check_optimizer(given: Any, weight_decay: float) -> dict[str, Any]:
 
 
 def make_optimizer(node: Mapping[str, Any], groups: list[dict[str, Any]]) -> Optimizer:
-    """Make an optimiser.
+    """Create an optimiser.
 
     Args:
         node: As `optimizer_node` returns it.
@@ -102,7 +102,7 @@ def make_optimizer(node: Mapping[str, Any], groups: list[dict[str, Any]]) -> Opt
         ConfigError: If it refuses an argument.
     """
     name = _name(node["class_path"])
-    # YAML has lists where torch has tuples, as for betas.
+    # YAML has lists where torch needs tuples, as for betas.
     arguments: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in node["init_args"].items()}
     try:
         return OPTIMIZERS[name](groups, **arguments)

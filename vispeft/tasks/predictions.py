@@ -1,4 +1,4 @@
-"""How tasks predict image files: a row of a table for each image, and pictures where the task draws some."""
+"""Prediction of image files: a table row for each image, and pictures if the task draws any."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Prediction:
     """The prediction for one image."""
 
     row: list[str]
-    """Cells of the table, behind the image's path."""
+    """Cells of the table, after the image's path."""
     pictures: dict[str, Image.Image] = field(default_factory=dict)
     """Pictures by the folder they belong to."""
 
@@ -38,7 +38,7 @@ class Predictor(Protocol):
     table: str
     """File name of the table, ending in ``.csv``."""
     columns: list[str]
-    """Names of its columns, behind the path."""
+    """Names of its columns, after the path."""
     folders: tuple[str, ...]
     """Folders of pictures."""
     at_once: int | None
@@ -81,7 +81,7 @@ class ScorePredictor:
         columns: list[str],
         notes: Mapping[str, Any],
     ) -> None:
-        """Put the parts together.
+        """Combine the parts.
 
         Args:
             predict: Computes values (B, outputs) of normalised images (B, 3, H, W) on the CPU.
@@ -93,7 +93,7 @@ class ScorePredictor:
         self._transform = Preprocessing.from_dict(notes["preprocessing"]).transform()
 
     def check(self, paths: Sequence[Path]) -> None:
-        """Take all: images of any size are resized."""
+        """Accept all: images of any size are resized."""
 
     def __call__(self, images: Sequence[Tensor]) -> list[Prediction]:
         """Predict images."""
@@ -115,7 +115,7 @@ class MaskPredictor:
         names: Sequence[str],
         notes: Mapping[str, Any],
     ) -> None:
-        """Put the parts together.
+        """Combine the parts.
 
         Args:
             predict: Computes masks (B, h, w) of normalised images (B, 3, H, W) on the CPU, for a height and width.
@@ -163,7 +163,7 @@ class MaskPredictor:
         return Prediction(list(map(str, counts.tolist())), {"masks": self._index_image(mask), "overlays": overlay})
 
     def _index_image(self, mask: Tensor) -> Image.Image:
-        """Make a picture of class indices, of which there are 255 at most, with a palette."""
+        """Create a palette image of class indices, of which there are at most 255."""
         image = Image.fromarray(mask.numpy().astype(np.uint8))
         image.putpalette([value for colour in self._colours for value in colour])
         return image

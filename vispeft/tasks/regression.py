@@ -40,10 +40,10 @@ class Regression(SupervisedTask):
 
         Args:
             loss: ``mse`` for squared errors, ``l1`` for absolute ones, which follow outliers less.
-            settings: Those of `AdapterTask`; ``num_classes`` is the number of targets.
+            settings: Settings of `AdapterTask`; ``num_classes`` is the number of targets.
 
         Raises:
-            ConfigError: If a number is out of range, or the backbone is not known.
+            ConfigError: If a number is out of range, or the backbone is unknown.
             BackboneError: If the backbone is not supported.
             SiteError: If the method finds no site.
             VerificationError: If a trainable tensor receives no gradient.
@@ -54,7 +54,7 @@ class Regression(SupervisedTask):
         self.register_buffer("deviation", torch.ones(self.num_classes), persistent=False)
 
     def make_metrics(self, split: str) -> MetricCollection:
-        """Make the metrics of a split.
+        """Create the metrics of a split.
 
         Args:
             split: train, validation or test.
@@ -66,7 +66,7 @@ class Regression(SupervisedTask):
         return MetricCollection(metrics, prefix=f"{split}/", compute_groups=False)
 
     def take_targets(self, targets: Tensor) -> None:
-        """Compute mean and deviation of each target.
+        """Compute mean and standard deviation of each target.
 
         Args:
             targets: Targets of the training split (N,) or (N, targets).
@@ -162,7 +162,7 @@ class Regression(SupervisedTask):
             scores: Standardised values of the test split (N, targets).
             targets: Values (N,) or (N, targets).
             names: Names of the targets.
-            folder: Where pictures go.
+            folder: Folder for the plots.
         """
         predicted_against_true(self.decode(scores), _columns(targets), names, folder / "predicted.png")
 

@@ -25,13 +25,13 @@ def _poly(progress: float) -> float:
 
 
 DECAYS = {"cosine": _cosine, "poly": _poly}
-"""How the learning rate falls from 1 to 0 behind the warm-up, by name."""
+"""How the learning rate falls from 1 to 0 after the warm-up, by name."""
 
 
 def warmup_factor(step: int, steps: int, warmup_steps: int, decay: str = "cosine") -> float:
-    """Compute the share of the highest learning rate that a step is taken with.
+    """Compute a step's learning rate as a fraction of the highest one.
 
-    It rises in equal parts over the warm-up, reaches 1 with its last step, and falls along half a cosine or a
+    It rises linearly over the warm-up, reaches 1 with its last step, and falls along half a cosine or a
     polynomial towards 0, which it would reach one step after the last, so that no step is wasted on a rate of zero.
 
     Args:
@@ -49,12 +49,12 @@ def warmup_factor(step: int, steps: int, warmup_steps: int, decay: str = "cosine
 
 
 def warmup_decay(optimizer: Optimizer, steps: int, warmup: float, decay: str) -> LambdaLR:
-    """Make the schedule for an optimiser, to be stepped after each of its steps.
+    """Create the schedule of an optimiser, to be stepped after each of its steps.
 
     Args:
         optimizer: The optimiser; each group falls from its own learning rate.
         steps: Steps of the whole training.
-        warmup: Share of the steps in which the rate rises, from 0 up to, not including, 1.
+        warmup: Fraction of the steps in which the rate rises, from 0 up to, not including, 1.
         decay: A key of `DECAYS`.
 
     Raises:
@@ -72,11 +72,11 @@ def warmup_decay(optimizer: Optimizer, steps: int, warmup: float, decay: str) ->
 
 
 def warmup_cosine(optimizer: Optimizer, steps: int, warmup: float) -> LambdaLR:
-    """Make the schedule with a cosine; see `warmup_decay`.
+    """Create the cosine schedule; see `warmup_decay`.
 
     Args:
         optimizer: The optimiser.
         steps: Steps of the whole training.
-        warmup: Share of the steps in which the rate rises.
+        warmup: Fraction of the steps in which the rate rises.
     """
     return warmup_decay(optimizer, steps, warmup, "cosine")

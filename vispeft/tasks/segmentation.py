@@ -23,19 +23,19 @@ from vispeft.viz import bars, confusion_matrix, overlay_grid
 __all__ = ["Segmentation", "SegmentationNetwork"]
 
 Batch = tuple[Tensor, Tensor]
-"""Normalised images (B, 3, H, W), and masks (B, h, w) of class indices, with `IGNORE` where nobody knows."""
+"""Normalised images (B, 3, H, W), and masks (B, h, w) of class indices, with `IGNORE` for unlabelled pixels."""
 
 
 class SegmentationNetwork(nn.Module):
     """Backbone, map reader and decoder in one module: images in, class scores per pixel out."""
 
     def __init__(self, model: nn.Module, reader: MapReader, decoder: nn.Module) -> None:
-        """Put the parts together.
+        """Combine the parts.
 
         Args:
             model: The backbone, adapted or merged.
-            reader: Reads its maps.
-            decoder: Turns maps into scores.
+            reader: The reader of its maps.
+            decoder: The decoder from maps to scores.
         """
         super().__init__()
         self.model, self.reader, self.decoder = model, reader, decoder
@@ -90,7 +90,7 @@ class Segmentation(DenseTask):
             absent: How a class that occurs in no mask and no prediction counts in a mean: not at all (``skip``, as in
                 mmsegmentation), or as zero (as in multi-task papers).
             boundary: Measure the boundary F1 too.
-            settings: Those of `DenseTask` and `AdapterTask`.
+            settings: Settings of `DenseTask` and `AdapterTask`.
 
         Raises:
             ConfigError: If a setting is out of range, the decoder is not known or cannot read these maps, or the
@@ -176,7 +176,7 @@ class Segmentation(DenseTask):
         return self.predict(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
     def predictor(self) -> MaskPredictor:
-        """Make the object that predicts images: a mask for each."""
+        """Create the predictor of images: a mask for each."""
         return MaskPredictor(
             lambda images, size: self.predict(images.to(self.device), size),
             self.inference,
@@ -185,11 +185,11 @@ class Segmentation(DenseTask):
         )
 
     def on_validation_epoch_start(self) -> None:
-        """Begin anew."""
+        """Reset the metrics."""
         self._begin("validation")
 
     def on_test_epoch_start(self) -> None:
-        """Begin anew."""
+        """Reset the metrics."""
         self._begin("test")
 
     def _begin(self, split: str) -> None:

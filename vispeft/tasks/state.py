@@ -55,7 +55,7 @@ def training_state(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
 
 
 def put_back(state: dict[str, Any], trainer: Trainer, module: LightningModule) -> None:
-    """Put a collected state back.
+    """Restore a collected state.
 
     Args:
         state: A result of `training_state`.
@@ -78,7 +78,7 @@ def between_steps(loop: dict[str, Any]) -> int:
         loop: State of the fit loop; changed in place.
 
     Returns:
-        Steps that the present epoch has behind it.
+        Steps already done in the current epoch.
     """
     epochs, batches = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
     done = batches["current"]["completed"]
@@ -86,7 +86,7 @@ def between_steps(loop: dict[str, Any]) -> int:
         counter["ready"] = counter["started"] = counter["completed"]
     batches["is_last_batch"] = False
     if done == 0:
-        # Stopped between two epochs: the epoch that has just begun has not begun yet.
+        # Stopped between two epochs: the epoch that has just started must count as not started.
         for counter in (epochs["total"], epochs["current"]):
             counter["ready"] = counter["started"] = counter["completed"]
     return int(done)
@@ -108,7 +108,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put the states of all global generators back.
+    """Restore the states of all global generators.
 
     Args:
         state: A result of `random_state`.

@@ -43,10 +43,10 @@ class SupervisedTask(AdapterTask, ABC):
     """Whether something is computed from all targets of the training split before the first step."""
 
     def __init__(self, **settings: Any) -> None:
-        """Make the model, then the metrics.
+        """Create the model, then the metrics.
 
         Args:
-            settings: Those of `AdapterTask`.
+            settings: Settings of `AdapterTask`.
 
         Raises:
             ConfigError: If a number is out of range.
@@ -61,7 +61,7 @@ class SupervisedTask(AdapterTask, ABC):
 
     @abstractmethod
     def make_metrics(self, split: str) -> MetricCollection:
-        """Make the metrics of a split, their names beginning with it.
+        """Create the metrics of a split, with names that start with the split's.
 
         Args:
             split: train, validation or test.
@@ -94,7 +94,7 @@ class SupervisedTask(AdapterTask, ABC):
         """
 
     def for_metrics(self, scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Bring outputs and targets into the form the metrics take.
+        """Convert outputs and targets to the form the metrics expect.
 
         Args:
             scores: Outputs of the model (B, outputs), in float32.
@@ -110,14 +110,14 @@ class SupervisedTask(AdapterTask, ABC):
         """
 
     def calibrate(self, scores: Tensor, targets: Tensor) -> dict[str, Any]:
-        """Calibrate the model's confidence on the validation split, where the task knows a way.
+        """Calibrate the model's confidence on the validation split, if the task supports it.
 
         Args:
             scores: Outputs of the model (N, outputs).
             targets: Targets of the data.
 
         Returns:
-            Figures for ``metrics.json``; empty where there is no way.
+            Values for ``metrics.json``; empty without calibration.
         """
         return {}
 
@@ -143,7 +143,7 @@ class SupervisedTask(AdapterTask, ABC):
             scores: Outputs of the model (N, outputs).
             targets: Targets of the data.
             names: Names of the outputs.
-            folder: Where pictures go.
+            folder: Folder for the plots.
         """
 
     @abstractmethod
@@ -176,7 +176,7 @@ class SupervisedTask(AdapterTask, ABC):
     # ------------------------------------------------------------------ data
 
     def check_data(self, data: Any) -> None:
-        """Check that data fit the task and the model, as far as they say.
+        """Check that data fit the task and the model, as far as they are described.
 
         Args:
             data: A data module.
@@ -237,7 +237,7 @@ class SupervisedTask(AdapterTask, ABC):
         return self.decode(self(images).float())
 
     def predictor(self) -> ScorePredictor:
-        """Make the object that predicts images: one row of values for each."""
+        """Create the predictor of images: one row of values for each."""
         names = self.class_names()
         return ScorePredictor(
             lambda images: self.predict_step(images.to(self.device), 0),
@@ -248,14 +248,14 @@ class SupervisedTask(AdapterTask, ABC):
 
 
 def check_target(task: type[AdapterTask], data: Any) -> None:
-    """Check that a task is for the kind of targets that data have, as far as both say.
+    """Check that a task and data have the same kind of target, as far as both are described.
 
     Args:
         task: The task's class.
         data: A data module.
 
     Raises:
-        DataError: If it is not.
+        DataError: If the kinds differ.
     """
     needed = getattr(task, "target", None)
     found = getattr(data, "target", needed)
@@ -276,7 +276,7 @@ def train_targets(data: Any) -> Tensor | None:
         All targets (N, ...), in the order of the split; None while the data are not set up.
 
     Raises:
-        DataError: If they cannot be told without drawing from an augmentation that changes them.
+        DataError: If they are only known after a random augmentation that changes them.
     """
     if not isinstance(data, LightningDataModule):
         return None

@@ -1,4 +1,4 @@
-"""Pictures."""
+"""Plots of metrics and predictions."""
 
 from vispeft.viz.curves import learning_curves, read_history
 from vispeft.viz.matrix import confusion_matrix

@@ -21,7 +21,7 @@ History = Mapping[str, Sequence[tuple[int, float]]]
 
 
 def read_history(path: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """Read what Lightning's CSV logger wrote.
+    """Read a log of Lightning's CSV logger.
 
     Args:
         path: ``metrics.csv``.
@@ -58,10 +58,10 @@ def learning_curves(
     """Draw the metrics of training and validation over the epochs.
 
     Args:
-        history: ``metrics.csv``, or what `read_history` made of it.
+        history: ``metrics.csv``, or the result of `read_history`.
         path: The PNG file.
-        best_epoch: The epoch that was kept, counted from zero.
-        metrics: Names of the metrics to draw, without the split's; None draws all.
+        best_epoch: Epoch of the checkpoint that was kept, counted from zero.
+        metrics: Names of the metrics to draw, without the split's name; None draws all.
 
     Returns:
         The PNG file.

@@ -16,24 +16,24 @@ from vispeft.viz.style import SETTINGS, save
 __all__ = ["confusion_matrix"]
 
 _MOST_NUMBERED = 30
-"""Above this many classes the counts would not be legible; colours alone are drawn."""
+"""Number of classes above which only colours are drawn, as counts would not be legible."""
 
 
 def confusion_matrix(counts: Tensor, class_names: Sequence[str], path: str | Path) -> Path:
-    """Draw how often each class was taken for each other one.
+    """Draw how often images of each class were predicted as each other class.
 
-    Colours show shares of the true class, numbers are counts.
+    Colours show fractions of the true class; numbers are counts.
 
     Args:
         counts: Images by true and predicted class (classes, classes).
         class_names: Names of the classes, in that order.
-        path: The PNG file.
+        path: The PNG file to write.
 
     Returns:
         The PNG file.
 
     Raises:
-        DataError: If the matrix does not fit the names.
+        DataError: If the matrix does not match the names.
         FileError: If the picture cannot be written.
     """
     classes = len(class_names)

@@ -1,4 +1,4 @@
-"""Pictures of masks: images beside what was labelled and what was predicted."""
+"""Plots of masks: images with their labels and predictions."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from vispeft.viz.style import SETTINGS, save
 __all__ = ["colour_mask", "lay_over", "overlay_grid"]
 
 OPACITY = 0.6
-"""Share of a class's colour in an overlay; the rest is the image."""
+"""Opacity of a class's colour over the image."""
 UNLABELLED: Colour = (128, 128, 128)
-"""Colour of pixels without a label."""
+"""Colour of unlabelled pixels."""
 _STRIPES = 40
-"""Stripes over pixels without a label, along the sum of height and width."""
+"""Number of stripes over unlabelled pixels, counted along height plus width."""
 _PANEL = 2.6
-"""Width of one picture in inches."""
+"""Width of one panel in inches."""
 _LEGEND_ROWS, _LEGEND_COLUMNS = 16, 4
-"""At most so many names are listed; a longer legend would leave no room for pictures."""
+"""Largest legend; a longer one would leave no room for the images."""
 
 
 def colour_mask(mask: Tensor, palette: Sequence[Colour]) -> Tensor:
-    """Paint a mask in the colours of its classes.
+    """Colour a mask by its classes.
 
     Args:
-        mask: Class indices, and `IGNORE` for pixels without a label (H, W); they become grey.
+        mask: Class indices, and `IGNORE` for unlabelled pixels (H, W), which become grey.
         palette: Red, green and blue, 0 to 255, per class.
 
     Returns:
         RGB, uint8 (3, H, W).
 
     Raises:
-        DataError: If the mask has another shape, or a value that is no class.
+        DataError: If the mask has another shape, or a value that is not a class.
     """
     if mask.ndim != 2:
         raise DataError(f"The mask has shape {tuple(mask.shape)}; (height, width) is needed.")
@@ -65,9 +65,9 @@ def overlay_grid(
     class_names: Sequence[str],
     path: str | Path,
 ) -> Path:
-    """Draw a row for each image: the image, its label, and what was predicted, with the names of the classes below.
+    """Draw a row per image: the image, its label and its prediction, with a legend of the classes below.
 
-    Colours lie over the image; pixels without a label are striped in grey. The legend names the classes that occur,
+    Colours are laid over the image; unlabelled pixels are striped in grey. The legend names the classes that occur,
     those with the most pixels first.
 
     Args:
@@ -76,13 +76,13 @@ def overlay_grid(
         predictions: Class indices, each (H, W).
         palette: Red, green and blue, 0 to 255, per class; None takes the colours of PASCAL VOC.
         class_names: Names of the classes.
-        path: The PNG file.
+        path: The PNG file to write.
 
     Returns:
         The PNG file.
 
     Raises:
-        DataError: If there is nothing to draw, or shapes, types or values do not fit.
+        DataError: If there is nothing to draw, or shapes, types or values do not match.
         FileError: If the picture cannot be written.
     """
     colours = tuple(palette or make_palette(len(class_names)))
@@ -113,10 +113,10 @@ def _check(
     colours: Sequence[Colour],
     class_names: Sequence[str],
 ) -> None:
-    """Refuse what cannot be drawn.
+    """Refuse arguments that cannot be drawn.
 
     Raises:
-        DataError: If there is nothing to draw, or numbers, shapes or types do not fit.
+        DataError: If there is nothing to draw, or numbers, shapes or types do not match.
     """
     if not len(images) == len(labels) == len(predictions) > 0:
         raise DataError(
@@ -134,7 +134,7 @@ def _check(
 
 
 def lay_over(image: Tensor, mask: Tensor, colours: Sequence[Colour]) -> Tensor:
-    """Lay a mask's colours over an image; of pixels without a label, over stripes of it.
+    """Blend a mask's colours into an image; unlabelled pixels become grey stripes.
 
     Args:
         image: RGB, uint8 (3, H, W).
@@ -153,7 +153,7 @@ def lay_over(image: Tensor, mask: Tensor, colours: Sequence[Colour]) -> Tensor:
 
 
 def _legend(masks: Sequence[Tensor], colours: Sequence[Colour], class_names: Sequence[str]) -> list[Patch]:
-    """Make entries for the classes that occur, the most frequent first, and one for pixels without a label."""
+    """Create legend entries for the classes that occur, most frequent first, and one for unlabelled pixels."""
     pixels = torch.zeros(IGNORE + 1, dtype=torch.long)
     for mask in masks:
         pixels += torch.bincount(mask.detach().cpu().flatten().long(), minlength=IGNORE + 1)
@@ -170,6 +170,6 @@ def _legend(masks: Sequence[Tensor], colours: Sequence[Colour], class_names: Seq
 
 
 def _share(colour: Colour) -> tuple[float, float, float]:
-    """Give a colour as matplotlib takes it, from 0 to 1."""
+    """Convert a colour to matplotlib's range, 0 to 1."""
     red, green, blue = colour
     return red / 255, green / 255, blue / 255

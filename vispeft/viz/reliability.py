@@ -1,4 +1,4 @@
-"""Reliability diagrams: how often a model is right where it says how sure it is."""
+"""Reliability diagrams: accuracy of a model against its confidence."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _LINES = (COLOURS["train"], COLOURS["validation"], COLOURS["note"])
 
 
 def reliability_diagram(sure: Mapping[str, Tensor], right: Tensor, path: str | Path, bins: int = 15) -> Path:
-    """Draw the share of right answers over the probability given, in bins of equal width.
+    """Draw accuracy over predicted probability, in bins of equal width.
 
     Args:
-        sure: Probability of the predicted class (N,), by the name of its line; at most three.
-        right: Whether the predicted class is the true one (N,).
+        sure: Probability of the predicted class (N,), keyed by the name of its line; at most three.
+        right: Whether the prediction is correct (N,).
         path: The PNG file.
         bins: Number of bins.
 
@@ -31,7 +31,7 @@ def reliability_diagram(sure: Mapping[str, Tensor], right: Tensor, path: str | P
         The PNG file.
 
     Raises:
-        DataError: If there are no answers.
+        DataError: If there are no predictions.
         FileError: If the picture cannot be written.
     """
     if not len(right):

@@ -1,4 +1,4 @@
-"""What all pictures share."""
+"""Style and saving, shared by all plots."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vispeft.storage.files import write_atomically
 
 __all__ = ["COLOURS", "SETTINGS", "save"]
 
-# Told apart with any kind of colour vision (Okabe and Ito, 2008).
+# Distinguishable with any kind of colour vision (Okabe and Ito, 2008).
 COLOURS = {"train": "#0072B2", "validation": "#D55E00", "note": "#555555"}
 SETTINGS = {
     "font.size": 10,
@@ -25,11 +25,11 @@ SETTINGS = {
     "axes.axisbelow": True,
     "legend.frameon": False,
 }
-"""Settings for `matplotlib.rc_context`; the user's own stay as they are."""
+"""Settings for `matplotlib.rc_context`; the user's own are unchanged."""
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as PNG, whole or not at all, without a window system.
+    """Write a figure as PNG atomically, without a display.
 
     Args:
         figure: The figure.

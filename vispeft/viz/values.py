@@ -1,4 +1,4 @@
-"""Pictures of figures per label and of predicted numbers."""
+"""Plots of scores per label and of predicted values."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from vispeft.viz.style import COLOURS, SETTINGS, save
 __all__ = ["bars", "predicted_against_true"]
 
 _MOST_BARS = 60
-"""Above this many bars names would not be legible; the lowest are drawn."""
+"""Number of bars above which only the lowest are drawn, as names would not be legible."""
 _MOST_PANELS = 12
-"""Above this many targets only the first are drawn."""
+"""Number of targets above which only the first are drawn."""
 
 
 def bars(
     heights: Mapping[str, float], marks: Mapping[str, float], path: str | Path, *, label: str, mark_label: str
 ) -> Path:
-    """Draw a share per label, the lowest first, and a mark beside each.
+    """Draw a score per label, lowest first, with a mark for comparison.
 
     Args:
-        heights: From 0 to 1, by label.
-        marks: Something to compare with, by label.
+        heights: Scores from 0 to 1, keyed by label.
+        marks: Values to compare with, keyed by label.
         path: The PNG file.
-        label: What the bars show.
-        mark_label: What the marks show.
+        label: Name of the bars' quantity.
+        mark_label: Name of the marks' quantity.
 
     Returns:
         The PNG file.
@@ -64,13 +64,13 @@ def predicted_against_true(predicted: Tensor, true: Tensor, names: Sequence[str]
         predicted: Values (N, targets).
         true: Values (N, targets).
         names: Names of the targets.
-        path: The PNG file.
+        path: The PNG file to write.
 
     Returns:
         The PNG file.
 
     Raises:
-        DataError: If shapes do not fit.
+        DataError: If shapes do not match.
         FileError: If the picture cannot be written.
     """
     if predicted.shape != true.shape or predicted.ndim != 2 or predicted.shape[1] != len(names):

@@ -1,4 +1,4 @@
-"""Adapters by name or place: of the zoo, of a run, or in a directory of their own."""
+"""Lookup of adapters: in the zoo, in the directory of a run, or in a directory of their own."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from vispeft.zoo.folder import zoo_folder
 __all__ = ["ADAPTER", "find_adapter"]
 
 ADAPTER = "adapter"
-"""Directory of the adapter in the directory of a run."""
+"""Name of the adapter's directory inside the directory of a run."""
 
 
 def find_adapter(source: str) -> Path:
     """Find the directory of an adapter.
 
     Args:
-        source: ``zoo:NAME``, the directory of an adapter, or that of a run.
+        source: ``zoo:NAME``, or the directory of an adapter or a run.
 
     Returns:
         The directory that holds ``adapter.json``.
 
     Raises:
         UnknownNameError: If the zoo has no such adapter.
-        FileError: If there is no adapter.
+        FileError: If there is no adapter in the directory.
     """
     if source.startswith("zoo:"):
         name, zoo = source.removeprefix("zoo:"), zoo_folder()

@@ -22,23 +22,23 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class ZooBackbone:
-    """A shipped backbone, as its config.json describes it."""
+    """A shipped backbone, as described by its config.json."""
 
     name: str
     """Its name, without ``zoo:``."""
     architecture: str
     """The timm architecture."""
     args: dict[str, Any]
-    """Constructor arguments under which the architecture fits the weights."""
+    """Constructor arguments with which the architecture fits the weights."""
     overlay: dict[str, Any]
-    """Entries that replace those of timm's description of the weights: preprocessing, class count, no hub."""
+    """Entries that override timm's pretrained configuration: preprocessing, number of classes, no hub."""
     weights: Path
     """The weight file."""
     sha256: str
     """Digest of the weight file."""
 
     def verify(self) -> None:
-        """Compare the weight file with its digest.
+        """Check the weight file against its digest.
 
         Raises:
             FileError: If the file is missing or has changed.
@@ -73,7 +73,7 @@ def read_zoo_backbone(name: str) -> ZooBackbone:
         The description.
 
     Raises:
-        FileError: If there is no zoo, or the description is damaged.
+        FileError: If there are no shipped backbones, or the description is damaged.
         UnknownNameError: If the zoo has no such backbone.
     """
     known = list_zoo_backbones()
@@ -101,7 +101,7 @@ def read_zoo_backbone(name: str) -> ZooBackbone:
 
 
 def _overlay(name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Entries of timm's description of the weights, made from a config.json."""
+    """Convert a config.json to entries of timm's pretrained configuration."""
     seen = config["preprocessing"]
     return {
         "url": "",

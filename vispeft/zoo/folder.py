@@ -10,14 +10,14 @@ from vispeft.resources import resource_folder
 __all__ = ["ZOO_VARIABLE", "zoo_folder"]
 
 ZOO_VARIABLE = "VISPEFT_ZOO"
-"""Environment variable that names another ``model_zoo`` folder than the packaged one."""
+"""Environment variable with the path of a ``model_zoo`` folder that replaces the packaged one."""
 
 
 def zoo_folder() -> Path:
-    """Find the folder of shipped models.
+    """Return the folder of shipped models.
 
     Returns:
-        The folder the environment variable ``VISPEFT_ZOO`` names, which need not exist, or the package's own.
+        The folder given by the environment variable ``VISPEFT_ZOO``, which need not exist, or the package's own.
 
     Raises:
         FileError: If the package is installed without its data.

@@ -1,4 +1,4 @@
-"""Hugging Face peft: LoRA adapters in both directions, and any local tuner of peft as a method of this project.
+"""Hugging Face peft: conversion of LoRA adapters from and to it, and its local tuners as methods of this project.
 
 peft is optional and imported where it is used.
 """

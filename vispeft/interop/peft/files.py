@@ -1,6 +1,6 @@
-"""LoRA adapters of Hugging Face peft as files, in both directions.
+"""Reading and writing of LoRA adapters in Hugging Face peft's file format.
 
-peft writes a configuration and tensors under the names of its wrapped model. Reading needs no peft.
+peft saves a configuration, and tensors under the names of its wrapped model. Reading does not need peft.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from vispeft.methods.lora import LoRA
 __all__ = ["from_peft", "to_peft"]
 
 _PREFIX = "base_model.model."
-"""Beginning of the names of tensors in peft's files."""
+"""Prefix of tensor names in peft's files."""
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def from_peft(model: nn.Module, path: str | Path) -> AdapterBank:
     """Attach a LoRA adapter that peft saved for a timm model.
 
-    Layers may have ranks and multipliers of their own: smaller ones are filled up with zeros, and multipliers are
-    written into the second factor, so that outputs stay equal.
+    Ranks and multipliers may differ between layers: smaller ranks are padded with zeros, and multipliers are folded
+    into the second factor, so that the outputs are equal.
 
     Args:
         model: The timm model.
         path: Directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Returns:
-        The model's bank; the adapter is one of `LoRA`, and a saved classifier is its head.
+        The model's bank; the adapter's method is `LoRA`, and a saved classifier becomes its classifier.
 
     Raises:
-        FileError: If a file is missing or does not fit; the model is unchanged then.
-        ConfigError: If it is no LoRA that a plain timm model can have.
+        FileError: If a file is missing or does not fit; then the model is unchanged.
+        ConfigError: If it is not a plain LoRA on an unchanged base.
     """
     fields, tensors = _read(Path(path))
     view = describe(model)
@@ -76,7 +76,7 @@ def from_peft(model: nn.Module, path: str | Path) -> AdapterBank:
 def _lora(
     fields: Mapping[str, Any], layers: Mapping[str, Mapping[str, Tensor]], view: View, sites: Mapping[str, Site]
 ) -> LoRA:
-    """Find the method of this project that has terms at just these layers.
+    """Find the `LoRA` configuration with terms at exactly these layers.
 
     Args:
         fields: Fields of peft's configuration.
@@ -88,7 +88,7 @@ def _lora(
         The method, with the largest of the layers' ranks.
 
     Raises:
-        ConfigError: If the choice of layers differs from block to block.
+        ConfigError: If the adapted layers differ between blocks.
     """
     roles = tuple(dict.fromkeys(sites[name].role for name in layers))
     blocks = {sites[name].block for name in layers}
@@ -111,7 +111,7 @@ def _lora(
 def _own_tensors(
     fields: Mapping[str, Any], layers: Mapping[str, Mapping[str, Tensor]], method: LoRA
 ) -> dict[str, Tensor]:
-    """Name the tensors as this project does; ranks are filled up with zeros, multipliers go into the second factor."""
+    """Convert peft's tensors to this project's: pad ranks with zeros, fold multipliers into the second factor."""
     own: dict[str, Tensor] = {}
     for name, entry in layers.items():
         a, b = entry["lora_A"], entry["lora_B"] * _scale(fields, name, entry["lora_A"].shape[0])
@@ -123,17 +123,17 @@ def _own_tensors(
 
 
 def to_peft(bank: AdapterBank, path: str | Path, name: str | None = None) -> None:
-    """Write a LoRA adapter as peft does, for ``PeftModel.from_pretrained`` on the same timm model.
+    """Save a LoRA adapter in peft's format, for ``PeftModel.from_pretrained`` on the same timm model.
 
-    Terms at slices of a fused layer become one term of the whole layer, of the sum of their ranks.
+    Terms at slices of a fused layer become one term of the whole layer, whose rank is the sum of theirs.
 
     Args:
         bank: The bank.
-        path: The directory; it must not exist or be empty.
-        name: The adapter; may be left out where there is only one active.
+        path: The directory; it must be empty or not exist.
+        name: The adapter; may be left out if only one acts.
 
     Raises:
-        ConfigError: If the adapter is none that peft's LoRA can hold, or the directory is not empty.
+        ConfigError: If peft's LoRA cannot represent the adapter, or the directory is not empty.
     """
     plan, place = bank.plan(name), Path(path)
     method = plan.method
@@ -165,7 +165,7 @@ def to_peft(bank: AdapterBank, path: str | Path, name: str | None = None) -> Non
 
 
 def _terms(plan: Plan, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Put the terms of each layer side by side, under peft's names; gives them and their ranks."""
+    """Concatenate the terms of each layer, under peft's names; return them and the ranks by layer."""
     written: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     whole = {site.path: site.out_features for item in plan for site in [item.site] if site.rows is None}
@@ -185,7 +185,7 @@ def _terms(plan: Plan, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor]
 
 
 def _read(place: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read a directory of peft: the configuration, and tensors by the names of the plain model."""
+    """Read a peft directory: the configuration, and tensors by their names in the plain model."""
     for name in (_CONFIG, _TENSORS):
         if not (place / name).is_file():
             raise FileError(f"{place} holds no {name}; peft's save_pretrained writes {_CONFIG} and {_TENSORS}.")
@@ -198,7 +198,7 @@ def _read(place: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _check_plain_lora(fields: Mapping[str, Any]) -> None:
-    """Refuse adapters that are no plain LoRA beside an unchanged weight."""
+    """Raise on adapters that are not a plain LoRA with an unchanged frozen weight."""
     if fields.get("peft_type") != "LORA":
         raise ConfigError(f"from_peft reads LoRA; this adapter is {fields.get('peft_type')}. Train it by PeftMethod.")
     if changes_weight(fields):
@@ -212,7 +212,7 @@ def _check_plain_lora(fields: Mapping[str, Any]) -> None:
 
 
 def _layers(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Sort peft's tensors by layer."""
+    """Group peft's tensors by layer."""
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         found = re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", name)

@@ -1,7 +1,7 @@
-"""Any local tuner of Hugging Face peft as a method of this project.
+"""Local tuners of Hugging Face peft as methods of this project.
 
-peft replaces layers and renames their tensors; here its layers become units behind timm's own, so that models, files,
-switching, merging and verification stay as they are.
+peft replaces layers and renames their tensors. Here its layers become units after timm's own, so that models, files,
+switching, merging and verification work as usual.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vispeft.errors import ConfigError, SiteError
 __all__ = ["LOCAL", "REFUSED", "PeftMethod", "PeftUnit", "changes_weight", "import_peft"]
 
 LOCAL = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "HRA", "IA3", "MISS", "FOURIERFT", "C3A", "HIRA", "DELORA", "GRALORA")
-"""Tuners that keep everything of a layer in that layer, and whose layer is a linear map."""
+"""Supported tuners: each layer is independent of other layers, and is a linear map."""
 _SHARING = "it shares tensors between layers, which peft's own injection does not support either"
 _PROMPTS = "it needs a model of transformers; see vispeft.VPT and vispeft.Prefix"
 _IN_STEP = "it has to be told of every training step, which no trainer does for it"
@@ -46,7 +46,7 @@ REFUSED = {
 }
 """Tuners that do not work on timm models or not inside another trainer, with the reason."""
 _WEIGHT_CHANGING = ("pissa", "olora", "orthogonal", "corda", "loftq", "lora_ga")
-"""Starts of peft's LoRA that change the frozen weight itself, so that an adapter fits no plain model."""
+"""Initialisations of peft's LoRA that change the frozen weight, so that an adapter does not fit the plain model."""
 _ROLES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 _ADAPTER = "default"
 
@@ -69,7 +69,7 @@ def import_peft() -> ModuleType:
 
 
 class _Given(nn.Linear):
-    """The layer below a tuner: returns the host's result for the present input, and computes it for any other."""
+    """The frozen layer inside a tuner: it returns the host's result for the current input, and computes any other."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         nn.Module.__init__(self)
@@ -86,23 +86,23 @@ class _Given(nn.Linear):
 
 
 class PeftUnit(SequentialUnit):
-    """A layer of peft behind a linear layer of timm, whose tensors it looks at and does not own."""
+    """A peft layer after a timm linear layer, whose tensors it refers to but does not own."""
 
     identity_at_start = False
 
     def __init__(self, config: Mapping[str, Any], path: str, layer: nn.Linear) -> None:
-        """Make peft's layer.
+        """Create peft's layer.
 
         Args:
             config: Fields of peft's configuration.
-            path: The layer's path in the model, to which patterns in the configuration apply.
+            path: The layer's path in the model, matched by patterns in the configuration.
             layer: The frozen layer.
         """
         super().__init__()
         self.config, self.path = config, path
         weight, bias = layer._parameters["weight"], layer._parameters["bias"]
         assert weight is not None
-        # Some tuners look at values while they are made, so also the shapes of a plan are found with real ones.
+        # Some tuners read values when created, so even the shapes of a plan are found with real tensors.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             self.tuner = self._make(weight, bias)
 
@@ -124,7 +124,7 @@ class PeftUnit(SequentialUnit):
         for parameter, trains in states:
             parameter.requires_grad_(trains)
         tuner = holder.get_submodule(self.path)
-        # The base stays out of the unit's tensors: it is frozen, and in the model already.
+        # The base is not among the unit's tensors: it is frozen, and already in the model.
         del tuner._modules["base_layer"]
         tuner.__dict__["base_layer"] = _Given(weight, bias)
         for module in list(tuner.modules()):
@@ -135,7 +135,7 @@ class PeftUnit(SequentialUnit):
         return tuner
 
     def reset(self, generator: Generator) -> None:
-        """Copy the start values of a layer that peft makes anew, from a seed of the generator."""
+        """Copy the initial values of a new peft layer, created with a seed from the generator."""
         seed, base = int(torch.randint(0, 2**31 - 1, (), generator=generator)), self.tuner.__dict__["base_layer"]
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(seed)
@@ -152,12 +152,12 @@ class PeftUnit(SequentialUnit):
             base.pair = None
 
     def fold_weight(self, weight: Tensor) -> Tensor:
-        """Read the weight off the outputs of peft's layer for the unit vectors."""
+        """Compute the weight from the outputs of peft's layer for the unit vectors."""
         rows = self._with(weight, None, torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device))
         return rows.T.to(weight.dtype)
 
     def fold_bias(self, bias: Tensor) -> Tensor:
-        """Read the bias off the output of peft's layer for zeros."""
+        """Compute the bias from the output of peft's layer for a zero input."""
         frozen = self.tuner.__dict__["base_layer"].weight.detach().to(bias.dtype)
         return self._with(frozen, bias, bias.new_zeros(1, frozen.shape[1]))[0].to(bias.dtype)
 
@@ -175,10 +175,10 @@ class PeftUnit(SequentialUnit):
 @register
 @dataclass(frozen=True, kw_only=True)
 class PeftMethod(Method):
-    """A tuner of Hugging Face peft at linear layers, attached, saved, merged and verified like every method.
+    """A tuner of Hugging Face peft at linear layers; attached, saved, merged and verified like every method.
 
-    Layers are chosen by the configuration's ``target_modules`` (a regular expression or endings of paths, as in peft)
-    or, without it, by roles. The classifier is the adapter's own in any case.
+    Layers are chosen by the configuration's ``target_modules`` (a regular expression or path endings, as in peft) or,
+    without it, by roles. The classifier is always the adapter's own.
     """
 
     config: Any = field(default_factory=lambda: {"peft_type": "LORA", "r": 8, "lora_alpha": 8})
@@ -189,7 +189,7 @@ class PeftMethod(Method):
     default_roles: ClassVar[tuple[str, ...]] = _ROLES
 
     def __post_init__(self) -> None:
-        """Check the fields, and bring the configuration into plain values."""
+        """Check the fields, and convert the configuration to plain values."""
         super().__post_init__()
         peft = import_peft()
         try:
@@ -221,7 +221,7 @@ class PeftMethod(Method):
             )
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
-        """Put one layer of peft behind each chosen layer."""
+        """Plan one peft layer after each chosen layer."""
         for site in self.sites(view):
             layer = cast(nn.Linear, model.get_submodule(site.path))
             yield PlanItem(site, "peft", partial(PeftUnit, self.config, site.path, layer))
@@ -257,7 +257,7 @@ class PeftMethod(Method):
         return {index % view.depth for index in self.blocks or ()}
 
     def parameter_count(self, view: View) -> int:
-        """Count the tensors peft makes for layers of these shapes; its tuners have formulas of their own."""
+        """Count the parameters peft creates for layers of these shapes, since each tuner has its own formula."""
         count = 0
         for site in self.sites(view):
             with torch.device("meta"):
@@ -268,12 +268,12 @@ class PeftMethod(Method):
 
 
 def _plain(value: Any) -> Any:
-    """Turn a value that JSON does not know into one that it does."""
+    """Convert a value that JSON does not support."""
     return sorted(value) if isinstance(value, (set, frozenset)) else getattr(value, "value", None) or str(value)
 
 
 def changes_weight(fields: Mapping[str, Any]) -> bool:
-    """Whether a LoRA of peft starts by changing the frozen weight itself, so that its adapter fits no plain model.
+    """Return whether a peft LoRA's initialisation changes the frozen weight, so that it does not fit the plain model.
 
     Args:
         fields: Fields of peft's configuration.
