@@ -348,7 +348,13 @@ def test_adapters_put_on_in_inference_mode_can_train(tmp_path: Any) -> None:
     cell.attach(cell.model()).save(tmp_path)
     model, images = cell.model(), cell.images()
     with torch.inference_mode():
+        wanted = model(images)
+        served = Cell("lora_2bit", "vit").model().to(torch.float64).float()  # a base made in it serves as well
+        assert next(served.parameters()).is_inference()
+        with vispeft.load(served, tmp_path).disabled():
+            assert torch.equal(served(images), wanted)
         bank = vispeft.load(model, tmp_path)
+        assert torch.equal(served(images), model(images))
         bank = vispeft.attach(model, vispeft.SSF(), name="fresh")
         assert torch.is_inference_mode_enabled()
         model(images)

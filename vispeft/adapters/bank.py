@@ -98,7 +98,8 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
                 "or vispeft.method('ssf')."
             )
         before = self._routing.default
-        with torch.inference_mode(False):  # or the tensors could never train
+        # Tensors made in inference mode could never train; on a base that was made in it, none can.
+        with torch.inference_mode(next(self._model.parameters()).is_inference()):
             plan = make_plan(method, self._outer, tasks)
             units = build_units(plan, self._model, seed)
             entry = Entry(method, plan, units, None if tasks is None else tuple(tasks), seed or 0)
