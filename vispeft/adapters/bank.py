@@ -135,8 +135,8 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
             raise ConfigError(f"An adapter was to be called {name!r}; use letters, digits, '-' and '_'.")
         if hasattr(nn.ModuleDict(), name):
             raise ConfigError(
-                f"An adapter was to be called {name!r}, an attribute of PyTorch's modules, so that they cannot "
-                f"hold it. Choose another name, such as {name + '_1'!r}."
+                f"An adapter was to be called {name!r}, an attribute of PyTorch's modules, which cannot hold it. "
+                f"Choose another name, such as {name + '_1'!r}."
             )
         if name in self._entries:
             raise ConfigError(
