@@ -92,11 +92,8 @@ def near_names(asked: str, known: Iterable[str], at_most: int = 12) -> str:
         One sentence: the near names, or else the first known ones.
     """
     names = sorted(set(known))
-    folded: dict[str, list[str]] = {}
-    for name in names:
-        folded.setdefault(name.lower(), []).append(name)
-    found = difflib.get_close_matches(asked.lower(), folded, n=3, cutoff=0.5)
-    near = [name for match in found for name in folded[match]][:3]
+    near = [name for name in names if name.lower() == asked.lower()]
+    near = near or difflib.get_close_matches(asked, names, n=3, cutoff=0.5)
     if near:
         return f"Did you mean {' or '.join(repr(n) for n in near)}?"
     if not names:
