@@ -93,12 +93,13 @@ def test_what_trains_learns_at_the_rate_of_its_layer(name):
     }[name.partition("_")[0]]
     plain = timm.create_model(name, num_classes=4, **{**small, "pretrained": False})
     adapted = copy.deepcopy(plain)
-    vispeft.attach(adapted, vispeft.Full(), verify=False)
+    bank = vispeft.attach(adapted, vispeft.Full(), verify=False)
     expected, found = (groups_by_name(model) for model in (plain, adapted))
     for tensor, (scale, decay) in expected.items():
         unit = "adapters.default.full."
         path, _, leaf = tensor.rpartition(".")
-        own = tensor if tensor in found else f"{path}.{unit}{leaf}" if path else f"{unit}{leaf}"
+        own = f"{path}.{unit}{leaf}" if path else f"{unit}{leaf}"
+        own = f"adapter_heads.default.{leaf}" if path == bank.view.head_path else own
         assert found[own] == (scale, decay), tensor
     assert len(found) == len(expected)
 
