@@ -214,3 +214,14 @@ def test_names_that_modules_cannot_hold_are_refused_and_change_nothing(model: nn
     with pytest.raises(ConfigError, match="to be called"):
         vispeft.attach(model, vispeft.SSF(), name=name)
     assert {path: type(module) for path, module in model.named_modules()} == classes
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_everything_that_is_attached_has_the_mode_of_the_model(model: nn.Module, mode: bool) -> None:
+    model.train(mode)
+    vispeft.attach(model, vispeft.SSF(drop_path=0.1), name="one")
+    vispeft.attach(model, vispeft.VPT(num_tokens=2), name="two")
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert mode or not any(modes.values())
+    model.train(mode)
+    assert {name: module.training for name, module in model.named_modules()} == modes

@@ -99,7 +99,7 @@ class HeadRack:
             routing: The route of the model.
         """
         self.model, self.path, self.routing = model, path, routing
-        self.own = nn.ModuleDict()
+        self.own = nn.ModuleDict().train(model.training)
         self._base: nn.Module | None = None
         """The base's classifier, also where another module was put at its place by hand."""
         self.hidden: tuple[nn.Module, HostState] | None = None

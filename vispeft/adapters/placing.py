@@ -84,7 +84,7 @@ def place_units(entry: Entry, name: str, model: nn.Module, view: View, routing: 
     _place_depth(entry, name, model, view, routing)
     entry.hosts = list(dict.fromkeys(entry.hosts))
     for host in entry.hosts:
-        _slots(host, name)
+        _slots(host, name).training = host.adapters.training = model.training
 
 
 def _place_depth(entry: Entry, name: str, model: nn.Module, view: View, routing: Routing) -> None:

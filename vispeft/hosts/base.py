@@ -180,7 +180,7 @@ def ensure_host(module: nn.Module, host: type[Host], computed: tuple[str, ...] =
     plain: Any = module
     plain.__class__ = host_class(host, type(module), tuple(sorted(computed)))
     adapted = cast(Host, module)
-    adapted.adapters = nn.ModuleDict()
+    adapted.adapters = nn.ModuleDict().train(module.training)
     adapted.__dict__.update({**host.attributes, "routing": routing, "slot": routing.new_slot()})
     return adapted
 
