@@ -3,6 +3,7 @@ import torch
 from safetensors.torch import load_file
 
 import vispeft
+from vispeft.errors import ConfigError
 
 import timm  # isort: skip
 from vispeft.methods.vqt import feature_scores, select_features
@@ -42,6 +43,16 @@ def test_only_selected_features_reach_the_classifier():
     seen = model.forward_head(model.forward_features(images), pre_logits=True)
     assert torch.equal(part.forward_head(part.forward_features(images), pre_logits=True), seen[:, chosen])
     assert len(chosen) == seen.shape[1] // 2
+
+
+def test_the_penalty_needs_a_linear_classifier():
+    model = tiny_vit()
+    bank = vispeft.attach(model, vispeft.VQT(head_sparsity=1e-3))
+    images = torch.randn(2, 3, 32, 32)
+    assert bank.loss_terms((images,), model(images)) > 0
+    model.reset_classifier(0)
+    with pytest.raises(ConfigError, match="penalises the weight of a linear classifier, and adapter 'default' has no"):
+        bank.loss_terms((images,), model(images))
 
 
 @pytest.mark.slow

@@ -146,3 +146,23 @@ def test_parameter_groups_decay_matrices_only(model: nn.Module) -> None:
     exempt = {id(bank.named_tensors()[key]) for key in ("/full.cls_token", "/full.pos_embed", "norm/full.weight")}
     assert exempt <= {id(p) for p in groups["no_decay"]["params"]}
     assert all(p.ndim > 1 for p in groups["decay"]["params"])
+
+
+def test_a_block_that_was_made_before_an_adapter_went_is_refused(model: nn.Module) -> None:
+    bank = VIT.attach(model, "one")
+    VIT.attach(model, "two")
+    made, both = bank.using("one"), bank.using("one", "two")
+    with made, made:  # it may be entered repeatedly
+        assert bank.active == ["one"]
+    bank.detach("two")
+    with made:
+        assert bank.active == ["one"]
+    with pytest.raises(UnknownNameError, match="two"), both:
+        pass
+    assert bank.active == []
+
+
+def test_data_parallel_is_refused(model: nn.Module) -> None:
+    VIT.attach(model)
+    with pytest.raises(ConfigError, match="DistributedDataParallel"):
+        model._replicate_for_data_parallel()  # DataParallel calls it on each module, and needs several GPUs

@@ -157,6 +157,16 @@ def test_class_count_and_image_size_are_checked(tmp_path):
         trainer(tmp_path).fit(make(), datamodule=DigitsData(image_size=24))
 
 
+@pytest.mark.parametrize("acting", [[], ["default", "second"]])
+def test_a_task_with_several_acting_adapters_or_none_is_refused_at_its_start(tmp_path, acting):
+    task = make()
+    task.bank.add(vispeft.LoRA(), "second")
+    task.bank.set_active(acting)
+    told = rf"one adapter, and {len(acting)} act here \({', '.join(acting) or 'none'}\)"
+    with pytest.raises(ConfigError, match=told):
+        fit(tmp_path, task)
+
+
 def test_any_size_fits_a_flexible_backbone(tmp_path):
     task = make(backbone_args={**TINY, "flexible_size": True})
     run = trainer(tmp_path, limit_train_batches=1, limit_val_batches=1)

@@ -237,9 +237,10 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
         if rows is not None:
             check_rows(self._entries, names, rows)
         present = self._routing.present()
-        if not names and task is None:
-            return self._routing.using(present)
-        return self._routing.using(self.route(names or present.names, task))
+        if not names:
+            names, task = present.names, present.task if task is None else task
+        self.route(names, task)  # unknown names are refused here, and again on entering, in case one was detached
+        return self._routing.choosing(lambda: self.route(names, task))
 
     def disabled(self) -> AbstractContextManager[None]:
         """Run the base alone in a ``with`` block, with its own classifier.
@@ -249,7 +250,7 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
             ...     base_logits = model(images)
         """
         self._check_unmerged("disable adapters")
-        return self._routing.using(self.route((), None))
+        return self._routing.choosing(lambda: self.route((), None))
 
     def checkpoint_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Return the contexts for activation checkpointing: the recomputation uses the route of the forward pass.

@@ -133,18 +133,18 @@ class _Block(AbstractContextManager[None]):
     the route of its forward pass.
     """
 
-    def __init__(self, routing: Routing, route: Route) -> None:
-        """Note the route.
+    def __init__(self, routing: Routing, find: Callable[[], Route]) -> None:
+        """Store how the route is found.
 
         Args:
             routing: Where the hosts find it.
-            route: The route.
+            find: Returns the route; called on entering, since adapters may have been removed in between.
         """
-        self.routing, self.route = routing, route
+        self.routing, self.find = routing, find
 
     def __enter__(self) -> None:
         """Let the calling thread use the route."""
-        self.routing._enter(self.route)
+        self.routing._enter(self.find())
 
     def __exit__(self, *_: object) -> None:
         """Put back the one before."""
@@ -210,7 +210,15 @@ class Routing:
         Args:
             route: The route.
         """
-        return _Block(self, route)
+        return self.choosing(lambda: route)
+
+    def choosing(self, find: Callable[[], Route]) -> AbstractContextManager[None]:
+        """Use a route that is found when the block is entered; see `using`.
+
+        Args:
+            find: Returns the route.
+        """
+        return _Block(self, find)
 
     def _enter(self, route: Route) -> None:
         """Enter a block in the calling thread."""

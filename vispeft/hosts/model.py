@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 
 from vispeft.core.route import Routing
 from vispeft.core.units import Unit
-from vispeft.errors import BackboneError
+from vispeft.errors import BackboneError, ConfigError
 from vispeft.hosts.base import Host
 
 __all__ = ["BANK", "HEADS", "UNITS", "ModelHost", "recompute_contexts"]
@@ -170,6 +170,13 @@ class ModelHost(Host):
                 f"Images of {size[0]} x {size[1]} were given to a model with patches of {embed.patch_size[0]} x "
                 f"{embed.patch_size[1]}, which do not fit into them. Resize or pad them to multiples of the patch."
             )
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """Refuse `torch.nn.DataParallel`: its replicas would share one route and hold no parameters that train."""
+        raise ConfigError(
+            "torch.nn.DataParallel cannot run a model with adapters, since its replicas share one route. Use "
+            "torch.nn.parallel.DistributedDataParallel, one process per device (the trainer's strategy: ddp)."
+        )
 
     def _put_to_sleep(self, module: nn.Module, path: str, awake: bool = False) -> None:
         """Set a module and its descendants to evaluation mode, except units and `awake` modules."""

@@ -231,7 +231,13 @@ class VQT(Method):
         """Penalise the features a classifier uses, by ``head_sparsity`` times the sum of `feature_scores`."""
         if not self.head_sparsity:
             return None
-        return self.head_sparsity * feature_scores(bank.named_tensors(name)["head/weight"]).sum()
+        weight = bank.named_tensors(name).get("head/weight")
+        if weight is None:
+            raise ConfigError(
+                f"VQT(head_sparsity={self.head_sparsity}) penalises the weight of a linear classifier, and adapter "
+                f"{name!r} has none. Give it one with model.reset_classifier(num_classes), or set head_sparsity to 0."
+            )
+        return self.head_sparsity * feature_scores(weight).sum()
 
     def fresh_head(self) -> str | None:
         """Start the classifier anew if its columns will be used to score features (public code)."""

@@ -255,7 +255,19 @@ class AdapterTask(LightningModule):
             )
 
     def setup(self, stage: str) -> None:
-        """Check the trainer's data before the first step."""
+        """Check the adapters and the trainer's data before the first step.
+
+        Raises:
+            ConfigError: If more or fewer than one adapter acts.
+            DataError: If class count or image size do not fit.
+        """
+        acting = self.bank.active
+        if len(acting) != 1:
+            raise ConfigError(
+                f"A task trains, measures and saves one adapter, and {len(acting)} act here "
+                f"({', '.join(acting) or 'none'}). Choose one: task.bank.set_active(NAME). A loop of your own can run "
+                "several."
+            )
         self.check_data(getattr(self.trainer, "datamodule", None))
 
     # ------------------------------------------------------------------ training

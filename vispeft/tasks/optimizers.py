@@ -27,6 +27,11 @@ _UNFIT = {
     "SparseAdam": "it needs sparse gradients",
 }
 """Optimisers that cannot train a task, and the reason."""
+_UNFIT_ARGUMENTS = {
+    "capturable": "no task records its steps as a CUDA graph",
+    "differentiable": "no task computes gradients through a step",
+}
+"""Arguments that a task cannot use, and the reason."""
 _TAKEN = ("lr", "weight_decay")
 """Arguments that are settings of the task, since learning rate and decay differ by group."""
 
@@ -58,7 +63,7 @@ def optimizer_node(given: Any) -> dict[str, Any]:
     if not isinstance(arguments, Mapping):
         raise ConfigError(f"optimizer.init_args is {arguments!r}; arguments of {name} by name are needed.")
     known = [key for key in _signature(name) if key not in ("params", *_TAKEN)]
-    for key in arguments:
+    for key, value in arguments.items():
         if key in _TAKEN:
             raise ConfigError(
                 f"optimizer.init_args has {key}, which is a setting of the task, since it differs by group of "
@@ -66,6 +71,10 @@ def optimizer_node(given: Any) -> dict[str, Any]:
             )
         if key not in known:
             raise UnknownNameError(f"argument of {name}", key, known)
+        if value and key in _UNFIT_ARGUMENTS:
+            raise ConfigError(f"optimizer.init_args has {key}: {_UNFIT_ARGUMENTS[key]}. Leave it out.")
+        if isinstance(_signature(name)[key].default, bool) and not isinstance(value, bool):
+            raise ConfigError(f"optimizer.init_args has {key}: {value!r}; true or false is needed.")
     return {"class_path": f"{PREFIX}{name}", "init_args": dict(arguments)}
 
 
@@ -122,5 +131,5 @@ def _name(path: str) -> str:
     return name
 
 
-def _signature(name: str) -> list[str]:
-    return list(inspect.signature(OPTIMIZERS[name].__init__).parameters)[1:]
+def _signature(name: str) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(OPTIMIZERS[name]).parameters
