@@ -32,13 +32,7 @@ FOLDER = HERE / "adapters"
 PLAIN = "raw"
 """How a file calls a tensor that is not packed."""
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,7 @@ from vispeft.tasks.layer_decay import decay_by_layer
 DATA = {"batch_size": 72, "validation": 0.05, "test": 0.75}
 """Five steps an epoch."""
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(**settings):
