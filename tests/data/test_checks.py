@@ -99,8 +99,9 @@ def test_folders_without_images_and_stray_files_are_found(tmp_path):
     found = codes(ImageFolderData(root=str(root), validation=0.3))
     assert "train/c" in found["folder-without-images"].line()
     assert found["folder-without-images"].level == "error"
-    assert "1 .csv" in found["no-image-file"].line()
-    assert "train/lost.png" in found["image-outside-class"].line()
+    assert "(1 .csv: train/a/list.csv)" in found["left-out"].line()
+    assert "1 image outside of the folders that are read (train/lost.png)" in found["left-out"].line()
+    assert found["left-out"].level == "warning"
 
 
 def test_one_class_is_refused_before_a_backbone_is_made(tmp_path):

@@ -20,7 +20,7 @@ from vispeft.data.listing import Finding, ListedSplit, Listing
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.data.randomness import seeded
 from vispeft.data.splitting import check_drawing, cross_validation, hold_out, share_of_rest
-from vispeft.errors import ConfigError, DataError
+from vispeft.errors import ConfigError, DataError, printable
 
 __all__ = ["ImageSplit", "ListedData"]
 
@@ -177,15 +177,17 @@ class ListedData(ImageData):
         }
 
     def accept(self) -> None:
-        """Refuse data with errors, and log the warnings.
+        """Refuse data with errors, and log the warnings and what is left out.
 
         Raises:
             DataError: If the data cannot be used; the message lists every problem.
         """
         report = self.report()
         report.raise_errors()
-        for finding in report.of("warning"):
-            logger.warning("%s: %s", self.listing.place, finding.line(3))
+        for finding in report.findings:
+            if finding.level == "warning" or finding.code == "left-out":
+                level = logging.WARNING if finding.level == "warning" else logging.INFO
+                logger.log(level, "%s: %s", printable(self.listing.place), finding.line(3))
 
     def identity(self) -> Iterator[bytes]:
         """Yield bytes that identify images and targets of all splits: names, and pixels where they were read."""

@@ -10,17 +10,18 @@ from __future__ import annotations
 import glob
 import itertools
 import json
+import os
 import re
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vispeft.data.images import EXTENSIONS
 from vispeft.data.listed import ListedData
 from vispeft.data.listing import Finding, ListedSplit, Listing, Target, gather
 from vispeft.data.sources import ShardSource
 from vispeft.data.targets import Entry, check_labelling, encode
+from vispeft.data.trees import EXTENSIONS, is_hidden
 from vispeft.errors import ConfigError, DataError
 
 __all__ = ["WebDatasetData", "expand"]
@@ -114,7 +115,7 @@ class WebDatasetData(ListedData):
         try:
             with tarfile.open(shard, "r:") as archive:
                 for member in archive:
-                    if not member.isfile():
+                    if not member.isfile() or any(map(is_hidden, member.name.split("/"))):
                         continue
                     sample, _, kind = _parts(member.name)
                     # The whole suffix counts: a.seg.png next to a.jpg is a mask.
@@ -157,7 +158,7 @@ def expand(pattern: str) -> list[Path]:
     paths: list[Path] = []
     missing: list[str] = []
     for text in map("".join, itertools.product(*choices)):
-        found = sorted(glob.glob(text)) if glob.has_magic(text) else [text] if Path(text).is_file() else []
+        found = [path for path in (sorted(glob.glob(text)) if glob.has_magic(text) else [text]) if os.path.isfile(path)]
         paths += map(Path, found)
         missing += [] if found else [text]
     if missing:
