@@ -20,7 +20,7 @@ from typing import Any
 from vispeft.data.listed import ListedData
 from vispeft.data.listing import Finding, ListedSplit, Listing, Target, gather
 from vispeft.data.sources import ShardSource
-from vispeft.data.targets import Entry, check_labelling, encode
+from vispeft.data.targets import Entry, check_labelling, encode, whole_number
 from vispeft.data.trees import EXTENSIONS, is_hidden
 from vispeft.errors import ConfigError, DataError
 
@@ -193,6 +193,6 @@ def _label(content: bytes, key: str | None) -> Any:
     if key is None:
         return text or None
     try:
-        return json.loads(text).get(key)
-    except (ValueError, AttributeError):
+        return json.loads(text, parse_int=whole_number).get(key)
+    except (ValueError, AttributeError, RecursionError):
         return None
