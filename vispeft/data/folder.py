@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -128,12 +128,13 @@ class ImageFolderData(ListedData):
         return ListedSplit(FileSource(paths, self.root), torch.tensor(labels, dtype=torch.long))
 
 
-def find_splits(folders: Mapping[str, str], place: str | Path) -> dict[str, str]:
+def find_splits(paths: Mapping[str, str], place: str | Path, endings: Sequence[str] = ("",)) -> dict[str, str]:
     """Find the folders (or lists) of the splits by their usual names.
 
     Args:
-        folders: Path by name.
+        paths: Path by name.
         place: The folder they are in, for messages.
+        endings: Possible ends of the names.
 
     Returns:
         Path by split; empty if there is none.
@@ -143,13 +144,13 @@ def find_splits(folders: Mapping[str, str], place: str | Path) -> dict[str, str]
     """
     found: dict[str, str] = {}
     for split, names in SYNONYMS.items():
-        there = [name for name in folders if name.lower() in names]
+        there = [name for name in paths if name.lower() in {f"{known}{end}" for known in names for end in endings}]
         if len(there) > 1:
             raise DataError(
                 f"{place} has {' and '.join(there)}, which all stand for the {split} split. Leave one of them there."
             )
         if there:
-            found[split] = folders[there[0]]
+            found[split] = paths[there[0]]
     for one, other in combinations(found.values(), 2):
         if os.path.samefile(one, other):
             raise DataError(f"{one} and {other} are one and the same, so two splits would have the same images.")
