@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import platform
@@ -33,6 +34,9 @@ def run_tool(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
         The exit status: 0, or 2 after an expected error. With ``VISPEFT_DEBUG=1`` such an error keeps its traceback.
     """
     quiet_libraries()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show is no reason to stop
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:] if argv is None else argv)
     except VispeftError as error:
