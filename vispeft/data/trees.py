@@ -6,11 +6,11 @@ hidden files, and take the same endings for images.
 
 from __future__ import annotations
 
+import bisect
 import errno
 import os
 import stat
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -21,7 +21,7 @@ __all__ = ["EXTENSIONS", "LeftOut", "is_hidden", "is_image", "list_folder", "ope
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """Suffixes of image files."""
 
-Reason = Literal["ending", "mask", "loose", "folder", "again", "special", "closed", "hidden", "other"]
+Reason = Literal["ending", "mask", "loose", "folder", "again", "special", "closed", "link", "member", "hidden", "other"]
 """Why something is left out; a key of `REASONS`."""
 
 REASONS: dict[Reason, tuple[str, str, str]] = {
@@ -32,13 +32,17 @@ REASONS: dict[Reason, tuple[str, str, str]] = {
     "again": ("link back, or", "links back, or", "to a folder that is read already"),
     "special": ("pipe or device", "pipes or devices", ""),
     "closed": ("folder", "folders", "that cannot be opened"),
+    "link": ("link or device", "links or devices", "in shards"),
+    "member": ("member", "members", "of shards with other endings than images and labels"),
     "hidden": ("hidden entry", "hidden entries", ""),
     "other": ("entry", "entries", "beside the folders that are read, and no image"),
 }
 """Singular, plural and description of what is left out, by the reason, in the order of the line."""
 
-HARMLESS: tuple[Reason, ...] = ("hidden", "other")
+HARMLESS: tuple[Reason, ...] = ("member", "hidden", "other")
 """Reasons that hardly hide an image that was meant."""
+BY_ENDING: tuple[Reason, ...] = ("ending", "mask", "member")
+"""Reasons with which files are counted by their ending."""
 
 NAMED = 5
 """Largest number of places named for each reason."""
@@ -54,16 +58,18 @@ class LeftOut:
             root: Folder that names in the line are relative to.
         """
         self.root = str(root)
-        self._places: dict[Reason, list[str]] = defaultdict(list)
+        self._counts: Counter[Reason] = Counter()
+        self._named: dict[Reason, list[str]] = defaultdict(list)
+        self._endings: dict[Reason, Counter[str]] = defaultdict(Counter)
 
     def __bool__(self) -> bool:
         """Whether anything is left out."""
-        return any(self._places.values())
+        return bool(self._counts)
 
     @property
     def level(self) -> Literal["warning", "fact"]:
-        """``fact`` if only hidden files and files beside the data are left out, else ``warning``."""
-        return "warning" if any(self._places[reason] for reason in REASONS if reason not in HARMLESS) else "fact"
+        """``fact`` if nothing is left out that may have been meant, else ``warning``."""
+        return "fact" if all(reason in HARMLESS for reason in self._counts) else "warning"
 
     def add(self, reason: Reason, path: str, note: str = "") -> None:
         """Add an entry.
@@ -74,26 +80,25 @@ class LeftOut:
             note: A remark behind its name.
         """
         name = path.removeprefix(self.root).lstrip(os.sep) or path
-        self._places[reason].append(f"{name} ({note})" if note else name)
+        self._counts[reason] += 1
+        self._endings[reason][os.path.splitext(name)[1].lower() or "without ending"] += 1
+        # The first few by name, as there may be millions.
+        bisect.insort(self._named[reason], f"{name} ({note})" if note else name)
+        del self._named[reason][NAMED:]
 
     def line(self) -> str:
         """Describe everything that is left out in one line, without a final full stop."""
-        parts = [self._part(reason) for reason in REASONS if self._places[reason]]
-        return f"Left out: {'; '.join(parts)}"
+        return f"Left out: {'; '.join(self._part(reason) for reason in REASONS if self._counts[reason])}"
 
     def _part(self, reason: Reason) -> str:
         noun, plural, text = REASONS[reason]
-        places = sorted(self._places[reason])
-        more = f" and {len(places) - NAMED:,} more" if len(places) > NAMED else ""
-        names = f"{', '.join(map(printable, places[:NAMED]))}{more}"
-        endings = f"{_endings(places)}: " if reason in ("ending", "mask") else ""
-        return f"{counted(len(places), noun, plural)} {text}".rstrip() + f" ({endings}{names})"
-
-
-def _endings(paths: Iterable[str]) -> str:
-    """Count files by their ending, such as ``3 .jfif, 1 .txt``."""
-    found = Counter(os.path.splitext(path)[1].lower() or "without ending" for path in paths)
-    return ", ".join(f"{count:,} {printable(ending)}" for ending, count in found.most_common(NAMED))
+        count, names = self._counts[reason], ", ".join(map(printable, self._named[reason]))
+        more = f" and {count - NAMED:,} more" if count > NAMED else ""
+        endings = ""
+        if reason in BY_ENDING:
+            common = self._endings[reason].most_common(NAMED)
+            endings = ", ".join(f"{number:,} {printable(ending)}" for ending, number in common) + ": "
+        return f"{counted(count, noun, plural)} {text}".rstrip() + f" ({endings}{names}{more})"
 
 
 def open_regular(path: str | Path) -> BinaryIO:
