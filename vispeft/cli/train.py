@@ -25,6 +25,7 @@ from vispeft.cli.common import console, make_parser, one_line, versions
 from vispeft.cli.config import ConfigCLI
 from vispeft.cli.evaluation import Measured, class_table, measure, metrics_table, output_names
 from vispeft.cli.folds import train_folds
+from vispeft.cli.own_code import load_code
 from vispeft.cli.start import start_from
 from vispeft.data.base import ImageData
 from vispeft.errors import ConfigError, FileError, TrainingError
@@ -49,6 +50,7 @@ EXAMPLE = """example:
   vispeft train classification/digits_ssf --method lora --model.method.rank 4 --out runs/mine
   vispeft train --resume runs/digits_ssf/1
   vispeft train classification/digits_ssf --init runs/digits_ssf/1
+  vispeft train my_config.yaml --code my_classes.py
 
 Every key of the config can be overridden by its path; --print_config shows them all with their values. The run
 directory then holds adapter/, config.yaml, metrics.json, checkpoints/, logs/ (TensorBoard and CSV) and plots/.
@@ -78,6 +80,8 @@ def main(argv: Sequence[str]) -> None:
             raise ConfigError(f"{argv[0]} stands where the config belongs. {one_line(parser.format_usage())}")
         argv = ["", *argv]  # the run has its own config
     given, overrides = parser.parse_known_args(argv)
+    for name in given.code:
+        load_code(name)
     for key, value in (("init", given.init), ("model.method", given.method)):
         if value is not None:
             overrides = [f"--{key}", value, *overrides]
@@ -108,6 +112,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", metavar="DIR", help="run directory; default runs/<config name>/<n>")
     parser.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped")
     parser.add_argument("--folds", type=int, metavar="N", help="cross-validation: train once for each of N folds")
+    parser.add_argument(
+        "--code", metavar="MODULE", action="append", default=[],
+        help="a Python file or module of your own; it is run, and the config may name its classes",
+    )
     parser.add_argument("--print_config", action="store_true", help="print the whole config and leave")
     parser.add_argument("--list", action="store_true", help="name the packaged configs and leave; alone")
     return parser

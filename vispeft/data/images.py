@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vispeft.data.formats import open_image
 from vispeft.errors import DataError
 
 __all__ = ["EXTENSIONS", "UNREADABLE", "ImageFiles", "find_images", "read_image", "to_rgb", "why"]
@@ -64,7 +65,7 @@ def read_image(file: str | Path | BinaryIO, name: str | None = None) -> Tensor:
         DataError: If it cannot be read.
     """
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             image.load()
             pixels = np.array(to_rgb(ImageOps.exif_transpose(image), image.format))
     except UNREADABLE as error:
