@@ -249,4 +249,6 @@ def _takes_text(annotation: Any) -> bool:
         return any(isinstance(value, str) for value in get_args(annotation))
     if get_origin(annotation) in (typing.Union, UnionType):
         return any(_takes_text(part) for part in get_args(annotation))
-    return isinstance(annotation, type) and (annotation in (str, os.PathLike, PurePath, Path) or issubclass(annotation, enum.Enum))
+    return isinstance(annotation, type) and (
+        annotation in (str, os.PathLike, PurePath, Path) or issubclass(annotation, enum.Enum)
+    )
