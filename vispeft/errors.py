@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 __all__ = [
@@ -116,3 +117,31 @@ def brief(error: BaseException | None, at_most: int = 400) -> str:
     if len(text) > at_most:
         text = text[:at_most].rsplit(" ", 1)[0] + " ..."
     return text if text.endswith(".") else text + "."
+
+
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """Write a number with its noun, such as ``1 image`` or ``1,200 images``.
+
+    Args:
+        count: The number.
+        noun: The noun in the singular.
+        plural: Its plural; by default with an s.
+    """
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def printable(text: str) -> str:
+    """Escape the characters that a terminal or a text file cannot take: control characters and lone surrogates.
+
+    Args:
+        text: The text, such as the name of a file whose bytes are no UTF-8.
+    """
+    if text.isprintable():
+        return text
+    return "".join(_escaped(c) if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    # Python reads a byte that is no UTF-8 as one of these surrogates (PEP 383).
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else character.encode("unicode_escape").decode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import platform
@@ -36,6 +37,9 @@ def run_tool(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
         With ``VISPEFT_DEBUG=1`` an expected error keeps its traceback.
     """
     quiet_libraries()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show is no reason to stop
+            stream.reconfigure(errors="backslashreplace")
     try:
         with stopped_by_signals():
             main(sys.argv[1:] if argv is None else argv)

@@ -292,7 +292,7 @@ def _unique(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class MaskFiles(FileSource):
     """Mask files; `read` returns classes (H, W) instead of an image."""
 
-    def __init__(self, paths: Iterable[Path], root: Path, coding: MaskCoding) -> None:
+    def __init__(self, paths: Iterable[str | Path], root: str | Path, coding: MaskCoding) -> None:
         """Store the paths.
 
         Args:
@@ -313,7 +313,7 @@ class MaskFiles(FileSource):
 
     def take(self, indices: Sequence[int]) -> MaskFiles:
         """Return a source of some of the files."""
-        return MaskFiles([Path(self.paths[index]) for index in indices], Path(self.root), self.coding)
+        return MaskFiles([self.paths[index] for index in indices], self.root, self.coding)
 
     def facts(self, full: bool) -> list[MaskFacts]:  # type: ignore[override]
         """Inspect every file that has changed since the last time."""
