@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vispeft.core.families import describe
-from vispeft.core.fields import check_choices
+from vispeft.core.fields import check_choices, check_types
 from vispeft.core.providers import extra_methods, fill
 from vispeft.core.recipes import Recipe, choose_recipe
 from vispeft.core.sites import Site, View, check_roles, select
@@ -401,6 +401,7 @@ def method(name: str, **fields: Any) -> Method:
     for field in fields:
         if field not in known:
             raise UnknownNameError(f"field of {cls.__name__}", field, known)
+    check_types(cls, fields)
     return cls(**fields)
 
 
