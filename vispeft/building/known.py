@@ -34,9 +34,9 @@ _MODULES: set[str] = set()
 def register_class(cls: C) -> C:
     """Put a class of one's own onto the list, as a decorator or a function.
 
-    A config may then name it, by its name or its import path, wherever an argument of that kind is taken: a task, a data
-    module, a callback, a logger, an augmentation, or what an argument of such a class is annotated with. A method needs
-    `vispeft.register` alone.
+    A config may then name it, by its name or its import path, wherever an argument of that kind is taken: a task, a
+    data module, a callback, a logger, an augmentation, or what an argument of such a class is annotated with. A method
+    needs `vispeft.register` alone.
 
     Args:
         cls: The class. Its arguments come from configs, so it must do no harm whatever they are.

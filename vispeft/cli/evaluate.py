@@ -85,9 +85,8 @@ def load_task(run: Run) -> tuple[AdapterTask, Trainer]:
     tree["trainer"] = kept_settings(tree.get("trainer"))
     check_config(tree, [], str(run.config))
     names = json.loads((run.adapter / JSON_FILE).read_text(encoding="utf-8"))["class_names"]
-    seed_everything(
-        tree.get("seed_everything", 0), verbose=False
-    )  # determines the weights of a randomly initialised backbone
+    # Determines the weights of a randomly initialised backbone.
+    seed_everything(tree.get("seed_everything", 0), verbose=False)
     task = build_task(tree["model"], len(names), str(run.config))
     task.load_adapter(run.adapter)
     return task.eval(), evaluation_trainer(**tree["trainer"])
