@@ -10,8 +10,8 @@ from lightning.pytorch import Trainer, seed_everything
 from vispeft.building.config_files import read_config
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.config import ConfigCLI, build_task
-from vispeft.cli.config_keys import split_overrides
-from vispeft.cli.evaluation import evaluate, evaluation_trainer, metrics_table
+from vispeft.cli.config_keys import check_config, split_overrides
+from vispeft.cli.evaluation import evaluate, evaluation_trainer, kept_settings, metrics_table
 from vispeft.cli.runs import Run
 from vispeft.errors import ConfigError
 from vispeft.storage.files import JSON_FILE
@@ -61,7 +61,9 @@ def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:
     for key, _ in split_overrides(overrides):
         if key.split(".")[0] not in ("data", "trainer"):
             raise ConfigError(f"--{key}: a finished run takes overrides under data and trainer only.")
-    cli = ConfigCLI(run.config, overrides)
+    tree = read_config(run.config)
+    tree["trainer"] = kept_settings(tree.get("trainer"))
+    cli = ConfigCLI(run.config, overrides, tree=tree)
     cli.model.load_adapter(run.adapter)
     cli.model.eval()
     return cli
@@ -80,9 +82,11 @@ def load_task(run: Run) -> tuple[AdapterTask, Trainer]:
         BaseMismatchError: If the backbone differs from the adapted one.
     """
     tree = read_config(run.config)
+    tree["trainer"] = kept_settings(tree.get("trainer"))
+    check_config(tree, [], str(run.config))
     names = json.loads((run.adapter / JSON_FILE).read_text(encoding="utf-8"))["class_names"]
-    seed_everything(tree["seed_everything"], verbose=False)  # determines the weights of a randomly initialised backbone
+    # Determines the weights of a randomly initialised backbone.
+    seed_everything(tree.get("seed_everything", 0), verbose=False)
     task = build_task(tree["model"], len(names), str(run.config))
     task.load_adapter(run.adapter)
-    settings = {key: value for key, value in tree["trainer"].items() if key != "plugins"}
-    return task.eval(), evaluation_trainer(**settings)
+    return task.eval(), evaluation_trainer(**tree["trainer"])

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vispeft.data.formats import open_image
 from vispeft.data.trees import EXTENSIONS, LeftOut, is_image, walk
 from vispeft.errors import DataError
 
@@ -77,7 +78,7 @@ def read_image(file: str | Path | BinaryIO, name: str | None = None) -> Tensor:
         DataError: If it cannot be read.
     """
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             image.load()
             pixels = np.array(to_rgb(ImageOps.exif_transpose(image), image.format))
     except UNREADABLE as error:

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from vispeft.data.facts import ImageFacts
+from vispeft.data.formats import open_image
 from vispeft.data.images import UNREADABLE, why
 from vispeft.data.listing import ListedSplit
 from vispeft.data.palettes import Colour
@@ -61,7 +62,7 @@ def read_codes(file: str | Path | BinaryIO) -> np.ndarray:
     Raises:
         ValueError: If it is of another mode.
     """
-    with Image.open(file) as image:
+    with open_image(file) as image:
         return _codes(image)
 
 
@@ -254,7 +255,7 @@ def look_at_mask(file: BinaryIO, full: bool) -> MaskFacts:
         return MaskFacts(problem="empty")
     file.seek(0)
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             header = MaskFacts(width=image.width, height=image.height, mode=image.mode)
             if not full:
                 return header

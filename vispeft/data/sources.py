@@ -18,6 +18,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from vispeft.data.facts import Facts, FactStore, ImageFacts, Key, look_at
+from vispeft.data.formats import start_no_program
 from vispeft.data.images import UNREADABLE, read_image, to_rgb, why
 from vispeft.data.trees import open_regular
 from vispeft.errors import DataError
@@ -223,6 +224,7 @@ class TorchvisionSource(Source):
         return look_at(content, full=True)
 
     def _image(self, index: int) -> Any:
+        start_no_program()
         return self.dataset[self.indices[index]][0]
 
 
