@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from vispeft.data.facts import ImageFacts
 from vispeft.data.listing import Finding, Listing, gather
 from vispeft.data.masks import IGNORE, ListedMasks, MaskFacts, show_code
+from vispeft.errors import counted
 
 __all__ = ["check_masks", "image_counts", "mask_splits", "pixel_shares"]
 
@@ -80,10 +81,6 @@ def _all(listing: Listing) -> Iterator[tuple[str, int, str, MaskFacts]]:
             yield name, index, split.masks.name(index), known
 
 
-def _many(count: int, word: str = "image") -> str:
-    return f"{count} {word}{'' if count == 1 else 's'}"
-
-
 def _files(listing: Listing) -> list[Finding]:
     """Find missing and unreadable masks."""
     places: dict[str, list[str]] = defaultdict(list)
@@ -91,7 +88,7 @@ def _files(listing: Listing) -> list[Finding]:
         if known.problem:
             places[known.problem].append(f"{name} ({known.reason})" if known.reason else name)
     found = {
-        (code, text.replace("{n}", _many(len(places[problem])))): places[problem]
+        (code, text.replace("{n}", counted(len(places[problem]), "image"))): places[problem]
         for problem, (code, text) in PROBLEMS.items()
     }
     return gather("error", found)
@@ -105,7 +102,7 @@ def _shared(listing: Listing) -> list[Finding]:
         for index in range(len(split)):
             owners[split.masks.name(index)].add(split.source.name(index))
         shared += [f"{mask} ({', '.join(sorted(names))})" for mask, names in owners.items() if len(names) > 1]
-    text = f"{_many(len(shared), 'mask')} for more than one image; leave one of the images"
+    text = f"{counted(len(shared), 'mask')} for more than one image; leave one of the images"
     return gather("error", {("shared-mask", text): shared})
 
 
@@ -117,7 +114,7 @@ def _sizes(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> list[Find
         if image.width and known.width and image.upright != known.upright:
             sizes = "{} x {} for an image of {} x {}".format(*known.upright, *image.upright)
             differing.append(f"{name} ({sizes})")
-    text = f"{_many(len(differing))} with a mask of another size; every pixel needs its label"
+    text = f"{counted(len(differing), 'image')} with a mask of another size; every pixel needs its label"
     return gather("error", {("mask-size", text): differing})
 
 
@@ -130,7 +127,7 @@ def _values(listing: Listing) -> list[Finding]:
                 files[code].append(name)
     if not files:
         return []
-    named = ", ".join(f"{code} ({_many(len(files[code]), 'file')})" for code in sorted(files)[:SHOWN])
+    named = ", ".join(f"{code} ({counted(len(files[code]), 'file')})" for code in sorted(files)[:SHOWN])
     more = f" and {len(files) - SHOWN} more" if len(files) > SHOWN else ""
     count = len(listing.class_names)
     lossy = any(name.lower().endswith((".jpg", ".jpeg")) for names in files.values() for name in names)
@@ -153,7 +150,7 @@ def _colours(listing: Listing) -> list[Finding]:
             more = max(more, known.more)
     if not names:
         return []
-    text = f"{_many(len(names), 'mask')} in RGB instead of class indices, with colours that stand for no class: "
+    text = f"{counted(len(names), 'mask')} in RGB instead of class indices, with colours that stand for no class: "
     text += ", ".join(show_code(code, True) for code, _ in colours.most_common(SHOWN))
     rest = len(colours) - SHOWN + more
     text += f" and {rest} more" if rest > 0 else ""
@@ -175,7 +172,7 @@ def _unlabelled(listing: Listing) -> list[Finding]:
         if blank and len(blank) == len(known):
             found.append(Finding("error", "split-unlabelled", f"No mask of {split} has a labelled pixel"))
         elif blank:
-            text = f"{_many(len(blank), 'mask')} in {split} without a labelled pixel ({IGNORE} everywhere)"
+            text = f"{counted(len(blank), 'mask')} in {split} without a labelled pixel ({IGNORE} everywhere)"
             found.append(Finding("warning", "mask-unlabelled", text, tuple(blank)))
     return found
 
