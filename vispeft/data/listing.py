@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vispeft.data.images import PLAIN, Reading
 from vispeft.data.sources import JoinedSource, Source
 
 __all__ = ["Finding", "ListedSplit", "Listing", "Published", "Target"]
@@ -66,6 +67,14 @@ class ListedSplit:
         """Count the images."""
         return len(self.source)
 
+    def read_with(self, reading: Reading) -> None:
+        """Set how pixels become RGB.
+
+        Args:
+            reading: The settings.
+        """
+        self.source.read_with(reading)
+
     def label(self, index: int) -> str:
         """Return a string that identifies the target of an image.
 
@@ -111,6 +120,8 @@ class Listing:
     """Whether it is a published data set to be used unchanged, although its published sizes are not known here."""
     repeats: frozenset[str] = frozenset()
     """Splits that contain images of other splits by protocol."""
+    reading: Reading = PLAIN
+    """How pixels become RGB."""
 
     @property
     def blame(self) -> Literal["error", "warning"]:
