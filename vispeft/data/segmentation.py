@@ -106,8 +106,9 @@ class SegmentationData(ListedData):
         return make_palette(self.num_classes)
 
     def output_notes(self) -> dict[str, Any]:
-        """Return the mask colours and the image sizing for the adapter's file."""
+        """Return the mask colours, the image sizing and how pixels are read, for the adapter's file."""
         return {
+            **super().output_notes(),
             "palette": [list(colour) for colour in self.palette],
             "evaluation": self.evaluation,
             "short_side": self.short_side,
