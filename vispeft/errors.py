@@ -18,7 +18,51 @@ __all__ = [
     "UnknownNameError",
     "VerificationError",
     "VispeftError",
+    "check_object",
+    "printable",
 ]
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal would obey or cannot show: control characters and lone surrogates.
+
+    Args:
+        text: The text; its lines and tabs stay.
+    """
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t" or not _harmful(letter) else ascii(letter)[1:-1]
+        for letter in text
+    )
+
+
+def _harmful(letter: str) -> bool:
+    code = ord(letter)
+    return code < 0x20 or 0x7F <= code < 0xA0 or 0xD800 <= code < 0xE000 or letter in _DIRECTIONS
+
+
+def check_object(owner: str, name: str, value: object, wanted: type) -> None:
+    """Refuse a dictionary or a name where an object is needed, as configs build it and scripts do not.
+
+    Args:
+        owner: Name of the class with the argument.
+        name: The argument.
+        value: What was given; None counts as left out.
+        wanted: The class of the object.
+
+    Raises:
+        ConfigError: If it is of another class.
+    """
+    if value is None or isinstance(value, wanted):
+        return
+    fields = ", ".join(f"{key}={item!r}" for key, item in value.items()) if isinstance(value, dict) else "..."
+    raise ConfigError(
+        f"{owner}({name}={value!r}): configs take this, and a script gives an object, {wanted.__name__}({fields}). "
+        f"It is a {type(value).__name__} here."
+    )
+
+
+_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Marks that turn the order of the letters behind them."""
 
 
 class VispeftError(Exception):

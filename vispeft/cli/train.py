@@ -208,7 +208,7 @@ def _prepared(cli: ConfigCLI) -> ConfigCLI:
 def _carry_out(place: Path, cli: ConfigCLI, trainer: Trainer, found: Found | None, began: float) -> Path:
     """Train, or resume training, and finish."""
     task, checkpoints = cli.model, cast(RunCheckpoints, trainer.checkpoint_callback)
-    console.print(task.bank.report())
+    console.print(task.report())
     console.print(f"Run directory: {place}", soft_wrap=True)
     earlier = 0.0 if found is None else found.state["seconds"]
     if found is not None and found.finished:
@@ -223,7 +223,8 @@ def _carry_out(place: Path, cli: ConfigCLI, trainer: Trainer, found: Found | Non
             raise FileError(f"The disk of {place} is full. Free some space, then go on by --resume {place}.") from error
     metrics = _finish(place, cli, trainer, {"training": checkpoints.seconds}, began - earlier)
     runs.write_json(place / runs.METRICS, {"command": runs.command_of(place), **metrics})
-    chosen = "Best" if getattr(cli.datamodule, "validation_chooses", True) else "Last"
+    measured = metrics["validation"].get(task.monitor.partition("/")[2]) is not None
+    chosen = "Best" if measured and getattr(cli.datamodule, "validation_chooses", True) else "Last"
     console.print(f"{chosen} of {metrics['epochs']} epochs: epoch {metrics['best_epoch']}")
     console.print(metrics_table({split: metrics[split] for split in ("validation", "test")}))
     if (by_class := class_table(metrics)) is not None:
@@ -357,7 +358,7 @@ def _finish(place: Path, cli: ConfigCLI, trainer: Trainer, seconds: dict[str, fl
         "epochs": checkpoints.epochs,
         "steps": checkpoints.steps,
         "seed": cli.config["seed_everything"],
-        "parameters": task.bank.report().to_dict(),
+        "parameters": task.report().to_dict(),
         "adapter_bytes": {path.name: path.stat().st_size for path in sorted((place / runs.ADAPTER).iterdir())},
         "seconds": {**seconds, **measured.seconds, "total": time.perf_counter() - began},
         "device": str(trainer.strategy.root_device),

@@ -22,7 +22,7 @@ from vispeft.data.palettes import ClassTable, Colour, make_palette, read_palette
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.data.randomness import seeded
 from vispeft.data.sources import FileSource
-from vispeft.errors import ConfigError, DataError
+from vispeft.errors import ConfigError, DataError, check_object
 
 __all__ = ["MaskFolderData", "MaskSplit", "PublishedMasks", "SegmentationData", "list_masks"]
 
@@ -96,6 +96,7 @@ class SegmentationData(ListedData):
             raise ConfigError(f"{name}(short_side={short_side}): at least one pixel is needed, or None.")
         if "crop_pct" in self._given:
             raise ConfigError(f"{name}(crop_pct=...): it cuts images and not their masks; leave it out.")
+        check_object(name, "augment", augment, MaskAugmentation)
         self.target = "mask"
         self.crops, self.evaluation, self.short_side = augment, evaluation, short_side
 

@@ -27,6 +27,7 @@ from torch.fx import GraphModule
 
 from vispeft.adapters.bank import AdapterBank
 from vispeft.errors import ConfigError, ExportError, FileError
+from vispeft.storage.header import strict_values
 
 __all__ = ["INPUT", "OUTPUT", "TOLERANCE", "Difference", "check", "export_onnx", "export_program", "staged"]
 
@@ -158,7 +159,9 @@ def export_onnx(
         except torch.onnx.errors.OnnxExporterError as error:
             raise ExportError(f"{type(model).__name__} has no ONNX form: {_first_line(error)}.") from error
         assert exported is not None
-        exported.model.metadata_props.update({key: json.dumps(value) for key, value in (notes or {}).items()})
+        exported.model.metadata_props.update(
+            {key: json.dumps(strict_values(value)) for key, value in (notes or {}).items()}
+        )
         exported.save(place)
     return Path(path)
 

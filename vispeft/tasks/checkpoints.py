@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import math
 import time
 import warnings
 from collections.abc import Iterator
@@ -298,21 +299,28 @@ class RunCheckpoints(Checkpoint):
                 f"The best epoch is chosen by {self.monitor}, which the task does not log; it logs "
                 f"{', '.join(sorted(trainer.callback_metrics)) or 'nothing'}."
             )
+        seen = getattr(pl_module, "outputs_seen", None)
+        value = math.nan if seen is not None and seen.broken else float(score)
         # If validation images are trained on, their score is meaningless, and the last epoch is kept.
-        if getattr(trainer.datamodule, "validation_chooses", True) and not self._better(float(score)):
+        if getattr(trainer.datamodule, "validation_chooses", True) and not self._better(value):
             return
         epoch = trainer.current_epoch
         file = f"best-epoch{epoch:03d}-step{trainer.global_step:07d}.ckpt"
         trainer.save_checkpoint(self.folder / file, weights_only=True)
-        self.best = {"file": file, "epoch": epoch, "score": float(score)}
+        self.best = {"file": file, "epoch": epoch, "score": value}
 
     def _better(self, score: float) -> bool:
-        if self.best is None:
+        """Whether a score is better than the best one; without any finite score the newest epoch counts as best."""
+        best = math.nan if self.best is None else self.best["score"]
+        if not math.isfinite(best):
+            if self.best is None and not math.isfinite(score):
+                logger.warning(
+                    "%s is not a finite number, which decides about no epoch: the last one is kept, unless one gets a "
+                    "number. Has the validation split labels?",
+                    self.monitor,
+                )
             return True
-        best = self.best["score"]
-        if best != best:
-            return score == score  # any number is better than none
-        return score > best if self.mode == "max" else score < best
+        return math.isfinite(score) and (score > best if self.mode == "max" else score < best)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the final state."""
