@@ -204,4 +204,5 @@ def padded_to(images: Tensor, divisor: int) -> Tensor:
         divisor: Number that height and width become multiples of.
     """
     below, beside = ((-side) % divisor for side in images.shape[-2:])
-    return F.pad(images, (0, beside, 0, below)) if below or beside else images
+    # An exported program keeps the padding, of nothing where nothing is needed, for images of other sizes.
+    return F.pad(images, (0, beside, 0, below)) if torch.compiler.is_exporting() or below or beside else images

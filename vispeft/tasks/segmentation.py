@@ -41,6 +41,11 @@ class SegmentationNetwork(nn.Module):
         super().__init__()
         self.model, self.reader, self.decoder = model, reader, decoder
 
+    @property
+    def pads_to(self) -> int:
+        """Number whose multiples height and width are padded to."""
+        return self.reader.divisor
+
     def forward(self, images: Tensor) -> Tensor:
         """Compute class scores (B, classes, H, W), resized bilinearly to the images.
 
