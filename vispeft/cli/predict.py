@@ -64,11 +64,12 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"{table} exists already and is not overwritten. Choose another --out.")
     targets = _targets(paths, Path(given.images), out, predictor.folders)
     predictor.check(paths, reading)
-    rows = [["path", *predictor.columns]]
+    rows, broken = [["path", *predictor.columns]], []
     found = predict(task, predictor, trainer, paths, given.batch_size, reading)
     shown = track(found, "predicting", len(paths), console=console, disable=not console.is_terminal)
     for path, target, prediction in zip(paths, targets, shown, strict=True):
         rows.append([str(path), *prediction.row])
+        broken += [] if prediction.finite else [str(path)]
         if prediction.pictures:
             pictures = prediction.pictures.items()
             write_atomically({out / folder / target: _png(picture) for folder, picture in pictures})
@@ -76,6 +77,13 @@ def main(argv: Sequence[str]) -> None:
     csv.writer(text, lineterminator="\n").writerows(rows)
     write_text(table, text.getvalue())
     console.print(f"{counted(len(paths), 'image')} predicted: {table}", soft_wrap=True)
+    if broken:
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        console.print(
+            f"The outputs for {len(broken)} of them are not finite, and their cells are empty: "
+            f"{', '.join(broken[:5])}{more}.",
+            soft_wrap=True,
+        )
 
 
 def predict(

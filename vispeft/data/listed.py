@@ -22,7 +22,7 @@ from vispeft.data.listing import Finding, ListedSplit, Listing
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.data.randomness import seeded
 from vispeft.data.splitting import check_drawing, cross_validation, hold_out, share_of_rest
-from vispeft.errors import ConfigError, DataError, counted, printable
+from vispeft.errors import ConfigError, DataError, check_object, counted, printable
 
 __all__ = ["ImageSplit", "ListedData"]
 
@@ -124,6 +124,7 @@ class ListedData(ImageData):
         name = type(self).__name__
         if check not in ("full", "fast"):
             raise ConfigError(f"{name}(check={check!r}): the choices are full and fast.")
+        check_object(name, "augment", augment, Augmentation)
         check_drawing(name, validation=validation, test=test, split_seed=split_seed, folds=folds, fold=fold)
         self.check, self.augment = check, augment
         self.validation, self.test, self.split_seed = validation, test, split_seed

@@ -102,8 +102,8 @@ def _transparency(usable: Named, listing: Listing) -> list[Finding]:
             Finding("fact", "transparency", f"{counted(len(names), 'image')} with transparency, laid on {list(colour)}")
         ]
     text = (
-        f"{counted(len(names), 'image')} with transparency, which is dropped: hidden colours become visible. Set transparency to "
-        "the colour behind them, such as [255, 255, 255] for white"
+        f"{counted(len(names), 'image')} with transparency, which is dropped: hidden colours become visible. Set "
+        "transparency to the colour behind them, such as [255, 255, 255] for white"
     )
     return [Finding("warning", "transparency", text, names)]
 

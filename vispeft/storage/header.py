@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -16,7 +17,7 @@ from vispeft.storage.codecs import RAW
 from vispeft.storage.files import dtype_name
 from vispeft.storage.form import escaped
 
-__all__ = ["adapter_part", "backbone_part", "plain_values", "preprocessing_part", "tensor_part"]
+__all__ = ["adapter_part", "backbone_part", "plain_values", "preprocessing_part", "strict_values", "tensor_part"]
 
 
 def adapter_part(method: Method) -> dict[str, Any]:
@@ -31,6 +32,8 @@ def adapter_part(method: Method) -> dict[str, Any]:
 def plain_values(value: Any, name: str) -> Any:
     """Convert a note to plain JSON values: tensors and arrays to numbers, tuples to lists, keys to strings.
 
+    A number that is not finite becomes null.
+
     Args:
         value: The note.
         name: Name of the note, for the error message.
@@ -39,9 +42,22 @@ def plain_values(value: Any, name: str) -> Any:
         ConfigError: If a value cannot be converted.
     """
     try:
-        return json.loads(json.dumps(value, default=lambda item: item.tolist()))
+        return strict_values(json.loads(json.dumps(value, default=lambda item: item.tolist())))
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{name} cannot be written to a file ({error}); give numbers, names and lists.") from error
+
+
+def strict_values(value: Any) -> Any:
+    """Replace the numbers that JSON cannot hold, which are those that are not finite, by None at every depth.
+
+    Args:
+        value: Numbers, names, lists and dictionaries.
+    """
+    if isinstance(value, dict):
+        return {key: strict_values(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict_values(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def backbone_part(model: nn.Module, outer: nn.Module) -> dict[str, Any]:
