@@ -153,12 +153,12 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
-def printable(text: str, keep: str = "") -> str:
+def printable(text: str, keep: str = "\n\t") -> str:
     """Escape the characters that a terminal would obey or a file cannot hold: control characters and lone surrogates.
 
     Args:
         text: The text, such as the name of a file whose bytes are no UTF-8.
-        keep: Characters to leave as they are, such as the ends of lines.
+        keep: Control characters to leave as they are; none for a name.
     """
     if text.isprintable():
         return text

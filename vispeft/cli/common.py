@@ -23,10 +23,6 @@ from vispeft.errors import ConfigError, VispeftError, printable
 __all__ = ["console", "make_parser", "one_line", "quiet_libraries", "run_tool", "versions"]
 
 
-LINES = "\n\t"
-"""Control characters that the terminal is meant to obey."""
-
-
 class PlainConsole(Console):
     """A console that prints names and paths as they are: no brackets or colons of them are markup."""
 
@@ -36,7 +32,7 @@ class PlainConsole(Console):
 
     def render_str(self, text: str, **settings: Any) -> Text:
         """Convert text, cells of tables too; control characters are escaped."""
-        return super().render_str(printable(text, LINES), **settings)
+        return super().render_str(printable(text), **settings)
 
 
 console = PlainConsole()
@@ -68,7 +64,7 @@ def run_tool(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
     except VispeftError as error:
         if os.environ.get("VISPEFT_DEBUG") == "1":
             raise
-        print("error:", printable(str(error), LINES), file=sys.stderr)
+        print("error:", printable(str(error)), file=sys.stderr)
         return 2
     except Exception as error:
         if os.environ.get("VISPEFT_DEBUG") == "1" or not _is_lightnings(error):

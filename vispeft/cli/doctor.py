@@ -250,7 +250,7 @@ def diagnose(report: Report) -> None:
         report: The result of a data module's `report`.
     """
     listing = report.listing
-    console.print(f"[bold]{escape(printable(listing.place))}[/]", soft_wrap=True, markup=True)
+    console.print(f"[bold]{escape(printable(listing.place, keep=''))}[/]", soft_wrap=True, markup=True)
     console.print(_splits(report))
     if listing.target != "regression":
         console.print(_classes(report))
@@ -292,5 +292,5 @@ def _classes(report: Report) -> Table:
         if len(order) > 10 and position == 4:
             table.add_row(f"... {len(order) - 8} more", *["" for _ in columns])
         figures = [f"{column[index]:,}" for column in counts.values()] + [f"{share[index]:.2%}" for share in shares]
-        table.add_row(printable(listing.class_names[index]), *figures)
+        table.add_row(printable(listing.class_names[index], keep=""), *figures)
     return table
