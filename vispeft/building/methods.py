@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from vispeft.building.classes import argument_names, check_argument, class_path,
 from vispeft.building.config_files import Node, read_config
 from vispeft.building.parsing import parser_errors
 from vispeft.core.method import Method
+from vispeft.core.providers import extra_methods
 from vispeft.errors import ConfigError
 from vispeft.resources import resource_folder
 
@@ -51,6 +53,8 @@ def method_node(node: str | Mapping[str, Any]) -> Node:
             raise ConfigError(f"{file} has no class_path, so it describes no method.")
         merged = {**(preset.get("init_args") or {}), **(given.get("init_args") or {})}
         return method_node({**preset, "init_args": merged})
+    if name in extra_methods():
+        importlib.import_module(extra_methods()[name])
     registered = {cls.name: cls for cls in subclasses(Method).values() if "name" in vars(cls)}
     if name in registered:
         path = class_path(registered[name])
