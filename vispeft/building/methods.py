@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from vispeft.building.config_files import Node, read_config
 from vispeft.building.known import known_classes
 from vispeft.building.parsing import parser_errors
 from vispeft.core.method import Method
+from vispeft.core.providers import extra_methods
 from vispeft.errors import ConfigError
 from vispeft.resources import resource_folder
 
@@ -59,6 +61,8 @@ def _resolved(node: str | Mapping[str, Any], files: tuple[Path, ...]) -> Node:
         if "class_path" not in preset:
             raise ConfigError(f"{file} has no class_path, so it describes no method.")
         return _resolved({**preset, "init_args": {**_fields(preset), **fields}}, (*files, file))
+    if name in extra_methods():
+        importlib.import_module(extra_methods()[name])
     registered = {cls.name: cls for cls in known_classes(Method) if "name" in vars(cls)}
     if name in registered:
         path = class_path(registered[name])

@@ -15,13 +15,27 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from vispeft.cli.stopping import Stopped, stopped_by_signals
-from vispeft.errors import ConfigError, VispeftError
+from vispeft.errors import ConfigError, VispeftError, printable
 
 __all__ = ["console", "make_parser", "one_line", "quiet_libraries", "run_tool", "versions"]
 
-console = Console()
+
+class PlainConsole(Console):
+    """A console that prints names and paths as they are: no brackets or colons of them are markup."""
+
+    def __init__(self) -> None:
+        """Switch markup off, which a call may switch on for text of its own."""
+        super().__init__(markup=False, emoji=False)
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        """Convert text, cells of tables too; control characters are escaped."""
+        return super().render_str(printable(text), **settings)
+
+
+console = PlainConsole()
 """Where commands print."""
 
 
@@ -50,7 +64,7 @@ def run_tool(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
     except VispeftError as error:
         if os.environ.get("VISPEFT_DEBUG") == "1":
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", printable(str(error)), file=sys.stderr)
         return 2
     except Exception as error:
         if os.environ.get("VISPEFT_DEBUG") == "1" or not _is_lightnings(error):
@@ -77,6 +91,9 @@ def _is_lightnings(error: Exception) -> bool:
 
 def quiet_libraries() -> None:
     """Print vispeft's log lines plainly, and hide messages of libraries that users cannot act on."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names may have letters that the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("vispeft")

@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
     except DataError as error:
         # The data could not be listed, so there is no page to show.
         lines = "\n".join(map(printable, str(error).split("\n")))
-        console.print(f"[{STYLES['error']}]error[/]  {escape(lines)}", soft_wrap=True)
+        console.print(f"[{STYLES['error']}]error[/]  {escape(lines)}", soft_wrap=True, markup=True)
         raise SystemExit(1) from None
     diagnose(report)
     if report.of("error"):
@@ -250,19 +250,19 @@ def diagnose(report: Report) -> None:
         report: The result of a data module's `report`.
     """
     listing = report.listing
-    console.print(f"[bold]{escape(printable(listing.place))}[/]", soft_wrap=True)
+    console.print(f"[bold]{escape(printable(listing.place, keep=''))}[/]", soft_wrap=True, markup=True)
     console.print(_splits(report))
     if listing.target != "regression":
         console.print(_classes(report))
     for level in ("error", "warning", "fact"):
         for finding in report.of(level):
-            console.print(
-                f"[{STYLES[level]}]{level:<7}[/] [dim]{finding.code}[/]  {escape(finding.line(PLACES))}", soft_wrap=True
-            )
+            line = f"[{STYLES[level]}]{level:<7}[/] [dim]{finding.code}[/]  {escape(finding.line(PLACES))}"
+            console.print(line, soft_wrap=True, markup=True)
     errors, warnings = len(report.of("error")), len(report.of("warning"))
     verdict = "cannot be used as they are" if errors else "can be used"
     style = STYLES["error"] if errors else STYLES["warning"] if warnings else "bold green"
-    console.print(f"[{style}]The data {verdict}[/]: {counted(errors, 'error')}, {counted(warnings, 'warning')}.")
+    said = f"{counted(errors, 'error')}, {counted(warnings, 'warning')}"
+    console.print(f"[{style}]The data {verdict}[/]: {said}.", markup=True)
 
 
 def _splits(report: Report) -> Table:
@@ -292,5 +292,5 @@ def _classes(report: Report) -> Table:
         if len(order) > 10 and position == 4:
             table.add_row(f"... {len(order) - 8} more", *["" for _ in columns])
         figures = [f"{column[index]:,}" for column in counts.values()] + [f"{share[index]:.2%}" for share in shares]
-        table.add_row(escape(printable(listing.class_names[index])), *figures)
+        table.add_row(printable(listing.class_names[index], keep=""), *figures)
     return table

@@ -56,7 +56,7 @@ def finish_run(place: Path, cli: ConfigCLI, trainer: Trainer, began: float) -> N
         said = (
             f"The adapter is kept in {place / runs.ADAPTER}, and could not be measured; --resume {place} tries again."
         )
-        console.print(said, soft_wrap=True, markup=False)
+        console.print(said, soft_wrap=True)
         raise
     by_split = measured.metrics.items()
     _save(place, cli, {f"{split}/{name}": value for split, metrics in by_split for name, value in metrics.items()})
@@ -89,7 +89,7 @@ def _figures(
         "epochs": checkpoints.epochs,
         "steps": checkpoints.steps,
         "seed": cli.config["seed_everything"],
-        "parameters": cli.model.bank.report().to_dict(),
+        "parameters": cli.model.report().to_dict(),
         "adapter_bytes": {path.name: path.stat().st_size for path in files if path.is_file()},
         "seconds": {"training": checkpoints.seconds, **measured.seconds, "total": time.perf_counter() - began},
         "device": str(trainer.strategy.root_device),
@@ -129,7 +129,8 @@ def _drawn(what: str, place: Path, draw: Callable[[], Any]) -> bool:
 
 
 def _show(cli: ConfigCLI, metrics: dict[str, Any]) -> None:
-    chosen = "Best" if getattr(cli.datamodule, "validation_chooses", True) else "Last"
+    measured = metrics["validation"].get(cli.model.monitor.partition("/")[2]) is not None
+    chosen = "Best" if measured and getattr(cli.datamodule, "validation_chooses", True) else "Last"
     console.print(f"{chosen} of {counted(metrics['epochs'], 'epoch')}: epoch {metrics['best_epoch']}")
     console.print(metrics_table({split: metrics[split] for split in ("validation", "test")}))
     if (by_class := class_table(metrics)) is not None:

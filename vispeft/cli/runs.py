@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vispeft.errors import ConfigError, FileError
 from vispeft.storage.files import JSON_FILE, write_atomically
+from vispeft.storage.header import strict_values
 from vispeft.storage.leftovers import finish_save, remove_partial
 from vispeft.storage.locks import hold
 from vispeft.zoo.adapters import ADAPTER
@@ -198,11 +199,37 @@ def begun(path: str | Path) -> bool:
     if not place.is_dir():
         raise FileError(f"There is no run directory {str(place)!r} to resume; `vispeft train` makes them.")
     found = _listing(place)
+    _refuse_segmentor(place, found)
     if found and CONFIG not in found:
         numbered = sorted(int(name) for name in found if name.isdecimal() and (place / name / CONFIG).is_file())
         hint = f" Did you mean {place / str(numbered[-1])}?" if numbered else ""
         raise FileError(f"{place} is no run directory: it has no {CONFIG} (found {', '.join(found[:4])}).{hint}")
     return bool(found)
+
+
+def _refuse_segmentor(place: Path, found: Sequence[str]) -> None:
+    """Refuse a run of mmsegmentation, and say how its own tools do the same.
+
+    Args:
+        place: The run directory.
+        found: Names in it.
+
+    Raises:
+        FileError: If it is one.
+    """
+    configs = [name for name in found if name.endswith(".py")]
+    if CONFIG in found or not configs:
+        return
+    config = place / configs[0]
+    weights = sorted((name for name in found if name.endswith(".pth")), key=lambda name: (place / name).stat().st_mtime)
+    checkpoint = place / weights[-1] if weights else "CHECKPOINT"
+    raise FileError(
+        f"{place} is a run of mmsegmentation, whose config is code, and this command reads runs of `vispeft train "
+        f"CONFIG.yaml`. To go on: vispeft train {config} --resume {place}. To measure: python tools/test.py {config} "
+        f"{checkpoint}, which is mmsegmentation's. For the rest, model = mmseg.apis.init_model('{config}', "
+        f"'{checkpoint}'); mmseg.apis.inference_model(model, IMAGES) predicts, and vispeft.mmseg.merge(model, OUT) "
+        "merges, after which mmdeploy exports."
+    )
 
 
 def _next_number(base: Path) -> Path:
@@ -228,12 +255,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file atomically.
+    """Write a JSON file atomically; a number that is not finite becomes null.
 
     Raises:
         FileError: If it cannot be written.
     """
-    write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(strict_values(values), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @dataclass(frozen=True)
@@ -258,6 +285,7 @@ class Run:
         place = Path(path)
         if not place.is_dir():
             raise FileError(f"There is no run directory {str(place)!r}; `vispeft train` makes them.")
+        _refuse_segmentor(place, _listing(place))
         missing = [name for name in (CONFIG, METRICS, f"{ADAPTER}/{JSON_FILE}") if not (place / name).is_file()]
         if missing:
             numbered = sorted(p.name for p in place.iterdir() if p.name.isdecimal() and (p / METRICS).is_file())

@@ -263,13 +263,13 @@ def finish(run: str | Path) -> Path:
     if not found.finished:
         planned = cli.trainer_settings["max_epochs"]
         said = f"The run was stopped early. Its further epochs: vispeft train --resume {place} --{MORE} {planned}"
-        console.print(said, soft_wrap=True, markup=False)
+        console.print(said, soft_wrap=True)
     return place
 
 
 def _say_finished(place: Path) -> Path:
     said = f"{place} is finished; there is nothing to go on with. Its figures are in {runs.METRICS}."
-    console.print(said, soft_wrap=True, markup=False)
+    console.print(said, soft_wrap=True)
     return place
 
 
@@ -277,7 +277,7 @@ def _found(place: Path, cli: ConfigCLI) -> Found | None:
     """Find the checkpoint to go on from, and check that it was written with the same config."""
     found = find_checkpoint(place / runs.CHECKPOINTS)
     if found is None:
-        console.print(f"{place} has no checkpoint, so training begins anew.", soft_wrap=True, markup=False)
+        console.print(f"{place} has no checkpoint, so training begins anew.", soft_wrap=True)
         shutil.rmtree(place / runs.LOGS, ignore_errors=True)
         return None
     if found.config is None:
@@ -285,7 +285,6 @@ def _found(place: Path, cli: ConfigCLI) -> Found | None:
             f"Warning: {found.path.name} is of an earlier version and does not say which config it was written with; "
             f"it is taken to be {runs.CONFIG}.",
             soft_wrap=True,
-            markup=False,
         )
     else:
         other = differing(cli, found.config)
@@ -294,7 +293,7 @@ def _found(place: Path, cli: ConfigCLI) -> Found | None:
                 f"{found.path} was written with another config: {told(other)}. Set {runs.CONFIG} back, or begin a new "
                 "run."
             )
-    console.print(f"Going on from {found.path}.", soft_wrap=True, markup=False)
+    console.print(f"Going on from {found.path}.", soft_wrap=True)
     return found
 
 
@@ -333,7 +332,7 @@ def _prepared(cli: ConfigCLI) -> ConfigCLI:
     task.check_data(data)
     if cli.config["init"] is not None:
         said = start_from(task, cli.config["init"], output_names(data, task.num_classes))
-        console.print(said, soft_wrap=True, markup=False)
+        console.print(said, soft_wrap=True)
     kept = cli.config["cache_features"]
     if kept not in (False, None):
         cache_features(task, data, cli.trainer, None if kept is True else kept)
@@ -344,8 +343,8 @@ def _prepared(cli: ConfigCLI) -> ConfigCLI:
 def _carry_out(place: Path, cli: ConfigCLI, trainer: Trainer, found: Found | None, began: float) -> None:
     """Train, or resume training, and finish."""
     task, checkpoints = cli.model, cast(RunCheckpoints, trainer.checkpoint_callback)
-    console.print(task.bank.report())
-    console.print(f"Run directory: {place}", soft_wrap=True, markup=False)
+    console.print(task.report())
+    console.print(f"Run directory: {place}", soft_wrap=True)
     earlier = 0.0 if found is None else found.state["seconds"]
     if found is not None and found.finished and not _has_more(place, found, trainer):
         _check_measured(cli.datamodule, found)

@@ -24,7 +24,7 @@ from vispeft.data.preprocessing import Preprocessing
 from vispeft.data.randomness import seeded
 from vispeft.data.sources import FileSource
 from vispeft.data.trees import EXTENSIONS, LeftOut, list_folder, walk
-from vispeft.errors import ConfigError, DataError, counted
+from vispeft.errors import ConfigError, DataError, check_object, counted
 
 __all__ = ["MaskFolderData", "MaskSplit", "PublishedMasks", "SegmentationData", "list_masks"]
 
@@ -98,6 +98,7 @@ class SegmentationData(ListedData):
             raise ConfigError(f"{name}(short_side={short_side}): at least one pixel is needed, or None.")
         if "crop_pct" in self._given:
             raise ConfigError(f"{name}(crop_pct=...): it cuts images and not their masks; leave it out.")
+        check_object(name, "augment", augment, MaskAugmentation)
         self.target = "mask"
         self.crops, self.evaluation, self.short_side = augment, evaluation, short_side
 
@@ -107,8 +108,9 @@ class SegmentationData(ListedData):
         return make_palette(self.num_classes)
 
     def output_notes(self) -> dict[str, Any]:
-        """Return the mask colours and the image sizing for the adapter's file."""
+        """Return the mask colours, the image sizing and how pixels are read, for the adapter's file."""
         return {
+            **super().output_notes(),
             "palette": [list(colour) for colour in self.palette],
             "evaluation": self.evaluation,
             "short_side": self.short_side,

@@ -15,14 +15,16 @@ from torch import Tensor, nn
 
 from vispeft.adapters.attach import attach, load
 from vispeft.adapters.bank import AdapterBank
+from vispeft.adapters.report import Report
 from vispeft.backbones.create import create_model
 from vispeft.core.families import unwrap
 from vispeft.core.method import Method
 from vispeft.data.preprocessing import Preprocessing
-from vispeft.errors import ConfigError, DataError, FileError, counted
+from vispeft.errors import ConfigError, DataError, FileError, check_object, counted
 from vispeft.tasks.callbacks import FiniteGuard, MethodHooks
 from vispeft.tasks.checkpoints import read_checkpoint
 from vispeft.tasks.ema import EMA
+from vispeft.tasks.finite import OutputCount
 from vispeft.tasks.layer_decay import decay_by_layer
 from vispeft.tasks.migration import rename_heads
 from vispeft.tasks.optimizers import check_optimizer, make_optimizer
@@ -92,6 +94,7 @@ class AdapterTask(LightningModule):
             VerificationError: If a trainable tensor receives no gradient.
         """
         super().__init__()
+        check_object(type(self).__name__, "method", method, Method)
         for name, value, good in (
             ("lr", lr, 0 < lr <= _LARGEST),
             ("weight_decay", weight_decay, weight_decay >= 0 and math.isfinite(weight_decay)),
@@ -124,8 +127,14 @@ class AdapterTask(LightningModule):
             )
         self.layer_decay = layer_decay
         self.ema = EMA(ema) if ema else None
+        self.outputs_seen = OutputCount()
+        """Images of the split that was measured last, and those whose outputs are not finite."""
         self.started = False
         """Whether the adapter has left its initial values, by training or by loading a file."""
+
+    def report(self) -> Report:
+        """Count the parameters of the adapter, and of a decoder that trains with it."""
+        return self.bank.report()
 
     def save_adapter(self, path: str | Path) -> None:
         """Write the adapter, together with the tensors of the task.
@@ -145,13 +154,36 @@ class AdapterTask(LightningModule):
             path: Its directory.
 
         Raises:
-            FileError: If a file is missing, truncated or altered.
+            FileError: If a file is missing, truncated or altered, or the adapter was trained for another task.
             BaseMismatchError: If it was trained on another backbone.
         """
         for name in self.bank.names:
             self.bank.detach(name)
         self.bank = load(self.model, path)
+        self._check_output(path, self.bank.notes().get("output") or {})
         self.started = True
+
+    def _check_output(self, path: str | Path, saved: Mapping[str, Any]) -> None:
+        """Refuse an adapter whose outputs are read in another way than this task's.
+
+        Args:
+            path: Its directory, for the message.
+            saved: Its note on outputs; one of earlier versions may be empty.
+
+        Raises:
+            FileError: If target, or the decoder, are others.
+        """
+        own = self.output()
+        kind, wanted = saved.get("target"), own.get("target")
+        if None not in (kind, wanted) and kind != wanted:
+            raise FileError(f"{path} was trained for targets of the kind {kind!r}, and the task has {wanted!r}.")
+        ours, theirs = own.get("decoder"), saved.get("decoder")
+        if ours is None or theirs is None:
+            return
+        other = [key for key in ("name", "taps", "levels") if theirs.get(key, ours[key]) != ours[key]]
+        if other:
+            listing = ", ".join(f"{key} {theirs[key]} there, {ours[key]} here" for key in other)
+            raise FileError(f"{path} was trained with another decoder than the task has: {listing}.")
 
     def head_tensors(self) -> dict[str, Tensor]:
         """Tensors of the task's head, by their names in files."""

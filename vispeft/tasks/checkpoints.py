@@ -351,9 +351,11 @@ class RunCheckpoints(Checkpoint):
         if trainer.sanity_checking:
             return
         # If validation images are trained on, their score is meaningless, and the last epoch is kept.
-        if getattr(trainer.datamodule, "validation_chooses", True) and not self._better(float(score), trainer):
+        seen = getattr(pl_module, "outputs_seen", None)
+        value = math.nan if seen is not None and seen.broken else float(score)
+        if getattr(trainer.datamodule, "validation_chooses", True) and not self._better(value, trainer):
             return
-        self._keep(trainer, trainer.current_epoch, float(score))
+        self._keep(trainer, trainer.current_epoch, value)
 
     def _keep(self, trainer: Trainer, epoch: int, score: float) -> None:
         """Write the present weights as those of the best epoch."""
