@@ -17,10 +17,10 @@ from vispeft.adapters.merge import TOLERANCE
 from vispeft.backbones.request import resolve
 from vispeft.cli.common import console, make_parser, versions
 from vispeft.cli.evaluate import load_task
-from vispeft.cli.runs import Run
+from vispeft.cli.runs import Run, write_json
 from vispeft.errors import ConfigError, MergeError
-from vispeft.storage.files import JSON_FILE, write_atomically
-from vispeft.storage.header import strict_values
+from vispeft.interop.staging import check_free, staged
+from vispeft.storage.files import JSON_FILE
 from vispeft.tasks.base import AdapterTask
 
 __all__ = ["main", "merge_run"]
@@ -63,14 +63,14 @@ def merge_run(run: Run, out: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: If a file of that name exists, or the name has another suffix.
-        MergeError: If the method cannot be merged, or plain timm does not compute the same from the files.
+        MergeError: If the method cannot be merged, or plain timm does not compute the same from the files; no file is
+            left then.
+        FileError: If the files cannot be written.
     """
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out is {str(out)!r}; the name should end in .safetensors.")
     described = out.with_suffix(".json")
-    for path in (out, described):
-        if path.exists():
-            raise ConfigError(f"{path} exists already and is not overwritten. Choose another --out.")
+    check_free(out, described)
     task, _ = load_task(run)
     source = json.loads((run.adapter / JSON_FILE).read_text(encoding="utf-8"))
     images = _noise(task.preprocessing.size)
@@ -91,9 +91,10 @@ def merge_run(run: Run, out: Path) -> dict[str, Any]:
         "max_error": error,
         "versions": versions(),
     }
-    text = json.dumps(strict_values(info), indent=1, ensure_ascii=False) + "\n"
-    write_atomically({out: to_bytes(state, metadata={"format": "pt"}), described: text.encode()})
-    _check(architecture, args, load_file(out), images, adapted, report.created)
+    with staged(out, described) as place:
+        place.write_bytes(to_bytes(state, metadata={"format": "pt"}))
+        write_json(place.with_name(described.name), info)
+        _check(architecture, args, load_file(place), images, adapted, report.created)
     return info
 
 
