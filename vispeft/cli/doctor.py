@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,7 +119,7 @@ def open_data(place: str, kind: str = "auto", overrides: Sequence[str] = ()) -> 
         DataError: If the kind of the place cannot be determined.
     """
     path = Path(place)
-    if not path.exists() and place in config_names():
+    if not os.path.exists(path) and place in config_names():
         path = find_config(place)
     if path.suffix in (".yaml", ".yml"):
         if kind != "auto":
@@ -157,8 +158,8 @@ def _guess(path: Path) -> str:
         return "json"
     if path.suffix == ".tar":
         return "webdataset"
-    if not path.is_dir():
-        found = "is none of these" if path.is_file() else "is not there"
+    if not os.path.isdir(path):
+        found = "is none of these" if os.path.isfile(path) else "is not there"
         raise DataError(f"{str(path)!r} {found}. Give a folder, a list (.txt, .json), shards (.tar) or a config.")
     for kind, folders in LAYOUTS.items():
         if _has(path, folders):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import re
 import shlex
 import shutil
@@ -113,7 +114,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", metavar="RUN", help="go on with a run that was stopped")
     parser.add_argument("--folds", type=int, metavar="N", help="cross-validation: train once for each of N folds")
     parser.add_argument(
-        "--code", metavar="MODULE", action="append", default=[],
+        "--code",
+        metavar="MODULE",
+        action="append",
+        default=[],
         help="a Python file or module of your own; it is run, and the config may name its classes",
     )
     parser.add_argument("--print_config", action="store_true", help="print the whole config and leave")
@@ -122,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train_or_resume(config: Path, overrides: Sequence[str], place: Path, command: str) -> Path:
-    if place.exists():
+    if os.path.exists(place):
         return resume(place, config, overrides, command=command)
     return train(config, overrides, out=place, command=command)
 
