@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vispeft.backbones.request import Request
-from vispeft.errors import BackboneError, FileError, brief
+from vispeft.errors import BackboneError, ConfigError, FileError, brief
 
 __all__ = ["build_from_file", "forget_folder"]
 
@@ -53,6 +53,8 @@ def build_from_file(request: Request, file: Path) -> nn.Module:
         entries = {**request.overlay, "file": str(file), "custom_load": False, "num_classes": count}
         try:
             model = replace(request, num_classes=count, overlay=entries).build(pretrained=True)
+        except ConfigError:
+            raise  # an argument is wrong, and not the file
         except (RuntimeError, KeyError, ValueError, AttributeError) as error:
             failure = failure or error
             continue
