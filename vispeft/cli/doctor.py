@@ -125,7 +125,7 @@ def open_data(place: str, kind: str = "auto", overrides: Sequence[str] = ()) -> 
         DataError: If the kind of the place cannot be determined.
     """
     path = Path(place)
-    if not path.exists() and place in config_names():
+    if not os.path.exists(path) and place in config_names():
         path = find_config(place)
     if path.suffix in (".yaml", ".yml"):
         if kind != "auto":
