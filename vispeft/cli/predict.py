@@ -18,7 +18,7 @@ from vispeft.cli.common import console, make_parser
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run, write_text
 from vispeft.data.images import PLAIN, Reading, find_images, read_image
-from vispeft.errors import ConfigError, DataError
+from vispeft.errors import ConfigError, DataError, counted, printable
 from vispeft.storage.files import write_atomically
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.predictions import Prediction, Predictor
@@ -64,18 +64,26 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"{table} exists already and is not overwritten. Choose another --out.")
     targets = _targets(paths, Path(given.images), out, predictor.folders)
     predictor.check(paths, reading)
-    rows = [["path", *predictor.columns]]
+    rows, broken = [["path", *predictor.columns]], []
     found = predict(task, predictor, trainer, paths, given.batch_size, reading)
     shown = track(found, "predicting", len(paths), console=console, disable=not console.is_terminal)
     for path, target, prediction in zip(paths, targets, shown, strict=True):
         rows.append([str(path), *prediction.row])
+        broken += [] if prediction.finite else [str(path)]
         if prediction.pictures:
             pictures = prediction.pictures.items()
             write_atomically({out / folder / target: _png(picture) for folder, picture in pictures})
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     write_text(table, text.getvalue())
-    console.print(f"{len(paths)} images predicted: {table}", soft_wrap=True)
+    console.print(f"{counted(len(paths), 'image')} predicted: {table}", soft_wrap=True)
+    if broken:
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        console.print(
+            f"The outputs for {len(broken)} of them are not finite, and their cells are empty: "
+            f"{', '.join(broken[:5])}{more}.",
+            soft_wrap=True,
+        )
 
 
 def predict(
@@ -113,13 +121,16 @@ def _check_readable(paths: Sequence[Path], reading: Reading) -> None:
     broken = []
     for path in track(paths, "reading", console=console, transient=True, disable=not console.is_terminal):
         try:
+            str(path).encode()
             read_image(path, reading=reading)
+        except UnicodeEncodeError:
+            broken.append(f"{printable(str(path), '')} has a name that is no UTF-8, which the table could not hold")
         except DataError as error:
             broken.append(str(error).removesuffix("."))
     if broken:
         more = f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise DataError(
-            f"{len(broken)} of {len(paths)} images cannot be used: {'; '.join(broken[:5])}{more}. "
+            f"{len(broken)} of {counted(len(paths), 'image')} cannot be used: {'; '.join(broken[:5])}{more}. "
             "Nothing was predicted; mend what is named there, or leave these images out."
         )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -28,10 +30,10 @@ from vispeft.data.pixels import (
     upright,
     wide_colours,
 )
+from vispeft.data.trees import EXTENSIONS, LeftOut, is_image, walk
 from vispeft.errors import ConfigError, DataError
 
 __all__ = [
-    "EXTENSIONS",
     "PLAIN",
     "UNREADABLE",
     "ImageFiles",
@@ -44,8 +46,7 @@ __all__ = [
     "why",
 ]
 
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
-"""Suffixes of image files."""
+logger = logging.getLogger(__name__)
 
 DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 """Pillow's modes of grey values of more than 8 bits."""
@@ -60,7 +61,9 @@ TypeError, IndexError and struct.error."""
 
 
 def find_images(place: str | Path) -> list[Path]:
-    """List the images of a folder, recursively, sorted by path.
+    """List the images of a folder, recursively, sorted by path, and log what is left out.
+
+    Links are followed, and hidden files and folders are skipped, as in every reader of folders.
 
     Args:
         place: A folder, or one image file.
@@ -72,15 +75,24 @@ def find_images(place: str | Path) -> list[Path]:
         DataError: If the path does not exist, or has no images.
     """
     root = Path(place)
-    if root.is_file():
+    # The functions of os.path answer for names that no system takes too.
+    if os.path.isfile(root):
         return [root]
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise DataError(f"There is no folder and no image {str(root)!r}. Give a folder of images, or one image.")
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    left = LeftOut(root)
+    paths: list[Path] = []
+    for path in walk(root, left):
+        if is_image(path):
+            paths.append(Path(path))
+        else:
+            left.add("ending", path)
     if not paths:
-        found = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
-        raise DataError(f"There is no image in {str(root)!r}; found {found}. Looked for {', '.join(EXTENSIONS)}.")
-    return paths
+        found = left.line() if left else f"Looked for {', '.join(EXTENSIONS)} and found nothing"
+        raise DataError(f"There is no image in {str(root)!r}. {found}.")
+    if left:
+        logger.log(logging.WARNING if left.level == "warning" else logging.INFO, "%s: %s.", root, left.line())
+    return sorted(paths)
 
 
 @dataclass(frozen=True, kw_only=True)

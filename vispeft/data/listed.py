@@ -22,7 +22,7 @@ from vispeft.data.listing import Finding, ListedSplit, Listing
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.data.randomness import seeded
 from vispeft.data.splitting import check_drawing, cross_validation, hold_out, share_of_rest
-from vispeft.errors import ConfigError, DataError
+from vispeft.errors import ConfigError, DataError, check_object, counted, printable
 
 __all__ = ["ImageSplit", "ListedData"]
 
@@ -124,6 +124,7 @@ class ListedData(ImageData):
         name = type(self).__name__
         if check not in ("full", "fast"):
             raise ConfigError(f"{name}(check={check!r}): the choices are full and fast.")
+        check_object(name, "augment", augment, Augmentation)
         check_drawing(name, validation=validation, test=test, split_seed=split_seed, folds=folds, fold=fold)
         self.check, self.augment = check, augment
         self.validation, self.test, self.split_seed = validation, test, split_seed
@@ -196,15 +197,17 @@ class ListedData(ImageData):
         return {"reading": notes} if notes else {}
 
     def accept(self) -> None:
-        """Refuse data with errors, and log the warnings.
+        """Refuse data with errors, and log the warnings and what is left out.
 
         Raises:
             DataError: If the data cannot be used; the message lists every problem.
         """
         report = self.report()
         report.raise_errors()
-        for finding in report.of("warning"):
-            logger.warning("%s: %s", self.listing.place, finding.line(3))
+        for finding in report.findings:
+            if finding.level == "warning" or finding.code == "left-out":
+                level = logging.WARNING if finding.level == "warning" else logging.INFO
+                logger.log(level, "%s: %s", printable(self.listing.place, keep=""), finding.line(3))
 
     def identity(self) -> Iterator[bytes]:
         """Yield bytes that identify images and targets of all splits: names, and pixels where they were read."""
@@ -238,7 +241,7 @@ class ListedData(ImageData):
         if self.folds is not None:
             pool = self._pool(listing)
             if self.folds > len(pool):
-                raise DataError(f"{listing.place} has {len(pool)} images, too few for folds={self.folds}.")
+                raise DataError(f"{listing.place} has {counted(len(pool), 'image')}, too few for folds={self.folds}.")
             rest, tested = cross_validation(pool.targets, self.folds, self.fold, self.split_seed)
             drawn["test"], splits = pool.take(tested), {"train": pool.take(rest)}
             share = share_of_rest(self.validation, 1 / self.folds)
@@ -252,12 +255,21 @@ class ListedData(ImageData):
             return listing
         splits = {name: {**splits, **drawn}[name] for name in ("train", "validation", "test")}
         drawn_of = f"fold {self.fold + 1} of {self.folds}, " if self.folds else ""
-        text = f"Drawn ({drawn_of}split_seed {self.split_seed}), stratified and disjoint"
+        # Masks are not read for it, so a draw knows nothing about their classes.
+        how = "at random" if listing.target == "mask" else "stratified"
+        text = f"Drawn ({drawn_of}split_seed {self.split_seed}), {how} and disjoint"
         note = Finding("fact", "drawn-splits", text, tuple(f"{name} {len(split)}" for name, split in drawn.items()))
         # Folds mix the published splits, so their published sizes do not apply.
         published = None if self.folds is not None else listing.published
         findings = [*listing.findings, note]
-        return replace(listing, splits=splits, findings=findings, published=published, repeats=frozenset())
+        return replace(
+            listing,
+            splits=splits,
+            findings=findings,
+            published=published,
+            repeats=frozenset(),
+            drawn=frozenset(drawn),
+        )
 
     def _held(self, split: ListedSplit, share: float) -> tuple[ListedSplit, ListedSplit]:
         rest, held = hold_out(split.targets, share, self.split_seed)

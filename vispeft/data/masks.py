@@ -358,7 +358,7 @@ def _unique(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class MaskFiles(FileSource):
     """Mask files; `read` returns classes (H, W) instead of an image."""
 
-    def __init__(self, paths: Iterable[Path], root: Path, coding: MaskCoding) -> None:
+    def __init__(self, paths: Iterable[str | Path], root: str | Path, coding: MaskCoding) -> None:
         """Store the paths.
 
         Args:
@@ -379,8 +379,8 @@ class MaskFiles(FileSource):
 
     def take(self, indices: Sequence[int]) -> MaskFiles:
         """Return a source of some of the files."""
-        paths = [Path(self.paths[index]) for index in indices]
-        return MaskFiles(paths, Path(self.root), self.coding).read_with(self.reading)
+        paths = [self.paths[index] for index in indices]
+        return MaskFiles(paths, self.root, self.coding).read_with(self.reading)
 
     def facts(self, full: bool) -> list[MaskFacts]:  # type: ignore[override]
         """Inspect every file that has changed since the last time."""

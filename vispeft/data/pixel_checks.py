@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from vispeft.data.facts import ImageFacts
 from vispeft.data.listing import Finding, Listing, gather
+from vispeft.errors import counted
 
 __all__ = ["check_pixels"]
 
@@ -50,7 +51,7 @@ def check_pixels(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> lis
     ]
     usable = [(name, known) for name, known in named if not known.problem]
     frames = [f"{name} ({known.frames})" for name, known in named if known.frames > 1]
-    text = f"{_many(len(frames), 'file')} with several images, of which the first is taken"
+    text = f"{counted(len(frames), 'file')} with several images, of which the first is taken"
     return [
         *_unreadable(named),
         *_modes(usable, len(named)),
@@ -61,10 +62,6 @@ def check_pixels(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> lis
     ]
 
 
-def _many(count: int, word: str = "image") -> str:
-    return f"{count} {word}{'' if count == 1 else 's'}"
-
-
 def _unreadable(named: Named) -> list[Finding]:
     """Find images that cannot be read."""
     places: dict[str, list[str]] = defaultdict(list)
@@ -72,7 +69,7 @@ def _unreadable(named: Named) -> list[Finding]:
         if known.problem:
             places[known.problem].append(f"{name} ({known.reason})" if known.reason else name)
     found = {
-        (code, text.replace("{n}", _many(len(places[problem])))): places[problem]
+        (code, text.replace("{n}", counted(len(places[problem]), "image"))): places[problem]
         for problem, (code, text) in PROBLEMS.items()
     }
     return gather("error", found)
@@ -87,9 +84,9 @@ def _modes(usable: Named, total: int) -> list[Finding]:
         elif known.mode in MODES:
             places[MODES[known.mode]].append(name)
     return [
-        Finding("fact", code, f"All {_many(len(names))} {text}")
+        Finding("fact", code, f"All {counted(len(names), 'image')} {text}")
         if len(names) == total
-        else Finding("warning", code, f"{_many(len(names))} {text}", tuple(names))
+        else Finding("warning", code, f"{counted(len(names), 'image')} {text}", tuple(names))
         for (code, text), names in places.items()
     ]
 
@@ -101,10 +98,12 @@ def _transparency(usable: Named, listing: Listing) -> list[Finding]:
         return []
     colour = listing.reading.transparency
     if colour is not None:
-        return [Finding("fact", "transparency", f"{_many(len(names))} with transparency, laid on {list(colour)}")]
+        return [
+            Finding("fact", "transparency", f"{counted(len(names), 'image')} with transparency, laid on {list(colour)}")
+        ]
     text = (
-        f"{_many(len(names))} with transparency, which is dropped: hidden colours become visible. Set transparency to "
-        "the colour behind them, such as [255, 255, 255] for white"
+        f"{counted(len(names), 'image')} with transparency, which is dropped: hidden colours become visible. Set "
+        "transparency to the colour behind them, such as [255, 255, 255] for white"
     )
     return [Finding("warning", "transparency", text, names)]
 
@@ -112,7 +111,7 @@ def _transparency(usable: Named, listing: Listing) -> list[Finding]:
 def _bands(usable: Named) -> list[Finding]:
     """Find images with more bands than are read."""
     places = [f"{name} ({known.dropped} dropped)" for name, known in usable if known.dropped]
-    text = f"{_many(len(places))} with more bands than grey or red, green and blue; the others are dropped"
+    text = f"{counted(len(places), 'image')} with more bands than grey or red, green and blue; the others are dropped"
     return gather("warning", {("more-bands", text): places})
 
 
@@ -123,7 +122,7 @@ def _range(usable: Named, listing: Listing) -> list[Finding]:
         return []
     lowest, highest = min(known.lowest for _, known in deep), max(known.highest for _, known in deep)
     low, high = listing.reading.value_range or (0, max(known.white for _, known in deep))
-    said = f"{_many(len(deep))} with more than 8 bits have values from {lowest:g} to {highest:g}, and"
+    said = f"{counted(len(deep), 'image')} with more than 8 bits have values from {lowest:g} to {highest:g}, and"
     names = tuple(name for name, _ in deep)
     if lowest < low or highest > high:
         text = f"{said} value_range is [{low:g}, {high:g}], so values outside of it are cut"

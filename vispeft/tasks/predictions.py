@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vispeft.data.images import PLAIN, Reading, read_size
 from vispeft.data.joint import EvaluationPair
+from vispeft.data.masks import IGNORE
 from vispeft.data.palettes import make_palette
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.errors import DataError
@@ -31,6 +32,8 @@ class Prediction:
     """Cells of the table, after the image's path."""
     pictures: dict[str, Image.Image] = field(default_factory=dict)
     """Pictures by the folder they belong to."""
+    finite: bool = True
+    """Whether the model's outputs are finite; if not, the cells are empty and masks hold `IGNORE` alone."""
 
 
 class Predictor(Protocol):
@@ -100,7 +103,8 @@ class ScorePredictor:
     def __call__(self, images: Sequence[Tensor]) -> list[Prediction]:
         """Predict images."""
         values = self._predict(torch.stack([self._transform(image) for image in images])).cpu()
-        return [Prediction(self._row(row)) for row in values]
+        nothing = Prediction([""] * len(self.columns), finite=False)
+        return [Prediction(self._row(row)) if row.isfinite().all() else nothing for row in values]
 
 
 class MaskPredictor:
@@ -160,8 +164,11 @@ class MaskPredictor:
         prepared, _ = self._prepare(image, torch.zeros(size, dtype=torch.uint8))
         mask = self._predict(prepared[None], size)[0].cpu()
         overlay = Image.fromarray(lay_over(image, mask, self._colours).permute(1, 2, 0).numpy())
-        counts = torch.bincount(mask.flatten(), minlength=len(self.columns))
-        return Prediction(list(map(str, counts.tolist())), {"masks": self._index_image(mask), "overlays": overlay})
+        labelled = mask[mask != IGNORE]
+        counts = torch.bincount(labelled, minlength=len(self.columns))
+        cells = list(map(str, counts.tolist())) if len(labelled) else [""] * len(counts)
+        pictures = {"masks": self._index_image(mask), "overlays": overlay}
+        return Prediction(cells, pictures, finite=len(labelled) > 0)
 
     def _index_image(self, mask: Tensor) -> Image.Image:
         """Create a palette image of class indices, of which there are at most 255."""
