@@ -126,7 +126,9 @@ def main(argv: Sequence[str]) -> None:
         if value is not None and value < 1:
             raise ConfigError(f"--{option} is {value}; at least 1 is needed.")
     task, _ = load_task(Run.open(given.run))
-    step = task.size_step() if given.any_size else None
+    # Padding inside the model, which a program for PyTorch does not keep.
+    padded = given.format == "onnx" and hasattr(task.deployed(), "pads_to")
+    step = ((1, 1) if padded else task.size_step()) if given.any_size else None
     height, width = given.size or task.bank.notes()["preprocessing"]["input_size"][-2:]
     exported = export_run(task, out, InputSize(height=height, width=width, batch=given.batch, step=step))
     console.print(exported.table())

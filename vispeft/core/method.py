@@ -19,7 +19,7 @@ from vispeft.core.sites import Site, View, check_roles, select
 from vispeft.core.units import Unit
 from vispeft.errors import ConfigError, SiteError, UnknownNameError
 
-__all__ = ["Method", "PlanItem", "Step", "list_methods", "method", "method_from_dict", "register"]
+__all__ = ["Method", "PlanItem", "Step", "list_methods", "method", "method_from_dict", "register", "registered_methods"]
 
 _METHODS: dict[str, type[Method]] = {}
 M = TypeVar("M", bound="type[Method]")
@@ -366,6 +366,12 @@ def list_methods() -> list[str]:
     """List the names of all methods that need no optional dependency."""
     fill("methods")
     return sorted(set(_METHODS) - set(extra_methods()))
+
+
+def registered_methods() -> list[type[Method]]:
+    """List the classes of all methods in the registry, in no order."""
+    fill("methods")
+    return list(_METHODS.values())
 
 
 def method(name: str, **fields: Any) -> Method:

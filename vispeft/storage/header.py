@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import timm
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from vispeft.core.method import Method
 from vispeft.errors import ConfigError
+from vispeft.resources import package_version
 from vispeft.storage.codecs import RAW
 from vispeft.storage.files import dtype_name
 from vispeft.storage.form import escaped
 
-__all__ = ["adapter_part", "backbone_part", "plain_values", "preprocessing_part", "tensor_part"]
+__all__ = ["adapter_part", "backbone_part", "plain_values", "preprocessing_part", "strict_values", "tensor_part"]
 
 
 def adapter_part(method: Method) -> dict[str, Any]:
@@ -25,11 +26,13 @@ def adapter_part(method: Method) -> dict[str, Any]:
     Args:
         method: The method.
     """
-    return {"vispeft": _own_version(), "timm": timm.__version__, "method": method.to_dict()}
+    return {"vispeft": package_version(), "timm": timm.__version__, "method": method.to_dict()}
 
 
 def plain_values(value: Any, name: str) -> Any:
     """Convert a note to plain JSON values: tensors and arrays to numbers, tuples to lists, keys to strings.
+
+    A number that is not finite becomes null.
 
     Args:
         value: The note.
@@ -39,9 +42,22 @@ def plain_values(value: Any, name: str) -> Any:
         ConfigError: If a value cannot be converted.
     """
     try:
-        return json.loads(json.dumps(value, default=lambda item: item.tolist()))
+        return strict_values(json.loads(json.dumps(value, default=lambda item: item.tolist())))
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{name} cannot be written to a file ({error}); give numbers, names and lists.") from error
+
+
+def strict_values(value: Any) -> Any:
+    """Replace the numbers that JSON cannot hold, which are those that are not finite, by None at every depth.
+
+    Args:
+        value: Numbers, names, lists and dictionaries.
+    """
+    if isinstance(value, dict):
+        return {key: strict_values(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict_values(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def backbone_part(model: nn.Module, outer: nn.Module) -> dict[str, Any]:
@@ -100,10 +116,3 @@ def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
         for k, v in listed.items()
         if isinstance(v, plain) or (isinstance(v, list) and all(isinstance(item, plain) for item in v))
     }
-
-
-def _own_version() -> str:
-    try:
-        return version("vispeft")
-    except PackageNotFoundError:
-        return "0"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -57,6 +57,11 @@ class Inference:
             )
         if not self.scales or min(self.scales) <= 0:
             raise ConfigError(f"Inference(scales={self.scales}): give numbers above 0, such as (0.75, 1.0, 1.25).")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields that matter as plain values: window and stride only with windows."""
+        windows = {"window": self.window, "stride": self.stride} if self.mode == "slide" else {}
+        return {"mode": self.mode, **windows, "flip": self.flip, "scales": list(self.scales)}
 
     @property
     def plain(self) -> bool:
@@ -199,4 +204,5 @@ def padded_to(images: Tensor, divisor: int) -> Tensor:
         divisor: Number that height and width become multiples of.
     """
     below, beside = ((-side) % divisor for side in images.shape[-2:])
-    return F.pad(images, (0, beside, 0, below)) if below or beside else images
+    # An exported program keeps the padding, of nothing where nothing is needed, for images of other sizes.
+    return F.pad(images, (0, beside, 0, below)) if torch.compiler.is_exporting() or below or beside else images

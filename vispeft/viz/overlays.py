@@ -15,7 +15,8 @@ from torch import Tensor
 from vispeft.data.masks import IGNORE
 from vispeft.data.palettes import Colour, make_palette
 from vispeft.errors import DataError
-from vispeft.viz.style import SETTINGS, save
+from vispeft.viz.names import drawn_names, settings_for
+from vispeft.viz.style import save
 
 __all__ = ["colour_mask", "lay_over", "overlay_grid"]
 
@@ -91,10 +92,10 @@ def overlay_grid(
         (image.cpu(), lay_over(image, label, colours), lay_over(image, prediction, colours))
         for image, label, prediction in zip(images, labels, predictions, strict=True)
     ]
-    legend = _legend([*labels, *predictions], colours, class_names)
     shares = [image.shape[1] / image.shape[2] for image in images]
+    legend = _legend([*labels, *predictions], colours, drawn_names(class_names))
     height = _PANEL * sum(shares) + 0.3 + 0.25 * -(-len(legend) // _LEGEND_COLUMNS)
-    with matplotlib.rc_context({**SETTINGS, "axes.grid": False}):
+    with matplotlib.rc_context(settings_for(class_names, axes_grid=False)):
         figure = Figure(figsize=(3 * _PANEL, height), layout="constrained")
         panels = figure.subplots(len(rows), 3, squeeze=False, gridspec_kw={"height_ratios": shares})
         for axes, picture in zip(panels.flat, chain.from_iterable(rows), strict=True):
