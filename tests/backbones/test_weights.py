@@ -80,6 +80,15 @@ def test_another_architecture_is_refused(file: Path) -> None:
         load(file, embed_dim=48)
 
 
+@pytest.mark.parametrize("prefix", ["model.", "backbone.", "net.model."])
+def test_names_with_a_prefix_are_shown(tmp_path: Path, prefix: str) -> None:
+    """Hundreds of letters of missing keys told nothing of what the file has."""
+    tensors = {f"{prefix}{key}": tensor for key, tensor in tiny().state_dict().items()}
+    torch.save({"state_dict": {**tensors, "loss.weight": torch.ones(3)}}, tmp_path / "task.ckpt")
+    with pytest.raises(BackboneError, match=rf"called like {prefix}\w+, .* behind the prefix '{prefix}'"):
+        load(tmp_path / "task.ckpt")
+
+
 def test_swin_file(tmp_path: Path) -> None:
     """Its classifier has another name, and resizing changes its buffers."""
     args = {"img_size": 64, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}

@@ -15,7 +15,7 @@ from vispeft.adapters.archive import FileBank
 from vispeft.adapters.entry import Entry
 from vispeft.adapters.heads import own_head
 from vispeft.adapters.hooks import HookBank
-from vispeft.adapters.merge import MergeReport, merge_model, undo_merge
+from vispeft.adapters.merge import Merged, MergeReport, merge_model, undo_merge
 from vispeft.adapters.placing import build_units, place_units
 from vispeft.adapters.routes import check_rows, make_route
 from vispeft.adapters.training import TrainingBank
@@ -113,6 +113,10 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
                 f"attach was given {method!r} as method; give a configuration such as vispeft.SSF(), "
                 "or vispeft.method('ssf')."
             )
+        with self.changing("attach another adapter"):
+            yield from self._adding(method, name, tasks, seed)
+
+    def _adding(self, method: Method, name: str, tasks: Sequence[str] | None, seed: int | None) -> Iterator[Entry]:
         before = self._routing.default
         # Tensors made in inference mode could never train; on a base that was made in it, none can.
         with torch.inference_mode(next(self._model.parameters()).is_inference()):
@@ -171,6 +175,12 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
             MergeError: If it was merged with ``keep_original=False``.
         """
         entry = self._entry(name)
+        with self.changing("detach an adapter"):
+            self._detach(name, entry)
+
+    def _detach(self, name: str, entry: Entry) -> None:
+        if self._routing.used_elsewhere(name):
+            raise ConfigError(f"Adapter {name!r} acts in a block of using() of another thread; let it end first.")
         if self._merged is not None:
             self.unmerge()
         self.check_ready("detach an adapter")
@@ -194,12 +204,13 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
         """Restore the model's state before the first adapter, if none is left."""
         if self._entries or self._model.__dict__.get(BANK) is not self:
             return
-        self._heads.close()
-        take_off(cast(Host, self._model))
-        del self._model.__dict__[BANK]
-        for name, parameter in self._model.named_parameters():
-            parameter.requires_grad_(self._requires_grad.get(name, True))
-        self._model.train(self._model.training)
+        with self.changing("become a plain one"):
+            self._heads.close()
+            take_off(cast(Host, self._model))
+            del self._model.__dict__[BANK]
+            for name, parameter in self._model.named_parameters():
+                parameter.requires_grad_(self._requires_grad.get(name, True))
+            self._model.train(self._model.training)
 
     # ------------------------------------------------------------------ acting: the route
 
@@ -218,11 +229,12 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
             SiteError: If two of them replace the same tensor.
             MergeError: If the model is merged.
         """
-        self.check_ready("switch adapters")
         if not isinstance(names, str | Sequence):
             raise ConfigError(f"set_active({names!r}): give a name, a list of names, or [] for the base alone.")
         chosen = (names,) if isinstance(names, str) else tuple(names)
-        self._routing.set(self.route(chosen, task))
+        with self._routing.gate.beside():
+            self.check_ready("switch adapters")
+            self._routing.set(self.route(chosen, task))
 
     def using(
         self, *names: str, task: str | None = None, rows: Sequence[str | None] | None = None
@@ -258,7 +270,7 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
         if not names:
             names, task = present.names, present.task if task is None else task
         self.route(names, task)  # unknown names are refused here, and again on entering, in case one was detached
-        return self._routing.choosing(lambda: self.route(names, task))
+        return self._choosing("use other adapters", names, task)
 
     def disabled(self) -> AbstractContextManager[None]:
         """Run the base alone in a ``with`` block, with its own classifier.
@@ -268,7 +280,14 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
             ...     base_logits = model(images)
         """
         self._check_unmerged("disable adapters")
-        return self._routing.choosing(lambda: self.route((), None))
+        return self._choosing("disable adapters", (), None)
+
+    def _choosing(self, wanted: str, names: tuple[str, ...], task: str | None) -> AbstractContextManager[None]:
+        def find() -> Route:
+            self._check_unmerged(wanted)  # another thread may have merged it since
+            return self.route(names, task)
+
+        return self._routing.choosing(find)
 
     def checkpoint_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Return the contexts for activation checkpointing: the recomputation uses the route of the forward pass.
@@ -304,6 +323,10 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
         Args:
             num_classes: Number of classes of the new classifier.
         """
+        with self.changing("get another classifier"):
+            yield from self._replacing_head(num_classes)
+
+    def _replacing_head(self, num_classes: int) -> Iterator[None]:
         self._heads.check_place()
         route, base = self._routing.present(), self._heads.base
         owner = route.owner or (route.names[-1] if route.names else None)
@@ -328,6 +351,10 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
             name: The adapter.
             head: The classifier; None removes it. One that stands at the base's place is moved from there.
         """
+        with self.changing("get another classifier"):
+            self._put_head(name, head)
+
+    def _put_head(self, name: str, head: nn.Module | None) -> None:
         entry = self._entries[name]
         self._heads.clear_place(head)
         if head is None:
@@ -359,7 +386,15 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
         """
         if self._merged is not None:
             return self._merged.report
+        with self.changing("merge its adapters"):
+            return self._merge(keep_original, partial)
+
+    def _merge(self, keep_original: bool, partial: bool) -> MergeReport:
         self.check_ready("merge its adapters")
+        if self._routing.used_elsewhere():
+            raise MergeError(
+                "Another thread has chosen adapters in a block of using() or disabled(); let it end first."
+            )
         names = tuple(self.active)
         if not names:
             raise MergeError(
@@ -395,8 +430,12 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
                 "The originals were not kept (merge(keep_original=False)). Create the backbone again and load the "
                 "adapter."
             )
-        undo_merge(self._merged)
-        if not self._merged.report.kept:
+        with self.changing("undo its merge"):
+            self._unmerge(self._merged)
+
+    def _unmerge(self, merged: Merged) -> None:
+        undo_merge(merged)
+        if not merged.report.kept:
             self._heads.show()
         reference = next(self._model.parameters())
         self._heads.follow(reference)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
@@ -97,6 +98,14 @@ class BankState:
                 f"The adapters are disabled or chosen for a block of code, so the model cannot {wanted} here. Leave "
                 "disabled() or using() first."
             )
+
+    def changing(self, wanted: str) -> AbstractContextManager[None]:
+        """Change the model while no forward pass runs it in another thread; those that begin meanwhile wait.
+
+        Args:
+            wanted: The change, for the error message.
+        """
+        return self._routing.gate.alone(self._model, wanted)
 
     def _check_unmerged(self, wanted: str) -> None:
         if self._merged is not None:
