@@ -96,7 +96,7 @@ def test_images_are_found_in_order(tmp_path):
 
 def test_an_empty_place_is_refused(tmp_path):
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(DataError, match=r"found notes\.txt"):
+    with pytest.raises(DataError, match=r"no image .* \(1 \.txt: notes\.txt\)"):
         find_images(tmp_path)
     with pytest.raises(DataError, match="no folder"):
         find_images(tmp_path / "nowhere")

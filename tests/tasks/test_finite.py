@@ -73,17 +73,6 @@ def test_images_without_finite_outputs_are_counted_and_left_out(broken, caplog, 
     assert (tmp_path / "confusion_matrix.png").exists() == (broken < 1000)
 
 
-def test_the_last_epoch_is_kept_until_one_has_a_number(tmp_path, caplog):
-    checkpoints = RunCheckpoints(tmp_path, monitor="validation/miou")
-    kept = []
-    for epoch, score in enumerate([NAN, float("inf"), 0.2, NAN, 0.1, float("inf"), 0.3]):
-        if checkpoints._better(score):
-            checkpoints.best = {"file": "", "epoch": epoch, "score": score}
-        kept.append(checkpoints.best["epoch"])
-    assert kept == [0, 1, 2, 2, 2, 2, 6]
-    assert caplog.text.count("is not a finite number") == 1
-
-
 def test_scores_of_an_epoch_with_broken_outputs_do_not_choose_it(tmp_path):
     task = make(Breaking)
     checkpoints = RunCheckpoints(tmp_path, monitor=task.monitor)

@@ -10,8 +10,8 @@ from lightning.pytorch import Trainer, seed_everything
 from vispeft.building.config_files import read_config
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.config import ConfigCLI, build_task
-from vispeft.cli.config_keys import split_overrides
-from vispeft.cli.evaluation import evaluate, evaluation_trainer, metrics_table, output_names
+from vispeft.cli.config_keys import check_config, split_overrides
+from vispeft.cli.evaluation import evaluate, evaluation_trainer, kept_settings, metrics_table, output_names
 from vispeft.cli.runs import Run
 from vispeft.errors import ConfigError, DataError, FileError
 from vispeft.storage.files import JSON_FILE
@@ -62,7 +62,9 @@ def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:
     for key, _ in split_overrides(overrides):
         if key.split(".")[0] not in ("data", "trainer"):
             raise ConfigError(f"--{key}: a finished run takes overrides under data and trainer only.")
-    cli = ConfigCLI(run.config, overrides)
+    tree = read_config(run.config)
+    tree["trainer"] = kept_settings(tree.get("trainer"))
+    cli = ConfigCLI(run.config, overrides, tree=tree)
     _check_names(run, output_names(cli.datamodule, cli.model.num_classes))
     cli.model.load_adapter(run.adapter)
     cli.model.eval()
@@ -121,9 +123,11 @@ def load_task(run: Run) -> tuple[AdapterTask, Trainer]:
         BaseMismatchError: If the backbone differs from the adapted one.
     """
     tree = read_config(run.config)
+    tree["trainer"] = kept_settings(tree.get("trainer"))
+    check_config(tree, [], str(run.config))
     names = class_names(run)
-    seed_everything(tree["seed_everything"], verbose=False)  # determines the weights of a randomly initialised backbone
+    # Determines the weights of a randomly initialised backbone.
+    seed_everything(tree.get("seed_everything", 0), verbose=False)
     task = build_task(tree["model"], len(names), str(run.config))
     task.load_adapter(run.adapter)
-    settings = {key: value for key, value in tree["trainer"].items() if key != "plugins"}
-    return task.eval(), evaluation_trainer(**settings)
+    return task.eval(), evaluation_trainer(**tree["trainer"])

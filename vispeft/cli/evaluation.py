@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from rich.table import Table
 from torch import Tensor
 
+from vispeft.errors import ConfigError
 from vispeft.tasks.base import AdapterTask
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "evaluate",
     "evaluation_trainer",
     "figure",
+    "kept_settings",
     "measure",
     "metrics_table",
     "output_names",
@@ -38,9 +40,22 @@ _KEPT = (
     "limit_test_batches",
     "inference_mode",
     "deterministic",
-    "plugins",
 )
 """Trainer settings that affect the results of an evaluation."""
+
+
+def kept_settings(settings: Any) -> dict[str, Any]:
+    """Choose the trainer's settings that affect an evaluation: the callbacks and loggers of a run are not made again.
+
+    Args:
+        settings: The section ``trainer`` of the run's config.
+
+    Raises:
+        ConfigError: If it is no section.
+    """
+    if not isinstance(settings, Mapping | None):
+        raise ConfigError(f"trainer is {settings!r}; keys with values are needed there.")
+    return {key: value for key, value in (settings or {}).items() if key in _KEPT}
 
 
 def evaluation_trainer(**settings: Any) -> Trainer:
@@ -50,7 +65,7 @@ def evaluation_trainer(**settings: Any) -> Trainer:
         settings: Settings of the training trainer.
     """
     return Trainer(
-        **{key: value for key, value in settings.items() if key in _KEPT},
+        **kept_settings(settings),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

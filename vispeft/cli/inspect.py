@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
 from vispeft.backbones.create import create_model
 from vispeft.building.config_files import read_config
 from vispeft.building.methods import build_method, method_node
 from vispeft.cli.common import console, make_parser
-from vispeft.cli.config_keys import split_overrides
+from vispeft.cli.config_keys import parse_override, split_overrides
 from vispeft.core.method import Method
 from vispeft.core.plan import plan
 from vispeft.errors import ConfigError
@@ -44,19 +42,17 @@ def main(argv: Sequence[str]) -> None:
 def _value(key: str, value: str | None) -> Any:
     if value is None:
         raise ConfigError(f"--{key} needs a value.")
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--{key} {value!r} is no valid YAML: {' '.join(str(error).split())}") from error
+    return parse_override(key, value)
 
 
 def _method(name: str, fields: dict[str, Any]) -> Method:
     node: Any = name
     if "/" in name or name.endswith((".yaml", ".yml")):
         tree = read_config(find_config(name))
-        section = tree.get("model") or {}
-        node = (section.get("init_args") or {}).get("method") if section else tree
-        if node is None:
+        section = tree.get("model") or {"init_args": {"method": tree}}
+        settings = section.get("init_args") if isinstance(section, dict) else None
+        node = settings.get("method") if isinstance(settings, dict) else None
+        if not isinstance(node, str | dict):
             raise ConfigError(f"{name} names no method under model.init_args.method.")
     node = method_node(node)
     return build_method({**node, "init_args": {**node["init_args"], **fields}})

@@ -17,7 +17,7 @@ from vispeft.cli.common import console, make_parser
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run, write_text
 from vispeft.data.images import find_images, read_image
-from vispeft.errors import ConfigError, DataError
+from vispeft.errors import ConfigError, DataError, counted, printable
 from vispeft.storage.files import write_atomically
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.predictions import Prediction, Predictor
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     write_text(table, text.getvalue())
-    console.print(f"{len(paths)} images predicted: {table}", soft_wrap=True)
+    console.print(f"{counted(len(paths), 'image')} predicted: {table}", soft_wrap=True)
     if broken:
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
         console.print(
@@ -110,13 +110,16 @@ def _check_readable(paths: Sequence[Path]) -> None:
     broken = []
     for path in track(paths, "reading", console=console, transient=True, disable=not console.is_terminal):
         try:
+            str(path).encode()
             read_image(path)
+        except UnicodeEncodeError:
+            broken.append(f"{printable(str(path))} has a name that is no UTF-8, which the table could not hold")
         except DataError as error:
             broken.append(str(error).removesuffix("."))
     if broken:
         more = f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise DataError(
-            f"{len(broken)} of {len(paths)} images cannot be used: {'; '.join(broken[:5])}{more}. "
+            f"{len(broken)} of {counted(len(paths), 'image')} cannot be used: {'; '.join(broken[:5])}{more}. "
             "Nothing was predicted; repair or remove them."
         )
 

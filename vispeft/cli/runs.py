@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 from vispeft.errors import ConfigError, FileError
 from vispeft.storage.files import JSON_FILE, write_atomically
 from vispeft.storage.header import strict_values
+from vispeft.storage.leftovers import finish_save, remove_partial
+from vispeft.storage.locks import hold
 from vispeft.zoo.adapters import ADAPTER
 
 __all__ = [
@@ -25,12 +29,19 @@ __all__ = [
     "begun",
     "claim",
     "command_of",
+    "finished",
+    "held",
+    "is_unfinished",
+    "mark_finished",
+    "mark_unfinished",
+    "withdraw",
     "write_json",
     "write_text",
 ]
 
 CHECKPOINTS, LOGS, PLOTS = "checkpoints", "logs", "plots"
 CONFIG, METRICS = "config.yaml", "metrics.json"
+_LOCK, _UNFINISHED = ".lock", ".unfinished"
 
 
 def claim(out: str | Path | None, config: Path) -> Path:
@@ -66,8 +77,88 @@ def claim(out: str | Path | None, config: Path) -> Path:
 
 
 def _listing(place: Path) -> list[str]:
-    """List a run directory, without partial files left by a killed process."""
-    return sorted(path.name for path in place.iterdir() if not path.name.startswith(f".{CONFIG}."))
+    """List a run directory, without its lock and partial files left by a killed process."""
+    return sorted(path.name for path in place.iterdir() if not path.name.startswith((f".{CONFIG}.", _LOCK)))
+
+
+@contextlib.contextmanager
+def held(place: Path) -> Iterator[None]:
+    """Keep other processes out of a run directory, and tidy it, while a block of code runs.
+
+    Args:
+        place: The directory.
+
+    Raises:
+        InUseError: If another process trains in it.
+        FileError: If it cannot be written.
+    """
+    with hold(place / _LOCK, f"The run directory {place}"):
+        _tidy(place)
+        yield
+
+
+def _tidy(place: Path) -> None:
+    """Remove what a killed process left half-written."""
+    finish_save(place / ADAPTER)
+    remove_partial(place, CONFIG, METRICS, _UNFINISHED)
+    remove_partial(place / PLOTS, ".png")
+    remove_partial(place / LOGS / "csv", ".csv")
+    remove_partial(place / CHECKPOINTS, ".ckpt")
+
+
+def withdraw(place: Path, made: bool) -> None:
+    """Remove the directory of a run that was refused before its first step, so that its name can be given again.
+
+    Args:
+        place: The directory.
+        made: Whether the run made it; one that was there before is emptied of what the run has written.
+    """
+    for name in (LOGS, PLOTS, CHECKPOINTS):
+        shutil.rmtree(place / name, ignore_errors=True)
+    for name in (CONFIG, _LOCK):
+        (place / name).unlink(missing_ok=True)
+    if made:
+        with contextlib.suppress(OSError):
+            place.rmdir()
+
+
+def finished(place: Path) -> bool:
+    """Whether a run is finished, with all of its pictures.
+
+    Args:
+        place: Its directory.
+    """
+    return (place / METRICS).is_file() and not is_unfinished(place)
+
+
+def is_unfinished(place: Path) -> bool:
+    """Whether a run with ``metrics.json`` has something left to do: further epochs, or pictures.
+
+    Args:
+        place: Its directory.
+    """
+    return (place / _UNFINISHED).is_file()
+
+
+def mark_unfinished(place: Path) -> None:
+    """Note that a run has something left to do, although its ``metrics.json`` exists.
+
+    Args:
+        place: Its directory.
+
+    Raises:
+        FileError: If the note cannot be written.
+    """
+    write_text(place / _UNFINISHED, "")
+
+
+def mark_finished(place: Path) -> None:
+    """Remove the note of `mark_unfinished`.
+
+    Args:
+        place: The run's directory.
+    """
+    (place / _UNFINISHED).unlink(missing_ok=True)
 
 
 def begin(place: Path, config: str, command: str) -> None:
@@ -81,7 +172,8 @@ def begin(place: Path, config: str, command: str) -> None:
     Raises:
         FileError: If it cannot be written.
     """
-    write_text(place / CONFIG, f"# {' '.join(command.splitlines())}\n{config}")
+    printable = command.encode(errors="backslashreplace").decode()
+    write_text(place / CONFIG, f"# {' '.join(printable.splitlines())}\n{config}")
 
 
 def command_of(place: Path) -> str:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from vispeft.core.families import describe
-from vispeft.core.fields import check_choices
+from vispeft.core.fields import check_choices, check_types
 from vispeft.core.providers import extra_methods, fill
 from vispeft.core.recipes import Recipe, choose_recipe
 from vispeft.core.sites import Site, View, check_roles, select
 from vispeft.core.units import Unit
 from vispeft.errors import ConfigError, SiteError, UnknownNameError
 
-__all__ = ["Method", "PlanItem", "Step", "list_methods", "method", "method_from_dict", "register"]
+__all__ = ["Method", "PlanItem", "Step", "list_methods", "method", "method_from_dict", "register", "registered_methods"]
 
 _METHODS: dict[str, type[Method]] = {}
 M = TypeVar("M", bound="type[Method]")
@@ -368,6 +368,12 @@ def list_methods() -> list[str]:
     return sorted(set(_METHODS) - set(extra_methods()))
 
 
+def registered_methods() -> list[type[Method]]:
+    """List the classes of all methods in the registry, in no order."""
+    fill("methods")
+    return list(_METHODS.values())
+
+
 def method(name: str, **fields: Any) -> Method:
     """Build a method by its registry name.
 
@@ -395,6 +401,7 @@ def method(name: str, **fields: Any) -> Method:
     for field in fields:
         if field not in known:
             raise UnknownNameError(f"field of {cls.__name__}", field, known)
+    check_types(cls, fields)
     return cls(**fields)
 
 

@@ -60,12 +60,14 @@ class Acting(NamedTuple):
     depth: tuple[DepthUnit, ...] = ()
     carries: bool = False
     """Whether streams beside the tokens pass through this block, attention or MLP, or start in it."""
+    grid: bool = False
+    """Whether a unit here treats the tokens as an image; at the host of the model, whether one in any block does."""
     starting: tuple[Stream, ...] = ()
     """At the host of the model: the streams that start inside blocks."""
 
     def units(self) -> Iterator[Unit]:
         """Iterate over all units, kind by kind."""
-        kinds: Any = self[: len(self) - 2]
+        kinds: Any = self[: len(self) - 3]
         for kind in kinds:
             yield from kind
 
@@ -74,18 +76,19 @@ NOTHING = Acting()
 """The value for a host at which no unit acts."""
 
 
-def acting(units: Iterable[Unit], carries: bool = False, starting: Iterable[Stream] = ()) -> Acting:
+def acting(units: Iterable[Unit], carries: bool = False, grid: bool = False, starting: Iterable[Stream] = ()) -> Acting:
     """Sort the units of one host by kind.
 
     Args:
         units: The units, in the order in which their adapters act.
         carries: Whether streams beside the tokens pass through.
+        grid: Whether a unit treats the tokens as an image.
         starting: At the host of the model, the streams that start inside blocks.
     """
     kinds: dict[str, tuple[Any, ...]] = {}
     for unit in units:
         kinds[unit.kind] = (*kinds.get(unit.kind, ()), unit)
-    return Acting(**kinds, carries=carries, starting=tuple(starting))
+    return Acting(**kinds, carries=carries, grid=grid, starting=tuple(starting))
 
 
 @dataclass(frozen=True, eq=False)

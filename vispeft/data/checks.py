@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from vispeft.data.facts import ImageFacts
 from vispeft.data.listing import Finding, ListedSplit, Listing, gather
 from vispeft.data.mask_checks import check_masks, image_counts
 from vispeft.data.masks import ListedMasks
-from vispeft.errors import DataError
+from vispeft.errors import DataError, counted
 
 __all__ = ["Report", "examine"]
 
@@ -72,10 +73,10 @@ class Report:
         errors, warnings = self.of("error"), self.of("warning")
         if not errors:
             return
-        lines = [f"The data in {self.listing.place} cannot be used as they are; {_many(len(errors), 'error')}:"]
+        lines = [f"The data in {self.listing.place} cannot be used as they are; {counted(len(errors), 'error')}:"]
         lines += [f"  {finding.line()}" for finding in errors]
         if warnings:
-            lines += [f"and {_many(len(warnings), 'warning')}:", *(f"  {finding.line()}" for finding in warnings)]
+            lines += [f"and {counted(len(warnings), 'warning')}:", *(f"  {finding.line()}" for finding in warnings)]
         raise DataError("\n".join([*lines, "`vispeft doctor` shows everything that is known about them."]))
 
 
@@ -99,15 +100,13 @@ def examine(listing: Listing, full: bool = True) -> Report:
         *_shapes(listing, facts),
         *_contents(listing, facts, full),
         *_empty(listing),
+        *_names(listing),
         *targets,
+        *_absent(listing),
         *_published(listing),
     ]
     order = {"error": 0, "warning": 1, "fact": 2}
     return Report(listing, facts, tuple(sorted(findings, key=lambda finding: order[finding.level])))
-
-
-def _many(count: int, word: str) -> str:
-    return f"{count} {word}{'' if count == 1 else 's'}"
 
 
 def _all(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> Iterable[tuple[str, int, str, ImageFacts]]:
@@ -129,7 +128,7 @@ def _images(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> list[Fin
     return gather(
         "error",
         {
-            (code, text.replace("{n}", _many(len(places[problem]), "image"))): places[problem]
+            (code, text.replace("{n}", counted(len(places[problem]), "image"))): places[problem]
             for problem, (code, text) in PROBLEMS.items()
         },
     )
@@ -148,12 +147,12 @@ def _modes(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> list[Find
             frames.append(f"{name} ({known.frames})")
     found = []
     for (code, text), names in places.items():
-        said = f"{_many(len(names), 'image')} {text}"
+        said = f"{counted(len(names), 'image')} {text}"
         if len(names) == total:
             found.append(Finding("fact", code, f"All {said}"))
         else:
             found.append(Finding("warning", code, said, tuple(names)))
-    text = f"{_many(len(frames), 'file')} with several images, of which the first is taken"
+    text = f"{counted(len(frames), 'file')} with several images, of which the first is taken"
     return [*found, *gather("warning", {("several-frames", text): frames})]
 
 
@@ -166,9 +165,8 @@ def _shapes(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> list[Fin
             sizes[known.width, known.height] += 1
             if max(known.width, known.height) > EXTREME_ASPECT * min(known.width, known.height):
                 extreme.append(f"{name} ({known.width} x {known.height})")
-    text = (
-        f"{_many(len(extreme), 'image')} longer than {EXTREME_ASPECT:g} times their other side, which resizing distorts"
-    )
+    images = counted(len(extreme), "image")
+    text = f"{images} longer than {EXTREME_ASPECT:g} times their other side, which resizing distorts"
     found = gather("warning", {("extreme-shape", text): extreme})
     if len(sizes) > 1:
         least, most = min(sizes, key=_area), max(sizes, key=_area)
@@ -211,7 +209,7 @@ def _contents(listing: Listing, facts: Mapping[str, list[ImageFacts]], full: boo
 
 
 def _counted(level: str, code: str, text: str, places: list[str]) -> list[Finding]:
-    return gather(level, {(code, text.replace("{n}", _many(len(places), "image"))): places})  # type: ignore[arg-type]
+    return gather(level, {(code, text.replace("{n}", counted(len(places), "image"))): places})  # type: ignore[arg-type]
 
 
 def _groups(listing: Listing, images: Iterable[tuple[str, int, str, str]]) -> dict[str, list[str]]:
@@ -270,6 +268,45 @@ def _targets(listing: Listing) -> list[Finding]:
     return [*found, *(_imbalance(names, train) if listing.target == "class" else [])]
 
 
+def _names(listing: Listing) -> list[Finding]:
+    """Check that the names of the classes can be written, and told apart."""
+    wrong = [name or "''" for name in listing.class_names if not name.strip() or not _is_text(name)]
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name in listing.class_names:
+        alike[unicodedata.normalize("NFKC", name).strip().casefold()].append(name)
+    text = "Names of classes that are empty or no text in UTF-8, so that nothing can be saved with them; rename them"
+    found = gather("error", {("class-name", text): wrong})
+    text = "Classes whose names differ in case, spaces or Unicode form alone; are they the same"
+    places = [" = ".join(names) for names in alike.values() if len(names) > 1]
+    return [*found, *gather("warning", {("names-alike", text): places})]
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written in UTF-8, which has no place for bytes of another encoding."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _absent(listing: Listing) -> list[Finding]:
+    """Find classes that can be learned and do not occur in another split: a warning where that was drawn at random."""
+    if listing.target == "regression" or "train" not in listing.splits:
+        return []
+    train = class_counts(listing, listing.splits["train"])
+    found: list[Finding] = []
+    for name, split in listing.splits.items():
+        numbers = class_counts(listing, split)
+        missing = [listing.class_names[i] for i, count in enumerate(train) if count and not numbers[i]]
+        if name != "train" and len(listing.splits[name]):
+            text = f"Classes that do not occur in {name}, about which its figures say nothing"
+            hint = "; give that split, or try another split_seed" if name in listing.drawn else ""
+            level = "warning" if name in listing.drawn else "fact"
+            found += gather(level, {(f"absent-in-{name}", text + hint): missing})  # type: ignore[arg-type]
+    return found
+
+
 def _empty(listing: Listing) -> list[Finding]:
     empty = [name for name, split in listing.splits.items() if not len(split)]
     return gather("error", {("empty-split", "No image in some splits; give more images, or larger shares"): empty})
@@ -281,7 +318,7 @@ def _imbalance(names: tuple[str, ...], train: list[int]) -> list[Finding]:
         return []
     few, many = names[train.index(min(counts))], names[train.index(max(counts))]
     text = (
-        f"Classes in train are unequal, from {_many(min(counts), 'image')} ({few}) to {max(counts)} ({many}); "
+        f"Classes in train are unequal, from {counted(min(counts), 'image')} ({few}) to {max(counts)} ({many}); "
         "look at the accuracy per class, or weight the classes"
     )
     return [Finding("warning", "imbalance", text)]

@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from vispeft.data.facts import cache_folder
+from vispeft.data.formats import open_image
 from vispeft.data.listing import Listing, Published
 from vispeft.data.masks import MaskCoding
 from vispeft.data.palettes import Colour, make_palette
@@ -257,7 +258,7 @@ def _open(contents: dict[str, bytes]) -> tuple[Image.Image, np.ndarray]:
     # The zones exceed Pillow's limit against decompression bombs; their size is known here.
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        satellite, zones = (Image.open(io.BytesIO(contents[name])) for name in (MAP, CLIMATE))
+        satellite, zones = (open_image(io.BytesIO(contents[name])) for name in (MAP, CLIMATE))
         for name, image in ((MAP, satellite), (CLIMATE, zones)):
             _, requirement, size = FILES[name]
             if image.size != size:

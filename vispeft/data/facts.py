@@ -16,6 +16,7 @@ from typing import BinaryIO, Generic, TypeVar
 
 from PIL import ExifTags, Image
 
+from vispeft.data.formats import open_image
 from vispeft.data.images import UNREADABLE, to_rgb, why
 
 __all__ = ["FactStore", "Facts", "ImageFacts", "cache_folder", "look_at"]
@@ -73,7 +74,7 @@ def look_at(file: BinaryIO, full: bool) -> ImageFacts:
         return ImageFacts(problem="empty")
     file.seek(0)
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             frames = getattr(image, "n_frames", 1)
             header = ImageFacts(width=image.width, height=image.height, mode=image.mode, frames=frames)
             if full:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -12,12 +14,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vispeft.data.formats import open_image
+from vispeft.data.trees import EXTENSIONS, LeftOut, is_image, walk
 from vispeft.errors import DataError
 
-__all__ = ["EXTENSIONS", "UNREADABLE", "ImageFiles", "find_images", "read_image", "to_rgb", "why"]
+__all__ = ["UNREADABLE", "ImageFiles", "find_images", "read_image", "to_rgb", "why"]
 
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""Suffixes of image files."""
+logger = logging.getLogger(__name__)
 
 UNREADABLE = (Exception,)
 """Exceptions of Pillow for unreadable files: its own, and those that broken bytes cause in its decoders, such as
@@ -25,7 +28,9 @@ TypeError, IndexError and struct.error."""
 
 
 def find_images(place: str | Path) -> list[Path]:
-    """List the images of a folder, recursively, sorted by path.
+    """List the images of a folder, recursively, sorted by path, and log what is left out.
+
+    Links are followed, and hidden files and folders are skipped, as in every reader of folders.
 
     Args:
         place: A folder, or one image file.
@@ -37,15 +42,24 @@ def find_images(place: str | Path) -> list[Path]:
         DataError: If the path does not exist, or has no images.
     """
     root = Path(place)
-    if root.is_file():
+    # The functions of os.path answer for names that no system takes too.
+    if os.path.isfile(root):
         return [root]
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise DataError(f"There is no folder and no image {str(root)!r}. Give a folder of images, or one image.")
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    left = LeftOut(root)
+    paths: list[Path] = []
+    for path in walk(root, left):
+        if is_image(path):
+            paths.append(Path(path))
+        else:
+            left.add("ending", path)
     if not paths:
-        found = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
-        raise DataError(f"There is no image in {str(root)!r}; found {found}. Looked for {', '.join(EXTENSIONS)}.")
-    return paths
+        found = left.line() if left else f"Looked for {', '.join(EXTENSIONS)} and found nothing"
+        raise DataError(f"There is no image in {str(root)!r}. {found}.")
+    if left:
+        logger.log(logging.WARNING if left.level == "warning" else logging.INFO, "%s: %s.", root, left.line())
+    return sorted(paths)
 
 
 def read_image(file: str | Path | BinaryIO, name: str | None = None) -> Tensor:
@@ -64,7 +78,7 @@ def read_image(file: str | Path | BinaryIO, name: str | None = None) -> Tensor:
         DataError: If it cannot be read.
     """
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             image.load()
             pixels = np.array(to_rgb(ImageOps.exif_transpose(image), image.format))
     except UNREADABLE as error:

@@ -20,7 +20,7 @@ from vispeft.data.listing import Finding, ListedSplit, Listing
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.data.randomness import seeded
 from vispeft.data.splitting import check_drawing, cross_validation, hold_out, share_of_rest
-from vispeft.errors import ConfigError, DataError, check_object
+from vispeft.errors import ConfigError, DataError, check_object, counted, printable
 
 __all__ = ["ImageSplit", "ListedData"]
 
@@ -178,15 +178,17 @@ class ListedData(ImageData):
         }
 
     def accept(self) -> None:
-        """Refuse data with errors, and log the warnings.
+        """Refuse data with errors, and log the warnings and what is left out.
 
         Raises:
             DataError: If the data cannot be used; the message lists every problem.
         """
         report = self.report()
         report.raise_errors()
-        for finding in report.of("warning"):
-            logger.warning("%s: %s", self.listing.place, finding.line(3))
+        for finding in report.findings:
+            if finding.level == "warning" or finding.code == "left-out":
+                level = logging.WARNING if finding.level == "warning" else logging.INFO
+                logger.log(level, "%s: %s", printable(self.listing.place), finding.line(3))
 
     def identity(self) -> Iterator[bytes]:
         """Yield bytes that identify images and targets of all splits: names, and pixels where they were read."""
@@ -218,7 +220,7 @@ class ListedData(ImageData):
         if self.folds is not None:
             pool = self._pool(listing)
             if self.folds > len(pool):
-                raise DataError(f"{listing.place} has {len(pool)} images, too few for folds={self.folds}.")
+                raise DataError(f"{listing.place} has {counted(len(pool), 'image')}, too few for folds={self.folds}.")
             rest, tested = cross_validation(pool.targets, self.folds, self.fold, self.split_seed)
             drawn["test"], splits = pool.take(tested), {"train": pool.take(rest)}
             share = share_of_rest(self.validation, 1 / self.folds)
@@ -232,12 +234,21 @@ class ListedData(ImageData):
             return listing
         splits = {name: {**splits, **drawn}[name] for name in ("train", "validation", "test")}
         drawn_of = f"fold {self.fold + 1} of {self.folds}, " if self.folds else ""
-        text = f"Drawn ({drawn_of}split_seed {self.split_seed}), stratified and disjoint"
+        # Masks are not read for it, so a draw knows nothing about their classes.
+        how = "at random" if listing.target == "mask" else "stratified"
+        text = f"Drawn ({drawn_of}split_seed {self.split_seed}), {how} and disjoint"
         note = Finding("fact", "drawn-splits", text, tuple(f"{name} {len(split)}" for name, split in drawn.items()))
         # Folds mix the published splits, so their published sizes do not apply.
         published = None if self.folds is not None else listing.published
         findings = [*listing.findings, note]
-        return replace(listing, splits=splits, findings=findings, published=published, repeats=frozenset())
+        return replace(
+            listing,
+            splits=splits,
+            findings=findings,
+            published=published,
+            repeats=frozenset(),
+            drawn=frozenset(drawn),
+        )
 
     def _held(self, split: ListedSplit, share: float) -> tuple[ListedSplit, ListedSplit]:
         rest, held = hold_out(split.targets, share, self.split_seed)

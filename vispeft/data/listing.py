@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vispeft.data.sources import JoinedSource, Source
+from vispeft.errors import printable
 
 __all__ = ["Finding", "ListedSplit", "Listing", "Published", "Target"]
 
@@ -38,7 +39,7 @@ class Finding:
         """
         named = ", ".join(self.places[:at_most])
         more = f", and {len(self.places) - at_most} more" if len(self.places) > at_most else ""
-        return f"{self.text}: {named}{more}." if named else f"{self.text}."
+        return printable(f"{self.text}: {named}{more}." if named else f"{self.text}.")
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ class Listing:
     """Whether it is a published data set to be used unchanged, although its published sizes are not known here."""
     repeats: frozenset[str] = frozenset()
     """Splits that contain images of other splits by protocol."""
+    drawn: frozenset[str] = frozenset()
+    """Splits that were drawn at random."""
 
     @property
     def blame(self) -> Literal["error", "warning"]:

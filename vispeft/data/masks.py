@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from vispeft.data.facts import ImageFacts
+from vispeft.data.formats import open_image
 from vispeft.data.images import UNREADABLE, why
 from vispeft.data.listing import ListedSplit
 from vispeft.data.palettes import Colour
@@ -61,7 +62,7 @@ def read_codes(file: str | Path | BinaryIO) -> np.ndarray:
     Raises:
         ValueError: If it is of another mode.
     """
-    with Image.open(file) as image:
+    with open_image(file) as image:
         return _codes(image)
 
 
@@ -254,7 +255,7 @@ def look_at_mask(file: BinaryIO, full: bool) -> MaskFacts:
         return MaskFacts(problem="empty")
     file.seek(0)
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             header = MaskFacts(width=image.width, height=image.height, mode=image.mode)
             if not full:
                 return header
@@ -291,7 +292,7 @@ def _unique(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class MaskFiles(FileSource):
     """Mask files; `read` returns classes (H, W) instead of an image."""
 
-    def __init__(self, paths: Iterable[Path], root: Path, coding: MaskCoding) -> None:
+    def __init__(self, paths: Iterable[str | Path], root: str | Path, coding: MaskCoding) -> None:
         """Store the paths.
 
         Args:
@@ -312,7 +313,7 @@ class MaskFiles(FileSource):
 
     def take(self, indices: Sequence[int]) -> MaskFiles:
         """Return a source of some of the files."""
-        return MaskFiles([Path(self.paths[index]) for index in indices], Path(self.root), self.coding)
+        return MaskFiles([self.paths[index] for index in indices], self.root, self.coding)
 
     def facts(self, full: bool) -> list[MaskFacts]:  # type: ignore[override]
         """Inspect every file that has changed since the last time."""

@@ -18,7 +18,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from vispeft.data.facts import Facts, FactStore, ImageFacts, Key, look_at
+from vispeft.data.formats import start_no_program
 from vispeft.data.images import UNREADABLE, read_image, to_rgb, why
+from vispeft.data.trees import open_regular
 from vispeft.errors import DataError
 
 __all__ = ["FileSource", "JoinedSource", "ShardSource", "Source", "TorchvisionSource"]
@@ -62,7 +64,7 @@ class Source(ABC):
 class FileSource(Source):
     """Image files."""
 
-    def __init__(self, paths: Iterable[Path], root: Path) -> None:
+    def __init__(self, paths: Iterable[str | Path], root: str | Path) -> None:
         """Store the paths.
 
         Args:
@@ -70,7 +72,7 @@ class FileSource(Source):
             root: Folder that names in messages are relative to.
         """
         # Strings take a tenth of the memory of paths, which matters for a million of them in each worker.
-        self.paths, self.root = [str(path) for path in paths], str(root)
+        self.paths, self.root = list(map(os.fspath, paths)), str(root)
 
     def __len__(self) -> int:
         """Count the files."""
@@ -86,7 +88,7 @@ class FileSource(Source):
 
     def take(self, indices: Sequence[int]) -> FileSource:
         """Return a source of some of the files."""
-        return FileSource([Path(self.paths[index]) for index in indices], Path(self.root))
+        return FileSource([self.paths[index] for index in indices], self.root)
 
     def facts(self, full: bool) -> list[ImageFacts]:
         """Inspect every file that has changed since the last time."""
@@ -104,7 +106,7 @@ class FileSource(Source):
 
         def look(index: int) -> Facts:
             try:
-                with open(self.paths[index], "rb") as file:
+                with open_regular(self.paths[index]) as file:
                     return look_at(file)
             except FileNotFoundError:
                 return kind(problem="missing")
@@ -222,6 +224,7 @@ class TorchvisionSource(Source):
         return look_at(content, full=True)
 
     def _image(self, index: int) -> Any:
+        start_no_program()
         return self.dataset[self.indices[index]][0]
 
 
@@ -280,7 +283,9 @@ def _key(path: str, level: str) -> Key | tuple[()]:
         status = os.stat(path)
     except (OSError, ValueError):
         return ()
-    return (os.path.abspath(path), status.st_size, status.st_mtime_ns, level)
+    # The store takes text only, and the name of a file may be no text.
+    name = os.path.abspath(path).encode("utf-8", "backslashreplace").decode()
+    return (name, status.st_size, status.st_mtime_ns, level)
 
 
 def _look_all(keys: Sequence[Any], look: Callable[[int], Facts], kind: type[Facts]) -> list[Facts]:

@@ -15,6 +15,7 @@ from vispeft.core.method import Method
 from vispeft.errors import ConfigError
 from vispeft.storage.codecs import RAW
 from vispeft.storage.files import dtype_name
+from vispeft.storage.form import escaped
 
 __all__ = ["adapter_part", "backbone_part", "plain_values", "preprocessing_part", "strict_values", "tensor_part"]
 
@@ -68,18 +69,30 @@ def backbone_part(model: nn.Module, outer: nn.Module) -> dict[str, Any]:
     """
     cfg = getattr(model, "pretrained_cfg", None) or {}
     named = {"name": cfg.get("architecture"), "args": _jsonable(getattr(model, "_model_args", {}))}
-    return {**named, **(outer.__dict__.get("_vispeft_source") or model.__dict__.get("_vispeft_source") or {})}
+    source = outer.__dict__.get("_vispeft_source") or model.__dict__.get("_vispeft_source") or {}
+    return escaped({**named, **source})
 
 
 def preprocessing_part(model: nn.Module) -> dict[str, Any]:
-    """Describe the images the backbone expects, from timm's pretrained configuration.
+    """Describe the images the backbone takes: timm's pretrained configuration, with the model's own size and channels.
+
+    Mean and standard deviation are left out where the model takes other channels than they describe.
 
     Args:
         model: The timm model.
     """
     cfg = getattr(model, "pretrained_cfg", None) or {}
     keys = ("mean", "std", "input_size", "interpolation", "crop_pct")
-    return {key: list(cfg[key]) if isinstance(cfg[key], tuple) else cfg[key] for key in keys if key in cfg}
+    found = {key: list(cfg[key]) if isinstance(cfg[key], tuple) else cfg[key] for key in keys if key in cfg}
+    embed = getattr(model, "patch_embed", None)
+    projection, size = getattr(embed, "proj", None), getattr(embed, "img_size", None)
+    if not isinstance(projection, nn.Conv2d) or not (size or "input_size" in found):
+        return found
+    height, width = size or found["input_size"][1:]
+    found["input_size"] = [projection.in_channels, int(height), int(width)]
+    return {
+        key: value for key, value in found.items() if key not in ("mean", "std") or len(value) == projection.in_channels
+    }
 
 
 def tensor_part(tensors: Mapping[str, Tensor], codecs: Mapping[str, str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ from vispeft.tasks.optimizers import check_optimizer, make_optimizer
 from vispeft.tasks.predictions import Predictor
 from vispeft.tasks.schedules import DECAYS, warmup_decay
 
-__all__ = ["AdapterTask"]
+__all__ = ["AdapterTask", "check_precision"]
 
 
 class AdapterTask(LightningModule):
@@ -95,7 +96,7 @@ class AdapterTask(LightningModule):
         super().__init__()
         check_object(type(self).__name__, "method", method, Method)
         for name, value, good in (
-            ("lr", lr, lr > 0 and math.isfinite(lr)),
+            ("lr", lr, 0 < lr <= _LARGEST),
             ("weight_decay", weight_decay, weight_decay >= 0 and math.isfinite(weight_decay)),
             ("warmup", warmup, 0 <= warmup < 1),
             ("layer_decay", layer_decay, 0 < layer_decay <= 1),
@@ -290,9 +291,13 @@ class AdapterTask(LightningModule):
         """Check the adapters and the trainer's data before the first step.
 
         Raises:
-            ConfigError: If more or fewer than one adapter acts.
+            ConfigError: If more or fewer than one adapter acts, or the trainer's precision or a callback cannot train
+                this task.
             DataError: If class count or image size do not fit.
         """
+        check_precision(self.trainer.precision)
+        if stage == "fit":
+            _check_averaging(self.trainer)
         acting = self.bank.active
         if len(acting) != 1:
             raise ConfigError(
@@ -481,8 +486,41 @@ class AdapterTask(LightningModule):
         return rename_heads(tensors, self.bank.view.head_path, active[-1], needed) if active else dict(tensors)
 
 
+def check_precision(precision: Any) -> None:
+    """Refuse precisions that convert the whole task, adapter and optimiser included.
+
+    Args:
+        precision: The trainer's setting; None for the default.
+
+    Raises:
+        ConfigError: If it is one of them.
+    """
+    wanted = str(precision)
+    if wanted in _WHOLE:
+        raise ConfigError(
+            f"trainer.precision is {wanted}, which converts the adapter with the backbone, and an adapter trains in "
+            "float32. Leave it out and set model.base_dtype to bfloat16, with which the frozen backbone takes half the "
+            "memory, or give bf16-mixed, with which it computes in half precision."
+        )
+
+
+def _check_averaging(trainer: Any) -> None:
+    """Refuse Lightning's own averages, which keep a copy of the whole task and cannot be resumed without it."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+            raise ConfigError(
+                f"The callback {type(callback).__name__} averages a copy of the whole model, and checkpoints hold only "
+                "what is trained, so that the run could not be resumed. Leave it out and set ema (model.ema 0.999): "
+                "that average is validated, kept and resumed."
+            )
+
+
+_WHOLE = ("bf16-true", "16-true", "64-true", "64", "transformer-engine", "transformer-engine-float16")
+"""Precisions of Lightning that convert a module's parameters."""
+_LARGEST = torch.finfo(torch.float32).max
+"""Largest learning rate that an optimiser can multiply float32 tensors with."""
 _NEEDED = {
-    "lr": "a finite number above 0",
+    "lr": "a number above 0 that float32 can hold",
     "weight_decay": "a finite number from 0",
     "layer_decay": "a share above 0, at most 1,",
     "ema": "a decay from 0 up to, not including, 1,",

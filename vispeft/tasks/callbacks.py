@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTh
 from torch import Tensor
 from torch.optim import Optimizer
 
-from vispeft.errors import TrainingError
+from vispeft.errors import TrainingError, brief
 from vispeft.tasks.state import random_state, set_random_state
 
 __all__ = ["EpochPictures", "FiniteGuard", "MethodHooks", "NarrowProgress", "PlainProgress", "progress_bar"]
@@ -164,11 +164,18 @@ class EpochPictures(Callback):
             folder: The folder, created with the first plot.
         """
         self.folder = folder
+        self._said = False
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw, except after Lightning's sanity check."""
-        if not trainer.sanity_checking:
+        """Draw, except after Lightning's sanity check; a training goes on without a picture that cannot be drawn."""
+        if trainer.sanity_checking:
+            return
+        try:
             cast(Any, pl_module).draw_epoch(self.folder, trainer.current_epoch)
+        except Exception as error:
+            if not self._said:
+                logger.warning("A picture could not be drawn (%s: %s)", type(error).__name__, brief(error))
+            self._said = True
 
 
 class PlainProgress(ProgressBar):

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vispeft.data.formats import open_image
 from vispeft.data.joint import EvaluationPair
 from vispeft.data.masks import IGNORE
 from vispeft.data.palettes import make_palette
@@ -144,7 +145,7 @@ class MaskPredictor:
             return
         small = []
         for path in paths:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 if min(self._prepare.size_of(image.height, image.width)) < window:
                     small.append(str(path))
         if small:

@@ -214,6 +214,9 @@ class PeftMethod(Method):
             )
         if fields.get("bias", "none") != "none":
             raise ConfigError(f"PeftMethod: bias={fields['bias']!r} trains the base in place. Leave it at 'none'.")
+        if fields.get("megatron_config"):
+            # peft imports the module that megatron_core names, and these fields come from adapter files, too.
+            raise ConfigError("PeftMethod: megatron_config makes peft import a module by its name. Leave it out.")
         if changes_weight(fields):
             raise ConfigError(
                 f"PeftMethod: init_lora_weights={fields['init_lora_weights']!r} changes the frozen weight, so that the "
