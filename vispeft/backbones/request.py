@@ -12,6 +12,7 @@ from typing import Any
 import timm
 from torch import nn
 
+from vispeft.core.families import supported_names
 from vispeft.errors import BackboneError, ConfigError, FileError, UnknownNameError
 from vispeft.zoo.backbones import ZooBackbone, read_zoo_backbone
 
@@ -168,6 +169,12 @@ def _flexible_arguments(name: str, architecture: str) -> dict[str, bool]:
             "always_partition=True for a Swin."
         )
     module = timm.models.model_entrypoint(architecture.partition(".")[0]).__module__
+    known, supported = supported_names(module)
+    if module not in _FLEXIBLE and not known:
+        raise BackboneError(
+            f"{name} was asked for, and models of {module} are not supported: no adapter can act in them, whatever "
+            f"their size. Supported are {supported}. Choose one of these."
+        )
     if module not in _FLEXIBLE:
         families = ", ".join(sorted(m.removeprefix("timm.models.") for m in _FLEXIBLE))
         raise BackboneError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from vispeft.building.classes import class_path, find_class, import_class
 from vispeft.building.config_files import Node, read_config
 from vispeft.building.parsing import MODE, parser_errors
 from vispeft.core.method import Method, registered_methods
+from vispeft.core.providers import extra_methods
 from vispeft.errors import ConfigError
 from vispeft.resources import resource_folder
 
@@ -58,6 +60,8 @@ def _resolved(node: str | Mapping[str, Any], files: tuple[Path, ...]) -> Node:
         if "class_path" not in preset:
             raise ConfigError(f"{file} has no class_path, so it describes no method.")
         return _resolved({**preset, "init_args": {**_fields(preset), **fields}}, (*files, file))
+    if name in extra_methods():
+        importlib.import_module(extra_methods()[name])
     registered = {cls.name: cls for cls in registered_methods()}
     if name in registered:
         path = class_path(registered[name])

@@ -15,7 +15,7 @@ from vispeft.adapters.merge import MergeReport
 from vispeft.cli.common import console, make_parser, versions
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run, write_json
-from vispeft.errors import ConfigError, ExportError
+from vispeft.errors import ConfigError, ExportError, counted
 from vispeft.interop.export import INPUT, TOLERANCE, Difference, check, export_onnx, export_program, staged
 from vispeft.tasks.base import AdapterTask
 
@@ -126,7 +126,9 @@ def main(argv: Sequence[str]) -> None:
         if value is not None and value < 1:
             raise ConfigError(f"--{option} is {value}; at least 1 is needed.")
     task, _ = load_task(Run.open(given.run))
-    step = task.size_step() if given.any_size else None
+    # Padding inside the model, which a program for PyTorch does not keep.
+    padded = given.format == "onnx" and hasattr(task.deployed(), "pads_to")
+    step = ((1, 1) if padded else task.size_step()) if given.any_size else None
     height, width = given.size or task.bank.notes()["preprocessing"]["input_size"][-2:]
     exported = export_run(task, out, InputSize(height=height, width=width, batch=given.batch, step=step))
     console.print(exported.table())
@@ -192,7 +194,8 @@ def _merged(report: MergeReport) -> str:
     if not report.kept:
         return "yes"
     reasons = "; ".join(dict.fromkeys(reason.rstrip(".") for reason in report.kept.values()))
-    return f"{f'partly, {len(report.kept)} layers stay adapted' if report.merged else 'no'}: {reasons}"
+    partly = f"partly, all but {counted(len(report.kept), 'layer')}"
+    return f"{partly if report.merged else 'no'}: {reasons}"
 
 
 def _size(path: Path) -> int:

@@ -20,6 +20,7 @@ from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run
 from vispeft.errors import ConfigError, MergeError
 from vispeft.storage.files import JSON_FILE, write_atomically
+from vispeft.storage.header import strict_values
 from vispeft.tasks.base import AdapterTask
 
 __all__ = ["main", "merge_run"]
@@ -90,7 +91,7 @@ def merge_run(run: Run, out: Path) -> dict[str, Any]:
         "max_error": error,
         "versions": versions(),
     }
-    text = json.dumps(info, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(strict_values(info), indent=1, ensure_ascii=False) + "\n"
     write_atomically({out: to_bytes(state, metadata={"format": "pt"}), described: text.encode()})
     _check(architecture, args, load_file(out), images, adapted, report.created)
     return info
