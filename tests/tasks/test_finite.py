@@ -97,10 +97,10 @@ def test_files_of_figures_are_strict_json(tmp_path):
     values = json.loads((tmp_path / "a.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert values == {"a": None, "b": [1.0, [None, {"c": None}]], "d": "NaN"}
     task = make()
-    task.bank.annotate(metrics={"validation/miou": NAN}, output={"deviation": [float("inf")]})
+    task.bank.annotate(metrics={"validation/miou": NAN, "per class": [float("inf"), 0.5]})
     task.save_adapter(tmp_path / "adapter")
     header = json.loads((tmp_path / "adapter/adapter.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert (header["metrics"], header["output"]) == ({"validation/miou": None}, {"deviation": [None]})
+    assert header["metrics"] == {"validation/miou": None, "per class": [None, 0.5]}
 
 
 def test_predictions_without_finite_outputs_have_empty_cells():
