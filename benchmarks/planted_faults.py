@@ -178,8 +178,12 @@ def copy_of(revision: str) -> Iterator[Path]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Make an environment that imports vispeft from a copy, also in the processes that tests start."""
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    """Make an environment that imports vispeft from a copy, also in the processes that tests start.
+
+    The limit holds against `torch.set_num_threads` too: a test of the earlier suite sets two threads for all that come
+    after it, and two workers with two threads each wait for each other.
+    """
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "1"}
     return {**os.environ, **threads, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
 
 

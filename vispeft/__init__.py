@@ -16,6 +16,7 @@ from vispeft._compat import install_hook
 from vispeft.core.providers import provide, provide_extra
 
 if TYPE_CHECKING:
+    __version__: str
     from vispeft.adapters.attach import attach as attach
     from vispeft.adapters.attach import load as load
     from vispeft.adapters.bank import AdapterBank as AdapterBank
@@ -54,7 +55,7 @@ _LOCK = threading.RLock()
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("_") and name != "__all__":
+    if name.startswith("_") and name not in ("__all__", "__version__"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with _LOCK:
         return _find(name)
@@ -63,7 +64,9 @@ def __getattr__(name: str) -> Any:
 def _find(name: str) -> Any:
     if name == "__all__":
         return sorted([*_HOMES, *_configurations()])
-    if name in _HOMES:
+    if name == "__version__":
+        value = importlib.import_module("vispeft.resources").package_version()
+    elif name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name]), name)
     elif name in _modules():
         value = importlib.import_module(f"{__name__}.{name}")
@@ -80,7 +83,7 @@ def _find(name: str) -> Any:
 def __dir__() -> list[str]:
     without_extra = {"mmseg"} if PathFinder.find_spec("mmseg") is None else set()
     special = {name for name in globals() if name.startswith("__")}
-    return sorted((special | set(__getattr__("__all__")) | _modules()) - without_extra)
+    return sorted((special | {"__version__"} | set(__getattr__("__all__")) | _modules()) - without_extra)
 
 
 def _configurations() -> list[str]:

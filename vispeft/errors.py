@@ -156,7 +156,7 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
 
 
 def printable(text: str) -> str:
-    """Escape the characters that a terminal or a text file cannot take: control characters and lone surrogates.
+    """Escape the characters that a terminal would obey or a file cannot hold: control characters and lone surrogates.
 
     Args:
         text: The text, such as the name of a file whose bytes are no UTF-8.

@@ -1,4 +1,4 @@
-"""Where the packaged configs, presets and small backbones are.
+"""Where the packaged configs, presets and small backbones are, and the version of the package.
 
 They stand at the root of the repository and are copied into the package when a wheel is built (``setup.py``). Whatever
 needs one of these files asks here, so that a wheel and a checkout (an editable install, too) serve the same.
@@ -6,16 +6,26 @@ needs one of these files asks here, so that a wheel and a checkout (an editable 
 
 from __future__ import annotations
 
+import os
+from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
 from vispeft.errors import FileError, UnknownNameError
 
-__all__ = ["config_names", "find_config", "resource_folder"]
+__all__ = ["config_names", "find_config", "package_version", "resource_folder"]
 
 _FOR_OTHERS = ("method", "_base_")
 """Folders of ``configs`` that hold parts of configs and nothing that can be run."""
+
+
+def package_version() -> str:
+    """Return the version of the installed package; 0 where it is read from a folder and not installed."""
+    try:
+        return version("vispeft")
+    except PackageNotFoundError:
+        return "0"
 
 
 def resource_folder(name: Literal["configs", "model_zoo"]) -> Path:
@@ -75,7 +85,7 @@ def find_config(given: str | Path) -> Path:
         FileError: If a name was given and the installation lacks the packaged configs.
     """
     path = Path(given)
-    if path.suffix or path.is_file():
+    if path.suffix or os.path.isfile(path):  # false, too, for a name that the system cannot have
         return path
     known = _configs()
     if str(given) not in known:

@@ -184,7 +184,7 @@ class Brightness:
 
     table, columns, folders, at_once = "brightness.csv", ["mean"], ("thumbnails",), 2
 
-    def check(self, paths):
+    def check(self, paths, reading):
         """Take all."""
 
     def __call__(self, images):

@@ -197,7 +197,7 @@ def test_float_images_are_refused_and_sixteen_bits_scaled(tmp_path):
     Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)).save(root / "train/a/f.tif")
     Image.fromarray(np.full((4, 4), 0x80FF, dtype=np.uint16)).save(root / "train/b/d.png")
     found = codes(ImageFolderData(root=str(root)))
-    assert "f.tif (its 32-bit values have no known range" in found["broken-image"].line()
+    assert "f.tif (its floating-point numbers (mode F) have no known range" in found["unsupported-image"].line()
     data = ImageFolderData(root=str(root))
     deep = next(i for i, path in enumerate(data.listing.splits["train"].source.paths) if path.endswith("d.png"))
     assert data.listing.splits["train"].source.read(deep).unique().tolist() == [0x80]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from vispeft.cli.evaluation import class_table, measure, metrics_table
 from vispeft.cli.runs import write_json
 from vispeft.data import DigitsData
 from vispeft.data.masks import IGNORE
+from vispeft.errors import ConfigError
 from vispeft.tasks import Classification, Segmentation
 from vispeft.tasks.checkpoints import RunCheckpoints
 from vispeft.tasks.classification import fit_temperature
@@ -73,6 +75,17 @@ def test_images_without_finite_outputs_are_counted_and_left_out(broken, caplog, 
     assert (tmp_path / "confusion_matrix.png").exists() == (broken < 1000)
 
 
+def test_an_epoch_without_a_number_is_never_the_best(tmp_path, caplog):
+    checkpoints = RunCheckpoints(tmp_path, monitor="validation/miou")
+    kept = []
+    for epoch, score in enumerate([NAN, float("inf"), 0.2, NAN, 0.1, float("inf"), 0.3]):
+        if checkpoints._better(score, SimpleNamespace(current_epoch=epoch)):
+            checkpoints.best = {"file": "", "epoch": epoch, "score": score}
+        kept.append(checkpoints.best and checkpoints.best["epoch"])
+    assert kept == [None, None, 2, 2, 2, 2, 6]
+    assert caplog.text.count("which decides nothing") == 4
+
+
 def test_scores_of_an_epoch_with_broken_outputs_do_not_choose_it(tmp_path):
     task = make(Breaking)
     checkpoints = RunCheckpoints(tmp_path, monitor=task.monitor)
@@ -97,10 +110,12 @@ def test_files_of_figures_are_strict_json(tmp_path):
     values = json.loads((tmp_path / "a.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert values == {"a": None, "b": [1.0, [None, {"c": None}]], "d": "NaN"}
     task = make()
-    task.bank.annotate(metrics={"validation/miou": NAN, "per class": [float("inf"), 0.5]})
+    task.bank.annotate(metrics={"validation/miou": NAN})
     task.save_adapter(tmp_path / "adapter")
     header = json.loads((tmp_path / "adapter/adapter.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert header["metrics"] == {"validation/miou": None, "per class": [None, 0.5]}
+    assert header["metrics"] == {"validation/miou": None}
+    with pytest.raises(ConfigError, match=r"output\.deviation\[0\] is None; a finite number"):
+        task.bank.annotate(output={"deviation": [float("inf")]})
 
 
 def test_predictions_without_finite_outputs_have_empty_cells():

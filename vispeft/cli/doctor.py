@@ -38,7 +38,7 @@ from vispeft.data.folder import SYNONYMS, find_splits
 from vispeft.data.list_files import LIST_ENDINGS
 from vispeft.data.mask_checks import mask_splits, pixel_shares
 from vispeft.data.vtab import VTAB
-from vispeft.errors import ConfigError, DataError, counted
+from vispeft.errors import ConfigError, DataError, counted, printable
 from vispeft.resources import config_names, find_config
 
 __all__ = ["KINDS", "diagnose", "main", "open_data"]
@@ -124,7 +124,7 @@ def open_data(place: str, kind: str = "auto", overrides: Sequence[str] = ()) -> 
         DataError: If the kind of the place cannot be determined.
     """
     path = Path(place)
-    if not path.exists() and place in config_names():
+    if not os.path.exists(path) and place in config_names():
         path = find_config(place)
     if path.suffix in (".yaml", ".yml"):
         if kind != "auto":
@@ -249,7 +249,7 @@ def diagnose(report: Report) -> None:
         report: The result of a data module's `report`.
     """
     listing = report.listing
-    console.print(f"[bold]{escape(listing.place)}[/]", soft_wrap=True, markup=True)
+    console.print(f"[bold]{escape(printable(listing.place))}[/]", soft_wrap=True, markup=True)
     console.print(_splits(report))
     if listing.target != "regression":
         console.print(_classes(report))
@@ -291,5 +291,5 @@ def _classes(report: Report) -> Table:
         if len(order) > 10 and position == 4:
             table.add_row(f"... {len(order) - 8} more", *["" for _ in columns])
         figures = [f"{column[index]:,}" for column in counts.values()] + [f"{share[index]:.2%}" for share in shares]
-        table.add_row(listing.class_names[index], *figures)
+        table.add_row(printable(listing.class_names[index]), *figures)
     return table

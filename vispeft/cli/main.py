@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+
+from vispeft.resources import package_version
 
 __all__ = ["COMMANDS", "command", "main", "run_command"]
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_help())
         return 0
     if given[0] == "--version":
-        print(f"vispeft {_version()}")
+        print(f"vispeft {package_version()}")
         return 0
     return run_command(given[0], given[1:])
 
@@ -94,10 +95,3 @@ def _help() -> str:
             "`vispeft COMMAND --help` explains one, with examples; `vispeft --version` names the version.",
         ]
     )
-
-
-def _version() -> str:
-    try:
-        return version("vispeft")
-    except PackageNotFoundError:
-        return "(not installed)"

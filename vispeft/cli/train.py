@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import shutil
 import sys
@@ -141,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train_or_resume(config: Path, overrides: Sequence[str], place: Path, command: str) -> Path:
-    if place.exists():
+    if os.path.exists(place):
         return resume(place, config, overrides, command=command)
     return train(config, overrides, out=place, command=command)
 
@@ -263,13 +264,13 @@ def finish(run: str | Path) -> Path:
     if not found.finished:
         planned = cli.trainer_settings["max_epochs"]
         said = f"The run was stopped early. Its further epochs: vispeft train --resume {place} --{MORE} {planned}"
-        console.print(said, soft_wrap=True, markup=False)
+        console.print(said, soft_wrap=True)
     return place
 
 
 def _say_finished(place: Path) -> Path:
     said = f"{place} is finished; there is nothing to go on with. Its figures are in {runs.METRICS}."
-    console.print(said, soft_wrap=True, markup=False)
+    console.print(said, soft_wrap=True)
     return place
 
 
@@ -277,7 +278,7 @@ def _found(place: Path, cli: ConfigCLI) -> Found | None:
     """Find the checkpoint to go on from, and check that it was written with the same config."""
     found = find_checkpoint(place / runs.CHECKPOINTS)
     if found is None:
-        console.print(f"{place} has no checkpoint, so training begins anew.", soft_wrap=True, markup=False)
+        console.print(f"{place} has no checkpoint, so training begins anew.", soft_wrap=True)
         shutil.rmtree(place / runs.LOGS, ignore_errors=True)
         return None
     if found.config is None:
@@ -285,7 +286,6 @@ def _found(place: Path, cli: ConfigCLI) -> Found | None:
             f"Warning: {found.path.name} is of an earlier version and does not say which config it was written with; "
             f"it is taken to be {runs.CONFIG}.",
             soft_wrap=True,
-            markup=False,
         )
     else:
         other = differing(cli, found.config)
@@ -294,7 +294,7 @@ def _found(place: Path, cli: ConfigCLI) -> Found | None:
                 f"{found.path} was written with another config: {told(other)}. Set {runs.CONFIG} back, or begin a new "
                 "run."
             )
-    console.print(f"Going on from {found.path}.", soft_wrap=True, markup=False)
+    console.print(f"Going on from {found.path}.", soft_wrap=True)
     return found
 
 
@@ -333,7 +333,7 @@ def _prepared(cli: ConfigCLI) -> ConfigCLI:
     task.check_data(data)
     if cli.config["init"] is not None:
         said = start_from(task, cli.config["init"], output_names(data, task.num_classes))
-        console.print(said, soft_wrap=True, markup=False)
+        console.print(said, soft_wrap=True)
     kept = cli.config["cache_features"]
     if kept not in (False, None):
         cache_features(task, data, cli.trainer, None if kept is True else kept)

@@ -11,6 +11,7 @@ from vispeft.data.facts import ImageFacts
 from vispeft.data.listing import Finding, ListedSplit, Listing, gather
 from vispeft.data.mask_checks import check_masks, image_counts
 from vispeft.data.masks import ListedMasks
+from vispeft.data.pixel_checks import check_pixels
 from vispeft.errors import DataError, counted
 
 __all__ = ["Report", "examine"]
@@ -19,30 +20,6 @@ EXTREME_ASPECT = 4.0
 """Ratio of longer to shorter side from which stretching an image to a square gives a warning."""
 IMBALANCE = 10.0
 """Ratio of largest to smallest class from which a warning is given."""
-
-PROBLEMS = {
-    "missing": ("missing-file", "{n} listed and not there; check paths and root"),
-    "empty": ("empty-file", "{n} with 0 bytes; replace or remove them"),
-    "truncated": ("truncated-image", "{n} cut short or damaged; replace or remove them"),
-    "broken": ("broken-image", "{n} that cannot be opened; replace or remove them"),
-}
-
-MODES = {
-    "1": ("black-and-white", "in black and white; repeated over three channels"),
-    "L": ("grayscale", "in grayscale; repeated over three channels"),
-    "LA": ("transparency", "in grayscale with transparency; grey is repeated, transparency is dropped"),
-    "P": ("palette", "with a palette; looked up as RGB"),
-    "PA": ("palette", "with a palette; looked up as RGB"),
-    "RGBA": ("transparency", "with transparency, which is dropped: hidden colours become visible"),
-    "CMYK": ("cmyk", "in CMYK; converted to RGB without a colour profile"),
-    "YCbCr": ("ycbcr", "in YCbCr; converted to RGB"),
-    "LAB": ("lab", "in Lab; converted to RGB"),
-    "I": ("16-bit", "with 16 bits; scaled to 8"),
-    "I;16": ("16-bit", "with 16 bits; scaled to 8"),
-    "I;16B": ("16-bit", "with 16 bits; scaled to 8"),
-    "I;16L": ("16-bit", "with 16 bits; scaled to 8"),
-}
-"""Pixel modes other than RGB by Pillow's name, and their treatment."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +72,7 @@ def examine(listing: Listing, full: bool = True) -> Report:
     targets = check_masks(listing, facts, full) if listing.target == "mask" else _targets(listing)
     findings = [
         *listing.findings,
-        *_images(listing, facts),
-        *_modes(listing, facts),
+        *check_pixels(listing, facts),
         *_shapes(listing, facts),
         *_contents(listing, facts, full),
         *_empty(listing),
@@ -116,44 +92,7 @@ def _all(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> Iterable[tu
             yield name, index, split.source.name(index), known
 
 
-# ------------------------------------------------------------------ images
-
-
-def _images(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> list[Finding]:
-    """Find images that cannot be read."""
-    places: dict[str, list[str]] = defaultdict(list)
-    for _, _, name, known in _all(listing, facts):
-        if known.problem:
-            places[known.problem].append(f"{name} ({known.reason})" if known.reason else name)
-    return gather(
-        "error",
-        {
-            (code, text.replace("{n}", counted(len(places[problem]), "image"))): places[problem]
-            for problem, (code, text) in PROBLEMS.items()
-        },
-    )
-
-
-def _modes(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> list[Finding]:
-    """Find images that are not RGB; a warning if only some are, which often means a mistake."""
-    places: dict[tuple[str, str], list[str]] = defaultdict(list)
-    frames: list[str] = []
-    total = 0
-    for _, _, name, known in _all(listing, facts):
-        total += 1
-        if known.mode in MODES and not known.problem:
-            places[MODES[known.mode]].append(name)
-        if known.frames > 1:
-            frames.append(f"{name} ({known.frames})")
-    found = []
-    for (code, text), names in places.items():
-        said = f"{counted(len(names), 'image')} {text}"
-        if len(names) == total:
-            found.append(Finding("fact", code, f"All {said}"))
-        else:
-            found.append(Finding("warning", code, said, tuple(names)))
-    text = f"{counted(len(frames), 'file')} with several images, of which the first is taken"
-    return [*found, *gather("warning", {("several-frames", text): frames})]
+# ------------------------------------------------------------------ shapes
 
 
 def _shapes(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> list[Finding]:

@@ -16,6 +16,8 @@ from torch.utils.data import Dataset
 from vispeft.data.augmentation import Augmentation, TrainTransform
 from vispeft.data.base import BatchSplit, ImageData, Index
 from vispeft.data.checks import Report, examine
+from vispeft.data.formats import MAX_PIXELS
+from vispeft.data.images import Reading
 from vispeft.data.listing import Finding, ListedSplit, Listing
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.data.randomness import seeded
@@ -93,6 +95,9 @@ class ListedData(ImageData):
         split_seed: int = 0,
         folds: int | None = None,
         fold: int = 0,
+        transparency: tuple[int, int, int] | None = None,
+        value_range: tuple[float, float] | None = None,
+        max_pixels: int = MAX_PIXELS,
         **settings: Any,
     ) -> None:
         """Validate and store the settings.
@@ -105,6 +110,11 @@ class ListedData(ImageData):
             split_seed: Seed of random splits and folds.
             folds: Number of parts for cross-validation, each the test split of one run. None gives a single split.
             fold: Index of the part to test, from 0.
+            transparency: Colour (red, green, blue) that transparent images are laid on; None drops the transparency,
+                and hidden colours become visible.
+            value_range: Values of images of more than 8 bits that become black and white; None takes all values that
+                the file could hold.
+            max_pixels: Largest number of pixels of an image or a mask.
             settings: Settings of `ImageData`.
 
         Raises:
@@ -119,6 +129,7 @@ class ListedData(ImageData):
         self.check, self.augment = check, augment
         self.validation, self.test, self.split_seed = validation, test, split_seed
         self.folds, self.fold = folds, fold
+        self.reading = Reading(transparency=transparency, value_range=value_range, max_pixels=max_pixels)
         self._listing: Listing | None = None
         self._report: Report | None = None
 
@@ -134,7 +145,10 @@ class ListedData(ImageData):
     def listing(self) -> Listing:
         """The images with their final splits."""
         if self._listing is None:
-            self._listing = self._divide(self.read())
+            found = replace(self.read(), reading=self.reading)
+            for split in found.splits.values():
+                split.read_with(self.reading)
+            self._listing = self._divide(found)
         return self._listing
 
     def report(self) -> Report:
@@ -177,6 +191,11 @@ class ListedData(ImageData):
             **{name: ImageSplit(splits[name], preprocessing) for name in ("validation", "test")},
         }
 
+    def output_notes(self) -> dict[str, Any]:
+        """Return how pixels become RGB, for the adapter's file."""
+        notes = self.reading.notes()
+        return {"reading": notes} if notes else {}
+
     def accept(self) -> None:
         """Refuse data with errors, and log the warnings and what is left out.
 
@@ -193,6 +212,8 @@ class ListedData(ImageData):
     def identity(self) -> Iterator[bytes]:
         """Yield bytes that identify images and targets of all splits: names, and pixels where they were read."""
         yield from super().identity()
+        if changed := {key: value for key, value in self.reading.notes().items() if key != "max_pixels"}:
+            yield f"{changed}\n".encode()
         facts = self.report().facts
         for name, split in self.listing.splits.items():
             for index, known in enumerate(facts[name]):

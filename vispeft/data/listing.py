@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vispeft.data.images import PLAIN, Reading
 from vispeft.data.sources import JoinedSource, Source
 from vispeft.errors import printable
 
@@ -67,6 +68,14 @@ class ListedSplit:
         """Count the images."""
         return len(self.source)
 
+    def read_with(self, reading: Reading) -> None:
+        """Set how pixels become RGB.
+
+        Args:
+            reading: The settings.
+        """
+        self.source.read_with(reading)
+
     def label(self, index: int) -> str:
         """Return a string that identifies the target of an image.
 
@@ -114,6 +123,8 @@ class Listing:
     """Splits that contain images of other splits by protocol."""
     drawn: frozenset[str] = frozenset()
     """Splits that were drawn at random."""
+    reading: Reading = PLAIN
+    """How pixels become RGB."""
 
     @property
     def blame(self) -> Literal["error", "warning"]:

@@ -18,7 +18,7 @@ from vispeft.errors import counted, printable
 
 __all__ = ["EXTENSIONS", "LeftOut", "is_hidden", "is_image", "list_folder", "open_regular", "walk"]
 
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
 """Suffixes of image files."""
 
 Reason = Literal["ending", "mask", "loose", "folder", "again", "special", "closed", "link", "member", "hidden", "other"]

@@ -18,7 +18,7 @@ from mmseg.registry import HOOKS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vispeft.errors import ConfigError
+from vispeft.errors import ConfigError, counted
 from vispeft.mmseg.backbone import VispeftBackbone
 from vispeft.mmseg.files import backbones, load_decoder, save_adapter
 from vispeft.zoo.adapters import ADAPTER
@@ -134,7 +134,8 @@ def check_segmentor(model: Any, classes: Sequence[str] | None) -> None:
         if isinstance(model.backbone, VispeftBackbone) and not model.with_neck and isinstance(head, BaseDecodeHead):
             found += _unreadable(name, head, model.backbone)
         if classes is not None and len(classes) != head.num_classes:
-            found.append(f"{name}.num_classes is {head.num_classes}, and the data have {len(classes)} classes")
+            known = counted(len(classes), "class", "classes")
+            found.append(f"{name}.num_classes is {head.num_classes}, and the data have {known}")
     if not found and _behind_the_heads(model, list(heads.values())):
         found.append(
             "no head reads the backbone's last map, and units of the adapter behind the other maps cannot train: let "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import timm
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from vispeft.core.method import Method
 from vispeft.errors import ConfigError
+from vispeft.resources import package_version
 from vispeft.storage.codecs import RAW
 from vispeft.storage.files import dtype_name
 from vispeft.storage.form import escaped
@@ -26,7 +26,7 @@ def adapter_part(method: Method) -> dict[str, Any]:
     Args:
         method: The method.
     """
-    return {"vispeft": _own_version(), "timm": timm.__version__, "method": method.to_dict()}
+    return {"vispeft": package_version(), "timm": timm.__version__, "method": method.to_dict()}
 
 
 def plain_values(value: Any, name: str) -> Any:
@@ -116,10 +116,3 @@ def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
         for k, v in listed.items()
         if isinstance(v, plain) or (isinstance(v, list) and all(isinstance(item, plain) for item in v))
     }
-
-
-def _own_version() -> str:
-    try:
-        return version("vispeft")
-    except PackageNotFoundError:
-        return "0"

@@ -20,7 +20,7 @@ from vispeft.backbones.create import create_model
 from vispeft.core.families import unwrap
 from vispeft.core.method import Method
 from vispeft.data.preprocessing import Preprocessing
-from vispeft.errors import ConfigError, DataError, FileError, check_object
+from vispeft.errors import ConfigError, DataError, FileError, check_object, counted
 from vispeft.tasks.callbacks import FiniteGuard, MethodHooks
 from vispeft.tasks.checkpoint_form import check_shapes
 from vispeft.tasks.checkpoints import read_checkpoint
@@ -277,7 +277,7 @@ class AdapterTask(LightningModule):
         classes = getattr(data, "num_classes", self.num_classes)
         if classes != self.num_classes:
             raise DataError(
-                f"The data have {classes} classes, and the model was made for {self.num_classes}. "
+                f"The data have {counted(classes, 'class', 'classes')}, and the model was made for {self.num_classes}. "
                 f"Make it with num_classes={classes}."
             )
         wanted, made_for = getattr(data, "preprocessing", self.preprocessing).size, self.preprocessing.size

@@ -354,9 +354,9 @@ class RunCheckpoints(Checkpoint):
             )
         if trainer.sanity_checking:
             return
+        # If validation images are trained on, their score is meaningless, and the last epoch is kept.
         seen = getattr(pl_module, "outputs_seen", None)
         value = math.nan if seen is not None and seen.broken else float(score)
-        # If validation images are trained on, their score is meaningless, and the last epoch is kept.
         if getattr(trainer.datamodule, "validation_chooses", True) and not self._better(value, trainer):
             return
         self._keep(trainer, trainer.current_epoch, value)

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vispeft.data.formats import open_image
+from vispeft.data.images import PLAIN, Reading, read_size
 from vispeft.data.joint import EvaluationPair
 from vispeft.data.masks import IGNORE
 from vispeft.data.palettes import make_palette
 from vispeft.data.preprocessing import Preprocessing
-from vispeft.errors import DataError
+from vispeft.errors import DataError, counted
 from vispeft.tasks.inference import Inference
 from vispeft.viz import lay_over
 
@@ -48,11 +48,12 @@ class Predictor(Protocol):
     at_once: int | None
     """Largest number of images predicted together; None for any."""
 
-    def check(self, paths: Sequence[Path]) -> None:
+    def check(self, paths: Sequence[Path], reading: Reading = PLAIN) -> None:
         """Find images that cannot be predicted, before the first one is.
 
         Args:
             paths: Readable image files.
+            reading: How their pixels become RGB.
 
         Raises:
             DataError: If there are any.
@@ -96,7 +97,7 @@ class ScorePredictor:
         self._predict, self._row, self.columns = predict, row, columns
         self._transform = Preprocessing.from_dict(notes["preprocessing"]).transform()
 
-    def check(self, paths: Sequence[Path]) -> None:
+    def check(self, paths: Sequence[Path], reading: Reading = PLAIN) -> None:
         """Accept all: images of any size are resized."""
 
     def __call__(self, images: Sequence[Tensor]) -> list[Prediction]:
@@ -134,7 +135,7 @@ class MaskPredictor:
         whole, short_side = output.get("evaluation") == "whole", output.get("short_side")
         self._prepare = EvaluationPair(Preprocessing.from_dict(notes["preprocessing"]), whole, short_side)
 
-    def check(self, paths: Sequence[Path]) -> None:
+    def check(self, paths: Sequence[Path], reading: Reading = PLAIN) -> None:
         """Find images smaller than the sliding window.
 
         Raises:
@@ -145,13 +146,12 @@ class MaskPredictor:
             return
         small = []
         for path in paths:
-            with open_image(path) as image:
-                if min(self._prepare.size_of(image.height, image.width)) < window:
-                    small.append(str(path))
+            if min(self._prepare.size_of(*read_size(path, reading))) < window:
+                small.append(str(path))
         if small:
             raise DataError(
-                f"{len(small)} of {len(paths)} images {'is' if len(small) == 1 else 'are'} smaller than the sliding "
-                f"window of {window} pixels that the run was trained with: {', '.join(small[:5])}"
+                f"{len(small)} of {counted(len(paths), 'image')} {'is' if len(small) == 1 else 'are'} smaller than the "
+                f"sliding window of {window} pixels that the run was trained with: {', '.join(small[:5])}"
                 f"{' and more' if len(small) > 5 else ''}. Nothing was predicted; enlarge or remove them."
             )
 
