@@ -49,6 +49,8 @@ _WEIGHT_CHANGING = ("pissa", "olora", "orthogonal", "corda", "loftq", "lora_ga")
 """Initialisations of peft's LoRA that change the frozen weight, so that an adapter does not fit the plain model."""
 _ROLES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 _ADAPTER = "default"
+_RESULT = "_vispeft_result"
+"""Attribute of a tensor: the result that the host has computed for it."""
 
 
 def import_peft() -> ModuleType:
@@ -75,12 +77,12 @@ class _Given(nn.Linear):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.weight, self.bias = cast(nn.Parameter, weight), cast(nn.Parameter, bias)
-        self.pair: tuple[Tensor, Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute (..., out)."""
-        if self.pair is not None and input is self.pair[0]:
-            return self.pair[1]
+        given: Tensor | None = getattr(input, _RESULT, None)
+        if given is not None:
+            return given
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return nn.functional.linear(input, self.weight.to(input.dtype), bias)
 
@@ -144,12 +146,14 @@ class PeftUnit(SequentialUnit):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """Compute (..., out) by peft's own code."""
-        base = self.tuner.__dict__["base_layer"]
-        base.pair = (x, y)
+        # The host's result travels with the input: in the module, it would meet those of other threads.
+        seen = x.view_as(x)
+        setattr(seen, _RESULT, y)
         try:
-            return self.tuner(x)
+            out: Tensor = self.tuner(seen)
         finally:
-            base.pair = None
+            setattr(seen, _RESULT, None)  # autograd may keep the input, and need not keep the result with it
+        return out
 
     def fold_weight(self, weight: Tensor) -> Tensor:
         """Compute the weight from the outputs of peft's layer for the unit vectors."""
