@@ -17,7 +17,7 @@ from torch import nn
 
 from tests.backbones.small import load, tiny
 from vispeft.backbones.create import create_model
-from vispeft.errors import BackboneError, FileError
+from vispeft.errors import BackboneError, ConfigError, FileError
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pth", "nested.pth", "half"])
@@ -187,3 +187,9 @@ def test_npz(tmp_path: Path) -> None:
 
     with pytest.raises(BackboneError, match=r"jax\.npz"):
         create_model("swin_tiny_patch4_window7_224", weights=tmp_path / "jax.npz")
+
+
+def test_a_wrong_argument_is_not_blamed_on_the_file():
+    with pytest.raises(ConfigError, match="classes=3, but timm's VisionTransformer takes no such argument") as told:
+        create_model("zoo:vit_tiny", classes=3)
+    assert "model.safetensors" not in str(told.value)

@@ -24,7 +24,7 @@ def test_preprocessing_is_the_backbone_s_at_its_size():
 
 
 def test_other_channel_counts_are_refused():
-    with pytest.raises(DataError, match="1 channels"):
+    with pytest.raises(DataError, match="takes 1 channel,"):
         Preprocessing.of(tiny(in_chans=1))
 
 

@@ -9,7 +9,7 @@ from tests.data.published import Painter, make_ade20k, make_cityscapes
 from tests.data.reading import names_of
 from vispeft.data import ADE20KData, CityscapesData, ImageFolderData, MaskFolderData, find_images, trees
 from vispeft.data.trees import LeftOut, open_regular
-from vispeft.errors import DataError
+from vispeft.errors import DataError, counted
 
 LITTER = ("._1.png", ".ipynb_checkpoints/1-checkpoint.png", ".thumbnails/1.png", "__MACOSX/1.png", "deep/.trash/1.png")
 """Copies of images that systems and editors leave beside them."""
@@ -317,3 +317,9 @@ def test_images_and_masks_may_share_a_folder(tmp_path):
         assert names_of(listing.splits["train"]) == [f"all/{number}.jpg" for number in range(3)]
         assert line.startswith("Left out: 1 file with another ending than ")
         assert "(1 .txt: all/notes.txt)" in line
+
+
+def test_numbers_agree_with_their_nouns():
+    found = [counted(number, "image") for number in (0, 1, 2, 12_345)]
+    assert found == ["0 images", "1 image", "2 images", "12,345 images"]
+    assert [counted(number, "class", "classes") for number in (1, 2)] == ["1 class", "2 classes"]

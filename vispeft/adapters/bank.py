@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -19,7 +20,7 @@ from vispeft.adapters.placing import build_units, place_units
 from vispeft.adapters.routes import check_rows, make_route
 from vispeft.adapters.training import TrainingBank
 from vispeft.core.families import family_of, unwrap
-from vispeft.core.method import Method
+from vispeft.core.method import Method, is_registered
 from vispeft.core.plan import make_plan
 from vispeft.core.route import Route
 from vispeft.errors import ConfigError, MergeError
@@ -27,6 +28,8 @@ from vispeft.hosts.base import Host, ensure_host, take_off
 from vispeft.hosts.model import BANK, ModelHost, recompute_contexts
 
 __all__ = ["AdapterBank"]
+
+logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -54,6 +57,12 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
         self._model.__dict__[BANK] = self
         self._wake()
 
+    def __repr__(self) -> str:
+        """Name the adapters, those that act, and those that are frozen."""
+        lists = (("adapters", self.names), ("active", self.active), ("frozen", self.frozen))
+        told = ", ".join(f"{word}={names}" for word, names in lists)
+        return f"AdapterBank({told}{', merged' if self._merged is not None else ''})"
+
     @staticmethod
     def of(model: nn.Module) -> AdapterBank | None:
         """Return the bank of a model with adapters.
@@ -74,6 +83,13 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
     ) -> None:
         """Add an adapter and make it the only one that acts; see `attach`."""
         seed = int(torch.randint(0, 2**31 - 1, ()))
+        if isinstance(method, Method) and not is_registered(method):
+            logger.warning(
+                "%s is not registered as %r, so no file of this adapter can be loaded as one. Put @vispeft.register "
+                "above the class, and give it a name of its own.",
+                type(method).__name__,
+                method.name,
+            )
         with self.adding(method, name, tasks, seed):
             self._heads.put(name, own_head(method, self.view, self._model, seed))
             self.declare(name)
@@ -213,6 +229,8 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
             SiteError: If two of them replace the same tensor.
             MergeError: If the model is merged.
         """
+        if not isinstance(names, str | Sequence):
+            raise ConfigError(f"set_active({names!r}): give a name, a list of names, or [] for the base alone.")
         chosen = (names,) if isinstance(names, str) else tuple(names)
         with self._routing.gate.beside():
             self.check_ready("switch adapters")
@@ -363,8 +381,8 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
             The changed layers, new keys, layers that stay adapted, and the measured error.
 
         Raises:
-            MergeError: If a layer has no plain form, a merged tensor is not finite, or the outputs differ beyond
-                rounding; then nothing is changed.
+            MergeError: If no adapter acts, a layer has no plain form, a merged tensor is not finite, or the outputs
+                differ beyond rounding; then nothing is changed.
         """
         if self._merged is not None:
             return self._merged.report
@@ -378,6 +396,11 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
                 "Another thread has chosen adapters in a block of using() or disabled(); let it end first."
             )
         names = tuple(self.active)
+        if not names:
+            raise MergeError(
+                f"No adapter acts, so there is nothing to merge; attached are {', '.join(self.names)}. Choose with "
+                "set_active(NAME)."
+            )
         merged = merge_model(self._model, self.view, partial)
         self._merged = merged
         for name in names:

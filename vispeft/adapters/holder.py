@@ -119,6 +119,10 @@ class BankState:
                     f"Which adapter? {len(acting)} are active ({', '.join(acting) or 'none'}); give a name."
                 )
             return acting[0]
+        if not isinstance(name, str):
+            raise ConfigError(
+                f"An adapter was asked for by {name!r}; give one name, such as {next(iter(self.names), 'default')!r}."
+            )
         if name not in self._entries:
             raise UnknownNameError("adapter", name, self._entries)
         return name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from vispeft.backbones.request import Request
-from vispeft.errors import BackboneError, FileError, brief
+from vispeft.errors import BackboneError, ConfigError, FileError, brief
 
 __all__ = ["build_from_file", "forget_folder"]
 
@@ -40,8 +41,8 @@ def build_from_file(request: Request, file: Path) -> nn.Module:
             f"{request.name} was asked for with weights={file.name!r}, but a name with a source brings its own "
             "weights. Give the name of the architecture, without hf-hub: or local-dir:."
         )
-    if not file.is_file():
-        found = "it is a directory" if file.is_dir() else "there is no such file"
+    if not os.path.isfile(file):
+        found = "it is a directory" if os.path.isdir(file) else "there is no such file"
         raise FileError(f"weights={str(file)!r} was given for {request.name}, but {found}.")
     if file.suffix == ".npz":
         return _build_from_npz(request, file)
@@ -56,6 +57,8 @@ def build_from_file(request: Request, file: Path) -> nn.Module:
         entries = {**request.overlay, "file": str(file), "custom_load": False, "num_classes": count}
         try:
             model = replace(request, num_classes=count, overlay=entries).build(pretrained=True)
+        except ConfigError:
+            raise  # an argument is wrong, and not the file
         except (RuntimeError, KeyError, ValueError, AttributeError) as error:
             failure = failure or error
             continue

@@ -15,7 +15,7 @@ from vispeft.adapters.merge import MergeReport
 from vispeft.cli.common import console, make_parser, versions
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run, write_json
-from vispeft.errors import ConfigError, ExportError
+from vispeft.errors import ConfigError, ExportError, counted
 from vispeft.interop.export import INPUT, TOLERANCE, Difference, check, export_onnx, export_program, staged
 from vispeft.tasks.base import AdapterTask
 
@@ -194,7 +194,8 @@ def _merged(report: MergeReport) -> str:
     if not report.kept:
         return "yes"
     reasons = "; ".join(dict.fromkeys(reason.rstrip(".") for reason in report.kept.values()))
-    return f"{f'partly, {len(report.kept)} layers stay adapted' if report.merged else 'no'}: {reasons}"
+    partly = f"partly, all but {counted(len(report.kept), 'layer')}"
+    return f"{partly if report.merged else 'no'}: {reasons}"
 
 
 def _size(path: Path) -> int:

@@ -17,7 +17,7 @@ from vispeft.cli.common import console, versions
 from vispeft.cli.config import ConfigCLI
 from vispeft.cli.evaluation import Measured, class_table, measure, metrics_table, output_names
 from vispeft.cli.stopping import disk_is_full
-from vispeft.errors import TrainingError, brief
+from vispeft.errors import TrainingError, brief, counted
 from vispeft.storage.files import ADAPTER_FILE, HEAD_FILE, JSON_FILE
 from vispeft.tasks.checkpoints import RunCheckpoints
 from vispeft.viz import learning_curves
@@ -68,7 +68,7 @@ def finish_run(place: Path, cli: ConfigCLI, trainer: Trainer, began: float) -> N
     _show(cli, metrics)
 
 
-def _save(place: Path, cli: ConfigCLI, figures: dict[str, float]) -> None:
+def _save(place: Path, cli: ConfigCLI, figures: dict[str, float | None]) -> None:
     task, data = cli.model, cli.datamodule
     preprocessing = getattr(data, "preprocessing", task.preprocessing)
     names = output_names(data, task.num_classes)
@@ -131,7 +131,7 @@ def _drawn(what: str, place: Path, draw: Callable[[], Any]) -> bool:
 def _show(cli: ConfigCLI, metrics: dict[str, Any]) -> None:
     measured = metrics["validation"].get(cli.model.monitor.partition("/")[2]) is not None
     chosen = "Best" if measured and getattr(cli.datamodule, "validation_chooses", True) else "Last"
-    console.print(f"{chosen} of {metrics['epochs']} epochs: epoch {metrics['best_epoch']}")
+    console.print(f"{chosen} of {counted(metrics['epochs'], 'epoch')}: epoch {metrics['best_epoch']}")
     console.print(metrics_table({split: metrics[split] for split in ("validation", "test")}))
     if (by_class := class_table(metrics)) is not None:
         console.print(by_class)

@@ -15,7 +15,7 @@ from vispeft.data.targets import Entry, whole_number
 from vispeft.data.trees import EXTENSIONS, is_image, open_regular
 from vispeft.errors import DataError
 
-__all__ = ["LIST_ENDINGS", "read_json", "read_lines"]
+__all__ = ["LIST_ENDINGS", "read_json", "read_lines", "read_text"]
 
 LIST_ENDINGS = (".txt", ".csv", ".tsv", ".lst", ".list")
 """Suffixes of text lists."""
@@ -45,8 +45,8 @@ def read_lines(path: Path, findings: list[Finding]) -> list[Entry]:
     Raises:
         DataError: If it cannot be read, or labels stand in front of the paths.
     """
-    lines = [(number, text) for number, line in enumerate(_text(path).split("\n"), start=1) if (text := line.strip())]
-    lines = [(number, text) for number, text in lines if not text.startswith("#")]
+    stripped = enumerate(map(str.strip, read_text(path).split("\n")), start=1)
+    lines = [(number, text) for number, text in stripped if text and not text.startswith("#")]
     separator = _separator([text for _, text in lines[:SAMPLE]])
     rows = [(number, _fields(text, separator)) for number, text in lines]
     if len(rows) > 1 and _is_header(rows[0][1], [fields for _, fields in rows[1:SAMPLE]]):
@@ -136,7 +136,7 @@ def read_json(path: Path) -> list[Entry]:
         DataError: If it cannot be read, or is not such an object.
     """
     try:
-        pairs = json.loads(_text(path), object_pairs_hook=lambda pairs: pairs, parse_int=whole_number)
+        pairs = json.loads(read_text(path), object_pairs_hook=lambda pairs: pairs, parse_int=whole_number)
     except ValueError as error:
         raise DataError(f"{path} is no valid JSON: {error}.") from error
     except RecursionError:
@@ -146,8 +146,11 @@ def read_json(path: Path) -> list[Entry]:
     return [Entry(name, label, f"{path.name} {name}") for name, label in pairs]
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """Read a text file; line ends become newlines.
+
+    Args:
+        path: The file.
 
     Raises:
         DataError: If it cannot be read, or is no text in UTF-8.

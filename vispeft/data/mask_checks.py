@@ -9,6 +9,7 @@ from vispeft.data.facts import ImageFacts
 from vispeft.data.listing import Finding, Listing, gather
 from vispeft.data.masks import IGNORE, ListedMasks, MaskFacts, show_code
 from vispeft.data.pixels import QUARTER_TURNS
+from vispeft.errors import counted
 
 __all__ = ["check_masks", "image_counts", "mask_splits", "pixel_shares"]
 
@@ -83,10 +84,6 @@ def _all(listing: Listing) -> Iterator[tuple[str, int, str, MaskFacts]]:
             yield name, index, split.masks.name(index), known
 
 
-def _many(count: int, word: str = "image") -> str:
-    return f"{count} {word}{'' if count == 1 else 's'}"
-
-
 def _files(listing: Listing) -> list[Finding]:
     """Find missing and unreadable masks."""
     places: dict[str, list[str]] = defaultdict(list)
@@ -94,7 +91,7 @@ def _files(listing: Listing) -> list[Finding]:
         if known.problem:
             places[known.problem].append(f"{name} ({known.reason})" if known.reason else name)
     found = {
-        (code, text.replace("{n}", _many(len(places[problem])))): places[problem]
+        (code, text.replace("{n}", counted(len(places[problem]), "image"))): places[problem]
         for problem, (code, text) in PROBLEMS.items()
     }
     return gather("error", found)
@@ -108,7 +105,7 @@ def _shared(listing: Listing) -> list[Finding]:
         for index in range(len(split)):
             owners[split.masks.name(index)].add(split.source.name(index))
         shared += [f"{mask} ({', '.join(sorted(names))})" for mask, names in owners.items() if len(names) > 1]
-    text = f"{_many(len(shared), 'mask')} for more than one image; leave one of the images"
+    text = f"{counted(len(shared), 'mask')} for more than one image; leave one of the images"
     return gather("error", {("shared-mask", text): shared})
 
 
@@ -122,7 +119,7 @@ def _sizes(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> list[Find
             alike = image.orientation == known.orientation
             turned = turned or not alike
             differing.append(f"{name} ({sizes}{'' if alike else ', of which the metadata turn one'})")
-    text = f"{_many(len(differing))} with a mask of another size; every pixel needs its label"
+    text = f"{counted(len(differing), 'image')} with a mask of another size; every pixel needs its label"
     if turned:
         text += ". Where the metadata turn only the image, turn the mask, or store the image upright"
     return gather("error", {("mask-size", text): differing})
@@ -140,8 +137,8 @@ def _turned(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> list[Fin
         if image.width == image.height or not quarters:
             places.append(f"{name} (orientation {known.orientation}, image {image.orientation})")
     text = (
-        f"{_many(len(places))} turned by its metadata otherwise than its mask, and nothing says which way it was "
-        "labelled; look at them, and store both upright without metadata"
+        f"{counted(len(places), 'image')} turned by its metadata otherwise than its mask, and nothing says which way "
+        "it was labelled; look at them, and store both upright without metadata"
     )
     return gather("warning", {("mask-turned", text): places})
 
@@ -154,9 +151,9 @@ def _stored(listing: Listing) -> list[Finding]:
             frames.append(f"{name} ({known.frames})")
         if known.white_is_zero and not known.problem:
             white.append(name)
-    several = f"{_many(len(frames), 'mask')} with several images, of which the first is taken"
+    several = f"{counted(len(frames), 'mask')} with several images, of which the first is taken"
     zero = (
-        f"{_many(len(white), 'mask')} in which 0 is white; the numbers are taken as they are stored, and a program "
+        f"{counted(len(white), 'mask')} in which 0 is white; the numbers are taken as they are stored, and a program "
         "that shows them, or wrote them as brightness, has them the other way round"
     )
     return gather("warning", {("mask-frames", several): frames, ("mask-white-zero", zero): white})
@@ -171,7 +168,7 @@ def _values(listing: Listing) -> list[Finding]:
                 files[code].append(name)
     if not files:
         return []
-    named = ", ".join(f"{code} ({_many(len(files[code]), 'file')})" for code in sorted(files)[:SHOWN])
+    named = ", ".join(f"{code} ({counted(len(files[code]), 'file')})" for code in sorted(files)[:SHOWN])
     more = f" and {len(files) - SHOWN} more" if len(files) > SHOWN else ""
     count = len(listing.class_names)
     lossy = any(name.lower().endswith((".jpg", ".jpeg")) for names in files.values() for name in names)
@@ -198,7 +195,7 @@ def _colours(listing: Listing) -> list[Finding]:
     if not names:
         return []
     kind = "by colour" if wanted else "in RGB instead of class indices"
-    text = f"{_many(len(names), 'mask')} {kind}, with colours that stand for no class: "
+    text = f"{counted(len(names), 'mask')} {kind}, with colours that stand for no class: "
     text += ", ".join(show_code(code, True) for code, _ in colours.most_common(SHOWN))
     rest = len(colours) - SHOWN + more
     text += f" and {rest} more" if rest > 0 else ""
@@ -222,7 +219,7 @@ def _unlabelled(listing: Listing) -> list[Finding]:
         if blank and len(blank) == len(known):
             found.append(Finding("error", "split-unlabelled", f"No mask of {split} has a labelled pixel"))
         elif blank:
-            text = f"{_many(len(blank), 'mask')} in {split} without a labelled pixel ({IGNORE} everywhere)"
+            text = f"{counted(len(blank), 'mask')} in {split} without a labelled pixel ({IGNORE} everywhere)"
             found.append(Finding("warning", "mask-unlabelled", text, tuple(blank)))
     return found
 

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Sampler
 from vispeft.data.base import BatchSplit, Index
 from vispeft.data.folder import SYNONYMS, find_splits, leave_beside
 from vispeft.data.joint import EvaluationPair, MaskAugmentation, TrainPair
+from vispeft.data.list_files import read_text
 from vispeft.data.listed import ListedData
 from vispeft.data.listing import Finding, Listing, Published, gather
 from vispeft.data.masks import ListedMasks, MaskCoding, MaskFiles
@@ -471,7 +472,7 @@ def read_stems(path: Path) -> list[str]:
         found = sorted(other.name for other in path.parent.glob("*.txt")) if path.parent.is_dir() else []
         raise DataError(f"There is no list {path}; found {', '.join(found) or 'no list beside it'}.")
     # mmsegmentation's lists have one name per line; the development kit's class lists add a number.
-    stems = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    stems = [line.split()[0] for line in read_text(path).split("\n") if line.strip()]
     if not stems:
         raise DataError(f"No image is listed in {path}.")
     return stems

@@ -241,7 +241,7 @@ def _vocabulary(values: Sequence[Any], target: Target, given: Sequence[str] | No
             return index[label]
         if isinstance(label, int):
             raise LabelError("label-range", f"with a label outside 0 to {len(names) - 1}")
-        raise LabelError("label-range", f"with a label that is none of the {len(names)} class names")
+        raise LabelError("label-range", f"with a label that is none of the {counted(len(names), 'class name')}")
 
     if target == "class":
         return names, place
@@ -289,7 +289,7 @@ def _numbers(values: Sequence[tuple[float, ...]], given: Sequence[str] | None) -
 
     def place(value: tuple[float, ...]) -> list[float]:
         if len(value) != width:
-            raise LabelError("label-kind", f"without {width} number{'s' if width > 1 else ''}")
+            raise LabelError("label-kind", f"without {counted(width, 'number')}")
         return list(value)
 
     return names, place

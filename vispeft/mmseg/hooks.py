@@ -18,7 +18,7 @@ from mmseg.registry import HOOKS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vispeft.errors import ConfigError
+from vispeft.errors import ConfigError, counted
 from vispeft.mmseg.backbone import VispeftBackbone
 from vispeft.mmseg.files import backbones, load_decoder, save_adapter
 from vispeft.zoo.adapters import ADAPTER
@@ -61,7 +61,8 @@ class VispeftHook(Hook):
         found = backbones(model)
         if not found:
             raise ConfigError("VispeftHook is in custom_hooks, and the model has no VispeftBackbone. Drop the hook.")
-        check_segmentor(model, runner.train_dataloader.dataset.metainfo.get("classes"))
+        classes = runner.train_dataloader.dataset.metainfo.get("classes")
+        check_segmentor(model, classes)
         check_batches(model, runner.train_dataloader)
         for name, backbone in found.items():
             report = "no adapter; all of it trains" if backbone.bank is None else f"\n{backbone.bank.report()}"
@@ -69,7 +70,7 @@ class VispeftHook(Hook):
         self._best = _best_checkpoints(runner)
         # mmengine may be told to resume where there is no checkpoint yet.
         if self.decoder is not None and not (runner._resume and runner._has_loaded):
-            load_decoder(model, self.decoder)
+            load_decoder(model, self.decoder, classes)
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Save the adapter, and remove the frozen tensors from the checkpoint."""
@@ -133,7 +134,8 @@ def check_segmentor(model: Any, classes: Sequence[str] | None) -> None:
         if isinstance(model.backbone, VispeftBackbone) and not model.with_neck and isinstance(head, BaseDecodeHead):
             found += _unreadable(name, head, model.backbone)
         if classes is not None and len(classes) != head.num_classes:
-            found.append(f"{name}.num_classes is {head.num_classes}, and the data have {len(classes)} classes")
+            known = counted(len(classes), "class", "classes")
+            found.append(f"{name}.num_classes is {head.num_classes}, and the data have {known}")
     if not found and _behind_the_heads(model, list(heads.values())):
         found.append(
             "no head reads the backbone's last map, and units of the adapter behind the other maps cannot train: let "

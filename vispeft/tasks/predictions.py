@@ -17,7 +17,7 @@ from vispeft.data.joint import EvaluationPair
 from vispeft.data.masks import IGNORE
 from vispeft.data.palettes import make_palette
 from vispeft.data.preprocessing import Preprocessing
-from vispeft.errors import DataError
+from vispeft.errors import DataError, counted
 from vispeft.tasks.inference import Inference
 from vispeft.viz import lay_over
 
@@ -150,8 +150,8 @@ class MaskPredictor:
                 small.append(str(path))
         if small:
             raise DataError(
-                f"{len(small)} of {len(paths)} images {'is' if len(small) == 1 else 'are'} smaller than the sliding "
-                f"window of {window} pixels that the run was trained with: {', '.join(small[:5])}"
+                f"{len(small)} of {counted(len(paths), 'image')} {'is' if len(small) == 1 else 'are'} smaller than the "
+                f"sliding window of {window} pixels that the run was trained with: {', '.join(small[:5])}"
                 f"{' and more' if len(small) > 5 else ''}. Nothing was predicted; enlarge or remove them."
             )
 

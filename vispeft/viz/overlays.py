@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vispeft.data.masks import IGNORE
 from vispeft.data.palettes import Colour, make_palette
-from vispeft.errors import DataError
+from vispeft.errors import DataError, counted
 from vispeft.viz.names import drawn_names, settings_for
 from vispeft.viz.style import save
 
@@ -121,8 +121,8 @@ def _check(
     """
     if not len(images) == len(labels) == len(predictions) > 0:
         raise DataError(
-            f"There are {len(images)} images, {len(labels)} labels and {len(predictions)} predictions; the same number "
-            "of each is needed, at least one."
+            f"There are {counted(len(images), 'image')}, {counted(len(labels), 'label')} and "
+            f"{counted(len(predictions), 'prediction')}; the same number of each is needed, at least one."
         )
     if len(colours) != len(class_names):
         raise DataError(f"There are {len(colours)} colours and {len(class_names)} class names.")

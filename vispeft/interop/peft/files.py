@@ -21,7 +21,7 @@ from vispeft.adapters.bank import AdapterBank
 from vispeft.core.families import describe, unwrap
 from vispeft.core.plan import Plan
 from vispeft.core.sites import Site, View
-from vispeft.errors import ConfigError, FileError, VispeftError
+from vispeft.errors import ConfigError, FileError, VispeftError, counted
 from vispeft.interop.peft.tuners import changes_weight, import_peft
 from vispeft.methods.lora import LoRA
 from vispeft.storage.form import shown
@@ -114,8 +114,9 @@ def _lora(
     )
     planned = {site.path for site in method.sites(view)}
     if planned != set(layers):
+        many = counted(len(layers), "layer")
         raise ConfigError(
-            f"The adapter has LoRA at {len(layers)} layers, and the roles {', '.join(roles)} in these blocks are at "
+            f"The adapter has LoRA at {many}, and the roles {', '.join(roles)} in these blocks are at "
             f"{len(planned)}, for example {min(planned ^ set(layers))}. Adapters with another choice in each block "
             "cannot be converted; train them by PeftMethod."
         )
