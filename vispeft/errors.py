@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import unicodedata
 from collections.abc import Iterable
 
@@ -21,6 +22,7 @@ __all__ = [
     "VispeftError",
     "check_object",
     "printable",
+    "printable_lines",
 ]
 
 
@@ -153,20 +155,24 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
-def printable(text: str, keep: str = "\n\t") -> str:
+def printable(text: str) -> str:
     """Escape the characters that a terminal would obey or a file cannot hold: control characters and lone surrogates.
 
     Args:
         text: The text, such as the name of a file whose bytes are no UTF-8.
-        keep: Control characters to leave as they are; none for a name.
     """
     if text.isprintable():
         return text
-    return "".join(_escaped(c) if c not in keep and _is_harmful(c) else c for c in text)
+    return "".join(_escaped(c) if unicodedata.category(c) in ("Cc", "Cs") or c in _TURNS else c for c in text)
 
 
-def _is_harmful(character: str) -> bool:
-    return unicodedata.category(character) in ("Cc", "Cs") or character in _DIRECTIONS
+def printable_lines(text: str) -> str:
+    """Escape the same characters in a text of several lines.
+
+    Args:
+        text: The text; its lines and tabs stay.
+    """
+    return "".join(part if part in ("\n", "\t") else printable(part) for part in re.split(r"([\n\t])", text))
 
 
 def _escaped(character: str) -> str:
@@ -175,5 +181,5 @@ def _escaped(character: str) -> str:
     return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else character.encode("unicode_escape").decode()
 
 
-_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+_TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 """Marks that turn the order of the letters behind them."""

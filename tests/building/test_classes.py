@@ -61,15 +61,20 @@ def test_no_module_is_imported_to_find_a_class():
 class Unlisted(Method): ...
 
 
-def test_the_list_holds_what_is_ours_lightnings_and_registered():
-    class Mine(Base): ...
+class Mine(Handing): ...
 
+
+def test_the_list_holds_what_is_ours_lightnings_and_registered():
     assert known_classes(Base) == []
     register_class(Mine)
     assert known_classes(Base) == [Mine]
-    assert find_class("Mine", Base, kind="base", place="data") == f"{Mine.__module__}.{Mine.__qualname__}"
-    with pytest.raises(ConfigError, match="a class is needed"):
-        register_class("Mine")
+    assert find_class("Mine", Base, kind="base", place="data") == "tests.building.test_classes.Mine"
+
+    class Inner(Base): ...
+
+    for other in ("Mine", Inner):
+        with pytest.raises(ConfigError, match="a class that stands at the top of a module is needed"):
+            register_class(other)
     names = {cls.__name__ for cls in known_classes(Method)}
     assert {"SSF", "LoRA"} <= names
     assert not names & {"Method", "Unlisted"}

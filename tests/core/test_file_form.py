@@ -85,7 +85,8 @@ for _ in range(200):
         ("method/fields/roles", "attn.qkv", "is needed"),
         ("method/fields/roles", [["attn.qkv"]], "is needed"),
         ("method/fields/blocks", [0.5], "is needed"),
-        ("method/fields/dropout", {}, "a finite number is needed"),
+        ("method/fields/dropout", {}, "a finite number up to 1e+09 is needed"),
+        ("method/fields/alpha", 4.8e190, "a finite number up to 1e+09 is needed"),
         ("method/fields/alpha", DEEP, "nested deeper"),
         ("backbone", [], "backbone is"),
         ("backbone/fingerprint", ..., "backbone.fingerprint is missing"),
@@ -227,6 +228,13 @@ def test_only_regular_files_are_read(target: nn.Module, folder: Path, name: str,
     else:
         os.mkfifo(path)
     assert name in refused(target, folder)
+
+
+def test_a_file_longer_than_it_says_is_not_read(target: nn.Module, folder: Path) -> None:
+    """A hole of a terabyte takes no room on the disk."""
+    with open(folder / "adapter.safetensors", "r+b") as file:
+        file.truncate(2**40)
+    assert "truncated or was altered" in refused(target, folder)
 
 
 def test_a_file_that_is_refused_leaves_a_plain_model_plain(folder: Path) -> None:

@@ -266,6 +266,12 @@ def test_weights_that_do_not_fit_are_refused(model: nn.Module) -> None:
         bank.load_state_dict({**state, key: state[key] * float("nan")})
 
 
+def test_stored_bytes_are_those_of_units_and_classifier(model: nn.Module) -> None:
+    report = VIT.attach(model).report()
+    assert report.stored_bytes_head == 4 * report.trainable_head
+    assert report.stored_bytes == 4 * report.trainable + report.stored_bytes_head
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_packed_codes_come_back(bits: int) -> None:
     codes = torch.randint(0, 2**bits, (5, 7), generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ from matplotlib.text import Text
 
 from vispeft.cli.common import PlainConsole, run_tool
 from vispeft.cli.evaluation import class_table
-from vispeft.errors import ConfigError, printable
+from vispeft.errors import ConfigError, printable_lines
 from vispeft.viz import bars, confusion_matrix, names, overlay_grid, predicted_against_true
 from vispeft.viz.names import drawn_names, settings_for
 
@@ -54,7 +54,7 @@ def test_short_forms():
     assert shown[:4] == ["[red]x", "[/b]", "$a_1$", "a$"]
     assert shown[4] == "(empty)"
     assert len(shown[5]) == 36
-    assert shown[6:] == [" _under", "a b\\x1b[2J", "\\ud800", "é"]
+    assert shown[6:] == [" _under", "a\\nb\\x1b[2J", "\\ud800", "é"]
 
 
 def test_pictures_of_odd_names_need_no_warning(tmp_path, monkeypatch):
@@ -104,4 +104,4 @@ def test_messages_reach_any_terminal(monkeypatch):
     assert run_tool(fail, []) == 2
     terminal.flush()
     assert written.getvalue() == b"error: class \\u732b\\x1b[2J is not known\n"
-    assert printable("a\tb\nc é 猫 \u202e") == "a\tb\nc é 猫 \\u202e"
+    assert printable_lines("a\tb\nc é 猫 \u202e") == "a\tb\nc é 猫 \\u202e"

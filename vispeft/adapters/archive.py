@@ -69,14 +69,25 @@ class FileBank(BankState):
         return self._entry(name).file_tensors()
 
     def stored_bytes(self, name: str | None = None) -> int:
-        """Return the size of an adapter's tensors in a file, without headers, in bytes.
+        """Return the size of an adapter's tensors in a file, its classifier's included, without headers, in bytes.
 
         Args:
             name: The adapter; may be left out where only one acts.
         """
         label = self._label(name)
+        return self._bytes(label, self._entries[label].file_tensors()) + self.stored_bytes_head(label)
+
+    def stored_bytes_head(self, name: str | None = None) -> int:
+        """Return the part of `stored_bytes` that is the classifier's.
+
+        Args:
+            name: The adapter; may be left out where only one acts.
+        """
+        label = self._label(name)
+        return self._bytes(label, self._head_state(label))
+
+    def _bytes(self, label: str, values: Mapping[str, Tensor]) -> int:
         codecs = {key: codec for key, _, _, codec in self._coded(label)}
-        values = {**self._entries[label].file_tensors(), **self._head_state(label)}
         return sum(find_codec(codecs.get(key, RAW)).size(tensor) for key, tensor in values.items())
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], name: str | None = None) -> None:
@@ -96,9 +107,9 @@ class FileBank(BankState):
         units = {key: tensor for key, tensor in tensors.items() if not key.startswith(HEAD)}
         check_tensors(own, units)
         head = {key.removeprefix(HEAD): tensor for key, tensor in tensors.items() if key.startswith(HEAD)}
-        if head and self.view.head_path is not None:
-            self._load_head(label, head)
-        with torch.no_grad():
+        with self.changing("load an adapter's tensors"), torch.no_grad():
+            if head and self.view.head_path is not None:
+                self._load_head(label, head)
             for key, tensor in units.items():
                 own[key].copy_(tensor)
 
@@ -180,7 +191,7 @@ class FileBank(BankState):
         place = f"{self.view.head_path}."
         given = {key: tensor for key, tensor in state_dict.items() if head is None or not key.startswith(place)}
         check_tensors(own, given)
-        with torch.no_grad():
+        with self.changing("load base weights"), torch.no_grad():
             for key, tensor in given.items():
                 own[key].copy_(tensor)
         if head is None:

@@ -29,7 +29,9 @@ class Report:
     backbone: int
     """Parameters of the backbone, without the classifier."""
     stored_bytes: int
-    """Bytes of the adapter's tensors in a file, without headers."""
+    """Bytes of the adapter's tensors in a file, its classifier's included, without headers."""
+    stored_bytes_head: int
+    """Bytes of its classifier among them."""
     by_role: dict[str, int]
     """Trainable parameters per role."""
     decoder: int | None = None
@@ -58,6 +60,7 @@ class Report:
         table.add_row(name, f"{further:,}", "")
         table.add_row("backbone (frozen)", f"{self.backbone:,}", "")
         table.add_row("stored bytes", f"{self.stored_bytes:,}", "")
+        table.add_row("of them for the head", f"{self.stored_bytes_head:,}", "")
         yield table
 
     def __str__(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -136,7 +137,7 @@ def _check_name(name: str) -> None:
         place, _, path = name.partition(":")
         if place not in ("hf-hub", "hf_hub", "local-dir"):
             raise UnknownNameError("source of a model", f"{place}:", ["zoo:", "hf-hub:", "local-dir:"])
-        if place == "local-dir" and not (Path(path) / "config.json").is_file():
+        if place == "local-dir" and not os.path.isfile(Path(path) / "config.json"):
             raise FileError(f"{name} was asked for, but there is no config.json in {path}.")
         return
     architecture, _, tag = name.partition(".")

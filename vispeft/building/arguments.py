@@ -180,11 +180,13 @@ def check_class(value: Any, base: type, kind: str, place: str) -> Node:
         if key not in CLASS_KEYS:
             raise UnknownNameError("key", f"{place}.{key}", [f"{place}.{known}" for known in CLASS_KEYS])
     cls = import_class(find_class(str(node["class_path"]), base, kind=kind, place=place, itself=True))
-    given: dict[str, Any] = {key: node.get(key) or {} for key in ("init_args", "dict_kwargs") if key in node}
-    for key, arguments in given.items():
+    checked: Node = {}
+    for key in ("init_args", "dict_kwargs"):
+        arguments = node.get(key) or {}
         if not isinstance(arguments, Mapping):
             raise ConfigError(f"{place}.{key} is {arguments!r}; keys with values are needed there.")
-    checked = {key: check_arguments(cls, arguments, place) for key, arguments in given.items()}
+        if arguments:
+            checked[key] = check_arguments(cls, arguments, place)
     return {"class_path": class_path(cls), **checked}
 
 

@@ -45,10 +45,10 @@ def register_class(cls: C) -> C:
         The same class.
 
     Raises:
-        ConfigError: If it is no class.
+        ConfigError: If it is no class, or stands inside of a function or of another class.
     """
-    if not isinstance(cls, type):
-        raise ConfigError(f"register_class was given {cls!r}; a class is needed.")
+    if not isinstance(cls, type) or "." in cls.__qualname__:
+        raise ConfigError(f"register_class was given {cls!r}; a class that stands at the top of a module is needed.")
     _CLASSES.add(cls)
     return cls
 
@@ -83,6 +83,8 @@ def known_classes(base: type, *, itself: bool = False) -> list[type]:
 
 
 def _is_known(cls: type) -> bool:
+    if "." in cls.__qualname__:
+        return False  # a parser could not import it
     callbacks, others = _lightnings()
     if cls in _CLASSES or cls in callbacks or cls in registered_methods():
         return True
@@ -115,5 +117,3 @@ def import_paths(cls: type) -> Iterator[str]:
         package = ".".join(parts[:end])
         if getattr(sys.modules.get(package), cls.__name__, None) is cls:
             yield f"{package}.{cls.__name__}"
-    if "." in cls.__qualname__:
-        yield f"{cls.__module__}.{cls.__qualname__}"

@@ -13,9 +13,8 @@ import vispeft.methods  # noqa: F401 - so that their classes are found by name
 from vispeft.building.arguments import check_arguments
 from vispeft.building.classes import class_path, find_class, import_class
 from vispeft.building.config_files import Node, read_config
-from vispeft.building.known import known_classes
-from vispeft.building.parsing import parser_errors
-from vispeft.core.method import Method
+from vispeft.building.parsing import MODE, parser_errors
+from vispeft.core.method import Method, registered_methods
 from vispeft.core.providers import extra_methods
 from vispeft.errors import ConfigError
 from vispeft.resources import resource_folder
@@ -63,7 +62,7 @@ def _resolved(node: str | Mapping[str, Any], files: tuple[Path, ...]) -> Node:
         return _resolved({**preset, "init_args": {**_fields(preset), **fields}}, (*files, file))
     if name in extra_methods():
         importlib.import_module(extra_methods()[name])
-    registered = {cls.name: cls for cls in known_classes(Method) if "name" in vars(cls)}
+    registered = {cls.name: cls for cls in registered_methods()}
     if name in registered:
         path = class_path(registered[name])
     else:
@@ -93,7 +92,7 @@ def build_method(node: Mapping[str, Any]) -> Method:
     """
     cls = import_class(find_class(node["class_path"], Method, kind="method", place="method"))
     fields = check_arguments(cls, node["init_args"], cls.__name__)
-    parser = ArgumentParser(exit_on_error=False)
+    parser = ArgumentParser(exit_on_error=False, parser_mode=MODE)
     parser.add_class_arguments(cls, "method")
     with parser_errors(cls.__name__):
         return parser.instantiate(parser.parse_object({"method": fields})).method

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vispeft.cli.stopping import Stopped, stopped_by_signals
-from vispeft.errors import ConfigError, VispeftError, printable
+from vispeft.errors import ConfigError, VispeftError, printable_lines
 
 __all__ = ["console", "make_parser", "one_line", "quiet_libraries", "run_tool", "versions"]
 
@@ -32,7 +32,7 @@ class PlainConsole(Console):
 
     def render_str(self, text: str, **settings: Any) -> Text:
         """Convert text, cells of tables too; control characters are escaped."""
-        return super().render_str(printable(text), **settings)
+        return super().render_str(printable_lines(text), **settings)
 
 
 console = PlainConsole()
@@ -64,7 +64,7 @@ def run_tool(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
     except VispeftError as error:
         if os.environ.get("VISPEFT_DEBUG") == "1":
             raise
-        print("error:", printable(str(error)), file=sys.stderr)
+        print(f"error: {printable_lines(str(error))}", file=sys.stderr)
         return 2
     except Exception as error:
         if os.environ.get("VISPEFT_DEBUG") == "1" or not _is_lightnings(error):
@@ -91,9 +91,6 @@ def _is_lightnings(error: Exception) -> bool:
 
 def quiet_libraries() -> None:
     """Print vispeft's log lines plainly, and hide messages of libraries that users cannot act on."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # names may have letters that the terminal's encoding lacks
-            stream.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("vispeft")

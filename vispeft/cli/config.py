@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from vispeft.building.classes import import_class
-from vispeft.building.config_files import Node, dump_config, read_config
-from vispeft.building.parsing import parser_errors
+from vispeft.building.config_files import Node, dump_config, parse_text, read_config
+from vispeft.building.parsing import MODE, parser_errors
 from vispeft.cli.config_keys import Override, check_config, check_override, check_tree, split_overrides
 from vispeft.cli.evaluation import evaluation_trainer
 from vispeft.cli.trainer_settings import TrainerSettings
@@ -63,7 +62,7 @@ class ConfigCLI(LightningCLI):
                 trainer_class=TrainerSettings,
                 trainer_defaults={"max_epochs": 20, "log_every_n_steps": 1, "devices": 1},
                 seed_everything_default=0,
-                parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
+                parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "parser_mode": MODE},
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 args=["--config", dump_config(tree), *tokens],
@@ -115,7 +114,8 @@ class ConfigCLI(LightningCLI):
 
     def _written_out(self, config: Any) -> Node:
         """Convert parsed values to plain ones, equal for equivalent configs."""
-        tree = cast(Node, yaml.safe_load(self.parser.dump(config, skip_unset=False)))
+        with parser_errors("the config with its defaults"):
+            tree = cast(Node, parse_text(self.parser.dump(config, skip_unset=False), "The config"))
         settings = tree["model"]["init_args"]
         if "optimizer" in settings:  # a default is the bare name of an optimiser, a config's is checked and expanded
             settings["optimizer"] = optimizer_node(settings["optimizer"])
@@ -175,7 +175,7 @@ def _set_up_parser() -> None:
 def _build(section: str, base: type, tree: Node, tokens: Sequence[str], source: str) -> Any:
     """Create the object of one section."""
     _set_up_parser()
-    parser = ArgumentParser(exit_on_error=False)
+    parser = ArgumentParser(exit_on_error=False, parser_mode=MODE)
     parser.add_argument("--config", action="config")
     parser.add_subclass_arguments(base, section, required=True)
     with parser_errors(source):

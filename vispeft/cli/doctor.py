@@ -104,8 +104,7 @@ def main(argv: Sequence[str]) -> None:
         report = data.report()
     except DataError as error:
         # The data could not be listed, so there is no page to show.
-        lines = "\n".join(map(printable, str(error).split("\n")))
-        console.print(f"[{STYLES['error']}]error[/]  {escape(lines)}", soft_wrap=True, markup=True)
+        console.print(f"[{STYLES['error']}]error[/]  {escape(str(error))}", soft_wrap=True, markup=True)
         raise SystemExit(1) from None
     diagnose(report)
     if report.of("error"):
@@ -125,7 +124,7 @@ def open_data(place: str, kind: str = "auto", overrides: Sequence[str] = ()) -> 
         DataError: If the kind of the place cannot be determined.
     """
     path = Path(place)
-    if not path.exists() and place in config_names():
+    if not os.path.exists(path) and place in config_names():
         path = find_config(place)
     if path.suffix in (".yaml", ".yml"):
         if kind != "auto":
@@ -250,7 +249,7 @@ def diagnose(report: Report) -> None:
         report: The result of a data module's `report`.
     """
     listing = report.listing
-    console.print(f"[bold]{escape(printable(listing.place, keep=''))}[/]", soft_wrap=True, markup=True)
+    console.print(f"[bold]{escape(printable(listing.place))}[/]", soft_wrap=True, markup=True)
     console.print(_splits(report))
     if listing.target != "regression":
         console.print(_classes(report))
@@ -292,5 +291,5 @@ def _classes(report: Report) -> Table:
         if len(order) > 10 and position == 4:
             table.add_row(f"... {len(order) - 8} more", *["" for _ in columns])
         figures = [f"{column[index]:,}" for column in counts.values()] + [f"{share[index]:.2%}" for share in shares]
-        table.add_row(printable(listing.class_names[index], keep=""), *figures)
+        table.add_row(printable(listing.class_names[index]), *figures)
     return table

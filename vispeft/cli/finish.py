@@ -68,7 +68,7 @@ def finish_run(place: Path, cli: ConfigCLI, trainer: Trainer, began: float) -> N
     _show(cli, metrics)
 
 
-def _save(place: Path, cli: ConfigCLI, figures: dict[str, float]) -> None:
+def _save(place: Path, cli: ConfigCLI, figures: dict[str, float | None]) -> None:
     task, data = cli.model, cli.datamodule
     preprocessing = getattr(data, "preprocessing", task.preprocessing)
     names = output_names(data, task.num_classes)

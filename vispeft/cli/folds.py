@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -59,7 +60,7 @@ def train_folds(
     base = Path(out) if out is not None else Path("runs") / f"{config.stem}-{folds}-folds"
     places = [base / f"fold-{fold}" for fold in range(folds)]
     beyond = base / f"fold-{folds}"
-    if beyond.exists():
+    if os.path.exists(beyond):
         raise ConfigError(
             f"{base} was begun with more than {folds} folds: it holds {beyond.name}. Choose another --out."
         )

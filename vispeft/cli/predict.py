@@ -124,7 +124,7 @@ def _check_readable(paths: Sequence[Path], reading: Reading) -> None:
             str(path).encode()
             read_image(path, reading=reading)
         except UnicodeEncodeError:
-            broken.append(f"{printable(str(path), '')} has a name that is no UTF-8, which the table could not hold")
+            broken.append(f"{printable(str(path))} has a name that is no UTF-8, which the table could not hold")
         except DataError as error:
             broken.append(str(error).removesuffix("."))
     if broken:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -196,7 +197,7 @@ def begun(path: str | Path) -> bool:
         FileError: If there is no such directory, or it is not a run directory.
     """
     place = Path(path)
-    if not place.is_dir():
+    if not os.path.isdir(place):
         raise FileError(f"There is no run directory {str(place)!r} to resume; `vispeft train` makes them.")
     found = _listing(place)
     _refuse_segmentor(place, found)
@@ -283,10 +284,10 @@ class Run:
             FileError: If it is not a finished run.
         """
         place = Path(path)
-        if not place.is_dir():
+        if not os.path.isdir(place):
             raise FileError(f"There is no run directory {str(place)!r}; `vispeft train` makes them.")
         _refuse_segmentor(place, _listing(place))
-        missing = [name for name in (CONFIG, METRICS, f"{ADAPTER}/{JSON_FILE}") if not (place / name).is_file()]
+        missing = [name for name in (CONFIG, METRICS, f"{ADAPTER}/{JSON_FILE}") if not os.path.isfile(place / name)]
         if missing:
             numbered = sorted(p.name for p in place.iterdir() if p.name.isdecimal() and (p / METRICS).is_file())
             hint = f" Did you mean {place / numbered[-1]}?" if numbered else ""

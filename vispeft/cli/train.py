@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import shutil
 import sys
@@ -141,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train_or_resume(config: Path, overrides: Sequence[str], place: Path, command: str) -> Path:
-    if place.exists():
+    if os.path.exists(place):
         return resume(place, config, overrides, command=command)
     return train(config, overrides, out=place, command=command)
 

@@ -96,7 +96,15 @@ def check_types(cls: type, fields: Mapping[str, Any]) -> None:
         raise ConfigError(f"{cls.__name__}({field}={value!r}): {names} is needed.")
 
 
-_KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", type(None): "none"}
+LARGEST = 1e9
+"""Largest number of a field, such as a scale; beyond it the values of an adapter leave the range of float32."""
+_KINDS = {
+    int: "a whole number",
+    float: f"a finite number up to {LARGEST:g}",
+    bool: "true or false",
+    str: "a text",
+    type(None): "none",
+}
 
 
 def _parts(hint: Any) -> tuple[Any, ...]:
@@ -112,7 +120,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is int:
         return isinstance(value, int) and abs(value) < 2**63
     if kind is float:
-        return abs(value) <= sys.float_info.max
+        return abs(value) <= LARGEST
     return isinstance(value, kind) if kind in _KINDS else True
 
 

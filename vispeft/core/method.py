@@ -362,6 +362,16 @@ def register(cls: M) -> M:
     return cls
 
 
+def is_registered(config: Method) -> bool:
+    """Return whether files of a method are read by its class, and not by another one of its name or by none.
+
+    Args:
+        config: The method.
+    """
+    fill("methods")
+    return _METHODS.get(config.name) is type(config)
+
+
 def list_methods() -> list[str]:
     """List the names of all methods that need no optional dependency."""
     fill("methods")
@@ -395,7 +405,9 @@ def method(name: str, **fields: Any) -> Method:
     if name not in _METHODS and name in extra_methods():
         importlib.import_module(extra_methods()[name])
     if name not in _METHODS:
-        raise UnknownNameError("method", name, _METHODS)
+        raise UnknownNameError(
+            "method", name, _METHODS, "A method of your own is known once the module with its class is imported."
+        )
     cls = _METHODS[name]
     known = {field.name for field in dataclasses.fields(cls)}
     for field in fields:

@@ -207,7 +207,7 @@ class ListedData(ImageData):
         for finding in report.findings:
             if finding.level == "warning" or finding.code == "left-out":
                 level = logging.WARNING if finding.level == "warning" else logging.INFO
-                logger.log(level, "%s: %s", printable(self.listing.place, keep=""), finding.line(3))
+                logger.log(level, "%s: %s", printable(self.listing.place), finding.line(3))
 
     def identity(self) -> Iterator[bytes]:
         """Yield bytes that identify images and targets of all splits: names, and pixels where they were read."""

@@ -40,7 +40,7 @@ class Finding:
         """
         named = ", ".join(self.places[:at_most])
         more = f", and {len(self.places) - at_most} more" if len(self.places) > at_most else ""
-        return printable(f"{self.text}: {named}{more}." if named else f"{self.text}.", keep="")
+        return printable(f"{self.text}: {named}{more}." if named else f"{self.text}.")
 
 
 @dataclass(frozen=True)

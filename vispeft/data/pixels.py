@@ -120,7 +120,8 @@ def upright(array: np.ndarray, image: Image.Image) -> np.ndarray:
         image: The image. Pillow turns TIFF files itself, and says so by removing the orientation.
     """
     found = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return np.ascontiguousarray(_TURNS[found](array)) if found in _TURNS else array
+    # A copy: torch refuses negative strides, which numpy calls contiguous where a side has one pixel.
+    return _TURNS[found](array).copy() if found in _TURNS else array
 
 
 # ------------------------------------------------------------------ values

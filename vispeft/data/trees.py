@@ -97,7 +97,7 @@ class LeftOut:
         endings = ""
         if reason in BY_ENDING:
             common = self._endings[reason].most_common(NAMED)
-            endings = ", ".join(f"{number:,} {printable(ending, '')}" for ending, number in common) + ": "
+            endings = ", ".join(f"{number:,} {printable(ending)}" for ending, number in common) + ": "
         return f"{counted(count, noun, plural)} {text}".rstrip() + f" ({endings}{names}{more})"
 
 

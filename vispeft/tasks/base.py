@@ -22,6 +22,7 @@ from vispeft.core.method import Method
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.errors import ConfigError, DataError, FileError, check_object, counted
 from vispeft.tasks.callbacks import FiniteGuard, MethodHooks
+from vispeft.tasks.checkpoint_form import check_shapes
 from vispeft.tasks.checkpoints import read_checkpoint
 from vispeft.tasks.ema import EMA
 from vispeft.tasks.finite import OutputCount
@@ -217,8 +218,9 @@ class AdapterTask(LightningModule):
         content = read_checkpoint(checkpoint)
         self.on_load_checkpoint(content)
         averaged = content["average"]["tensors"] if self.ema is not None else {}
+        check_shapes(averaged, self.state_dict(), checkpoint)
         self.load_state_dict({**content["state_dict"], **averaged}, strict=False)
-        return int(content["epoch"])
+        return int(content.get("epoch", 0))
 
     def verify(self) -> None:
         """Check that every trainable tensor of the adapter receives a gradient.
@@ -469,6 +471,7 @@ class AdapterTask(LightningModule):
                 f"The checkpoint has {len(found)} trained tensors and this task has {len(needed)}; they differ in "
                 f"{len(found ^ needed)}, first {listing}. Use the method and the backbone it was written with."
             )
+        check_shapes(checkpoint["state_dict"], self.state_dict(), "The checkpoint")
         if (self.ema is not None) != ("average" in checkpoint):
             raise FileError(
                 f"The checkpoint has {'an' if 'average' in checkpoint else 'no'} EMA of the weights, and this task "

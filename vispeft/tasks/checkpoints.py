@@ -29,8 +29,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from vispeft.core.families import unwrap
 from vispeft.data.base import ImageData
 from vispeft.errors import ConfigError, FileError, TrainingError
+from vispeft.storage.disk import read_regular
 from vispeft.storage.files import write_atomically
 from vispeft.storage.fingerprint import check_fingerprint, fingerprint
+from vispeft.tasks.checkpoint_form import check_content, check_state
 from vispeft.tasks.logs import RunLog
 from vispeft.tasks.state import between_steps, put_back, set_random_state, training_state
 
@@ -93,9 +95,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         FileError: If it is missing, truncated or altered.
     """
     try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise FileError(f"The checkpoint {path} could not be read ({error.strerror}).") from error
+        content = read_regular(Path(path))
+    except (OSError, ValueError) as error:  # a name with a null byte is no name
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(f"The checkpoint {path} could not be read ({reason}).") from error
     body, digest = content[: -len(SEAL) - 64], content[-64:]
     sealed = content[len(body) : -64] == SEAL
     if sealed and hashlib.sha256(body).hexdigest().encode() != digest:
@@ -105,8 +108,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # a parser may raise anything for bytes that are not a checkpoint
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise FileError(f"The checkpoint {path} cannot be read: {reason}") from error
-    if not isinstance(loaded, dict) or "state_dict" not in loaded:
-        raise FileError(f"{path} is no checkpoint: it has no state_dict.")
+    check_content(loaded, path)
     if loaded.pop("sealed", False) and not sealed:
         raise FileError(f"The checkpoint {path} is truncated: its digest is missing.")
     return loaded
@@ -141,10 +143,10 @@ def find_checkpoint(folder: Path) -> Found | None:
     for path in sorted(folder.glob("step-*.ckpt"), key=lambda path: path.stem, reverse=True):
         try:
             content = read_checkpoint(path)
-            state, config = content[STATE], _config_of(content, path)
+            state, config = check_state(content.get(STATE), path), _config_of(content, path)
             if state["best"] is not None:
                 read_checkpoint(folder / state["best"]["file"])
-        except (FileError, KeyError) as error:
+        except FileError as error:
             logger.warning("%s It is left out, and the one before it is used.", error)
             continue
         return Found(path, state, config)
@@ -168,7 +170,9 @@ def _config_of(content: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
     found = content.get(CONFIG)
     if found is None:
         return None
-    if config_digest(found["values"]) != found["digest"]:
+    if not isinstance(found, dict) or not isinstance(found.get("values"), dict):
+        raise FileError(f"The checkpoint {path} cannot be read: its config is no table of settings.")
+    if config_digest(found["values"]) != found.get("digest"):
         raise FileError(f"The checkpoint {path} was altered: the digest of its config does not fit.")
     return dict(found["values"])
 
