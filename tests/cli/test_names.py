@@ -2,6 +2,9 @@
 
 import pytest
 
+from vispeft.cli.settings import check_names
+from vispeft.errors import DataError
+
 LONG = "x" * 300
 CASES = {
     "resume": ("train", "--resume", LONG),
@@ -30,3 +33,16 @@ def test_a_name_that_is_too_long_is_refused_in_one_sentence(run_cli, config, mon
     assert result.err.startswith("error: ")
     assert "Traceback" not in result.err
     assert list(config.parent.iterdir()) == [config]
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (("a", "a"), r"class_names has 'a' twice"),
+        (("a\x07", "b"), r"class_names\[0\] is 'a\\x07'; a text without control characters"),
+        (("a", "\ud800"), r"class name '\\ud800' is no UTF-8"),
+    ],
+)
+def test_names_that_no_adapter_can_hold_are_refused_before_the_training(names, told):
+    with pytest.raises(DataError, match=told):
+        check_names(names, "", None)

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 from vispeft.cli.evaluation import Outputs, evaluate, evaluation_trainer
 from vispeft.data.base import ImageData
 from vispeft.errors import ConfigError, DataError, FileError
+from vispeft.storage.form import FormError, check_class_names
 from vispeft.tasks.base import AdapterTask, check_precision
 from vispeft.tasks.state import random_state, set_random_state
 
@@ -115,7 +116,7 @@ def check_last(settings: dict[str, Any], data: Any) -> None:
 
 
 def check_names(class_names: tuple[str, ...], config: str, place: object) -> None:
-    """Check that everything a run writes down is UTF-8.
+    """Check that everything a run writes down can be written: UTF-8, and class names that a file may hold.
 
     Args:
         class_names: Names of the outputs.
@@ -123,7 +124,7 @@ def check_names(class_names: tuple[str, ...], config: str, place: object) -> Non
         place: The run directory; None for one that is numbered.
 
     Raises:
-        DataError: If a class name is not.
+        DataError: If a class name is not, occurs twice, or has control characters.
         ConfigError: If the config or the directory's name is not.
     """
     for name in class_names:
@@ -132,6 +133,13 @@ def check_names(class_names: tuple[str, ...], config: str, place: object) -> Non
                 f"The class name {name!r} is no UTF-8, and could not be written into the adapter's file. Rename the "
                 "folder, or the label in the list."
             )
+    try:
+        check_class_names(class_names)
+    except FormError as error:
+        raise DataError(
+            f"The data were listed, and class_names{error} An adapter's file cannot hold such names. Rename the "
+            "folders, or the labels in the list."
+        ) from error
     bad = [line.strip() for line in config.splitlines() if not _is_utf8(line)]
     if bad:
         raise ConfigError(f"The config is no UTF-8 in {bad[0]!r}, and could not be written. Give another name.")
