@@ -36,7 +36,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("method", metavar="METHOD|CONFIG", help="name of a method, or a config that has one")
     given, overrides = parser.parse_known_args(list(argv))
     fields = {key: _value(key, value) for key, value in split_overrides(overrides)}
-    console.print(plan(create_model(given.model, pretrained=False), _method(given.method, fields)))
+    method = _method(given.method, fields)
+    console.print(plan(create_model(given.model, pretrained=False), method))
 
 
 def _value(key: str, value: str | None) -> Any:
