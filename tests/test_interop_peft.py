@@ -143,6 +143,19 @@ def test_what_is_broken_is_refused(config, told):
         PeftMethod(config=config())
 
 
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"r": 10**6}, r"r=1000000 is above the \d+ features"),
+        ({"r": 2, "rank_pattern": {"mlp.fc1": 10**6}}, "mlp.fc1=1000000 is above"),
+        ({"r": 2, "target_modules": "((("}, "no regular expression"),
+    ],
+)
+def test_sizes_and_patterns_that_cannot_be_are_refused_at_once(fields, says):
+    with pytest.raises(ConfigError, match=says):
+        vispeft.attach(vit(), PeftMethod(config={"peft_type": "LORA", **TARGETS, **fields}))
+
+
 def test_layers_that_would_not_train_are_refused():
     with pytest.raises(SiteError, match=r"write 'attn\.proj'"):
         vispeft.attach(vit(), PeftMethod(config=peft.OFTConfig(r=0, oft_block_size=8, target_modules=["proj"])))

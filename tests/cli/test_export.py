@@ -15,7 +15,8 @@ from vispeft.cli.evaluate import load_task
 from vispeft.cli.export import InputSize, export_run
 from vispeft.cli.runs import Run
 from vispeft.errors import ConfigError, ExportError, FileError
-from vispeft.interop.export import Difference, check, export_onnx, export_program, staged
+from vispeft.interop.export import Difference, check, export_onnx, export_program
+from vispeft.interop.staging import staged
 from vispeft.tasks import Segmentation
 
 SHORT = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1")

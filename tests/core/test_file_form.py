@@ -230,6 +230,13 @@ def test_only_regular_files_are_read(target: nn.Module, folder: Path, name: str,
     assert name in refused(target, folder)
 
 
+def test_a_file_longer_than_it_says_is_not_read(target: nn.Module, folder: Path) -> None:
+    """A hole of a terabyte takes no room on the disk."""
+    with open(folder / "adapter.safetensors", "r+b") as file:
+        file.truncate(2**40)
+    assert "truncated or was altered" in refused(target, folder)
+
+
 def test_a_file_that_is_refused_leaves_a_plain_model_plain(folder: Path) -> None:
     model = LORA.model(num_classes=7)
     before = state_of(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from vispeft.cli.common import console, make_parser, versions
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run, write_json
 from vispeft.errors import ConfigError, ExportError, counted
-from vispeft.interop.export import INPUT, TOLERANCE, Difference, check, export_onnx, export_program, staged
+from vispeft.interop.export import INPUT, TOLERANCE, Difference, check, export_onnx, export_program
+from vispeft.interop.staging import check_free, staged
 from vispeft.tasks.base import AdapterTask
 
 __all__ = ["Exported", "InputSize", "export_run", "main"]
@@ -125,7 +127,9 @@ def main(argv: Sequence[str]) -> None:
     for option, value in (("batch", given.batch), ("size", min(given.size or [1]))):
         if value is not None and value < 1:
             raise ConfigError(f"--{option} is {value}; at least 1 is needed.")
-    task, _ = load_task(Run.open(given.run))
+    run = Run.open(given.run)
+    check_free(out, *_beside(out))
+    task, _ = load_task(run)
     # Padding inside the model, which a program for PyTorch does not keep.
     padded = given.format == "onnx" and hasattr(task.deployed(), "pads_to")
     step = ((1, 1) if padded else task.size_step()) if given.any_size else None
@@ -154,14 +158,17 @@ def export_run(task: AdapterTask, out: Path, size: InputSize) -> Exported:
     """
     model = task.deployed().float().eval().requires_grad_(False)
     onnx = out.suffix == ENDINGS["onnx"]
-    with staged(out, *([] if onnx else [out.with_suffix(".json")])) as place:
+    with staged(out, *_beside(out)) as place:
         report = task.bank.merge(partial=True)
         try:
             notes = _notes(task, size, report)
             if onnx:
                 export_onnx(model, size.example(), place, **size.dynamic, notes=notes)
             else:
-                torch.export.save(export_program(model, size.example(), **size.dynamic), place)
+                # torch's own writer of files ends the process when the disk is full
+                content = io.BytesIO()
+                torch.export.save(export_program(model, size.example(), **size.dynamic), content)
+                place.write_bytes(content.getbuffer())
                 write_json(place.with_suffix(".json"), notes)
         finally:
             task.bank.unmerge()  # the file is compared with the model as trained
@@ -172,6 +179,11 @@ def export_run(task: AdapterTask, out: Path, size: InputSize) -> Exported:
                 f"largest output; {TOLERANCE:.0e} is rounding. No file was left. Try the other format."
             )
     return Exported(out, size.axes(), report, difference)
+
+
+def _beside(out: Path) -> list[Path]:
+    """List the files written beside an exported one; an ONNX file holds its notes itself."""
+    return [] if out.suffix == ENDINGS["onnx"] else [out.with_suffix(".json")]
 
 
 def _notes(task: AdapterTask, size: InputSize, report: MergeReport) -> dict[str, Any]:

@@ -209,7 +209,7 @@ def _targets(listing: Listing) -> list[Finding]:
 
 def _names(listing: Listing) -> list[Finding]:
     """Check that the names of the classes can be written, and told apart."""
-    wrong = [name or "''" for name in listing.class_names if not name.strip() or not _is_text(name)]
+    wrong = [name or "''" for name in listing.unwritable]
     alike: dict[str, list[str]] = defaultdict(list)
     for name in listing.class_names:
         alike[unicodedata.normalize("NFKC", name).strip().casefold()].append(name)
@@ -218,15 +218,6 @@ def _names(listing: Listing) -> list[Finding]:
     text = "Classes whose names differ in case, spaces or Unicode form alone; are they the same"
     places = [" = ".join(names) for names in alike.values() if len(names) > 1]
     return [*found, *gather("warning", {("names-alike", text): places})]
-
-
-def _is_text(name: str) -> bool:
-    """Whether a name can be written in UTF-8, which has no place for bytes of another encoding."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _absent(listing: Listing) -> list[Finding]:

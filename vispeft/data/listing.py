@@ -133,8 +133,22 @@ class Listing:
 
     @property
     def broken(self) -> bool:
-        """Whether there is an error among the findings."""
-        return any(finding.level == "error" for finding in self.findings)
+        """Whether there is an error among the findings, or a class whose name cannot be saved."""
+        return bool(self.unwritable) or any(finding.level == "error" for finding in self.findings)
+
+    @property
+    def unwritable(self) -> list[str]:
+        """Names of classes that are empty, or no text in UTF-8."""
+        return [name for name in self.class_names if not name.strip() or not _is_text(name)]
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written in UTF-8, which has no place for bytes of another encoding."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def gather(level: Literal["error", "warning", "fact"], found: Mapping[tuple[str, str], Iterable[str]]) -> list[Finding]:

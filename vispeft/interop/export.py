@@ -10,10 +10,7 @@ import importlib
 import json
 import logging
 import math
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +26,10 @@ from torch.nn import functional
 
 from vispeft.adapters.bank import AdapterBank
 from vispeft.errors import ConfigError, ExportError, FileError
+from vispeft.interop.staging import staged
 from vispeft.storage.header import strict_values
 
-__all__ = ["INPUT", "OUTPUT", "TOLERANCE", "Difference", "check", "export_onnx", "export_program", "staged"]
+__all__ = ["INPUT", "OUTPUT", "TOLERANCE", "Difference", "check", "export_onnx", "export_program"]
 
 logger = logging.getLogger(__name__)
 
@@ -244,43 +242,6 @@ def check(model: nn.Module, exported: ExportedProgram | str | Path, batches: Ite
         absolute = max(absolute, differs if math.isfinite(differs) else math.inf)
         largest = max(largest, float(wanted.abs().max()))
     return Difference(absolute, largest)
-
-
-@contextmanager
-def staged(path: Path, *others: Path) -> Iterator[Path]:
-    """Write a file, and files beside it, in a temporary folder and move them into place only on success.
-
-    Args:
-        path: The file.
-        others: Files known to be written beside it, which must not exist either.
-
-    Yields:
-        A path of the same name in a temporary folder, all of whose files are moved.
-
-    Raises:
-        ConfigError: If one of the files exists.
-        FileError: If the files cannot be written.
-    """
-    for file in (path, *others):
-        _refuse_existing(file)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            yield Path(folder, path.name)
-            written = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)  # the named one last
-            for file in written:
-                _refuse_existing(path.with_name(file.name))
-                with file.open("rb+") as content:
-                    os.fsync(content.fileno())
-            for file in written:
-                file.replace(path.with_name(file.name))
-    except OSError as error:
-        raise FileError(f"{path} could not be written ({error.strerror or error}). Choose another place.") from error
-
-
-def _refuse_existing(path: Path) -> None:
-    if path.exists():
-        raise ConfigError(f"{path} exists already and is not overwritten. Choose another name.")
 
 
 def _runner(exported: ExportedProgram | str | Path) -> Callable[[Tensor], Tensor]:

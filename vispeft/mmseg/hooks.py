@@ -61,7 +61,8 @@ class VispeftHook(Hook):
         found = backbones(model)
         if not found:
             raise ConfigError("VispeftHook is in custom_hooks, and the model has no VispeftBackbone. Drop the hook.")
-        check_segmentor(model, runner.train_dataloader.dataset.metainfo.get("classes"))
+        classes = runner.train_dataloader.dataset.metainfo.get("classes")
+        check_segmentor(model, classes)
         check_batches(model, runner.train_dataloader)
         for name, backbone in found.items():
             report = "no adapter; all of it trains" if backbone.bank is None else f"\n{backbone.bank.report()}"
@@ -69,7 +70,7 @@ class VispeftHook(Hook):
         self._best = _best_checkpoints(runner)
         # mmengine may be told to resume where there is no checkpoint yet.
         if self.decoder is not None and not (runner._resume and runner._has_loaded):
-            load_decoder(model, self.decoder)
+            load_decoder(model, self.decoder, classes)
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Save the adapter, and remove the frozen tensors from the checkpoint."""

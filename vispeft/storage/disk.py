@@ -11,7 +11,7 @@ from types import ModuleType
 
 from vispeft.errors import FileError
 
-__all__ = ["earlier", "read_regular", "write_atomically"]
+__all__ = ["earlier", "read_regular", "regular_size", "write_atomically"]
 
 fcntl: ModuleType | None
 try:
@@ -34,12 +34,29 @@ def read_regular(path: Path, at_most: int | None = None) -> bytes:
         FileError: If it is no regular file, or too large.
         OSError: If it cannot be read.
     """
+    size = regular_size(path)
+    if at_most is not None and size > at_most:
+        raise FileError(f"{path} has {size:,} bytes; at most {at_most:,} are read. Is it the right file?")
+    try:
+        return path.read_bytes()
+    except MemoryError as error:
+        raise FileError(f"{path} has {size:,} bytes, more than there is memory for.") from error
+
+
+def regular_size(path: Path) -> int:
+    """Return the size of a regular file in bytes.
+
+    Args:
+        path: The file; links are followed.
+
+    Raises:
+        FileError: If it is no regular file.
+        OSError: If there is none.
+    """
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
         raise FileError(f"{path} is a {_kind(found.st_mode)}; a regular file is needed there.")
-    if at_most is not None and found.st_size > at_most:
-        raise FileError(f"{path} has {found.st_size:,} bytes; at most {at_most:,} are read. Is it the right file?")
-    return path.read_bytes()
+    return found.st_size
 
 
 def _kind(mode: int) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 from vispeft.errors import FileError, UnknownNameError, brief
 from vispeft.storage import quantize  # noqa: F401  (registers the codecs of a few bits)
 from vispeft.storage.codecs import RAW, decode_tensors, known_codecs
-from vispeft.storage.disk import earlier, read_regular, write_atomically
+from vispeft.storage.disk import earlier, read_regular, regular_size, write_atomically
 from vispeft.storage.form import FormError, check_form, shown
 
 __all__ = [
@@ -150,7 +150,7 @@ def _read_files(
 def _matching(path: Path, sha: str) -> bytes:
     """Read a tensor file, or the one before it where a save was interrupted between this file and the JSON file."""
     for place in (path, earlier(path)):
-        if place is path or place.is_file():
+        if (place is path or place.is_file()) and _is_whole(place):
             content = _read(place)
             if hashlib.sha256(content).hexdigest() == sha:
                 return content
@@ -158,6 +158,21 @@ def _matching(path: Path, sha: str) -> bytes:
         f"{path} is truncated or was altered: its sha256 is not the one in {JSON_FILE}. Copy the directory again from "
         "where it came from."
     )
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether a tensor file is as long as its own header tells, so that no other one is read into memory."""
+    try:
+        size = regular_size(path)
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header: Any = json.loads(file.read(length)) if 8 + length <= size and length < 2**27 else None
+        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+        return bool(8 + length + max(ends, default=0) == size)
+    except OSError:
+        return True  # the reader says why
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        return False
 
 
 def _check_described(

@@ -30,7 +30,7 @@ class InUseError(FileError):
 
 
 @contextlib.contextmanager
-def hold(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
+def hold(path: Path, what: str, *, wait: bool = False) -> Iterator[bool]:
     """Hold a lock while a block of code runs.
 
     The system gives a lock back when its process ends, however it ends: one of a killed process is in nobody's way. Its
@@ -40,6 +40,9 @@ def hold(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         path: The lock's file; its folder must exist.
         what: Noun for what is locked, for messages.
         wait: Whether to wait for the present holder instead of raising.
+
+    Yields:
+        Whether the lock had to be waited for.
 
     Raises:
         InUseError: If somebody else holds the lock.
@@ -59,7 +62,7 @@ def hold(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
             time.sleep(_WAIT)
     owner = os.getpid()
     try:
-        yield
+        yield said
     finally:
         if os.getpid() == owner:  # a forked process holds no lock of its parent's
             _give_back(path, descriptor)

@@ -98,6 +98,9 @@ class FiniteGuard(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say how many images have outputs that are not finite."""
         seen = cast(Any, pl_module).outputs_seen
+        if trainer.world_size > 1:  # all processes decide alike about the best epoch
+            counts = torch.tensor([seen.images, seen.broken], device=pl_module.device)
+            seen.images, seen.broken = cast(Tensor, trainer.strategy.reduce(counts, reduce_op="sum")).tolist()
         if seen.broken:
             logger.warning(seen.says("test" if trainer.testing else "validation"))
 

@@ -211,6 +211,13 @@ class PeftMethod(Method):
     def _check_fields(self, fields: Mapping[str, Any]) -> None:
         if self.roles is not None and fields.get("target_modules"):
             raise ConfigError("PeftMethod: roles and target_modules both choose layers; give one of them.")
+        if isinstance(fields.get("target_modules"), str):
+            try:
+                re.compile(fields["target_modules"])
+            except re.error as error:
+                raise ConfigError(
+                    f"PeftMethod: target_modules={fields['target_modules']!r} is no regular expression ({error})."
+                ) from error
         if fields.get("modules_to_save"):
             raise ConfigError(
                 f"PeftMethod: modules_to_save={fields['modules_to_save']} was given; the classifier belongs to the "
@@ -231,7 +238,15 @@ class PeftMethod(Method):
         """Plan one peft layer after each chosen layer."""
         for site in self.sites(view):
             layer = cast(nn.Linear, model.get_submodule(site.path))
+            self._check_ranks(max(site.in_features, site.out_features))
             yield PlanItem(site, "peft", partial(PeftUnit, self.config, site.path, layer))
+
+    def _check_ranks(self, width: int) -> None:
+        """Refuse ranks above the width of a layer, which peft would allocate before any shape is compared."""
+        ranks = {"r": self.config.get("r"), **(self.config.get("rank_pattern") or {})}
+        for name, rank in ranks.items():
+            if isinstance(rank, int) and rank > width:
+                raise ConfigError(f"PeftMethod: {name}={rank} is above the {width} features of a layer.")
 
     def sites(self, view: View) -> list[Site]:
         """Choose the layers by ``target_modules``, or by roles."""

@@ -1,4 +1,4 @@
-"""Batches too small for a BatchNorm of a head are refused before training."""
+"""Small batches, files that exist and decoders of other classes are refused before work is lost."""
 
 # ruff: noqa: E402 - mmsegmentation may be missing, and is made importable by the plug-in
 import importlib
@@ -15,6 +15,7 @@ from mmseg.registry import MODELS
 
 from tests.mmseg.toy import CHANNELS, backbone_of
 from vispeft.errors import ConfigError
+from vispeft.mmseg import load_decoder, merge
 from vispeft.mmseg.hooks import check_batches
 
 
@@ -72,3 +73,27 @@ def test_one_pixel_of_the_coarsest_map_counts_too(weights):
     model.data_preprocessor.size = (32, 32)
     with pytest.raises(ConfigError, match="needs 2 for its BatchNorm"):
         check_batches(model, batches(8, 7))
+
+
+def test_merging_overwrites_nothing(weights, tmp_path):
+    model = torch.nn.Module()
+    model.backbone, model.cfg = backbone_of("vit", weights, peft={"type": "SSF"}), object()
+    (tmp_path / "model.pth").write_text("mine")
+    with pytest.raises(ConfigError, match=r"model\.pth exists already"):
+        merge(model, tmp_path)
+    assert (tmp_path / "model.pth").read_text() == "mine"
+    assert model.backbone.bank.active == ["default"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
+
+
+def test_a_decoder_of_the_same_classes_in_another_order_is_refused(weights, tmp_path):
+    model = torch.nn.Module()
+    model.backbone = backbone_of("vit", weights, peft={"type": "SSF"})
+    model.backbone.bank.annotate(class_names=["dark", "red", "blue"])
+    model.backbone.bank.save(tmp_path / "adapter", decoder={"decoder.weight": torch.zeros(2)})
+    for classes, message in (
+        (("blue", "red", "dark"), "has the same classes in another order: dark, red, blue there, blue, red, dark here"),
+        (("dark", "red", "sky"), "has other classes"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_decoder(model, tmp_path / "adapter", classes)
