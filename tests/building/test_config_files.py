@@ -88,10 +88,10 @@ def test_only_regular_files_of_a_config_s_size_are_read(tmp_path):
     (tmp_path / "large.yaml").write_text("a: " + "x" * LARGEST)
     (tmp_path / "latin.yaml").write_bytes(b"a: caf\xe9")
     for name, message in (
-        ("pipe", "it is no regular file"),
-        ("zero", "it is no regular file"),
-        ("folder", "could not be read"),
-        ("large", "a config has at most 262,144"),
+        ("pipe", "is a pipe; a regular file is needed"),
+        ("zero", "is a device; a regular file is needed"),
+        ("folder", "is a folder; a regular file is needed"),
+        ("large", "at most 262,144 are read"),
         ("latin", "could not be read"),
         ("x" * 300, "File name too long"),
     ):

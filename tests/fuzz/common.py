@@ -29,15 +29,15 @@ def cases(count: int) -> Callable[[Any], Any]:
     """Set the number of cases of a test.
 
     Args:
-        count: The number in the suite; ``VISPEFT_FUZZ=10`` makes ten times as many.
+        count: The number in the suite; ``FUZZ_CASES`` is another.
     """
-    times = float(os.environ.get("VISPEFT_FUZZ", "1"))
+    asked = os.environ.get("FUZZ_CASES")
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
     # In the suite the same cases each time; others in each longer run.
     return settings(
-        max_examples=max(1, round(count * times)),
+        max_examples=count if asked is None else int(asked),
         deadline=None,
-        derandomize=times == 1,
+        derandomize=asked is None,
         database=None,
         suppress_health_check=checks,
     )

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import yaml
 
 from vispeft.errors import ConfigError, FileError
+from vispeft.storage.disk import read_regular
 
 __all__ = ["Node", "dump_config", "parse_text", "read_config"]
 
@@ -92,7 +92,7 @@ def read_config(path: Path) -> Node:
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise ConfigError(f"The config {str(path)!r} is no YAML file; its name should end in .yaml.")
     try:
-        text = _read(path)
+        text = read_regular(path, LARGEST).decode("utf-8")
     except (OSError, ValueError) as error:
         beside = sorted(p.name for p in path.parent.glob("*.yaml")) if os.path.isdir(path.parent) else []
         raise FileError(
@@ -106,18 +106,6 @@ def read_config(path: Path) -> Node:
     if not isinstance(tree, dict):
         raise FileError(f"The config {str(path)!r} has no keys; it needs the sections model and data.")
     return tree
-
-
-def _read(path: Path) -> str:
-    """Read a text file, but no pipe or device, which might never end."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with open(descriptor, encoding="utf-8") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError("it is no regular file")
-        if found.st_size > LARGEST:
-            raise ValueError(f"it has {found.st_size:,} bytes, and a config has at most {LARGEST:,}")
-        return file.read()
 
 
 def parse_text(text: str, place: str) -> Any:

@@ -46,7 +46,8 @@ def main(argv: Sequence[str]) -> None:
         _inspect_run(given.model, overrides)
         return
     fields = {key: _value(key, value) for key, value in split_overrides(overrides)}
-    console.print(plan(create_model(given.model, pretrained=False), _method(given.method, fields)))
+    method = _method(given.method, fields)
+    console.print(plan(create_model(given.model, pretrained=False), method))
 
 
 def _inspect_run(place: str, overrides: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,7 @@ def check_room(place: Path, task: AdapterTask) -> None:
     """
     trained = sum(p.numel() * p.element_size() for _, p in task.trainable_parameters())
     needed = COPIES * trained + LOGS
-    there = next((folder for folder in (place, *place.absolute().parents) if folder.is_dir()), Path())
+    there = next((folder for folder in (place, *place.absolute().parents) if os.path.isdir(folder)), Path())
     free = shutil.disk_usage(there).free
     if free < needed:
         raise FileError(

@@ -176,8 +176,8 @@ class ImageData(LightningDataModule, ABC):
         """
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
-            if value < least:
-                raise ConfigError(f"{type(self).__name__}({name}={value}): at least {least} is needed.")
+            if not least <= value < 2**31:
+                raise ConfigError(f"{type(self).__name__}({name}={value}): at least {least} is needed, below 2^31.")
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
         given = {"size": size, "mean": mean, "std": std, "interpolation": interpolation, "crop_pct": crop_pct}
         self._given: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
