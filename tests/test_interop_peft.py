@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 
 import pytest
 import timm
@@ -142,6 +143,19 @@ def test_what_is_broken_is_refused(config, told):
         PeftMethod(config=config())
 
 
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"r": 10**6}, r"r=1000000 is above the \d+ features"),
+        ({"r": 2, "rank_pattern": {"mlp.fc1": 10**6}}, "mlp.fc1=1000000 is above"),
+        ({"r": 2, "target_modules": "((("}, "no regular expression"),
+    ],
+)
+def test_sizes_and_patterns_that_cannot_be_are_refused_at_once(fields, says):
+    with pytest.raises(ConfigError, match=says):
+        vispeft.attach(vit(), PeftMethod(config={"peft_type": "LORA", **TARGETS, **fields}))
+
+
 def test_layers_that_would_not_train_are_refused():
     with pytest.raises(SiteError, match=r"write 'attn\.proj'"):
         vispeft.attach(vit(), PeftMethod(config=peft.OFTConfig(r=0, oft_block_size=8, target_modules=["proj"])))
@@ -259,3 +273,61 @@ def test_a_task_trains_a_tuner():
         optimizer.step()
         losses.append(float(loss))
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_layers_of_peft_keep_the_results_of_threads_apart(one_thread):
+    """The result of the host stood in an attribute of the layer, where another thread's took its place."""
+    model = vit().eval()
+    vispeft.attach(model, vispeft.LoRA(rank=2, roles=("mlp.fc1",)), name="first", verify=False)
+    method = PeftMethod(config={"peft_type": "LORA", "r": 2}, roles=("mlp.fc1",))
+    bank = vispeft.attach(model, method, name="second", verify=False)
+    move(model)
+    bank.set_active(["first", "second"])
+    batches = [torch.randn(2, *IMAGES.shape[1:]) for _ in range(3)]
+    with torch.no_grad():
+        wanted, wrong = [model(images) for images in batches], []
+
+    def predict(number):
+        with torch.no_grad():
+            for _ in range(40):
+                wrong.append(not torch.equal(model(batches[number]), wanted[number]))
+
+    threads = [threading.Thread(target=predict, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(wrong) == 120
+    assert not any(wrong)
+
+
+def test_lora_on_the_classifier_and_old_files_are_named(tmp_path):
+    """The first was called no linear classifier, and the second were said not to exist."""
+    peft.get_peft_model(vit(), peft.LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path / "all")
+    with pytest.raises(ConfigError, match=r"LoRA at the classifier 'head'.*exclude_modules=\['head'\]"):
+        from_peft(vit(), tmp_path / "all")
+    (tmp_path / "all/adapter_model.safetensors").rename(tmp_path / "all/adapter_model.bin")
+    with pytest.raises(FileError, match=r"holds adapter_model\.bin, which older versions of peft wrote"):
+        from_peft(vit(), tmp_path / "all")
+
+
+@pytest.mark.parametrize(
+    "fields", [[], {"peft_type": "LORA", "lora_alpha": "8"}, {"peft_type": "LORA", "alpha_pattern": 3}]
+)
+def test_a_config_of_another_form_is_refused(fields, tmp_path):
+    peft.get_peft_model(vit(), peft.LoraConfig(r=2, **TARGETS)).save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    with pytest.raises(FileError, match=r"adapter_config\.json"):
+        from_peft(vit(), tmp_path)
+
+
+def test_what_the_format_of_peft_does_not_hold_is_refused_or_named(tmp_path, caplog):
+    """Terms of all tasks were added up."""
+    bank = vispeft.attach(vit(), vispeft.LoRA(rank=2), tasks=["seg", "depth"])
+    with pytest.raises(ConfigError, match=r"has tasks \(seg, depth\)"):
+        to_peft(bank, tmp_path / "tasks")
+    bank = vispeft.attach(vit(), vispeft.LoRA(rank=2))
+    assert not list(tmp_path.iterdir())
+    bank.annotate(metrics={"accuracy": 0.5})
+    to_peft(bank, tmp_path / "notes")
+    assert "no place for metrics" in caplog.text

@@ -172,3 +172,10 @@ def test_an_unknown_name_is_an_attribute_error_with_near_names() -> None:
     with pytest.raises(ImportError):
         from vispeft import nothing_of_the_kind  # noqa: F401
     assert not hasattr(vispeft, "__wrapped__")
+
+
+def test_parts_of_interop_are_found_when_they_are_named() -> None:
+    listed = dir(vispeft.interop)
+    assert {"export", "PeftMethod", "from_peft", "load_official"} <= set(listed)
+    assert "importlib" not in listed
+    assert vispeft.interop.export.export_program.__module__ == "vispeft.interop.export"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+import unicodedata
 from collections.abc import Iterable
 
 __all__ = [
@@ -18,7 +20,31 @@ __all__ = [
     "UnknownNameError",
     "VerificationError",
     "VispeftError",
+    "check_object",
+    "printable",
+    "printable_lines",
 ]
+
+
+def check_object(owner: str, name: str, value: object, wanted: type) -> None:
+    """Refuse a dictionary or a name where an object is needed, as configs build it and scripts do not.
+
+    Args:
+        owner: Name of the class with the argument.
+        name: The argument.
+        value: What was given; None counts as left out.
+        wanted: The class of the object.
+
+    Raises:
+        ConfigError: If it is of another class.
+    """
+    if value is None or isinstance(value, wanted):
+        return
+    fields = ", ".join(f"{key}={item!r}" for key, item in value.items()) if isinstance(value, dict) else "..."
+    raise ConfigError(
+        f"{owner}({name}={value!r}): configs take this, and a script gives an object, {wanted.__name__}({fields}). "
+        f"It is a {type(value).__name__} here."
+    )
 
 
 class VispeftError(Exception):
@@ -116,3 +142,44 @@ def brief(error: BaseException | None, at_most: int = 400) -> str:
     if len(text) > at_most:
         text = text[:at_most].rsplit(" ", 1)[0] + " ..."
     return text if text.endswith(".") else text + "."
+
+
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """Write a number with its noun, such as ``1 image`` or ``1,200 images``.
+
+    Args:
+        count: The number.
+        noun: The noun in the singular.
+        plural: Its plural; by default with an s.
+    """
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def printable(text: str) -> str:
+    """Escape the characters that a terminal would obey or a file cannot hold: control characters and lone surrogates.
+
+    Args:
+        text: The text, such as the name of a file whose bytes are no UTF-8.
+    """
+    if text.isprintable():
+        return text
+    return "".join(_escaped(c) if unicodedata.category(c) in ("Cc", "Cs") or c in _TURNS else c for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """Escape the same characters in a text of several lines.
+
+    Args:
+        text: The text; its lines and tabs stay.
+    """
+    return "".join(part if part in ("\n", "\t") else printable(part) for part in re.split(r"([\n\t])", text))
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    # Python reads a byte that is no UTF-8 as one of these surrogates (PEP 383).
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else character.encode("unicode_escape").decode()
+
+
+_TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Marks that turn the order of the letters behind them."""

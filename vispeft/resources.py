@@ -6,6 +6,7 @@ needs one of these files asks here, so that a wheel and a checkout (an editable 
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
@@ -84,7 +85,7 @@ def find_config(given: str | Path) -> Path:
         FileError: If a name was given and the installation lacks the packaged configs.
     """
     path = Path(given)
-    if path.suffix or path.is_file():
+    if path.suffix or os.path.isfile(path):  # false, too, for a name that the system cannot have
         return path
     known = _configs()
     if str(given) not in known:

@@ -17,7 +17,7 @@ from torch import nn
 
 from tests.backbones.small import load, tiny
 from vispeft.backbones.create import create_model
-from vispeft.errors import BackboneError, FileError
+from vispeft.errors import BackboneError, ConfigError, FileError
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pth", "nested.pth", "half"])
@@ -78,6 +78,15 @@ def test_a_missing_backbone_tensor_is_noticed_at_every_class_count(tmp_path: Pat
 def test_another_architecture_is_refused(file: Path) -> None:
     with pytest.raises(BackboneError, match=r"tiny\.safetensors.*do not fit"):
         load(file, embed_dim=48)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "backbone.", "net.model."])
+def test_names_with_a_prefix_are_shown(tmp_path: Path, prefix: str) -> None:
+    """Hundreds of letters of missing keys told nothing of what the file has."""
+    tensors = {f"{prefix}{key}": tensor for key, tensor in tiny().state_dict().items()}
+    torch.save({"state_dict": {**tensors, "loss.weight": torch.ones(3)}}, tmp_path / "task.ckpt")
+    with pytest.raises(BackboneError, match=rf"called like {prefix}\w+, .* behind the prefix '{prefix}'"):
+        load(tmp_path / "task.ckpt")
 
 
 def test_swin_file(tmp_path: Path) -> None:
@@ -178,3 +187,9 @@ def test_npz(tmp_path: Path) -> None:
 
     with pytest.raises(BackboneError, match=r"jax\.npz"):
         create_model("swin_tiny_patch4_window7_224", weights=tmp_path / "jax.npz")
+
+
+def test_a_wrong_argument_is_not_blamed_on_the_file():
+    with pytest.raises(ConfigError, match="classes=3, but timm's VisionTransformer takes no such argument") as told:
+        create_model("zoo:vit_tiny", classes=3)
+    assert "model.safetensors" not in str(told.value)

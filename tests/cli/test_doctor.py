@@ -1,5 +1,6 @@
 import contextlib
 import io
+import os
 
 import pytest
 
@@ -103,6 +104,52 @@ def test_what_cannot_be_listed_is_said_without_a_page(tmp_path):
     assert status == 2
     assert "invalid choice" in complaint
     assert "needs a value" in call(tmp_path, "--check")[2]
+
+
+def test_lists_with_other_endings_are_read(photos, tmp_path):
+    lines = [f"photos/{name}/{number}.png,{name}" for name in "ab" for number in range(10)]
+    (tmp_path / "train.csv").write_text("\n".join(["path,label", *lines]))
+    for place in (tmp_path / "train.csv", tmp_path):
+        status, page, _ = call(place)
+        assert status == 0
+        assert "can be used: 0 errors, 1 warning." in page
+        assert "list-header" in page
+    (tmp_path / "valid.csv").write_text(lines[0])
+    (tmp_path / "val.tsv").write_text(lines[0])
+    status, page, _ = call(tmp_path)
+    assert status == 1
+    assert "has val.tsv and valid.csv, which all stand for the validation split" in page
+    for name in ("train", "test"):  # a table beside class folders
+        (photos / name / "a").mkdir(parents=True)
+    (photos / "train.csv").touch()
+    assert "class folders" in call(photos)[1].lower()
+
+
+def test_options_tell_what_kind_of_data_it_is(tmp_path):
+    painter = Painter()
+    for number in range(8):
+        painter.paint(tmp_path / f"all/{number}.jpg")
+        painter.label(tmp_path / f"all/{number}_mask.png", [0, 1])
+    layout = ("--images", "all", "--masks", "all", "--mask_suffix", "_mask.png")
+    status, page, _ = call(tmp_path, "--class_names", "[a, b]", *layout)
+    assert status == 0
+    assert "pixels in train" in page
+    make_fgvc(tmp_path, "flowers", painter)
+    (tmp_path / "flowers").rename(tmp_path / "mine")
+    assert "Oxford Flowers" in call(tmp_path / "mine", "--dataset", "flowers")[1]
+    assert "Unknown key 'data.class_nmes'" in call(tmp_path, "--class_nmes", "[a, b]")[2]
+
+
+def test_names_that_are_no_text_are_refused_and_can_be_shown(photos):
+    (photos / "a").rename(photos.parent / "kept")
+    os.rename(photos.parent / "kept", os.path.join(os.fsencode(photos), b"caf\xe9"))
+    with open(os.path.join(os.fsencode(photos), b"b", b"caf\xe9.txt"), "wb"):
+        pass
+    status, page, _ = call(photos)
+    assert status == 1
+    assert "class-name" in page
+    assert "rename them: caf\\xe9." in page
+    assert "b/caf\\xe9.txt" in page
 
 
 def test_help_has_an_example(capsys):

@@ -15,7 +15,8 @@ from vispeft.cli.evaluate import load_task
 from vispeft.cli.export import InputSize, export_run
 from vispeft.cli.runs import Run
 from vispeft.errors import ConfigError, ExportError, FileError
-from vispeft.interop.export import Difference, check, export_onnx, export_program, staged
+from vispeft.interop.export import Difference, check, export_onnx, export_program
+from vispeft.interop.staging import staged
 from vispeft.tasks import Segmentation
 
 SHORT = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1")
@@ -252,3 +253,30 @@ def test_files_get_their_names_together_or_not_at_all(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(FileError, match="could not be written"), staged(tmp_path / "file/a.onnx"):
         pass
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["pads inside", "refuses", "pads as timm does"])
+def test_an_onnx_file_takes_the_sizes_of_its_model(kind, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    settings = {"backbone": "vit_tiny_patch16_224", "method": vispeft.SSF(), "num_classes": 3}
+    small = {**TINY, "img_size": 32, "flexible_size": True}
+    if kind == "pads inside":
+        model = Segmentation(backbone_args=small, decoder="linear", taps=[1], **settings).network()
+    else:
+        small = {**small, "dynamic_img_pad": kind != "refuses"}
+        model = vispeft.create_model("vit_tiny_patch16_224", num_classes=3, **small)
+    model.eval()
+    export_onnx(model, noise(1, 3, 32, 32), tmp_path / "a.onnx", dynamic_size=True)
+    made = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"), providers=["CPUExecutionProvider"])
+    for shape in ((1, 3, 32, 32), (2, 3, 24, 48), (1, 3, 36, 40), (1, 3, 33, 32), (3, 3, 50, 47)):
+        fits = shape[2] % 8 == 0 and shape[3] % 8 == 0
+        if kind == "refuses" and not fits:
+            with pytest.raises(AssertionError, match="divisible by patch size"):
+                model(noise(*shape))
+            with pytest.raises(Exception, match=r"(?i)reshape"):
+                made.run(None, {"images": noise(*shape).numpy()})
+            continue
+        (scores,) = made.run(None, {"images": noise(*shape).numpy()})
+        assert torch.allclose(torch.from_numpy(scores), model(noise(*shape)), atol=1e-5)

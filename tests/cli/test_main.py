@@ -86,7 +86,7 @@ def test_scripts_run_from_anywhere(tmp_path):
         capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path, env=environment,
     )  # fmt: skip
     assert result.returncode == 2
-    assert result.stderr == "error: Unknown method 'sff'. Did you mean 'ssf'?\n"
+    assert result.stderr.startswith("error: Unknown method 'sff'. Did you mean 'ssf'?")
 
 
 def test_train_lists_the_packaged_configs(capsys):

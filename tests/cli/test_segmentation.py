@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import shutil
@@ -10,12 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from vispeft.tasks import Segmentation
+from vispeft.cli.evaluate import load_task
+from vispeft.cli.runs import Run
+from vispeft.heads.pyramid import MapReader
+from vispeft.tasks import Segmentation, SegmentationNetwork
 
 CONFIG = """
 model:
@@ -225,3 +230,47 @@ def test_resumed_runs_end_bit_equal(run: Path, run_cli: Any, tmp_path: Path) -> 
     for name in ("adapter.safetensors", "head.safetensors"):
         first, second = load_file(run / "adapter" / name), load_file(cut / "adapter" / name)
         assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_backbone_is_merged_and_the_decoder_lies_beside_it(run: Path, run_cli: Any, tmp_path: Path) -> None:
+    out = tmp_path / "plain.safetensors"
+    result = run_cli("merge", run, "--out", out)
+    assert result.status == 0, result.err
+    info = json.loads((tmp_path / "plain.json").read_text())
+    plain = timm.create_model(info["architecture"], **info["args"]).eval()
+    plain.load_state_dict(load_file(out))
+    task, _ = load_task(Run.open(run))
+    beside = load_file(tmp_path / info["decoder_file"])
+    assert set(beside) == {f"decoder.{name}" for name in task.decoder.state_dict()}
+    images = torch.randn(2, 3, 32, 32)
+    merged = SegmentationNetwork(plain, MapReader(plain, **_taps(info)), copy.deepcopy(task.decoder))
+    with torch.no_grad():
+        torch.testing.assert_close(merged.eval()(images), task(images), rtol=1e-4, atol=1e-4)
+    assert "exists already" in run_cli("merge", run, "--out", out).err
+    (tmp_path / "other.decoder.safetensors").touch()
+    assert (
+        "other.decoder.safetensors exists already" in run_cli("merge", run, "--out", tmp_path / "other.safetensors").err
+    )
+
+
+def _taps(info: dict[str, Any]) -> dict[str, Any]:
+    return {name: info["output"]["decoder"][name] for name in ("taps", "levels")}
+
+
+def test_a_run_is_inspected(run: Path, run_cli: Any) -> None:
+    result = run_cli("inspect", run)
+    assert result.status == 0, result.err
+    task, _ = load_task(Run.open(run))
+    for wanted in ("blocks.0.attn.qkv", f"{task.bank.report().trainable:,}", f"{task.report().decoder:,}", "decoder"):
+        assert wanted in result.out
+    assert "no run directory. Name a method too" in run_cli("inspect", "vit_tiny_patch16_224").err
+    assert "Leave it out" in run_cli("inspect", run, "--rank", "4").err
+
+
+@pytest.mark.slow
+def test_the_network_is_exported_for_another_size(run: Path, run_cli: Any, tmp_path: Path) -> None:
+    result = run_cli("export", run, "--format", "export", "--out", tmp_path / "a.pt2", "--size", "36", "40")
+    assert result.status == 0, result.err
+    notes = json.loads((tmp_path / "a.json").read_text())
+    assert notes["output"]["inference"]["mode"] == "whole"
+    assert notes["input"]["shape"] == ["batch", 3, 36, 40]

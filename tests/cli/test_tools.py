@@ -1,6 +1,9 @@
 import csv
+import io
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
 from vispeft.cli import inspect
+from vispeft.cli.common import run_tool
 from vispeft.cli.evaluate import load_run
 from vispeft.cli.evaluation import evaluate
 from vispeft.cli.runs import Run
@@ -79,6 +83,35 @@ def test_predict_names_broken_images_before_any_work(finished, run_cli, images, 
     assert "broken.png" in result.err
     assert "empty.jpg" in result.err
     assert not (tmp_path / "out").exists()
+
+
+def test_predict_says_what_it_leaves_out(finished, run_cli, images, tmp_path):
+    for path in images.glob("*.png"):
+        path.unlink()
+    (images / "a.jfif").write_bytes(b"x")
+    (images / "more/._4.png").write_bytes(b"\0\5\x16\7")
+    result = run_cli("predict", finished, images, "--out", tmp_path / "out")
+    assert result.status == 0, result.err
+    assert "Left out: 1 file with another ending than" in result.out
+    assert "(1 .jfif: a.jfif); 1 hidden entry (more/._4.png)." in result.out
+    assert "1 image predicted: " in result.out
+
+
+def test_predict_refuses_names_that_the_table_cannot_hold(finished, run_cli, images, tmp_path):
+    os.rename(images / "0.png", os.path.join(os.fsencode(images), b"caf\xe9.png"))
+    result = run_cli("predict", finished, images, "--out", tmp_path / "out")
+    assert result.status == 2
+    assert "1 of 5 images cannot be used: " in result.err
+    assert "caf\\xe9.png has a name that is no UTF-8" in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_that_the_terminal_cannot_show_stops_no_command(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert run_tool(lambda argv: print("caf\xe9 \udce9")) == 0
+    stream.flush()
+    assert stream.buffer.getvalue() == b"caf\\xe9 \\udce9\n"
 
 
 def test_predict_overwrites_nothing(finished, run_cli, images, tmp_path):
@@ -151,7 +184,7 @@ class Brightness:
 
     table, columns, folders, at_once = "brightness.csv", ["mean"], ("thumbnails",), 2
 
-    def check(self, paths):
+    def check(self, paths, reading):
         """Take all."""
 
     def __call__(self, images):

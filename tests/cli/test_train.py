@@ -161,6 +161,25 @@ REFUSED = {
     "seed": (["--seed_everything=a: b: c"], "is no valid YAML"),
     "several processes": (["--trainer.devices=2", "--trainer.accelerator=cpu"], "asks for 2 processes"),
     "dry run": (["--trainer.fast_dev_run=true"], "makes no run directory"),
+    "no test": (["--trainer.limit_test_batches=0"], "ends with the figures of its test split"),
+    "hardly any test": (["--trainer.limit_test_batches=0.1"], "leaves none of 2 batches"),
+    "no training batches": (["--trainer.limit_train_batches=0"], "nothing would be trained"),
+    "hardly any training": (
+        ["--trainer.limit_train_batches=1e-3"],
+        "Lightning refuses these settings: You requested to check 0.001",
+    ),
+    "late validation": (["--trainer.val_check_interval=100"], "Lightning refuses these settings: `val_check_interval`"),
+    "no validated epoch": (["--trainer.check_val_every_n_epoch=3"], "no epoch would be validated"),
+    "bare": (["--trainer.barebones=true"], "trainer.barebones makes no run directory"),
+    "no summed batches": (["--trainer.accumulate_grad_batches=0"], "accumulate_grad_batches is 0"),
+    "clipping turned round": (["--trainer.gradient_clip_val=-1"], "gradient_clip_val is -1"),
+    "rate beyond float32": (["--model.lr=1e39"], "Classification(lr=1e+39)"),
+    "half precision": (["--trainer.precision=bf16-true"], "set model.base_dtype to bfloat16"),
+    "double precision": (["--trainer.precision=64"], "set model.base_dtype to bfloat16"),
+    "averages of weights": (
+        ["--trainer.callbacks=[{class_path: StochasticWeightAveraging, init_args: {swa_lrs: 0.1}}]"],
+        "set ema",
+    ),
     "no such file": (["--model.weights=none.safetensors", "--model.backbone_args={}"], "no such file"),
 }
 

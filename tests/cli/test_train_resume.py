@@ -11,7 +11,7 @@ from PIL import Image
 from benchmarks.resume_kill import differences
 from tests.data.published import Painter
 from tests.tiny import CONFIG
-from vispeft.cli import train as train_tool
+from vispeft.cli import finish
 from vispeft.cli.config import ConfigCLI
 from vispeft.cli.start import start_from
 from vispeft.storage.files import read_adapter
@@ -67,9 +67,9 @@ def test_stopped_everywhere_with_workers(whole, config, run_cli, tmp_path, monke
     for _ in range(2):
         with pytest.raises(Killed):
             run_cli("train", "--resume", run)
-    for moment in ("measure", "_plot"):  # while it measures, and while it saves
+    for moment in ("measure", "_draw"):  # while it measures, and while it draws
         with monkeypatch.context() as patch:
-            patch.setattr(train_tool, moment, killed)
+            patch.setattr(finish, moment, killed)
             with pytest.raises(Killed):
                 run_cli("train", "--resume", run, "--data.num_workers=0")
     result = run_cli("train", config, *SMALL, "--resume", run)
@@ -109,7 +109,7 @@ def test_images_that_were_moved_are_noticed(config, run_cli, tmp_path, monkeypat
     with pytest.raises(Killed):
         run_cli("train", config, often, "--out", tmp_path / "training")
     with monkeypatch.context() as patch:
-        patch.setattr(train_tool, "measure", killed)
+        patch.setattr(finish, "measure", killed)
         with pytest.raises(Killed):
             run_cli("train", config, often, "--out", tmp_path / "trained")
     (root / "a/3.png").rename(root / "b/33.png")
@@ -144,7 +144,7 @@ def test_a_finished_run_says_so(whole, run_cli):
     ("arguments", "message"),
     [
         (["--model.lr=0.5"], "model.init_args.lr was 0.01 and is 0.5"),
-        (["--trainer.max_epochs=9"], "trainer.max_epochs was 2 and is 9"),
+        (["--trainer.max_epochs=1"], "is finished after 2 epochs, and --trainer.max_epochs asks for 1. Ask for more"),
         (["--method", "ssf"], "model.init_args.method.class_path was 'vispeft.LoRA' and is 'vispeft.SSF'"),
         (["--seed_everything=1"], "seed_everything was 0 and is 1"),
         (["--out", "elsewhere"], "--out was given with --resume"),

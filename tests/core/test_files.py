@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import threading
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ from vispeft.errors import (
     UnknownNameError,
 )
 from vispeft.storage.codecs import pack_bits, unpack_bits
+from vispeft.storage.files import read_adapter
 
 VIT = Cell("ssf", "vit")
 
@@ -71,8 +76,6 @@ def test_saving_over_an_adapter_keeps_it_when_it_fails(
 def test_a_save_that_fails_half_way_is_rolled_back(
     saved: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import os
-
     bank = VIT.attach(model)
     move(bank, "default", seed=12)
     before, calls, replace = {p.name: p.read_bytes() for p in saved.iterdir()}, [], os.replace
@@ -100,14 +103,124 @@ def test_a_save_that_is_cut_off_leaves_the_earlier_adapter(saved: Path, tmp_path
     assert all(torch.equal(t, wanted[k]) for k, t in vispeft.load(VIT.model(), saved).state_dict().items())
 
 
+def test_a_save_that_is_killed_anywhere_is_finished_or_undone(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed twice, it left neither the old nor the new adapter readable; files beside them stayed for ever."""
+    bank = VIT.attach(model)
+    values = []
+    for seed in range(3):
+        move(bank, "default", seed=seed)
+        values.append({key: tensor.clone() for key, tensor in bank.state_dict().items()})
+    folder, steps = tmp_path / "adapter", ("open", "replace", "link", "unlink")
+
+    def save(number: int, until: int) -> bool:
+        """Save the values of a number; with one of the steps behind `until`, the process is gone."""
+        bank.load_state_dict(values[number])
+        done = 0
+
+        def counted(name: str) -> Any:
+            real = getattr(os, name)
+
+            def step(*args: Any, **kwargs: Any) -> Any:
+                nonlocal done
+                done += 1
+                if done > until:
+                    raise OSError("killed")
+                return real(*args, **kwargs)
+
+            return step
+
+        with monkeypatch.context() as patch:
+            for name in steps:
+                patch.setattr(os, name, counted(name))
+            with suppress(FileError):
+                bank.save(folder)
+        return done > until
+
+    def read() -> int:
+        """Read the adapter and find which one it is."""
+        _, units, head = read_adapter(folder)
+        found = {**units, **head}
+        (number,) = (n for n, own in enumerate(values) if all(torch.equal(own[key], found[key]) for key in found))
+        return number
+
+    first = 0
+    while True:
+        save(0, 1000)
+        cut = save(1, first)
+        assert read() in (0, 1)
+        for second in (3, 5, 8):  # the next one is killed as well
+            save(2, second)
+            assert read() in (0, 1, 2)
+        assert not save(2, 1000)
+        assert read() == 2
+        assert {path.name for path in folder.iterdir()} == {"adapter.json", "adapter.safetensors", "head.safetensors"}
+        if not cut:
+            break
+        first += 1
+    assert first > 9
+
+
+def test_a_save_removes_own_leftovers_alone(saved: Path, model: nn.Module) -> None:
+    others = [saved / ".adapter.json.swp", saved / ".notes.txt.part", saved / "adapter.json.part"]
+    for path in others:
+        path.write_text("of the user")
+    (saved / ".adapter.json.part").write_bytes(b"of a save that was killed, and longer than the new file " * 500)
+    (saved / ".head.safetensors.earlier").write_bytes(b"of another one")
+    bank = VIT.attach(model)
+    bank.put_head("default", None)
+    bank.save(saved)
+    assert {path.name for path in saved.iterdir()} == {"adapter.json", "adapter.safetensors", *(p.name for p in others)}
+    vispeft.load(VIT.model(), saved)
+
+
+def test_reading_beside_saving_gives_one_of_the_adapters(saved: Path, model: nn.Module) -> None:
+    """The description of one save met the tensors of the next one."""
+    bank, stop, found = VIT.attach(model), threading.Event(), []
+    first = {key: tensor.clone() for key, tensor in bank.state_dict().items()}
+
+    def save() -> None:
+        while not stop.is_set():
+            bank.load_state_dict({key: tensor + 1 for key, tensor in bank.state_dict().items()})
+            bank.save(saved)
+
+    thread = threading.Thread(target=save)
+    thread.start()
+    try:
+        for _ in range(60):
+            _, units, head = read_adapter(saved)
+            found.append({round(float((tensor - first[key]).mean())) for key, tensor in {**units, **head}.items()})
+    finally:
+        stop.set()
+        thread.join(60)
+    assert all(len(steps) == 1 for steps in found)
+    assert len(set.union(*found)) > 1
+
+
+def test_a_forked_process_saves(model: nn.Module, tmp_path: Path) -> None:
+    """Two fresh threads met PyTorch's pool while it was made anew."""
+    bank = VIT.attach(model)
+    bank.save(tmp_path)
+    wanted = bank.fingerprint()
+    for _ in range(5):
+        child = os.fork()
+        if not child:
+            ended = 1
+            with suppress(BaseException):
+                ended = int(bank.fingerprint() != wanted)
+            os._exit(ended)
+        assert os.waitpid(child, 0)[1] == 0
+
+
 def test_several_adapters_and_notes_in_files(saved: Path, tmp_path: Path) -> None:
     model = VIT.model()
     bank = vispeft.load(model, saved)
-    bank.annotate(class_names=["a", "b"], metrics={"accuracy": 0.5})
+    bank.annotate(class_names=["a", "b", "c", "d", "e"], metrics={"accuracy": 0.5})
     bank.save(tmp_path / "birds")
     vispeft.load(model, tmp_path / "birds")
     assert bank.names == ["default", "birds"]
-    assert bank.notes("birds")["class_names"] == ["a", "b"]
+    assert bank.notes("birds")["class_names"] == ["a", "b", "c", "d", "e"]
     bank.set_active("default")
     assert bank.notes()["metrics"] == {"accuracy": 0.5}
 
@@ -151,6 +264,12 @@ def test_weights_that_do_not_fit_are_refused(model: nn.Module) -> None:
         bank.load_state_dict({**state, key: torch.ones(3)})
     with pytest.raises(FileError, match="finite"):
         bank.load_state_dict({**state, key: state[key] * float("nan")})
+
+
+def test_stored_bytes_are_those_of_units_and_classifier(model: nn.Module) -> None:
+    report = VIT.attach(model).report()
+    assert report.stored_bytes_head == 4 * report.trainable_head
+    assert report.stored_bytes == 4 * report.trainable + report.stored_bytes_head
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

@@ -42,6 +42,20 @@ def test_fingerprint_of_a_half_precision_base(tmp_path: Path) -> None:
         vispeft.load(other, tmp_path)
 
 
+def test_fingerprints_of_two_reduced_precisions(tmp_path: Path) -> None:
+    """A model that was cast from one to the other is known; two roundings of float32 tell nothing of each other."""
+    VIT.attach(VIT.model().bfloat16()).save(tmp_path / "bfloat16")
+    VIT.attach(VIT.model().half()).save(tmp_path / "float16")
+    vispeft.load(VIT.model().bfloat16().half(), tmp_path / "bfloat16")
+    vispeft.load(VIT.model().half().bfloat16(), tmp_path / "float16")
+    with pytest.raises(BaseMismatchError, match=r"saved on weights in bfloat16, and these are in float16"):
+        vispeft.load(VIT.model().half(), tmp_path / "bfloat16")
+    other = VIT.model().bfloat16().half()
+    other.blocks[0].mlp.fc2.weight.data[0, 0] += 1
+    with pytest.raises(BaseMismatchError, match="1 of"):
+        vispeft.load(other, tmp_path / "bfloat16")
+
+
 @pytest.mark.parametrize("change", [1e-6, 1.0])
 @pytest.mark.parametrize("name", ["blocks.1.mlp.fc2.weight", "cls_token", "pos_embed", "norm.bias"])
 def test_fingerprint_refuses_one_changed_weight(saved: Path, name: str, change: float) -> None:

@@ -14,6 +14,7 @@ import vispeft
 from tests.conformance.cells import Cell, move
 from vispeft.errors import (
     ConfigError,
+    MergeError,
     SiteError,
     UnknownNameError,
 )
@@ -166,3 +167,40 @@ def test_data_parallel_is_refused(model: nn.Module) -> None:
     VIT.attach(model)
     with pytest.raises(ConfigError, match="DistributedDataParallel"):
         model._replicate_for_data_parallel()  # DataParallel calls it on each module, and needs several GPUs
+
+
+def test_a_bank_says_what_it_holds(model: nn.Module) -> None:
+    bank = VIT.attach(model, "one")
+    VIT.attach(model, "two")
+    bank.freeze("one")
+    assert repr(bank) == "AdapterBank(adapters=['one', 'two'], active=['two'], frozen=['one'])"
+    bank.merge()
+    assert repr(bank).endswith("frozen=['one'], merged)")
+
+
+def test_wrong_kinds_of_names_are_refused(model: nn.Module) -> None:
+    bank = VIT.attach(model)
+    with pytest.raises(ConfigError, match=r"set_active\(None\): give a name, a list of names, or \[\]"):
+        bank.set_active(None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"by \['default'\]; give one name, such as 'default'"):
+        bank.freeze(["default"])  # type: ignore[arg-type]
+
+
+def test_nothing_is_merged_where_nothing_acts(model: nn.Module) -> None:
+    bank = VIT.attach(model)
+    bank.set_active([])
+    with pytest.raises(MergeError, match=r"No adapter acts.*default.*set_active"):
+        bank.merge()
+    bank.set_active("default")
+    assert bank.merge().merged
+
+
+def test_a_method_whose_files_could_not_be_read_is_named(model: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+    class Renamed(vispeft.SSF):  # has the name of SSF, whose class would read its files
+        pass
+
+    vispeft.attach(model, Renamed())
+    assert "Renamed is not registered as 'ssf'" in caplog.text
+    caplog.clear()
+    VIT.attach(model, "second")
+    assert "registered" not in caplog.text

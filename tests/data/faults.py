@@ -59,7 +59,9 @@ def plant(root: Path) -> Path:
         Image.open(images / f"ant/{original}.png").save(images / copy)  # other bytes, the same pixels
     paint("x.png").convert("CMYK").save(images / "cmyk.tif")
     Image.fromarray(painter.random.integers(0, 2**16, (10, 10)).astype(np.uint16)).save(images / "deep.png")
-    paint("x.png").convert("RGBA").save(images / "clear.png")
+    clear = paint("x.png").convert("RGBA")
+    clear.putpixel((0, 0), (9, 9, 9, 0))
+    clear.save(images / "clear.png")
     paint("x.png").convert("L").save(images / "grey.png")
     paint("x.png").convert("P", palette=Image.Palette.ADAPTIVE).save(images / "palette.png")
     paint("x.png").save(images / "moving.gif", save_all=True, append_images=[paint("y.png")])

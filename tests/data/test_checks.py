@@ -1,6 +1,8 @@
+import json
 import logging
 import os
 import time
+import unicodedata
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from PIL import Image
 
 from tests.data.faults import ERRORS, NAMES, WARNINGS, plant
 from tests.data.published import Painter
-from vispeft.data import ImageFolderData, ImageListData, Preprocessing
+from vispeft.data import ImageFolderData, ImageListData, JsonData, Preprocessing
 from vispeft.data import facts as facts_module
 from vispeft.errors import DataError
 
@@ -99,14 +101,49 @@ def test_folders_without_images_and_stray_files_are_found(tmp_path):
     found = codes(ImageFolderData(root=str(root), validation=0.3))
     assert "train/c" in found["folder-without-images"].line()
     assert found["folder-without-images"].level == "error"
-    assert "1 .csv" in found["no-image-file"].line()
-    assert "train/lost.png" in found["image-outside-class"].line()
+    assert "(1 .csv: train/a/list.csv)" in found["left-out"].line()
+    assert "1 image outside of the folders that are read (train/lost.png)" in found["left-out"].line()
+    assert found["left-out"].level == "warning"
 
 
 def test_one_class_is_refused_before_a_backbone_is_made(tmp_path):
     root = folder(tmp_path, a=9)
     with pytest.raises(DataError, match=r"one class only; two are needed: a\."):
         _ = ImageFolderData(root=str(root)).num_classes
+
+
+@pytest.mark.parametrize("name", ["caf\udce9", "\ud800", " ", ""])
+def test_class_names_that_cannot_be_saved_are_refused(tmp_path, name):
+    root = folder(tmp_path, a=5)
+    labels = {f"a/{number}.png": name if number % 2 else "b" for number in range(5)}
+    (root / "a.json").write_text(json.dumps(labels))
+    data = JsonData(train_list=str(root / "a.json"), names=["b", name] if not name.strip() else None)
+    assert codes(data)["class-name"].level == "error"
+    with pytest.raises(DataError, match="class"):
+        data.accept()
+
+
+def test_class_names_that_look_alike_are_a_warning(tmp_path):
+    composed, apart = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    root = folder(tmp_path, **dict.fromkeys(("Cat", "cat", "dog", composed, apart), 9))
+    found = codes(ImageFolderData(root=str(root)))["names-alike"]
+    assert found.level == "warning"
+    assert sorted(found.places) == ["Cat = cat", f"{apart} = {composed}"]
+
+
+def test_classes_that_a_split_lacks_are_named(tmp_path):
+    root = folder(tmp_path, a=20, b=20, rare=1)
+    found = codes(ImageFolderData(root=str(root)))
+    for split in ("validation", "test"):
+        assert found[f"absent-in-{split}"].level == "warning"
+        assert found[f"absent-in-{split}"].places == ("rare",)
+        assert "another split_seed" in found[f"absent-in-{split}"].text
+    given = folder(tmp_path / "given", train__a=3, train__b=3, val__a=1, val__b=1, test__a=2)
+    found = codes(ImageFolderData(root=str(given)))
+    assert found["absent-in-test"].level == "fact"
+    assert (
+        found["absent-in-test"].line() == "Classes that do not occur in test, about which its figures say nothing: b."
+    )
 
 
 def test_a_link_that_leads_nowhere_is_a_missing_file(tmp_path):
@@ -160,7 +197,7 @@ def test_float_images_are_refused_and_sixteen_bits_scaled(tmp_path):
     Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)).save(root / "train/a/f.tif")
     Image.fromarray(np.full((4, 4), 0x80FF, dtype=np.uint16)).save(root / "train/b/d.png")
     found = codes(ImageFolderData(root=str(root)))
-    assert "f.tif (its 32-bit values have no known range" in found["broken-image"].line()
+    assert "f.tif (its floating-point numbers (mode F) have no known range" in found["unsupported-image"].line()
     data = ImageFolderData(root=str(root))
     deep = next(i for i, path in enumerate(data.listing.splits["train"].source.paths) if path.endswith("d.png"))
     assert data.listing.splits["train"].source.read(deep).unique().tolist() == [0x80]

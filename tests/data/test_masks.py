@@ -101,7 +101,7 @@ def test_colours_are_looked_up_and_strange_ones_named():
     [
         ({"num_classes": 256}, "1 to 255 are possible"),
         ({"num_classes": 2, "ids": {0: 2}}, "classes 0 to 1 or 255"),
-        ({"num_classes": 2, "ids": {-1: 0}}, "values 0 to 65535"),
+        ({"num_classes": 2, "ids": {2**32: 0}}, "values -2147483648 to 4294967295"),
         ({"num_classes": 2, "colours": ((1, 2, 3), (1, 2, 3))}, "Two classes have the colour"),
     ],
 )

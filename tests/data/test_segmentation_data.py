@@ -98,6 +98,20 @@ def test_splits_that_are_missing_are_drawn_with_their_masks(tmp_path):
     )
 
 
+def test_draws_of_masks_are_at_random_and_say_which_classes_they_miss(tmp_path):
+    painter = Painter()
+    for number in range(20):
+        painter.paint(tmp_path / f"images/{number}.png")
+        painter.label(tmp_path / f"masks/{number}.png", [0, 1, 2] if number < 2 else [0, 1])
+    report = make(tmp_path).report()
+    drawn = next(finding for finding in report.findings if finding.code == "drawn-splits")
+    assert "at random and disjoint" in drawn.text
+    missing = {finding.code: finding.level for finding in report.findings if finding.places == ("ice",)}
+    # Two images show the third class, so at least one of three splits has none of it.
+    assert set(missing) & {"absent-in-validation", "absent-in-test", "never-in-train"}
+    assert set(missing.values()) == {"warning"}
+
+
 def test_batches_depend_on_seed_epoch_and_index_alone(tmp_path):
     root = folder(tmp_path, sizes=((30, 24),), train=4, val=1, test=1)
     crops = {"augment": MaskAugmentation(crop_size=(6, 10))}

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import tarfile
 
 import pytest
@@ -50,6 +51,36 @@ def test_shards_are_read_in_place(shards):
         content = archive.extractfile("a/00001.png").read()
     (shards / "one.png").write_bytes(content)
     assert torch.equal(pool.source.read(13), read_image(shards / "one.png"))
+
+
+def test_hidden_members_are_no_images_and_all_others_are_named(tmp_path):
+    shard = make_shard(tmp_path / "a.tar", [(f"./a/{n}", n % 2) for n in range(8)])
+    with tarfile.open(shard, "a") as archive:
+        for name, kind in (
+            ("a/._0.png", tarfile.REGTYPE),
+            ("a/.trash/0.png", tarfile.REGTYPE),
+            ("__MACOSX/a/0.png", tarfile.REGTYPE),
+            ("a/0.jfif", tarfile.REGTYPE),
+            ("a/9.png", tarfile.SYMTYPE),
+        ):
+            entry = tarfile.TarInfo(name)
+            entry.type = kind
+            archive.addfile(entry)
+    listing = WebDatasetData(train_shards=str(shard)).read()
+    assert len(listing.splits["train"]) == 8
+    line = next(finding.line() for finding in listing.findings if finding.code == "left-out")
+    assert line == (
+        "Left out: 1 link or device in shards (a.tar:a/9.png); 1 member of shards with other endings than images and "
+        "labels (1 .jfif: a.tar:a/0.jfif); 3 hidden entries (a.tar:__MACOSX/a/0.png, a.tar:a/._0.png, "
+        "a.tar:a/.trash/0.png)."
+    )
+
+
+def test_a_pipe_is_no_shard(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    for pattern in ("a.tar", "*.tar"):
+        with pytest.raises(DataError, match="shards that are not there"):
+            WebDatasetData(train_shards=str(tmp_path / pattern)).read()
 
 
 def test_order_of_shards_follows_seed_and_epoch_with_any_number_of_workers(shards):

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -14,9 +16,11 @@ from vispeft.cli.runs import Run
 from vispeft.data import DigitsData, ScenesData
 from vispeft.data.cache import CachedSplit, OutputFiles
 from vispeft.errors import ConfigError, DataError, FileError
+from vispeft.storage.locks import hold
 from vispeft.tasks import Classification, feature_cache
 from vispeft.tasks.feature_cache import cache_features
 
+SLOW = [pytest.param(damage, marks=pytest.mark.slow) for damage in ("letter", "earlier version")]
 PROBE = ("--model.method=linear_probe", "--model.lr=0.1")
 
 
@@ -92,7 +96,7 @@ def test_outputs_are_computed_once_and_only_for_what_they_are_of(tmp_path, monke
     assert len(made) == 15
 
 
-@pytest.mark.parametrize("damage", ["byte", "cut", "meta", "gone"])
+@pytest.mark.parametrize("damage", ["byte", "cut", "meta", "gone", "type", *SLOW])
 def test_damage_is_noticed(tmp_path, caplog, damage):
     task, data = make()
     keep(task, data, tmp_path)
@@ -109,13 +113,69 @@ def test_damage_is_noticed(tmp_path, caplog, damage):
             file.unlink()
         else:
             meta = json.loads((home / "meta.json").read_text())
-            meta["key"]["batch_size"] = 1
+            if damage == "meta":
+                meta["key"]["batch_size"] = 1
+            elif damage == "type":
+                meta["dtypes"]["pooled"] = "bfloat16"
+            elif damage == "letter":
+                meta["dtypes"]["poolled"] = meta["dtypes"].pop("pooled")
+            else:
+                del meta["digest"]
             (home / "meta.json").write_text(json.dumps(meta))
     task, data = make()
     with caplog.at_level("WARNING", logger="vispeft"):
         keep(task, data, tmp_path)
     assert caplog.text.count("computed again") == 3
     assert torch.equal(data.split("train").outputs["pooled"], expected)
+
+
+def test_random_numbers_are_the_same_whether_outputs_are_computed_or_read(tmp_path):
+    drawn = []
+    for _ in range(2):
+        task, data = make()
+        keep(task, data, tmp_path)
+        drawn.append(torch.rand(3))
+    make()
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0], torch.rand(3))
+
+
+def test_leftovers_of_killed_computations_go(tmp_path):
+    for name in (".part-of-another", ".part-x1y2z3_4"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pooled.npy").write_text("half")
+    with hold(tmp_path / ".busy.lock", "The folder"):
+        (tmp_path / ".part-busy").mkdir()  # of a key that is being computed
+        keep(*make(), tmp_path)
+        assert (tmp_path / ".part-busy").is_dir()
+    assert len([path for path in tmp_path.iterdir() if path.name != ".part-busy"]) == 3
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_an_error_before_anything_is_mapped(tmp_path, monkeypatch, number):
+    """A page of a mapped file for which there is no room ends the process by a signal."""
+
+    def full(handle, offset, size):
+        assert size == os.fstat(handle).st_size > 1077 * 32 * 4
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(FileError, match=os.strerror(number)):
+        keep(*make(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_room_is_taken_by_writing_where_the_file_system_cannot_take_it(tmp_path, monkeypatch):
+    def cannot(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    task, data = make()
+    keep(task, data, tmp_path / "a")
+    monkeypatch.setattr(os, "posix_fallocate", cannot)
+    other_task, other = make()
+    keep(other_task, other, tmp_path / "b")
+    assert torch.equal(data.split("train").outputs["pooled"], other.split("train").outputs["pooled"])
 
 
 def test_a_stopped_computation_leaves_nothing(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 import vispeft
 from tests.tiny import TINY
 from vispeft.core.method import Step
-from vispeft.errors import TrainingError
+from vispeft.errors import ConfigError, TrainingError
 from vispeft.tasks import Classification, MultiLabel, Regression, Segmentation
 from vispeft.tasks.schedules import warmup_decay
 
@@ -280,3 +280,8 @@ def test_a_loss_may_read_the_run_of_the_model(kind):
     logged = trainer(max_epochs=1)
     logged.fit(task, datamodule=data)
     assert logged.callback_metrics["train/method_loss"] > 0
+    images = torch.randn(2, 3, 16, 16)
+    with pytest.raises(ConfigError, match=r"reads the run result.*model\.run\(images\)"):
+        task.bank.loss_terms((images,), None)
+    result = task.bank._model.run(images)
+    assert task.bank.loss_terms((images,), None, result) > 0

@@ -60,6 +60,44 @@ def test_windows_are_averaged_where_they_overlap(height: int, width: int, window
         assert agrees.float().mean() > 0.99
 
 
+@pytest.mark.parametrize("columns", [8, 11, 20])
+def test_wide_images_are_predicted_in_slabs_with_equal_masks(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    x, slide, sizes = images(19, 40), Inference(mode="slide", window=8, stride=5), []
+    mean = mean_of_windows(x, 8, 5)
+    monkeypatch.setattr("vispeft.tasks.inference.BAND", 3 * 8 * 4 * columns)
+    new_zeros = Tensor.new_zeros
+
+    def watched(tensor: Tensor, *shape: Any) -> Tensor:
+        sizes.append(shape[-1])
+        return new_zeros(tensor, *shape)
+
+    monkeypatch.setattr(Tensor, "new_zeros", watched)
+    assert torch.equal(predict_masks(scores, x, slide), mean.argmax(1))
+    for size in ((30, 77), (7, 13), (5, 3)):
+        resized = F.interpolate(mean, size, mode="bilinear", align_corners=False)
+        first, second = resized.topk(2, dim=1).values.unbind(1)
+        agrees = predict_masks(scores, x, slide, size) == resized.argmax(1)
+        assert (agrees | (first - second < 1e-5)).all(), size
+    assert len(sizes) > 4
+    assert max(sizes) <= columns + 40 // 3  # a slab of a small mask needs the columns between two of its own
+
+
+def test_scores_of_whole_images_are_resized_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, largest = images(12, 10), []
+    expected = F.interpolate(scores(x), (90, 70), mode="bilinear").argmax(1)
+    monkeypatch.setattr("vispeft.tasks.inference.CHUNK", 2 * 3 * 70 * 4 * 5)
+    argmax = Tensor.argmax
+
+    def watched(tensor: Tensor, *given: Any) -> Tensor:
+        largest.append(tensor.numel())
+        return argmax(tensor, *given)
+
+    monkeypatch.setattr(Tensor, "argmax", watched)
+    assert torch.equal(predict_masks(scores, x, Inference(), (90, 70)), expected)
+    assert len(largest) == 18
+    assert max(largest) == 2 * 3 * 5 * 70
+
+
 def test_no_more_than_one_row_of_windows_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     x, sizes = images(64, 24), []
     new_zeros = Tensor.new_zeros

@@ -69,7 +69,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         overlay_grid(images.float(), masks, masks, PALETTE, NAMES, path)
     with pytest.raises(DataError, match=r"shape \(4, 8\)"):
         overlay_grid(images, masks[:, :4], masks, PALETTE, NAMES, path)
-    with pytest.raises(DataError, match="1 images, 0 labels"):
+    with pytest.raises(DataError, match="1 image, 0 labels"):
         overlay_grid(images, [], masks, PALETTE, NAMES, path)
     with pytest.raises(DataError, match="3 colours and 2"):
         overlay_grid(images, masks, masks, PALETTE, NAMES[:2], path)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
 from torch import nn
 
 import vispeft
@@ -29,6 +29,7 @@ from vispeft.tasks.checkpoints import (
 )
 from vispeft.tasks.logs import RunLog
 from vispeft.tasks.state import random_state, set_random_state
+from vispeft.viz import read_history
 
 DATA = {"batch_size": 72, "validation": 0.05, "test": 0.75}
 """Five steps an epoch."""
@@ -333,6 +334,69 @@ def test_verification_runs_after_resuming(stopped, tmp_path, monkeypatch):
 def test_a_cadence_is_above_zero(settings):
     with pytest.raises(ConfigError, match="above 0"):
         Cadence(**settings)
+
+
+# ------------------------------------------------------------------ ends
+
+
+def test_a_metric_that_is_no_number_chooses_nothing(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("vispeft.tasks.checkpoints.logger.propagate", True)
+    values = {"some": [float("nan"), 0.25, float("inf")], "none": [float("nan")] * 3}
+    for name, scores in values.items():
+        task, left = make(), list(scores)
+        task.on_validation_epoch_end = lambda task=task, left=left: task.log("score", left.pop(0))
+        task.monitor = "score"
+        fit(tmp_path / name, task, num_sanity_val_steps=0, limit_train_batches=1)
+        found = find_checkpoint(tmp_path / name / "checkpoints")
+        assert found.state["best"]["epoch"] == {"some": 1, "none": 2}[name]
+        assert (tmp_path / name / "checkpoints" / found.state["best"]["file"]).is_file()
+    assert "score is nan after epoch 1, which decides nothing" in caplog.text
+    assert "No epoch has a score that is a number" in caplog.text
+
+
+def test_a_training_that_ends_before_its_first_validation_keeps_its_weights(tmp_path):
+    task = make()
+    fit(tmp_path, task, max_epochs=-1, max_steps=2)
+    found = find_checkpoint(tmp_path / "checkpoints")
+    assert found.state["steps"] == 2
+    last = {name: tensor.clone() for name, tensor in task.trainable_parameters()}
+    with torch.no_grad():
+        for tensor in dict(task.trainable_parameters()).values():
+            tensor.zero_()
+    task.restore(tmp_path / "checkpoints" / found.state["best"]["file"])
+    assert all(torch.equal(tensor, last[name]) for name, tensor in task.trainable_parameters())
+
+
+def test_a_finished_training_goes_on_for_more_epochs(tmp_path):
+    fit(tmp_path / "a", make(), max_epochs=1)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    trainer = fit(tmp_path / "a", make(), max_epochs=3)
+    assert (trainer.current_epoch, trainer.global_step) == (3, 15)
+    rates = read_history(tmp_path / "a/csv/metrics.csv")["lr"]
+    fresh = [rate for _, rate in read_history(fit_once(tmp_path / "whole"))["lr"]]
+    assert [rate for _, rate in rates][1:] == pytest.approx(fresh[1:])  # those of a training of three epochs
+    fit(tmp_path / "b", make(), (1, 2), max_epochs=3)
+    fit(tmp_path / "b", make(), max_epochs=3)
+    check_equal(tmp_path / "a", tmp_path / "b")
+
+
+def fit_once(folder):
+    fit(folder, make(), max_epochs=3)
+    return folder / "csv/metrics.csv"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"callbacks": [EMAWeightAveraging(decay=0.9)]}, "EMAWeightAveraging averages a copy .* set ema"),
+        ({"precision": "bf16-true"}, "trainer.precision is bf16-true.*model.base_dtype to bfloat16"),
+        ({"precision": "64-true"}, "trainer.precision is 64-true"),
+    ],
+)
+def test_what_could_not_train_or_be_resumed_is_refused_when_it_begins(tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        fit(tmp_path, make(), **settings)
+    assert find_checkpoint(tmp_path / "checkpoints") is None
 
 
 # ------------------------------------------------------------------ parts

@@ -12,22 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from vispeft.adapters.entry import Entry
+from vispeft.adapters.fitting import CutModel, check_planned, method_of, tasks_of, warn_of_channels
 from vispeft.adapters.heads import LowBitHead, own_head
 from vispeft.adapters.holder import BankState
-from vispeft.core.method import Method, method_from_dict
+from vispeft.core.method import Method
 from vispeft.core.units import Unit
-from vispeft.errors import BaseMismatchError, FileError, UnknownNameError
+from vispeft.errors import BaseMismatchError, ConfigError, FileError, UnknownNameError
 from vispeft.storage.codecs import RAW, decode_tensors, find_codec
-from vispeft.storage.files import DECODER, check_tensors, read_encoded, write_adapter
-from vispeft.storage.fingerprint import absent_parts, check_fingerprint, pool_of
+from vispeft.storage.files import DECODER, HEAD, check_tensors, check_values, read_encoded, write_adapter
+from vispeft.storage.fingerprint import check_fingerprint, pool_of
+from vispeft.storage.form import FormError, check_notes
 from vispeft.storage.header import adapter_part, backbone_part, plain_values, preprocessing_part, tensor_part
 
 __all__ = ["FileBank"]
 
 logger = logging.getLogger(__name__)
 
-HEAD = "head/"
-"""Name prefix of a classifier's tensors in files."""
 _NOTES = ("class_names", "preprocessing", "metrics", "output")
 """Notes in a file; files of earlier versions lack the last one."""
 
@@ -69,14 +69,25 @@ class FileBank(BankState):
         return self._entry(name).file_tensors()
 
     def stored_bytes(self, name: str | None = None) -> int:
-        """Return the size of an adapter's tensors in a file, without headers, in bytes.
+        """Return the size of an adapter's tensors in a file, its classifier's included, without headers, in bytes.
 
         Args:
             name: The adapter; may be left out where only one acts.
         """
         label = self._label(name)
+        return self._bytes(label, self._entries[label].file_tensors()) + self.stored_bytes_head(label)
+
+    def stored_bytes_head(self, name: str | None = None) -> int:
+        """Return the part of `stored_bytes` that is the classifier's.
+
+        Args:
+            name: The adapter; may be left out where only one acts.
+        """
+        label = self._label(name)
+        return self._bytes(label, self._head_state(label))
+
+    def _bytes(self, label: str, values: Mapping[str, Tensor]) -> int:
         codecs = {key: codec for key, _, _, codec in self._coded(label)}
-        values = {**self._entries[label].file_tensors(), **self._head_state(label)}
         return sum(find_codec(codecs.get(key, RAW)).size(tensor) for key, tensor in values.items())
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], name: str | None = None) -> None:
@@ -96,9 +107,9 @@ class FileBank(BankState):
         units = {key: tensor for key, tensor in tensors.items() if not key.startswith(HEAD)}
         check_tensors(own, units)
         head = {key.removeprefix(HEAD): tensor for key, tensor in tensors.items() if key.startswith(HEAD)}
-        if head and self.view.head_path is not None:
-            self._load_head(label, head)
-        with torch.no_grad():
+        with self.changing("load an adapter's tensors"), torch.no_grad():
+            if head and self.view.head_path is not None:
+                self._load_head(label, head)
             for key, tensor in units.items():
                 own[key].copy_(tensor)
 
@@ -111,8 +122,7 @@ class FileBank(BankState):
         entry, present = self._entries[label], self._heads.get(label)
         width = entry.method.head_width(self.view) or cast(int, self._model.num_features)
         for key, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise FileError(f"head/{key} is not finite.")
+            check_values(f"head/{key}", tensor, torch.float32)
             if key == "weight" and (tensor.ndim != 2 or tensor.shape[1] != width):
                 raise FileError(f"head/weight has shape {tuple(tensor.shape)}; (classes, {width}) is needed.")
         shapes = {key: tensor.shape for key, tensor in ({} if present is None else present.state_dict()).items()}
@@ -181,7 +191,7 @@ class FileBank(BankState):
         place = f"{self.view.head_path}."
         given = {key: tensor for key, tensor in state_dict.items() if head is None or not key.startswith(place)}
         check_tensors(own, given)
-        with torch.no_grad():
+        with self.changing("load base weights"), torch.no_grad():
             for key, tensor in given.items():
                 own[key].copy_(tensor)
         if head is None:
@@ -211,15 +221,31 @@ class FileBank(BankState):
             preprocessing: Mean, standard deviation, size and interpolation.
             metrics: Scores of the adapter.
             output: Interpretation of the model's outputs: kind of target, temperature, unit.
+
+        Raises:
+            ConfigError: If a note cannot be written to a file, or class names and outputs are not of one number.
         """
-        notes = self._entry(name).notes
-        if class_names is not None:
-            notes["class_names"] = list(class_names)
+        label = self._label(name)
+        given: dict[str, Any] = {"class_names": None if class_names is None else list(class_names)}
         for key, value in (("preprocessing", preprocessing), ("metrics", metrics), ("output", output)):
-            if value is not None:
-                notes[key] = dict(value)
-        for key, value in notes.items():
-            notes[key] = plain_values(value, key)
+            given[key] = None if value is None else dict(value)
+        notes = {key: plain_values(value, key) for key, value in given.items() if value is not None}
+        self._check_notes(label, notes)
+        self._entries[label].notes |= notes
+
+    def _check_notes(self, label: str, notes: Mapping[str, Any]) -> None:
+        """Refuse notes that no file may hold, and class names that are not those of the classifier."""
+        try:
+            check_notes(notes)
+        except FormError as error:
+            raise ConfigError(f"The notes of adapter {label!r} cannot be written to a file: {error}") from error
+        names, head = notes.get("class_names"), self._heads.get(label)
+        outputs = getattr(head, "out_features", None)
+        if names is not None and outputs is not None and len(names) != outputs:
+            raise ConfigError(
+                f"Adapter {label!r} has {len(names)} class names, and its classifier has {outputs} outputs. Give "
+                "annotate(class_names=...) one name for each output, in their order."
+            )
 
     def notes(self, name: str | None = None) -> dict[str, Any]:
         """Return the notes set by `annotate` or read from the adapter's file.
@@ -241,11 +267,12 @@ class FileBank(BankState):
 
         Raises:
             FileError: If it cannot be written; then the earlier files are unchanged.
-            ConfigError: If the classifier was replaced by hand.
+            ConfigError: If the classifier was replaced by hand, or has another number of outputs than class names.
         """
         self._heads.check_place()
         label = self._label(name)
         entry = self._entries[label]
+        self._check_notes(label, entry.notes)
         units, head = entry.file_tensors(), self._head_state(label)
         beside = {f"{DECODER}{key}": tensor for key, tensor in (decoder or {}).items()}
         for key, tensor in {**units, **head, **beside}.items():
@@ -290,14 +317,10 @@ class FileBank(BankState):
         self.check_ready("load an adapter")
         folder = Path(path)
         label = name or ("default" if "default" not in self._entries else folder.resolve().name)
-        header, *encoded = read_encoded(folder)
+        header, *encoded = read_encoded(folder, lambda found: self._check_fits(found, allow_base_mismatch))
         units, head = (decode_tensors(tensors, header["tensors"]) for tensors in encoded)
-        if not allow_base_mismatch:
-            check_fingerprint(header["backbone"]["fingerprint"], self._model, self.view)
-            self._check_pooling(header)
-        method = method_from_dict(header["method"])
-        # Files of earlier versions may list tasks that nothing uses.
-        tasks = header["tasks"] if method.multi_task or header.get("per_task") else None
+        method = method_of(header)
+        tasks = tasks_of(header, method)
         # Modules draw random values when created, which the file's values then replace.
         with torch.random.fork_rng(devices=[]), self.adding(method, label, tasks, None) as entry:
             self._heads.put(label, self._head_for(header, entry))
@@ -310,13 +333,21 @@ class FileBank(BankState):
             self.load_state_dict(found, label)
             # A tensor sliced for a truncated model no longer matches the bytes of the file.
             whole = {key for key, tensor in found.items() if tensor is (units | head)[key]}
-            coded = {key for key, entry in header["tensors"].items() if entry["codec"] != RAW}
+            coded = {key for key, described in header["tensors"].items() if described["codec"] != RAW}
             self.keep_encoded({key: (encoded[0] | encoded[1])[key] for key in whole & coded}, label)
+            entry.seed, entry.merge_error = header["seed"], header["merge_error"]
+            self.annotate(label, **{key: header.get(key) for key in _NOTES})
+        warn_of_channels(self, header)
         if len(kept) < len(units):
             lacking = len(units) - len(kept)
             logger.warning("This model is truncated: %d tensors of the adapter belong to parts it lacks.", lacking)
-        entry.seed, entry.merge_error = header["seed"], header["merge_error"]
-        self.annotate(label, **{key: header.get(key) for key in _NOTES})
+
+    def _check_fits(self, header: Mapping[str, Any], allow_base_mismatch: bool) -> None:
+        """Compare a file with this model before any tensor is read."""
+        if not allow_base_mismatch:
+            check_fingerprint(header["backbone"]["fingerprint"], self._model, self.view)
+            self._check_pooling(header)
+        check_planned(self, header)
 
     def _head_for(self, header: Mapping[str, Any], entry: Entry) -> nn.Module | None:
         """Create a loaded adapter's classifier; None means a copy of the base's, whose tensors are then replaced."""
@@ -331,46 +362,3 @@ class FileBank(BankState):
                 f"The adapter's classifier was trained with pooling {saved!r}; this model has {found!r}. Create "
                 f"it with global_pool={saved!r}."
             )
-
-
-class CutModel:
-    """The parts of a full model that a truncated one lacks, and the adapter tensors that belong to them."""
-
-    def __init__(self, bank: BankState, header: Mapping[str, Any]) -> None:
-        """Compare the model with the one the adapter was saved from.
-
-        Args:
-            bank: The bank of the model.
-            header: The header of the adapter's file.
-        """
-        self.view = bank.view
-        self.absent = absent_parts(header["backbone"]["fingerprint"], bank._model, bank.view)
-
-    def keeps(self, key: str, entry: Entry) -> bool:
-        """Return whether a tensor of the file belongs to a part this model has.
-
-        Args:
-            key: Its name in the file.
-            entry: The adapter on this model.
-        """
-        site = key.split("/", 1)[0]
-        if self.absent and not site and key not in entry.state():
-            return False  # a unit of the full model may hold tensors for parts that a truncated one lacks
-        if any(site.partition(":")[0] == part or site.startswith(f"{part}.") for part in self.absent):
-            return site in {known.key for known in self.view.sites}
-        no_norm = self.view.head_path is None and not any(True for _ in self.view.at("final_norm"))
-        return not (no_norm and site == "norm")
-
-    @staticmethod
-    def fit(key: str, tensor: Tensor, units: Mapping[str, Unit]) -> Tensor:
-        """Slice a tensor of the file to the shape this model's unit expects.
-
-        Args:
-            key: Its name in the file.
-            tensor: The tensor.
-            units: The adapter's units by key.
-        """
-        place, _, name = key.rpartition("/")
-        unit_name, _, tensor_name = name.partition(".")
-        unit = units.get(f"{place}/{unit_name}")
-        return tensor if unit is None else unit.sliced(tensor_name, tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -14,12 +15,12 @@ from vispeft.adapters.archive import FileBank
 from vispeft.adapters.entry import Entry
 from vispeft.adapters.heads import own_head
 from vispeft.adapters.hooks import HookBank
-from vispeft.adapters.merge import MergeReport, merge_model, undo_merge
+from vispeft.adapters.merge import Merged, MergeReport, merge_model, undo_merge
 from vispeft.adapters.placing import build_units, place_units
 from vispeft.adapters.routes import check_rows, make_route
 from vispeft.adapters.training import TrainingBank
 from vispeft.core.families import family_of, unwrap
-from vispeft.core.method import Method
+from vispeft.core.method import Method, is_registered
 from vispeft.core.plan import make_plan
 from vispeft.core.route import Route
 from vispeft.errors import ConfigError, MergeError
@@ -27,6 +28,8 @@ from vispeft.hosts.base import Host, ensure_host, take_off
 from vispeft.hosts.model import BANK, ModelHost, recompute_contexts
 
 __all__ = ["AdapterBank"]
+
+logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -54,6 +57,12 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
         self._model.__dict__[BANK] = self
         self._wake()
 
+    def __repr__(self) -> str:
+        """Name the adapters, those that act, and those that are frozen."""
+        lists = (("adapters", self.names), ("active", self.active), ("frozen", self.frozen))
+        told = ", ".join(f"{word}={names}" for word, names in lists)
+        return f"AdapterBank({told}{', merged' if self._merged is not None else ''})"
+
     @staticmethod
     def of(model: nn.Module) -> AdapterBank | None:
         """Return the bank of a model with adapters.
@@ -74,6 +83,13 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
     ) -> None:
         """Add an adapter and make it the only one that acts; see `attach`."""
         seed = int(torch.randint(0, 2**31 - 1, ()))
+        if isinstance(method, Method) and not is_registered(method):
+            logger.warning(
+                "%s is not registered as %r, so no file of this adapter can be loaded as one. Put @vispeft.register "
+                "above the class, and give it a name of its own.",
+                type(method).__name__,
+                method.name,
+            )
         with self.adding(method, name, tasks, seed):
             self._heads.put(name, own_head(method, self.view, self._model, seed))
             self.declare(name)
@@ -107,6 +123,10 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
                 f"attach was given {method!r} as method; give a configuration such as vispeft.SSF(), "
                 "or vispeft.method('ssf')."
             )
+        with self.changing("attach another adapter"):
+            yield from self._adding(method, name, tasks, seed)
+
+    def _adding(self, method: Method, name: str, tasks: Sequence[str] | None, seed: int | None) -> Iterator[Entry]:
         before = self._routing.default
         # Tensors made in inference mode could never train; on a base that was made in it, none can.
         with torch.inference_mode(next(self._model.parameters()).is_inference()):
@@ -165,6 +185,12 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
             MergeError: If it was merged with ``keep_original=False``.
         """
         entry = self._entry(name)
+        with self.changing("detach an adapter"):
+            self._detach(name, entry)
+
+    def _detach(self, name: str, entry: Entry) -> None:
+        if self._routing.used_elsewhere(name):
+            raise ConfigError(f"Adapter {name!r} acts in a block of using() of another thread; let it end first.")
         if self._merged is not None:
             self.unmerge()
         self.check_ready("detach an adapter")
@@ -188,12 +214,13 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
         """Restore the model's state before the first adapter, if none is left."""
         if self._entries or self._model.__dict__.get(BANK) is not self:
             return
-        self._heads.close()
-        take_off(cast(Host, self._model))
-        del self._model.__dict__[BANK]
-        for name, parameter in self._model.named_parameters():
-            parameter.requires_grad_(self._requires_grad.get(name, True))
-        self._model.train(self._model.training)
+        with self.changing("become a plain one"):
+            self._heads.close()
+            take_off(cast(Host, self._model))
+            del self._model.__dict__[BANK]
+            for name, parameter in self._model.named_parameters():
+                parameter.requires_grad_(self._requires_grad.get(name, True))
+            self._model.train(self._model.training)
 
     # ------------------------------------------------------------------ acting: the route
 
@@ -212,9 +239,12 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
             SiteError: If two of them replace the same tensor.
             MergeError: If the model is merged.
         """
-        self.check_ready("switch adapters")
+        if not isinstance(names, str | Sequence):
+            raise ConfigError(f"set_active({names!r}): give a name, a list of names, or [] for the base alone.")
         chosen = (names,) if isinstance(names, str) else tuple(names)
-        self._routing.set(self.route(chosen, task))
+        with self._routing.gate.beside():
+            self.check_ready("switch adapters")
+            self._routing.set(self.route(chosen, task))
 
     def using(
         self, *names: str, task: str | None = None, rows: Sequence[str | None] | None = None
@@ -250,7 +280,7 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
         if not names:
             names, task = present.names, present.task if task is None else task
         self.route(names, task)  # unknown names are refused here, and again on entering, in case one was detached
-        return self._routing.choosing(lambda: self.route(names, task))
+        return self._choosing("use other adapters", names, task)
 
     def disabled(self) -> AbstractContextManager[None]:
         """Run the base alone in a ``with`` block, with its own classifier.
@@ -260,7 +290,14 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
             ...     base_logits = model(images)
         """
         self._check_unmerged("disable adapters")
-        return self._routing.choosing(lambda: self.route((), None))
+        return self._choosing("disable adapters", (), None)
+
+    def _choosing(self, wanted: str, names: tuple[str, ...], task: str | None) -> AbstractContextManager[None]:
+        def find() -> Route:
+            self._check_unmerged(wanted)  # another thread may have merged it since
+            return self.route(names, task)
+
+        return self._routing.choosing(find)
 
     def checkpoint_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Return the contexts for activation checkpointing: the recomputation uses the route of the forward pass.
@@ -296,6 +333,10 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
         Args:
             num_classes: Number of classes of the new classifier.
         """
+        with self.changing("get another classifier"):
+            yield from self._replacing_head(num_classes)
+
+    def _replacing_head(self, num_classes: int) -> Iterator[None]:
         self._heads.check_place()
         route, base = self._routing.present(), self._heads.base
         owner = route.owner or (route.names[-1] if route.names else None)
@@ -320,6 +361,10 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
             name: The adapter.
             head: The classifier; None removes it. One that stands at the base's place is moved from there.
         """
+        with self.changing("get another classifier"):
+            self._put_head(name, head)
+
+    def _put_head(self, name: str, head: nn.Module | None) -> None:
         entry = self._entries[name]
         self._heads.clear_place(head)
         if head is None:
@@ -346,13 +391,26 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
             The changed layers, new keys, layers that stay adapted, and the measured error.
 
         Raises:
-            MergeError: If a layer has no plain form, a merged tensor is not finite, or the outputs differ beyond
-                rounding; then nothing is changed.
+            MergeError: If no adapter acts, a layer has no plain form, a merged tensor is not finite, or the outputs
+                differ beyond rounding; then nothing is changed.
         """
         if self._merged is not None:
             return self._merged.report
+        with self.changing("merge its adapters"):
+            return self._merge(keep_original, partial)
+
+    def _merge(self, keep_original: bool, partial: bool) -> MergeReport:
         self.check_ready("merge its adapters")
+        if self._routing.used_elsewhere():
+            raise MergeError(
+                "Another thread has chosen adapters in a block of using() or disabled(); let it end first."
+            )
         names = tuple(self.active)
+        if not names:
+            raise MergeError(
+                f"No adapter acts, so there is nothing to merge; attached are {', '.join(self.names)}. Choose with "
+                "set_active(NAME)."
+            )
         merged = merge_model(self._model, self.view, partial)
         self._merged = merged
         for name in names:
@@ -382,8 +440,12 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
                 "The originals were not kept (merge(keep_original=False)). Create the backbone again and load the "
                 "adapter."
             )
-        undo_merge(self._merged)
-        if not self._merged.report.kept:
+        with self.changing("undo its merge"):
+            self._unmerge(self._merged)
+
+    def _unmerge(self, merged: Merged) -> None:
+        undo_merge(merged)
+        if not merged.report.kept:
             self._heads.show()
         reference = next(self._model.parameters())
         self._heads.follow(reference)

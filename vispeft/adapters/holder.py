@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
@@ -98,6 +99,14 @@ class BankState:
                 "disabled() or using() first."
             )
 
+    def changing(self, wanted: str) -> AbstractContextManager[None]:
+        """Change the model while no forward pass runs it in another thread; those that begin meanwhile wait.
+
+        Args:
+            wanted: The change, for the error message.
+        """
+        return self._routing.gate.alone(self._model, wanted)
+
     def _check_unmerged(self, wanted: str) -> None:
         if self._merged is not None:
             raise MergeError(f"The model is merged, so it cannot {wanted}. Call unmerge() first.")
@@ -110,6 +119,10 @@ class BankState:
                     f"Which adapter? {len(acting)} are active ({', '.join(acting) or 'none'}); give a name."
                 )
             return acting[0]
+        if not isinstance(name, str):
+            raise ConfigError(
+                f"An adapter was asked for by {name!r}; give one name, such as {next(iter(self.names), 'default')!r}."
+            )
         if name not in self._entries:
             raise UnknownNameError("adapter", name, self._entries)
         return name

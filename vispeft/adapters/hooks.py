@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vispeft.adapters.holder import BankState
 from vispeft.core.method import Method, Step
+from vispeft.errors import ConfigError
 
 __all__ = ["HookBank"]
 
@@ -38,7 +39,15 @@ class HookBank(BankState):
 
         Returns:
             A scalar with a gradient; None if no method adds a loss.
+
+        Raises:
+            ConfigError: If a method needs the run result, and none is given.
         """
+        if result is None and self.reads_result():
+            raise ConfigError(
+                "A method reads the run result of the model for its loss. Give it: result = model.run(images); "
+                "output = model.forward_head(model.features(result)); bank.loss_terms(batch, output, result)."
+            )
         step, acting = Step(batch, output, result), set(self.active)
         terms = [method.loss_term(self, name, step) for name, method in self._training() if name in acting]
         given = [term for term in terms if term is not None]

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 __all__ = ["Report"]
 
@@ -28,9 +29,13 @@ class Report:
     backbone: int
     """Parameters of the backbone, without the classifier."""
     stored_bytes: int
-    """Bytes of the adapter's tensors in a file, without headers."""
+    """Bytes of the adapter's tensors in a file, its classifier's included, without headers."""
+    stored_bytes_head: int
+    """Bytes of its classifier among them."""
     by_role: dict[str, int]
     """Trainable parameters per role."""
+    decoder: int | None = None
+    """Parameters of map reader and decoder, which train with the adapter; None without a decoder."""
 
     @property
     def share(self) -> float:
@@ -43,17 +48,19 @@ class Report:
 
     def __rich_console__(self, console: Console, _: object) -> RenderResult:
         """Render as a table."""
-        table = Table(title=f"Adapter {self.adapter!r}: {self.method} on {self.family}")
+        table = Table(title=Text(f"Adapter {self.adapter!r}: {self.method} on {self.family}", style="table.title"))
         table.add_column("role")
         table.add_column("parameters", justify="right")
         table.add_column("share of the backbone", justify="right")
         for role, count in self.by_role.items():
-            table.add_row(role, f"{count:,}", f"{count / max(1, self.backbone):.3%}")
+            table.add_row(Text(role), f"{count:,}", f"{count / max(1, self.backbone):.3%}")
         table.add_section()
         table.add_row("all roles", f"{self.trainable:,}", f"{self.share:.3%}")
-        table.add_row("head", f"{self.trainable_head:,}", "")
+        name, further = ("head", self.trainable_head) if self.decoder is None else ("decoder", self.decoder)
+        table.add_row(name, f"{further:,}", "")
         table.add_row("backbone (frozen)", f"{self.backbone:,}", "")
         table.add_row("stored bytes", f"{self.stored_bytes:,}", "")
+        table.add_row("of them for the head", f"{self.stored_bytes_head:,}", "")
         yield table
 
     def __str__(self) -> str:

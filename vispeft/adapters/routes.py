@@ -43,13 +43,17 @@ def make_route(entries: Entries, heads: HeadRack, slot: int, names: tuple[str, .
         for place, unit in entries[name].acting(task):
             units.setdefault(place, []).append(unit)
         carries |= {host.slot for host in entries[name].carriers}
-    if carries:
-        carries.add(slot)
+    grids = {place for place, found in units.items() if any(getattr(unit, "needs_grid", False) for unit in found)}
+    for places in (carries, grids):
+        if places:
+            places.add(slot)
     branching = [unit for found in units.values() for unit in found if unit.kind == "branch"]
     starting = {stream.name: stream for unit in branching for stream in unit.streams()}
     hosts: dict[int, Acting] = {
-        place: acting(units.get(place, ()), place in carries, starting.values() if place == slot else ())
-        for place in {**units, **dict.fromkeys(carries)}
+        place: acting(
+            units.get(place, ()), place in carries, place in grids, starting.values() if place == slot else ()
+        )
+        for place in {**units, **dict.fromkeys(carries | grids)}
     }
     owner = next((name for name in reversed(names) if heads.get(name) is not None), None)
     _check_width(entries, names, owner, heads.base if owner is None else heads.get(owner))

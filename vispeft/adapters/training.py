@@ -186,11 +186,20 @@ class TrainingBank(BankState):
             trainable_head=0 if head is None else sum(p.numel() for p in head.parameters()),
             backbone=sum(tensor.numel() for _, tensor in self.base_tensors()),
             stored_bytes=self.stored_bytes(label),
+            stored_bytes_head=self.stored_bytes_head(label),
             by_role=by_role,
         )
 
     def stored_bytes(self, name: str | None = None) -> int:
-        """Return the size of an adapter's tensors in a file, without headers, in bytes.
+        """Return the size of an adapter's tensors in a file, its classifier's included, without headers, in bytes.
+
+        Args:
+            name: The adapter; may be left out where only one acts.
+        """
+        raise NotImplementedError
+
+    def stored_bytes_head(self, name: str | None = None) -> int:
+        """Return the part of `stored_bytes` that is the classifier's.
 
         Args:
             name: The adapter; may be left out where only one acts.

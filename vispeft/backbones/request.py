@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import timm
 from torch import nn
 
+from vispeft.core.families import supported_names
 from vispeft.errors import BackboneError, ConfigError, FileError, UnknownNameError
 from vispeft.zoo.backbones import ZooBackbone, read_zoo_backbone
 
@@ -135,7 +137,7 @@ def _check_name(name: str) -> None:
         place, _, path = name.partition(":")
         if place not in ("hf-hub", "hf_hub", "local-dir"):
             raise UnknownNameError("source of a model", f"{place}:", ["zoo:", "hf-hub:", "local-dir:"])
-        if place == "local-dir" and not (Path(path) / "config.json").is_file():
+        if place == "local-dir" and not os.path.isfile(Path(path) / "config.json"):
             raise FileError(f"{name} was asked for, but there is no config.json in {path}.")
         return
     architecture, _, tag = name.partition(".")
@@ -167,6 +169,12 @@ def _flexible_arguments(name: str, architecture: str) -> dict[str, bool]:
             "always_partition=True for a Swin."
         )
     module = timm.models.model_entrypoint(architecture.partition(".")[0]).__module__
+    known, supported = supported_names(module)
+    if module not in _FLEXIBLE and not known:
+        raise BackboneError(
+            f"{name} was asked for, and models of {module} are not supported: no adapter can act in them, whatever "
+            f"their size. Supported are {supported}. Choose one of these."
+        )
     if module not in _FLEXIBLE:
         families = ", ".join(sorted(m.removeprefix("timm.models.") for m in _FLEXIBLE))
         raise BackboneError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,12 @@ import torch
 from torch import nn
 
 from vispeft.backbones.request import Request
-from vispeft.errors import BackboneError, FileError, brief
+from vispeft.errors import BackboneError, ConfigError, FileError, brief
 
 __all__ = ["build_from_file", "forget_folder"]
+
+_MARK = "patch_embed.proj.weight"
+"""A tensor that every supported backbone has."""
 
 
 def build_from_file(request: Request, file: Path) -> nn.Module:
@@ -37,8 +41,8 @@ def build_from_file(request: Request, file: Path) -> nn.Module:
             f"{request.name} was asked for with weights={file.name!r}, but a name with a source brings its own "
             "weights. Give the name of the architecture, without hf-hub: or local-dir:."
         )
-    if not file.is_file():
-        found = "it is a directory" if file.is_dir() else "there is no such file"
+    if not os.path.isfile(file):
+        found = "it is a directory" if os.path.isdir(file) else "there is no such file"
         raise FileError(f"weights={str(file)!r} was given for {request.name}, but {found}.")
     if file.suffix == ".npz":
         return _build_from_npz(request, file)
@@ -53,6 +57,8 @@ def build_from_file(request: Request, file: Path) -> nn.Module:
         entries = {**request.overlay, "file": str(file), "custom_load": False, "num_classes": count}
         try:
             model = replace(request, num_classes=count, overlay=entries).build(pretrained=True)
+        except ConfigError:
+            raise  # an argument is wrong, and not the file
         except (RuntimeError, KeyError, ValueError, AttributeError) as error:
             failure = failure or error
             continue
@@ -61,10 +67,23 @@ def build_from_file(request: Request, file: Path) -> nn.Module:
             _renew_classifier(model, request.num_classes)
         return model
     raise BackboneError(
-        f"{file.name} was asked to be loaded into {request.name}, but its tensors do not fit: {brief(failure)} Give "
-        "the file that belongs to this architecture, or the constructor arguments it was made with (such as img_size, "
-        "patch_size, embed_dim, global_pool)."
+        f"{file.name} was asked to be loaded into {request.name}, but its tensors do not fit: {brief(failure)} "
+        f"{_names_in(file)} Give the file that belongs to this architecture, or the constructor arguments it was made "
+        "with (such as img_size, patch_size, embed_dim, global_pool)."
     ) from failure
+
+
+def _names_in(file: Path) -> str:
+    """Describe the names of the tensors in a file that does not fit, and a prefix that a training module gave them."""
+    names = list(_shapes_in(file))
+    marks = [name.removesuffix(_MARK) for name in names if name.endswith(f".{_MARK}")]
+    told = f"Its tensors are called like {', '.join(names[:3])}."
+    if len(marks) != 1:
+        return told
+    return (
+        f"{told} They stand behind the prefix {marks[0]!r}, as a training module writes them; write a file without it: "
+        f"{{k.removeprefix({marks[0]!r}): v for k, v in tensors.items() if k.startswith({marks[0]!r})}}."
+    )
 
 
 def _build_from_npz(request: Request, file: Path) -> nn.Module:

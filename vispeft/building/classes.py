@@ -1,17 +1,23 @@
-"""Classes by name: finding one, formatting its name as configs do, and listing its arguments."""
+"""Classes by name: finding one on the closed list, formatting its name as configs do, and listing its arguments."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
+from vispeft.building.known import OWN, REFUSED, import_paths, known_classes
+from vispeft.core.providers import extra_methods
 from vispeft.errors import ConfigError, UnknownNameError
 
-__all__ = ["argument_names", "check_argument", "class_path", "find_class", "import_class", "subclasses"]
+__all__ = ["argument_names", "check_argument", "class_path", "find_class", "import_class"]
 
-T = TypeVar("T")
+HOW = (
+    "For a class of your own, give its module: `vispeft train ... --code MODULE`; in a script, import the module and "
+    "call vispeft.building.known.register_class."
+)
 
 
 def class_path(cls: type) -> str:
@@ -23,16 +29,11 @@ def class_path(cls: type) -> str:
     Returns:
         Its import path, such as ``vispeft.SSF``.
     """
-    parts = cls.__module__.split(".")
-    for end in range(1, len(parts) + 1):
-        package = ".".join(parts[:end])
-        if getattr(importlib.import_module(package), cls.__name__, None) is cls:
-            return f"{package}.{cls.__name__}"
-    return f"{cls.__module__}.{cls.__qualname__}"
+    return next(import_paths(cls), f"{cls.__module__}.{cls.__qualname__}")
 
 
 def import_class(path: str) -> Any:
-    """Import a class.
+    """Return a class that `find_class` found. Nothing is imported.
 
     Args:
         path: Its import path.
@@ -41,60 +42,54 @@ def import_class(path: str) -> Any:
         The class.
 
     Raises:
-        ImportError: If there is no such module.
-        AttributeError: If the module has no such name.
-        ValueError: If the path has no module in it.
+        ConfigError: If no imported module has it.
     """
     module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+    cls = getattr(sys.modules.get(module), name, None)
+    if not isinstance(cls, type):
+        raise ConfigError(f"{path} is no class that was imported. {HOW}")
+    return cls
 
 
-def find_class(name: str, base: type, *, kind: str, place: str, known: Iterable[str] = ()) -> str:
-    """Find a class by its name or its import path.
+def find_class(name: str, base: type, *, kind: str, place: str, known: Iterable[str] = (), itself: bool = False) -> str:
+    """Find a class by its name or its import path, on the closed list. Nothing is imported.
 
     Args:
-        name: Name of an already imported subclass of `base`, or the import path of any subclass.
+        name: Name or import path of a class on the list.
         base: The required base class.
         kind: Noun for the class, for messages.
         place: The place in the config, for messages.
-        known: Further names accepted there.
+        known: Further names accepted there, for messages.
+        itself: Whether the base class may be named itself.
 
     Returns:
         The class's import path, as `class_path` writes it.
 
     Raises:
-        UnknownNameError: If there is no such class.
-        ConfigError: If it is not derived from `base`.
+        UnknownNameError: If the list has no such class.
+        ConfigError: If there is such a class, and it is not on the list or not derived from `base`.
     """
-    found: dict[str, type] = subclasses(base)
-    if name in found:
-        return class_path(found[name])
-    try:
-        cls = import_class(name)
-    except (ImportError, AttributeError, ValueError):
-        prefix = name.rpartition(".")[0]
-        near = [f"{prefix}.{short}" for short in found] if prefix else [*known, *found]
-        raise UnknownNameError(kind, name, near) from None
-    if not (isinstance(cls, type) and issubclass(cls, base)):
+    _import_extras(name)
+    found = known_classes(base, itself=itself)
+    for cls in found:
+        if name == cls.__name__ or name in import_paths(cls):
+            return class_path(cls)
+    short = name.rpartition(".")[2]
+    if short in REFUSED:
+        raise ConfigError(f"{place} names {name}, which a config cannot use: {REFUSED[short]}. Leave it out.")
+    there = vars(sys.modules.get(name.rpartition(".")[0], object)).get(short)
+    if isinstance(there, type) and not issubclass(there, base):
         raise ConfigError(f"{place} names {name}, which is no {kind} (no subclass of {base.__name__}).")
-    return class_path(cls)
+    own = name.partition(".")[0] in (OWN, name)
+    near = [class_path(cls) for cls in found] if "." in name else [*known, *(cls.__name__ for cls in found)]
+    raise UnknownNameError(kind, name, near, "" if own and "." in name else HOW)
 
 
-def subclasses(base: type[T]) -> dict[str, type[T]]:
-    """List the imported, instantiable subclasses of a class, except Lightning's.
-
-    Args:
-        base: The class.
-
-    Returns:
-        Subclasses of any depth, by name.
-    """
-    found: dict[str, type[T]] = {}
-    for cls in base.__subclasses__():
-        if not cls.__module__.startswith("lightning."):
-            own = {} if inspect.isabstract(cls) else {cls.__name__: cls}
-            found = {**own, **subclasses(cls), **found}
-    return found
+def _import_extras(name: str) -> None:
+    """Import the module of a method of this package that needs an optional dependency."""
+    for method, module in extra_methods().items():
+        if name == method or name.rpartition(".")[0] in (module, module.rpartition(".")[0]):
+            importlib.import_module(module)
 
 
 def argument_names(cls: type) -> list[str]:

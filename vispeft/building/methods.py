@@ -10,10 +10,11 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 import vispeft.methods  # noqa: F401 - so that their classes are found by name
-from vispeft.building.classes import argument_names, check_argument, class_path, find_class, import_class, subclasses
+from vispeft.building.arguments import check_arguments
+from vispeft.building.classes import class_path, find_class, import_class
 from vispeft.building.config_files import Node, read_config
-from vispeft.building.parsing import parser_errors
-from vispeft.core.method import Method
+from vispeft.building.parsing import MODE, parser_errors
+from vispeft.core.method import Method, registered_methods
 from vispeft.core.providers import extra_methods
 from vispeft.errors import ConfigError
 from vispeft.resources import resource_folder
@@ -43,24 +44,37 @@ def method_node(node: str | Mapping[str, Any]) -> Node:
         UnknownNameError: If there is no such method.
         ConfigError: If a preset describes no method.
     """
+    return _resolved(node, ())
+
+
+def _resolved(node: str | Mapping[str, Any], files: tuple[Path, ...]) -> Node:
+    """Resolve a method, which files of presets led to."""
     given: Node = {"class_path": node} if isinstance(node, str) else dict(node)
-    name = str(given.get("class_path"))
+    name, fields = str(given.get("class_path")), _fields(given)
     presets = method_presets()
     file = presets.get(name) or (Path(name) if name.endswith((".yaml", ".yml")) else None)
     if file is not None:
+        if file in files:
+            raise ConfigError(f"The presets {' and '.join(map(str, files))} name each other, and no method.")
         preset = read_config(file)
         if "class_path" not in preset:
             raise ConfigError(f"{file} has no class_path, so it describes no method.")
-        merged = {**(preset.get("init_args") or {}), **(given.get("init_args") or {})}
-        return method_node({**preset, "init_args": merged})
+        return _resolved({**preset, "init_args": {**_fields(preset), **fields}}, (*files, file))
     if name in extra_methods():
         importlib.import_module(extra_methods()[name])
-    registered = {cls.name: cls for cls in subclasses(Method).values() if "name" in vars(cls)}
+    registered = {cls.name: cls for cls in registered_methods()}
     if name in registered:
         path = class_path(registered[name])
     else:
         path = find_class(name, Method, kind="method", place="method", known=[*presets, *registered])
-    return {"class_path": path, "init_args": dict(given.get("init_args") or {})}
+    return {"class_path": path, "init_args": fields}
+
+
+def _fields(node: Mapping[str, Any]) -> Node:
+    fields = node.get("init_args") or {}
+    if not isinstance(fields, Mapping):
+        raise ConfigError(f"init_args of a method is {fields!r}; fields with values are needed there.")
+    return dict(fields)
 
 
 def build_method(node: Mapping[str, Any]) -> Method:
@@ -73,13 +87,12 @@ def build_method(node: Mapping[str, Any]) -> Method:
         The method.
 
     Raises:
-        UnknownNameError: If a field does not exist.
+        UnknownNameError: If the class or a field does not exist.
         ConfigError: If a field has a value that cannot work.
     """
-    cls = import_class(node["class_path"])
-    for key in node["init_args"]:
-        check_argument(cls.__name__, key, argument_names(cls))
-    parser = ArgumentParser(exit_on_error=False)
+    cls = import_class(find_class(node["class_path"], Method, kind="method", place="method"))
+    fields = check_arguments(cls, node["init_args"], cls.__name__)
+    parser = ArgumentParser(exit_on_error=False, parser_mode=MODE)
     parser.add_class_arguments(cls, "method")
     with parser_errors(cls.__name__):
-        return parser.instantiate(parser.parse_object({"method": dict(node["init_args"])})).method
+        return parser.instantiate(parser.parse_object({"method": fields})).method

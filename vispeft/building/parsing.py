@@ -6,14 +6,31 @@ import argparse
 import contextlib
 import re
 from collections.abc import Iterator
+from typing import Any
 
-from jsonargparse import ArgumentError
+import yaml
+from jsonargparse import ArgumentError, set_dumper, set_loader
 
+from vispeft.building.config_files import dump_config, parse_text
 from vispeft.errors import ConfigError, VispeftError
 
-__all__ = ["parser_errors"]
+__all__ = ["MODE", "parser_errors"]
+
+MODE = "vispeft"
+"""The `parser_mode` of parsers that read values as config files are read, and write them likewise."""
 
 _KEY = re.compile(r'Parser key "([^"]+)":')
+
+
+def _load(text: str) -> Any:
+    """Read a value; ``{a}`` and ``a:`` are text, as for the other modes of jsonargparse."""
+    value = parse_text(text, "A value")
+    bare = isinstance(value, dict) and not any(sign in text for sign in ("null", "~", "\n"))
+    return text if bare and value and all(inner is None for inner in value.values()) else value
+
+
+set_loader(MODE, _load, (yaml.YAMLError, ConfigError))
+set_dumper(MODE, dump_config)
 
 
 @contextlib.contextmanager

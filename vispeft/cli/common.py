@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import platform
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,12 +15,27 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
-from vispeft.errors import ConfigError, VispeftError
+from vispeft.cli.stopping import Stopped, stopped_by_signals
+from vispeft.errors import ConfigError, VispeftError, printable_lines
 
 __all__ = ["console", "make_parser", "one_line", "quiet_libraries", "run_tool", "versions"]
 
-console = Console()
+
+class PlainConsole(Console):
+    """A console that prints names and paths as they are: no brackets or colons of them are markup."""
+
+    def __init__(self) -> None:
+        """Switch markup off, which a call may switch on for text of its own."""
+        super().__init__(markup=False, emoji=False)
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        """Convert text, cells of tables too; control characters are escaped."""
+        return super().render_str(printable_lines(text), **settings)
+
+
+console = PlainConsole()
 """Where commands print."""
 
 
@@ -30,28 +47,46 @@ def run_tool(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
         argv: The arguments; by default those of the process.
 
     Returns:
-        The exit status: 0, or 2 after an expected error. With ``VISPEFT_DEBUG=1`` such an error keeps its traceback.
+        The exit status: 0, or 2 after an expected error, or 128 and the number of the signal that stopped the command.
+        With ``VISPEFT_DEBUG=1`` an expected error keeps its traceback.
     """
     quiet_libraries()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show is no reason to stop
+            stream.reconfigure(errors="backslashreplace")
     try:
-        main(sys.argv[1:] if argv is None else argv)
+        with stopped_by_signals():
+            main(sys.argv[1:] if argv is None else argv)
+    except (Stopped, KeyboardInterrupt) as error:
+        stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+        print(stopped, file=sys.stderr)
+        return stopped.status
     except VispeftError as error:
         if os.environ.get("VISPEFT_DEBUG") == "1":
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable_lines(str(error))}", file=sys.stderr)
         return 2
     except Exception as error:
         if os.environ.get("VISPEFT_DEBUG") == "1" or not _is_lightnings(error):
             raise
-        print(f"error: Lightning refuses these settings: {error}", file=sys.stderr)
+        print(f"error: Lightning refuses these settings: {one_line(str(error))}", file=sys.stderr)
         return 2
     return 0
 
 
 def _is_lightnings(error: Exception) -> bool:
-    """Whether Lightning refused its settings; never imports Lightning itself."""
+    """Whether Lightning refused its settings; never imports Lightning itself.
+
+    It has an error of its own for this, and raises ValueError as well.
+    """
     exceptions = sys.modules.get("lightning.fabric.utilities.exceptions")
-    return exceptions is not None and isinstance(error, exceptions.MisconfigurationException)
+    if exceptions is not None and isinstance(error, exceptions.MisconfigurationException):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised_in = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__"))
+    return isinstance(error, ValueError) and raised_in.startswith("lightning.pytorch.")
 
 
 def quiet_libraries() -> None:

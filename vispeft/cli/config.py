@@ -9,16 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from vispeft.building.classes import import_class
-from vispeft.building.config_files import Node, read_config
-from vispeft.building.parsing import parser_errors
+from vispeft.building.config_files import Node, dump_config, parse_text, read_config
+from vispeft.building.parsing import MODE, parser_errors
 from vispeft.cli.config_keys import Override, check_config, check_override, check_tree, split_overrides
 from vispeft.cli.evaluation import evaluation_trainer
+from vispeft.cli.trainer_settings import TrainerSettings
 from vispeft.core.method import Method
 from vispeft.errors import ConfigError
 from vispeft.tasks.base import AdapterTask
@@ -36,7 +36,7 @@ class ConfigCLI(LightningCLI):
     data.
     """
 
-    def __init__(self, config: Path, overrides: Sequence[str]) -> None:
+    def __init__(self, config: Path, overrides: Sequence[str], *, tree: Node | None = None) -> None:
         """Read a config and create all its objects.
 
         Its trainer only evaluates; the settings for the training trainer are in `trainer_settings`.
@@ -44,27 +44,28 @@ class ConfigCLI(LightningCLI):
         Args:
             config: The YAML file.
             overrides: Arguments such as ``--model.lr 1e-3`` or ``--print_config``.
+            tree: Its values, where they are known or changed already; changed in place.
 
         Raises:
             FileError: If the file is missing or not YAML.
             ConfigError: If a key is unknown, or a value has the wrong type or is out of range.
         """
         self.trainer_settings: dict[str, Any] = {}
-        tree = read_config(config)
+        tree = read_config(config) if tree is None else tree
         tokens = check_config(tree, split_overrides(overrides), str(config))
-        # A method is a dataclass, for which jsonargparse would otherwise accept no subclass.
-        set_parsing_settings(subclasses_enabled=[Method])
+        _set_up_parser()
         with parser_errors(str(config)):
             super().__init__(
                 AdapterTask,
                 LightningDataModule,
                 save_config_callback=None,
+                trainer_class=TrainerSettings,
                 trainer_defaults={"max_epochs": 20, "log_every_n_steps": 1, "devices": 1},
                 seed_everything_default=0,
-                parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
+                parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "parser_mode": MODE},
                 subclass_mode_model=True,
                 subclass_mode_data=True,
-                args=["--config", yaml.safe_dump(tree, sort_keys=False), *tokens],
+                args=["--config", dump_config(tree), *tokens],
                 run=False,
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
@@ -97,7 +98,7 @@ class ConfigCLI(LightningCLI):
 
     def resolved(self) -> str:
         """Return the whole config as YAML with defaults, which reads back unchanged."""
-        return yaml.safe_dump(self._written_out(self.config), sort_keys=False)
+        return dump_config(self._written_out(self.config))
 
     def completed(self, tree: Node) -> Node:
         """Complete the config of an earlier run, with defaults for settings that are newer than the run.
@@ -109,11 +110,12 @@ class ConfigCLI(LightningCLI):
             Every key with its value.
         """
         check_config(tree, [], "the run's config")
-        return self._written_out(self.parser.parse_args(["--config", yaml.safe_dump(tree, sort_keys=False)]))
+        return self._written_out(self.parser.parse_args(["--config", dump_config(tree)]))
 
     def _written_out(self, config: Any) -> Node:
         """Convert parsed values to plain ones, equal for equivalent configs."""
-        tree = cast(Node, yaml.safe_load(self.parser.dump(config, skip_unset=False)))
+        with parser_errors("the config with its defaults"):
+            tree = cast(Node, parse_text(self.parser.dump(config, skip_unset=False), "The config"))
         settings = tree["model"]["init_args"]
         if "optimizer" in settings:  # a default is the bare name of an optimiser, a config's is checked and expanded
             settings["optimizer"] = optimizer_node(settings["optimizer"])
@@ -163,12 +165,19 @@ def build_task(node: Mapping[str, Any], num_classes: int, source: str) -> Adapte
     return cast(AdapterTask, _build("model", AdapterTask, tree, [], source))
 
 
+def _set_up_parser() -> None:
+    """Tell jsonargparse how values become objects."""
+    # A method is a dataclass, for which no subclass would be accepted otherwise. And no plain value is made an object;
+    # those that ask for it are refused before (`vispeft.building.arguments`), so this is a second wall.
+    set_parsing_settings(subclasses_enabled=[Method], instantiate_subclass_spec_in_any=False)
+
+
 def _build(section: str, base: type, tree: Node, tokens: Sequence[str], source: str) -> Any:
     """Create the object of one section."""
-    set_parsing_settings(subclasses_enabled=[Method])
-    parser = ArgumentParser(exit_on_error=False)
+    _set_up_parser()
+    parser = ArgumentParser(exit_on_error=False, parser_mode=MODE)
     parser.add_argument("--config", action="config")
     parser.add_subclass_arguments(base, section, required=True)
     with parser_errors(source):
-        config = parser.parse_args([f"--config={yaml.safe_dump(tree, sort_keys=False)}", *tokens])
+        config = parser.parse_args([f"--config={dump_config(tree)}", *tokens])
         return parser.instantiate(config)[section]

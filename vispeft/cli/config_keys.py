@@ -9,14 +9,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 
 import vispeft.data
 import vispeft.methods
 import vispeft.tasks  # noqa: F401 - all three, so that their classes are found by name
+from vispeft.building.arguments import (
+    CLASS_KEYS,
+    argument_type,
+    check_arguments,
+    check_plain,
+    check_value,
+    classes_in,
+)
 from vispeft.building.classes import argument_names, check_argument, find_class, import_class
-from vispeft.building.config_files import Node
+from vispeft.building.config_files import Node, dump_config, parse_text
 from vispeft.building.methods import method_node
+from vispeft.cli.trainer_settings import TrainerSettings
 from vispeft.core.method import Method
 from vispeft.errors import ConfigError, UnknownNameError
 from vispeft.tasks.base import AdapterTask
@@ -24,15 +33,14 @@ from vispeft.tasks.checkpoints import Cadence
 from vispeft.tasks.migration import MOVED, without_moved
 from vispeft.tasks.optimizers import optimizer_node
 
-__all__ = ["Override", "check_config", "check_override", "check_tree", "split_overrides"]
+__all__ = ["Override", "check_config", "check_override", "check_tree", "parse_override", "split_overrides"]
 
 TOP_KEYS = ("seed_everything", "init", "trainer", "model", "data", "checkpoints", "cache_features")
-CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 LINKED = {"model.num_classes": "the data", "data.seed": "seed_everything"}
 """Arguments determined by another part of the config, with that part."""
 BASES: dict[str, tuple[type, str]] = {"model": (AdapterTask, "task"), "data": (LightningDataModule, "data module")}
 """Base class and noun for messages, per section that names a class."""
-SETTINGS: dict[str, type] = {"trainer": Trainer, "checkpoints": Cadence}
+SETTINGS: dict[str, type] = {"trainer": TrainerSettings, "checkpoints": Cadence}
 """Class that accepts the settings, per section with settings."""
 
 Override = tuple[str, str | None]
@@ -94,21 +102,26 @@ def check_config(tree: Node, overrides: Sequence[Override], source: str) -> list
 def check_tree(tree: Node, source: str) -> None:
     """Check every key of a config, or of some of its sections, and expand class names.
 
+    Afterwards, nothing in it names a class that is not on the closed list, wherever it stands.
+
     Args:
         tree: The config; changed in place.
         source: Its origin, for messages.
 
     Raises:
         UnknownNameError: If a key or a class is unknown.
-        ConfigError: If a key is determined elsewhere, or has a value instead of keys.
+        ConfigError: If a key is determined elsewhere, has a value instead of keys, or makes an object where only plain
+            values are taken.
     """
-    for key in tree:
+    for key, value in tree.items():
         if key not in TOP_KEYS:
             raise UnknownNameError("key", str(key), TOP_KEYS, f"It stands in {source}.")
+        if key not in (*SETTINGS, *BASES):
+            check_plain(value, str(key))
     _check_seed(tree.get("seed_everything", 0))
     for section, cls in SETTINGS.items():
-        for key in _mapping(tree.get(section), section):
-            _check_key(section, key, argument_names(cls))
+        if section in tree:
+            tree[section] = _check_settings(cls, _mapping(tree[section], section), section)
     for section, (base, kind) in BASES.items():
         if section in tree:
             tree[section] = _check_node(section, tree[section], base, kind)
@@ -129,21 +142,119 @@ def check_override(tree: Node, key: str, value: str | None) -> str | None:
         UnknownNameError: If the key or a class is unknown.
         ConfigError: If the key is determined elsewhere, or needs a value.
     """
-    if key == "print_config" or key.endswith(".help"):
+    if key.partition("=")[0] == "print_config":
         return f"--{key}" if value is None else f"--{key}={value}"
+    if key.endswith(".help"):
+        return _check_help(key, value)
     parts = key.removesuffix("+").split(".")
     if parts[0] not in TOP_KEYS:
         raise UnknownNameError("key", key, _all_keys(tree))
     if value is None:
         raise ConfigError(f"--{key} needs a value.")
     if parts[0] == "seed_everything":
-        _check_seed(_parsed(value))
-    elif parts[0] in SETTINGS and len(parts) > 1:
-        _check_key(parts[0], parts[1], argument_names(SETTINGS[parts[0]]))
+        _check_seed(parse_override(key, value))
+    elif parts[0] in SETTINGS:
+        checked = _check_setting(tree, parts, value, append=key.endswith("+"))
+        return None if checked is None else f"--{key}={checked}"
     elif parts[0] in BASES:
         checked = _check_class_override(tree, parts, value)
         return None if checked is None else f"--{key}={checked}"
+    check_plain(value, f"--{key}")
     return f"--{key}={value}"
+
+
+def parse_override(key: str, value: str) -> Any:
+    """Read the value of an override.
+
+    Args:
+        key: Its key, for messages.
+        value: The value as typed.
+
+    Returns:
+        Plain values.
+
+    Raises:
+        ConfigError: If it is no valid YAML, or has values that no config has.
+    """
+    try:
+        return parse_text(value, f"--{key}")
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--{key} {value!r} is no valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _check_help(key: str, value: str | None) -> str:
+    """Check a question for help, which names a class of the section."""
+    section = key.removesuffix(".help")
+    if value is None:
+        return f"--{key}"
+    if section not in BASES:
+        raise ConfigError(f"--{key} has the value {value!r}; leave it out. With a class: --model.help, --data.help.")
+    base, kind = BASES[section]
+    return f"--{key}={find_class(value, base, kind=kind, place=section)}"
+
+
+def _check_settings(cls: type, settings: Mapping[str, Any], section: str) -> Node:
+    """Check the settings of a section that names no class itself."""
+    for key in settings:
+        _check_key(section, str(key), argument_names(cls))
+    if settings.get("plugins"):
+        raise ConfigError(
+            f"{section}.plugins takes objects, which a config cannot name. For a precision there is trainer.precision."
+        )
+    return check_arguments(cls, settings, section)
+
+
+def _check_setting(tree: Node, parts: list[str], value: str, *, append: bool) -> str | None:
+    """Check an override of a setting, or of all settings of a section.
+
+    Returns:
+        The value for the parser; None if the tree contains it, as it does where an object is taken.
+    """
+    (section, *path), cls = parts, SETTINGS[parts[0]]
+    place, parsed = ".".join(parts), parse_override
+    settings: Node = tree.setdefault(section, {})
+    if not path:
+        settings.update(_check_settings(cls, _mapping(parsed(place, value), section), section))
+        return None
+    name = path[0]
+    _check_key(section, name, argument_names(cls))
+    if not classes_in(argument_type(cls, name)):
+        _check_data(path[1:], value, argument_type(cls, name) if len(path) == 1 else Any, place)
+        return value
+    if len(path) > 1:
+        _set_in_last(settings.get(name), path[1:], parsed(place, value), place)
+        given = settings[name]
+    else:
+        given = parsed(place, value)
+        given = [*_listed(settings.get(name)), *_listed(given)] if append else given
+    settings.update(_check_settings(cls, {name: given}, section))
+    return None
+
+
+def _listed(value: Any) -> list[Any]:
+    """Convert a setting that may be a list, a single value or none to a list."""
+    if value is None or isinstance(value, bool):
+        return []
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _set_in_last(given: Any, path: Sequence[str], value: Any, place: str) -> None:
+    """Set an argument of an object, of the last one of a list."""
+    node = given[-1] if isinstance(given, list) and given else given
+    if not isinstance(node, dict):
+        raise ConfigError(f"--{place} was given, and nothing before it names the class that takes it.")
+    name, *rest = (part for part in path if part != "init_args")
+    if rest:
+        raise ConfigError(f"--{place} goes too deep; give the whole value of {name}.")
+    node.setdefault("init_args", {})[name] = value
+
+
+def _check_data(path: Sequence[str], value: str, annotation: Any, place: str) -> None:
+    """Check an override of a plain value, or of a part of one."""
+    inside = [part for part in path if part in CLASS_KEYS]
+    if inside:
+        raise ConfigError(f"--{place} names {inside[0]}, and only plain values are taken there. Leave it out.")
+    check_value(value, annotation, f"--{place}")
 
 
 def _check_node(place: str, node: Any, base: type, kind: str) -> Node:
@@ -156,21 +267,33 @@ def _check_node(place: str, node: Any, base: type, kind: str) -> Node:
             raise UnknownNameError("key", f"{place}.{key}", [f"{place}.{k}" for k in CLASS_KEYS])
     if "class_path" not in node:
         raise ConfigError(f"The section {place} has no class_path; it names the class to use.")
+    if node.get("dict_kwargs"):
+        raise ConfigError(f"{place}.dict_kwargs is given; give the arguments under {place}.init_args.")
     if base is Method:
         node = method_node(node)
     else:
         node = {**node, "class_path": find_class(str(node["class_path"]), base, kind=kind, place=place)}
-    known = argument_names(import_class(node["class_path"]))
+    cls = import_class(node["class_path"])
     arguments = dict(_mapping(node.get("init_args"), f"{place}.init_args"))
     if place == "model":
         arguments = without_moved(arguments)
-    for key, value in arguments.items():
-        _check_key(place, key, known)
-        if key == "method":
-            arguments[key] = _check_node(f"{place}.{key}", value, Method, "method")
-        elif key == "optimizer":
-            arguments[key] = optimizer_node(value)
-    return {**node, "init_args": arguments}
+    for key in arguments:
+        _check_key(place, str(key), argument_names(cls))
+    return {"class_path": node["class_path"], "init_args": _check_node_arguments(cls, arguments, place, base)}
+
+
+def _check_node_arguments(cls: type, arguments: Node, place: str, base: type) -> Node:
+    """Check the arguments of a class; those that name a method or an optimiser have forms of their own."""
+    special: Node = {}
+    if base is AdapterTask:
+        if "method" in arguments:
+            special["method"] = _check_node(f"{place}.method", arguments["method"], Method, "method")
+        if "optimizer" in arguments:
+            special["optimizer"] = optimizer_node(arguments["optimizer"])
+            check_plain(special["optimizer"]["init_args"], f"{place}.optimizer")
+    others = {key: value for key, value in arguments.items() if key not in special}
+    checked = {**check_arguments(cls, others, place), **special}
+    return {key: checked[key] for key in arguments}
 
 
 def _check_class_override(tree: Node, parts: list[str], value: str) -> str | None:
@@ -180,32 +303,42 @@ def _check_class_override(tree: Node, parts: list[str], value: str) -> str | Non
         The value for the parser; None if the tree already contains it.
     """
     section, *path = (part for part in parts if part != "init_args")
+    place = ".".join(parts)
     if path in ([], ["class_path"]):
-        tree[section] = _check_node(section, _parsed(value), *BASES[section])
+        tree[section] = _check_node(section, parse_override(place, value), *BASES[section])
         return _dumped(tree[section], bare=path == ["class_path"])
     if section not in tree:
-        raise ConfigError(f"--{'.'.join(parts)} was given, and the config has no section {section}.")
-    _check_key(section, path[0], argument_names(import_class(tree[section]["class_path"])))
-    if path[0] == "optimizer":
-        _override_optimizer(tree[section]["init_args"], path[1:], parts[-1], _parsed(value))
+        raise ConfigError(f"--{place} was given, and the config has no section {section}.")
+    cls, arguments = import_class(tree[section]["class_path"]), tree[section]["init_args"]
+    _check_key(section, path[0], argument_names(cls))
+    if section == "model" and path[0] == "optimizer":
+        _override_optimizer(arguments, path[1:], parts[-1], parse_override(place, value))
         return None
-    if path[0] != "method":
+    if section == "model" and path[0] == "method":
+        return _check_method_override(arguments, f"{section}.method", path[1:], value)
+    annotation = argument_type(cls, path[0])
+    if not classes_in(annotation) or len(path) > 1:
+        _check_data(path[1:], value, annotation if len(path) == 1 else Any, place)
         return value
-    return _check_method_override(tree[section]["init_args"], f"{section}.method", path[1:], value)
+    arguments[path[0]] = check_value(parse_override(place, value), annotation, place)
+    return None
 
 
 def _check_method_override(arguments: Node, place: str, path: list[str], value: str) -> str:
     """Check an override of a task's method or of one of its fields."""
     current = arguments.get("method")
     if path in ([], ["class_path"]):
-        chosen = _check_node(place, _parsed(value), Method, "method")
+        chosen = _check_node(place, parse_override(place, value), Method, "method")
         if current is None or chosen["class_path"] != current["class_path"]:
             # Fields in the config belong to its own method, so they are dropped along with it.
             arguments["method"] = chosen
         return _dumped(chosen, bare=path == ["class_path"])
     if current is None:
         raise ConfigError(f"--{place}.{'.'.join(path)} was given, and the config names no method.")
-    _check_key(place, path[0], argument_names(import_class(current["class_path"])))
+    cls = import_class(current["class_path"])
+    _check_key(place, path[0], argument_names(cls))
+    whole = argument_type(cls, path[0]) if len(path) == 1 else Any
+    _check_data(path[1:], value, whole, f"{place}.{'.'.join(path)}")
     return value
 
 
@@ -219,6 +352,7 @@ def _override_optimizer(settings: Node, path: list[str], last: str, value: Any) 
     else:
         node["init_args"][".".join(path)] = value
     settings["optimizer"] = optimizer_node(node)
+    check_plain(settings["optimizer"]["init_args"], "model.optimizer")
 
 
 def _check_key(place: str, key: str, known: Sequence[str]) -> None:
@@ -253,14 +387,7 @@ def _mapping(value: Any, place: str) -> Mapping[str, Any]:
     return value
 
 
-def _parsed(value: str) -> Any:
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{value!r} is no valid YAML: {' '.join(str(error).split())}") from error
-
-
 def _dumped(node: Node, bare: bool) -> str:
     if bare or not node["init_args"]:
         return str(node["class_path"])
-    return str(yaml.safe_dump(node, default_flow_style=True, width=10**6)).strip()
+    return dump_config(node, one_line=True)

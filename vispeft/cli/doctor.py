@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from rich.markup import escape
 from rich.table import Table
 
+from vispeft.building.classes import argument_names
 from vispeft.building.config_files import read_config
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.config import build_data
@@ -32,10 +34,11 @@ from vispeft.data import (
 )
 from vispeft.data.checks import class_counts
 from vispeft.data.fgvc import FGVC
-from vispeft.data.folder import SYNONYMS
+from vispeft.data.folder import SYNONYMS, find_splits
+from vispeft.data.list_files import LIST_ENDINGS
 from vispeft.data.mask_checks import mask_splits, pixel_shares
 from vispeft.data.vtab import VTAB
-from vispeft.errors import ConfigError, DataError
+from vispeft.errors import ConfigError, DataError, counted, printable
 from vispeft.resources import config_names, find_config
 
 __all__ = ["KINDS", "diagnose", "main", "open_data"]
@@ -48,10 +51,10 @@ EXAMPLE = """example:
   vispeft doctor classification/folder --data.root my_photos
   vispeft doctor my_masks --class_names '[road, house]'
 
-DATA is a folder with one folder per class, a folder with train.txt, val.txt and test.txt (or .json), one such list, a
-task of VTAB-1k, tar shards in quotation marks, folders of images and masks, VOCdevkit, ADEChallengeData2016, the folder
-of Cityscapes, or a config, whose data are checked. Further settings of its data module follow as --name value. The exit
-status is 1 when there is an error."""
+DATA is a folder with one folder per class, a folder with train.txt, val.txt and test.txt (or .csv, .tsv, .json), one
+such list, a task of VTAB-1k, tar shards in quotation marks, folders of images and masks, VOCdevkit,
+ADEChallengeData2016, the folder of Cityscapes, or a config, whose data are checked. Further settings of its data module
+follow as --name value. The exit status is 1 when there is an error."""
 
 SEGMENTATION: dict[str, type[ListedData]] = {
     "voc": VOCData,
@@ -72,6 +75,9 @@ LAYOUTS = {
 
 KINDS = ("auto", "folder", "list", "json", "vtab1k", "fgvc", "webdataset", "masks", *SEGMENTATION)
 """Kinds of DATA besides a config."""
+
+LISTS = {"json": (".json",), "list": LIST_ENDINGS}
+"""Suffixes of the lists of each kind."""
 
 STYLES = {"error": "bold red", "warning": "yellow", "fact": "cyan"}
 PLACES = 8
@@ -98,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
         report = data.report()
     except DataError as error:
         # The data could not be listed, so there is no page to show.
-        console.print(f"[{STYLES['error']}]error[/]  {escape(str(error))}", soft_wrap=True)
+        console.print(f"[{STYLES['error']}]error[/]  {escape(str(error))}", soft_wrap=True, markup=True)
         raise SystemExit(1) from None
     diagnose(report)
     if report.of("error"):
@@ -118,15 +124,18 @@ def open_data(place: str, kind: str = "auto", overrides: Sequence[str] = ()) -> 
         DataError: If the kind of the place cannot be determined.
     """
     path = Path(place)
-    if not path.exists() and place in config_names():
+    if not os.path.exists(path) and place in config_names():
         path = find_config(place)
     if path.suffix in (".yaml", ".yml"):
         if kind != "auto":
             raise ConfigError(f"--kind {kind} was given for the config {place}, which determines the kind itself.")
         return _from_config(path, overrides)
-    node = _describe(path, kind if kind != "auto" else _guess(path))
-    settings = [(f"data.{key.removeprefix('data.')}", value) for key, value in split_overrides(overrides)]
-    return _listed(build_data(node, settings, place))
+    given = [(key.removeprefix("data."), value) for key, value in split_overrides(overrides)]
+    if kind == "auto":
+        kind = _fitting(path, _guess(path), [key.split(".")[0] for key, _ in given])
+    cls, settings = _readers(path)[kind]
+    node = {"class_path": f"vispeft.data.{cls.__name__}", "init_args": settings()}
+    return _listed(build_data(node, [(f"data.{key}", value) for key, value in given], place))
 
 
 def _from_config(path: Path, overrides: Sequence[str]) -> ListedData:
@@ -151,15 +160,13 @@ def _guess(path: Path) -> str:
     Raises:
         DataError: If it cannot be determined.
     """
-    if path.suffix == ".txt":
-        return "list"
-    if path.suffix == ".json":
-        return "json"
-    if path.suffix == ".tar":
-        return "webdataset"
-    if not path.is_dir():
-        found = "is none of these" if path.is_file() else "is not there"
-        raise DataError(f"{str(path)!r} {found}. Give a folder, a list (.txt, .json), shards (.tar) or a config.")
+    endings = {**dict.fromkeys(LIST_ENDINGS, "list"), ".json": "json", ".tar": "webdataset"}
+    if path.suffix.lower() in endings and not os.path.isdir(path):
+        return endings[path.suffix.lower()]
+    if not os.path.isdir(path):
+        found = "is none of these" if os.path.exists(path) else "is not there"
+        lists = ", ".join((*LIST_ENDINGS, ".json"))
+        raise DataError(f"{str(path)!r} {found}. Give a folder, a list ({lists}), shards (.tar) or a config.")
     for kind, folders in LAYOUTS.items():
         if _has(path, folders):
             return kind
@@ -171,7 +178,21 @@ def _guess(path: Path) -> str:
     for kind, ending in (("json", ".json"), ("list", ".txt")):
         if any(f"{name}{ending}" in inside for name in SYNONYMS["train"]):
             return kind
-    return "folder"
+    # Tables often lie beside class folders, and text lists hardly ever.
+    tables = any(f"{name}{ending}" in inside for name in SYNONYMS["train"] for ending in LIST_ENDINGS)
+    classes = any(one.is_dir() for name in SYNONYMS["train"] for one in path.glob(f"{name}/*"))
+    return "list" if tables and not classes else "folder"
+
+
+def _fitting(path: Path, kind: str, keys: Sequence[str]) -> str:
+    """Return the kind that a place seems to be of, or the only one that takes all settings that were given."""
+
+    def takes(cls: type) -> bool:
+        return set(keys) <= {*argument_names(cls)}
+
+    classes = _readers(path)
+    others = [name for name, (cls, _) in classes.items() if takes(cls)]
+    return kind if takes(classes[kind][0]) or len(others) != 1 else others[0]
 
 
 def _has(path: Path, folders: Sequence[str]) -> bool:
@@ -185,12 +206,12 @@ def _fgvc_name(path: Path) -> str | None:
     return next((name for name in FGVC if name in path.resolve().name.lower()), None)
 
 
-def _describe(path: Path, kind: str) -> dict[str, Any]:
-    """Describe the data module of a place in the form of a config."""
-    classes = {
+def _readers(path: Path) -> dict[str, tuple[type[ListedData], Callable[[], dict[str, str]]]]:
+    """Return the data module of each kind, and a function that finds its settings for a place."""
+    return {
         "folder": (ImageFolderData, lambda: {"root": str(path)}),
-        "list": (ImageListData, lambda: _lists(path, ".txt")),
-        "json": (JsonData, lambda: _lists(path, ".json")),
+        "list": (ImageListData, lambda: _lists(path, LISTS["list"])),
+        "json": (JsonData, lambda: _lists(path, LISTS["json"])),
         "vtab1k": (Vtab1kData, lambda: {"root": str(path.parent), "task": _known(path.name, VTAB)}),
         "fgvc": (FgvcData, lambda: {"root": str(path), **({"dataset": n} if (n := _fgvc_name(path)) else {})}),
         "webdataset": (WebDatasetData, lambda: {"train_shards": str(path)}),
@@ -199,8 +220,6 @@ def _describe(path: Path, kind: str) -> dict[str, Any]:
             for name, reader in {**SEGMENTATION, "masks": MaskFolderData}.items()
         },
     }
-    cls, settings = classes[kind]
-    return {"class_path": f"vispeft.data.{cls.__name__}", "init_args": settings()}
 
 
 def _known(name: str, names: Any) -> str:
@@ -209,18 +228,15 @@ def _known(name: str, names: Any) -> str:
     return name
 
 
-def _lists(path: Path, ending: str) -> dict[str, str]:
+def _lists(path: Path, endings: Sequence[str]) -> dict[str, str]:
     """Find the lists of the splits in a folder, or use one list for all images."""
-    if path.is_file() or not path.is_dir():
+    if not os.path.isdir(path):
         return {"train_list": str(path)}
-    found: dict[str, str] = {}
-    for split, names in SYNONYMS.items():
-        file = next((path / f"{name}{ending}" for name in names if (path / f"{name}{ending}").is_file()), None)
-        if file is not None:
-            found[f"{split}_list"] = str(file)
-    if "train_list" not in found:
-        raise DataError(f"{path} has no train{ending}; give the list itself, or --kind.")
-    return found
+    files = {file.name: str(file) for file in sorted(path.iterdir()) if file.suffix.lower() in endings}
+    found = find_splits(files, path, endings)
+    if "train" not in found:
+        raise DataError(f"{path} has no {' or '.join(f'train{e}' for e in endings)}; give the list itself, or --kind.")
+    return {f"{split}_list": file for split, file in found.items()}
 
 
 # ------------------------------------------------------------------ the page
@@ -233,19 +249,19 @@ def diagnose(report: Report) -> None:
         report: The result of a data module's `report`.
     """
     listing = report.listing
-    console.print(f"[bold]{escape(listing.place)}[/]", soft_wrap=True)
+    console.print(f"[bold]{escape(printable(listing.place))}[/]", soft_wrap=True, markup=True)
     console.print(_splits(report))
     if listing.target != "regression":
         console.print(_classes(report))
     for level in ("error", "warning", "fact"):
         for finding in report.of(level):
-            console.print(
-                f"[{STYLES[level]}]{level:<7}[/] [dim]{finding.code}[/]  {escape(finding.line(PLACES))}", soft_wrap=True
-            )
+            line = f"[{STYLES[level]}]{level:<7}[/] [dim]{finding.code}[/]  {escape(finding.line(PLACES))}"
+            console.print(line, soft_wrap=True, markup=True)
     errors, warnings = len(report.of("error")), len(report.of("warning"))
     verdict = "cannot be used as they are" if errors else "can be used"
     style = STYLES["error"] if errors else STYLES["warning"] if warnings else "bold green"
-    console.print(f"[{style}]The data {verdict}[/]: {errors} errors, {warnings} warnings.")
+    said = f"{counted(errors, 'error')}, {counted(warnings, 'warning')}"
+    console.print(f"[{style}]The data {verdict}[/]: {said}.", markup=True)
 
 
 def _splits(report: Report) -> Table:
@@ -275,5 +291,5 @@ def _classes(report: Report) -> Table:
         if len(order) > 10 and position == 4:
             table.add_row(f"... {len(order) - 8} more", *["" for _ in columns])
         figures = [f"{column[index]:,}" for column in counts.values()] + [f"{share[index]:.2%}" for share in shares]
-        table.add_row(escape(listing.class_names[index]), *figures)
+        table.add_row(printable(listing.class_names[index]), *figures)
     return table

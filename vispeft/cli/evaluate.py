@@ -8,16 +8,17 @@ from collections.abc import Sequence
 from lightning.pytorch import Trainer, seed_everything
 
 from vispeft.building.config_files import read_config
+from vispeft.building.parsing import parser_errors
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.config import ConfigCLI, build_task
-from vispeft.cli.config_keys import split_overrides
-from vispeft.cli.evaluation import evaluate, evaluation_trainer, metrics_table
+from vispeft.cli.config_keys import check_tree, split_overrides
+from vispeft.cli.evaluation import evaluate, evaluation_trainer, kept_settings, metrics_table, output_names
 from vispeft.cli.runs import Run
-from vispeft.errors import ConfigError
+from vispeft.errors import ConfigError, DataError, FileError
 from vispeft.storage.files import JSON_FILE
 from vispeft.tasks.base import AdapterTask
 
-__all__ = ["load_run", "load_task", "main"]
+__all__ = ["class_names", "load_run", "load_task", "main"]
 
 EXAMPLE = """example:
   vispeft evaluate runs/digits_ssf/1
@@ -56,15 +57,58 @@ def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:
 
     Raises:
         ConfigError: If an override would change the model.
+        DataError: If the data have other classes than the run, or the same in another order.
         BaseMismatchError: If the backbone differs from the adapted one.
     """
     for key, _ in split_overrides(overrides):
         if key.split(".")[0] not in ("data", "trainer"):
             raise ConfigError(f"--{key}: a finished run takes overrides under data and trainer only.")
-    cli = ConfigCLI(run.config, overrides)
+    tree = read_config(run.config)
+    tree["trainer"] = kept_settings(tree.get("trainer"))
+    cli = ConfigCLI(run.config, overrides, tree=tree)
+    _check_names(run, output_names(cli.datamodule, cli.model.num_classes))
     cli.model.load_adapter(run.adapter)
     cli.model.eval()
     return cli
+
+
+def _check_names(run: Run, names: Sequence[str]) -> None:
+    """Compare the classes of data with those of a run, by name and order."""
+    trained = class_names(run)
+    if list(names) == trained:
+        return
+    if sorted(names) == sorted(trained):
+        raise DataError(
+            f"The data have the classes in another order than {run.path}: {', '.join(names[:6])} here, and "
+            f"{', '.join(trained[:6])} there. Figures would be those of other classes. Name them in the run's order, "
+            "such as by data.class_names, and number the labels likewise."
+        )
+    strange = [name for name in names if name not in trained] or ["none"]
+    lacking = [name for name in trained if name not in names] or ["none"]
+    raise DataError(
+        f"The data have other classes than {run.path} was trained for: {', '.join(strange[:6])} here alone, and "
+        f"{', '.join(lacking[:6])} there alone. Measure the run on data with its own {len(trained)} classes; `vispeft "
+        "predict` takes any images."
+    )
+
+
+def class_names(run: Run) -> list[str]:
+    """Read the names of the outputs of a run's adapter.
+
+    Args:
+        run: The run.
+
+    Raises:
+        FileError: If the adapter's description cannot be read, or names no classes.
+    """
+    path = run.adapter / JSON_FILE
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))["class_names"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(names, list) or not names:
+        raise FileError(f"{path} names no classes, so its outputs cannot be read. Was the adapter written by a run?")
+    return [str(name) for name in names]
 
 
 def load_task(run: Run) -> tuple[AdapterTask, Trainer]:
@@ -80,9 +124,16 @@ def load_task(run: Run) -> tuple[AdapterTask, Trainer]:
         BaseMismatchError: If the backbone differs from the adapted one.
     """
     tree = read_config(run.config)
-    names = json.loads((run.adapter / JSON_FILE).read_text(encoding="utf-8"))["class_names"]
-    seed_everything(tree["seed_everything"], verbose=False)  # determines the weights of a randomly initialised backbone
+    tree["trainer"] = kept_settings(tree.get("trainer"))
+    # The data need not be known: those of a run may be of a class of the user's own.
+    tree = {key: value for key, value in tree.items() if key in ("model", "seed_everything", "trainer")}
+    check_tree(tree, str(run.config))
+    if "model" not in tree:
+        raise ConfigError(f"{run.config} has no section model, which says which task was trained.")
+    names = class_names(run)
+    # The seed determines the weights of a randomly initialised backbone.
+    seed_everything(tree.get("seed_everything", 0), verbose=False)
     task = build_task(tree["model"], len(names), str(run.config))
     task.load_adapter(run.adapter)
-    settings = {key: value for key, value in tree["trainer"].items() if key != "plugins"}
-    return task.eval(), evaluation_trainer(**settings)
+    with parser_errors(str(run.config)):
+        return task.eval(), evaluation_trainer(**tree["trainer"])

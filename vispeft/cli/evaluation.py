@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from rich.table import Table
 from torch import Tensor
 
+from vispeft.errors import ConfigError
 from vispeft.tasks.base import AdapterTask
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "class_table",
     "evaluate",
     "evaluation_trainer",
+    "figure",
+    "kept_settings",
     "measure",
     "metrics_table",
     "output_names",
@@ -36,9 +40,22 @@ _KEPT = (
     "limit_test_batches",
     "inference_mode",
     "deterministic",
-    "plugins",
 )
 """Trainer settings that affect the results of an evaluation."""
+
+
+def kept_settings(settings: Any) -> dict[str, Any]:
+    """Choose the trainer's settings that affect an evaluation: the callbacks and loggers of a run are not made again.
+
+    Args:
+        settings: The section ``trainer`` of the run's config.
+
+    Raises:
+        ConfigError: If it is no section.
+    """
+    if not isinstance(settings, Mapping | None):
+        raise ConfigError(f"trainer is {settings!r}; keys with values are needed there.")
+    return {key: value for key, value in (settings or {}).items() if key in _KEPT}
 
 
 def evaluation_trainer(**settings: Any) -> Trainer:
@@ -48,7 +65,7 @@ def evaluation_trainer(**settings: Any) -> Trainer:
         settings: Settings of the training trainer.
     """
     return Trainer(
-        **{key: value for key, value in settings.items() if key in _KEPT},
+        **kept_settings(settings),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -81,7 +98,7 @@ class Outputs(Callback):
 
 def evaluate(
     trainer: Trainer, task: AdapterTask, data: LightningDataModule, split: str, outputs: Outputs | None = None
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Measure a task on a split.
 
     Args:
@@ -92,7 +109,7 @@ def evaluate(
         outputs: Collector of the results of all images; None to collect nothing.
 
     Returns:
-        Metrics by name, without the split's.
+        Metrics by name, without the split's; None for one that was not measured.
     """
     measure = trainer.validate if split == "validation" else trainer.test
     torch.manual_seed(0)  # in case a user's task draws random numbers: the same ones each time
@@ -102,14 +119,18 @@ def evaluate(
         results = measure(task, datamodule=data, verbose=False)[0]
     finally:
         trainer.callbacks = before  # type: ignore[attr-defined]
-    return {name.removeprefix(f"{split}/"): value for name, value in results.items()}
+    measured = task.outputs_seen.broken < task.outputs_seen.images or not task.outputs_seen.images
+    return {
+        name.removeprefix(f"{split}/"): value if measured and math.isfinite(value) else None
+        for name, value in results.items()
+    }
 
 
 @dataclass(frozen=True)
 class Measured:
     """Results of a finished task."""
 
-    metrics: dict[str, dict[str, float]]
+    metrics: dict[str, dict[str, float | None]]
     """Metrics of validation and test, by split."""
     details: dict[str, Any]
     """Further entries of ``metrics.json``: results per output, calibration."""
@@ -140,7 +161,7 @@ def measure(trainer: Trainer, task: AdapterTask, data: LightningDataModule) -> M
     Returns:
         The results for ``metrics.json``.
     """
-    metrics: dict[str, dict[str, float]] = {}
+    metrics: dict[str, dict[str, float | None]] = {}
     seconds: dict[str, float] = {}
     details: dict[str, Any] = {}
     kept: dict[str, Tensor] = {}
@@ -169,19 +190,28 @@ def output_names(data: Any, count: int) -> tuple[str, ...]:
 
 
 def metrics_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Format metrics as a table.
+    """Format metrics as a table; a figure that was not measured, None, stays empty.
 
     Args:
         rows: Metrics by row name.
     """
     names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
     table = Table()
-    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold", max_width=LONGEST_NAME)
     for name in names:
         table.add_column(name.replace("_", " "), justify="right")
     for label, metrics in rows.items():
-        table.add_row(label, *(f"{metrics[name]:.4f}" if name in metrics else "" for name in names))
+        table.add_row(label, *(figure(metrics.get(name)) for name in names))
     return table
+
+
+def figure(value: float | None) -> str:
+    """Format a figure for a table; one that was not measured is empty.
+
+    Args:
+        value: The figure; None where not measured.
+    """
+    return "" if value is None else f"{value:.4f}"
 
 
 def class_table(metrics: Mapping[str, Any]) -> Table | None:
@@ -201,12 +231,10 @@ def class_table(metrics: Mapping[str, Any]) -> Table | None:
     names = list(next(iter(columns.values()), {}))
     if not 0 < len(names) <= MOST_CLASSES:
         return None
-    rows = {
-        name: {figure: values[name] for figure, values in columns.items() if values.get(name) is not None}
-        for name in names
-    }
-    return metrics_table(rows)
+    return metrics_table({name: {figure: values.get(name) for figure, values in columns.items()} for name in names})
 
 
+LONGEST_NAME = 40
+"""Width of a printed table's first column, in letters; longer names take several lines."""
 MOST_CLASSES = 200
 """Largest number of rows of a printed table of classes."""

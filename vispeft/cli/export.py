@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from vispeft.adapters.merge import MergeReport
 from vispeft.cli.common import console, make_parser, versions
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run, write_json
-from vispeft.errors import ConfigError, ExportError
-from vispeft.interop.export import INPUT, TOLERANCE, Difference, check, export_onnx, export_program, staged
+from vispeft.errors import ConfigError, ExportError, counted
+from vispeft.interop.export import INPUT, TOLERANCE, Difference, check, export_onnx, export_program
+from vispeft.interop.staging import check_free, staged
 from vispeft.tasks.base import AdapterTask
 
 __all__ = ["Exported", "InputSize", "export_run", "main"]
@@ -125,8 +127,12 @@ def main(argv: Sequence[str]) -> None:
     for option, value in (("batch", given.batch), ("size", min(given.size or [1]))):
         if value is not None and value < 1:
             raise ConfigError(f"--{option} is {value}; at least 1 is needed.")
-    task, _ = load_task(Run.open(given.run))
-    step = task.size_step() if given.any_size else None
+    run = Run.open(given.run)
+    check_free(out, *_beside(out))
+    task, _ = load_task(run)
+    # Padding inside the model, which a program for PyTorch does not keep.
+    padded = given.format == "onnx" and hasattr(task.deployed(), "pads_to")
+    step = ((1, 1) if padded else task.size_step()) if given.any_size else None
     height, width = given.size or task.bank.notes()["preprocessing"]["input_size"][-2:]
     exported = export_run(task, out, InputSize(height=height, width=width, batch=given.batch, step=step))
     console.print(exported.table())
@@ -152,14 +158,17 @@ def export_run(task: AdapterTask, out: Path, size: InputSize) -> Exported:
     """
     model = task.deployed().float().eval().requires_grad_(False)
     onnx = out.suffix == ENDINGS["onnx"]
-    with staged(out, *([] if onnx else [out.with_suffix(".json")])) as place:
+    with staged(out, *_beside(out)) as place:
         report = task.bank.merge(partial=True)
         try:
             notes = _notes(task, size, report)
             if onnx:
                 export_onnx(model, size.example(), place, **size.dynamic, notes=notes)
             else:
-                torch.export.save(export_program(model, size.example(), **size.dynamic), place)
+                # torch's own writer of files ends the process when the disk is full
+                content = io.BytesIO()
+                torch.export.save(export_program(model, size.example(), **size.dynamic), content)
+                place.write_bytes(content.getbuffer())
                 write_json(place.with_suffix(".json"), notes)
         finally:
             task.bank.unmerge()  # the file is compared with the model as trained
@@ -170,6 +179,11 @@ def export_run(task: AdapterTask, out: Path, size: InputSize) -> Exported:
                 f"largest output; {TOLERANCE:.0e} is rounding. No file was left. Try the other format."
             )
     return Exported(out, size.axes(), report, difference)
+
+
+def _beside(out: Path) -> list[Path]:
+    """List the files written beside an exported one; an ONNX file holds its notes itself."""
+    return [] if out.suffix == ENDINGS["onnx"] else [out.with_suffix(".json")]
 
 
 def _notes(task: AdapterTask, size: InputSize, report: MergeReport) -> dict[str, Any]:
@@ -192,7 +206,8 @@ def _merged(report: MergeReport) -> str:
     if not report.kept:
         return "yes"
     reasons = "; ".join(dict.fromkeys(reason.rstrip(".") for reason in report.kept.values()))
-    return f"{f'partly, {len(report.kept)} layers stay adapted' if report.merged else 'no'}: {reasons}"
+    partly = f"partly, all but {counted(len(report.kept), 'layer')}"
+    return f"{partly if report.merged else 'no'}: {reasons}"
 
 
 def _size(path: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.table import Table
 from vispeft.cli import runs
 from vispeft.cli.common import console
 from vispeft.cli.config_keys import split_overrides
+from vispeft.cli.evaluation import figure
 from vispeft.errors import ConfigError, UnknownNameError
 
 __all__ = ["FOLDS", "Train", "folds_table", "summarise", "train_folds"]
@@ -58,7 +60,7 @@ def train_folds(
     base = Path(out) if out is not None else Path("runs") / f"{config.stem}-{folds}-folds"
     places = [base / f"fold-{fold}" for fold in range(folds)]
     beyond = base / f"fold-{folds}"
-    if beyond.exists():
+    if os.path.exists(beyond):
         raise ConfigError(
             f"{base} was begun with more than {folds} folds: it holds {beyond.name}. Choose another --out."
         )
@@ -92,7 +94,8 @@ def summarise(finished: Sequence[runs.Run]) -> dict[str, Any]:
         finished: The run of each fold.
 
     Returns:
-        Per split the metrics of each fold, their mean and their standard deviation (of a sample), and seconds.
+        Per split the metrics of each fold, their mean and their standard deviation (of a sample), and seconds. A figure
+        that was not measured in one of the folds has no mean.
     """
     result: dict[str, Any] = {"folds": len(finished), "runs": [run.path.name for run in finished]}
     for split in ("validation", "test"):
@@ -100,11 +103,16 @@ def summarise(finished: Sequence[runs.Run]) -> dict[str, Any]:
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         result[split] = {
             "per_fold": rows,
-            "mean": {name: statistics.fmean(values) for name, values in columns.items()},
-            "std": {name: statistics.stdev(values) for name, values in columns.items()},
+            "mean": {name: _over_folds(statistics.fmean, values) for name, values in columns.items()},
+            "std": {name: _over_folds(statistics.stdev, values) for name, values in columns.items()},
         }
     result["seconds"] = sum(run.metrics["seconds"]["total"] for run in finished)
     return result
+
+
+def _over_folds(summary: Callable[[list[float]], float], values: list[float | None]) -> float | None:
+    measured = [value for value in values if value is not None]
+    return summary(measured) if len(measured) == len(values) else None
 
 
 def folds_table(figures: Mapping[str, Any]) -> Table:
@@ -119,8 +127,8 @@ def folds_table(figures: Mapping[str, Any]) -> Table:
     for name in names:
         table.add_column(name.replace("_", " "), justify="right")
     for number, row in enumerate(figures["per_fold"], start=1):
-        table.add_row(str(number), *(f"{row[name]:.4f}" for name in names))
+        table.add_row(str(number), *(figure(row[name]) for name in names))
     table.add_section()
     for label, key in (("mean", "mean"), ("deviation", "std")):
-        table.add_row(label, *(f"{figures[key][name]:.4f}" for name in names))
+        table.add_row(label, *(figure(figures[key][name]) for name in names))
     return table

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -68,9 +69,9 @@ def main(argv: Sequence[str]) -> None:
     given = parser.parse_args(list(argv))
     find_source(given.source)
     place, file, hyper = Path(given.out), Path(given.file), _pairs(given.hyper)
-    if place.exists() and any(place.iterdir()):
+    if os.path.isdir(place) and any(place.iterdir()):
         raise ConfigError(f"--out is {given.out!r}, which is not empty, and nothing is overwritten. Choose another.")
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise FileError(f"There is no file {given.file!r} to import.")
     model = create_model(given.model, weights=given.weights).eval()
     bank = import_official(model, given.source, file, hyper, place)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
-
-import yaml
 
 from vispeft.backbones.create import create_model
 from vispeft.building.config_files import read_config
 from vispeft.building.methods import build_method, method_node
 from vispeft.cli.common import console, make_parser
-from vispeft.cli.config_keys import split_overrides
+from vispeft.cli.config_keys import parse_override, split_overrides
+from vispeft.cli.evaluate import load_task
+from vispeft.cli.runs import Run
 from vispeft.core.method import Method
 from vispeft.core.plan import plan
 from vispeft.errors import ConfigError
@@ -23,8 +24,10 @@ EXAMPLE = """example:
   vispeft inspect vit_base_patch16_224 ssf
   vispeft inspect vit_small_patch16_224 lora --rank 4 --roles [attn.qkv]
   vispeft inspect zoo:vit_tiny classification/digits_ssf
+  vispeft inspect runs/digits_ssf/1
 
-Fields of the method follow as --field value. The backbone's weights are not needed."""
+Fields of the method follow as --field value. The backbone's weights are not needed. Of a finished run the plan of its
+adapter is printed, and its counts, with those of a decoder."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -34,29 +37,46 @@ def main(argv: Sequence[str]) -> None:
         argv: Arguments without the program's name.
     """
     parser = make_parser("inspect", "Print every site, unit, shape and count of a plan.", EXAMPLE)
-    parser.add_argument("model", metavar="MODEL", help="name of a timm model, or zoo:NAME")
-    parser.add_argument("method", metavar="METHOD|CONFIG", help="name of a method, or a config that has one")
+    parser.add_argument("model", metavar="MODEL|RUN", help="name of a timm model, or zoo:NAME; or a run directory")
+    parser.add_argument(
+        "method", metavar="METHOD|CONFIG", nargs="?", help="name of a method, or a config that has one; none with a run"
+    )
     given, overrides = parser.parse_known_args(list(argv))
+    if given.method is None:
+        _inspect_run(given.model, overrides)
+        return
     fields = {key: _value(key, value) for key, value in split_overrides(overrides)}
     console.print(plan(create_model(given.model, pretrained=False), _method(given.method, fields)))
+
+
+def _inspect_run(place: str, overrides: Sequence[str]) -> None:
+    """Print plan and counts of a finished run."""
+    if not os.path.isdir(place):
+        raise ConfigError(
+            f"{place} was given without a method, and is no run directory. Name a method too, such as: vispeft inspect "
+            f"{place} ssf"
+        )
+    if overrides:
+        raise ConfigError(f"{' '.join(overrides)} was given with a run, whose adapter has its fields. Leave it out.")
+    task, _ = load_task(Run.open(place))
+    console.print(task.bank.plan())
+    console.print(task.report())
 
 
 def _value(key: str, value: str | None) -> Any:
     if value is None:
         raise ConfigError(f"--{key} needs a value.")
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--{key} {value!r} is no valid YAML: {' '.join(str(error).split())}") from error
+    return parse_override(key, value)
 
 
 def _method(name: str, fields: dict[str, Any]) -> Method:
     node: Any = name
     if "/" in name or name.endswith((".yaml", ".yml")):
         tree = read_config(find_config(name))
-        section = tree.get("model") or {}
-        node = (section.get("init_args") or {}).get("method") if section else tree
-        if node is None:
+        section = tree.get("model") or {"init_args": {"method": tree}}
+        settings = section.get("init_args") if isinstance(section, dict) else None
+        node = settings.get("method") if isinstance(settings, dict) else None
+        if not isinstance(node, str | dict):
             raise ConfigError(f"{name} names no method under model.init_args.method.")
     node = method_node(node)
     return build_method({**node, "init_args": {**node["init_args"], **fields}})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from vispeft.adapters.merge import TOLERANCE
 from vispeft.backbones.request import resolve
 from vispeft.cli.common import console, make_parser, versions
 from vispeft.cli.evaluate import load_task
-from vispeft.cli.runs import Run
+from vispeft.cli.runs import Run, write_json
 from vispeft.errors import ConfigError, MergeError
-from vispeft.storage.files import JSON_FILE, write_atomically
+from vispeft.interop.staging import check_free, staged
+from vispeft.storage.files import DECODER, JSON_FILE
 from vispeft.tasks.base import AdapterTask
 
 __all__ = ["main", "merge_run"]
@@ -29,7 +30,10 @@ EXAMPLE = """example:
 
 Writes digits.safetensors, a plain timm state dict, and digits.json, with the arguments to create the model:
   model = timm.create_model(info["architecture"], **info["args"])
-  model.load_state_dict(safetensors.torch.load_file("digits.safetensors"))"""
+  model.load_state_dict(safetensors.torch.load_file("digits.safetensors"))
+
+Of a segmentation run that is the backbone; map reader and decoder go into digits.decoder.safetensors beside it, and
+`vispeft export` writes all of it as one program."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -51,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def merge_run(run: Run, out: Path) -> dict[str, Any]:
-    """Merge a run's adapter, write the model, and check the files.
+    """Merge a run's adapter, write the model, and check the files; a decoder gets a file of its own.
 
     Args:
         run: The run.
@@ -62,26 +66,28 @@ def merge_run(run: Run, out: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: If a file of that name exists, or the name has another suffix.
-        MergeError: If the method cannot be merged, or plain timm does not compute the same from the files.
+        MergeError: If the method cannot be merged, or plain timm does not compute the same from the files; no file is
+            left then.
+        FileError: If the files cannot be written.
     """
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out is {str(out)!r}; the name should end in .safetensors.")
-    described = out.with_suffix(".json")
-    for path in (out, described):
-        if path.exists():
-            raise ConfigError(f"{path} exists already and is not overwritten. Choose another --out.")
+    described, beside = out.with_suffix(".json"), out.with_suffix(".decoder.safetensors")
+    check_free(out, described, beside)
     task, _ = load_task(run)
     source = json.loads((run.adapter / JSON_FILE).read_text(encoding="utf-8"))
     images = _noise(task.preprocessing.size)
     with torch.inference_mode():
         adapted = task.model(images)
     report = task.bank.merge(keep_original=False)
-    state = {name: tensor.detach().contiguous().clone() for name, tensor in task.model.state_dict().items()}
+    state = _plain(task.model.state_dict())
     architecture, args = _timm_arguments(task)
     error = _check(architecture, args, state, images, adapted, report.created)
+    decoder = {} if task.classifies else {name.removeprefix(DECODER): t for name, t in task.head_tensors().items()}
     info = {
         "architecture": architecture,
         "args": args,
+        "decoder_file": beside.name if decoder else None,
         "class_names": source["class_names"],
         "preprocessing": source["preprocessing"],
         "output": source["output"],
@@ -90,9 +96,11 @@ def merge_run(run: Run, out: Path) -> dict[str, Any]:
         "max_error": error,
         "versions": versions(),
     }
-    text = json.dumps(info, indent=1, ensure_ascii=False) + "\n"
-    write_atomically({out: to_bytes(state, metadata={"format": "pt"}), described: text.encode()})
-    _check(architecture, args, load_file(out), images, adapted, report.created)
+    with staged(out, described, beside) as place:
+        for path, tensors in {out: state, **({beside: decoder} if decoder else {})}.items():
+            place.with_name(path.name).write_bytes(to_bytes(_plain(tensors), metadata={"format": "pt"}))
+        write_json(place.with_name(described.name), info)
+        _check(architecture, args, load_file(place), images, adapted, report.created)
     return info
 
 
@@ -105,7 +113,11 @@ def _timm_arguments(task: AdapterTask) -> tuple[str, dict[str, Any]]:
     given = {key: value for key, value in task.backbone_args.items() if key != "pretrained"}
     flexible = bool(given.pop("flexible_size", False))
     request = resolve(task.backbone, flexible_size=flexible, arguments=given)
-    return request.architecture, {**request.arguments, "num_classes": task.num_classes}
+    return request.architecture, {**request.arguments, "num_classes": task.num_classes if task.classifies else 0}
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
 def _noise(size: tuple[int, int]) -> Tensor:

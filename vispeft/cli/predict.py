@@ -6,6 +6,7 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,8 +17,8 @@ from rich.progress import track
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run, write_text
-from vispeft.data.images import find_images, read_image
-from vispeft.errors import ConfigError, DataError
+from vispeft.data.images import PLAIN, Reading, find_images, read_image
+from vispeft.errors import ConfigError, DataError, counted, printable
 from vispeft.storage.files import write_atomically
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.predictions import Prediction, Predictor
@@ -45,36 +46,53 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("images", metavar="IMAGES", help="folder of images, or one image")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for the table and the pictures")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time; default 64; for masks one")
+    parser.add_argument("--max_pixels", type=int, help="largest number of pixels of an image; default: as trained")
     given = parser.parse_args(list(argv))
     out = Path(given.out)
     if given.batch_size < 1:
         raise ConfigError(f"--batch_size is {given.batch_size}; at least 1 is needed.")
     run = Run.open(given.run)
     paths = find_images(given.images)
-    _check_readable(paths)
     task, trainer = load_task(run)
+    reading = Reading.from_notes(task.bank.notes())
+    if given.max_pixels is not None:
+        reading = replace(reading, max_pixels=given.max_pixels)
+    _check_readable(paths, reading)
     predictor = task.predictor()
     table = out / predictor.table
     if table.exists():
         raise ConfigError(f"{table} exists already and is not overwritten. Choose another --out.")
     targets = _targets(paths, Path(given.images), out, predictor.folders)
-    predictor.check(paths)
-    rows = [["path", *predictor.columns]]
-    found = predict(task, predictor, trainer, paths, given.batch_size)
+    predictor.check(paths, reading)
+    rows, broken = [["path", *predictor.columns]], []
+    found = predict(task, predictor, trainer, paths, given.batch_size, reading)
     shown = track(found, "predicting", len(paths), console=console, disable=not console.is_terminal)
     for path, target, prediction in zip(paths, targets, shown, strict=True):
         rows.append([str(path), *prediction.row])
+        broken += [] if prediction.finite else [str(path)]
         if prediction.pictures:
             pictures = prediction.pictures.items()
             write_atomically({out / folder / target: _png(picture) for folder, picture in pictures})
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     write_text(table, text.getvalue())
-    console.print(f"{len(paths)} images predicted: {table}", soft_wrap=True)
+    console.print(f"{counted(len(paths), 'image')} predicted: {table}", soft_wrap=True)
+    if broken:
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        console.print(
+            f"The outputs for {len(broken)} of them are not finite, and their cells are empty: "
+            f"{', '.join(broken[:5])}{more}.",
+            soft_wrap=True,
+        )
 
 
 def predict(
-    task: AdapterTask, predictor: Predictor, trainer: Trainer, paths: Sequence[Path], batch_size: int = 64
+    task: AdapterTask,
+    predictor: Predictor,
+    trainer: Trainer,
+    paths: Sequence[Path],
+    batch_size: int = 64,
+    reading: Reading = PLAIN,
 ) -> Iterator[Prediction]:
     """Predict image files with a trainer's precision and device.
 
@@ -84,6 +102,7 @@ def predict(
         trainer: A trainer for evaluation.
         paths: The files.
         batch_size: Images per batch, if the predictor accepts several.
+        reading: How pixels become RGB.
 
     Yields:
         One prediction per file, in order.
@@ -91,25 +110,28 @@ def predict(
     task.to(trainer.strategy.root_device).eval()
     count = min(batch_size, predictor.at_once or batch_size)
     for start in range(0, len(paths), count):
-        images = [read_image(path) for path in paths[start : start + count]]
+        images = [read_image(path, reading=reading) for path in paths[start : start + count]]
         with torch.inference_mode(), trainer.precision_plugin.forward_context():
             predictions = predictor(images)
         yield from predictions
 
 
-def _check_readable(paths: Sequence[Path]) -> None:
+def _check_readable(paths: Sequence[Path], reading: Reading) -> None:
     """Read every image before the first prediction, so that a broken one wastes no work."""
     broken = []
     for path in track(paths, "reading", console=console, transient=True, disable=not console.is_terminal):
         try:
-            read_image(path)
+            str(path).encode()
+            read_image(path, reading=reading)
+        except UnicodeEncodeError:
+            broken.append(f"{printable(str(path))} has a name that is no UTF-8, which the table could not hold")
         except DataError as error:
             broken.append(str(error).removesuffix("."))
     if broken:
         more = f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise DataError(
-            f"{len(broken)} of {len(paths)} images cannot be used: {'; '.join(broken[:5])}{more}. "
-            "Nothing was predicted; repair or remove them."
+            f"{len(broken)} of {counted(len(paths), 'image')} cannot be used: {'; '.join(broken[:5])}{more}. "
+            "Nothing was predicted; mend what is named there, or leave these images out."
         )
 
 

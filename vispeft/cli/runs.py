@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vispeft.errors import ConfigError, FileError
 from vispeft.storage.files import JSON_FILE, write_atomically
+from vispeft.storage.header import strict_values
+from vispeft.storage.leftovers import finish_save, remove_partial
+from vispeft.storage.locks import hold
 from vispeft.zoo.adapters import ADAPTER
 
 __all__ = [
@@ -23,12 +30,19 @@ __all__ = [
     "begun",
     "claim",
     "command_of",
+    "finished",
+    "held",
+    "is_unfinished",
+    "mark_finished",
+    "mark_unfinished",
+    "withdraw",
     "write_json",
     "write_text",
 ]
 
 CHECKPOINTS, LOGS, PLOTS = "checkpoints", "logs", "plots"
 CONFIG, METRICS = "config.yaml", "metrics.json"
+_LOCK, _UNFINISHED = ".lock", ".unfinished"
 
 
 def claim(out: str | Path | None, config: Path) -> Path:
@@ -64,8 +78,88 @@ def claim(out: str | Path | None, config: Path) -> Path:
 
 
 def _listing(place: Path) -> list[str]:
-    """List a run directory, without partial files left by a killed process."""
-    return sorted(path.name for path in place.iterdir() if not path.name.startswith(f".{CONFIG}."))
+    """List a run directory, without its lock and partial files left by a killed process."""
+    return sorted(path.name for path in place.iterdir() if not path.name.startswith((f".{CONFIG}.", _LOCK)))
+
+
+@contextlib.contextmanager
+def held(place: Path) -> Iterator[None]:
+    """Keep other processes out of a run directory, and tidy it, while a block of code runs.
+
+    Args:
+        place: The directory.
+
+    Raises:
+        InUseError: If another process trains in it.
+        FileError: If it cannot be written.
+    """
+    with hold(place / _LOCK, f"The run directory {place}"):
+        _tidy(place)
+        yield
+
+
+def _tidy(place: Path) -> None:
+    """Remove what a killed process left half-written."""
+    finish_save(place / ADAPTER)
+    remove_partial(place, CONFIG, METRICS, _UNFINISHED)
+    remove_partial(place / PLOTS, ".png")
+    remove_partial(place / LOGS / "csv", ".csv")
+    remove_partial(place / CHECKPOINTS, ".ckpt")
+
+
+def withdraw(place: Path, made: bool) -> None:
+    """Remove the directory of a run that was refused before its first step, so that its name can be given again.
+
+    Args:
+        place: The directory.
+        made: Whether the run made it; one that was there before is emptied of what the run has written.
+    """
+    for name in (LOGS, PLOTS, CHECKPOINTS):
+        shutil.rmtree(place / name, ignore_errors=True)
+    for name in (CONFIG, _LOCK):
+        (place / name).unlink(missing_ok=True)
+    if made:
+        with contextlib.suppress(OSError):
+            place.rmdir()
+
+
+def finished(place: Path) -> bool:
+    """Whether a run is finished, with all of its pictures.
+
+    Args:
+        place: Its directory.
+    """
+    return (place / METRICS).is_file() and not is_unfinished(place)
+
+
+def is_unfinished(place: Path) -> bool:
+    """Whether a run with ``metrics.json`` has something left to do: further epochs, or pictures.
+
+    Args:
+        place: Its directory.
+    """
+    return (place / _UNFINISHED).is_file()
+
+
+def mark_unfinished(place: Path) -> None:
+    """Note that a run has something left to do, although its ``metrics.json`` exists.
+
+    Args:
+        place: Its directory.
+
+    Raises:
+        FileError: If the note cannot be written.
+    """
+    write_text(place / _UNFINISHED, "")
+
+
+def mark_finished(place: Path) -> None:
+    """Remove the note of `mark_unfinished`.
+
+    Args:
+        place: The run's directory.
+    """
+    (place / _UNFINISHED).unlink(missing_ok=True)
 
 
 def begin(place: Path, config: str, command: str) -> None:
@@ -79,7 +173,8 @@ def begin(place: Path, config: str, command: str) -> None:
     Raises:
         FileError: If it cannot be written.
     """
-    write_text(place / CONFIG, f"# {' '.join(command.splitlines())}\n{config}")
+    printable = command.encode(errors="backslashreplace").decode()
+    write_text(place / CONFIG, f"# {' '.join(printable.splitlines())}\n{config}")
 
 
 def command_of(place: Path) -> str:
@@ -102,14 +197,40 @@ def begun(path: str | Path) -> bool:
         FileError: If there is no such directory, or it is not a run directory.
     """
     place = Path(path)
-    if not place.is_dir():
+    if not os.path.isdir(place):
         raise FileError(f"There is no run directory {str(place)!r} to resume; `vispeft train` makes them.")
     found = _listing(place)
+    _refuse_segmentor(place, found)
     if found and CONFIG not in found:
         numbered = sorted(int(name) for name in found if name.isdecimal() and (place / name / CONFIG).is_file())
         hint = f" Did you mean {place / str(numbered[-1])}?" if numbered else ""
         raise FileError(f"{place} is no run directory: it has no {CONFIG} (found {', '.join(found[:4])}).{hint}")
     return bool(found)
+
+
+def _refuse_segmentor(place: Path, found: Sequence[str]) -> None:
+    """Refuse a run of mmsegmentation, and say how its own tools do the same.
+
+    Args:
+        place: The run directory.
+        found: Names in it.
+
+    Raises:
+        FileError: If it is one.
+    """
+    configs = [name for name in found if name.endswith(".py")]
+    if CONFIG in found or not configs:
+        return
+    config = place / configs[0]
+    weights = sorted((name for name in found if name.endswith(".pth")), key=lambda name: (place / name).stat().st_mtime)
+    checkpoint = place / weights[-1] if weights else "CHECKPOINT"
+    raise FileError(
+        f"{place} is a run of mmsegmentation, whose config is code, and this command reads runs of `vispeft train "
+        f"CONFIG.yaml`. To go on: vispeft train {config} --resume {place}. To measure: python tools/test.py {config} "
+        f"{checkpoint}, which is mmsegmentation's. For the rest, model = mmseg.apis.init_model('{config}', "
+        f"'{checkpoint}'); mmseg.apis.inference_model(model, IMAGES) predicts, and vispeft.mmseg.merge(model, OUT) "
+        "merges, after which mmdeploy exports."
+    )
 
 
 def _next_number(base: Path) -> Path:
@@ -135,12 +256,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file atomically.
+    """Write a JSON file atomically; a number that is not finite becomes null.
 
     Raises:
         FileError: If it cannot be written.
     """
-    write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(strict_values(values), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @dataclass(frozen=True)
@@ -163,9 +284,10 @@ class Run:
             FileError: If it is not a finished run.
         """
         place = Path(path)
-        if not place.is_dir():
+        if not os.path.isdir(place):
             raise FileError(f"There is no run directory {str(place)!r}; `vispeft train` makes them.")
-        missing = [name for name in (CONFIG, METRICS, f"{ADAPTER}/{JSON_FILE}") if not (place / name).is_file()]
+        _refuse_segmentor(place, _listing(place))
+        missing = [name for name in (CONFIG, METRICS, f"{ADAPTER}/{JSON_FILE}") if not os.path.isfile(place / name)]
         if missing:
             numbered = sorted(p.name for p in place.iterdir() if p.name.isdecimal() and (p / METRICS).is_file())
             hint = f" Did you mean {place / numbered[-1]}?" if numbered else ""

@@ -48,6 +48,8 @@ def start_from(task: AdapterTask, source: str, class_names: Sequence[str]) -> st
         why = "another shape" if same_maps else "it read other maps"
         return f"Started from {source}; the {word} is a fresh one ({why})."
     why = f"{len(names)} classes there, {len(class_names)} here" if len(names) != len(class_names) else "other classes"
+    if sorted(names) == sorted(class_names):
+        why = "the same classes in another order"
     return f"Started from {source}; the {word} is a fresh one ({why})."
 
 

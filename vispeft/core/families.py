@@ -21,6 +21,7 @@ __all__ = [
     "family_of",
     "parameter_sizes",
     "register_family",
+    "supported_names",
     "unwrap",
 ]
 
@@ -61,6 +62,20 @@ def register_family(family: Family) -> None:
     """
     fill("families")  # first, so that a family of another package can replace a built-in one
     _FAMILIES[:] = [known for known in _FAMILIES if known.name != family.name] + [family]
+
+
+def supported_names(module: str) -> tuple[bool, str]:
+    """Say which timm models can be adapted.
+
+    Args:
+        module: A module of timm, such as ``timm.models.convnext``.
+
+    Returns:
+        Whether one of its classes is of a family, and the example names of all families.
+    """
+    fill("families")
+    examples = "; ".join(family.examples for family in _FAMILIES if "features_only" not in family.examples)
+    return any(cls.__module__ == module for family in _FAMILIES for cls in family.classes), examples
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -6,11 +6,12 @@ import dataclasses
 import difflib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from types import SimpleNamespace
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from types import SimpleNamespace, UnionType
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from vispeft.errors import ConfigError, SiteError
 
@@ -22,6 +23,7 @@ __all__ = [
     "check_factor",
     "check_roles_in",
     "check_share",
+    "check_types",
     "check_whole",
 ]
 
@@ -75,22 +77,75 @@ def check_choices(config: Any) -> None:
         raise ConfigError(f"{type(config).__name__}({field}={value!r}): choose {_listed(choices)}.{hint}")
 
 
+def check_types(cls: type, fields: Mapping[str, Any]) -> None:
+    """Check that values read from a file are of the kinds that a dataclass states for its fields.
+
+    Args:
+        cls: The dataclass.
+        fields: Values by field; ``Literal`` fields are left to `check_choices`.
+
+    Raises:
+        ConfigError: If a value is of another kind, or a number is not finite.
+    """
+    hints = _hints(cls)
+    for field, value in fields.items():
+        kinds = [part for part in _parts(hints.get(field, Any)) if get_origin(part) is not Literal]
+        if len(kinds) < len(_parts(hints.get(field, Any))) or any(_fits(value, kind) for kind in kinds):
+            continue
+        names = " or ".join(_KINDS.get(kind, str(kind)) for kind in kinds)
+        raise ConfigError(f"{cls.__name__}({field}={value!r}): {names} is needed.")
+
+
+LARGEST = 1e9
+"""Largest number of a field, such as a scale; beyond it the values of an adapter leave the range of float32."""
+_KINDS = {
+    int: "a whole number",
+    float: f"a finite number up to {LARGEST:g}",
+    bool: "true or false",
+    str: "a text",
+    type(None): "none",
+}
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    """Return the kinds that a union is made of."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple | list) and all(_fits(item, get_args(kind)[0]) for item in value)
+    if kind in (int, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+        return False
+    if kind is int:
+        return isinstance(value, int) and abs(value) < 2**63
+    if kind is float:
+        return abs(value) <= LARGEST
+    return isinstance(value, kind) if kind in _KINDS else True
+
+
 @cache
-def _choices(cls: type) -> dict[str, tuple[tuple[Any, ...], tuple[type, ...]]]:
-    """Choices of each ``Literal`` field of a dataclass, and the other types of its union."""
-    found = {}
+def _hints(cls: type) -> dict[str, Any]:
+    """Read the annotations of a dataclass; fields with names that are imported for type checking only are left out."""
+    found: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         # Subclasses share the Field object of the class that wrote the annotation; its names resolve in that module.
         owner = [base for base in cls.__mro__ if base.__dict__.get("__dataclass_fields__", {}).get(field.name) is field]
         annotated = SimpleNamespace(__annotations__={field.name: field.type})
-        try:
-            hint = get_type_hints(annotated, globalns=vars(sys.modules[owner[-1].__module__]))[field.name]
-        except NameError:
-            continue  # the annotation uses a name imported only for type checking
-        parts = (hint,) if get_origin(hint) is Literal else get_args(hint)
+        with suppress(NameError):
+            found |= get_type_hints(annotated, globalns=vars(sys.modules[owner[-1].__module__]))
+    return found
+
+
+@cache
+def _choices(cls: type) -> dict[str, tuple[tuple[Any, ...], tuple[type, ...]]]:
+    """Choices of each ``Literal`` field of a dataclass, and the other types of its union."""
+    found = {}
+    for field, hint in _hints(cls).items():
+        parts = _parts(hint)
         choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
         if choices:
-            found[field.name] = tuple(choices), tuple(part for part in parts if isinstance(part, type))
+            found[field] = tuple(choices), tuple(part for part in parts if isinstance(part, type))
     return found
 
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from vispeft.core.families import describe
-from vispeft.core.fields import check_choices
+from vispeft.core.fields import check_choices, check_types
 from vispeft.core.providers import extra_methods, fill
 from vispeft.core.recipes import Recipe, choose_recipe
 from vispeft.core.sites import Site, View, check_roles, select
 from vispeft.core.units import Unit
 from vispeft.errors import ConfigError, SiteError, UnknownNameError
 
-__all__ = ["Method", "PlanItem", "Step", "list_methods", "method", "method_from_dict", "register"]
+__all__ = ["Method", "PlanItem", "Step", "list_methods", "method", "method_from_dict", "register", "registered_methods"]
 
 _METHODS: dict[str, type[Method]] = {}
 M = TypeVar("M", bound="type[Method]")
@@ -362,10 +362,26 @@ def register(cls: M) -> M:
     return cls
 
 
+def is_registered(config: Method) -> bool:
+    """Return whether files of a method are read by its class, and not by another one of its name or by none.
+
+    Args:
+        config: The method.
+    """
+    fill("methods")
+    return _METHODS.get(config.name) is type(config)
+
+
 def list_methods() -> list[str]:
     """List the names of all methods that need no optional dependency."""
     fill("methods")
     return sorted(set(_METHODS) - set(extra_methods()))
+
+
+def registered_methods() -> list[type[Method]]:
+    """List the classes of all methods in the registry, in no order."""
+    fill("methods")
+    return list(_METHODS.values())
 
 
 def method(name: str, **fields: Any) -> Method:
@@ -389,12 +405,15 @@ def method(name: str, **fields: Any) -> Method:
     if name not in _METHODS and name in extra_methods():
         importlib.import_module(extra_methods()[name])
     if name not in _METHODS:
-        raise UnknownNameError("method", name, _METHODS)
+        raise UnknownNameError(
+            "method", name, _METHODS, "A method of your own is known once the module with its class is imported."
+        )
     cls = _METHODS[name]
     known = {field.name for field in dataclasses.fields(cls)}
     for field in fields:
         if field not in known:
             raise UnknownNameError(f"field of {cls.__name__}", field, known)
+    check_types(cls, fields)
     return cls(**fields)
 
 

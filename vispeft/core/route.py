@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 from torch.compiler import is_compiling
 
+from vispeft.core.gate import Gate
 from vispeft.core.model_units import QueryUnit, SideUnit, StreamUnit, TokensUnit
 from vispeft.core.streams import Stream
 from vispeft.core.units import (
@@ -60,12 +61,14 @@ class Acting(NamedTuple):
     depth: tuple[DepthUnit, ...] = ()
     carries: bool = False
     """Whether streams beside the tokens pass through this block, attention or MLP, or start in it."""
+    grid: bool = False
+    """Whether a unit here treats the tokens as an image; at the host of the model, whether one in any block does."""
     starting: tuple[Stream, ...] = ()
     """At the host of the model: the streams that start inside blocks."""
 
     def units(self) -> Iterator[Unit]:
         """Iterate over all units, kind by kind."""
-        kinds: Any = self[: len(self) - 2]
+        kinds: Any = self[: len(self) - 3]
         for kind in kinds:
             yield from kind
 
@@ -74,18 +77,19 @@ NOTHING = Acting()
 """The value for a host at which no unit acts."""
 
 
-def acting(units: Iterable[Unit], carries: bool = False, starting: Iterable[Stream] = ()) -> Acting:
+def acting(units: Iterable[Unit], carries: bool = False, grid: bool = False, starting: Iterable[Stream] = ()) -> Acting:
     """Sort the units of one host by kind.
 
     Args:
         units: The units, in the order in which their adapters act.
         carries: Whether streams beside the tokens pass through.
+        grid: Whether a unit treats the tokens as an image.
         starting: At the host of the model, the streams that start inside blocks.
     """
     kinds: dict[str, tuple[Any, ...]] = {}
     for unit in units:
         kinds[unit.kind] = (*kinds.get(unit.kind, ()), unit)
-    return Acting(**kinds, carries=carries, starting=tuple(starting))
+    return Acting(**kinds, carries=carries, grid=grid, starting=tuple(starting))
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +118,8 @@ class _Entered:
     """The route it uses."""
     before: Route | None
     """The one its thread used before."""
+    thread: int = field(default_factory=threading.get_ident)
+    """The thread."""
 
 
 class _Thread(threading.local):
@@ -133,18 +139,20 @@ class _Block(AbstractContextManager[None]):
     the route of its forward pass.
     """
 
-    def __init__(self, routing: Routing, find: Callable[[], Route]) -> None:
+    def __init__(self, routing: Routing, find: Callable[[], Route], gate: Callable[[], Any]) -> None:
         """Store how the route is found.
 
         Args:
             routing: Where the hosts find it.
             find: Returns the route; called on entering, since adapters may have been removed in between.
+            gate: Returns what is entered meanwhile.
         """
-        self.routing, self.find = routing, find
+        self.routing, self.find, self.gate = routing, find, gate
 
     def __enter__(self) -> None:
         """Let the calling thread use the route."""
-        self.routing._enter(self.find())
+        with self.gate():
+            self.routing._enter(self.find())
 
     def __exit__(self, *_: object) -> None:
         """Put back the one before."""
@@ -162,6 +170,7 @@ class Routing:
         self.default = Route()
         self.traced = self.default
         self.slots = 0
+        self.gate = Gate()
         self._thread = _Thread()
         self._entered: list[_Entered] = []
 
@@ -173,6 +182,7 @@ class Routing:
         """Restore the default route."""
         self.default = self.traced = state["default"]
         self.slots = state["slots"]
+        self.gate = Gate()
         self._thread = _Thread()
         self._entered = []
 
@@ -210,15 +220,25 @@ class Routing:
         Args:
             route: The route.
         """
-        return self.choosing(lambda: route)
+        return _Block(self, lambda: route, nullcontext)
 
     def choosing(self, find: Callable[[], Route]) -> AbstractContextManager[None]:
-        """Use a route that is found when the block is entered; see `using`.
+        """Use a route that is found when the block is entered, after any change of the model; see `using`.
 
         Args:
             find: Returns the route.
         """
-        return _Block(self, find)
+        return _Block(self, find, self.gate.beside)
+
+    def used_elsewhere(self, name: str | None = None) -> bool:
+        """Return whether a block of code of another thread is open that uses an adapter.
+
+        Args:
+            name: The adapter; None for any block, also one that uses the base alone.
+        """
+        own = threading.get_ident()
+        others = [entered for entered in list(self._entered) if entered.thread != own]
+        return any(name is None or name in (*e.route.names, *(e.before or e.route).names) for e in others)
 
     def _enter(self, route: Route) -> None:
         """Enter a block in the calling thread."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vispeft.errors import ConfigError, SiteError, UnknownNameError
+from vispeft.errors import ConfigError, SiteError, UnknownNameError, counted
 
 __all__ = ["ROLES", "Kind", "Layout", "Site", "Slice", "View", "select"]
 
@@ -298,5 +298,7 @@ def _expand(view: View, roles: Sequence[str]) -> list[str]:
 
 def _block_index(index: int, depth: int) -> int:
     if not -depth <= index < depth:
-        raise ConfigError(f"Block {index} was asked for, but the model has {depth} blocks (0 to {depth - 1}).")
+        raise ConfigError(
+            f"Block {index} was asked for, but the model has {counted(depth, 'block')} (0 to {depth - 1})."
+        )
     return index % depth

@@ -9,6 +9,7 @@ from typing import Literal
 from vispeft.data.masks import MaskCoding
 from vispeft.data.palettes import ClassTable, class_table
 from vispeft.data.segmentation import PublishedMasks, find_split
+from vispeft.data.trees import LeftOut, list_folder
 from vispeft.errors import DataError
 
 __all__ = ["ADE20KData"]
@@ -39,7 +40,8 @@ class ADE20KData(PublishedMasks):
         """List images and masks of a published split."""
         place = self.place(".", "ADEChallengeData2016", needs=("images", "annotations"))
         folder = find_split(place / "images", split)
-        images = sorted(folder.glob("*.jpg"))
+        _, files = list_folder(folder, LeftOut(folder))
+        images = [Path(path) for path in files if path.endswith(".jpg")]
         if not images:
             raise DataError(f"{folder} has no image; the published ones end in .jpg.")
         return [(image, place / "annotations" / folder.name / f"{image.stem}.png") for image in images]

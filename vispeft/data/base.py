@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 from vispeft.data.listing import Target
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.data.randomness import draw_seed, seeded
-from vispeft.errors import ConfigError, DataError
+from vispeft.errors import ConfigError, DataError, counted
 
 __all__ = ["BatchSplit", "EpochSampler", "ImageData", "MemorySplit"]
 
@@ -265,7 +265,7 @@ class ImageData(LightningDataModule, ABC):
                 raise DataError(f"{type(self).__name__} has no image in its {name} split; give it a larger share.")
         if self.drop_last and len(splits["train"]) < self.batch_size:  # type: ignore[arg-type]
             raise DataError(
-                f"{type(self).__name__} has {len(splits['train'])} training images, "  # type: ignore[arg-type]
+                f"{type(self).__name__} has {counted(len(splits['train']), 'training image')}, "  # type: ignore[arg-type]
                 f"fewer than batch_size={self.batch_size}, and drop_last leaves smaller batches out. "
                 "Make batch_size smaller."
             )

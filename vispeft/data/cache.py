@@ -8,12 +8,12 @@ find it, and gets that name only once all its files are on disk.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,19 @@ from torch.utils.data import DataLoader
 
 from vispeft.data.base import BatchSplit, Index
 from vispeft.errors import FileError
+from vispeft.storage.locks import hold
 
 __all__ = ["CachedSplit", "OutputFiles", "OutputStore", "changes_between_epochs", "split_digest"]
 
 logger = logging.getLogger(__name__)
 
 META = "meta.json"
+_PART = ".part-"
+"""Start of the name of a folder that is being filled."""
+_CANNOT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+"""Answers of file systems that take no room in advance."""
+_CHUNK = 2**20
+"""Bytes written at a time where room is taken by writing."""
 PROBED = 64
 """Number of training images prepared for two epochs to detect changes."""
 
@@ -80,6 +87,7 @@ class OutputFiles:
                 shape = (self.rows, *values.shape[1:])
                 file = self.folder / f"{name}.npy"
                 self.maps[name] = np.lib.format.open_memmap(file, mode="w+", dtype=values.dtype, shape=shape)
+                _take_room(file, self.maps[name].nbytes)
                 self.dtypes[name] = str(tensor.dtype).removeprefix("torch.")
             count = len(values)
             self.maps[name][self.done : self.done + count] = values
@@ -130,10 +138,10 @@ class OutputStore:
             return None
         try:
             meta = json.loads((home / META).read_text(encoding="utf-8"))
-            wrong = [name for name, sha in meta["files"].items() if _sha256(home / name) != sha]
-            if meta["key"] != _as_json(key):
-                wrong.append(META)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            digest = meta.pop("digest")
+            wrong = [META] if digest != _digest(meta) or meta["key"] != _as_json(key) else []
+            wrong += [name for name, sha in meta["files"].items() if not wrong and _sha256(home / name) != sha]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             logger.warning("The kept outputs in %s are damaged (%s); they are computed again.", home, error)
             return None
         if wrong:
@@ -142,6 +150,16 @@ class OutputStore:
             )
             return None
         return {name: _mapped(home / f"{name}.npy", dtype) for name, dtype in meta["dtypes"].items()}
+
+    def _lock(self, name: str) -> Path:
+        return self.place / f".{name}.lock"
+
+    def _tidy(self, own: str) -> None:
+        """Remove what killed processes left, of this key and of others that nobody computes at present."""
+        shutil.rmtree(self.place / f"{_PART}{own}", ignore_errors=True)
+        for part in self.place.glob(f"{_PART}*"):
+            with contextlib.suppress(FileError), hold(self._lock(part.name.removeprefix(_PART)), str(part)):
+                shutil.rmtree(part, ignore_errors=True)
 
     def write(self, key: Mapping[str, Any], rows: int, fill: Callable[[OutputFiles], None]) -> dict[str, Tensor]:
         """Fill a folder, and give it the name of its key once it is complete.
@@ -157,25 +175,27 @@ class OutputStore:
         Raises:
             FileError: If they cannot be written, or are damaged afterwards.
         """
-        home, part = self.home(key), None
+        home = self.home(key)
+        part = home.parent / f"{_PART}{home.name}"
         try:
             home.parent.mkdir(parents=True, exist_ok=True)
-            part = Path(tempfile.mkdtemp(prefix=".part-", dir=home.parent))
-            files = OutputFiles(part, rows)
-            fill(files)
-            _write_meta(part, key, files.close())
-            if home.exists():  # damaged, or meanwhile written by another process, which computes the same
-                shutil.rmtree(home, ignore_errors=True)
-            with contextlib.suppress(FileExistsError):
-                os.rename(part, home)
+            with hold(self._lock(home.name), f"The folder {home}", wait=True) as waited:
+                ready = self.read(key) if waited else None  # the process before computed the same
+                if ready is None:
+                    self._tidy(home.name)
+                    part.mkdir()
+                    files = OutputFiles(part, rows)
+                    fill(files)
+                    _write_meta(part, key, files.close())
+                    shutil.rmtree(home, ignore_errors=True)  # damaged
+                    os.rename(part, home)
         except OSError as error:
             raise FileError(
                 f"Outputs of the backbone could not be kept in {home.parent} ({error.strerror or error}). Free some "
                 "space, give cache_features another folder, or leave it out."
             ) from error
         finally:
-            if part is not None:
-                shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(part, ignore_errors=True)
         outputs = self.read(key)
         if outputs is None:
             raise FileError(f"{home} was damaged while it was written. Look at the disk, and try again.")
@@ -228,11 +248,37 @@ def _update(digest: Any, tensor: Tensor) -> None:
 
 def _write_meta(folder: Path, key: Mapping[str, Any], dtypes: Mapping[str, str]) -> None:
     files = {f"{name}.npy": _sha256(folder / f"{name}.npy") for name in dtypes}
-    text = json.dumps({"key": key, "dtypes": dtypes, "files": files}, indent=1)
+    meta = {"key": key, "dtypes": dtypes, "files": files}
+    text = json.dumps({**meta, "digest": _digest(meta)}, indent=1)
     with open(folder / META, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _digest(meta: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(_as_json(meta), sort_keys=True).encode()).hexdigest()
+
+
+def _take_room(file: Path, size: int) -> None:
+    """Make the disk hold all of a file: a page of a mapped one that finds no room later ends the process.
+
+    Args:
+        file: The file, whose last bytes are still zero.
+        size: Number of these bytes.
+
+    Raises:
+        OSError: If the disk is full.
+    """
+    with file.open("r+b") as handle:
+        try:
+            os.posix_fallocate(handle.fileno(), 0, os.fstat(handle.fileno()).st_size)
+        except (AttributeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in _CANNOT:
+                raise
+            handle.seek(-size, os.SEEK_END)
+            for begin in range(0, size, _CHUNK):
+                handle.write(bytes(min(_CHUNK, size - begin)))
 
 
 def _as_json(key: Mapping[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from vispeft.data.facts import ImageFacts
 from vispeft.data.listing import Finding, ListedSplit, Listing, gather
 from vispeft.data.mask_checks import check_masks, image_counts
 from vispeft.data.masks import ListedMasks
-from vispeft.errors import DataError
+from vispeft.data.pixel_checks import check_pixels
+from vispeft.errors import DataError, counted
 
 __all__ = ["Report", "examine"]
 
@@ -18,30 +20,6 @@ EXTREME_ASPECT = 4.0
 """Ratio of longer to shorter side from which stretching an image to a square gives a warning."""
 IMBALANCE = 10.0
 """Ratio of largest to smallest class from which a warning is given."""
-
-PROBLEMS = {
-    "missing": ("missing-file", "{n} listed and not there; check paths and root"),
-    "empty": ("empty-file", "{n} with 0 bytes; replace or remove them"),
-    "truncated": ("truncated-image", "{n} cut short or damaged; replace or remove them"),
-    "broken": ("broken-image", "{n} that cannot be opened; replace or remove them"),
-}
-
-MODES = {
-    "1": ("black-and-white", "in black and white; repeated over three channels"),
-    "L": ("grayscale", "in grayscale; repeated over three channels"),
-    "LA": ("transparency", "in grayscale with transparency; grey is repeated, transparency is dropped"),
-    "P": ("palette", "with a palette; looked up as RGB"),
-    "PA": ("palette", "with a palette; looked up as RGB"),
-    "RGBA": ("transparency", "with transparency, which is dropped: hidden colours become visible"),
-    "CMYK": ("cmyk", "in CMYK; converted to RGB without a colour profile"),
-    "YCbCr": ("ycbcr", "in YCbCr; converted to RGB"),
-    "LAB": ("lab", "in Lab; converted to RGB"),
-    "I": ("16-bit", "with 16 bits; scaled to 8"),
-    "I;16": ("16-bit", "with 16 bits; scaled to 8"),
-    "I;16B": ("16-bit", "with 16 bits; scaled to 8"),
-    "I;16L": ("16-bit", "with 16 bits; scaled to 8"),
-}
-"""Pixel modes other than RGB by Pillow's name, and their treatment."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +50,10 @@ class Report:
         errors, warnings = self.of("error"), self.of("warning")
         if not errors:
             return
-        lines = [f"The data in {self.listing.place} cannot be used as they are; {_many(len(errors), 'error')}:"]
+        lines = [f"The data in {self.listing.place} cannot be used as they are; {counted(len(errors), 'error')}:"]
         lines += [f"  {finding.line()}" for finding in errors]
         if warnings:
-            lines += [f"and {_many(len(warnings), 'warning')}:", *(f"  {finding.line()}" for finding in warnings)]
+            lines += [f"and {counted(len(warnings), 'warning')}:", *(f"  {finding.line()}" for finding in warnings)]
         raise DataError("\n".join([*lines, "`vispeft doctor` shows everything that is known about them."]))
 
 
@@ -94,20 +72,17 @@ def examine(listing: Listing, full: bool = True) -> Report:
     targets = check_masks(listing, facts, full) if listing.target == "mask" else _targets(listing)
     findings = [
         *listing.findings,
-        *_images(listing, facts),
-        *_modes(listing, facts),
+        *check_pixels(listing, facts),
         *_shapes(listing, facts),
         *_contents(listing, facts, full),
         *_empty(listing),
+        *_names(listing),
         *targets,
+        *_absent(listing),
         *_published(listing),
     ]
     order = {"error": 0, "warning": 1, "fact": 2}
     return Report(listing, facts, tuple(sorted(findings, key=lambda finding: order[finding.level])))
-
-
-def _many(count: int, word: str) -> str:
-    return f"{count} {word}{'' if count == 1 else 's'}"
 
 
 def _all(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> Iterable[tuple[str, int, str, ImageFacts]]:
@@ -117,44 +92,7 @@ def _all(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> Iterable[tu
             yield name, index, split.source.name(index), known
 
 
-# ------------------------------------------------------------------ images
-
-
-def _images(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> list[Finding]:
-    """Find images that cannot be read."""
-    places: dict[str, list[str]] = defaultdict(list)
-    for _, _, name, known in _all(listing, facts):
-        if known.problem:
-            places[known.problem].append(f"{name} ({known.reason})" if known.reason else name)
-    return gather(
-        "error",
-        {
-            (code, text.replace("{n}", _many(len(places[problem]), "image"))): places[problem]
-            for problem, (code, text) in PROBLEMS.items()
-        },
-    )
-
-
-def _modes(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> list[Finding]:
-    """Find images that are not RGB; a warning if only some are, which often means a mistake."""
-    places: dict[tuple[str, str], list[str]] = defaultdict(list)
-    frames: list[str] = []
-    total = 0
-    for _, _, name, known in _all(listing, facts):
-        total += 1
-        if known.mode in MODES and not known.problem:
-            places[MODES[known.mode]].append(name)
-        if known.frames > 1:
-            frames.append(f"{name} ({known.frames})")
-    found = []
-    for (code, text), names in places.items():
-        said = f"{_many(len(names), 'image')} {text}"
-        if len(names) == total:
-            found.append(Finding("fact", code, f"All {said}"))
-        else:
-            found.append(Finding("warning", code, said, tuple(names)))
-    text = f"{_many(len(frames), 'file')} with several images, of which the first is taken"
-    return [*found, *gather("warning", {("several-frames", text): frames})]
+# ------------------------------------------------------------------ shapes
 
 
 def _shapes(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> list[Finding]:
@@ -166,9 +104,8 @@ def _shapes(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> list[Fin
             sizes[known.width, known.height] += 1
             if max(known.width, known.height) > EXTREME_ASPECT * min(known.width, known.height):
                 extreme.append(f"{name} ({known.width} x {known.height})")
-    text = (
-        f"{_many(len(extreme), 'image')} longer than {EXTREME_ASPECT:g} times their other side, which resizing distorts"
-    )
+    images = counted(len(extreme), "image")
+    text = f"{images} longer than {EXTREME_ASPECT:g} times their other side, which resizing distorts"
     found = gather("warning", {("extreme-shape", text): extreme})
     if len(sizes) > 1:
         least, most = min(sizes, key=_area), max(sizes, key=_area)
@@ -211,7 +148,7 @@ def _contents(listing: Listing, facts: Mapping[str, list[ImageFacts]], full: boo
 
 
 def _counted(level: str, code: str, text: str, places: list[str]) -> list[Finding]:
-    return gather(level, {(code, text.replace("{n}", _many(len(places), "image"))): places})  # type: ignore[arg-type]
+    return gather(level, {(code, text.replace("{n}", counted(len(places), "image"))): places})  # type: ignore[arg-type]
 
 
 def _groups(listing: Listing, images: Iterable[tuple[str, int, str, str]]) -> dict[str, list[str]]:
@@ -270,6 +207,45 @@ def _targets(listing: Listing) -> list[Finding]:
     return [*found, *(_imbalance(names, train) if listing.target == "class" else [])]
 
 
+def _names(listing: Listing) -> list[Finding]:
+    """Check that the names of the classes can be written, and told apart."""
+    wrong = [name or "''" for name in listing.class_names if not name.strip() or not _is_text(name)]
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name in listing.class_names:
+        alike[unicodedata.normalize("NFKC", name).strip().casefold()].append(name)
+    text = "Names of classes that are empty or no text in UTF-8, so that nothing can be saved with them; rename them"
+    found = gather("error", {("class-name", text): wrong})
+    text = "Classes whose names differ in case, spaces or Unicode form alone; are they the same"
+    places = [" = ".join(names) for names in alike.values() if len(names) > 1]
+    return [*found, *gather("warning", {("names-alike", text): places})]
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written in UTF-8, which has no place for bytes of another encoding."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _absent(listing: Listing) -> list[Finding]:
+    """Find classes that can be learned and do not occur in another split: a warning where that was drawn at random."""
+    if listing.target == "regression" or "train" not in listing.splits:
+        return []
+    train = class_counts(listing, listing.splits["train"])
+    found: list[Finding] = []
+    for name, split in listing.splits.items():
+        numbers = class_counts(listing, split)
+        missing = [listing.class_names[i] for i, count in enumerate(train) if count and not numbers[i]]
+        if name != "train" and len(listing.splits[name]):
+            text = f"Classes that do not occur in {name}, about which its figures say nothing"
+            hint = "; give that split, or try another split_seed" if name in listing.drawn else ""
+            level = "warning" if name in listing.drawn else "fact"
+            found += gather(level, {(f"absent-in-{name}", text + hint): missing})  # type: ignore[arg-type]
+    return found
+
+
 def _empty(listing: Listing) -> list[Finding]:
     empty = [name for name, split in listing.splits.items() if not len(split)]
     return gather("error", {("empty-split", "No image in some splits; give more images, or larger shares"): empty})
@@ -281,7 +257,7 @@ def _imbalance(names: tuple[str, ...], train: list[int]) -> list[Finding]:
         return []
     few, many = names[train.index(min(counts))], names[train.index(max(counts))]
     text = (
-        f"Classes in train are unequal, from {_many(min(counts), 'image')} ({few}) to {max(counts)} ({many}); "
+        f"Classes in train are unequal, from {counted(min(counts), 'image')} ({few}) to {max(counts)} ({many}); "
         "look at the accuracy per class, or weight the classes"
     )
     return [Finding("warning", "imbalance", text)]

@@ -10,6 +10,7 @@ from typing import Literal
 from vispeft.data.masks import IGNORE, MaskCoding
 from vispeft.data.palettes import ClassTable, class_table
 from vispeft.data.segmentation import PublishedMasks, find_split
+from vispeft.data.trees import LeftOut, walk
 from vispeft.errors import DataError
 
 __all__ = ["CityscapesData"]
@@ -42,7 +43,8 @@ class CityscapesData(PublishedMasks):
     @cached_property
     def _ending(self) -> str:
         """Suffix of mask file names."""
-        return TRAIN_IDS if next((self._place / "gtFine").rglob(f"*{TRAIN_IDS}"), None) else LABEL_IDS
+        masks = self._place / "gtFine"
+        return TRAIN_IDS if any(path.endswith(TRAIN_IDS) for path in walk(masks, LeftOut(masks))) else LABEL_IDS
 
     @property
     def _place(self) -> Path:
@@ -59,7 +61,7 @@ class CityscapesData(PublishedMasks):
     def pairs(self, split: Literal["train", "validation"]) -> Sequence[tuple[Path, Path]]:
         """List images and masks of a published split."""
         folder = find_split(self._place / "leftImg8bit", split)
-        images = sorted(folder.glob(f"*/*{IMAGE}"))
+        images = sorted(Path(path) for path in walk(folder, LeftOut(folder)) if path.endswith(IMAGE))
         if not images:
             raise DataError(f"{folder} has no <city>/*{IMAGE}, which the published layout has.")
         masks = self._place / "gtFine" / folder.name

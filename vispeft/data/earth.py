@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from vispeft.data.facts import cache_folder
+from vispeft.data.formats import open_image
 from vispeft.data.listing import Listing, Published
 from vispeft.data.masks import MaskCoding
 from vispeft.data.palettes import Colour, make_palette
@@ -254,18 +255,13 @@ def _read_files(root: Path) -> dict[str, bytes]:
 
 def _open(contents: dict[str, bytes]) -> tuple[Image.Image, np.ndarray]:
     """Decode map and zones, both at the map's resolution."""
-    # The zones exceed Pillow's limit against decompression bombs; their size is known here.
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        satellite, zones = (Image.open(io.BytesIO(contents[name])) for name in (MAP, CLIMATE))
-        for name, image in ((MAP, satellite), (CLIMATE, zones)):
-            _, requirement, size = FILES[name]
-            if image.size != size:
-                raise DataError(f"{name} is {image.size}, and that of {requirement} is {size}; take that version.")
-        coarse = zones.resize(satellite.size, Image.Resampling.NEAREST)
-        return satellite.convert("RGB"), np.asarray(coarse)
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+    satellite, zones = (open_image(io.BytesIO(contents[name])) for name in (MAP, CLIMATE))
+    for name, image in ((MAP, satellite), (CLIMATE, zones)):
+        _, requirement, size = FILES[name]
+        if image.size != size:
+            raise DataError(f"{name} is {image.size}, and that of {requirement} is {size}; take that version.")
+    coarse = zones.resize(satellite.size, Image.Resampling.NEAREST)
+    return satellite.convert("RGB"), np.asarray(coarse)
 
 
 def _write(home: Path, satellite: Image.Image, zones: np.ndarray) -> None:

@@ -5,31 +5,46 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
-from PIL import ExifTags, Image
+import numpy as np
+from PIL.ImageFile import ImageFile
 
-from vispeft.data.images import UNREADABLE, to_rgb, why
+from vispeft.data.formats import PixelError, StoredTiff, open_image, too_large
+from vispeft.data.images import DEEP, GREY, PLAIN, UNREADABLE, Reading, why
+from vispeft.data.pixels import (
+    QUARTER_TURNS,
+    exif_orientation,
+    grey_scale,
+    is_wide,
+    netpbm_white,
+    stored_rows,
+    stored_size,
+)
 
-__all__ = ["FactStore", "Facts", "ImageFacts", "cache_folder", "look_at"]
+__all__ = ["FactStore", "Facts", "ImageFacts", "cache_folder", "header_facts", "limited", "look_at"]
 
 logger = logging.getLogger(__name__)
 
 Key = tuple[str, int, int, str]
 """Path, size in bytes, modification time in nanoseconds, and level of inspection."""
 
-QUARTER_TURNS = (5, 6, 7, 8)
-"""Orientations of Exif 2.3 that exchange width and height."""
-
 SETTLED = 2.0
 """Seconds after a modification from which the file's modification time identifies its content."""
+
+
+LARGE = 2**24
+"""Pixels above which images are decoded one at a time, as the threads of a check would need too much memory."""
+_ALONE = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -37,7 +52,8 @@ class ImageFacts:
     """Facts about one image."""
 
     problem: str = ""
-    """Why it is unusable: ``missing``, ``empty``, ``truncated`` or ``broken``; empty if it is usable."""
+    """Why it is unusable: ``missing``, ``empty``, ``truncated``, ``broken``, ``unsupported`` or ``too-large``; empty if
+    it is usable."""
     reason: str = ""
     """The reader's message about the problem."""
     width: int = 0
@@ -50,59 +66,129 @@ class ImageFacts:
     """Number of images in the file."""
     digest: str = ""
     """Hash of the pixels; empty if only the header was read."""
-    turned: bool = False
-    """Whether its metadata rotate it by 90 degrees, which swaps width and height on reading."""
+    orientation: int = 1
+    """Orientation in its metadata, 1 to 8 (Exif 2.3); 1 is upright."""
+    dropped: int = 0
+    """Number of bands in the file that are not read."""
+    transparent: bool = False
+    """Whether some of its pixels are transparent; whether they may be if only the header was read."""
+    deep: bool = False
+    """Whether its values have more than 8 bits."""
+    white: int = 0
+    """Largest value that a deep image could hold; 0 if it is not known."""
+    lowest: float = 0
+    """Smallest value of a deep image; 0 if only the header was read."""
+    highest: float = 0
+    """Largest value of a deep image; 0 if only the header was read."""
 
     @property
     def upright(self) -> tuple[int, int]:
         """Width and height of the image as read."""
-        return (self.height, self.width) if self.turned else (self.width, self.height)
+        turned = self.orientation in QUARTER_TURNS
+        return (self.height, self.width) if turned else (self.width, self.height)
 
 
 Facts = TypeVar("Facts", bound=ImageFacts)
 
 
-def look_at(file: BinaryIO, full: bool) -> ImageFacts:
+def look_at(file: BinaryIO, full: bool, reading: Reading = PLAIN) -> ImageFacts:
     """Inspect one image.
 
     Args:
         file: Its open file.
         full: Whether to decode and hash the pixels, instead of reading only the header.
+        reading: How it will be read.
     """
+    file.seek(0)
     if not file.read(1):
         return ImageFacts(problem="empty")
-    file.seek(0)
     try:
-        with Image.open(file) as image:
-            frames = getattr(image, "n_frames", 1)
-            header = ImageFacts(width=image.width, height=image.height, mode=image.mode, frames=frames)
-            if full:
-                return _decoded(image, header)
-            # Pillow reads a whole PNG to find these metadata, which may follow the pixels.
-            return header if image.format == "PNG" else replace(header, turned=_turn(image) in QUARTER_TURNS)
+        with open_image(file, reading.max_pixels) as image:
+            header = ImageFacts(**header_facts(image), transparent=image.has_transparency_data)
+            refuse_unknown(header, image, reading)
+            return _decoded(file, image, header) if full else header
+    except PixelError as error:
+        width, height = error.size
+        return ImageFacts(problem=error.problem, reason=why(error), width=width, height=height)
     except UNREADABLE as error:
         return ImageFacts(problem="broken", reason=why(error))
 
 
-def _decoded(image: Image.Image, header: ImageFacts) -> ImageFacts:
+def limited(known: Facts, reading: Reading) -> Facts:
+    """Give an image above the limit on pixels the problem that it has.
+
+    Args:
+        known: Its facts.
+        reading: The limit.
+    """
+    if known.problem or known.width * known.height <= reading.max_pixels:
+        return known
+    error = too_large((known.width, known.height), reading.max_pixels)
+    return replace(known, problem=error.problem, reason=str(error))
+
+
+def header_facts(image: ImageFile) -> dict[str, Any]:
+    """Read what the header and the metadata of an image say.
+
+    Args:
+        image: An opened image.
+
+    Returns:
+        Values of the fields of `ImageFacts`.
+    """
+    width, height = stored_size(image)
+    known = {"orientation": exif_orientation(image), "mode": image.mode, "deep": False, "white": 0, "dropped": 0}
+    if image.format == "PPM":
+        known["white"] = netpbm_white(image)
+    elif image.mode in DEEP:
+        known["white"] = grey_scale(image).white
+    elif is_wide(image):
+        known["white"] = 65_535
+    known["deep"] = image.mode in DEEP or known["white"] > 255
+    if isinstance(image, StoredTiff):
+        known["dropped"] = max(0, image.bands - len(image.getbands()))
+    return {**known, "width": width, "height": height, "frames": getattr(image, "n_frames", 1)}
+
+
+def refuse_unknown(header: ImageFacts, image: ImageFile, reading: Reading) -> None:
+    """Refuse an image whose values have no known range, by its header.
+
+    Raises:
+        PixelError: If it is one.
+    """
+    if reading.value_range is None and image.mode in GREY and grey_scale(image).white == 0:
+        held = image.samples if isinstance(image, StoredTiff) else "32-bit"
+        text = f"its {held} numbers (mode {image.mode}) have no known range; set value_range, or save 8 or 16 bits"
+        raise PixelError("unsupported", text, image.size)
+
+
+def _decoded(file: BinaryIO, image: ImageFile, header: ImageFacts) -> ImageFacts:
+    """Decode an image, hash its pixels, and find the range of those of more than 8 bits."""
+    digest, lowest, highest, alpha = hashlib.blake2b(digest_size=16), math.inf, -math.inf, False
     try:
-        image.load()
+        with _ALONE if header.width * header.height > LARGE else nullcontext():
+            for rows in stored_rows(image, file):
+                digest.update(rows.tobytes())
+                if image.mode in ("RGBA", "LA"):
+                    alpha = alpha or bool((rows[..., -1] < np.iinfo(rows.dtype).max).any())
+                if header.deep:
+                    values = rows[..., :3] if rows.ndim == 3 else rows
+                    lowest, highest = min(lowest, float(values.min())), max(highest, float(values.max()))
+    except PixelError as error:
+        return replace(header, problem=error.problem, reason=why(error))
     except UNREADABLE as error:
         # The header was complete, so pixels are missing.
         return replace(header, problem="truncated", reason=why(error))
-    to_rgb(image, image.format)
-    pixels = hashlib.blake2b(image.tobytes(), digest_size=16)
     # Orientation is part of the image: equal pixels with different orientations are two images.
-    turned = _turn(image)
-    pixels.update(f"{image.mode} {image.size} {turned}".encode())
-    if image.mode == "P":  # equal indices mean different colours under different palettes
-        pixels.update(bytes(image.getpalette("RGBA") or ()))
-    return replace(header, digest=pixels.hexdigest(), turned=turned in QUARTER_TURNS)
-
-
-def _turn(image: Image.Image) -> int:
-    """Return the Exif orientation; 1 is upright."""
-    return image.getexif().get(ExifTags.Base.Orientation) or 1
+    digest.update(f"{header.mode} {header.width} {header.height} {header.orientation}".encode())
+    if isinstance(image, StoredTiff) and image.white_is_zero:
+        digest.update(b"white is zero")
+    if header.mode == "P":  # equal indices mean different colours under different palettes
+        digest.update(bytes(image.getpalette("RGBA") or ()))
+    known = replace(header, digest=digest.hexdigest())
+    if image.mode in ("RGBA", "LA"):
+        known = replace(known, transparent=alpha)
+    return replace(known, lowest=lowest, highest=highest) if header.deep else known
 
 
 def cache_folder() -> Path:
@@ -113,7 +199,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vispeft"
 
 
-VERSION = 2
+VERSION = 3
 """Version of the stored facts, incremented whenever one is determined differently, to discard older ones."""
 
 

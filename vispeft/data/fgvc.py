@@ -8,9 +8,10 @@ from typing import Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from vispeft.data.augmentation import Augmentation
+from vispeft.data.list_files import read_json
 from vispeft.data.listed import ListedData
 from vispeft.data.listing import Listing, Published
-from vispeft.data.lists import list_splits, read_json
+from vispeft.data.lists import list_splits
 from vispeft.errors import DataError, UnknownNameError
 
 __all__ = ["FGVC", "FgvcData"]

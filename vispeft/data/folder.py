@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.utils.misc import natural_key
 
-from vispeft.data.images import EXTENSIONS
 from vispeft.data.listed import ListedData
 from vispeft.data.listing import Finding, ListedSplit, Listing, gather
 from vispeft.data.sources import FileSource
-from vispeft.errors import DataError
+from vispeft.data.trees import LeftOut, is_image, list_folder, walk
+from vispeft.errors import DataError, counted
 
-__all__ = ["ImageFolderData", "find_split_folders"]
+__all__ = ["SYNONYMS", "ImageFolderData", "find_splits", "leave_beside"]
 
 # timm's synonyms (timm/data/dataset_factory.py), and those for the test split, which timm lacks.
 SYNONYMS = {
@@ -24,12 +26,19 @@ SYNONYMS = {
     "test": ("test", "testing"),
 }
 
+NO_CLASSES = "Images of a split that are in no class folder; if the name is that of a class, rename the folder"
+NO_SPLIT = (
+    "Folders with images beside train, which would be left out. If train is a class, rename its folder; otherwise move "
+    "the others elsewhere"
+)
+INNER_SPLITS = "Folders inside a class have the name of a split and are read as images of the class; splits come first"
+
 
 class ImageFolderData(ListedData):
     """Images in folders named after their classes: ``root/train/cat/1.jpg``, or ``root/cat/1.jpg`` without splits.
 
     Split folders may be called train or training, val, valid, validation, eval or evaluation, and test or testing.
-    Missing splits are drawn from train. Folders inside a class folder belong to the class.
+    Missing splits are drawn from train. Folders inside a class folder belong to the class, and links are followed.
     """
 
     def __init__(self, *, root: str, **settings: Any) -> None:
@@ -46,88 +55,141 @@ class ImageFolderData(ListedData):
         """List the images.
 
         Raises:
-            DataError: If there are no class folders.
+            DataError: If there are no class folders, or the names of folders leave open which split is meant.
         """
-        if not self.root.is_dir():
+        if not os.path.isdir(self.root):
             raise DataError(f"There is no folder {str(self.root)!r}. Give one that has a folder of images per class.")
-        places = find_split_folders(self.root) or {"train": self.root}
-        if "train" not in places:
-            raise DataError(
-                f"{self.root} has {', '.join(place.name for place in places.values())} and no folder train to learn "
-                f"from. Add one, or put the class folders straight into {self.root}."
-            )
-        folders = {split: _class_folders(place) for split, place in places.items()}
+        left, findings = LeftOut(self.root), list[Finding]()
+        folders = self._split_folders(left, findings)
         names = sorted({name for found in folders.values() for name in found}, key=_as_people_count)
-        if not names:
-            found = ", ".join(sorted(path.name for path in places["train"].iterdir())[:5]) or "nothing"
-            raise DataError(
-                f"{places['train']} has no class folders; found {found}. Each class needs a folder of its own."
-            )
-        findings: list[Finding] = []
-        splits = {split: self._split(names, found, findings) for split, found in folders.items()}
-        findings += self._strays(places)
+        splits = {split: self._split(names, found, left, findings) for split, found in folders.items()}
+        if left:
+            findings.append(Finding(left.level, "left-out", left.line()))
         return Listing(str(self.root), tuple(names), splits, findings=findings)
 
-    def _split(self, names: list[str], folders: dict[str, Path], findings: list[Finding]) -> ListedSplit:
-        paths: list[Path] = []
+    def _split_folders(self, left: LeftOut, findings: list[Finding]) -> dict[str, dict[str, str]]:
+        """Find the class folders of each split, by name."""
+        folders, files = list_folder(self.root, left)
+        places = find_splits(folders, self.root)
+        beside = {name: path for name, path in folders.items() if path not in places.values()}
+        if places and "train" not in places:
+            raise DataError(
+                f"{self.root} has {', '.join(map(os.path.basename, places.values()))} and no folder train to learn "
+                f"from. Add one. A folder of such a name is taken for a split; if it is a class, rename it"
+                f"{_like(beside)}."
+            )
+        full = leave_beside(beside if places else {}, files, left)
+        found = {split: self._class_folders(place, left, findings) for split, place in places.items()}
+        if not places:
+            found = {"train": folders}
+        if not any(found.values()):
+            place = places.get("train", str(self.root))
+            hint = f" If {os.path.basename(place)} is a class, rename it{_like(beside)}." if places and beside else ""
+            raise DataError(
+                f"{place} has no class folders; found {left.line() if left else 'nothing'}. Each class needs a folder "
+                f"of its own.{hint}"
+            )
+        if len(places) == 1 and len(full) > 1:
+            findings.append(Finding("error", "folders-beside-train", NO_SPLIT, tuple(full)))
+        return found
+
+    def _class_folders(self, place: str, left: LeftOut, findings: list[Finding]) -> dict[str, str]:
+        """Find the class folders of one split, by name."""
+        folders, files = list_folder(place, left)
+        leave_beside({}, files, left)
+        images = sum(map(is_image, files))
+        if images and not folders:
+            where = f"{os.path.relpath(place, self.root)} ({counted(images, 'image')})"
+            findings.append(Finding("error", "split-without-classes", NO_CLASSES, (where,)))
+        return folders
+
+    def _split(self, names: list[str], folders: dict[str, str], left: LeftOut, findings: list[Finding]) -> ListedSplit:
+        paths: list[str] = []
         labels: list[int] = []
         empty: list[str] = []
-        others: dict[str, int] = defaultdict(int)
+        inner: dict[str, None] = {}
         for label, name in enumerate(names):
-            files = _files(folders[name]) if name in folders else []
-            images = [path for path in files if path.suffix.lower() in EXTENSIONS]
+            if name not in folders:
+                continue
+            files = walk(folders[name], left)
+            images = sorted(filter(is_image, files), key=_as_people_count)
             for path in files:
-                others[path.suffix.lower() or path.name] += path.suffix.lower() not in EXTENSIONS
-            if name in folders and not images:
-                empty.append(str(folders[name].relative_to(self.root)))
+                if not is_image(path):
+                    left.add("ending", path)
+            if not images:
+                empty.append(os.path.relpath(folders[name], self.root))
+            inner |= dict.fromkeys(_inner_splits(folders[name], images))
             paths += images
             labels += [label] * len(images)
         text = "Class folders without an image; fill or remove them"
         findings += gather("error", {("folder-without-images", text): empty})
-        strange = [f"{count} {ending}" for ending, count in sorted(others.items()) if count]
-        text = f"Files that are left out because their ending is none of {' '.join(EXTENSIONS)}"
-        findings += gather("warning", {("no-image-file", text): strange})
+        places = [os.path.relpath(path, self.root) for path in inner]
+        findings += gather("warning", {("splits-inside-class", INNER_SPLITS): places})
         return ListedSplit(FileSource(paths, self.root), torch.tensor(labels, dtype=torch.long))
 
-    def _strays(self, places: dict[str, Path]) -> list[Finding]:
-        """Find images next to the class folders."""
-        stray = [
-            str(path.relative_to(self.root))
-            for place in dict.fromkeys([self.root, *places.values()])
-            for path in sorted(place.iterdir())
-            if path.is_file() and path.suffix.lower() in EXTENSIONS
-        ]
-        return gather("warning", {("image-outside-class", "Images outside of a class folder are left out"): stray})
 
-
-def find_split_folders(root: Path) -> dict[str, Path]:
-    """Find the folders of the splits by their usual names.
+def find_splits(paths: Mapping[str, str], place: str | Path, endings: Sequence[str] = ("",)) -> dict[str, str]:
+    """Find the folders (or lists) of the splits by their usual names.
 
     Args:
-        root: The folder to search.
+        paths: Path by name.
+        place: The folder they are in, for messages.
+        endings: Possible ends of the names.
 
     Returns:
-        Folder by split; empty if there is none.
+        Path by split; empty if there is none.
+
+    Raises:
+        DataError: If two of them stand for one split, or one of them for two.
     """
-    inside = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
-    found = {split: next((inside[n] for n in names if n in inside), None) for split, names in SYNONYMS.items()}
-    return {split: place for split, place in found.items() if place is not None}
+    found: dict[str, str] = {}
+    for split, names in SYNONYMS.items():
+        there = [name for name in paths if name.lower() in {f"{known}{end}" for known in names for end in endings}]
+        if len(there) > 1:
+            raise DataError(
+                f"{place} has {' and '.join(there)}, which all stand for the {split} split. Leave one of them there."
+            )
+        if there:
+            found[split] = paths[there[0]]
+    for one, other in combinations(found.values(), 2):
+        if os.path.samefile(one, other):
+            raise DataError(f"{one} and {other} are one and the same, so two splits would have the same images.")
+    return found
 
 
-def _class_folders(place: Path) -> dict[str, Path]:
-    return {path.name: path for path in sorted(place.iterdir()) if path.is_dir() and not _hidden(path)}
+def _inner_splits(folder: str, images: list[str]) -> list[str]:
+    """Return the folders inside a class folder that have the name of a split."""
+    inner = {path[len(folder) + 1 :].partition(os.sep)[0] for path in images if os.sep in path[len(folder) + 1 :]}
+    known = {name for names in SYNONYMS.values() for name in names}
+    return [os.path.join(folder, name) for name in sorted(inner) if name.lower() in known]
 
 
-def _files(folder: Path) -> list[Path]:
-    inside = sorted(folder.rglob("*"), key=lambda path: _as_people_count(str(path)))
-    # A broken link counts as a missing image, and is reported as such.
-    return [path for path in inside if (path.is_file() or not path.exists()) and not _hidden(path)]
+def leave_beside(folders: Mapping[str, str], files: Iterable[str], left: LeftOut) -> list[str]:
+    """Note folders and files beside those of the splits, or of the classes, as left out.
+
+    Args:
+        folders: Such folders by name.
+        files: Such files.
+        left: Receives both.
+
+    Returns:
+        Names of those folders that have images.
+    """
+    full = []
+    for name, path in folders.items():
+        count = sum(map(is_image, walk(path, LeftOut(path))))
+        left.add("folder" if count else "other", path, counted(count, "image"))
+        full += [name] if count else []
+    for path in files:
+        left.add("loose" if is_image(path) else "other", path)
+    return full
+
+
+def _like(beside: Mapping[str, str]) -> str:
+    """Name some folders beside a split folder that may be classes."""
+    return f" (beside it: {', '.join(sorted(beside)[:5])})" if beside else ""
 
 
 def _as_people_count(name: str) -> tuple[Any, str]:
     # timm's key equates A with a and 01 with 1; without the name itself, their order would vary between processes.
     return natural_key(name), name
-
-
-def _hidden(path: Path) -> bool:
-    return path.name.startswith(".") or path.name == "__MACOSX"

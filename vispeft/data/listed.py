@@ -16,11 +16,13 @@ from torch.utils.data import Dataset
 from vispeft.data.augmentation import Augmentation, TrainTransform
 from vispeft.data.base import BatchSplit, ImageData, Index
 from vispeft.data.checks import Report, examine
+from vispeft.data.formats import MAX_PIXELS
+from vispeft.data.images import Reading
 from vispeft.data.listing import Finding, ListedSplit, Listing
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.data.randomness import seeded
 from vispeft.data.splitting import check_drawing, cross_validation, hold_out, share_of_rest
-from vispeft.errors import ConfigError, DataError
+from vispeft.errors import ConfigError, DataError, check_object, counted, printable
 
 __all__ = ["ImageSplit", "ListedData"]
 
@@ -93,6 +95,9 @@ class ListedData(ImageData):
         split_seed: int = 0,
         folds: int | None = None,
         fold: int = 0,
+        transparency: tuple[int, int, int] | None = None,
+        value_range: tuple[float, float] | None = None,
+        max_pixels: int = MAX_PIXELS,
         **settings: Any,
     ) -> None:
         """Validate and store the settings.
@@ -105,6 +110,11 @@ class ListedData(ImageData):
             split_seed: Seed of random splits and folds.
             folds: Number of parts for cross-validation, each the test split of one run. None gives a single split.
             fold: Index of the part to test, from 0.
+            transparency: Colour (red, green, blue) that transparent images are laid on; None drops the transparency,
+                and hidden colours become visible.
+            value_range: Values of images of more than 8 bits that become black and white; None takes all values that
+                the file could hold.
+            max_pixels: Largest number of pixels of an image or a mask.
             settings: Settings of `ImageData`.
 
         Raises:
@@ -114,10 +124,12 @@ class ListedData(ImageData):
         name = type(self).__name__
         if check not in ("full", "fast"):
             raise ConfigError(f"{name}(check={check!r}): the choices are full and fast.")
+        check_object(name, "augment", augment, Augmentation)
         check_drawing(name, validation=validation, test=test, split_seed=split_seed, folds=folds, fold=fold)
         self.check, self.augment = check, augment
         self.validation, self.test, self.split_seed = validation, test, split_seed
         self.folds, self.fold = folds, fold
+        self.reading = Reading(transparency=transparency, value_range=value_range, max_pixels=max_pixels)
         self._listing: Listing | None = None
         self._report: Report | None = None
 
@@ -133,7 +145,10 @@ class ListedData(ImageData):
     def listing(self) -> Listing:
         """The images with their final splits."""
         if self._listing is None:
-            self._listing = self._divide(self.read())
+            found = replace(self.read(), reading=self.reading)
+            for split in found.splits.values():
+                split.read_with(self.reading)
+            self._listing = self._divide(found)
         return self._listing
 
     def report(self) -> Report:
@@ -176,20 +191,29 @@ class ListedData(ImageData):
             **{name: ImageSplit(splits[name], preprocessing) for name in ("validation", "test")},
         }
 
+    def output_notes(self) -> dict[str, Any]:
+        """Return how pixels become RGB, for the adapter's file."""
+        notes = self.reading.notes()
+        return {"reading": notes} if notes else {}
+
     def accept(self) -> None:
-        """Refuse data with errors, and log the warnings.
+        """Refuse data with errors, and log the warnings and what is left out.
 
         Raises:
             DataError: If the data cannot be used; the message lists every problem.
         """
         report = self.report()
         report.raise_errors()
-        for finding in report.of("warning"):
-            logger.warning("%s: %s", self.listing.place, finding.line(3))
+        for finding in report.findings:
+            if finding.level == "warning" or finding.code == "left-out":
+                level = logging.WARNING if finding.level == "warning" else logging.INFO
+                logger.log(level, "%s: %s", printable(self.listing.place), finding.line(3))
 
     def identity(self) -> Iterator[bytes]:
         """Yield bytes that identify images and targets of all splits: names, and pixels where they were read."""
         yield from super().identity()
+        if changed := {key: value for key, value in self.reading.notes().items() if key != "max_pixels"}:
+            yield f"{changed}\n".encode()
         facts = self.report().facts
         for name, split in self.listing.splits.items():
             for index, known in enumerate(facts[name]):
@@ -217,7 +241,7 @@ class ListedData(ImageData):
         if self.folds is not None:
             pool = self._pool(listing)
             if self.folds > len(pool):
-                raise DataError(f"{listing.place} has {len(pool)} images, too few for folds={self.folds}.")
+                raise DataError(f"{listing.place} has {counted(len(pool), 'image')}, too few for folds={self.folds}.")
             rest, tested = cross_validation(pool.targets, self.folds, self.fold, self.split_seed)
             drawn["test"], splits = pool.take(tested), {"train": pool.take(rest)}
             share = share_of_rest(self.validation, 1 / self.folds)
@@ -231,12 +255,21 @@ class ListedData(ImageData):
             return listing
         splits = {name: {**splits, **drawn}[name] for name in ("train", "validation", "test")}
         drawn_of = f"fold {self.fold + 1} of {self.folds}, " if self.folds else ""
-        text = f"Drawn ({drawn_of}split_seed {self.split_seed}), stratified and disjoint"
+        # Masks are not read for it, so a draw knows nothing about their classes.
+        how = "at random" if listing.target == "mask" else "stratified"
+        text = f"Drawn ({drawn_of}split_seed {self.split_seed}), {how} and disjoint"
         note = Finding("fact", "drawn-splits", text, tuple(f"{name} {len(split)}" for name, split in drawn.items()))
         # Folds mix the published splits, so their published sizes do not apply.
         published = None if self.folds is not None else listing.published
         findings = [*listing.findings, note]
-        return replace(listing, splits=splits, findings=findings, published=published, repeats=frozenset())
+        return replace(
+            listing,
+            splits=splits,
+            findings=findings,
+            published=published,
+            repeats=frozenset(),
+            drawn=frozenset(drawn),
+        )
 
     def _held(self, split: ListedSplit, share: float) -> tuple[ListedSplit, ListedSplit]:
         rest, held = hold_out(split.targets, share, self.split_seed)

@@ -9,7 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vispeft.data.images import PLAIN, Reading
 from vispeft.data.sources import JoinedSource, Source
+from vispeft.errors import printable
 
 __all__ = ["Finding", "ListedSplit", "Listing", "Published", "Target"]
 
@@ -38,7 +40,7 @@ class Finding:
         """
         named = ", ".join(self.places[:at_most])
         more = f", and {len(self.places) - at_most} more" if len(self.places) > at_most else ""
-        return f"{self.text}: {named}{more}." if named else f"{self.text}."
+        return printable(f"{self.text}: {named}{more}." if named else f"{self.text}.")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,14 @@ class ListedSplit:
     def __len__(self) -> int:
         """Count the images."""
         return len(self.source)
+
+    def read_with(self, reading: Reading) -> None:
+        """Set how pixels become RGB.
+
+        Args:
+            reading: The settings.
+        """
+        self.source.read_with(reading)
 
     def label(self, index: int) -> str:
         """Return a string that identifies the target of an image.
@@ -111,6 +121,10 @@ class Listing:
     """Whether it is a published data set to be used unchanged, although its published sizes are not known here."""
     repeats: frozenset[str] = frozenset()
     """Splits that contain images of other splits by protocol."""
+    drawn: frozenset[str] = frozenset()
+    """Splits that were drawn at random."""
+    reading: Reading = PLAIN
+    """How pixels become RGB."""
 
     @property
     def blame(self) -> Literal["error", "warning"]:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
+from vispeft.data.list_files import read_json, read_lines
 from vispeft.data.listed import ListedData
 from vispeft.data.listing import Finding, ListedSplit, Listing, Published, Target, gather
 from vispeft.data.sources import FileSource
 from vispeft.data.targets import Entry, check_labelling, encode
 from vispeft.errors import DataError
 
-__all__ = ["ImageListData", "JsonData", "ListFileData", "list_splits", "read_json", "read_lines"]
+__all__ = ["ImageListData", "JsonData", "ListFileData", "list_splits"]
 
 
 class ListFileData(ListedData):
@@ -58,11 +58,12 @@ class ListFileData(ListedData):
         self.target, self.names = target, None if names is None else tuple(names)
 
     @abstractmethod
-    def entries(self, path: Path) -> list[Entry]:
+    def entries(self, path: Path, findings: list[Finding]) -> list[Entry]:
         """Read one list.
 
         Args:
             path: Its file.
+            findings: Receives what is remarkable about it.
 
         Raises:
             DataError: If it is not a valid list.
@@ -74,29 +75,31 @@ class ListFileData(ListedData):
         Raises:
             DataError: If a list cannot be read.
         """
-        if not self.root.is_dir():
+        if not os.path.isdir(self.root):
             raise DataError(
                 f"There is no folder {str(self.root)!r}, from which the paths of the lists start; set root."
             )
-        entries = {split: self.entries(path) for split, path in self.lists.items()}
+        findings: list[Finding] = []
+        entries = {split: self.entries(path, findings) for split, path in self.lists.items()}
         empty = [str(self.lists[split]) for split, found in entries.items() if not found]
         if empty:
             raise DataError(f"No image is listed in {', '.join(empty)}; each line needs a path and a label.")
         place = ", ".join(str(path) for path in self.lists.values())
-        return list_splits(place, entries, self.root, self.target, self.names, self.renumber)
+        return list_splits(place, entries, self.root, self.target, self.names, self.renumber, findings=tuple(findings))
 
 
 class ImageListData(ListFileData):
     """Images in text lists, a path and a label per line: ``birds/1.jpg 3``.
 
     A class is a whole number from 0, or a word. Several labels are written with commas (``1,4``; ``-`` for none), and
-    so are several numbers. Paths may contain spaces; the label follows the last one. Lines that start with ``#`` are
-    comments.
+    so are several numbers. Paths may contain spaces; the label follows the last one. Tabs, commas or semicolons may
+    separate path and label instead, with quotation marks as spreadsheets write them; a header is left out. Lines that
+    start with ``#`` are comments.
     """
 
-    def entries(self, path: Path) -> list[Entry]:
+    def entries(self, path: Path, findings: list[Finding]) -> list[Entry]:
         """Read one list."""
-        return read_lines(path)
+        return read_lines(path, findings)
 
 
 class JsonData(ListFileData):
@@ -107,7 +110,7 @@ class JsonData(ListFileData):
 
     renumber = True
 
-    def entries(self, path: Path) -> list[Entry]:
+    def entries(self, path: Path, findings: list[Finding]) -> list[Entry]:
         """Read one list."""
         return read_json(path)
 
@@ -115,11 +118,12 @@ class JsonData(ListFileData):
 def list_splits(
     place: str,
     entries: Mapping[str, Sequence[Entry]],
-    root: Path | Mapping[str, Path],
+    root: str | Path,
     target: Target = "class",
     names: Sequence[str] | None = None,
     renumber: bool = False,
     published: Published | None = None,
+    findings: Sequence[Finding] = (),
 ) -> Listing:
     """Turn entries of lists into splits.
 
@@ -131,89 +135,49 @@ def list_splits(
         names: Names of the classes.
         renumber: Whether to number the occurring classes 0, 1, ... in sorted order.
         published: Published sizes of the data set.
+        findings: First findings.
     """
-    kept, findings = _inside(entries)
-    found, encoded, problems = encode(kept, target, names, renumber)
     base = str(root)
+    kept, outside = _inside(entries, base)
+    found, encoded, problems = encode(kept, target, names, renumber)
     splits = {
-        split: ListedSplit(FileSource([Path(os.path.join(base, e.name)) for e in listed], Path(base)), targets)
+        split: ListedSplit(FileSource([_joined(base, entry.name) for entry in listed], base), targets)
         for split, (listed, targets) in encoded.items()
     }
-    return Listing(place, found, splits, target, [*findings, *problems], published)
+    return Listing(place, found, splits, target, [*findings, *outside, *problems], published)
 
 
-def _inside(entries: Mapping[str, Sequence[Entry]]) -> tuple[dict[str, list[Entry]], list[Finding]]:
-    """Keep the entries whose paths stay inside the root."""
+def _inside(entries: Mapping[str, Sequence[Entry]], base: str) -> tuple[dict[str, list[Entry]], list[Finding]]:
+    """Keep the entries whose paths stay inside the root, with slashes for the backslashes of Windows."""
     kept: dict[str, list[Entry]] = {}
     wrong: dict[str, list[str]] = defaultdict(list)
+    turned: list[str] = []
     for split, listed in entries.items():
         kept[split] = []
         for entry in listed:
-            problem = _outside(entry.name)
-            if problem:
+            if problem := _outside(entry.name):
                 wrong[problem].append(f"{entry.where} ({entry.name})")
-            else:
-                kept[split].append(entry)
+                continue
+            if "\\" in entry.name and os.sep == "/" and not os.path.lexists(_joined(base, entry.name)):
+                turned.append(entry.where)
+                entry = entry._replace(name=entry.name.replace("\\", "/"))
+            kept[split].append(entry)
     texts = {
         "absolute-path": "Absolute paths, which are right on one machine only; write them relative to root",
         "escaping-path": "Paths that lead out of root with ..; set root to a folder that holds all images",
     }
-    return kept, gather("error", {(code, text): wrong[code] for code, text in texts.items()})
+    found = gather("error", {(code, text): wrong[code] for code, text in texts.items()})
+    return kept, [*found, *gather("fact", {("backslashes", "Paths with backslashes are read with slashes"): turned})]
 
 
 def _outside(name: str) -> str:
-    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or name.startswith("\\"):
+    if name.startswith(("/", "\\")) or name[1:2] == ":":
         return "absolute-path"
-    return "escaping-path" if os.path.normpath(name.replace("\\", "/")).startswith("..") else ""
+    # Most names have no dots in a row, and the whole computation takes its time on a million of them.
+    return "escaping-path" if ".." in name and os.path.normpath(name.replace("\\", "/")).startswith("..") else ""
 
 
-# ------------------------------------------------------------------ files
-
-
-def read_lines(path: Path) -> list[Entry]:
-    """Read a text list: ``path label`` per line.
-
-    Args:
-        path: The file.
-
-    Raises:
-        DataError: If it cannot be read.
-    """
-    entries = []
-    for number, line in enumerate(_text(path).splitlines(), start=1):
-        text = line.strip()
-        if not text or text.startswith("#"):
-            continue
-        name, _, label = text.replace("\t", " ").rpartition(" ")
-        # A line of one word is a path without a label.
-        entries.append(Entry(name.strip() or label, label if name else None, f"{path.name}:{number}"))
-    return entries
-
-
-def read_json(path: Path) -> list[Entry]:
-    """Read a JSON object from path to label.
-
-    Args:
-        path: The file.
-
-    Raises:
-        DataError: If it cannot be read, or is not such an object.
-    """
-    try:
-        pairs = json.loads(_text(path), object_pairs_hook=lambda pairs: pairs)
-    except ValueError as error:
-        raise DataError(f"{path} is no valid JSON: {error}.") from error
-    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
-        raise DataError(f'{path} is no JSON object from path to label, such as {{"birds/1.jpg": 3}}.')
-    return [Entry(name, label, f"{path.name} {name}") for name, label in pairs]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        beside = sorted(p.name for p in path.parent.glob(f"*{path.suffix}"))[:8] if path.parent.is_dir() else []
-        hint = f" There are: {', '.join(beside)}." if beside else ""
-        raise DataError(f"The list {str(path)!r} could not be read ({error.strerror}).{hint}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no text in UTF-8 ({error.reason}).") from error
+def _joined(base: str, name: str) -> str:
+    """Join a folder and a path inside it; one file always gets one path, however its list writes it."""
+    path = f"{base}{os.sep}{name}"
+    return str(Path(path)) if "//" in path or "./" in path or "/." in path or name.endswith("/") else path

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from vispeft.data.facts import ImageFacts
 from vispeft.data.listing import Finding, Listing, gather
 from vispeft.data.masks import IGNORE, ListedMasks, MaskFacts, show_code
+from vispeft.data.pixels import QUARTER_TURNS
+from vispeft.errors import counted
 
 __all__ = ["check_masks", "image_counts", "mask_splits", "pixel_shares"]
 
@@ -15,7 +17,9 @@ PROBLEMS = {
     "missing": ("missing-mask", "{n} without a mask; add it, or leave the image out"),
     "empty": ("empty-mask", "{n} with a mask of 0 bytes; replace or remove it"),
     "truncated": ("truncated-mask", "{n} with a mask that is cut short or damaged; replace or remove it"),
-    "broken": ("broken-mask", "{n} with a mask that cannot be read; replace or remove it"),
+    "broken": ("broken-mask", "{n} with a mask that cannot be opened; replace or remove it"),
+    "unsupported": ("unsupported-mask", "{n} with a mask that is whole and of a kind that is not read"),
+    "too-large": ("too-large-mask", "{n} with a mask of more pixels than max_pixels allows"),
 }
 
 SHOWN = 12
@@ -41,7 +45,7 @@ def check_masks(listing: Listing, facts: Mapping[str, list[ImageFacts]], full: b
     """
     for split in mask_splits(listing).values():
         split.mask_facts(full)
-    found = [*_files(listing), *_shared(listing), *_sizes(listing, facts)]
+    found = [*_files(listing), *_shared(listing), *_sizes(listing, facts), *_turned(listing, facts), *_stored(listing)]
     if not full:
         text = "Values of masks were not looked at (check: fast)"
         return [*found, Finding("fact", "mask-headers-only", text)]
@@ -80,10 +84,6 @@ def _all(listing: Listing) -> Iterator[tuple[str, int, str, MaskFacts]]:
             yield name, index, split.masks.name(index), known
 
 
-def _many(count: int, word: str = "image") -> str:
-    return f"{count} {word}{'' if count == 1 else 's'}"
-
-
 def _files(listing: Listing) -> list[Finding]:
     """Find missing and unreadable masks."""
     places: dict[str, list[str]] = defaultdict(list)
@@ -91,7 +91,7 @@ def _files(listing: Listing) -> list[Finding]:
         if known.problem:
             places[known.problem].append(f"{name} ({known.reason})" if known.reason else name)
     found = {
-        (code, text.replace("{n}", _many(len(places[problem])))): places[problem]
+        (code, text.replace("{n}", counted(len(places[problem]), "image"))): places[problem]
         for problem, (code, text) in PROBLEMS.items()
     }
     return gather("error", found)
@@ -105,20 +105,58 @@ def _shared(listing: Listing) -> list[Finding]:
         for index in range(len(split)):
             owners[split.masks.name(index)].add(split.source.name(index))
         shared += [f"{mask} ({', '.join(sorted(names))})" for mask, names in owners.items() if len(names) > 1]
-    text = f"{_many(len(shared), 'mask')} for more than one image; leave one of the images"
+    text = f"{counted(len(shared), 'mask')} for more than one image; leave one of the images"
     return gather("error", {("shared-mask", text): shared})
 
 
 def _sizes(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> list[Finding]:
     """Find masks whose size differs from their image's."""
-    differing = []
+    differing, turned = [], False
     for split, index, name, known in _all(listing):
         image = facts[split][index]
         if image.width and known.width and image.upright != known.upright:
             sizes = "{} x {} for an image of {} x {}".format(*known.upright, *image.upright)
-            differing.append(f"{name} ({sizes})")
-    text = f"{_many(len(differing))} with a mask of another size; every pixel needs its label"
+            alike = image.orientation == known.orientation
+            turned = turned or not alike
+            differing.append(f"{name} ({sizes}{'' if alike else ', of which the metadata turn one'})")
+    text = f"{counted(len(differing), 'image')} with a mask of another size; every pixel needs its label"
+    if turned:
+        text += ". Where the metadata turn only the image, turn the mask, or store the image upright"
     return gather("error", {("mask-size", text): differing})
+
+
+def _turned(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> list[Finding]:
+    """Find images that their metadata turn otherwise than their mask, where sizes do not tell which is right."""
+    places = []
+    for split, index, name, known in _all(listing):
+        image = facts[split][index]
+        if known.problem or image.problem or image.orientation == known.orientation or image.upright != known.upright:
+            continue
+        # A quarter turn changes the size of an oblong image: its mask was labelled upright if the sizes are equal.
+        quarters = (image.orientation in QUARTER_TURNS) != (known.orientation in QUARTER_TURNS)
+        if image.width == image.height or not quarters:
+            places.append(f"{name} (orientation {known.orientation}, image {image.orientation})")
+    text = (
+        f"{counted(len(places), 'image')} turned by its metadata otherwise than its mask, and nothing says which way "
+        "it was labelled; look at them, and store both upright without metadata"
+    )
+    return gather("warning", {("mask-turned", text): places})
+
+
+def _stored(listing: Listing) -> list[Finding]:
+    """Find masks of several images, and those whose file says that 0 is white."""
+    frames, white = [], []
+    for _, _, name, known in _all(listing):
+        if known.frames > 1:
+            frames.append(f"{name} ({known.frames})")
+        if known.white_is_zero and not known.problem:
+            white.append(name)
+    several = f"{counted(len(frames), 'mask')} with several images, of which the first is taken"
+    zero = (
+        f"{counted(len(white), 'mask')} in which 0 is white; the numbers are taken as they are stored, and a program "
+        "that shows them, or wrote them as brightness, has them the other way round"
+    )
+    return gather("warning", {("mask-frames", several): frames, ("mask-white-zero", zero): white})
 
 
 def _values(listing: Listing) -> list[Finding]:
@@ -130,11 +168,13 @@ def _values(listing: Listing) -> list[Finding]:
                 files[code].append(name)
     if not files:
         return []
-    named = ", ".join(f"{code} ({_many(len(files[code]), 'file')})" for code in sorted(files)[:SHOWN])
+    named = ", ".join(f"{code} ({counted(len(files[code]), 'file')})" for code in sorted(files)[:SHOWN])
     more = f" and {len(files) - SHOWN} more" if len(files) > SHOWN else ""
     count = len(listing.class_names)
     lossy = any(name.lower().endswith((".jpg", ".jpeg")) for names in files.values() for name in names)
     hint = "JPEG changes values, so save masks as PNG" if lossy else "set ids or reduce_zero_label, or mend the masks"
+    if min(files) < 0:
+        hint += f" (ids may have negative values, such as {min(files)}: {IGNORE})"
     text = (
         f"Masks have values that stand for none of the {count} classes and not for a pixel without a label ({IGNORE}): "
         f"{named}{more}; {hint}. Found in"
@@ -145,22 +185,26 @@ def _values(listing: Listing) -> list[Finding]:
 def _colours(listing: Listing) -> list[Finding]:
     """Find RGB masks whose colours map to no class."""
     colours: Counter[int] = Counter()
-    names, more = [], 0
+    names, more, wanted = [], 0, False
     for _, _, name, known in _all(listing):
         if known.coloured and known.outside:
+            wanted = wanted or known.by_colour
             colours.update(code for code, _ in known.outside)
             names.append(name)
             more = max(more, known.more)
     if not names:
         return []
-    text = f"{_many(len(names), 'mask')} in RGB instead of class indices, with colours that stand for no class: "
+    kind = "by colour" if wanted else "in RGB instead of class indices"
+    text = f"{counted(len(names), 'mask')} {kind}, with colours that stand for no class: "
     text += ", ".join(show_code(code, True) for code, _ in colours.most_common(SHOWN))
     rest = len(colours) - SHOWN + more
     text += f" and {rest} more" if rest > 0 else ""
-    if all(code >> 16 == code & 255 == code >> 8 & 255 for code in colours):
+    if not wanted and all(code >> 16 == code & 255 == code >> 8 & 255 for code in colours):
         hint = "they are grey, so save the masks with one channel"
     elif len(colours) + more > IGNORE:
         hint = "so many are no classes: is this a photo, or was it saved as JPEG?"
+    elif wanted:
+        hint = "add them to the palette, or mend the masks"
     else:
         hint = "give rgb_masks: true and a palette with the colour of each class, or convert them to indices"
     return [Finding("error", "rgb-masks", f"{text}; {hint}. Found in", tuple(names))]
@@ -175,7 +219,7 @@ def _unlabelled(listing: Listing) -> list[Finding]:
         if blank and len(blank) == len(known):
             found.append(Finding("error", "split-unlabelled", f"No mask of {split} has a labelled pixel"))
         elif blank:
-            text = f"{_many(len(blank), 'mask')} in {split} without a labelled pixel ({IGNORE} everywhere)"
+            text = f"{counted(len(blank), 'mask')} in {split} without a labelled pixel ({IGNORE} everywhere)"
             found.append(Finding("warning", "mask-unlabelled", text, tuple(blank)))
     return found
 

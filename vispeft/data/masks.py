@@ -11,13 +11,23 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL.ImageFile import ImageFile
 from torch import Tensor
 
-from vispeft.data.facts import ImageFacts
-from vispeft.data.images import UNREADABLE, why
+from vispeft.data.facts import ImageFacts, header_facts
+from vispeft.data.formats import PixelError, open_image
+from vispeft.data.images import DEEP, GREY, PLAIN, UNREADABLE, Reading, why
 from vispeft.data.listing import ListedSplit
 from vispeft.data.palettes import Colour
+from vispeft.data.pixels import (
+    grey_values,
+    is_wide,
+    netpbm_values,
+    netpbm_white,
+    palette_colours,
+    upright,
+    wide_colours,
+)
 from vispeft.data.sources import FileSource, JoinedSource, Source
 from vispeft.errors import ConfigError, DataError
 
@@ -29,12 +39,11 @@ IGNORE: int = 255
 OUTSIDE = -1
 """Result for values that map to no class."""
 CODES = 65_536
-"""Number of values of a 16-bit mask."""
+"""Number of values of a 16-bit mask, which are looked up in a table."""
+LEAST, MOST = -(2**31), 2**32 - 1
+"""Smallest and largest value of a mask of 32 bits, signed or not."""
 KEPT = 1_000
 """Largest number of values stored per mask; index masks have fewer, photos more."""
-
-STRETCHED = {"L;2": 85, "L;4": 17}
-"""Factors by which Pillow stretches the values of 2-bit and 4-bit grey PNG to 0 to 255, by raw mode."""
 
 
 def reduce_zero_label(mask: Tensor) -> Tensor:
@@ -48,40 +57,74 @@ def reduce_zero_label(mask: Tensor) -> Tensor:
     return torch.where(unlabelled, torch.full_like(mask, IGNORE), mask.clamp(min=1) - 1)
 
 
-def read_codes(file: str | Path | BinaryIO) -> np.ndarray:
-    """Read the raw values of a mask file.
+def read_codes(file: str | Path | BinaryIO, by_colour: bool = False, reading: Reading = PLAIN) -> np.ndarray:
+    """Read the values of a mask file as they are stored, upright as its metadata say.
 
     Args:
         file: A path, or an open file.
+        by_colour: Whether its colours are wanted, also those of a palette and of grey values.
+        reading: The limit on pixels.
 
     Returns:
-        Indices (H, W) of a grey mask of 1 to 16 bits or of a palette mask, whose palette is ignored; or colours (H, W,
-        3) of an RGB mask, uint8.
+        Integers (H, W) of a grey mask of 1 to 32 bits or of a palette mask, whose palette is ignored; or colours (H, W,
+        3), uint8, of an RGB mask, and of all masks with `by_colour`.
 
     Raises:
-        ValueError: If it is of another mode.
+        PixelError: If it is of another kind, or has too many pixels.
+        OSError: If it is damaged, or no image.
     """
-    with Image.open(file) as image:
-        return _codes(image)
+    with open_image(file, reading.max_pixels) as image:
+        refuse_mask(image, by_colour)
+        return _codes(image, file, by_colour)
 
 
-def _codes(image: Image.Image) -> np.ndarray:
-    stretched = STRETCHED.get(_raw_mode(image), 1)
-    if image.mode == "LA":
-        image = image.getchannel("L")
-    elif image.mode == "RGBA":
-        image = image.convert("RGB")
-    if image.mode not in ("1", "L", "P", "I", "RGB") and not image.mode.startswith("I;16"):
-        raise ValueError(f"its pixels are {image.mode}; a mask is grey, has a palette, or is RGB")
-    codes = np.asarray(image)
-    return codes.astype(np.uint8) // stretched if codes.dtype in (bool, np.uint8) else codes
+def refuse_mask(image: ImageFile, by_colour: bool) -> None:
+    """Refuse an image that cannot be a mask, by its header.
+
+    Args:
+        image: An opened image.
+        by_colour: Whether its colours are wanted.
+
+    Raises:
+        PixelError: If it cannot.
+    """
+    if image.mode not in (*GREY, "P", "PA", "RGB", "RGBA") or image.mode == "F":
+        text = "its pixels are floating-point numbers" if image.mode == "F" else f"its pixels are {image.mode}"
+        raise PixelError("unsupported", f"{text}; a mask is grey with whole numbers, has a palette, or is RGB")
+    if by_colour and image.mode in DEEP:
+        raise PixelError(
+            "unsupported", f"its grey values of 16 or 32 bits (mode {image.mode}) are no colours of a palette"
+        )
 
 
-def _raw_mode(image: Image.Image) -> str:
-    """Return the raw mode in which an unread file packs its grey values."""
-    tiles = getattr(image, "tile", None)
-    arguments = tiles[0][3] if tiles else None
-    return arguments if isinstance(arguments, str) else ""
+def _codes(image: ImageFile, file: str | Path | BinaryIO, by_colour: bool) -> np.ndarray:
+    """Read the values or colours of an opened mask."""
+    if image.mode in ("RGB", "RGBA"):
+        return _colours(image, file)
+    if image.mode in ("P", "PA"):
+        image.load()
+        codes = upright(np.asarray(image if image.mode == "P" else image.getchannel(0)), image)
+        return palette_colours(image)[codes] if by_colour else codes
+    grey = grey_values(image)
+    if not by_colour:
+        return grey.values
+    shades = (grey.values.astype(np.uint16) * 255 + grey.white // 2) // max(1, grey.white)
+    return np.repeat((255 - shades if grey.inverted else shades).astype(np.uint8)[..., None], 3, 2)
+
+
+def _colours(image: ImageFile, file: str | Path | BinaryIO) -> np.ndarray:
+    """Read the colours of an RGB mask, whose transparency says nothing."""
+    if image.format == "PPM":
+        colours, white = netpbm_values(image), netpbm_white(image)
+    elif is_wide(image):
+        colours, white = wide_colours(image, file)[..., :3], 65_535
+    else:
+        image.load()
+        return np.ascontiguousarray(upright(np.asarray(image), image)[..., :3])
+    if (colours * np.int64(255) % white).any():
+        text = f"its colours go from 0 to {white}, and some of them stand between two colours of 8 bits"
+        raise PixelError("unsupported", f"{text}; save it with 8 bits")
+    return (colours * np.int64(255) // white).astype(np.uint8)
 
 
 def pack(colours: np.ndarray) -> np.ndarray:
@@ -121,9 +164,9 @@ class MaskCoding:
         if self.ids is not None:
             allowed = {*range(self.num_classes + self.reduce_zero_label), IGNORE}
             wrong = {value: index for value, index in self.ids.items() if index not in allowed}
-            if wrong or any(not 0 <= value < CODES for value in self.ids):
+            if wrong or any(not LEAST <= value <= MOST for value in self.ids):
                 raise ConfigError(
-                    f"ids of masks go from values 0 to {CODES - 1} to classes 0 to {max(allowed - {IGNORE})} or "
+                    f"ids of masks go from values {LEAST} to {MOST} to classes 0 to {max(allowed - {IGNORE})} or "
                     f"{IGNORE}; found {wrong or dict(self.ids)}."
                 )
         if self.colours is not None and len(set(self.colours)) < len(self.colours):
@@ -142,10 +185,13 @@ class MaskCoding:
         """
         if coloured:
             return self._by_colour(codes)
-        if codes.dtype not in (np.uint8, np.uint16):
-            inside = (codes >= 0) & (codes < CODES)
-            return np.where(inside, self._table[np.where(inside, codes, 0)], np.int16(OUTSIDE))
-        return self._table[codes]
+        if codes.dtype in (np.uint8, np.uint16):
+            return self._table[codes]
+        inside = (codes >= 0) & (codes < CODES)
+        found = np.where(inside, self._table[np.where(inside, codes, 0)], np.int16(OUTSIDE))
+        for value, index in self._far.items():
+            found[codes == value] = index
+        return found
 
     def decode(self, codes: np.ndarray, name: str) -> Tensor:
         """Map the result of `read_codes` to classes.
@@ -180,12 +226,21 @@ class MaskCoding:
             count = self.num_classes + self.reduce_zero_label
             table[: min(count, IGNORE)] = np.arange(min(count, IGNORE))
         else:
-            table[list(self.ids)] = list(self.ids.values())
-        if not self.reduce_zero_label:
-            return table
+            near = {value: index for value, index in self.ids.items() if 0 <= value < CODES}
+            table[list(near)] = list(near.values())
         known = table != OUTSIDE
-        table[known] = reduce_zero_label(torch.from_numpy(table[known])).numpy()
+        table[known] = self._reduced(table[known])
         return table
+
+    @cached_property
+    def _far(self) -> dict[int, int]:
+        """Class by value, for values that are negative or of more than 16 bits."""
+        far = {value: index for value, index in (self.ids or {}).items() if not 0 <= value < CODES}
+        return dict(zip(far, self._reduced(np.array([*far.values()], np.int16)).tolist(), strict=True))
+
+    def _reduced(self, classes: np.ndarray) -> np.ndarray:
+        """Lower classes by one where 0 marks unlabelled pixels."""
+        return reduce_zero_label(torch.from_numpy(classes)).numpy() if self.reduce_zero_label else classes
 
     def _by_colour(self, codes: np.ndarray) -> np.ndarray:
         if not self.colours:
@@ -217,6 +272,11 @@ class MaskFacts(ImageFacts):
     """Values or packed colours with their pixel counts, most frequent first, at most `KEPT`."""
     coloured: bool = False
     """Whether `codes` are colours."""
+    white_is_zero: bool = False
+    """Whether the file says that 0 is white, so that other programs show, and may give, the values the other way
+    round."""
+    by_colour: bool = False
+    """Whether its colours were wanted, also those of a palette and of grey values."""
     more: int = 0
     """Number of further values left out of `codes`."""
     classes: Mapping[int, int] = field(default_factory=dict)
@@ -243,25 +303,32 @@ class MaskFacts(ImageFacts):
         return replace(self, classes=classes, outside=outside)
 
 
-def look_at_mask(file: BinaryIO, full: bool) -> MaskFacts:
+def look_at_mask(file: BinaryIO, full: bool, by_colour: bool = False, reading: Reading = PLAIN) -> MaskFacts:
     """Inspect one mask.
 
     Args:
         file: Its open file.
         full: Whether to decode it and count its values, instead of reading only the header.
+        by_colour: Whether its colours are wanted, also those of a palette and of grey values.
+        reading: The limit on pixels.
     """
+    file.seek(0)
     if not file.read(1):
         return MaskFacts(problem="empty")
-    file.seek(0)
     try:
-        with Image.open(file) as image:
-            header = MaskFacts(width=image.width, height=image.height, mode=image.mode)
+        with open_image(file, reading.max_pixels) as image:
+            reversed_ = image.mode == "1" if image.format == "PPM" else getattr(image, "white_is_zero", False)
+            header = MaskFacts(**header_facts(image), white_is_zero=reversed_ and not by_colour, by_colour=by_colour)
+            refuse_mask(image, by_colour)
             if not full:
                 return header
             try:
-                codes = _codes(image)
+                codes = _codes(image, file, by_colour)
             except OSError as error:
                 return replace(header, problem="truncated", reason=why(error))
+    except PixelError as error:
+        width, height = error.size
+        return MaskFacts(problem=error.problem, reason=why(error), width=width, height=height)
     except UNREADABLE as error:
         return MaskFacts(problem="broken", reason=why(error))
     return replace(header, **_counted(codes))
@@ -291,7 +358,7 @@ def _unique(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class MaskFiles(FileSource):
     """Mask files; `read` returns classes (H, W) instead of an image."""
 
-    def __init__(self, paths: Iterable[Path], root: Path, coding: MaskCoding) -> None:
+    def __init__(self, paths: Iterable[str | Path], root: str | Path, coding: MaskCoding) -> None:
         """Store the paths.
 
         Args:
@@ -305,18 +372,21 @@ class MaskFiles(FileSource):
     def read(self, index: int) -> Tensor:
         """Read a mask as uint8 classes or `IGNORE` (H, W)."""
         try:
-            codes = read_codes(self.paths[index])
+            codes = read_codes(self.paths[index], self.coding.colours is not None, self.reading)
         except UNREADABLE as error:
             raise DataError(f"{self.paths[index]} cannot be read as a mask ({why(error)}).") from error
         return self.coding.decode(codes, self.paths[index])
 
     def take(self, indices: Sequence[int]) -> MaskFiles:
         """Return a source of some of the files."""
-        return MaskFiles([Path(self.paths[index]) for index in indices], Path(self.root), self.coding)
+        paths = [self.paths[index] for index in indices]
+        return MaskFiles(paths, self.root, self.coding).read_with(self.reading)
 
     def facts(self, full: bool) -> list[MaskFacts]:  # type: ignore[override]
         """Inspect every file that has changed since the last time."""
-        found = self.look("mask" if full else "mask-fast", lambda file: look_at_mask(file, full), MaskFacts)
+        by_colour, reading = self.coding.colours is not None, self.reading
+        level = f"mask{'-colours' if by_colour else ''}{'' if full else '-fast'}"
+        found = self.look(level, lambda file: look_at_mask(file, full, by_colour, reading), MaskFacts)
         return [known.read_with(self.coding) for known in found]
 
 
@@ -337,6 +407,11 @@ class ListedMasks(ListedSplit):
         super().__init__(source, torch.zeros(len(source), dtype=torch.long))
         self.masks = masks
         self._facts: tuple[bool, list[MaskFacts]] | None = None
+
+    def read_with(self, reading: Reading) -> None:
+        """Set how the pixels of images are read, and the limit on those of masks."""
+        super().read_with(reading)
+        self.masks.read_with(reading)
 
     def mask_facts(self, full: bool) -> list[MaskFacts]:
         """Inspect every mask, once.

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from vispeft.core.families import unwrap
-from vispeft.errors import DataError
+from vispeft.errors import DataError, counted
 
 __all__ = ["INTERPOLATIONS", "Preprocessing"]
 
@@ -84,7 +84,7 @@ class Preprocessing:
         channels = _channels(timm_model) or config["input_size"][0]
         if channels != 3:
             raise DataError(
-                f"The backbone takes {channels} channels, and images are prepared as RGB. "
+                f"The backbone takes {counted(channels, 'channel')}, and images are prepared as RGB. "
                 "Create it with in_chans=3 (grey images are repeated)."
             )
         # `pretrained_cfg` keeps the published size even if img_size was given at creation.

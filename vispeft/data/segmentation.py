@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from vispeft.data.base import BatchSplit, Index
-from vispeft.data.folder import SYNONYMS, find_split_folders
-from vispeft.data.images import EXTENSIONS
+from vispeft.data.folder import SYNONYMS, find_splits, leave_beside
 from vispeft.data.joint import EvaluationPair, MaskAugmentation, TrainPair
+from vispeft.data.list_files import read_text
 from vispeft.data.listed import ListedData
 from vispeft.data.listing import Finding, Listing, Published, gather
 from vispeft.data.masks import ListedMasks, MaskCoding, MaskFiles
@@ -22,7 +23,8 @@ from vispeft.data.palettes import ClassTable, Colour, make_palette, read_palette
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.data.randomness import seeded
 from vispeft.data.sources import FileSource
-from vispeft.errors import ConfigError, DataError
+from vispeft.data.trees import EXTENSIONS, LeftOut, list_folder, walk
+from vispeft.errors import ConfigError, DataError, check_object, counted
 
 __all__ = ["MaskFolderData", "MaskSplit", "PublishedMasks", "SegmentationData", "list_masks"]
 
@@ -96,6 +98,7 @@ class SegmentationData(ListedData):
             raise ConfigError(f"{name}(short_side={short_side}): at least one pixel is needed, or None.")
         if "crop_pct" in self._given:
             raise ConfigError(f"{name}(crop_pct=...): it cuts images and not their masks; leave it out.")
+        check_object(name, "augment", augment, MaskAugmentation)
         self.target = "mask"
         self.crops, self.evaluation, self.short_side = augment, evaluation, short_side
 
@@ -105,8 +108,9 @@ class SegmentationData(ListedData):
         return make_palette(self.num_classes)
 
     def output_notes(self) -> dict[str, Any]:
-        """Return the mask colours and the image sizing for the adapter's file."""
+        """Return the mask colours, the image sizing and how pixels are read, for the adapter's file."""
         return {
+            **super().output_notes(),
             "palette": [list(colour) for colour in self.palette],
             "evaluation": self.evaluation,
             "short_side": self.short_side,
@@ -156,7 +160,9 @@ class SegmentationData(ListedData):
         return self.batch_size if len(sizes) == 1 else 1
 
 
-def list_masks(images: Iterable[Path], masks: Iterable[Path], root: Path, coding: MaskCoding) -> ListedMasks:
+def list_masks(
+    images: Iterable[str | Path], masks: Iterable[str | Path], root: str | Path, coding: MaskCoding
+) -> ListedMasks:
     """List the image and mask files of a split.
 
     Args:
@@ -241,41 +247,71 @@ class MaskFolderData(SegmentationData):
         """List images and masks.
 
         Raises:
-            DataError: If there are no such folders.
+            DataError: If there are no such folders, or their names leave open which split is meant.
         """
-        places = self._places()
+        left = LeftOut(self.root)
+        places = self._places(left)
         findings: list[Finding] = []
         splits: dict[str, Any] = {}
         for split, (images, masks) in places.items():
-            splits[split] = self._split(images, masks)
-            findings += self._strays(split, splits[split], masks)
+            splits[split] = self._split(images, masks, left)
+            findings += self._strays(split, splits[split], masks, left)
+        if left:
+            findings.append(Finding(left.level, "left-out", left.line()))
         return Listing(str(self.root), self.names, splits, target="mask", findings=findings)
 
-    def _places(self) -> dict[str, tuple[Path, Path]]:
+    def _places(self, left: LeftOut) -> dict[str, tuple[str, str]]:
         """Find the folders of images and masks of each split."""
-        images, masks = self.root / self.images, self.root / self.masks
-        if images.is_dir() and masks.is_dir():
-            inside = find_split_folders(images)
-            # Same folder name for the masks; if it is missing, every mask of the split is reported.
-            found = {split: (place, masks / place.name) for split, place in inside.items()} or {
-                "train": (images, masks)
-            }
+        images, masks = str(self.root / self.images), str(self.root / self.masks)
+        if os.path.isdir(images) and os.path.isdir(masks):
+            found = self._inside(images, masks, left)
         else:
-            around = find_split_folders(self.root) if self.root.is_dir() else {}
-            found = {split: (place / self.images, place / self.masks) for split, place in around.items()}
-            found = {split: pair for split, pair in found.items() if all(place.is_dir() for place in pair)}
+            found = self._around(left) if os.path.isdir(self.root) else {}
         if "train" not in found:
-            inside_root = sorted(path.name for path in self.root.iterdir())[:6] if self.root.is_dir() else []
+            there = ", ".join(sorted(os.listdir(self.root))[:6]) if os.path.isdir(self.root) else ""
             raise DataError(
                 f"{self.root} needs the folders {self.images} and {self.masks}, or {self.images}/train and "
-                f"{self.masks}/train, or train/{self.images} and train/{self.masks}; found "
-                f"{', '.join(inside_root) or 'nothing'}. Set root, images and masks."
+                f"{self.masks}/train, or train/{self.images} and train/{self.masks}; found {there or 'nothing'}. Set "
+                "root, images and masks."
             )
         return found
 
-    def _split(self, images: Path, masks: Path) -> ListedMasks:
-        paths = [path for path in _files(images) if path.name.lower().endswith(self._endings())]
-        pairs = [(path, masks / f"{self._stem(path.relative_to(images))}{self.mask_suffix}") for path in paths]
+    def _inside(self, images: str, masks: str, left: LeftOut) -> dict[str, tuple[str, str]]:
+        """Find the folders of the splits inside those of images and masks; without any, all is train."""
+        folders, files = list_folder(images, LeftOut(self.root))
+        splits = find_splits(folders, images)
+        if not splits:
+            return {"train": (images, masks)}
+        leave_beside({name: path for name, path in folders.items() if path not in splits.values()}, files, left)
+        names = {os.path.basename(place) for place in splits.values()}
+        if os.path.realpath(images) != os.path.realpath(masks):
+            others, files = list_folder(masks, left)
+            leave_beside({name: path for name, path in others.items() if name not in names}, files, left)
+        # Same folder name for the masks; if it is missing, every mask of the split is reported.
+        return {split: (place, os.path.join(masks, os.path.basename(place))) for split, place in splits.items()}
+
+    def _around(self, left: LeftOut) -> dict[str, tuple[str, str]]:
+        """Find the folders of images and masks inside those of the splits."""
+        folders, files = list_folder(self.root, left)
+        splits = find_splits(folders, self.root)
+        pairs = {name: (os.path.join(p, self.images), os.path.join(p, self.masks)) for name, p in folders.items()}
+        found = {split: pairs[os.path.basename(place)] for split, place in splits.items()}
+        whole = {split: pair for split, pair in found.items() if all(map(os.path.isdir, pair))}
+        read = {splits[split] for split in whole}
+        leave_beside({name: path for name, path in folders.items() if path not in read}, files, left)
+        return whole
+
+    def _split(self, images: str, masks: str, left: LeftOut) -> ListedMasks:
+        together = os.path.realpath(images) == os.path.realpath(masks)
+        paths: list[Path] = []
+        for path in walk(images, left):
+            if together and not self.image_suffix and path.endswith(self.mask_suffix):
+                continue
+            if path.lower().endswith(self._endings()):
+                paths.append(Path(path))
+            elif not (together and path.endswith(self.mask_suffix)):
+                left.add("ending", path)
+        pairs = [(p, f"{masks}{os.sep}{self._stem(p.relative_to(images))}{self.mask_suffix}") for p in sorted(paths)]
         return list_masks((image for image, _ in pairs), (mask for _, mask in pairs), self.root, self.coding)
 
     def _endings(self) -> tuple[str, ...]:
@@ -284,22 +320,20 @@ class MaskFolderData(SegmentationData):
     def _stem(self, path: Path) -> str:
         return str(path)[: -len(self.image_suffix)] if self.image_suffix else str(path.with_suffix(""))
 
-    def _strays(self, split: str, listed: ListedMasks, masks: Path) -> list[Finding]:
+    def _strays(self, split: str, listed: ListedMasks, masks: str, left: LeftOut) -> list[Finding]:
         """Find masks without an image."""
         assert isinstance(listed.masks, MaskFiles)
-        expected = set(listed.masks.paths)
-        alone = [
-            str(path.relative_to(self.root))
-            for path in (_files(masks) if masks.is_dir() else [])
-            if path.name.endswith(self.mask_suffix) and str(path) not in expected
-        ]
-        text = f"{len(alone)} mask{'s' if len(alone) > 1 else ''} in {split} without an image, left out"
-        return gather("warning", {("mask-without-image", text): alone})
-
-
-def _files(folder: Path) -> list[Path]:
-    """List the files of a folder, recursively, without hidden ones."""
-    return [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+        assert isinstance(listed.source, FileSource)
+        expected, images = set(listed.masks.paths), set(listed.source.paths)
+        alone = []
+        for path in walk(masks, left) if os.path.isdir(masks) else []:
+            if not path.endswith(self.mask_suffix):
+                if path not in images:
+                    left.add("mask", path)
+            elif path not in expected:
+                alone.append(os.path.relpath(path, self.root))
+        text = f"{counted(len(alone), 'mask')} in {split} without an image, left out"
+        return gather("warning", {("mask-without-image", text): sorted(alone)})
 
 
 # ------------------------------------------------------------------ published sets
@@ -438,7 +472,7 @@ def read_stems(path: Path) -> list[str]:
         found = sorted(other.name for other in path.parent.glob("*.txt")) if path.parent.is_dir() else []
         raise DataError(f"There is no list {path}; found {', '.join(found) or 'no list beside it'}.")
     # mmsegmentation's lists have one name per line; the development kit's class lists add a number.
-    stems = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    stems = [line.split()[0] for line in read_text(path).split("\n") if line.strip()]
     if not stems:
         raise DataError(f"No image is listed in {path}.")
     return stems

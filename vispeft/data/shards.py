@@ -10,23 +10,36 @@ from __future__ import annotations
 import glob
 import itertools
 import json
+import os
 import re
 import tarfile
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vispeft.data.images import EXTENSIONS
 from vispeft.data.listed import ListedData
 from vispeft.data.listing import Finding, ListedSplit, Listing, Target, gather
 from vispeft.data.sources import ShardSource
-from vispeft.data.targets import Entry, check_labelling, encode
+from vispeft.data.targets import Entry, check_labelling, encode, whole_number
+from vispeft.data.trees import EXTENSIONS, LeftOut, is_hidden
 from vispeft.errors import ConfigError, DataError
 
 __all__ = ["WebDatasetData", "expand"]
 
 Member = tuple[str, str, int, int]
 """Shard, name inside it, offset and size in bytes."""
+
+
+@dataclass
+class _Odd:
+    """Remarkable members of the shards of a split."""
+
+    left: LeftOut
+    lost: list[str] = field(default_factory=list)
+    """Labels without an image."""
+    several: list[str] = field(default_factory=list)
+    """Images under the name of another one."""
 
 
 class WebDatasetData(ListedData):
@@ -79,23 +92,25 @@ class WebDatasetData(ListedData):
             DataError: If a shard is missing or is not an uncompressed tar file.
         """
         findings: list[Finding] = []
+        left = LeftOut("")
         members: dict[str, dict[str, Member]] = {}
         entries: dict[str, list[Entry]] = {}
         for split, pattern in self.patterns.items():
             members[split], entries[split] = {}, []
-            lost: list[str] = []
-            several: list[str] = []
+            odd = _Odd(left)
             shards = expand(pattern)
             for shard in shards:
-                self._list(shard, members[split], entries[split], lost, several)
+                self._list(shard, members[split], entries[split], odd)
             text = "Shards without the end mark of a tar file, so they were cut short; make or copy them again"
             findings += gather("error", {("shard-cut-short", text): [s.name for s in shards if not _ended(s)]})
             text = f"Labels in {split} without an image of their name; is a member missing?"
-            findings += gather("error", {("label-without-image", text): lost})
+            findings += gather("error", {("label-without-image", text): odd.lost})
             text = f"Several images under one name in {split}, so it cannot be told which one is meant"
-            findings += gather("error", {("several-images", text): several})
+            findings += gather("error", {("several-images", text): odd.several})
             if not entries[split]:
                 raise DataError(f"There is no image in the shards {pattern}; looked for {', '.join(EXTENSIONS)}.")
+        if left:
+            findings.append(Finding(left.level, "left-out", left.line()))
         names, encoded, problems = encode(entries, self.target, self.names)
         splits = {
             split: ListedSplit(ShardSource(members[split][entry.name] for entry in kept), targets)
@@ -104,9 +119,7 @@ class WebDatasetData(ListedData):
         place = ", ".join(self.patterns.values())
         return Listing(place, names, splits, self.target, [*findings, *problems])
 
-    def _list(
-        self, shard: Path, members: dict[str, Member], entries: list[Entry], lost: list[str], several: list[str]
-    ) -> None:
+    def _list(self, shard: Path, members: dict[str, Member], entries: list[Entry], odd: _Odd) -> None:
         """List one shard: members with the same folder and name up to the first dot are one sample."""
         ending, _, key = self.label.partition(":")
         images: dict[str, Member] = {}
@@ -114,18 +127,27 @@ class WebDatasetData(ListedData):
         try:
             with tarfile.open(shard, "r:") as archive:
                 for member in archive:
+                    named = f"{shard.name}:{member.name}"
+                    if member.isdir():
+                        continue
+                    if any(map(is_hidden, member.name.split("/"))):
+                        odd.left.add("hidden", named)
+                        continue
                     if not member.isfile():
+                        odd.left.add("link", named)
                         continue
                     sample, _, kind = _parts(member.name)
                     # The whole suffix counts: a.seg.png next to a.jpg is a mask.
                     if f".{kind.lower()}" in EXTENSIONS:
                         if sample in images:
-                            several.append(f"{shard.name}:{member.name}")
+                            odd.several.append(named)
                         images[sample] = (str(shard), member.name, member.offset_data, member.size)
                     elif kind == ending:
                         content = archive.extractfile(member)
                         assert content is not None
                         labels[sample] = _label(content.read(), key if ending == "json" else None)
+                    else:
+                        odd.left.add("member", named)
         except (tarfile.TarError, OSError, EOFError) as error:
             raise DataError(
                 f"The shard {shard} cannot be read as a plain tar file ({error}). Compressed shards have to be "
@@ -135,7 +157,7 @@ class WebDatasetData(ListedData):
             unique = f"{shard}:{sample}"
             members[unique] = place
             entries.append(Entry(unique, labels.get(sample), f"{shard.name}:{place[1]}"))
-        lost += [f"{shard.name}:{sample}" for sample in labels if sample not in images]
+        odd.lost += [f"{shard.name}:{sample}" for sample in labels if sample not in images]
 
 
 def expand(pattern: str) -> list[Path]:
@@ -157,7 +179,7 @@ def expand(pattern: str) -> list[Path]:
     paths: list[Path] = []
     missing: list[str] = []
     for text in map("".join, itertools.product(*choices)):
-        found = sorted(glob.glob(text)) if glob.has_magic(text) else [text] if Path(text).is_file() else []
+        found = [path for path in (sorted(glob.glob(text)) if glob.has_magic(text) else [text]) if os.path.isfile(path)]
         paths += map(Path, found)
         missing += [] if found else [text]
     if missing:
@@ -192,6 +214,6 @@ def _label(content: bytes, key: str | None) -> Any:
     if key is None:
         return text or None
     try:
-        return json.loads(text).get(key)
-    except (ValueError, AttributeError):
+        return json.loads(text, parse_int=whole_number).get(key)
+    except (ValueError, AttributeError, RecursionError):
         return None

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import torch
 from PIL import Image
@@ -17,8 +17,10 @@ from rich.progress import track
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from vispeft.data.facts import Facts, FactStore, ImageFacts, Key, look_at
-from vispeft.data.images import UNREADABLE, read_image, to_rgb, why
+from vispeft.data.facts import Facts, FactStore, ImageFacts, Key, limited, look_at
+from vispeft.data.formats import start_no_program
+from vispeft.data.images import PLAIN, UNREADABLE, Reading, read_image, to_rgb, why
+from vispeft.data.trees import open_regular
 from vispeft.errors import DataError
 
 __all__ = ["FileSource", "JoinedSource", "ShardSource", "Source", "TorchvisionSource"]
@@ -29,6 +31,18 @@ CHUNK = 1024
 
 class Source(ABC):
     """Images by index."""
+
+    reading: Reading = PLAIN
+    """How pixels become RGB."""
+
+    def read_with(self, reading: Reading) -> Self:
+        """Set how pixels become RGB.
+
+        Args:
+            reading: The settings.
+        """
+        self.reading = reading
+        return self
 
     @abstractmethod
     def __len__(self) -> int:
@@ -62,7 +76,7 @@ class Source(ABC):
 class FileSource(Source):
     """Image files."""
 
-    def __init__(self, paths: Iterable[Path], root: Path) -> None:
+    def __init__(self, paths: Iterable[str | Path], root: str | Path) -> None:
         """Store the paths.
 
         Args:
@@ -70,7 +84,7 @@ class FileSource(Source):
             root: Folder that names in messages are relative to.
         """
         # Strings take a tenth of the memory of paths, which matters for a million of them in each worker.
-        self.paths, self.root = [str(path) for path in paths], str(root)
+        self.paths, self.root = list(map(os.fspath, paths)), str(root)
 
     def __len__(self) -> int:
         """Count the files."""
@@ -82,15 +96,15 @@ class FileSource(Source):
 
     def read(self, index: int) -> Tensor:
         """Read a file."""
-        return read_image(self.paths[index])
+        return read_image(self.paths[index], reading=self.reading)
 
     def take(self, indices: Sequence[int]) -> FileSource:
         """Return a source of some of the files."""
-        return FileSource([Path(self.paths[index]) for index in indices], Path(self.root))
+        return FileSource([self.paths[index] for index in indices], self.root).read_with(self.reading)
 
     def facts(self, full: bool) -> list[ImageFacts]:
         """Inspect every file that has changed since the last time."""
-        return self.look("full" if full else "fast", lambda file: look_at(file, full), ImageFacts)
+        return self.look(_level(full, self.reading), lambda file: look_at(file, full, self.reading), ImageFacts)
 
     def look(self, level: str, look_at: Callable[[BinaryIO], Facts], kind: type[Facts]) -> list[Facts]:
         """Inspect every file that was not inspected at this level since its last change.
@@ -104,14 +118,14 @@ class FileSource(Source):
 
         def look(index: int) -> Facts:
             try:
-                with open(self.paths[index], "rb") as file:
+                with open_regular(self.paths[index]) as file:
                     return look_at(file)
             except FileNotFoundError:
                 return kind(problem="missing")
             except (OSError, ValueError) as error:  # a path with a zero byte raises ValueError
                 return kind(problem="broken", reason=getattr(error, "strerror", None) or str(error))
 
-        return _look_all(keys, look, kind)
+        return _look_all(keys, look, kind, self.reading)
 
 
 class ShardSource(Source):
@@ -140,25 +154,25 @@ class ShardSource(Source):
             content = self._content(index)
         except OSError as error:
             raise DataError(f"{self.name(index)} cannot be read ({error.strerror or error}).") from error
-        return read_image(io.BytesIO(content), self.name(index))
+        return read_image(io.BytesIO(content), self.name(index), self.reading)
 
     def take(self, indices: Sequence[int]) -> ShardSource:
         """Return a source of some of the images."""
-        return ShardSource(self.members[index] for index in indices)
+        return ShardSource(self.members[index] for index in indices).read_with(self.reading)
 
     def facts(self, full: bool) -> list[ImageFacts]:
         """Inspect every image of a shard that has changed since the last time."""
-        level = "full" if full else "fast"
+        level = _level(full, self.reading)
         shards = {shard: _key(shard, level) for shard, _, _, _ in self.members}
         keys = [(f"{shard}:{offset}", *shards[shard][1:]) for shard, _, offset, _ in self.members]
 
         def look(index: int) -> ImageFacts:
             try:
-                return look_at(io.BytesIO(self._content(index)), full)
+                return look_at(io.BytesIO(self._content(index)), full, self.reading)
             except OSError as error:
                 return ImageFacts(problem="broken", reason=error.strerror or str(error))
 
-        return _look_all(keys, look, ImageFacts)
+        return _look_all(keys, look, ImageFacts, self.reading)
 
     def _content(self, index: int) -> bytes:
         shard, _, offset, size = self.members[index]
@@ -193,13 +207,14 @@ class TorchvisionSource(Source):
         """Read an image from the data set."""
         try:
             image = self._image(index)
-            return F.pil_to_tensor(to_rgb(image, None)) if isinstance(image, Image.Image) else _as_rgb(image)
+            return F.pil_to_tensor(to_rgb(image, self.reading)) if isinstance(image, Image.Image) else _as_rgb(image)
         except UNREADABLE as error:
             raise DataError(f"{self.name(index)} cannot be read ({why(error)}).") from error
 
     def take(self, indices: Sequence[int]) -> TorchvisionSource:
         """Return a source of some of the images."""
-        return TorchvisionSource(self.dataset, self.title, [self.indices[index] for index in indices])
+        chosen = [self.indices[index] for index in indices]
+        return TorchvisionSource(self.dataset, self.title, chosen).read_with(self.reading)
 
     def facts(self, full: bool) -> list[ImageFacts]:
         """Inspect every image; without `full`, torchvision's list is trusted and facts stay empty."""
@@ -219,9 +234,10 @@ class TorchvisionSource(Source):
         except UNREADABLE as error:
             return ImageFacts(problem="broken", reason=why(error))
         content.seek(0)
-        return look_at(content, full=True)
+        return look_at(content, True, self.reading)
 
     def _image(self, index: int) -> Any:
+        start_no_program()
         return self.dataset[self.indices[index]][0]
 
 
@@ -238,6 +254,12 @@ class JoinedSource(Source):
         self.parts = list(parts)
         everything = [(part, index) for part, source in enumerate(parts) for index in range(len(source))]
         self.indices = everything if indices is None else list(indices)
+
+    def read_with(self, reading: Reading) -> Self:
+        """Set how pixels become RGB, in every source."""
+        for part in self.parts:
+            part.read_with(reading)
+        return super().read_with(reading)
 
     def __len__(self) -> int:
         """Count the images."""
@@ -280,10 +302,17 @@ def _key(path: str, level: str) -> Key | tuple[()]:
         status = os.stat(path)
     except (OSError, ValueError):
         return ()
-    return (os.path.abspath(path), status.st_size, status.st_mtime_ns, level)
+    # The store takes text only, and the name of a file may be no text.
+    name = os.path.abspath(path).encode("utf-8", "backslashreplace").decode()
+    return (name, status.st_size, status.st_mtime_ns, level)
 
 
-def _look_all(keys: Sequence[Any], look: Callable[[int], Facts], kind: type[Facts]) -> list[Facts]:
+def _level(full: bool, reading: Reading) -> str:
+    """Name the level of an inspection: values without a known range are accepted only where a range is given."""
+    return f"{'full' if full else 'fast'}{'' if reading.value_range is None else '-ranged'}"
+
+
+def _look_all(keys: Sequence[Any], look: Callable[[int], Facts], kind: type[Facts], reading: Reading) -> list[Facts]:
     """Inspect images that the store lacks, in several threads, as Pillow releases the GIL while decoding."""
     store = FactStore(kind)
     known = store.get({key for key in keys if key})
@@ -295,7 +324,8 @@ def _look_all(keys: Sequence[Any], look: Callable[[int], Facts], kind: type[Fact
             fresh = dict(zip(chunk, pool.map(look, chunk), strict=True))
             store.put({keys[index]: facts for index, facts in fresh.items() if keys[index] and not facts.problem})
             found.update(fresh)
-    return [found[index] if index in found else known[key] for index, key in enumerate(keys)]
+    # What the store has may have been found under a higher limit.
+    return [found[index] if index in found else limited(known[key], reading) for index, key in enumerate(keys)]
 
 
 def _shown(steps: Sequence[Any], count: int) -> Iterable[Any]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from vispeft.data.listing import Finding, Target, gather
-from vispeft.errors import ConfigError
+from vispeft.errors import ConfigError, counted
 
 __all__ = ["Entry", "LabelError", "check_labelling", "encode"]
 
@@ -31,8 +30,7 @@ class LabelError(ValueError):
         self.code, self.text = code, text
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One image of a list: its name, its label as read, and its place in the list."""
 
     name: str
@@ -40,8 +38,14 @@ class Entry:
     where: str
 
 
+DIGITS = 18
+"""Largest number of digits of a class index, which then fits into 64 bits."""
+
 UNNAMED = 1000
 """Number of unnamed classes always accepted; more need at least as many images."""
+
+SHOWN = 80
+"""Largest number of characters of a label in a message."""
 
 MISSING = LabelError("label-missing", "without a label; give one, or leave the image out")
 
@@ -83,7 +87,7 @@ def encode(
         Names of the classes (or the numbers), entries with a valid label and their targets by split, and findings about
         the other entries.
     """
-    read = _number if target == "regression" else _labels if target == "multilabel" else _label
+    read = _number if target == "regression" else _labels if target == "multilabel" else _one_label
     problems: dict[tuple[str, str], list[str]] = defaultdict(list)
     good: dict[str, list[tuple[Entry, Any]]] = {}
     for split, listed in entries.items():
@@ -93,6 +97,7 @@ def encode(
                 good[split].append((entry, read(entry.label)))
             except LabelError as error:
                 problems[error.code, f"{{n}} {error.text}"].append(entry.where)
+    doubts = _doubt(good, problems) if class_names is None and target != "regression" else []
     names, place = _vocabulary([value for pairs in good.values() for _, value in pairs], target, class_names, renumber)
     encoded: dict[str, tuple[list[Entry], Tensor]] = {}
     for split, pairs in good.items():
@@ -106,20 +111,75 @@ def encode(
         shape = (0,) if target == "class" else (0, len(names))
         kind = torch.long if target == "class" else torch.float32
         encoded[split] = (kept, torch.tensor(rows, dtype=kind) if rows else torch.empty(shape, dtype=kind))
-    counted = {(code, _counted(text, len(places))): places for (code, text), places in problems.items()}
-    return names, encoded, gather("error", counted)
-
-
-def _counted(text: str, count: int) -> str:
-    """Insert the number of images into a text."""
-    return text.replace("{n}", f"{count} image{'s' if count > 1 else ''}")
+    found = {(c, text.replace("{n}", counted(len(places), "image"))): places for (c, text), places in problems.items()}
+    return names, encoded, [*gather("error", found), *doubts]
 
 
 def _shown(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return text if len(text) <= SHOWN else text[:SHOWN] + "..."
+
+
+# ------------------------------------------------------------------ doubtful labels
+
+
+def _doubt(good: dict[str, list[tuple[Entry, Any]]], problems: dict[tuple[str, str], list[str]]) -> list[Finding]:
+    """Find labels that are hardly names of classes, and take out those that are certainly none.
+
+    Args:
+        good: Entries and their parsed labels by split; numerals among whole numbers are removed.
+        problems: Receives the removed ones.
+    """
+    labels = Counter(one for pairs in good.values() for _, value in pairs for one in _parts(value))
+    words = [one for one in labels if isinstance(one, str)]
+    numerals = {one for one in words if _is_numeral(one)}
+    if len(words) < len(labels):
+        text = "{n} with a number that is not whole, or not in plain digits, among whole numbers"
+        for split, pairs in good.items():
+            odd = [pair for pair in pairs if not numerals.isdisjoint(_parts(pair[1]))]
+            problems["label-kind", text] += [f"{entry.where} ({_shown(value)})" for entry, value in odd]
+            good[split] = [pair for pair in pairs if numerals.isdisjoint(_parts(pair[1]))]
+        text = "Labels are whole numbers and words, and each of these words is a class of its own"
+        places = [f"{_shown(word)} ({counted(labels[word], 'image')})" for word in sorted(set(words) - numerals)]
+        return gather("warning", {("labels-mixed", text): places})
+    places = [f"{_shown(one)} ({counted(labels[one], 'image')})" for one in sorted(numerals)]
+    if len(numerals) < len(words):
+        text = "Labels are words and numbers, and each of these numbers is a class of its own"
+        return gather("warning", {("labels-mixed", text): places})
+    text = "Labels are numbers and become classes of their own; for numbers to predict set target: regression"
+    return gather("warning", {("numbers-as-classes", text): places})
+
+
+def _parts(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _is_numeral(word: str) -> bool:
+    """Whether a word is a number in another form than plain digits, such as 1e5, 2.0, nan or ²."""
+    try:
+        float(word)
+    except ValueError:
+        return word.isnumeric()
+    return True
 
 
 # ------------------------------------------------------------------ reading
+
+
+def whole_number(digits: str) -> int | str:
+    """Parse a whole number; one too long for a class index stays text.
+
+    Args:
+        digits: Decimal digits, with a minus in front of a negative number.
+    """
+    return int(digits) if len(digits) <= DIGITS else digits
+
+
+def _one_label(raw: Any) -> int | str:
+    """Parse the class of an image."""
+    if isinstance(raw, (list, tuple)) and raw and all(isinstance(one, (int, str)) for one in raw):
+        raise LabelError("label-kind", "with a list of labels; set target: multilabel, or leave one of them")
+    return _label(raw)
 
 
 def _label(raw: Any) -> int | str:
@@ -131,11 +191,15 @@ def _label(raw: Any) -> int | str:
     if isinstance(raw, float):
         if not raw.is_integer():
             raise LabelError("label-kind", "with a label that is no whole number; for numbers set target: regression")
+        raw = str(int(raw))
+    if not isinstance(raw, str):
         return int(raw)
-    if isinstance(raw, str):
-        text = raw.strip()
-        return int(text) if text.removeprefix("-").isdecimal() else text
-    return int(raw)
+    text = raw.strip()
+    if not text.removeprefix("-").isdecimal():
+        return text
+    if len(text) > DIGITS:
+        raise LabelError("label-range", f"with a label of more than {DIGITS} digits")
+    return int(text)
 
 
 def _labels(raw: Any) -> tuple[int | str, ...]:
@@ -177,7 +241,7 @@ def _vocabulary(values: Sequence[Any], target: Target, given: Sequence[str] | No
             return index[label]
         if isinstance(label, int):
             raise LabelError("label-range", f"with a label outside 0 to {len(names) - 1}")
-        raise LabelError("label-range", f"with a label that is none of the {len(names)} class names")
+        raise LabelError("label-range", f"with a label that is none of the {counted(len(names), 'class name')}")
 
     if target == "class":
         return names, place
@@ -225,7 +289,7 @@ def _numbers(values: Sequence[tuple[float, ...]], given: Sequence[str] | None) -
 
     def place(value: tuple[float, ...]) -> list[float]:
         if len(value) != width:
-            raise LabelError("label-kind", f"without {width} number{'s' if width > 1 else ''}")
+            raise LabelError("label-kind", f"without {counted(width, 'number')}")
         return list(value)
 
     return names, place

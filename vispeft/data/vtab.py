@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from vispeft.data.list_files import read_lines
 from vispeft.data.listed import ListedData
-from vispeft.data.listing import Listing, Published
-from vispeft.data.lists import list_splits, read_lines
+from vispeft.data.listing import Finding, Listing, Published
+from vispeft.data.lists import list_splits
 from vispeft.errors import ConfigError, DataError, UnknownNameError
 
 __all__ = ["VTAB", "Vtab1kData"]
@@ -108,10 +109,11 @@ class Vtab1kData(ListedData):
                 f"{place} has no {', '.join(missing)}. VTAB-1k lies in ROOT/<task>/ with train800.txt, val200.txt, "
                 f"train800val200.txt, test.txt and the images they name; root is {str(self.root)!r}."
             )
-        entries = {split: read_lines(place / f"{name}.txt") for split, name in lists.items()}
+        findings: list[Finding] = []
+        entries = {split: read_lines(place / f"{name}.txt", findings) for split, name in lists.items()}
         classes, tested = VTAB[self.task]
         counts = {split: COUNTS.get(name, tested) for split, name in lists.items()}
         published = Published(f"VTAB-1k {self.task}", classes, counts)
         names = [str(index) for index in range(classes)]
-        listing = list_splits(str(place), entries, place, names=names, published=published)
+        listing = list_splits(str(place), entries, place, names=names, published=published, findings=findings)
         return replace(listing, repeats=REPEATS[self.protocol])

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from vispeft.core.gate import plain_class, waits_for_changes
 from vispeft.core.route import NOTHING, Acting, Routing, keeps_route
 from vispeft.core.units import SelectionUnit
 from vispeft.errors import SiteError
@@ -113,6 +114,16 @@ class Host(nn.Module):
             return "no plain model has a network beside it"
         return "no plain model inserts tokens" if acting.tokens else None
 
+    @classmethod
+    def class_without(cls, plain: type[nn.Module], routing: Routing) -> type[nn.Module]:
+        """Return the class of a module that is no host any more.
+
+        Args:
+            plain: The class that was replaced.
+            routing: The route of the model.
+        """
+        return plain
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle by the base class, since host classes are made at run time."""
         return _restore, (host_kind(self), self.replaces, self.computed), self.__dict__
@@ -151,7 +162,7 @@ def host_class(host: type[Host], base: type[nn.Module], computed: tuple[str, ...
     made = type(f"Adapted{base.__name__}", (host, base), body)
     for name in host.whole:
         if hasattr(made, name):
-            setattr(made, name, keeps_route(getattr(made, name)))
+            setattr(made, name, waits_for_changes(keeps_route(getattr(made, name))))
     return _CLASSES.setdefault(key, made)
 
 
@@ -192,11 +203,11 @@ def ensure_host(module: nn.Module, host: type[Host], computed: tuple[str, ...] =
         module.__class__ = host_class(kind, module.replaces, computed)
         return module
     plain: Any = module
-    plain.__class__ = host_class(host, type(module), tuple(sorted(computed)))
-    adapted = cast(Host, module)
-    adapted.adapters = nn.ModuleDict().train(module.training)
-    adapted.__dict__.update({**host.attributes, "routing": routing, "slot": routing.new_slot()})
-    return adapted
+    plain.adapters = nn.ModuleDict().train(module.training)
+    plain.__dict__.update({**host.attributes, "routing": routing, "slot": routing.new_slot()})
+    # The class comes last: another thread may be about to run the module.
+    plain.__class__ = host_class(host, plain_class(module), tuple(sorted(computed)))
+    return cast(Host, module)
 
 
 @dataclass
@@ -224,7 +235,7 @@ def take_off(module: Host) -> HostState:
     state = HostState(module, kind, module.computed, attributes, module.adapters)
     plain: Any = module
     del plain.adapters
-    plain.__class__ = module.replaces
+    plain.__class__ = kind.class_without(module.replaces, attributes["routing"])
     return state
 
 
@@ -234,7 +245,7 @@ def put_back(state: HostState) -> None:
     Args:
         state: The state it returned.
     """
-    state.module.__class__ = host_class(state.kind, type(state.module), state.computed)
-    host = cast(Host, state.module)
-    host.adapters = state.adapters
-    host.__dict__.update(state.attributes)
+    plain: Any = state.module
+    plain.adapters = state.adapters
+    plain.__dict__.update(state.attributes)
+    plain.__class__ = host_class(state.kind, plain_class(state.module), state.computed)

@@ -55,7 +55,7 @@ class BlockHost(Host):
         Args:
             x: The residual stream, (B, N, D) or (B, H, W, D).
             *args: The further arguments of timm's block.
-            grid: Height and width of the grid of patch tokens, where `wants_grid` holds.
+            grid: Height and width of the grid of patch tokens, where a unit treats the tokens as an image.
             prefix: Number of tokens before the patch tokens.
             beside: The streams beside the tokens and the rules of all streams; its ``tokens`` are ignored.
             **arguments: The further arguments of timm's block, by name.
@@ -96,10 +96,6 @@ class BlockHost(Host):
                     term = term.each(unit.gain.mul)
                 term = term.each(lambda x: x.to(stream.tokens.dtype))
                 yield term.each(drop) if unit.drops else term
-
-    def wants_grid(self) -> bool:
-        """Return whether an acting unit treats the tokens as an image."""
-        return any(unit.needs_grid for unit in self.acting.parallel)
 
     def no_plain_form(self) -> str | None:
         """Return why no plain block is equivalent; None if one is."""

@@ -12,6 +12,7 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from vispeft.core.gate import PASSES, Gate
 from vispeft.core.route import Route, Routing
 from vispeft.core.units import Unit
 from vispeft.errors import BackboneError, ConfigError
@@ -46,7 +47,22 @@ class ModelHost(Host):
     asleep: frozenset[str]
     """Names of frozen adapters, whose units stay in evaluation mode."""
     attributes: ClassVar[dict[str, Any]] = {**Host.attributes, "awake": frozenset(), "asleep": frozenset()}
-    whole: ClassVar[tuple[str, ...]] = ("forward", "forward_features", "forward_intermediates", "forward_head", "run")
+    whole: ClassVar[tuple[str, ...]] = PASSES
+
+    @property
+    def gate(self) -> Gate:
+        """The gate of its forward passes."""
+        return self.routing.gate
+
+    @classmethod
+    def class_without(cls, plain: type[nn.Module], routing: Routing) -> type[nn.Module]:
+        """Return the class of a model that is no host any more; while it is changed, its forward passes wait.
+
+        Args:
+            plain: The class that was replaced.
+            routing: The route of the model.
+        """
+        return routing.gate.closed_class(plain)
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode of units, classifiers and `awake` modules; all others stay in evaluation mode.

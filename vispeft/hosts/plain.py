@@ -87,7 +87,7 @@ class PlainModelHost(RunningHost):
 
     def runs_itself(self) -> bool:
         """Return whether timm's own forward pass cannot run the route, for example if blocks need the grid."""
-        return super().runs_itself() or any(_wants_grid(block) for block in self.blocks)
+        return super().runs_itself() or self.acting.grid
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Compute normalised tokens (B, N, D); units determine the rows besides prefix and patches."""
@@ -173,14 +173,14 @@ class PlainModelHost(RunningHost):
         tokens, context = self.embed(images)
         tokens = self.entered(tokens)
         grid = self.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
-        inserting, streams = token_units(units), self.streams_of(units)
+        inserting, streams, grids = token_units(units), self.streams_of(units), self.acting.grid
         result = RunResult(
             Streams(tokens), {ENTRY: tokens}, inserted=(0,) * len(inserting), pool=pooled_rows(inserting)
         )
         for index in range(depth):
             self._insert(result, inserting, index)
             own = {**arguments, **self.block_arguments(context, index, sum(result.inserted))}
-            if _wants_grid(self.blocks[index]):
+            if grids and isinstance(self.blocks[index], BlockHost):
                 own |= {"grid": grid, "prefix": self.num_prefix_tokens + sum(result.inserted)}
             self.pass_block(self.blocks[index], index, result, streams, **own)
             if index in taken:
@@ -201,7 +201,7 @@ class PlainModelHost(RunningHost):
         if attn_mask is None and not is_causal:
             return {}
         acting = self.acting
-        if acting.tokens or acting.side or acting.queries or acting.stream or any(map(_wants_grid, self.blocks)):
+        if acting.tokens or acting.side or acting.queries or acting.stream or acting.grid:
             raise ConfigError(
                 "An attention mask was given, and the adapter inserts tokens that the mask has no rows for, treats the "
                 "tokens as an image of which the mask hides a part, or is a network beside the model with tokens of "
@@ -234,7 +234,3 @@ class PlainModelHost(RunningHost):
         if self.global_pool == "token" or result.pool == "patches":
             return self._without_inserted(tokens, result)
         return tokens if result.pool == "all" else tokens[:, : self.num_prefix_tokens + count]
-
-
-def _wants_grid(block: Any) -> bool:
-    return isinstance(block, BlockHost) and block.wants_grid()

@@ -28,7 +28,17 @@ __all__ = [  # noqa: PLE0604  (the names of the extra are added by unpacking)
 ]
 
 
+_LATE = ("export", "peft")
+"""Modules that are imported on first access: they need much, or an extra."""
+
+
 def __getattr__(name: str) -> Any:
     if name in _PEFT:
         return getattr(importlib.import_module("vispeft.interop.peft"), name)
+    if name in _LATE:
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_LATE])

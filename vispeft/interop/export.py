@@ -10,25 +10,26 @@ import importlib
 import json
 import logging
 import math
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import PatchEmbed
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
+from torch.nn import functional
 
 from vispeft.adapters.bank import AdapterBank
 from vispeft.errors import ConfigError, ExportError, FileError
+from vispeft.interop.staging import staged
+from vispeft.storage.header import strict_values
 
-__all__ = ["INPUT", "OUTPUT", "TOLERANCE", "Difference", "check", "export_onnx", "export_program", "staged"]
+__all__ = ["INPUT", "OUTPUT", "TOLERANCE", "Difference", "check", "export_onnx", "export_program"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,44 @@ class Difference:
         """The absolute difference over the largest output; infinite if a value is not finite."""
         share = self.absolute / max(self.largest, 1e-30)
         return share if math.isfinite(share) else math.inf
+
+
+class _WholePatches(nn.Module):
+    """A model that refuses images whose sides are no multiples of a patch.
+
+    ONNX drops the conditions under which a trace is valid. This reshape, which the file keeps, fails where they do not
+    hold.
+    """
+
+    def __init__(self, model: nn.Module, patch: tuple[int, int]) -> None:
+        super().__init__()
+        self.model, self.patch = model, patch
+
+    def forward(self, images: Tensor) -> Any:
+        (down, right), (count, channels, height, width) = self.patch, images.shape
+        cells = images.reshape(count, channels, height // down, down, width // right, right)
+        return self.model(cells.reshape(count, channels, height, width))
+
+
+def _for_any_size(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
+    """Prepare a trace for ONNX that takes exactly the sizes the model takes.
+
+    Args:
+        model: The model; ``pads_to`` of it, or timm's ``dynamic_img_pad``, says that it pads to whole patches.
+        example: Images (B, 3, H, W).
+
+    Returns:
+        The module to trace, and images of a size at which its padding, if it has any, happens.
+    """
+    patches = next((module for module in model.modules() if isinstance(module, PatchEmbed)), None)
+    side = getattr(model, "pads_to", None)
+    if side is None and patches is None:
+        return model, example
+    patch = tuple(patches.patch_size) if side is None else (side, side)  # type: ignore[union-attr]
+    if side is None and not patches.dynamic_img_pad:  # type: ignore[union-attr]
+        return _WholePatches(model, patch).eval(), example
+    below, beside = (int(length % part == 0) for length, part in zip(example.shape[-2:], patch, strict=True))
+    return model, functional.pad(example, (0, beside, 0, below))
 
 
 def export_program(
@@ -136,7 +175,7 @@ def export_onnx(
         example: Images (B, 3, H, W) of the sizes that stay fixed.
         path: The file.
         dynamic_batch: Whether the file accepts any number of images.
-        dynamic_size: Whether it accepts images of any height and width that the model accepts.
+        dynamic_size: Whether it accepts images of any height and width that the model accepts; it refuses others.
         notes: Values by name, written as JSON into the file's ``metadata_props``.
 
     Returns:
@@ -149,7 +188,8 @@ def export_onnx(
     """
     _extra("onnx", "onnxscript")
     with staged(Path(path)) as place:
-        program = export_program(model, example, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
+        traced, images = _for_any_size(model, example) if dynamic_size else (model, example)
+        program = export_program(traced, images, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
         names = {axis: name for axis, name in _AXES.items() if (dynamic_batch if axis == 0 else dynamic_size)}
         try:
             exported = torch.onnx.export(
@@ -158,7 +198,9 @@ def export_onnx(
         except torch.onnx.errors.OnnxExporterError as error:
             raise ExportError(f"{type(model).__name__} has no ONNX form: {_first_line(error)}.") from error
         assert exported is not None
-        exported.model.metadata_props.update({key: json.dumps(value) for key, value in (notes or {}).items()})
+        exported.model.metadata_props.update(
+            {key: json.dumps(strict_values(value)) for key, value in (notes or {}).items()}
+        )
         exported.save(place)
     return Path(path)
 
@@ -200,43 +242,6 @@ def check(model: nn.Module, exported: ExportedProgram | str | Path, batches: Ite
         absolute = max(absolute, differs if math.isfinite(differs) else math.inf)
         largest = max(largest, float(wanted.abs().max()))
     return Difference(absolute, largest)
-
-
-@contextmanager
-def staged(path: Path, *others: Path) -> Iterator[Path]:
-    """Write a file, and files beside it, in a temporary folder and move them into place only on success.
-
-    Args:
-        path: The file.
-        others: Files known to be written beside it, which must not exist either.
-
-    Yields:
-        A path of the same name in a temporary folder, all of whose files are moved.
-
-    Raises:
-        ConfigError: If one of the files exists.
-        FileError: If the files cannot be written.
-    """
-    for file in (path, *others):
-        _refuse_existing(file)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            yield Path(folder, path.name)
-            written = sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name)  # the named one last
-            for file in written:
-                _refuse_existing(path.with_name(file.name))
-                with file.open("rb+") as content:
-                    os.fsync(content.fileno())
-            for file in written:
-                file.replace(path.with_name(file.name))
-    except OSError as error:
-        raise FileError(f"{path} could not be written ({error.strerror or error}). Choose another place.") from error
-
-
-def _refuse_existing(path: Path) -> None:
-    if path.exists():
-        raise ConfigError(f"{path} exists already and is not overwritten. Choose another name.")
 
 
 def _runner(exported: ExportedProgram | str | Path) -> Callable[[Tensor], Tensor]:

@@ -33,7 +33,7 @@ def merge(model: nn.Module, out: str | Path | None = None) -> MergeReport:
         Which layers changed, and the measured difference.
 
     Raises:
-        ConfigError: If there is no adapter, or no config to write.
+        ConfigError: If there is no adapter, no config to write, or one of the files exists.
         MergeError: If a layer has no plain form; nothing is changed then.
 
     Example:
@@ -43,6 +43,9 @@ def merge(model: nn.Module, out: str | Path | None = None) -> MergeReport:
     bank: Any = adapted_backbone(model).bank
     if out is not None and getattr(model, "cfg", None) is None:
         raise ConfigError("merge(out=...) writes the config too, and this model has none. Make it with init_model.")
+    taken = [path for name in (CONFIG, CHECKPOINT) if out is not None and (path := Path(out) / name).exists()]
+    if taken:
+        raise ConfigError(f"{taken[0]} exists already and is not overwritten. Choose another folder.")
     report: MergeReport = bank.merge()
     if out is None:
         return report

@@ -6,7 +6,7 @@ those of mmsegmentation's heads, so a directory can be used by both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.errors import ConfigError, FileError
 from vispeft.mmseg.backbone import VispeftBackbone
-from vispeft.storage.files import check_tensors, read_decoder
+from vispeft.storage.files import check_tensors, read_adapter, read_decoder
 from vispeft.zoo.adapters import find_adapter
 
 __all__ = ["adapted_backbone", "backbones", "load_decoder", "save_adapter"]
@@ -77,24 +77,36 @@ def save_adapter(model: nn.Module, path: str | Path, *, metrics: Mapping[str, An
     bank.save(path, decoder=_decoder_state(model))
 
 
-def load_decoder(model: nn.Module, path: str | Path) -> None:
+def load_decoder(model: nn.Module, path: str | Path, classes: Sequence[str] | None = None) -> None:
     """Load the map reader and the decoder stored with an adapter into a segmentor.
 
     Args:
         model: The segmentor.
         path: The directory of the adapter, or of a run.
+        classes: Names of the segmentor's classes, which have to be those of the decoder in their order; None takes them
+            from its ``dataset_meta``, where they are known.
 
     Raises:
+        ConfigError: If the decoder has other classes, or the same in another order.
         FileError: If there is none, or a tensor is missing, unknown, of another shape, or not finite.
     """
-    tensors = read_decoder(find_adapter(str(path)))
+    folder = find_adapter(str(path))
+    own = list(classes or (getattr(model, "dataset_meta", None) or {}).get("classes") or ())
+    saved = list(read_adapter(folder)[0].get("class_names") or ())
+    if own and saved and own != saved:
+        other = "the same classes in another order" if sorted(own) == sorted(saved) else "other classes"
+        raise ConfigError(
+            f"The decoder in {path} has {other}: {', '.join(saved[:6])} there, {', '.join(own[:6])} here. Give the "
+            "data its classes in its order, or train the decoder anew."
+        )
+    tensors = read_decoder(folder)
     if not tensors:
         raise FileError(f"{path} holds an adapter without a decoder. Train the decoder anew, or name another one.")
-    own = _decoder_state(model)
-    check_tensors(own, tensors)
+    parts = _decoder_state(model)
+    check_tensors(parts, tensors)
     with torch.no_grad():
         for key, tensor in tensors.items():
-            own[key].copy_(tensor)
+            parts[key].copy_(tensor)
 
 
 def _decoder_state(model: Any) -> dict[str, Tensor]:

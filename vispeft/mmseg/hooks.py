@@ -7,6 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+from mmengine.dataset import InfiniteSampler
 from mmengine.dist import master_only
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import is_model_wrapper
@@ -14,13 +16,14 @@ from mmseg.models.decode_heads import UPerHead
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.registry import HOOKS
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from vispeft.errors import ConfigError
+from vispeft.errors import ConfigError, counted
 from vispeft.mmseg.backbone import VispeftBackbone
 from vispeft.mmseg.files import backbones, load_decoder, save_adapter
 from vispeft.zoo.adapters import ADAPTER
 
-__all__ = ["VispeftHook", "check_segmentor"]
+__all__ = ["VispeftHook", "check_batches", "check_segmentor"]
 
 
 @HOOKS.register_module()
@@ -58,14 +61,16 @@ class VispeftHook(Hook):
         found = backbones(model)
         if not found:
             raise ConfigError("VispeftHook is in custom_hooks, and the model has no VispeftBackbone. Drop the hook.")
-        check_segmentor(model, runner.train_dataloader.dataset.metainfo.get("classes"))
+        classes = runner.train_dataloader.dataset.metainfo.get("classes")
+        check_segmentor(model, classes)
+        check_batches(model, runner.train_dataloader)
         for name, backbone in found.items():
             report = "no adapter; all of it trains" if backbone.bank is None else f"\n{backbone.bank.report()}"
             runner.logger.info(f"{name}: {report}")
         self._best = _best_checkpoints(runner)
         # mmengine may be told to resume where there is no checkpoint yet.
         if self.decoder is not None and not (runner._resume and runner._has_loaded):
-            load_decoder(model, self.decoder)
+            load_decoder(model, self.decoder, classes)
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Save the adapter, and remove the frozen tensors from the checkpoint."""
@@ -129,7 +134,8 @@ def check_segmentor(model: Any, classes: Sequence[str] | None) -> None:
         if isinstance(model.backbone, VispeftBackbone) and not model.with_neck and isinstance(head, BaseDecodeHead):
             found += _unreadable(name, head, model.backbone)
         if classes is not None and len(classes) != head.num_classes:
-            found.append(f"{name}.num_classes is {head.num_classes}, and the data have {len(classes)} classes")
+            known = counted(len(classes), "class", "classes")
+            found.append(f"{name}.num_classes is {head.num_classes}, and the data have {known}")
     if not found and _behind_the_heads(model, list(heads.values())):
         found.append(
             "no head reads the backbone's last map, and units of the adapter behind the other maps cannot train: let "
@@ -137,6 +143,68 @@ def check_segmentor(model: Any, classes: Sequence[str] | None) -> None:
         )
     if found:
         raise ConfigError(f"The config does not fit together: {'; '.join(found)}. Correct it there.")
+
+
+def check_batches(model: Any, loader: Any) -> None:
+    """Refuse batches in which a BatchNorm of a head sees one value per channel, which fails in the middle of training.
+
+    Args:
+        model: The segmentor.
+        loader: The loader of the training data.
+
+    Raises:
+        ConfigError: If the smallest batch is too small; the message names the setting.
+    """
+    fewest = _fewest(loader)
+    if fewest > 1 or not isinstance(model.backbone, VispeftBackbone) or model.with_neck:
+        return
+    size = getattr(model.data_preprocessor, "size", None) or (2 * model.backbone.reader.divisor,) * 2
+    heads = _heads("decode_head", model.decode_head)
+    if model.with_auxiliary_head:
+        heads |= _heads("auxiliary_head", model.auxiliary_head)
+    found = [name for name, head in heads.items() if isinstance(head, BaseDecodeHead) and _one_value(model, head, size)]
+    if found:
+        raise ConfigError(
+            f"A training batch of each epoch has {fewest} image, and {', '.join(found)} needs 2 for its BatchNorm, "
+            "which would see one value per channel. Set train_dataloader.drop_last, or another "
+            "train_dataloader.batch_size."
+        )
+
+
+def _fewest(loader: Any) -> int:
+    """Return the number of images in the smallest training batch of one process."""
+    size = int(loader.batch_size or 1)
+    if isinstance(loader.sampler, InfiniteSampler) or loader.drop_last:
+        return size
+    return len(loader.sampler) % size or size
+
+
+def _one_value(model: Any, head: Any, size: Sequence[int]) -> bool:
+    """Whether a BatchNorm in a head sees one value per channel for one image of this height and width."""
+    seen: list[int] = []
+
+    def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen.append(inputs[0].numel() // inputs[0].shape[1])
+
+    norms = [module for module in head.modules() if isinstance(module, _BatchNorm)]
+    handles = [norm.register_forward_pre_hook(look) for norm in norms]
+    modes = {module: module.training for module in head.modules()}
+    backbone = model.backbone
+    maps = [
+        next(head.parameters()).new_zeros(1, channels, -(-size[0] // stride), -(-size[1] // stride))
+        for channels, stride in zip(backbone.channels, backbone.strides, strict=True)
+    ]
+    try:
+        with torch.no_grad():
+            head.eval()(maps)  # in evaluation, where one value is no error and no statistics move
+    except Exception:  # a head of mmdetection, or of the user's own, with another call: nothing is known about it
+        return False
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    return 1 in seen
 
 
 def _heads(name: str, module: nn.Module) -> dict[str, Any]:

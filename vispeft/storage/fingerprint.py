@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from vispeft.errors import BaseMismatchError
 
 __all__ = ["absent_parts", "base_tensors", "check_fingerprint", "fingerprint", "function_of", "pool_of"]
 
+T = TypeVar("T")
+R = TypeVar("R")
+_HALVES = {"bfloat16", "float16"}
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -69,8 +72,7 @@ def fingerprint(model: nn.Module, view: View, replaced: Mapping[str, Tensor | No
         Plain values, for ``adapter.json``.
     """
     parts, bound, dtype = _group(model, view, replaced)
-    with ThreadPoolExecutor(2) as pool:
-        digests = dict(zip(parts, pool.map(_digests, parts.values()), strict=True))
+    digests = dict(zip(parts, _in_threads(_digests, parts.values()), strict=True))
     return {
         "function": function_of(model, view),
         "class": view.model_class,
@@ -114,9 +116,8 @@ def check_fingerprint(
     _check_function(saved["function"], function_of(model, view))
     present = "float32" if dtype in (torch.float32, torch.float64) else str(dtype).removeprefix("torch.")
     levels = _levels(saved["dtype"], present)
-    with ThreadPoolExecutor(2) as pool:
-        verdicts = pool.map(lambda part: _agrees(parts[part], saved["parts"][part], levels), parts)
-        different = [part for part, same in zip(parts, verdicts, strict=True) if not same]
+    verdicts = _in_threads(lambda part: _agrees(parts[part], saved["parts"][part], levels), parts)
+    different = [part for part, same in zip(parts, verdicts, strict=True) if not same]
     for name, tensor in bound.items():
         entry = saved["bound"].get(name)
         if entry and entry["shape"] == list(tensor.shape) and not _agrees([(name, tensor)], entry["digests"], levels):
@@ -124,8 +125,8 @@ def check_fingerprint(
     if different:
         raise BaseMismatchError(
             f"The adapter was trained on other weights: {len(different)} of {len(parts) + len(bound)} parts of this "
-            f"model differ, first {_some(different)}. Load the same pretrained weights, or pass "
-            "allow_base_mismatch=True if you know that they are close enough."
+            f"model differ, first {_some(different)}. {_other_rounding(saved['dtype'], present)}Load the same "
+            "pretrained weights, or pass allow_base_mismatch=True if you know that they are close enough."
         )
 
 
@@ -208,7 +209,29 @@ def _levels(saved: str, present: str) -> list[str]:
         return ["float32", "bfloat16!", "float16!"]
     if saved in ("float32", "float64"):
         return [present]
-    return [saved]
+    # A model cast from one reduced precision to the other agrees in the second.
+    return [saved, present] if present in _HALVES else [saved]
+
+
+def _other_rounding(saved: str, present: str) -> str:
+    """Return why models of two reduced precisions differ; empty for other ones."""
+    if saved == present or not {saved, present} <= _HALVES:
+        return ""
+    return (
+        f"It was saved on weights in {saved}, and these are in {present}: both are roundings, and neither tells the "
+        f"other. On weights in {saved} or float32 it can be compared. "
+    )
+
+
+def _in_threads(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """Call a function for every item, in two threads: hashing and conversions release Python's lock.
+
+    The first thread starts alone. After a fork PyTorch makes its own pool anew, and two threads that do so at once
+    meet one that is not there.
+    """
+    with ThreadPoolExecutor(2) as pool:
+        pool.submit(torch.get_num_threads).result()
+        return list(pool.map(work, items))
 
 
 def _agrees(tensors: list[tuple[str, Tensor]], saved: Mapping[str, str], levels: list[str]) -> bool:

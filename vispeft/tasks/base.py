@@ -9,26 +9,30 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from vispeft.adapters.attach import attach, load
 from vispeft.adapters.bank import AdapterBank
+from vispeft.adapters.report import Report
 from vispeft.backbones.create import create_model
 from vispeft.core.families import unwrap
 from vispeft.core.method import Method
 from vispeft.data.preprocessing import Preprocessing
-from vispeft.errors import ConfigError, DataError, FileError
+from vispeft.errors import ConfigError, DataError, FileError, check_object, counted
 from vispeft.tasks.callbacks import FiniteGuard, MethodHooks
+from vispeft.tasks.checkpoint_form import check_shapes
 from vispeft.tasks.checkpoints import read_checkpoint
 from vispeft.tasks.ema import EMA
+from vispeft.tasks.finite import OutputCount
 from vispeft.tasks.layer_decay import decay_by_layer
 from vispeft.tasks.migration import rename_heads
 from vispeft.tasks.optimizers import check_optimizer, make_optimizer
 from vispeft.tasks.predictions import Predictor
 from vispeft.tasks.schedules import DECAYS, warmup_decay
 
-__all__ = ["AdapterTask"]
+__all__ = ["AdapterTask", "check_precision"]
 
 
 class AdapterTask(LightningModule):
@@ -91,8 +95,9 @@ class AdapterTask(LightningModule):
             VerificationError: If a trainable tensor receives no gradient.
         """
         super().__init__()
+        check_object(type(self).__name__, "method", method, Method)
         for name, value, good in (
-            ("lr", lr, lr > 0 and math.isfinite(lr)),
+            ("lr", lr, 0 < lr <= _LARGEST),
             ("weight_decay", weight_decay, weight_decay >= 0 and math.isfinite(weight_decay)),
             ("warmup", warmup, 0 <= warmup < 1),
             ("layer_decay", layer_decay, 0 < layer_decay <= 1),
@@ -124,8 +129,14 @@ class AdapterTask(LightningModule):
             )
         self.layer_decay = layer_decay
         self.ema = EMA(ema) if ema else None
+        self.outputs_seen = OutputCount()
+        """Images of the split that was measured last, and those whose outputs are not finite."""
         self.started = False
         """Whether the adapter has left its initial values, by training or by loading a file."""
+
+    def report(self) -> Report:
+        """Count the parameters of the adapter, and of a decoder that trains with it."""
+        return self.bank.report()
 
     def save_adapter(self, path: str | Path) -> None:
         """Write the adapter, together with the tensors of the task.
@@ -145,13 +156,36 @@ class AdapterTask(LightningModule):
             path: Its directory.
 
         Raises:
-            FileError: If a file is missing, truncated or altered.
+            FileError: If a file is missing, truncated or altered, or the adapter was trained for another task.
             BaseMismatchError: If it was trained on another backbone.
         """
         for name in self.bank.names:
             self.bank.detach(name)
         self.bank = load(self.model, path)
+        self._check_output(path, self.bank.notes().get("output") or {})
         self.started = True
+
+    def _check_output(self, path: str | Path, saved: Mapping[str, Any]) -> None:
+        """Refuse an adapter whose outputs are read in another way than this task's.
+
+        Args:
+            path: Its directory, for the message.
+            saved: Its note on outputs; one of earlier versions may be empty.
+
+        Raises:
+            FileError: If target, or the decoder, are others.
+        """
+        own = self.output()
+        kind, wanted = saved.get("target"), own.get("target")
+        if None not in (kind, wanted) and kind != wanted:
+            raise FileError(f"{path} was trained for targets of the kind {kind!r}, and the task has {wanted!r}.")
+        ours, theirs = own.get("decoder"), saved.get("decoder")
+        if ours is None or theirs is None:
+            return
+        other = [key for key in ("name", "taps", "levels") if theirs.get(key, ours[key]) != ours[key]]
+        if other:
+            listing = ", ".join(f"{key} {theirs[key]} there, {ours[key]} here" for key in other)
+            raise FileError(f"{path} was trained with another decoder than the task has: {listing}.")
 
     def head_tensors(self) -> dict[str, Tensor]:
         """Tensors of the task's head, by their names in files."""
@@ -185,8 +219,9 @@ class AdapterTask(LightningModule):
         content = read_checkpoint(checkpoint)
         self.on_load_checkpoint(content)
         averaged = content["average"]["tensors"] if self.ema is not None else {}
+        check_shapes(averaged, self.state_dict(), checkpoint)
         self.load_state_dict({**content["state_dict"], **averaged}, strict=False)
-        return int(content["epoch"])
+        return int(content.get("epoch", 0))
 
     def verify(self) -> None:
         """Check that every trainable tensor of the adapter receives a gradient.
@@ -243,7 +278,7 @@ class AdapterTask(LightningModule):
         classes = getattr(data, "num_classes", self.num_classes)
         if classes != self.num_classes:
             raise DataError(
-                f"The data have {classes} classes, and the model was made for {self.num_classes}. "
+                f"The data have {counted(classes, 'class', 'classes')}, and the model was made for {self.num_classes}. "
                 f"Make it with num_classes={classes}."
             )
         wanted, made_for = getattr(data, "preprocessing", self.preprocessing).size, self.preprocessing.size
@@ -259,9 +294,13 @@ class AdapterTask(LightningModule):
         """Check the adapters and the trainer's data before the first step.
 
         Raises:
-            ConfigError: If more or fewer than one adapter acts.
+            ConfigError: If more or fewer than one adapter acts, or the trainer's precision or a callback cannot train
+                this task.
             DataError: If class count or image size do not fit.
         """
+        check_precision(self.trainer.precision)
+        if stage == "fit":
+            _check_averaging(self.trainer)
         acting = self.bank.active
         if len(acting) != 1:
             raise ConfigError(
@@ -433,6 +472,7 @@ class AdapterTask(LightningModule):
                 f"The checkpoint has {len(found)} trained tensors and this task has {len(needed)}; they differ in "
                 f"{len(found ^ needed)}, first {listing}. Use the method and the backbone it was written with."
             )
+        check_shapes(checkpoint["state_dict"], self.state_dict(), "The checkpoint")
         if (self.ema is not None) != ("average" in checkpoint):
             raise FileError(
                 f"The checkpoint has {'an' if 'average' in checkpoint else 'no'} EMA of the weights, and this task "
@@ -450,8 +490,41 @@ class AdapterTask(LightningModule):
         return rename_heads(tensors, self.bank.view.head_path, active[-1], needed) if active else dict(tensors)
 
 
+def check_precision(precision: Any) -> None:
+    """Refuse precisions that convert the whole task, adapter and optimiser included.
+
+    Args:
+        precision: The trainer's setting; None for the default.
+
+    Raises:
+        ConfigError: If it is one of them.
+    """
+    wanted = str(precision)
+    if wanted in _WHOLE:
+        raise ConfigError(
+            f"trainer.precision is {wanted}, which converts the adapter with the backbone, and an adapter trains in "
+            "float32. Leave it out and set model.base_dtype to bfloat16, with which the frozen backbone takes half the "
+            "memory, or give bf16-mixed, with which it computes in half precision."
+        )
+
+
+def _check_averaging(trainer: Any) -> None:
+    """Refuse Lightning's own averages, which keep a copy of the whole task and cannot be resumed without it."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+            raise ConfigError(
+                f"The callback {type(callback).__name__} averages a copy of the whole model, and checkpoints hold only "
+                "what is trained, so that the run could not be resumed. Leave it out and set ema (model.ema 0.999): "
+                "that average is validated, kept and resumed."
+            )
+
+
+_WHOLE = ("bf16-true", "16-true", "64-true", "64", "transformer-engine", "transformer-engine-float16")
+"""Precisions of Lightning that convert a module's parameters."""
+_LARGEST = torch.finfo(torch.float32).max
+"""Largest learning rate that an optimiser can multiply float32 tensors with."""
 _NEEDED = {
-    "lr": "a finite number above 0",
+    "lr": "a number above 0 that float32 can hold",
     "weight_decay": "a finite number from 0",
     "layer_decay": "a share above 0, at most 1,",
     "ema": "a decay from 0 up to, not including, 1,",

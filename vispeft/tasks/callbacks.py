@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTh
 from torch import Tensor
 from torch.optim import Optimizer
 
-from vispeft.errors import TrainingError
+from vispeft.errors import TrainingError, brief
 from vispeft.tasks.state import random_state, set_random_state
 
 __all__ = ["EpochPictures", "FiniteGuard", "MethodHooks", "NarrowProgress", "PlainProgress", "progress_bar"]
@@ -69,7 +69,8 @@ class TrainingBatches:
 class FiniteGuard(Callback):
     """Stop training at the first non-finite loss or gradient, before it changes any weight.
 
-    The weights are then still those of the previous step, and the checkpoints on disk are valid.
+    The weights are then still those of the previous step, and the checkpoints on disk are valid. Outputs of validation
+    and test that are not finite are counted and said.
     """
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -87,6 +88,23 @@ class FiniteGuard(Callback):
             else f"All trainable weights are finite; the largest are {_largest(trainer)}."
         )
         raise TrainingError(f"The training loss is {loss.item()} at {_step(trainer)}. {where} {_what_to_do(trainer)}")
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count outputs that are not finite."""
+        cast(Any, pl_module).outputs_seen.reset()
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say how many images have outputs that are not finite."""
+        seen = cast(Any, pl_module).outputs_seen
+        if trainer.world_size > 1:  # all processes decide alike about the best epoch
+            counts = torch.tensor([seen.images, seen.broken], device=pl_module.device)
+            seen.images, seen.broken = cast(Tensor, trainer.strategy.reduce(counts, reduce_op="sum")).tolist()
+        if seen.broken:
+            logger.warning(seen.says("test" if trainer.testing else "validation"))
+
+    on_test_epoch_end = on_validation_epoch_end
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Check the gradients.
@@ -149,11 +167,18 @@ class EpochPictures(Callback):
             folder: The folder, created with the first plot.
         """
         self.folder = folder
+        self._said = False
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw, except after Lightning's sanity check."""
-        if not trainer.sanity_checking:
+        """Draw, except after Lightning's sanity check; a training goes on without a picture that cannot be drawn."""
+        if trainer.sanity_checking:
+            return
+        try:
             cast(Any, pl_module).draw_epoch(self.folder, trainer.current_epoch)
+        except Exception as error:
+            if not self._said:
+                logger.warning("A picture could not be drawn (%s: %s)", type(error).__name__, brief(error))
+            self._said = True
 
 
 class PlainProgress(ProgressBar):

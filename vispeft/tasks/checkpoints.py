@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import logging
+import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,14 +24,17 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.optim.lr_scheduler import LambdaLR
 
 from vispeft.core.families import unwrap
 from vispeft.data.base import ImageData
 from vispeft.errors import ConfigError, FileError, TrainingError
+from vispeft.storage.disk import read_regular
 from vispeft.storage.files import write_atomically
 from vispeft.storage.fingerprint import check_fingerprint, fingerprint
+from vispeft.tasks.checkpoint_form import check_content, check_state
 from vispeft.tasks.logs import RunLog
-from vispeft.tasks.state import between_steps, put_back, training_state
+from vispeft.tasks.state import between_steps, put_back, set_random_state, training_state
 
 __all__ = ["Cadence", "Found", "RunCheckpoints", "SealedCheckpointIO", "find_checkpoint", "read_checkpoint"]
 
@@ -39,6 +44,8 @@ SEAL = b"\nvispeft sha256 "
 """Separator between a checkpoint and its digest. Readers of zip files, such as torch, ignore the rest of the file."""
 STATE = "vispeft"
 """Key of vispeft's part of a checkpoint."""
+CONFIG = "config"
+"""Key of the settings it was written with, and of their digest."""
 
 
 # ------------------------------------------------------------------ files
@@ -88,9 +95,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         FileError: If it is missing, truncated or altered.
     """
     try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise FileError(f"The checkpoint {path} could not be read ({error.strerror}).") from error
+        content = read_regular(Path(path))
+    except (OSError, ValueError) as error:  # a name with a null byte is no name
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(f"The checkpoint {path} could not be read ({reason}).") from error
     body, digest = content[: -len(SEAL) - 64], content[-64:]
     sealed = content[len(body) : -64] == SEAL
     if sealed and hashlib.sha256(body).hexdigest().encode() != digest:
@@ -100,8 +108,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # a parser may raise anything for bytes that are not a checkpoint
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise FileError(f"The checkpoint {path} cannot be read: {reason}") from error
-    if not isinstance(loaded, dict) or "state_dict" not in loaded:
-        raise FileError(f"{path} is no checkpoint: it has no state_dict.")
+    check_content(loaded, path)
     if loaded.pop("sealed", False) and not sealed:
         raise FileError(f"The checkpoint {path} is truncated: its digest is missing.")
     return loaded
@@ -115,6 +122,8 @@ class Found:
     """Its file."""
     state: dict[str, Any]
     """vispeft's part of it."""
+    config: dict[str, Any] | None = None
+    """The settings it was written with; None in those of earlier versions, and of scripts that gave none."""
 
     @property
     def finished(self) -> bool:
@@ -133,14 +142,39 @@ def find_checkpoint(folder: Path) -> Found | None:
     """
     for path in sorted(folder.glob("step-*.ckpt"), key=lambda path: path.stem, reverse=True):
         try:
-            state = read_checkpoint(path)[STATE]
+            content = read_checkpoint(path)
+            state, config = check_state(content.get(STATE), path), _config_of(content, path)
             if state["best"] is not None:
                 read_checkpoint(folder / state["best"]["file"])
-        except (FileError, KeyError) as error:
+        except FileError as error:
             logger.warning("%s It is left out, and the one before it is used.", error)
             continue
-        return Found(path, state)
+        return Found(path, state, config)
     return None
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """Hash the settings of a run.
+
+    Args:
+        config: Plain values by name.
+
+    Returns:
+        A sha256 in hexadecimal digits.
+    """
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _config_of(content: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
+    """Return the settings in a checkpoint."""
+    found = content.get(CONFIG)
+    if found is None:
+        return None
+    if not isinstance(found, dict) or not isinstance(found.get("values"), dict):
+        raise FileError(f"The checkpoint {path} cannot be read: its config is no table of settings.")
+    if config_digest(found["values"]) != found.get("digest"):
+        raise FileError(f"The checkpoint {path} was altered: the digest of its config does not fit.")
+    return dict(found["values"])
 
 
 # ------------------------------------------------------------------ writing them while training
@@ -174,7 +208,15 @@ class RunCheckpoints(Checkpoint):
     and its rows in the logs. Use it together with `SealedCheckpointIO` among the trainer's plugins.
     """
 
-    def __init__(self, folder: str | Path, *, monitor: str, mode: str = "max", cadence: Cadence | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        monitor: str,
+        mode: str = "max",
+        cadence: Cadence | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         """Set the folder and the metric.
 
         Args:
@@ -182,9 +224,13 @@ class RunCheckpoints(Checkpoint):
             monitor: Metric that selects the best epoch.
             mode: Whether more or less of it is better: ``max`` or ``min``.
             cadence: Interval of checkpoints inside an epoch.
+            config: Settings of the run as plain values, which every checkpoint keeps with their digest.
         """
         self.folder, self.monitor, self.mode = Path(folder), monitor, mode
         self.cadence = cadence or Cadence()
+        self.config = None if config is None else {"values": dict(config), "digest": config_digest(config)}
+        self.began = False
+        """Whether a step has begun; before it nothing has been trained that could be lost."""
         self.best: dict[str, Any] | None = None
         """File, epoch and score of the best epoch so far."""
         self.epochs = self.steps = 0
@@ -196,6 +242,7 @@ class RunCheckpoints(Checkpoint):
         self._saving = self._finished = self._validated = False
         self._pending: dict[str, Any] | None = None
         self._backbone: dict[str, Any] | None = None
+        self._until: int | None = None
         self._began = self._saved = 0.0
 
     @property
@@ -213,6 +260,7 @@ class RunCheckpoints(Checkpoint):
         """
         self.best, self.seconds = state["best"], state["seconds"]
         self.epochs, self.steps, self._backbone = state["epochs"], state["steps"], state["backbone"]
+        self._until = state.get("until")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the state to restore before the next step.
@@ -255,12 +303,18 @@ class RunCheckpoints(Checkpoint):
             # With max_steps, Lightning mistakes a run stopped between two epochs for one stopped inside an epoch.
             trainer.fit_loop._restarting = False
             trainer.fit_loop.epoch_loop.restarting = False
+        if self._pending["finished"]:
+            _set_rates(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Restore a state, or write one if it is due."""
+        self.began = True
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            put_back(pending["training"], trainer, pl_module)
+            if pending["finished"]:  # its epoch is over; the one that begins has means of its own
+                set_random_state(pending["training"]["random"])
+            else:
+                put_back(pending["training"], trainer, pl_module)
             for log, rows in zip(_logs(trainer), pending["rows"], strict=True):
                 log.rewind(rows)
         elif self._due(trainer, batch_idx):
@@ -289,40 +343,56 @@ class RunCheckpoints(Checkpoint):
         Raises:
             TrainingError: If the task does not log the selecting metric.
         """
-        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+        if trainer.state.fn != TrainerFn.FITTING:
             return
-        self._validated = True
+        self._validated = not trainer.sanity_checking
         score = trainer.callback_metrics.get(self.monitor)
         if score is None:
             raise TrainingError(
                 f"The best epoch is chosen by {self.monitor}, which the task does not log; it logs "
                 f"{', '.join(sorted(trainer.callback_metrics)) or 'nothing'}."
             )
-        # If validation images are trained on, their score is meaningless, and the last epoch is kept.
-        if getattr(trainer.datamodule, "validation_chooses", True) and not self._better(float(score)):
+        if trainer.sanity_checking:
             return
-        epoch = trainer.current_epoch
+        # If validation images are trained on, their score is meaningless, and the last epoch is kept.
+        seen = getattr(pl_module, "outputs_seen", None)
+        value = math.nan if seen is not None and seen.broken else float(score)
+        if getattr(trainer.datamodule, "validation_chooses", True) and not self._better(value, trainer):
+            return
+        self._keep(trainer, trainer.current_epoch, value)
+
+    def _keep(self, trainer: Trainer, epoch: int, score: float) -> None:
+        """Write the present weights as those of the best epoch."""
         file = f"best-epoch{epoch:03d}-step{trainer.global_step:07d}.ckpt"
         trainer.save_checkpoint(self.folder / file, weights_only=True)
-        self.best = {"file": file, "epoch": epoch, "score": float(score)}
+        self.best = {"file": file, "epoch": epoch, "score": score}
 
-    def _better(self, score: float) -> bool:
-        if self.best is None:
+    def _better(self, score: float, trainer: Trainer) -> bool:
+        if not math.isfinite(score):
+            logger.warning(
+                "%s is %s after epoch %d, which decides nothing: this epoch is not compared with the others.",
+                self.monitor,
+                score,
+                trainer.current_epoch + 1,
+            )
+            return False
+        if self.best is None or not math.isfinite(self.best["score"]):
             return True
         best = self.best["score"]
-        if best != best:
-            return score == score  # any number is better than none
         return score > best if self.mode == "max" else score < best
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the final state."""
         self._finished = True
-        self.epochs, self.steps = trainer.current_epoch, trainer.global_step
+        if self.best is None:
+            logger.warning("No epoch has a %s that is a number, so the last weights are kept.", self.monitor)
+            self._keep(trainer, max(0, trainer.current_epoch - 1), math.nan)
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
         now = time.monotonic()
         self.seconds, self._began, self._saved = self.seconds + now - self._began, now, now
+        self.epochs, self.steps, self._until = trainer.current_epoch, trainer.global_step, trainer.max_epochs
         for experiment in _writers(trainer):
             experiment.flush()  # rows that the state counts as logged must survive this process
         path = self.folder / f"step-{trainer.global_step:07d}.ckpt"
@@ -336,7 +406,9 @@ class RunCheckpoints(Checkpoint):
             self._prune(path.name)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add vispeft's part to a checkpoint written by this callback."""
+        """Add the config to a checkpoint, and vispeft's part to one that this callback writes."""
+        if self.config is not None:
+            checkpoint[CONFIG] = self.config
         if not self._saving:
             return
         task = cast(Any, pl_module)
@@ -347,6 +419,7 @@ class RunCheckpoints(Checkpoint):
             "best": self.best,
             "epochs": self.epochs,
             "steps": self.steps,
+            "until": self._until,
             "seconds": self.seconds,
             "processes": trainer.world_size,
             "torch": str(torch.__version__),
@@ -369,6 +442,17 @@ class RunCheckpoints(Checkpoint):
     def _files(self, state: str) -> set[str]:
         """Return the files of a state: its own, and its best epoch."""
         return {state} if self.best is None else {state, self.best["file"]}
+
+
+def _set_rates(trainer: Trainer) -> None:
+    """Compute the learning rates of the next step anew, as a finished training left those of its own last step."""
+    for config in trainer.lr_scheduler_configs:
+        schedule = config.scheduler
+        if isinstance(schedule, LambdaLR):
+            pairs = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            for group, base, share in pairs:
+                group["lr"] = base * share(schedule.last_epoch)
+            schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
 
 
 def _repeatable(trainer: Trainer) -> bool:

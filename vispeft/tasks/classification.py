@@ -11,15 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassCalibrationError,
-    MulticlassConfusionMatrix,
-    MulticlassF1Score,
-)
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from vispeft.errors import ConfigError, DataError
+from vispeft.metrics import ClassScores, per_class
+from vispeft.tasks.finite import finite_rows
 from vispeft.tasks.supervised import Batch, SupervisedTask
 from vispeft.viz import confusion_matrix, reliability_diagram
 
@@ -27,6 +24,14 @@ __all__ = ["Classification", "balanced_weights", "fit_temperature", "soft_cross_
 
 BINS = 15
 """Bins of the expected calibration error, as in Guo et al. (ICML 2017)."""
+
+
+class CalibrationError(MulticlassCalibrationError):
+    """Expected calibration error; NaN without images, where torchmetrics raises."""
+
+    def compute(self) -> Tensor:
+        """Compute the error over all images."""
+        return super().compute() if len(self.confidences) else torch.tensor(math.nan)
 
 
 class Classification(SupervisedTask):
@@ -45,6 +50,7 @@ class Classification(SupervisedTask):
         *,
         label_smoothing: float = 0.0,
         class_weights: list[float] | Literal["balanced"] | None = None,
+        absent: Literal["skip", "zero"] = "skip",
         **settings: Any,
     ) -> None:
         """Create the backbone, attach the adapter and verify it.
@@ -53,6 +59,8 @@ class Classification(SupervisedTask):
             label_smoothing: Fraction of each label to spread evenly over all classes.
             class_weights: How much each class counts in the training loss; ``balanced`` makes all classes count the
                 same in sum, whatever their numbers of training images.
+            absent: How a class that was not measured counts in the mean accuracy and the mean F1 of the classes: not
+                at all (``skip``), or as zero.
             settings: Settings of `AdapterTask`.
 
         Raises:
@@ -65,12 +73,12 @@ class Classification(SupervisedTask):
             raise ConfigError(
                 f"Classification(label_smoothing={label_smoothing}): a share from 0 up to, not including, 1 is needed."
             )
+        self.absent = absent
         super().__init__(**settings)
         self.label_smoothing, self.class_weights, self.temperature = label_smoothing, class_weights, 1.0
         self.targets_needed = class_weights == "balanced"
         weights = None if class_weights in (None, "balanced") else _checked_weights(class_weights, self.num_classes)
         self.register_buffer("_weights", weights, persistent=False)
-        self.test_class_accuracy = MulticlassAccuracy(self.num_classes, average="none")
         self.test_confusion = MulticlassConfusionMatrix(self.num_classes)
 
     def make_metrics(self, split: str) -> MetricCollection:
@@ -84,9 +92,9 @@ class Classification(SupervisedTask):
         if split != "train":
             if classes > 5:
                 metrics["top5_accuracy"] = MulticlassAccuracy(classes, average="micro", top_k=5)
-            metrics["mean_class_accuracy"] = MulticlassAccuracy(classes, average="macro")
-            metrics["f1"] = MulticlassF1Score(classes, average="macro")
-            metrics["calibration_error"] = MulticlassCalibrationError(classes, n_bins=BINS)
+            metrics["mean_class_accuracy"] = ClassScores(classes, figure="accuracy", absent=self.absent)
+            metrics["f1"] = ClassScores(classes, figure="f1", absent=self.absent)
+            metrics["calibration_error"] = CalibrationError(classes, n_bins=BINS)
         return MetricCollection(metrics, prefix=f"{split}/", compute_groups=False)
 
     def training_loss(self, scores: Tensor, targets: Tensor) -> Tensor:
@@ -129,15 +137,13 @@ class Classification(SupervisedTask):
         self._weights = balanced_weights(targets, self.num_classes).to(self.device)
 
     def on_test_epoch_start(self) -> None:
-        """Reset the two metrics that Lightning does not log, and so does not reset."""
-        self.test_class_accuracy.reset()
+        """Reset the metric that Lightning does not log, and so does not reset."""
         self.test_confusion.reset()
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Measure a batch of the test split and return its scores and targets."""
         measured = super().test_step(batch, batch_idx)
-        self.test_class_accuracy.update(measured["scores"], measured["targets"])
-        self.test_confusion.update(measured["scores"], measured["targets"])
+        self.test_confusion.update(*finite_rows(measured["scores"], measured["targets"]))
         return measured
 
     def decode(self, scores: Tensor) -> Tensor:
@@ -182,15 +188,16 @@ class Classification(SupervisedTask):
         self.temperature = float((self.bank.notes().get("output") or {}).get("temperature", 1.0))
 
     def summary(self, scores: Tensor, targets: Tensor, names: Sequence[str]) -> dict[str, Any]:
-        """Accuracy of each class, and calibration error before and after the temperature.
+        """Accuracy of each class, None for one without images; calibration error before and after the temperature.
 
         Args:
             scores: Class scores of the test split (N, classes).
             targets: Labels (N,).
             names: Names of the classes.
         """
+        counts = self.test_confusion.compute().double()
         return {
-            "test_accuracy_per_class": dict(zip(names, self.test_class_accuracy.compute().tolist(), strict=True)),
+            "test_accuracy_per_class": per_class((counts.diagonal() / counts.sum(1)).float(), names),
             "test_calibration_error": self._before_after(scores, targets),
         }
 
@@ -276,12 +283,15 @@ def fit_temperature(scores: Tensor, labels: Tensor) -> float:
     temperature stays between 1/20 and 20: without an error on validation there is no smallest cross entropy.
 
     Args:
-        scores: Class scores (N, classes).
+        scores: Class scores (N, classes); rows that are not finite are left out.
         labels: Labels (N,).
 
     Returns:
-        The temperature.
+        The temperature; 1 without a finite row.
     """
+    scores, labels = finite_rows(scores, labels)
+    if not len(scores):
+        return 1.0
     z = scores.double()
     right = z.gather(1, labels[:, None]).squeeze(1)
     low, high = -math.log(20), math.log(20)

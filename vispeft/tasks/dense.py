@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vispeft.adapters.report import Report
 from vispeft.core.method import Method
 from vispeft.data.base import ImageData
-from vispeft.errors import ConfigError, DataError, VerificationError
+from vispeft.errors import ConfigError, DataError, VerificationError, check_object
 from vispeft.heads.pyramid import BEHIND_MAPS, DensePyramid, MapReader
 from vispeft.storage.files import DECODER, check_tensors, read_decoder
 from vispeft.tasks.base import AdapterTask
@@ -72,6 +74,8 @@ class DenseTask(AdapterTask, ABC):
             SiteError: If the method finds no site.
             VerificationError: If a trainable tensor receives no gradient.
         """
+        check_object(type(self).__name__, "method", method, Method)
+        check_object(type(self).__name__, "inference", inference, Inference)
         if not method.reaches_maps:
             raise ConfigError(
                 f"{method.name} changes the backbone's last feature and no map inside it, which is all that a decoder "
@@ -102,6 +106,11 @@ class DenseTask(AdapterTask, ABC):
         Args:
             path: The PNG file.
         """
+
+    def report(self) -> Report:
+        """Count the parameters of the adapter, and of map reader and decoders."""
+        trained = [p for part in self.parts().values() for p in part.parameters() if p.requires_grad]
+        return replace(super().report(), decoder=sum(p.numel() for p in trained))
 
     # ------------------------------------------------------------------ checks
 
@@ -238,7 +247,8 @@ class DenseTask(AdapterTask, ABC):
         """Describe how outputs are read, for the adapter's file."""
         levels = "taps" if self.reader.levels is None else "vitdet"
         reader = {"taps": list(self.reader.taps), "levels": levels}
-        return {"target": self.target, "decoder": {"name": self.decoder_name, "args": self.decoder_args, **reader}}
+        decoder = {"name": self.decoder_name, "args": self.decoder_args, **reader}
+        return {"target": self.target, "decoder": decoder, "inference": self.inference.to_dict()}
 
     def head_tensors(self) -> dict[str, Tensor]:
         """Tensors of map reader and decoders by their names in files."""

@@ -22,6 +22,7 @@ from vispeft.data.facts import cache_folder
 from vispeft.errors import ConfigError, DataError
 from vispeft.storage.fingerprint import fingerprint
 from vispeft.tasks.base import AdapterTask
+from vispeft.tasks.state import random_state, set_random_state
 
 __all__ = ["cache_features"]
 
@@ -159,7 +160,7 @@ def _compute(files: OutputFiles, task: AdapterTask, data: ImageData, trainer: Tr
         num_workers=data.num_workers,
         collate_fn=_keep if isinstance(split, BatchSplit) else None,
     )
-    training = task.training
+    training, random = task.training, random_state()
     before: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
     trainer.callbacks = [*before, _Writer(files)]  # type: ignore[attr-defined]
     try:
@@ -167,6 +168,7 @@ def _compute(files: OutputFiles, task: AdapterTask, data: ImageData, trainer: Tr
     finally:
         trainer.callbacks = before  # type: ignore[attr-defined]
         task.train(training)
+        set_random_state(random)  # a run draws the same numbers whether its outputs were on the disk or not
 
 
 def _keep(batch: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,10 @@ __all__ = ["Inference", "padded_to", "predict_masks"]
 Scores = Callable[[Tensor], Tensor]
 """Images (B, 3, H, W) in, class scores (B, classes, H, W) out."""
 
-ROWS = 64
-"""Mask rows computed at once when scores are resized."""
+BAND = 2**29
+"""Bytes of scores of a row of windows that are held at once; wider images are predicted in slabs of columns."""
+CHUNK = 2**26
+"""Bytes of resized scores that are computed at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,11 @@ class Inference:
         if not self.scales or min(self.scales) <= 0:
             raise ConfigError(f"Inference(scales={self.scales}): give numbers above 0, such as (0.75, 1.0, 1.25).")
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields that matter as plain values: window and stride only with windows."""
+        windows = {"window": self.window, "stride": self.stride} if self.mode == "slide" else {}
+        return {"mode": self.mode, **windows, "flip": self.flip, "scales": list(self.scales)}
+
     @property
     def plain(self) -> bool:
         """Whether there is no augmentation: one scale of 1, no flip."""
@@ -68,8 +75,9 @@ class Inference:
 def predict_masks(scores: Scores, images: Tensor, inference: Inference, size: tuple[int, int] | None = None) -> Tensor:
     """Compute the likeliest class of every pixel.
 
-    With windows, only the scores of one row of windows are held in memory, whatever the height of the image: each band
-    of rows is decided as soon as no further window covers it.
+    Memory does not grow with the image times the classes. With windows, only the scores of one row of windows are held,
+    in slabs of columns of up to `BAND` bytes: each band of rows is decided as soon as no further window covers it.
+    Windows that reach into two slabs are computed for both. Scores are resized a few rows at a time.
 
     Args:
         scores: The model.
@@ -87,18 +95,42 @@ def predict_masks(scores: Scores, images: Tensor, inference: Inference, size: tu
     wanted = (height, width) if size is None else tuple(size)
     if inference.mode == "whole":
         found = _seen(scores, images, inference)
-        if wanted != (height, width):
-            found = F.interpolate(found, wanted, mode="bilinear", align_corners=False)
-        return found.argmax(1)
+        if wanted == (height, width):
+            return found.argmax(1)
+        rows, columns = _between(height, wanted[0]), _between(width, wanted[1])
+        return torch.cat(list(_resized(iter([found]), rows, columns, True)), dim=1)
     if min(height, width) < inference.window:
         raise DataError(
             f"An image of {height} x {width} pixels was given, and the sliding window has {inference.window}. Make "
             "inference.window smaller, the images larger, or take inference.mode=whole."
         )
-    bands = _bands(scores, images, inference)
-    if wanted == (height, width):
-        return torch.cat([band.argmax(1) for band in bands], dim=1)
-    return torch.cat(list(_resized(bands, height, wanted)), dim=1)
+    return _slid(scores, images, inference, wanted)
+
+
+def _slid(scores: Scores, images: Tensor, inference: Inference, wanted: tuple[int, ...]) -> Tensor:
+    """Compute masks (B, h, w) by windows, slab by slab."""
+    height, width = images.shape[-2:]
+    window = inference.window
+    # The first window is computed here, since its scores say how many classes there are.
+    first = [_seen(scores, images[..., :window, :window], inference)]
+    fitting = max(window, BAND // (first[0].shape[1] * window * first[0].element_size()))
+    count = -(-width // fitting)
+    rows, columns = _between(height, wanted[0]), _between(width, wanted[1])
+    masks = torch.empty(len(images), *wanted, dtype=torch.long, device=first[0].device)
+    for slab in torch.arange(wanted[1]).tensor_split(min(count, wanted[1])):
+        start, end = int(slab[0]), int(slab[-1]) + 1
+        if wanted == (height, width):
+            bands = _bands(scores, images, inference, (start, end), first)
+            found: Iterator[Tensor] = (band.argmax(1) for band in bands)
+        else:
+            sides = (int(columns.first[start]), int(columns.second[end - 1]) + 1)
+            bands = _bands(scores, images, inference, sides, first)
+            found = _resized(bands, rows, columns.cut(start, end), end - start == wanted[1])
+        top = 0
+        for decided in found:
+            masks[:, top : top + decided.shape[1], start:end] = decided
+            top += decided.shape[1]
+    return masks
 
 
 def _seen(scores: Scores, images: Tensor, inference: Inference) -> Tensor:
@@ -137,19 +169,36 @@ def _windows_over(side: int, starts: list[int], window: int) -> Tensor:
     return count
 
 
-def _bands(scores: Scores, images: Tensor, inference: Inference) -> Iterator[Tensor]:
-    """Yield the mean scores of bands of rows (B, classes, rows, W), from the top; each is valid until the next one."""
+def _bands(
+    scores: Scores, images: Tensor, inference: Inference, sides: tuple[int, int], first: list[Tensor]
+) -> Iterator[Tensor]:
+    """Yield the mean scores of bands of rows (B, classes, rows, columns), from the top; each is valid until the next.
+
+    Args:
+        scores: The model.
+        images: (B, 3, H, W).
+        inference: The settings.
+        sides: First column, and the one behind the last.
+        first: The scores of the first window, which are taken out; empty if they were.
+    """
     height, width = images.shape[-2:]
     window, stride = inference.window, inference.stride
     tops, lefts = _starts(height, window, stride), _starts(width, window, stride)
-    rows, columns = _windows_over(height, tops, window), _windows_over(width, lefts, window)
+    rows, columns = _windows_over(height, tops, window), _windows_over(width, lefts, window)[slice(*sides)]
+    lefts = [left for left in lefts if left < sides[1] and left + window > sides[0]]
     band: Tensor | None = None
     for top, following in zip(tops, [*tops[1:], height], strict=True):
         for left in lefts:
-            part = _seen(scores, images[..., top : top + window, left : left + window], inference)
+            if first and (top, left) == (0, 0):
+                part = first.pop()
+            else:
+                part = _seen(scores, images[..., top : top + window, left : left + window], inference)
             if band is None:
-                band = part.new_zeros(*part.shape[:2], window, width)
-            band[..., left : left + window] += part
+                band = part.new_zeros(*part.shape[:2], window, sides[1] - sides[0])
+            inside = slice(max(left, sides[0]), min(left + window, sides[1]))
+            band[..., inside.start - sides[0] : inside.stop - sides[0]] += part[
+                ..., inside.start - left : inside.stop - left
+            ]
             del part
         assert band is not None
         done = following - top
@@ -158,28 +207,54 @@ def _bands(scores: Scores, images: Tensor, inference: Inference) -> Iterator[Ten
             _shift(band, done)
 
 
-def _resized(bands: Iterator[Tensor], height: int, wanted: tuple[int, ...]) -> Iterator[Tensor]:
+class _Between(NamedTuple):
+    """Places between which values are interpolated along a side, for each new place."""
+
+    first: Tensor
+    """The one before, from 0."""
+    second: Tensor
+    """The one after."""
+    share: Tensor
+    """Share of the one after, from 0 to 1."""
+
+    def cut(self, start: int, end: int) -> _Between:
+        """Keep some of the new places, and count the old ones from the first that they need."""
+        first, second, share = (part[start:end] for part in self)
+        return _Between(first - first[0], second - first[0], share)
+
+
+def _between(side: int, wanted: int) -> _Between:
+    """Place the points of a side that is resized bilinearly, as `interpolate` does with ``align_corners=False``."""
+    places = ((torch.arange(wanted) + 0.5) * (side / wanted) - 0.5).clamp(0, side - 1)
+    first = places.long()
+    return _Between(first, (first + 1).clamp(max=side - 1), places - first)
+
+
+def _resized(bands: Iterator[Tensor], rows: _Between, columns: _Between, whole: bool) -> Iterator[Tensor]:
     """Yield the likeliest classes (B, rows, w) of scores that are resized bilinearly, a few rows at a time.
 
     Args:
         bands: Bands of rows (B, classes, rows, W), from the top.
-        height: Their rows together.
-        wanted: Height and width of the masks.
+        rows: The rows of the masks between those of all bands.
+        columns: The columns of the masks between those of the bands.
+        whole: Whether these are all columns.
     """
-    places = ((torch.arange(wanted[0]) + 0.5) * (height / wanted[0]) - 0.5).clamp(0, height - 1)
-    upper = places.long()
-    lower, share = (upper + 1).clamp(max=height - 1), places - upper
     top, before = 0, None
     for band in bands:
-        inside = ((lower >= top) & (lower < top + band.shape[2])).nonzero().flatten()
-        for some in filter(len, inside.split(ROWS)):
-            first, second = upper[some] - top, lower[some] - top
+        inside = ((rows.second >= top) & (rows.second < top + band.shape[2])).nonzero().flatten()
+        left, right, share = (part.to(band.device) for part in columns)
+        row = band.shape[0] * band.shape[1] * max(len(left), band.shape[3]) * band.element_size()
+        for some in filter(len, inside.split(max(1, CHUNK // row))):
+            first, second = rows.first[some] - top, rows.second[some] - top
             above = band[:, :, first.clamp(min=0)]
             if before is not None:
                 above[:, :, first < 0] = before
-            mixed = above.lerp_(band[:, :, second], share[some, None].to(band))
-            # Rows are already resized; this resizes only columns.
-            yield F.interpolate(mixed, (len(some), wanted[1]), mode="bilinear", align_corners=False).argmax(1)
+            mixed = above.lerp_(band[:, :, second], rows.share[some, None].to(band))
+            if whole:  # equal and faster
+                yield F.interpolate(mixed, (len(some), len(left)), mode="bilinear", align_corners=False).argmax(1)
+            else:
+                sides = (mixed.index_select(3, side) for side in (left, right))
+                yield next(sides).lerp_(next(sides), share.to(band)).argmax(1)
         top, before = top + band.shape[2], band[:, :, -1:].clone()
 
 
@@ -199,4 +274,5 @@ def padded_to(images: Tensor, divisor: int) -> Tensor:
         divisor: Number that height and width become multiples of.
     """
     below, beside = ((-side) % divisor for side in images.shape[-2:])
-    return F.pad(images, (0, beside, 0, below)) if below or beside else images
+    # An exported program keeps the padding, of nothing where nothing is needed, for images of other sizes.
+    return F.pad(images, (0, beside, 0, below)) if torch.compiler.is_exporting() or below or beside else images

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
-from torchmetrics.classification import MultilabelAveragePrecision, MultilabelF1Score
+from torchmetrics.classification import MultilabelAveragePrecision
 from torchmetrics.functional.classification import multilabel_average_precision
 from torchmetrics.utilities import dim_zero_cat
 
 from vispeft.errors import ConfigError, DataError
+from vispeft.metrics import Absent, ClassScores, mean_over_classes, per_class
 from vispeft.tasks.supervised import SupervisedTask
 from vispeft.viz import bars
 
@@ -27,20 +28,24 @@ THRESHOLD = 0.5
 
 
 class PresentMeanAveragePrecision(MultilabelAveragePrecision):
-    """Mean average precision of the labels that some image has; torchmetrics counts the others as zero."""
+    """Mean average precision of the labels; one that no image has counts by a stated rule."""
 
-    def __init__(self, num_labels: int) -> None:
+    def __init__(self, num_labels: int, absent: Absent = "skip") -> None:
         """Measure each label on its own.
 
         Args:
             num_labels: Number of labels.
+            absent: Treatment of labels that no image has: ``skip`` leaves them out, ``zero`` counts them as zero.
         """
         super().__init__(num_labels, average="none")
+        self.absent: Absent = absent
 
     def compute(self) -> Tensor:
-        """Compute the mean over the labels that are there."""
+        """Compute the mean over the labels; NaN if none was measured."""
+        if not len(self.target):
+            return torch.tensor(math.nan)
         present = (dim_zero_cat(self.target) == 1).any(dim=0)
-        return _quietly(super().compute)[present].mean()
+        return mean_over_classes(_quietly(super().compute).masked_fill(~present, math.nan), self.absent)
 
 
 def _quietly(compute: Callable[..., Tensor], *arguments: Any, **settings: Any) -> Tensor:
@@ -61,12 +66,19 @@ class MultiLabel(SupervisedTask):
     least_outputs: ClassVar[int] = 1
     monitor = "validation/mean_average_precision"
 
-    def __init__(self, *, pos_weights: list[float] | Literal["balanced"] | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        *,
+        pos_weights: list[float] | Literal["balanced"] | None = None,
+        absent: Literal["skip", "zero"] = "skip",
+        **settings: Any,
+    ) -> None:
         """Create the backbone, attach the adapter and verify it.
 
         Args:
             pos_weights: How much more a present label counts than an absent one, per label; ``balanced`` takes absent
                 over present among the training images.
+            absent: How a label that no image has counts in the means over labels: not at all (``skip``), or as zero.
             settings: Settings of `AdapterTask`; ``num_classes`` is the number of labels.
 
         Raises:
@@ -75,6 +87,7 @@ class MultiLabel(SupervisedTask):
             SiteError: If the method finds no site.
             VerificationError: If a trainable tensor receives no gradient.
         """
+        self.absent = absent
         super().__init__(**settings)
         self.pos_weights = pos_weights
         self.targets_needed = pos_weights == "balanced"
@@ -89,8 +102,8 @@ class MultiLabel(SupervisedTask):
         """
         metrics: dict[str, Any] = {}
         if split != "train":
-            metrics["mean_average_precision"] = PresentMeanAveragePrecision(self.num_classes)
-            metrics["f1"] = MultilabelF1Score(self.num_classes, threshold=THRESHOLD, average="macro")
+            metrics["mean_average_precision"] = PresentMeanAveragePrecision(self.num_classes, self.absent)
+            metrics["f1"] = ClassScores(self.num_classes, figure="f1", absent=self.absent, threshold=THRESHOLD)
         return MetricCollection(metrics, prefix=f"{split}/", compute_groups=False)
 
     def training_loss(self, scores: Tensor, targets: Tensor) -> Tensor:
@@ -144,13 +157,13 @@ class MultiLabel(SupervisedTask):
             targets: Targets (N, labels).
             names: Names of the labels.
         """
-        return {"test_average_precision_per_class": dict(zip(names, self._precisions(scores, targets), strict=True))}
+        return {"test_average_precision_per_class": per_class(self._precisions(scores, targets), names)}
 
-    def _precisions(self, scores: Tensor, targets: Tensor) -> list[float | None]:
+    def _precisions(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Compute the average precision of each label (labels,), NaN for one that no image has."""
         values, labels = self.for_metrics(scores, targets)
         precisions = _quietly(multilabel_average_precision, values, labels, self.num_classes, average="none")
-        there = labels.sum(0) > 0
-        return [float(value) if known else None for value, known in zip(precisions, there, strict=True)]
+        return precisions.masked_fill(labels.sum(0) == 0, math.nan)
 
     def draw(self, scores: Tensor, targets: Tensor, names: Sequence[str], folder: Path) -> None:
         """Draw the average precision of each label next to its frequency, which guessing would reach.
@@ -161,11 +174,8 @@ class MultiLabel(SupervisedTask):
             names: Names of the labels.
             folder: Folder for the plots.
         """
-        heights = dict(zip(names, self._precisions(scores, targets), strict=True))
-        known = {name: height for name, height in heights.items() if height is not None}
-        shares = dict(zip(names, targets.float().mean(0).tolist(), strict=True))
-        marks = {name: shares[name] for name in known}
-        bars(known, marks, folder / "average_precision.png", label="average precision", mark_label="share of images")
+        heights, marks = (per_class(v, names) for v in (self._precisions(scores, targets), targets.float().mean(0)))
+        bars(heights, marks, folder / "average_precision.png", label="average precision", mark_label="share of images")
 
     def columns(self, names: Sequence[str]) -> list[str]:
         """Name the columns of a table of predictions."""

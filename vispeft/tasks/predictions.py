@@ -12,10 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vispeft.data.images import PLAIN, Reading, read_size
 from vispeft.data.joint import EvaluationPair
+from vispeft.data.masks import IGNORE
 from vispeft.data.palettes import make_palette
 from vispeft.data.preprocessing import Preprocessing
-from vispeft.errors import DataError
+from vispeft.errors import DataError, counted
 from vispeft.tasks.inference import Inference
 from vispeft.viz import lay_over
 
@@ -30,6 +32,8 @@ class Prediction:
     """Cells of the table, after the image's path."""
     pictures: dict[str, Image.Image] = field(default_factory=dict)
     """Pictures by the folder they belong to."""
+    finite: bool = True
+    """Whether the model's outputs are finite; if not, the cells are empty and masks hold `IGNORE` alone."""
 
 
 class Predictor(Protocol):
@@ -44,11 +48,12 @@ class Predictor(Protocol):
     at_once: int | None
     """Largest number of images predicted together; None for any."""
 
-    def check(self, paths: Sequence[Path]) -> None:
+    def check(self, paths: Sequence[Path], reading: Reading = PLAIN) -> None:
         """Find images that cannot be predicted, before the first one is.
 
         Args:
             paths: Readable image files.
+            reading: How their pixels become RGB.
 
         Raises:
             DataError: If there are any.
@@ -92,13 +97,14 @@ class ScorePredictor:
         self._predict, self._row, self.columns = predict, row, columns
         self._transform = Preprocessing.from_dict(notes["preprocessing"]).transform()
 
-    def check(self, paths: Sequence[Path]) -> None:
+    def check(self, paths: Sequence[Path], reading: Reading = PLAIN) -> None:
         """Accept all: images of any size are resized."""
 
     def __call__(self, images: Sequence[Tensor]) -> list[Prediction]:
         """Predict images."""
         values = self._predict(torch.stack([self._transform(image) for image in images])).cpu()
-        return [Prediction(self._row(row)) for row in values]
+        nothing = Prediction([""] * len(self.columns), finite=False)
+        return [Prediction(self._row(row)) if row.isfinite().all() else nothing for row in values]
 
 
 class MaskPredictor:
@@ -129,7 +135,7 @@ class MaskPredictor:
         whole, short_side = output.get("evaluation") == "whole", output.get("short_side")
         self._prepare = EvaluationPair(Preprocessing.from_dict(notes["preprocessing"]), whole, short_side)
 
-    def check(self, paths: Sequence[Path]) -> None:
+    def check(self, paths: Sequence[Path], reading: Reading = PLAIN) -> None:
         """Find images smaller than the sliding window.
 
         Raises:
@@ -140,13 +146,12 @@ class MaskPredictor:
             return
         small = []
         for path in paths:
-            with Image.open(path) as image:
-                if min(self._prepare.size_of(image.height, image.width)) < window:
-                    small.append(str(path))
+            if min(self._prepare.size_of(*read_size(path, reading))) < window:
+                small.append(str(path))
         if small:
             raise DataError(
-                f"{len(small)} of {len(paths)} images {'is' if len(small) == 1 else 'are'} smaller than the sliding "
-                f"window of {window} pixels that the run was trained with: {', '.join(small[:5])}"
+                f"{len(small)} of {counted(len(paths), 'image')} {'is' if len(small) == 1 else 'are'} smaller than the "
+                f"sliding window of {window} pixels that the run was trained with: {', '.join(small[:5])}"
                 f"{' and more' if len(small) > 5 else ''}. Nothing was predicted; enlarge or remove them."
             )
 
@@ -159,8 +164,11 @@ class MaskPredictor:
         prepared, _ = self._prepare(image, torch.zeros(size, dtype=torch.uint8))
         mask = self._predict(prepared[None], size)[0].cpu()
         overlay = Image.fromarray(lay_over(image, mask, self._colours).permute(1, 2, 0).numpy())
-        counts = torch.bincount(mask.flatten(), minlength=len(self.columns))
-        return Prediction(list(map(str, counts.tolist())), {"masks": self._index_image(mask), "overlays": overlay})
+        labelled = mask[mask != IGNORE]
+        counts = torch.bincount(labelled, minlength=len(self.columns))
+        cells = list(map(str, counts.tolist())) if len(labelled) else [""] * len(counts)
+        pictures = {"masks": self._index_image(mask), "overlays": overlay}
+        return Prediction(cells, pictures, finite=len(labelled) > 0)
 
     def _index_image(self, mask: Tensor) -> Image.Image:
         """Create a palette image of class indices, of which there are at most 255."""

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import MeanAbsoluteError, MeanSquaredError, MetricCollection, R2Score
-from torchmetrics.functional import r2_score
+from torchmetrics import MeanAbsoluteError, MeanSquaredError, MetricCollection
 
 from vispeft.errors import DataError, FileError
+from vispeft.metrics import ExplainedVariance, known_values
 from vispeft.tasks.supervised import SupervisedTask
 from vispeft.viz import predicted_against_true
 
@@ -26,7 +26,8 @@ class Regression(SupervisedTask):
 
     The model learns targets from which the mean of the training images is subtracted and which are divided by their
     deviation; the adapter's file holds both. Metrics and predictions are in the targets' own unit: mean absolute
-    error, root mean squared error, and R² (averaged over targets). The loss is in the standardised one.
+    error, root mean squared error, and R² (averaged over the targets that have one). The loss is in
+    the standardised one.
     """
 
     target: ClassVar[str] = "regression"
@@ -62,7 +63,7 @@ class Regression(SupervisedTask):
         metrics: dict[str, Any] = {"mae": MeanAbsoluteError()}
         if split != "train":
             metrics["rmse"] = MeanSquaredError(squared=False)
-            metrics["r2"] = R2Score()
+            metrics["r2"] = ExplainedVariance(self.num_classes)
         return MetricCollection(metrics, prefix=f"{split}/", compute_groups=False)
 
     def take_targets(self, targets: Tensor) -> None:
@@ -139,7 +140,7 @@ class Regression(SupervisedTask):
         self._targets_taken = True
 
     def summary(self, scores: Tensor, targets: Tensor, names: Sequence[str]) -> dict[str, Any]:
-        """Mean absolute error and R² of each target.
+        """Mean absolute error and R² of each target; None where R² is not defined: one image, or equal targets.
 
         Args:
             scores: Standardised values of the test split (N, targets).
@@ -147,11 +148,12 @@ class Regression(SupervisedTask):
             names: Names of the targets.
         """
         values, wanted = self.decode(scores), _columns(targets)
-        errors = (values - wanted).abs().mean(0).tolist()
-        explained = r2_score(values, wanted, multioutput="raw_values").reshape(-1).tolist()
+        r2 = ExplainedVariance(self.num_classes).to(values.device)
+        r2.update(values, wanted)
+        errors, explained = known_values((values - wanted).abs().mean(0)), known_values(r2.per_target())
         return {
             "test_per_target": {
-                name: {"mae": error, "r2": r2} for name, error, r2 in zip(names, errors, explained, strict=True)
+                name: {"mae": error, "r2": share} for name, error, share in zip(names, errors, explained, strict=True)
             }
         }
 

@@ -8,7 +8,7 @@ from functools import partial
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from vispeft.errors import ConfigError
+from vispeft.errors import ConfigError, counted
 
 __all__ = ["DECAYS", "warmup_cosine", "warmup_decay", "warmup_factor"]
 
@@ -62,7 +62,7 @@ def warmup_decay(optimizer: Optimizer, steps: int, warmup: float, decay: str) ->
     """
     if not math.isfinite(steps) or steps < 1:
         raise ConfigError(
-            f"A {decay} schedule needs to know its end, and this training has {steps} steps. "
+            f"A {decay} schedule needs to know its end, and this training has {counted(steps, 'step')}. "
             "Give trainer.max_epochs or trainer.max_steps, at least 1."
         )
     if not 0 <= warmup < 1:

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vispeft.data.masks import IGNORE
 from vispeft.heads import decoder as make_decoder
 from vispeft.heads.pyramid import MapReader
-from vispeft.metrics import BoundaryF, SegmentationScores
+from vispeft.metrics import BoundaryF, SegmentationScores, per_class
 from vispeft.tasks.dense import DenseTask
 from vispeft.tasks.inference import padded_to, predict_masks
 from vispeft.tasks.losses import SegmentationLoss
@@ -39,6 +40,11 @@ class SegmentationNetwork(nn.Module):
         """
         super().__init__()
         self.model, self.reader, self.decoder = model, reader, decoder
+
+    @property
+    def pads_to(self) -> int:
+        """Number whose multiples height and width are padded to."""
+        return self.reader.divisor
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute class scores (B, classes, H, W), resized bilinearly to the images.
@@ -157,19 +163,29 @@ class Segmentation(DenseTask):
     def _measure(self, split: str, batch: Batch) -> None:
         images, masks = batch
         found = self.predict(images, tuple(masks.shape[-2:]))
+        masks = masks.masked_fill(found == IGNORE, IGNORE)
         cast(SegmentationScores, self.scores[split]).update(found, masks)
         if self.boundary is not None:
             self.boundary.update(found, masks)
         self.keep_examples({"image": images, "mask": masks, "prediction": found})
 
     def predict(self, images: Tensor, size: tuple[int, ...] | None = None) -> Tensor:
-        """Compute masks (B, h, w) of class indices.
+        """Compute masks (B, h, w) of class indices; all of `IGNORE` where scores of an image are not finite.
 
         Args:
             images: Normalised images (B, 3, H, W).
             size: Height and width of the masks; None for those of the images.
         """
-        return predict_masks(self, images, self.inference, cast("tuple[int, int] | None", size))
+        known = torch.ones(len(images), dtype=torch.bool, device=images.device)
+
+        def scores(views: Tensor) -> Tensor:
+            found = cast(Tensor, self(views))
+            known.logical_and_(found.amax(1).flatten(1).isfinite().all(1))  # NaN and infinity are the largest of all
+            return found
+
+        masks = predict_masks(scores, images, self.inference, cast("tuple[int, int] | None", size))
+        self.outputs_seen.add(known)
+        return masks.masked_fill(~known[:, None, None], IGNORE)
 
     def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
         """Compute masks (B, H, W) of class indices."""
@@ -207,9 +223,12 @@ class Segmentation(DenseTask):
         self._log_scores("test")
 
     def _log_scores(self, split: str) -> None:
-        figures = dict(cast(SegmentationScores, self.scores[split]).compute())
+        scores = cast(SegmentationScores, self.scores[split])
+        figures = dict(scores.compute())
         if self.boundary is not None:
             figures["boundary_f"] = self.boundary.compute()
+        if not scores.confusion.any():  # no label at all: zero, by the rule ``absent``, would be a measured figure
+            figures = {name: torch.full_like(value, math.nan) for name, value in figures.items()}
         self.log_dict({f"{split}/{name}": value for name, value in figures.items()})
 
     # ------------------------------------------------------------------ results
@@ -219,18 +238,12 @@ class Segmentation(DenseTask):
         if split != "test":
             return {}
         by_figure = cast(SegmentationScores, self.scores[split]).per_class()
-        return {
-            f"test_{figure}_per_class": {
-                name: None if math.isnan(value) else value for name, value in zip(names, values.tolist(), strict=True)
-            }
-            for figure, values in by_figure.items()
-        }
+        return {f"test_{figure}_per_class": per_class(values, names) for figure, values in by_figure.items()}
 
     def draw_results(self, outputs: Mapping[str, Tensor], names: Sequence[str], folder: Path) -> None:
         """Draw IoU per class, the confusion of pixels, and some images with their masks."""
         scores = cast(SegmentationScores, self.scores["test"])
-        by_figure = {figure: values.tolist() for figure, values in scores.per_class().items()}
-        iou, right = ({n: v for n, v in zip(names, by_figure[f], strict=True) if v == v} for f in ("iou", "acc"))
+        iou, right = (per_class(scores.per_class()[figure], names) for figure in ("iou", "acc"))
         bars(iou, right, folder / "iou_per_class.png", label="IoU", mark_label="share of its pixels found")
         confusion_matrix(scores.confusion, names, folder / "confusion_matrix.png")
         self.draw_examples(folder / "overlays_test.png", names)

@@ -15,6 +15,7 @@ from torchmetrics import MetricCollection
 
 from vispeft.errors import DataError
 from vispeft.tasks.base import AdapterTask
+from vispeft.tasks.finite import finite_rows
 from vispeft.tasks.predictions import ScorePredictor
 
 __all__ = ["Batch", "SupervisedTask", "check_target", "train_targets"]
@@ -164,14 +165,17 @@ class SupervisedTask(AdapterTask, ABC):
         """
 
     def details(self, split: str, outputs: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Any]:
-        """Compute figures per output after the test, and calibrate after validation."""
-        if split == "test":
-            return self.summary(outputs["scores"], outputs["targets"], names)
-        return self.calibrate(outputs["scores"], outputs["targets"])
+        """Compute figures per output after the test, and calibrate after validation, where outputs are finite."""
+        scores, targets = finite_rows(outputs["scores"], outputs["targets"])
+        if not len(scores):
+            return {}
+        return self.summary(scores, targets, names) if split == "test" else self.calibrate(scores, targets)
 
     def draw_results(self, outputs: Mapping[str, Tensor], names: Sequence[str], folder: Path) -> None:
-        """Draw the results on the test split."""
-        self.draw(outputs["scores"], outputs["targets"], names, folder)
+        """Draw the results on the test split, where outputs are finite."""
+        scores, targets = finite_rows(outputs["scores"], outputs["targets"])
+        if len(scores):
+            self.draw(scores, targets, names, folder)
 
     # ------------------------------------------------------------------ data
 
@@ -227,7 +231,9 @@ class SupervisedTask(AdapterTask, ABC):
         images, targets = batch
         scores = self(images).float()
         self.log(f"{split}/loss", self.plain_loss(scores, targets), on_epoch=True, batch_size=len(targets))
-        metrics.update(*self.for_metrics(scores, targets))
+        known = self.outputs_seen.known(scores)
+        if known.any():
+            metrics.update(*self.for_metrics(scores[known], targets[known]))
         self.log_dict(metrics, on_epoch=True, batch_size=len(targets))
         return {"scores": scores, "targets": targets}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -86,7 +87,8 @@ def _draw(axes: Axes, kind: str, values: History, best_epoch: int | None) -> Non
     for split in ("train", "validation"):
         points = values.get(f"{split}/{kind}")
         if points:
-            epochs, heights = zip(*((epoch + 1, value) for epoch, value in points), strict=True)
+            epochs = [epoch + 1 for epoch, _ in points]
+            heights = [value if math.isfinite(value) else math.nan for _, value in points]  # a gap in the line
             axes.plot(epochs, heights, color=COLOURS[split], label=split, linewidth=1.8, marker="o", markersize=3)
     if best_epoch is not None:
         axes.axvline(best_epoch + 1, color=COLOURS["note"], linewidth=1, linestyle=":", label="epoch kept")

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from vispeft.data.masks import IGNORE
 from vispeft.data.palettes import Colour, make_palette
-from vispeft.errors import DataError
-from vispeft.viz.style import SETTINGS, save
+from vispeft.errors import DataError, counted
+from vispeft.viz.names import drawn_names, settings_for
+from vispeft.viz.style import save
 
 __all__ = ["colour_mask", "lay_over", "overlay_grid"]
 
@@ -91,10 +92,10 @@ def overlay_grid(
         (image.cpu(), lay_over(image, label, colours), lay_over(image, prediction, colours))
         for image, label, prediction in zip(images, labels, predictions, strict=True)
     ]
-    legend = _legend([*labels, *predictions], colours, class_names)
     shares = [image.shape[1] / image.shape[2] for image in images]
+    legend = _legend([*labels, *predictions], colours, drawn_names(class_names))
     height = _PANEL * sum(shares) + 0.3 + 0.25 * -(-len(legend) // _LEGEND_COLUMNS)
-    with matplotlib.rc_context({**SETTINGS, "axes.grid": False}):
+    with matplotlib.rc_context(settings_for(class_names, axes_grid=False)):
         figure = Figure(figsize=(3 * _PANEL, height), layout="constrained")
         panels = figure.subplots(len(rows), 3, squeeze=False, gridspec_kw={"height_ratios": shares})
         for axes, picture in zip(panels.flat, chain.from_iterable(rows), strict=True):
@@ -120,8 +121,8 @@ def _check(
     """
     if not len(images) == len(labels) == len(predictions) > 0:
         raise DataError(
-            f"There are {len(images)} images, {len(labels)} labels and {len(predictions)} predictions; the same number "
-            "of each is needed, at least one."
+            f"There are {counted(len(images), 'image')}, {counted(len(labels), 'label')} and "
+            f"{counted(len(predictions), 'prediction')}; the same number of each is needed, at least one."
         )
     if len(colours) != len(class_names):
         raise DataError(f"There are {len(colours)} colours and {len(class_names)} class names.")

@@ -24,6 +24,8 @@ SETTINGS = {
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
     "legend.frameon": False,
+    "text.parse_math": False,  # a name may hold a dollar sign
+    "text.usetex": False,
 }
 """Settings for `matplotlib.rc_context`; the user's own are unchanged."""
 

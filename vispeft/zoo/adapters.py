@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from vispeft.errors import FileError, UnknownNameError
@@ -34,7 +35,7 @@ def find_adapter(source: str) -> Path:
             raise UnknownNameError("adapter of the zoo", name, known, f"They are in {zoo}.")
         return zoo / name
     for place in (Path(source), Path(source) / ADAPTER):
-        if (place / JSON_FILE).is_file():
+        if os.path.isfile(place / JSON_FILE):
             return place
     raise FileError(
         f"There is no adapter in {source!r}: no {JSON_FILE}, and no {ADAPTER}/{JSON_FILE}. Name the directory of "

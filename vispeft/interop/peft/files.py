@@ -6,6 +6,7 @@ peft saves a configuration, and tensors under the names of its wrapped model. Re
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,15 +21,22 @@ from vispeft.adapters.bank import AdapterBank
 from vispeft.core.families import describe, unwrap
 from vispeft.core.plan import Plan
 from vispeft.core.sites import Site, View
-from vispeft.errors import ConfigError, FileError, VispeftError
+from vispeft.errors import ConfigError, FileError, VispeftError, counted
 from vispeft.interop.peft.tuners import changes_weight, import_peft
 from vispeft.methods.lora import LoRA
+from vispeft.storage.form import shown
 
 __all__ = ["from_peft", "to_peft"]
 
 _PREFIX = "base_model.model."
 """Prefix of tensor names in peft's files."""
-_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_CONFIG, _TENSORS, _OLD_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_PART = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?")
+"""Name of a tensor of a LoRA: the layer's path, and the tensor."""
+_DEFAULTS: dict[str, Any] = {"lora_alpha": 8, "lora_dropout": 0.0, "alpha_pattern": None}
+"""Values of peft for fields that a file lacks."""
+
+logger = logging.getLogger(__name__)
 
 
 def from_peft(model: nn.Module, path: str | Path) -> AdapterBank:
@@ -52,6 +60,12 @@ def from_peft(model: nn.Module, path: str | Path) -> AdapterBank:
     view = describe(model)
     _check_plain_lora(fields)
     head = {n: t for n, t in tensors.items() if view.head_path and n.startswith(f"{view.head_path}.")}
+    if any(_PART.fullmatch(name) for name in head):
+        raise ConfigError(
+            f"The adapter has LoRA at the classifier {view.head_path!r}, which belongs to the adapter here and trains "
+            f"as a whole. Train it in peft with exclude_modules=[{view.head_path!r}], and modules_to_save="
+            f"[{view.head_path!r}] if the classifier is to be trained."
+        )
     layers = _layers({name: tensor for name, tensor in tensors.items() if name not in head})
     sites = {site.path: site for site in view.sites if site.kind == "linear" and site.rows is None}
     strange = [name for name in layers if name not in sites or sites[name].role == "head"]
@@ -100,8 +114,9 @@ def _lora(
     )
     planned = {site.path for site in method.sites(view)}
     if planned != set(layers):
+        many = counted(len(layers), "layer")
         raise ConfigError(
-            f"The adapter has LoRA at {len(layers)} layers, and the roles {', '.join(roles)} in these blocks are at "
+            f"The adapter has LoRA at {many}, and the roles {', '.join(roles)} in these blocks are at "
             f"{len(planned)}, for example {min(planned ^ set(layers))}. Adapters with another choice in each block "
             "cannot be converted; train them by PeftMethod."
         )
@@ -139,6 +154,11 @@ def to_peft(bank: AdapterBank, path: str | Path, name: str | None = None) -> Non
     method = plan.method
     if not isinstance(method, LoRA) or method.bits < 32 or method.head_bits < 32:
         raise ConfigError(f"to_peft writes LoRA adapters of full precision; this one is {method}.")
+    if bank.tasks(name):
+        raise ConfigError(
+            f"The adapter has tasks ({', '.join(bank.tasks(name))}), and peft's format holds one LoRA for each layer. "
+            "Attach one adapter for each task."
+        )
     if place.exists() and any(place.iterdir()):
         raise ConfigError(f"{place} is not empty, and nothing is overwritten. Choose another directory.")
     if method.dora and any(item.site.rows is not None for item in plan):
@@ -162,6 +182,9 @@ def to_peft(bank: AdapterBank, path: str | Path, name: str | None = None) -> Non
     place.mkdir(parents=True, exist_ok=True)
     save_file({key: t.detach().cpu().contiguous().clone() for key, t in written.items()}, place / _TENSORS)
     config.save_pretrained(place)
+    notes = [key for key, value in bank.notes(name).items() if value is not None]
+    if notes:
+        logger.warning("peft's format has no place for %s; bank.save writes them.", ", ".join(notes))
 
 
 def _terms(plan: Plan, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -186,6 +209,11 @@ def _terms(plan: Plan, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor]
 
 def _read(place: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a peft directory: the configuration, and tensors by their names in the plain model."""
+    if (place / _OLD_TENSORS).is_file() and not (place / _TENSORS).is_file():
+        raise FileError(
+            f"{place} holds {_OLD_TENSORS}, which older versions of peft wrote and which may run code. Write it anew "
+            f"with a present one: PeftModel.from_pretrained(model, ...).save_pretrained(...) gives {_TENSORS}."
+        )
     for name in (_CONFIG, _TENSORS):
         if not (place / name).is_file():
             raise FileError(f"{place} holds no {name}; peft's save_pretrained writes {_CONFIG} and {_TENSORS}.")
@@ -194,6 +222,12 @@ def _read(place: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors = load_file(place / _TENSORS)
     except Exception as error:
         raise FileError(f"{place} cannot be read as an adapter of peft ({error}).") from error
+    wanted = {"lora_alpha": (int, float), "lora_dropout": (int, float), "alpha_pattern": (dict, type(None))}
+    if not isinstance(fields, dict):
+        raise FileError(f"{place / _CONFIG} holds no mapping of fields.")
+    for key, kinds in wanted.items():
+        if fields.get("peft_type") == "LORA" and not isinstance(fields.setdefault(key, _DEFAULTS[key]), kinds):
+            raise FileError(f"{place / _CONFIG}: {key} is {shown(fields[key])}, which peft's LoRA does not have.")
     return fields, {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
 
 
@@ -215,7 +249,7 @@ def _layers(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Group peft's tensors by layer."""
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        found = re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", name)
+        found = _PART.fullmatch(name)
         if found is None or (tensor.ndim > 2):
             raise FileError(f"{name} ({tuple(tensor.shape)}) is no part of a LoRA at a linear layer.")
         layers.setdefault(found[1], {})[found[2]] = tensor

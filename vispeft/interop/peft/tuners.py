@@ -49,6 +49,8 @@ _WEIGHT_CHANGING = ("pissa", "olora", "orthogonal", "corda", "loftq", "lora_ga")
 """Initialisations of peft's LoRA that change the frozen weight, so that an adapter does not fit the plain model."""
 _ROLES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 _ADAPTER = "default"
+_RESULT = "_vispeft_result"
+"""Attribute of a tensor: the result that the host has computed for it."""
 
 
 def import_peft() -> ModuleType:
@@ -75,12 +77,12 @@ class _Given(nn.Linear):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.weight, self.bias = cast(nn.Parameter, weight), cast(nn.Parameter, bias)
-        self.pair: tuple[Tensor, Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute (..., out)."""
-        if self.pair is not None and input is self.pair[0]:
-            return self.pair[1]
+        given: Tensor | None = getattr(input, _RESULT, None)
+        if given is not None:
+            return given
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return nn.functional.linear(input, self.weight.to(input.dtype), bias)
 
@@ -144,12 +146,14 @@ class PeftUnit(SequentialUnit):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """Compute (..., out) by peft's own code."""
-        base = self.tuner.__dict__["base_layer"]
-        base.pair = (x, y)
+        # The host's result travels with the input: in the module, it would meet those of other threads.
+        seen = x.view_as(x)
+        setattr(seen, _RESULT, y)
         try:
-            return self.tuner(x)
+            out: Tensor = self.tuner(seen)
         finally:
-            base.pair = None
+            setattr(seen, _RESULT, None)  # autograd may keep the input, and need not keep the result with it
+        return out
 
     def fold_weight(self, weight: Tensor) -> Tensor:
         """Compute the weight from the outputs of peft's layer for the unit vectors."""
@@ -207,6 +211,13 @@ class PeftMethod(Method):
     def _check_fields(self, fields: Mapping[str, Any]) -> None:
         if self.roles is not None and fields.get("target_modules"):
             raise ConfigError("PeftMethod: roles and target_modules both choose layers; give one of them.")
+        if isinstance(fields.get("target_modules"), str):
+            try:
+                re.compile(fields["target_modules"])
+            except re.error as error:
+                raise ConfigError(
+                    f"PeftMethod: target_modules={fields['target_modules']!r} is no regular expression ({error})."
+                ) from error
         if fields.get("modules_to_save"):
             raise ConfigError(
                 f"PeftMethod: modules_to_save={fields['modules_to_save']} was given; the classifier belongs to the "
@@ -214,6 +225,9 @@ class PeftMethod(Method):
             )
         if fields.get("bias", "none") != "none":
             raise ConfigError(f"PeftMethod: bias={fields['bias']!r} trains the base in place. Leave it at 'none'.")
+        if fields.get("megatron_config"):
+            # peft imports the module that megatron_core names, and these fields come from adapter files, too.
+            raise ConfigError("PeftMethod: megatron_config makes peft import a module by its name. Leave it out.")
         if changes_weight(fields):
             raise ConfigError(
                 f"PeftMethod: init_lora_weights={fields['init_lora_weights']!r} changes the frozen weight, so that the "
@@ -224,7 +238,15 @@ class PeftMethod(Method):
         """Plan one peft layer after each chosen layer."""
         for site in self.sites(view):
             layer = cast(nn.Linear, model.get_submodule(site.path))
+            self._check_ranks(max(site.in_features, site.out_features))
             yield PlanItem(site, "peft", partial(PeftUnit, self.config, site.path, layer))
+
+    def _check_ranks(self, width: int) -> None:
+        """Refuse ranks above the width of a layer, which peft would allocate before any shape is compared."""
+        ranks = {"r": self.config.get("r"), **(self.config.get("rank_pattern") or {})}
+        for name, rank in ranks.items():
+            if isinstance(rank, int) and rank > width:
+                raise ConfigError(f"PeftMethod: {name}={rank} is above the {width} features of a layer.")
 
     def sites(self, view: View) -> list[Site]:
         """Choose the layers by ``target_modules``, or by roles."""

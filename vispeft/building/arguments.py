@@ -1,0 +1,256 @@
+"""Checks of the arguments of a class that come from a config, before any parser sees them.
+
+An argument whose annotation names plain types only takes plain values, at any depth. One that is annotated with a class
+takes a class on the closed list (`vispeft.building.known`) with arguments of its own. Anything else is refused, so that
+no parser imports a module or makes an object because a value says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import enum
+import inspect
+import os
+import typing
+from collections import abc
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path, PurePath
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from vispeft.building.classes import argument_names, check_argument, class_path, find_class, import_class
+from vispeft.building.config_files import Node, parse_text
+from vispeft.building.known import known_classes
+from vispeft.errors import ConfigError, UnknownNameError
+
+__all__ = ["CLASS_KEYS", "argument_type", "check_arguments", "check_class", "check_plain", "check_value", "classes_in"]
+
+CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
+"""Keys of a class in a config."""
+
+_SIMPLE = {NoneType, bool, int, float, complex, str, bytes, os.PathLike, PurePath, Path, datetime.timedelta}
+_CONTAINERS = {list, tuple, set, frozenset, dict, abc.Iterable, abc.Collection, abc.Sequence, abc.Mapping, abc.Set}
+
+
+def argument_type(cls: type, name: str) -> Any:
+    """Return the annotation of an argument of a class, as an object.
+
+    Args:
+        cls: The class.
+        name: One of its arguments, or of those it passes on to its base.
+
+    Returns:
+        The annotation; ``Any`` if there is none; the annotation's text if it cannot be resolved.
+    """
+    for part in inspect.getmro(cls):
+        if "__init__" in vars(part) and name in (found := _types(part)):
+            return found[name]
+    return Any
+
+
+@cache
+def _types(cls: type) -> dict[str, Any]:
+    """Return the annotations of the arguments that a class's own ``__init__`` names."""
+    parameters = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
+    found = {p.name: Any if p.annotation is p.empty else p.annotation for p in parameters}
+    # A data class inherits arguments from modules with other names in them, and so is looked at as a whole.
+    with contextlib.suppress(NameError, TypeError, AttributeError):
+        hints = get_type_hints(cls if dataclasses.is_dataclass(cls) else cls.__init__)  # type: ignore[misc]
+        found.update({name: hints[name] for name in found if name in hints})
+    return found
+
+
+def classes_in(annotation: Any) -> list[Any]:
+    """List what an annotation names besides plain types: classes, functions, and names that cannot be resolved.
+
+    Args:
+        annotation: The annotation.
+
+    Returns:
+        They; empty for plain values.
+    """
+    if any(annotation is plain for plain in (Any, None, object, ...)) or get_origin(annotation) is Literal:
+        return []
+    if parts := get_args(annotation):
+        # Of Callable[...] the parts say nothing; of a container they are its values.
+        origin = get_origin(annotation)
+        if origin in (typing.Union, UnionType) or origin in _CONTAINERS:
+            return [found for part in parts for found in classes_in(part)]
+        return [annotation]
+    if isinstance(annotation, type):
+        plain = annotation in _SIMPLE or annotation in _CONTAINERS or issubclass(annotation, enum.Enum)
+        return [] if plain else [annotation]
+    return [annotation]
+
+
+def check_arguments(cls: type, arguments: Mapping[str, Any], place: str) -> Node:
+    """Check the arguments of a class.
+
+    Args:
+        cls: The class.
+        arguments: Values by name.
+        place: Where they stand in the config.
+
+    Returns:
+        The same values, with class names written out.
+
+    Raises:
+        UnknownNameError: If an argument or a class does not exist.
+        ConfigError: If a value makes an object where none is taken.
+    """
+    known = argument_names(cls)
+    for key in arguments:
+        check_argument(place, str(key), known)
+    return {key: check_value(value, argument_type(cls, key), f"{place}.{key}") for key, value in arguments.items()}
+
+
+def check_value(value: Any, annotation: Any, place: str) -> Any:
+    """Check the value of one argument.
+
+    Args:
+        value: The value, from a file or as typed.
+        annotation: The argument's annotation.
+        place: Where it stands in the config.
+
+    Returns:
+        The value, with class names written out.
+
+    Raises:
+        UnknownNameError: If it names a class that is not on the list.
+        ConfigError: If it makes an object where none is taken.
+    """
+    taken = classes_in(annotation)
+    if not taken:
+        check_plain(value, place)
+        if isinstance(value, str):
+            _check_text(value, annotation, place)
+        return value
+    if isinstance(value, str):
+        inner = _values_in(value, place)
+        if not isinstance(inner, str):
+            return check_value(inner, annotation, place)
+    if isinstance(value, (list, tuple)):
+        return [check_value(part, annotation, place) for part in value]
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return _check_object(value, taken, place)
+
+
+def _check_object(value: Any, taken: Sequence[Any], place: str) -> Node:
+    """Check the name of a class, or a class with arguments, or the arguments of the class that is taken."""
+    bases = [part for part in taken if isinstance(part, type) and known_classes(part, itself=True)]
+    if not bases:
+        names = " or ".join(getattr(part, "__name__", str(part)) for part in taken)
+        raise ConfigError(
+            f"{place} is {value!r}, and takes an object ({names}) that a config cannot name. Leave it out."
+        )
+    base = bases[0]
+    if isinstance(value, Mapping) and "class_path" not in value and base in known_classes(base, itself=True):
+        return check_arguments(base, value, place)
+    return check_class(value, base, base.__name__.lower(), place)
+
+
+def check_class(value: Any, base: type, kind: str, place: str) -> Node:
+    """Check a class with its arguments.
+
+    Args:
+        value: Its name, or ``class_path`` with ``init_args``.
+        base: The class it is derived from.
+        kind: Noun for the class, for messages.
+        place: Where it stands in the config.
+
+    Returns:
+        ``class_path``, as configs write it, and the arguments.
+
+    Raises:
+        UnknownNameError: If the class, a key or an argument does not exist.
+        ConfigError: If the class is not on the list, or an argument makes an object where none is taken.
+    """
+    node = {"class_path": value} if isinstance(value, str) else value
+    if not isinstance(node, Mapping) or "class_path" not in node:
+        raise ConfigError(
+            f"{place} is {value!r}; the name of a {kind} is needed, or class_path (the name) with init_args."
+        )
+    for key in node:
+        if key not in CLASS_KEYS:
+            raise UnknownNameError("key", f"{place}.{key}", [f"{place}.{known}" for known in CLASS_KEYS])
+    cls = import_class(find_class(str(node["class_path"]), base, kind=kind, place=place, itself=True))
+    checked: Node = {}
+    for key in ("init_args", "dict_kwargs"):
+        arguments = node.get(key) or {}
+        if not isinstance(arguments, Mapping):
+            raise ConfigError(f"{place}.{key} is {arguments!r}; keys with values are needed there.")
+        if arguments:
+            checked[key] = check_arguments(cls, arguments, place)
+    return {"class_path": class_path(cls), **checked}
+
+
+def check_plain(value: Any, place: str) -> None:
+    """Refuse a value that a parser would make an object of, at any depth and inside of texts, too.
+
+    Args:
+        value: The value.
+        place: Where it stands in the config.
+
+    Raises:
+        ConfigError: If it is none of numbers, texts, lists and keys with values, or has the key ``class_path``.
+    """
+    if isinstance(value, Mapping):
+        if "class_path" in value:
+            raise ConfigError(
+                f"{place} has the key class_path, and only plain values are taken there: nothing in them makes an "
+                "object. Leave it out."
+            )
+        for key, inner in value.items():
+            check_plain(inner, f"{place}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for number, inner in enumerate(value):
+            check_plain(inner, f"{place}[{number}]")
+    elif isinstance(value, str):
+        inner = _values_in(value, place)
+        if not isinstance(inner, str):
+            check_plain(inner, place)
+
+
+def _values_in(text: str, place: str) -> Any:
+    """Return the list or the keys with values that a parser finds in a text; otherwise the text."""
+    if not any(sign in text for sign in "{[:?-&*!\n"):
+        return text
+    try:
+        found = parse_text(text, f"The value of {place}")
+    except yaml.YAMLError:
+        return text
+    return found if isinstance(found, (dict, list)) else text
+
+
+def _check_text(text: str, annotation: Any, place: str) -> None:
+    """Refuse a text where a parser would take it for something else than is written.
+
+    YAML 1.1 takes 1:04 for the number 64; and the parser reads a list from a file whose name is given in its place.
+    """
+    if _takes_text(annotation):
+        return
+    try:
+        written, elsewhere = parse_text(text, place), yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        return
+    if isinstance(written, str) and (not isinstance(elsewhere, str) or os.path.exists(text)):
+        raise ConfigError(f"{place} is {text!r}, which is no value for it. Write the number or the list itself.")
+
+
+def _takes_text(annotation: Any) -> bool:
+    """Whether text is a value for an annotation, outside of containers."""
+    if annotation is Any or annotation is object:
+        return True
+    if get_origin(annotation) is Literal:
+        return any(isinstance(value, str) for value in get_args(annotation))
+    if get_origin(annotation) in (typing.Union, UnionType):
+        return any(_takes_text(part) for part in get_args(annotation))
+    return isinstance(annotation, type) and (
+        annotation in (str, os.PathLike, PurePath, Path) or issubclass(annotation, enum.Enum)
+    )

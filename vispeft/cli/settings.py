@@ -1,0 +1,203 @@
+"""Checks of a training before its first step: everything that would otherwise decide about its end."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
+
+from vispeft.cli.evaluation import Outputs, evaluate, evaluation_trainer
+from vispeft.data.base import ImageData
+from vispeft.errors import ConfigError, DataError, FileError
+from vispeft.tasks.base import AdapterTask, check_precision
+from vispeft.tasks.state import random_state, set_random_state
+
+__all__ = ["check_last", "check_names", "check_processes", "check_room", "check_settings", "rehearse_test"]
+
+COPIES = 16
+"""Room needed over that of the trained tensors: three states, each with weights, two moments and an EMA, two best
+epochs and two adapters."""
+LOGS = 20 * 2**20
+"""Bytes for logs and pictures."""
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Refuse settings of the trainer with which a run could not be finished.
+
+    Args:
+        settings: The section ``trainer``.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    if settings.get("logger") not in (None, True) and not isinstance(settings["logger"], (list, Logger)):
+        raise ConfigError("trainer.logger is off, and a run directory always keeps its logs. Leave it out.")
+    for name in ("fast_dev_run", "barebones"):
+        if settings.get(name):
+            raise ConfigError(
+                f"trainer.{name} makes no run directory. For a quick look use --trainer.max_epochs 1 "
+                "--trainer.limit_train_batches 2."
+            )
+    if settings.get("enable_checkpointing") is False:
+        raise ConfigError("trainer.enable_checkpointing is off, and the best epoch is chosen among checkpoints.")
+    check_precision(settings.get("precision"))
+    _check_length(settings)
+    _check_numbers(settings)
+
+
+def _check_length(settings: dict[str, Any]) -> None:
+    epochs, steps = settings.get("max_epochs"), settings.get("max_steps", -1)
+    if epochs == 0 or steps == 0:
+        raise ConfigError(f"trainer.max_epochs is {epochs} and trainer.max_steps {steps}; at least 1 is needed.")
+    if epochs in (None, -1) and steps == -1:
+        raise ConfigError("trainer.max_epochs sets no end, and the learning rate needs one. Give a number.")
+    every = settings.get("check_val_every_n_epoch", 1)
+    if every is not None and epochs not in (None, -1) and every > epochs:
+        raise ConfigError(
+            f"trainer.check_val_every_n_epoch is {every} and trainer.max_epochs {epochs}: no epoch would be validated, "
+            "and the best one is chosen on validation. Make it smaller."
+        )
+
+
+def _check_numbers(settings: dict[str, Any]) -> None:
+    for split, why in (
+        ("train", "nothing would be trained"),
+        ("val", "the best epoch is chosen on validation"),
+        ("test", "the run ends with the figures of its test split"),
+    ):
+        if settings.get(f"limit_{split}_batches") == 0:
+            raise ConfigError(f"trainer.limit_{split}_batches is 0, and {why}. Give more.")
+    summed = settings.get("accumulate_grad_batches", 1)
+    if summed < 1:
+        raise ConfigError(f"trainer.accumulate_grad_batches is {summed}; at least 1 is needed.")
+    clip = settings.get("gradient_clip_val")
+    if clip is not None and not 0 <= clip < math.inf:
+        raise ConfigError(f"trainer.gradient_clip_val is {clip}; a number from 0 is needed, or null.")
+
+
+def check_processes(trainer: Trainer) -> None:
+    """Refuse more than one process.
+
+    Args:
+        trainer: A trainer with the run's devices.
+
+    Raises:
+        ConfigError: If there are several.
+    """
+    processes = trainer.num_devices * trainer.num_nodes
+    if processes > 1:
+        raise ConfigError(
+            f"trainer.devices asks for {processes} processes, and `vispeft train` trains in one: each of them would "
+            "begin a run directory of its own. Set trainer.devices to 1."
+        )
+
+
+def check_last(settings: dict[str, Any], data: Any) -> None:
+    """Check that the last epoch is validated where it is the one to keep.
+
+    Args:
+        settings: The section ``trainer``.
+        data: The data module.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    every = settings.get("check_val_every_n_epoch", 1)
+    if every != 1 and not getattr(data, "validation_chooses", True):
+        raise ConfigError(
+            f"trainer.check_val_every_n_epoch is {every}, and {type(data).__name__} keeps the last epoch, which has to "
+            "be one that is validated. Leave it out."
+        )
+
+
+def check_names(class_names: tuple[str, ...], config: str, place: object) -> None:
+    """Check that everything a run writes down is UTF-8.
+
+    Args:
+        class_names: Names of the outputs.
+        config: The whole config, as text.
+        place: The run directory; None for one that is numbered.
+
+    Raises:
+        DataError: If a class name is not.
+        ConfigError: If the config or the directory's name is not.
+    """
+    for name in class_names:
+        if not _is_utf8(name):
+            raise DataError(
+                f"The class name {name!r} is no UTF-8, and could not be written into the adapter's file. Rename the "
+                "folder, or the label in the list."
+            )
+    bad = [line.strip() for line in config.splitlines() if not _is_utf8(line)]
+    if bad:
+        raise ConfigError(f"The config is no UTF-8 in {bad[0]!r}, and could not be written. Give another name.")
+    if place is not None and not _is_utf8(str(place)):
+        raise ConfigError(f"--out is {str(place)!r}, which is no UTF-8. Give another name.")
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_room(place: Path, task: AdapterTask) -> None:
+    """Check that the disk has room for the checkpoints and the adapter.
+
+    Args:
+        place: The run directory, which need not exist.
+        task: The task.
+
+    Raises:
+        FileError: If it has not.
+    """
+    trained = sum(p.numel() * p.element_size() for _, p in task.trainable_parameters())
+    needed = COPIES * trained + LOGS
+    there = next((folder for folder in (place, *place.absolute().parents) if folder.is_dir()), Path())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise FileError(
+            f"The disk of {place} has {free / 2**20:,.0f} MiB left, and checkpoints, adapter and logs of this run need "
+            f"about {needed / 2**20:,.0f}. Free some space, or choose another --out."
+        )
+
+
+def rehearse_test(task: AdapterTask, data: Any, settings: dict[str, Any]) -> None:
+    """Measure one batch of the test split, which is otherwise read for the first time after the training.
+
+    Lightning does the same for validation when a training begins. No random number is drawn.
+
+    Args:
+        task: The task.
+        data: Its data, set up.
+        settings: The section ``trainer``.
+
+    Raises:
+        ConfigError: If no batch is left of the test split.
+        VispeftError: If it cannot be measured.
+    """
+    share = settings.get("limit_test_batches")
+    if isinstance(share, float) and share < 1 and isinstance(data, ImageData):
+        batches = len(data.test_dataloader())
+        if int(share * batches) < 1:
+            raise ConfigError(
+                f"trainer.limit_test_batches is {share}, which leaves none of {batches} batches. Give more."
+            )
+    random, training = random_state(), task.training
+    workers = getattr(data, "num_workers", 0)
+    trainer = evaluation_trainer(**{**settings, "limit_test_batches": 1})
+    try:
+        if isinstance(data, ImageData):
+            data.num_workers = 0  # starting them would take longer than the batch
+        evaluate(trainer, task, data, "test", Outputs(task.kept_outputs))
+    finally:
+        if isinstance(data, ImageData):
+            data.num_workers = workers
+        task.train(training)
+        set_random_state(random)

@@ -1,0 +1,116 @@
+"""Signals that ask a command to stop, and what is said when one does or when a disk is full."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from vispeft.errors import FileError
+
+__all__ = ["Stopped", "disk_is_full", "stopped_by_signals", "tell_how_to_go_on"]
+
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+"""Ctrl+C, the end of a queue's or a container's time, and a terminal that is closed."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""No space on the disk, in the user's share of it, or in one file."""
+
+
+class Stopped(BaseException):
+    """A signal asked the process to stop. Like KeyboardInterrupt no error, so that nothing handles it by mistake."""
+
+    def __init__(self, number: int) -> None:
+        """Store the signal.
+
+        Args:
+            number: Its number.
+        """
+        super().__init__(number)
+        self.number = number
+        self.hint = ""
+        """One more sentence, on how to go on."""
+
+    @property
+    def status(self) -> int:
+        """The exit status that shells expect of a process which a signal has ended."""
+        return 128 + self.number
+
+    def __str__(self) -> str:
+        """Say which signal it was, and how to go on."""
+        return f"Stopped by {signal.Signals(self.number).name}. {self.hint}".rstrip()
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Raise `Stopped` when a signal asks the process to stop, instead of ending it in the middle of a file.
+
+    Signals that were to be ignored, as under nohup, stay ignored. Outside of the main thread nothing is changed, as
+    Python allows handlers there alone.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a worker that was forked: it ends as it would have without this handler
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        raise Stopped(number)
+
+    numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    taken = [number for number, handler in before.items() if handler in (signal.SIG_DFL, signal.default_int_handler)]
+    for number in taken:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, before[number])
+
+
+@contextlib.contextmanager
+def tell_how_to_go_on(place: object) -> Iterator[None]:
+    """Add to the message of a stop, or of a full disk, how a run is gone on with.
+
+    Args:
+        place: The run's directory.
+
+    Raises:
+        FileError: If the disk is full.
+    """
+    command = f"vispeft train --resume {place}"
+    try:
+        yield
+    except Stopped as stopped:
+        stopped.hint = stopped.hint or f"Go on by {command}"
+        raise
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        raise FileError(
+            f"The disk of {place} is full. Free some space, then go on by {command} ({_reason(error)})"
+        ) from error
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error was raised because a file could not grow.
+
+    Args:
+        error: The error; those behind it count as well.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())

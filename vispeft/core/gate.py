@@ -1,0 +1,207 @@
+"""The gate of a model: its forward passes run beside each other, and a change of it runs alone.
+
+A pass that has begun ends before a change begins, and one that begins meanwhile waits, so that each is of one state.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+from torch import nn
+from torch.compiler import is_compiling
+
+from vispeft.errors import ConfigError
+
+__all__ = ["PASSES", "Gate", "plain_class", "waits_for_changes"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+PASSES = ("forward", "forward_features", "forward_intermediates", "forward_head", "run")
+"""Methods of a model that run a whole forward pass."""
+PATIENCE = 60.0
+"""Seconds that a change waits for forward passes of a model that had no adapters when they began."""
+_GATES: weakref.WeakSet[Gate] = weakref.WeakSet()
+
+
+class _Thread(threading.local):
+    """What one thread does at a gate."""
+
+    inside: int = 0
+    """Nested forward passes and choices that have entered."""
+
+
+class Gate:
+    """The gate of one model."""
+
+    def __init__(self) -> None:
+        """Create an open gate."""
+        self._open_again()
+        _GATES.add(self)
+
+    def _open_again(self) -> None:
+        self._free = threading.Condition()
+        self._inside = 0
+        self._waiting = 0
+        self._changing: int | None = None
+        self._thread = _Thread()
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Run beside other forward passes, after any change."""
+        thread = self._thread
+        if thread.inside or self._changing == threading.get_ident():
+            yield  # inside of a pass, or of a change that runs the model itself
+            return
+        self._enter()
+        thread.inside += 1
+        try:
+            yield
+        finally:
+            thread.inside -= 1
+            with self._free:
+                self._inside -= 1
+                self._free.notify_all()
+
+    def _enter(self) -> None:
+        with self._free:
+            while self._changing is not None or self._waiting:
+                self._free.wait()
+            self._inside += 1
+
+    @contextmanager
+    def alone(self, model: nn.Module, wanted: str) -> Iterator[None]:
+        """Change a model alone, after the forward passes that have begun.
+
+        Args:
+            model: The model, with adapters or without.
+            wanted: The change, for the error message.
+
+        Raises:
+            ConfigError: If the calling thread is in the middle of a forward pass of the model, or one that began
+                before the model had adapters does not end.
+        """
+        if self._changing == threading.get_ident():
+            yield
+            return
+        if self._thread.inside:
+            raise ConfigError(f"The model cannot {wanted} in the middle of its own forward pass, such as in a hook.")
+        self._wait_for_others()
+        try:
+            with self._closed(model, wanted):
+                yield
+        finally:
+            with self._free:
+                self._changing = None
+                self._free.notify_all()
+
+    def _wait_for_others(self) -> None:
+        with self._free:
+            self._waiting += 1
+            try:
+                while self._changing is not None or self._inside:
+                    self._free.wait()
+                self._changing = threading.get_ident()
+            finally:
+                self._waiting -= 1
+                self._free.notify_all()
+
+    @contextmanager
+    def _closed(self, model: nn.Module, wanted: str) -> Iterator[None]:
+        """Let passes of a plain model wait as well: those that begin, and for those that have begun."""
+        changed: Any = model
+        if not hasattr(model, "gate"):
+            changed.__class__ = self.closed_class(type(model))
+        try:
+            _wait_for_passes(model, wanted)
+            yield
+        finally:
+            changed.__class__ = plain_class(model)
+
+    def closed_class(self, plain: type[nn.Module]) -> type[nn.Module]:
+        """Return the class of a model without hosts: while it is changed, one whose forward passes wait.
+
+        Args:
+            plain: Its class in timm.
+        """
+        if self._changing != threading.get_ident():
+            return plain
+        passes = {name: waits_for_changes(getattr(plain, name)) for name in PASSES if hasattr(plain, name)}
+        return type(plain.__name__, (plain,), {"__module__": __name__, "gate": self, "replaces": plain, **passes})
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """Return a module's class, also while its forward passes wait for a change.
+
+    Args:
+        module: The module.
+    """
+    kind = type(module)
+    return cast("type[nn.Module]", vars(kind)["replaces"]) if isinstance(vars(kind).get("gate"), Gate) else kind
+
+
+def waits_for_changes(method: F) -> F:
+    """Decorate a method that runs a forward pass, so that it waits for changes; its object has ``gate``.
+
+    Args:
+        method: The method.
+
+    Returns:
+        The method, with the same signature.
+    """
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_compiling():
+            return method(self, *args, **kwargs)
+        gate: Gate | None = getattr(self, "gate", None)
+        if gate is not None:
+            with gate.beside():
+                if any(vars(kind).get(method.__name__) is run for kind in type(self).__mro__):
+                    return method(self, *args, **kwargs)
+        return getattr(self, method.__name__)(*args, **kwargs)  # the model was changed while this call waited
+
+    return run  # type: ignore[return-value]
+
+
+def _wait_for_passes(model: nn.Module, wanted: str) -> None:
+    """Wait for forward passes in other threads that began while the model was a plain one, which has no gate."""
+    until = time.monotonic() + PATIENCE
+    while _runs_elsewhere(model):
+        if time.monotonic() > until:
+            raise ConfigError(
+                f"The model cannot {wanted}: a forward pass in another thread has not ended for {PATIENCE:g} seconds."
+            )
+        time.sleep(0.001)
+
+
+def _runs_elsewhere(model: nn.Module) -> bool:
+    own = threading.get_ident()
+    for thread, top in sys._current_frames().items():
+        frame, running = top, False
+        while frame is not None and thread != own:
+            if frame.f_code is Gate._enter.__code__:
+                running = False
+                break
+            running = running or (frame.f_code.co_name in PASSES and frame.f_locals.get("self") is model)
+            frame = frame.f_back  # type: ignore[assignment]
+        if running:
+            return True
+    return False
+
+
+def _forget_threads() -> None:
+    """Open the gates of a process that was forked: the threads that stood in them are not in it."""
+    for gate in list(_GATES):
+        gate._open_again()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)

@@ -1,0 +1,352 @@
+"""The form of ``adapter.json``: one check of everything in it, before anything of it is used.
+
+A check takes a value and raises on one that does not fit; what holds the value adds the place where it stands.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from vispeft.errors import FileError
+
+__all__ = ["FormError", "check_class_names", "check_form", "check_notes", "escaped", "shown"]
+
+Check = Callable[[Any], None]
+
+LONGEST = 1000
+"""Letters of a text, such as the name of a class."""
+DEEPEST = 32
+"""Levels of nested lists and mappings."""
+LARGEST = 2**40
+"""Entries of one side of a tensor."""
+_HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""Characters that a terminal obeys instead of showing them, and halves of characters."""
+_SHA = re.compile("[0-9a-f]{64}")
+
+
+class FormError(FileError):
+    """A value in a file does not have the form that is needed."""
+
+    def __init__(self, says: str, place: str = "") -> None:
+        """Compose the message.
+
+        Args:
+            says: The message without the place.
+            place: Where the value stands; `inside` completes it on the way out.
+        """
+        super().__init__(f"{place.removeprefix('.')} {says}")
+        self.says, self.place = says, place
+
+    def inside(self, place: str) -> FormError:
+        """Return the same error with a place in front of its own.
+
+        Args:
+            place: Such as ``.head`` or ``[3]``.
+        """
+        return FormError(self.says, place + self.place)
+
+
+def _unfit(value: Any, needed: str) -> FormError:
+    return FormError(f"is {shown(value)}; {needed} is needed.")
+
+
+def shown(value: Any, at_most: int = 80) -> str:
+    """Write a value of a file for a message: on one line, short, and with what a terminal would obey escaped.
+
+    Args:
+        value: The value.
+        at_most: Largest number of letters.
+    """
+    if isinstance(value, str):
+        text = repr(value[: at_most + 1])
+    elif isinstance(value, list | dict) and len(value) > 8:
+        text = f"a {'list' if isinstance(value, list) else 'mapping'} of {len(value):,}"
+    else:
+        try:
+            text = repr(value)
+        except (ValueError, RecursionError):  # a number of thousands of digits, or nesting without an end
+            text = f"a {type(value).__name__}"
+    text = escaped(text)
+    return text if len(text) <= at_most else text[:at_most] + " ..."
+
+
+def escaped(value: Any) -> Any:
+    """Return plain values whose texts can stand in a file: what a terminal would obey is escaped, long ones are cut.
+
+    Args:
+        value: A text, number, list or mapping.
+    """
+    if isinstance(value, str):
+        return _HIDDEN.sub(lambda found: ascii(found[0])[1:-1], value)[:LONGEST]
+    if isinstance(value, Mapping):
+        return {key: escaped(inside) for key, inside in value.items()}
+    return [escaped(inside) for inside in value] if isinstance(value, list | tuple) else value
+
+
+def check_class_names(names: Any, classes: int | None = None) -> None:
+    """Check names of classes: texts that can be shown, all different, one for each output.
+
+    Args:
+        names: The names, in the order of the classifier.
+        classes: Number of its outputs; None if it is not known.
+
+    Raises:
+        FormError: If they are anything else.
+    """
+    _TEXTS(list(names) if isinstance(names, tuple) else names)
+    if classes is not None and len(names) != classes:
+        raise FormError(f"has {len(names)} names, and the classifier has {classes} outputs.")
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise FormError(f"has {shown(twice)} twice; every class needs a name of its own.")
+
+
+# ------------------------------------------------------------------ single values
+
+
+def _text(value: Any) -> None:
+    if not isinstance(value, str):
+        raise _unfit(value, "a text")
+    if not value or len(value) > LONGEST:
+        raise _unfit(value, f"a text of 1 to {LONGEST} letters")
+    if _HIDDEN.search(value):
+        raise _unfit(value, "a text without control characters")
+
+
+def _whole(low: int, high: int) -> Check:
+    def check(value: Any) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise _unfit(value, f"a whole number from {low} to {high}")
+
+    return check
+
+
+def _number(low: float = -sys.float_info.max, above: float | None = None) -> Check:
+    limit = f" above {above:g}" if above is not None else f" of at least {low:g}" if low >= 0 else ""
+
+    def check(value: Any) -> None:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not low <= value <= sys.float_info.max or (above is not None and value <= above):
+            raise _unfit(value, f"a finite number{limit}")
+
+    return check
+
+
+def _truth(value: Any) -> None:
+    if not isinstance(value, bool):
+        raise _unfit(value, "true or false")
+
+
+def _sha(value: Any) -> None:
+    if not isinstance(value, str) or not _SHA.fullmatch(value):
+        raise _unfit(value, "a sha256 in hexadecimal digits")
+
+
+def _dtype(value: Any) -> None:
+    if not isinstance(value, str) or not isinstance(getattr(torch, value, None), torch.dtype):
+        raise _unfit(value, "the name of a dtype of PyTorch")
+
+
+def _string(value: Any) -> None:
+    if value != "":
+        _text(value)
+
+
+def _plain(value: Any, depth: int = 0) -> None:
+    """Check values of any kind inside: texts, numbers, lists and mappings."""
+    if depth > DEEPEST:
+        raise FormError(f"is nested deeper than {DEEPEST} levels.")
+    if isinstance(value, Mapping):
+        _mapping(lambda inside: _plain(inside, depth + 1))(value)
+    elif isinstance(value, list):
+        _listed(lambda inside: _plain(inside, depth + 1))(value)
+    elif isinstance(value, str):
+        _string(value)
+    elif value is not None and not isinstance(value, bool):
+        _FINITE(value)
+
+
+def _measured(value: Any) -> None:
+    """Check notes of measurements, whose numbers may be infinite or undefined."""
+    if not isinstance(value, Mapping):
+        raise _unfit(value, "a mapping")
+
+
+# ------------------------------------------------------------------ values made of others
+
+
+def _optional(check: Check) -> Check:
+    return lambda value: None if value is None else check(value)
+
+
+def _listed(check: Check, at_least: int = 0, at_most: int = 10**6) -> Check:
+    counts = f"{at_least}" if at_least == at_most else f"{at_least} to {at_most}"
+
+    def each(value: Any) -> None:
+        if not isinstance(value, list) or not at_least <= len(value) <= at_most:
+            raise _unfit(value, f"a list of {counts}")
+        for index, inside in enumerate(value):
+            try:
+                check(inside)
+            except FormError as error:
+                raise error.inside(f"[{index}]") from None
+
+    return each
+
+
+def _mapping(check: Check) -> Check:
+    def each(value: Any) -> None:
+        if not isinstance(value, Mapping):
+            raise _unfit(value, "a mapping")
+        for key, inside in value.items():
+            try:
+                _text(key)
+                check(inside)
+            except FormError as error:
+                raise error.inside(f"[{shown(key)}]") from None
+
+    return each
+
+
+def _record(needed: Mapping[str, Check], allowed: Mapping[str, Check] | None = None) -> Check:
+    """Check a mapping by keys, some of them needed; further ones, as of later versions, hold plain values."""
+    checks = {**needed, **(allowed or {})}
+
+    def each(value: Any) -> None:
+        if not isinstance(value, Mapping):
+            raise _unfit(value, "a mapping")
+        for key in needed:
+            if key not in value:
+                raise FormError("is missing.", f".{key}")
+        for key, inside in value.items():
+            try:
+                _text(key)
+                checks.get(key, _plain)(inside)
+            except FormError as error:
+                raise error.inside(f".{key}" if key in checks else f"[{shown(key)}]") from None
+
+    return each
+
+
+_FINITE = _number()
+_TEXTS = _listed(_text, at_most=100_000)
+_SHAPE = _listed(_whole(0, LARGEST), at_most=8)
+_DIGESTS = _record({"float32": _text, "bfloat16": _text, "float16": _text})
+_FINGERPRINT = _record(
+    {
+        "function": _record({"pool": _string, "heads": _listed(_whole(0, 2**20))}),
+        "class": _text,
+        "dtype": _dtype,
+        "parts": _mapping(_DIGESTS),
+        "bound": _mapping(_record({"shape": _SHAPE, "digests": _DIGESTS})),
+    }
+)
+_BACKBONE = _record({"name": _optional(_string), "args": _mapping(_plain), "fingerprint": _FINGERPRINT})
+_PREPROCESSING = _record(
+    {},
+    {
+        "mean": _listed(_FINITE, at_least=1, at_most=64),
+        "std": _listed(_number(above=0), at_least=1, at_most=64),
+        "input_size": _listed(_whole(1, 2**20), at_least=3, at_most=3),
+        "size": _listed(_whole(1, 2**20), at_least=2, at_most=2),
+        "interpolation": _text,
+        "crop_pct": _optional(_number(above=0)),
+    },
+)
+_OUTPUT = _record(
+    {},
+    {
+        "target": _optional(_text),
+        "temperature": _number(above=0),
+        "mean": _listed(_FINITE),
+        "deviation": _listed(_number(low=0)),
+        "decoder": _optional(_record({"name": _text})),
+    },
+)
+_NOTES = _record(
+    {},
+    {
+        "class_names": _optional(check_class_names),
+        "preprocessing": _optional(_PREPROCESSING),
+        "metrics": _optional(_measured),
+        "output": _optional(_OUTPUT),
+    },
+)
+_HEADER = _record(
+    {
+        "schema": _whole(1, 2**31),
+        "digest": _text,
+        "vispeft": _text,
+        "timm": _text,
+        "method": _record({"name": _text, "fields": _mapping(_plain)}),
+        "backbone": _BACKBONE,
+        "tasks": _optional(_listed(_text, at_least=1, at_most=10_000)),
+        "seed": _whole(0, 2**63 - 1),
+        "head": _optional(_mapping(_SHAPE)),
+        "preprocessing": _PREPROCESSING,
+        "class_names": _optional(check_class_names),
+        "metrics": _optional(_measured),
+        "tensors": _mapping(_record({"codec": _text, "dtype": _dtype, "shape": _SHAPE})),
+        "merge_error": _optional(_number(low=0)),
+        "files": _mapping(_sha),
+    },
+    {"per_task": _truth, "output": _optional(_OUTPUT)},
+)
+
+
+def check_notes(notes: Mapping[str, Any]) -> None:
+    """Check notes of an adapter: class names, preprocessing, metrics and the reading of outputs.
+
+    Args:
+        notes: The notes by name; None for one that is not given.
+
+    Raises:
+        FormError: If one of them has another form.
+    """
+    checks = {
+        "class_names": check_class_names,
+        "preprocessing": _PREPROCESSING,
+        "metrics": _measured,
+        "output": _OUTPUT,
+    }
+    _record({}, {key: _optional(check) for key, check in checks.items()})(notes)
+    pixels = notes.get("preprocessing") or {}
+    if len({len(pixels[key]) for key in ("mean", "std") if key in pixels}) > 1:
+        means = len(pixels["mean"])
+        raise _unfit(pixels["std"], f"one number for each of the {means} means").inside(".preprocessing.std")
+
+
+def check_form(header: Any) -> None:
+    """Check the content of ``adapter.json``: every key, its kind and range, and what belongs together.
+
+    Args:
+        header: The content.
+
+    Raises:
+        FormError: If something in it is missing, of another kind or out of range.
+    """
+    _HEADER(header)
+    check_notes({key: header.get(key) for key in ("class_names", "preprocessing")})
+    rows = (header["head"] or {}).get("weight")
+    _at(".class_names", _optional(lambda names: check_class_names(names, rows[0] if rows else None)))(
+        header["class_names"]
+    )
+    for key, values in header["backbone"]["fingerprint"]["function"].items():
+        if key not in ("pool", "heads"):
+            _at(f".backbone.fingerprint.function[{shown(key)}]", _TEXTS)(values)
+
+
+def _at(place: str, check: Check) -> Check:
+    def placed(value: Any) -> None:
+        try:
+            check(value)
+        except FormError as error:
+            raise error.inside(place) from None
+
+    return placed

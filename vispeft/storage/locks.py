@@ -1,0 +1,114 @@
+"""Locks between processes: one that writes a run directory or an entry of a cache keeps the others out."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from vispeft.errors import FileError
+
+__all__ = ["InUseError", "hold"]
+
+logger = logging.getLogger(__name__)
+
+_WAIT = 0.2
+"""Seconds between two tries to get a lock."""
+_held: set[str] = set()
+"""Locks of this process; the system's own are between processes only."""
+_guard = threading.Lock()
+
+
+class InUseError(FileError):
+    """Another process, or another thread of this one, holds the lock."""
+
+
+@contextlib.contextmanager
+def hold(path: Path, what: str, *, wait: bool = False) -> Iterator[bool]:
+    """Hold a lock while a block of code runs.
+
+    The system gives a lock back when its process ends, however it ends: one of a killed process is in nobody's way. Its
+    file is removed at the end of the block, or by the next holder.
+
+    Args:
+        path: The lock's file; its folder must exist.
+        what: Noun for what is locked, for messages.
+        wait: Whether to wait for the present holder instead of raising.
+
+    Yields:
+        Whether the lock had to be waited for.
+
+    Raises:
+        InUseError: If somebody else holds the lock.
+        FileError: If the file cannot be made.
+    """
+    said = False
+    while True:
+        try:
+            descriptor = _take(path, what)
+            break
+        except InUseError as error:
+            if not wait:
+                raise
+            if not said:
+                logger.info("%s Waiting for it.", str(error).partition(". ")[0] + ".")
+            said = True
+            time.sleep(_WAIT)
+    owner = os.getpid()
+    try:
+        yield said
+    finally:
+        if os.getpid() == owner:  # a forked process holds no lock of its parent's
+            _give_back(path, descriptor)
+
+
+def _take(path: Path, what: str) -> int:
+    with _guard:
+        if str(path) in _held:
+            raise InUseError(_busy(what, f"another thread of process {os.getpid()}"))
+        while True:
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            except OSError as error:
+                raise FileError(f"{what} cannot be locked by {path} ({error.strerror}).") from error
+            _lock(descriptor, path, what)
+            # The holder before may have removed the file between our two calls; a lock on it would hold nobody off.
+            if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                break
+            os.close(descriptor)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without its text
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        _held.add(str(path))
+        return descriptor
+
+
+def _lock(descriptor: int, path: Path, what: str) -> None:
+    try:
+        import fcntl  # not on Windows
+
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EAGAIN):
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            raise InUseError(_busy(what, holder)) from error
+        logger.warning("%s cannot be locked here (%s). See to it that no other process uses it.", what, error)
+
+
+def _busy(what: str, holder: str) -> str:
+    return f"{what} is in use by {holder}. Wait until it has ended, or end it; two would spoil each other's files."
+
+
+def _give_back(path: Path, descriptor: int) -> None:
+    with _guard:
+        with contextlib.suppress(OSError):
+            os.unlink(path)  # before the lock ends, so that nobody else's file is removed
+        os.close(descriptor)
+        _held.discard(str(path))
