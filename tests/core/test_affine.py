@@ -65,6 +65,18 @@ def test_checked_by_finite_differences_where_the_input_is_kept() -> None:
     assert torch.autograd.gradcheck(affine, tensors(0.0, torch.float64))
 
 
+def test_second_derivatives_are_those_in_double_precision() -> None:
+    """Where the output is kept, and where the input is."""
+    for value in (None, 0.0):
+        single, double = tensors(value), tensors(value, torch.float64)
+        pairs = []
+        for y, scale, shift, out in ((*single, affine(*single)), (*double, double[1] * double[0] + double[2])):
+            slopes = torch.autograd.grad(out.pow(3).sum(), [y, scale, shift], create_graph=True)
+            pairs.append(torch.autograd.grad(sum(slope.pow(2).sum() for slope in slopes), [y, scale, shift]))
+        for found, exact in zip(*pairs, strict=True):
+            assert (found - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
 def test_a_model_with_a_scale_of_zero_trains_rightly() -> None:
     torch.manual_seed(0)
     model = VisionTransformer(img_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=2, num_classes=3)

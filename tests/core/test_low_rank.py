@@ -11,6 +11,7 @@ from torch import Tensor
 import vispeft
 from tests.conformance.cells import Cell, move
 from vispeft.core.low_rank import Branch, Dropout
+from vispeft.errors import ConfigError
 from vispeft.hosts import functional
 from vispeft.hosts.functional import low_rank_linear
 
@@ -43,6 +44,38 @@ def test_gradients_agree_with_differences(rows: int, dropout: Dropout) -> None:
         return two_terms({**made, **dict(zip("xabcd", values, strict=True))}, dropout)
 
     assert torch.autograd.gradcheck(compute, tuple(made[name] for name in "xabcd"))
+    assert torch.autograd.gradgradcheck(compute, tuple(made[name] for name in "xabcd"))
+
+
+def test_second_derivatives_where_some_tensors_are_frozen() -> None:
+    """The input is kept only where a first factor trains; without a trained factor it is not needed."""
+    made = tensors(9)
+    for names in ("xac", "x"):
+        for name in set("abcd") - set(names):
+            made[name].requires_grad_(False)
+
+        def compute(*values: Tensor, names: str = names) -> Tensor:
+            return two_terms({**made, **dict(zip(names, values, strict=True))}, Dropout()).square()
+
+        assert torch.autograd.gradgradcheck(compute, tuple(made[name] for name in names))
+    made["b"].requires_grad_()
+    with pytest.raises(ConfigError, match=r"create_graph=True.*first factor is frozen"):
+        torch.autograd.grad(two_terms(made, Dropout()).square().sum(), made["x"], create_graph=True)
+
+
+def test_derivatives_in_forward_mode() -> None:
+    made = tensors(9)
+    inputs = [made[name].detach() for name in "xab"]
+
+    def compute(*values: Tensor) -> Tensor:
+        return two_terms({**made, **dict(zip("xab", values, strict=True))}, Dropout())
+
+    with torch.autograd.forward_ad.dual_level():
+        duals = [torch.autograd.forward_ad.make_dual(value, torch.ones_like(value)) for value in inputs]
+        found = torch.autograd.forward_ad.unpack_dual(compute(*duals)).tangent
+    step = 1e-6
+    ahead, behind = (compute(*(value + sign * step for value in inputs)) for sign in (1, -1))
+    assert torch.allclose(found, (ahead - behind) / (2 * step), atol=1e-7)
 
 
 @pytest.mark.parametrize("place", PLACES)

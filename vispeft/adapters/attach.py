@@ -32,7 +32,8 @@ def attach(
         method: The method, such as ``vispeft.SSF()``.
         name: Name of the adapter on this model.
         tasks: Names of the tasks, for methods that have several.
-        verify: Check with one image of noise that every trainable tensor receives a gradient.
+        verify: Check that something trains, and with one image of noise that every trainable tensor receives a
+            gradient.
 
     Returns:
         The model's bank; every call on the same model returns the same bank.
@@ -40,7 +41,7 @@ def attach(
     Raises:
         BackboneError: If the model is not supported.
         SiteError: If a role matches nothing, or the method has no stated form for the family.
-        ConfigError: If the name is taken.
+        ConfigError: If the name is taken, or neither units nor a classifier train.
         VerificationError: If a trainable tensor receives no gradient.
 
     Example:

@@ -95,6 +95,16 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
             self.declare(name)
             if verify:
                 self.verify(names=[name])
+                self._check_trains(method, name)
+
+    def _check_trains(self, method: Method, name: str) -> None:
+        """Refuse an adapter without a tensor that trains."""
+        if not self.named_tensors(name):
+            raise ConfigError(
+                f"{type(method).__name__} has nothing to train here: it adds no tensors to this backbone, and the "
+                "model has no classifier. Create the model with num_classes, or choose another method. Pass "
+                "verify=False if layers behind the model train."
+            )
 
     @contextmanager
     def adding(self, method: Method, name: str, tasks: Sequence[str] | None, seed: int | None) -> Iterator[Entry]:

@@ -22,9 +22,13 @@ __all__ = ["Probe", "find_dead", "probe_images"]
 
 logger = logging.getLogger(__name__)
 
-ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-8}
-"""A gradient below this share of the largest one in its block counts as zero: rounding error of a gradient that is zero
-in exact arithmetic. Layer scales of 1e-5 shrink all gradients of a branch alike, which stay above it."""
+SMALL = {torch.float64: 1e-12, torch.float32: 1e-6}
+"""A gradient below this share of the largest one in its block may be the rounding error of a gradient that is zero in
+exact arithmetic. It is computed again in another precision."""
+SAME = 2.0**-18
+"""Least share of a gradient computed in float32 that is left in float64, for it to be no rounding error. Errors shrink
+by 2^-29, the ratio of the two precisions; a gradient that is small since the network is deep, or since a layer scale
+comes behind it, stays as it is."""
 
 
 def probe_images(model: nn.Module, view: View, batch: int = 1) -> Tensor:
@@ -150,42 +154,64 @@ def _dead_tensors(
     draw: int,
 ) -> list[str]:
     """List the tensors that get no gradient, with some tensors of the base replaced."""
-    tensors = [entry.tensor for entry in entries]
+    named = {str(entry): entry for entry in entries}
+    double = next(probe.model.parameters()).dtype == torch.float64
+    own, other = (torch.float64, torch.float32) if double else (torch.float32, torch.float64)
     with _state_restored(probe.outer, entries):
-        generator = torch.Generator().manual_seed(1 + draw)
-        with torch.no_grad():
-            for tensor in tensors:
-                noise = torch.randn(tensor.shape, generator=generator).to(tensor)
-                if draw:
-                    tensor.mul_(torch.where(noise > 0, 1.0, -1.0))
-                tensor.add_(noise * (0.02 + 0.1 * tensor.std(correction=0)))
-        out = _run(probe.outer, probe_images(probe.model, probe.view), replaced)
-        maps = [out] if isinstance(out, Tensor) else list(out)
-        loss = torch.stack([(m.float() * torch.randn(m.shape, generator=generator).to(m.device)).sum() for m in maps])
-        gradients: Sequence[Tensor | None] = [None] * len(tensors)
-        if loss.requires_grad:
-            gradients = torch.autograd.grad(loss.sum(), tensors, allow_unused=True)
-    sizes = [0.0 if g is None else float(g.abs().max()) for g in gradients]
-    largest: dict[int | None, float] = defaultdict(float)
-    for entry, size in zip(entries, sizes, strict=True):
-        largest[blocks[entry.key]] = max(largest[blocks[entry.key]], size)
-    floor = ROUNDING.get(next(probe.model.parameters()).dtype, ROUNDING[torch.float32])
-    return [
-        str(entry)
-        for entry, size in zip(entries, sizes, strict=True)
-        if entry.name not in entry.unit.zero_gradient and not size > floor * largest[blocks[entry.key]]
-    ]
+        _perturb(entries, draw)
+        sizes = _gradient_sizes(probe, named, replaced, draw, own)
+        largest: dict[int | None, float] = defaultdict(float)
+        for name, entry in named.items():
+            largest[blocks[entry.key]] = max(largest[blocks[entry.key]], sizes[name])
+        small = {
+            name: entry
+            for name, entry in named.items()
+            if entry.name not in entry.unit.zero_gradient and not sizes[name] > SMALL[own] * largest[blocks[entry.key]]
+        }
+        if not any(sizes[name] > 0 for name in small):
+            return list(small)
+        again = _gradient_sizes(probe, small, replaced, draw, other)
+    narrow, wide = (again, sizes) if double else (sizes, again)
+    return [name for name in small if not (sizes[name] > 0 and wide[name] > SAME * narrow[name])]
 
 
-def _run(model: nn.Module, images: Tensor, base: dict[str, Tensor]) -> Any:
-    """Run a model with some tensors replaced; a base in reduced precision is run in float32.
+@torch.no_grad()
+def _perturb(entries: list[UnitTensor], draw: int) -> None:
+    """Move tensors away from their values; from the second draw on, with other signs."""
+    generator = torch.Generator().manual_seed(1 + draw)
+    for tensor in (entry.tensor for entry in entries):
+        noise = torch.randn(tensor.shape, generator=generator).to(tensor)
+        if draw:
+            tensor.mul_(torch.where(noise > 0, 1.0, -1.0))
+        tensor.add_(noise * (0.02 + 0.1 * tensor.std(correction=0)))
 
-    In bfloat16 the attention of a small model can round to uniform weights, so that no gradient reaches its tensors.
-    """
-    if images.dtype in (torch.float32, torch.float64):
+
+def _gradient_sizes(
+    probe: Probe, entries: Mapping[str, UnitTensor], replaced: dict[str, Tensor], draw: int, dtype: torch.dtype
+) -> dict[str, float]:
+    """Compute the largest entry of each tensor's gradient, with the model in a precision; 0 for no gradient."""
+    generator = torch.Generator().manual_seed(1000 + draw)
+    out = _run(probe.outer, probe_images(probe.model, probe.view), replaced, dtype)
+    maps = [out] if isinstance(out, Tensor) else list(out)
+    weights = [torch.randn(m.shape, generator=generator).to(m.device) for m in maps]
+    loss = torch.stack([(m.to(dtype) * weight).sum() for m, weight in zip(maps, weights, strict=True)]).sum()
+    gradients: Sequence[Tensor | None] = [None] * len(entries)
+    if loss.requires_grad:
+        gradients = torch.autograd.grad(loss, [entry.tensor for entry in entries.values()], allow_unused=True)
+    return {
+        name: 0.0 if gradient is None else float(gradient.abs().max())
+        for name, gradient in zip(entries, gradients, strict=True)
+    }
+
+
+def _run(model: nn.Module, images: Tensor, base: dict[str, Tensor], dtype: torch.dtype) -> Any:
+    """Run a model in a precision, with some tensors replaced."""
+    if images.dtype == dtype:
         return torch.func.functional_call(model, base, (images,)) if base else model(images)
-    tensors = {name: t.float() if t.is_floating_point() else t for name, t in {**dict(_tensors(model)), **base}.items()}
-    return torch.func.functional_call(model, tensors, (images.float(),))
+    tensors = {
+        name: t.to(dtype) if t.is_floating_point() else t for name, t in {**dict(_tensors(model)), **base}.items()
+    }
+    return torch.func.functional_call(model, tensors, (images.to(dtype),))
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, cast
 
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, resize_rel_pos_bias_table
 from timm.models.swin_transformer import (
     PatchMerging,
     SwinTransformer,
@@ -22,6 +23,7 @@ from vispeft.core.families import Family, base_class, check_class, parameter_siz
 from vispeft.core.model_units import SideUnit
 from vispeft.core.sites import Site, View
 from vispeft.hosts.attention import WindowAttentionHost
+from vispeft.hosts.base import Host
 from vispeft.hosts.block import BlockHost
 from vispeft.hosts.mlp import MLP_HOSTS
 from vispeft.hosts.running import Rung
@@ -41,6 +43,8 @@ __all__ = [
     "swin_stem_sites",
 ]
 
+TABLE = "relative_position_bias_table"
+"""timm's name for the position bias of an attention."""
 NOT_IN_SWIN = {
     "norm_pre": "it has no norm before the first block",
     "attn.q_norm": "its queries are not normalised by a layer",
@@ -272,7 +276,7 @@ SWIN = Generation(
     block_classes=(SwinTransformerBlock, AnySizeSwinBlock),
     block_sites=_block_sites,
     merging_sites=_merging_sites,
-    size_bound=("relative_position_bias_table",),
+    size_bound=(TABLE,),
 )
 
 
@@ -299,9 +303,13 @@ class SwinHost(StageModelHost):
         return cast(nn.Module, made)
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
-        """Prepare for images of another size as timm does, and adapt networks beside the model."""
-        super().set_input_size(*args, **kwargs)  # type: ignore[misc]  # timm's
+        """Prepare for images of another size as timm does; adapt networks beside the model and trained tables."""
         blocks = [block for stage in self.stages() for block in stage.blocks]
+        before = [block.attn.window_size for block in blocks]
+        super().set_input_size(*args, **kwargs)
+        for block, window in zip(blocks, before, strict=True):
+            if isinstance(block.attn, Host) and block.attn.window_size != window:
+                block.attn.change_selected(TABLE, partial(_resized, block.attn, window))
         for unit in self.modules():
             if isinstance(unit, SideUnit):
                 unit.resize_with(blocks)
@@ -356,6 +364,13 @@ class SwinAttentionHost(WindowAttentionHost):
     def position_bias(self) -> Tensor:
         """Return timm's relative-position bias, (1, heads, N, N)."""
         return self._get_rel_pos_bias()
+
+
+def _resized(attn: Any, window: tuple[int, int], table: Tensor) -> Tensor:
+    """Resize a table of position biases for the present window as timm does."""
+    down, right = attn.window_size
+    shape = (2 * down - 1) * (2 * right - 1), attn.num_heads
+    return resize_rel_pos_bias_table(table, attn.window_size, shape, old_window_size=window)
 
 
 register_family(

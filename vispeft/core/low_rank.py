@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -55,5 +55,6 @@ class Branch:
     """First output row it is added to."""
     stop: int
     """End of the output rows, exclusive."""
-    dropout: Dropout = Dropout()
+    # A factory: torch 2.11 cannot compile a default that is an instance of a class it does not know.
+    dropout: Dropout = field(default_factory=Dropout)
     """Dropout in this forward pass."""

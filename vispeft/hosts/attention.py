@@ -78,10 +78,18 @@ class AttentionHost(Host):
         return split(self.proj, mixed).each(self.proj_drop)
 
     def mix(self, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        """Compute the softmax attention of queries, keys and values."""
+        """Compute the softmax attention of queries, keys and values, fused where timm's module fuses its own.
+
+        Otherwise the attention passes through ``attn_drop``, whose hooks see it, and has second derivatives. Rows of
+        streams come before the tokens, so that the last call of a block is that of its tokens.
+        """
         bias = None if bias is None else bias.to(queries.dtype)
-        dropout = self.attn_drop.p if self.training else 0.0
-        return F.scaled_dot_product_attention(queries, keys, values, bias, dropout, scale=self.scale)
+        if getattr(self, "fused_attn", False):  # SwinV2 has no fused form
+            dropout = self.attn_drop.p if self.training else 0.0
+            return F.scaled_dot_product_attention(queries, keys, values, bias, dropout, scale=self.scale)
+        scores = (queries * self.scale) @ keys.transpose(-2, -1)
+        attention = (scores if bias is None else scores + bias).softmax(dim=-1)
+        return cast(Tensor, self.attn_drop(attention)) @ values
 
     def mixed(self, streams: Streams, arguments: dict[str, Any]) -> Streams:
         """Compute the mixed values of the tokens and of the streams that read.
@@ -323,11 +331,11 @@ def _own(table: Tensor, like: Tensor) -> Tensor:
 
 def _spread(rows: Tensor, windows: Tensor) -> Tensor:
     """Repeat each image's rows for its windows; the windows of an image are consecutive."""
-    images = rows.shape[0]
-    spread = rows.unsqueeze(1).expand(-1, windows.shape[0] // images, *[-1] * (rows.ndim - 1))
+    each = windows.shape[0] // rows.shape[0] if rows.shape[0] else 1
+    spread = rows.unsqueeze(1).expand(-1, each, *[-1] * (rows.ndim - 1))
     return spread.flatten(0, 1)
 
 
 def _averaged(rows: Tensor, images: Tensor) -> Tensor:
     """Average rows (windows, R, D) over the windows of each image."""
-    return rows.unflatten(0, (images.shape[0], -1)).mean(dim=1)
+    return rows.unflatten(0, (images.shape[0], -1)).mean(dim=1) if images.shape[0] else rows

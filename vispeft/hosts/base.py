@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vispeft.core.gate import plain_class, waits_for_changes
 from vispeft.core.route import NOTHING, Acting, Routing, keeps_route
+from vispeft.core.units import SelectionUnit
 from vispeft.errors import SiteError
 
 __all__ = ["Host", "HostState", "ensure_host", "host_class", "host_kind", "put_back", "take_off"]
@@ -71,6 +72,19 @@ class Host(nn.Module):
     def read(self, name: str) -> Tensor | None:
         """Compute the tensor that timm's code gets when it reads this attribute."""
         return self.own(name)
+
+    def change_selected(self, name: str, change: Callable[[Tensor], Tensor]) -> None:
+        """Change the tensors that selection units of any adapter hold in place of one of the base.
+
+        Args:
+            name: Its name.
+            change: Computes the new values, of any shape.
+        """
+        for unit in self.adapters.modules():
+            value = unit.value(name) if isinstance(unit, SelectionUnit) else None
+            if value is not None:
+                changed = nn.Parameter(change(value.detach()), requires_grad=value.requires_grad)
+                unit.register_parameter(name, changed)
 
     def acts(self) -> bool:
         """Return whether a unit acts here or a stream passes through."""

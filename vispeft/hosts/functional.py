@@ -1,7 +1,8 @@
 """The arithmetic of adapted linear layers, with backward passes that save few activations and skip frozen weights.
 
 Two eager autograd functions cover the common cases. Under ``torch.compile`` and ``torch.export`` the same formulas are
-written in plain operations, which the compiler can fuse and any runtime can execute.
+written in plain operations, which the compiler can fuse and any runtime can execute. Where a graph of the gradient is
+asked for (second derivatives), the backward pass differentiates the plain operations.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vispeft.core.low_rank import DRAWS, Branch, Dropout, dropped_draws
+from vispeft.errors import ConfigError
 
 __all__ = ["affine", "compute_dtype", "linear", "low_rank_linear", "low_rank_terms"]
 
@@ -86,7 +87,7 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: Se
 
 def _leaves_a_graph() -> bool:
     """Return whether operations are recorded or transformed, so that plain ones are needed."""
-    transformed = torch._C._are_functorch_transforms_active()
+    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed
 
 
@@ -159,11 +160,12 @@ class _LowRankLinear(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, weight, *rest = ctx.saved_tensors
         count = len(ctx.layout)
         factors, hidden, kept = rest[: 2 * count], rest[2 * count : 3 * count], rest[3 * count :]
+        if torch.is_grad_enabled():
+            return tuple(_with_graph(ctx, grad, x, weight, factors, kept))
         grad_x = None
         if ctx.needs_input_grad[0]:
             used = _written_into(weight, ctx.layout, factors) if ctx.folds else weight
@@ -183,6 +185,29 @@ class _LowRankLinear(torch.autograd.Function):
             elif grad_x is not None and not ctx.folds:
                 grad_x.addmm_(narrow, a)
         return (grad_x, None, None, None, *grad_factors)
+
+
+def _with_graph(
+    ctx: Any, grad: Tensor, x: Tensor | None, weight: Tensor, factors: Sequence[Tensor], kept: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Compute the gradients of a `_LowRankLinear` in plain operations, which record a graph of their own."""
+    if x is None and any(ctx.needs_input_grad[4:]):
+        raise ConfigError(
+            "A second derivative was asked for (create_graph=True) of low-rank terms whose first factor is frozen, and "
+            "these keep no input for it. Train the first factor too: LoRA(freeze_a=False)."
+        )
+    # Without a trained factor the gradient of the input does not depend on the input.
+    x = grad.new_zeros(grad.shape[0], weight.shape[1]).requires_grad_() if x is None else x
+    out = F.linear(x, weight)
+    for index, (scale, start, stop, dropout) in enumerate(ctx.layout):
+        hidden = F.linear(_only(x, kept[2 * index]), factors[2 * index])
+        term = F.linear(_only(hidden, kept[2 * index + 1]), factors[2 * index + 1]) * (scale / dropout.kept)
+        out = out + F.pad(term, (start, out.shape[-1] - stop))
+    inputs = {0: x, **{4 + index: factor for index, factor in enumerate(factors)}}
+    wanted = [index for index in inputs if ctx.needs_input_grad[index]]
+    found = torch.autograd.grad(out, [inputs[index] for index in wanted], grad, create_graph=True)
+    gradients = dict(zip(wanted, found, strict=True))
+    return [gradients.get(index) for index in range(len(ctx.needs_input_grad))]
 
 
 def _kept(x: Tensor, share: float) -> Tensor | None:
@@ -275,8 +300,8 @@ class _Affine(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        # Plain operations on inputs and output alone, so that autograd can differentiate them again.
         out, scale, shift = ctx.saved_tensors
         rows = tuple(range(grad.ndim - 1))
         total = grad.sum(rows) if rows else grad

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, cast
 
+from timm.layers import to_2tuple
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from vispeft.core.gate import PASSES, Gate
-from vispeft.core.route import Routing
+from vispeft.core.route import Route, Routing
 from vispeft.core.units import Unit
 from vispeft.errors import BackboneError, ConfigError
 from vispeft.hosts.base import Host
@@ -116,6 +117,27 @@ class ModelHost(Host):
         bank: Any = self.__dict__[BANK]
         with bank.replacing_head(num_classes):
             super().reset_classifier(num_classes, *args, **kwargs)  # type: ignore[misc]  # timm's
+
+    def set_input_size(self, img_size: Any = None, patch_size: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Prepare for images of another size as timm does, and resize what units hold in place of resized tensors.
+
+        Args:
+            img_size: Height and width; None keeps them.
+            patch_size: Height and width of a patch; None keeps them.
+            *args: The further arguments of timm's model, by position.
+            **kwargs: The same, by name.
+
+        Raises:
+            ConfigError: If patches change their size and an adapter acts on the patch embedding.
+        """
+        embed: Any = self.patch_embed
+        if patch_size is not None and to_2tuple(patch_size) != embed.patch_size and isinstance(embed.proj, Host):
+            raise ConfigError(
+                f"set_input_size(patch_size={patch_size}) makes a new patch embedding, and adapters act on the present "
+                f"one: {', '.join(embed.proj.adapters)}. Detach them, change the size of the patches, and attach anew."
+            )
+        with self.routing.using(Route()):  # the base's own tensors are resized, not those that act in their place
+            super().set_input_size(img_size, patch_size, *args, **kwargs)  # type: ignore[misc]  # timm's
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load tensors, accepting the names of earlier versions."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -31,6 +33,8 @@ class PlainModelHost(RunningHost):
     takes_side: ClassVar[bool] = True
     global_pool: str
     grad_checkpointing: bool
+    no_embed_class: bool
+    num_prefix_tokens: int
     patch_embed: Any
     blocks: Any
     norm_pre: Any
@@ -59,6 +63,19 @@ class PlainModelHost(RunningHost):
             inserted: Number of tokens between prefix and patches.
         """
         raise NotImplementedError
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """Prepare for images of another size as timm does, and resize trained positions with those of the base."""
+        before = self.patch_embed.grid_size
+        super().set_input_size(*args, **kwargs)
+        if self.patch_embed.grid_size != before:
+            resize = partial(
+                resample_abs_pos_embed,
+                new_size=self.patch_embed.grid_size,
+                old_size=before,
+                num_prefix_tokens=0 if self.no_embed_class else self.num_prefix_tokens,
+            )
+            self.change_selected("pos_embed", resize)
 
     def checkpoints(self) -> bool:
         """Return whether activation checkpointing is on."""

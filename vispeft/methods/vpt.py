@@ -121,7 +121,7 @@ class StagePrompts(Prompts):
         if stage is None:
             return None
         first = 1 if stage == 0 else self.ends[stage - 1]
-        return self.get_parameter(f"deep_{stage}")[block - first : block - first + 1]
+        return getattr(self, f"deep_{stage}")[block - first : block - first + 1]
 
 
 @register

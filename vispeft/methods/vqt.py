@@ -99,7 +99,7 @@ class Queries(QueryUnit):
 
     def reset(self, generator: Generator) -> None:
         """Draw queries uniformly from the range of VPT's prompts, and set equal weights."""
-        first = self.get_parameter(self.places[self.blocks[0]][0])
+        first = getattr(self, self.places[self.blocks[0]][0])
         bound = math.sqrt(6 / (self.fan + first.shape[-1]))
         for name in dict.fromkeys(name for name, _ in self.places.values()):
             self.get_parameter(name).uniform_(-bound, bound, generator=generator)
@@ -118,12 +118,12 @@ class Queries(QueryUnit):
         if block not in self.places:
             return None
         name, row = self.places[block]
-        own = self.get_parameter(name)[row]
+        own = getattr(self, name)[row]
         return F.dropout(own.expand(batch, -1, -1), self.dropout, self.training)
 
     def features(self, pooled: Tensor, reads: Sequence[Tensor]) -> Tensor:
         """Concatenate the backbone's feature and one piece per block, each L2-normalised if `normalize` is set."""
-        dtype = torch.promote_types(pooled.dtype, self.get_parameter(self.places[self.blocks[0]][0]).dtype)
+        dtype = torch.promote_types(pooled.dtype, getattr(self, self.places[self.blocks[0]][0]).dtype)
         pieces = [pooled.to(dtype), *(self._piece(index, read.to(dtype)) for index, read in enumerate(reads))]
         if self.normalize:
             pieces = [F.normalize(piece, dim=1, eps=NORM_EPS) for piece in pieces]

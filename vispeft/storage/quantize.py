@@ -212,6 +212,11 @@ def _keep(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor, Te
 
 @torch.library.custom_op("vispeft::quantized_gradient", mutates_args=())
 def _gradient(grad: Tensor, weight: Tensor, codes: Tensor, mean: Tensor, std: Tensor, bits: int) -> Tensor:
+    """Compute the gradient of `_quantized`, as one opaque node."""
+    return _slope(grad, weight, codes, mean, std, bits)
+
+
+def _slope(grad: Tensor, weight: Tensor, codes: Tensor, mean: Tensor, std: Tensor, bits: int) -> Tensor:
     """Compute the gradient of `_quantized`: straight-through for the codes, exact for mean and standard deviation."""
     levels = codebook(bits)[0].to(mean)[codes.long()]
     exact, centred = grad.to(mean.dtype), weight.to(mean.dtype) - mean
@@ -229,10 +234,41 @@ def _(grad: Tensor, weight: Tensor, codes: Tensor, mean: Tensor, std: Tensor, bi
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor, None]:
     """Propagate the gradient of the values; codes and statistics have none."""
-    return _gradient(grad, *ctx.saved_tensors, ctx.bits), None
+    weight, codes, mean, std = ctx.saved_tensors
+    if not torch.is_grad_enabled():
+        return _gradient(grad, weight, codes, mean, std, ctx.bits), None
+    exact = weight.to(mean.dtype)  # a second derivative is asked for: of the statistics too
+    return _slope(grad, weight, codes, exact.mean(), exact.std(), ctx.bits), None
 
 
 _quantized.register_autograd(_backward, setup_context=_keep)
+
+
+class _Transformed(torch.autograd.Function):
+    """`_quantized` for the transforms of `torch.func`, which do not take operators of one's own."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        found = quantize(weight, bits)
+        return found.values(bits).to(weight.dtype), found.codes.to(torch.uint8), found.mean, found.std
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        weight, bits = inputs
+        _keep(ctx, (weight, bits), output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *others: Tensor | None) -> tuple[Tensor, None]:
+        return _backward(ctx, grad, *others)
+
+
+def _dequantized(weight: Tensor, bits: int) -> Tensor:
+    """Quantise and dequantise a matrix."""
+    if torch._C._are_functorch_transforms_active():
+        return cast(Tensor, _Transformed.apply(weight, bits)[0])
+    return _quantized(weight, bits)[0]
 
 
 def start_above_zero(weight: Tensor, bits: int, generator: torch.Generator) -> None:
@@ -274,11 +310,11 @@ class LowBit(nn.Module):
             return weight
         read = self._buffers.get(f"{name}_read")
         if read is None:
-            return _quantized(weight, self.bits)[0]
+            return _dequantized(weight, self.bits)
         if torch.compiler.is_compiling():
             return torch.where((weight == read).all(), weight, _quantized(weight, self.bits)[0])
         # A matrix that still equals its loaded values is dequantised already; after a training step it is not.
-        return weight if torch.equal(weight, read) else _quantized(weight, self.bits)[0]
+        return weight if torch.equal(weight, read) else _dequantized(weight, self.bits)
 
     def codecs(self) -> dict[str, str]:
         """Return the codec of each quantised tensor, by name; see `Unit.codecs`."""

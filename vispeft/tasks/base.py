@@ -120,7 +120,8 @@ class AdapterTask(LightningModule):
         self.preprocessing = Preprocessing.of(self.model)
         self.base_dtype: torch.dtype = getattr(torch, base_dtype)
         self.model.to(self.base_dtype)
-        self.bank: AdapterBank = attach(self.model, method)
+        # A task without a classifier verifies through the layers that it puts behind the backbone.
+        self.bank: AdapterBank = attach(self.model, method, verify=self.classifies)
         if layer_decay != 1 and not method.trains_base:
             raise ConfigError(
                 f"{type(self).__name__}(layer_decay={layer_decay}): {method.name} does not train the backbone's "
