@@ -287,3 +287,11 @@ def test_packed_codes_come_back(bits: int) -> None:
 def test_packing_starts_with_the_lowest_bit() -> None:
     assert pack_bits(torch.tensor([1, 0, 0, 0, 0, 0, 0, 0, 1]), 1).tolist() == [1, 1]
     assert pack_bits(torch.tensor([3, 1]), 2).tolist() == [7]
+
+
+def test_a_bias_that_does_not_fit_its_weight_is_refused() -> None:
+    bank = VIT.attach(VIT.model())
+    tensors = bank.state_dict()
+    tensors["head/weight"] = torch.zeros(7, tensors["head/weight"].shape[1])
+    with pytest.raises(FileError, match=r"head/bias has shape \(5,\); \(7,\) is needed"):
+        bank.load_state_dict(tensors)

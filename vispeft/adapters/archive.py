@@ -130,6 +130,8 @@ class FileBank(BankState):
             if set(tensors) - {"weight", "bias"} or "weight" not in tensors:
                 raise FileError(f"The head in the file has tensors {sorted(tensors)}, which is no linear classifier.")
             classes, width = tensors["weight"].shape
+            if "bias" in tensors and tensors["bias"].shape != (classes,):
+                raise FileError(f"head/bias has shape {tuple(tensors['bias'].shape)}; ({classes},) is needed.")
             present = own_head(entry.method, self.view, self._model, entry.seed, classes)
             if present is None:
                 like = next(self._model.parameters())

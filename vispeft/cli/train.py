@@ -169,7 +169,7 @@ def train(config: Path, overrides: Sequence[str] = (), *, out: str | Path | None
     cli = _prepared(ConfigCLI(config, overrides))
     check_names(output_names(cli.datamodule, cli.model.num_classes), cli.resolved(), out)
     check_room(Path(out) if out is not None else Path("runs"), cli.model)
-    made = out is None or not Path(out).exists()
+    made = out is None or not os.path.lexists(out)
     place = runs.claim(out, config)
     checkpoints: RunCheckpoints | None = None
     with runs.held(place):

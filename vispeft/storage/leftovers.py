@@ -60,7 +60,8 @@ def finish_save(folder: Path) -> None:
 def _listed(header: Path) -> dict[str, str]:
     """Return the digests of an adapter's files; none where there is no description that can be read."""
     with contextlib.suppress(OSError, ValueError):
-        files = json.loads(header.read_text(encoding="utf-8"))["files"] if header.is_file() else {}
+        content = json.loads(header.read_text(encoding="utf-8")) if header.is_file() else {}
+        files = content.get("files") if isinstance(content, dict) else None
         if isinstance(files, dict):
             return {name: sha for name, sha in files.items() if name in (ADAPTER_FILE, HEAD_FILE)}
     return {}

@@ -139,6 +139,8 @@ def _metrics(module: LightningModule) -> dict[str, Any]:
 def _restore_metrics(saved: dict[str, Any], module: LightningModule) -> None:
     metrics = {name: metric for name, metric in module.named_modules() if isinstance(metric, Metric)}
     for name, entry in saved.items():
+        if name not in metrics:  # of an earlier version, which measured it
+            continue
         metric = metrics[name]
         for state, value in entry["states"].items():
             setattr(metric, state, _moved(value, metric.device))
