@@ -20,8 +20,7 @@ def test_every_fold_is_tested_once_and_finished_ones_are_skipped(config, run_cli
         trained.append(train(config, overrides, **settings))
 
     monkeypatch.setattr(train_tool, "train", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        run_cli("train", config, *SHORT, "--folds", "2", "--out", out)
+    assert run_cli("train", config, *SHORT, "--folds", "2", "--out", out).status == 130
     monkeypatch.setattr(train_tool, "train", train)
     assert [path.name for path in trained] == ["fold-0"]
     first = (out / "fold-0/metrics.json").stat().st_mtime_ns

@@ -209,13 +209,17 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_warning(runs, stopped
 )
 def test_a_signal_ends_with_its_own_status_and_says_how_to_go_on(stopped, run_cli, monkeypatch, name, status):
     number = getattr(signal, name)
-    before = signal.getsignal(number)
+    # Tests that run in the background of a shell are started with some signals switched off.
+    before = signal.signal(number, signal.SIG_DFL)
     on_step(monkeypatch, 3, lambda: os.kill(os.getpid(), number))
-    result = run_cli("train", "--resume", stopped)
+    try:
+        result = run_cli("train", "--resume", stopped)
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
     assert result.status == status
     assert result.err == f"Stopped by {name}. Go on by vispeft train --resume {stopped}\n"
     assert hidden(stopped) == []
-    assert signal.getsignal(number) == before
 
 
 @pytest.mark.parametrize(
