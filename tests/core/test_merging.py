@@ -106,3 +106,12 @@ def test_a_classifier_that_starts_at_zero_hides_nothing() -> None:
     bank = VIT.attach(model, moved=False)
     nn.init.zeros_(model.head.weight)
     assert bank.merge().max_error > 0
+
+
+def test_a_unit_whose_weight_form_is_not_its_forward_pass_is_blamed() -> None:
+    cell = Cell("lora", "vit")
+    bank = cell.attach(cell.model())
+    unit = next(iter(bank._entries["default"].units.values()))
+    unit.fold_weight = lambda weight: 2 * weight
+    with pytest.raises(MergeError, match="fold_bias or input_shift is not what its forward pass does"):
+        bank.merge()

@@ -89,9 +89,15 @@ def merge_model(model: nn.Module, view: View, partial: bool) -> Merged:
     error = difference(outputs(model, probe), before)
     if not error <= TOLERANCE[probe.dtype]:
         undo_merge(merged)
+        exact = probe.dtype in (torch.float32, torch.float64)
+        advice = (
+            "In a method of your own: a unit's fold_weight, fold_bias or input_shift is not what its forward pass does."
+            if exact
+            else "Merge in float32 or better."
+        )
         raise MergeError(
             f"After merging, outputs differ by {error:.1e} of the largest one; {TOLERANCE[probe.dtype]:.0e} is "
-            f"rounding in {probe.dtype}. Nothing was changed. Merge in float32 or better."
+            f"rounding in {probe.dtype}. Nothing was changed. {advice}"
         )
     changed = tuple(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
     created = tuple(name for name, old in merged.replaced.items() if old is None)

@@ -103,8 +103,8 @@ def find_dead(
         return
     raise VerificationError(
         f"{len(still)} of {len(entries)} trainable tensors get no gradient: {', '.join(still[:6])}"
-        f"{', ...' if len(still) > 6 else ''}. The model does not use the units there; choose other roles, or pass "
-        "verify=False if this is intended."
+        f"{', ...' if len(still) > 6 else ''}. The model does not use the units there, or a unit's own "
+        "forward pass leaves these tensors out; choose other roles, or pass verify=False if this is intended."
     )
 
 

@@ -161,7 +161,7 @@ class Method:
         Yields:
             One item per unit.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement items.")
 
     def parameter_count(self, view: View) -> int:
         """Count the trainable parameters by the closed formula of the paper, without the head.
@@ -169,7 +169,7 @@ class Method:
         Args:
             view: The model's description.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement parameter_count.")
 
     def sites(self, view: View) -> list[Site]:
         """Choose the sites by `roles` and `blocks`.

@@ -51,7 +51,7 @@ class QueryUnit(Unit):
         Returns:
             (batch, length, width of the block), or None if the block is not read.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement queries_of.")
 
     def features(self, pooled: Tensor, reads: Sequence[Tensor]) -> Tensor:
         """Compute the input of the classifier.
@@ -63,7 +63,7 @@ class QueryUnit(Unit):
         Returns:
             (batch, features).
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement features.")
 
 
 class QueryStream(Stream):
@@ -118,7 +118,7 @@ class TokensUnit(Unit):
         Returns:
             (batch, length, width), or None to pass on those from the previous block; a length of 0 removes them.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement tokens.")
 
     def replaces(self, block: int) -> bool:
         """Return whether a block gets new tokens in place of those from the previous block.
@@ -153,7 +153,7 @@ class SideUnit(Unit):
         Returns:
             Its state after each of these blocks.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement climb.")
 
     def project_out(self, state: Tensor) -> Tensor:
         """Project a state of the last stage to the backbone's width.
@@ -164,7 +164,7 @@ class SideUnit(Unit):
         Returns:
             The shape of the output of the backbone's last block.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement project_out.")
 
     def stage_map(self, stage: int, state: Tensor) -> Tensor | None:
         """Project the state after an earlier stage to the backbone's width.
@@ -176,7 +176,7 @@ class SideUnit(Unit):
         Returns:
             The shape of the stage's output, or None to use the backbone's own map.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement stage_map.")
 
     def resize_with(self, blocks: Sequence[nn.Module]) -> None:
         """Adapt to the backbone's blocks after a change of the image size.

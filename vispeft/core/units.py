@@ -302,7 +302,7 @@ class DeltaUnit(Unit):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return the factors A (rank, in) and B (rows, rank)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement factors.")
 
     def branches(self) -> list[Branch]:
         """Return the low-rank terms of this forward pass, one or several."""
@@ -338,7 +338,7 @@ class InputUnit(Unit):
         Returns:
             The same shape.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement transform_input.")
 
     def input_shift(self) -> Tensor:
         """Return ``m``, (in,); `fold_weight` returns ``W M``."""
@@ -364,7 +364,7 @@ class SequentialUnit(Unit):
         Returns:
             The shape of `y`.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement after.")
 
     def needs_bias(self) -> bool:
         """Return True: the merged layer needs a bias."""
@@ -413,7 +413,7 @@ class BranchUnit(Unit):
         Returns:
             Outputs (..., out) by the name of the stream.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement branches.")
 
 
 class ParallelUnit(Unit):
@@ -441,7 +441,7 @@ class ParallelUnit(Unit):
         Returns:
             The shape of `x`.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement branch.")
 
 
 class PrefixUnit(Unit):
@@ -452,4 +452,4 @@ class PrefixUnit(Unit):
 
     def keys_values(self) -> tuple[Tensor, Tensor]:
         """Return keys and values, (length, heads * width of a head) each; the keys are not normalised further."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement keys_values.")
