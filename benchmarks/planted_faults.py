@@ -38,6 +38,7 @@ import vispeft  # noqa: F401 - makes torchvision importable for `common.write`
 ROOT = Path(__file__).resolve().parents[1]
 FAULTS = Path(__file__).with_suffix(".yaml")
 FOLDER = "planted_faults"
+PLUGINS = Path(__file__).resolve().parent / "plugins"
 EARLIER = "a0bd47e"
 """The revision before the second edition of the core."""
 STAGE_LIMIT = 7200
@@ -178,13 +179,10 @@ def copy_of(revision: str) -> Iterator[Path]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Make an environment that imports vispeft from a copy, also in the processes that tests start.
-
-    The limit holds against `torch.set_num_threads` too: a test of the earlier suite sets two threads for all that come
-    after it, and two workers with two threads each wait for each other.
-    """
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "1"}
-    return {**os.environ, **threads, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    """Make an environment that imports vispeft from a copy, also in the processes that tests start."""
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(folder), str(PLUGINS)])
+    return {**os.environ, **threads, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def run_stage(folder: Path, stage: Stage, *, workers: int, without: Iterable[str] = (), stop: bool = True) -> Outcome:
@@ -197,7 +195,19 @@ def run_stage(folder: Path, stage: Stage, *, workers: int, without: Iterable[str
         without: Tests to leave out.
         stop: Whether to stop at the first failure.
     """
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "-n", str(workers)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rfE",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "one_thread",
+        "-n",
+        str(workers),
+    ]
     command += ["--dist", "worksteal"] if workers else []
     command += [*(["-x"] if stop else []), *(f"--deselect={test}" for test in without), *stage.arguments]
     began = time.monotonic()
@@ -382,7 +392,8 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="these revisions alone")
     parser.add_argument("--revision", default="HEAD", help="the present revision; only committed files count")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after these")
-    parser.add_argument("--workers", type=int, default=2, help="processes of pytest")
+    # With several, pytest goes on for minutes after the first failure.
+    parser.add_argument("--workers", type=int, default=0, help="processes of pytest; 0 for its own")
     arguments = parser.parse_args()
     faults = [fault for fault in read_faults() if arguments.only is None or fault.name in arguments.only]
     if arguments.table:
