@@ -373,6 +373,8 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
             head.train(self._model.training and not entry.frozen)
             self._heads.put(name, head)
             self._declare(entry, name)
+        if len(entry.notes.get("class_names") or ()) != getattr(head, "out_features", 0):
+            entry.notes.pop("class_names", None)  # those of the former classifier
         self._routes.clear()
         self._routing.refresh(lambda route: self.route(route.names, route.task))
 

@@ -97,16 +97,16 @@ def main(argv: Sequence[str]) -> None:
         overrides = [*overrides, "--print_config"]
     command = shlex.join(["vispeft", "train", *(token for token in argv if token)])
     config = find_config(given.config) if given.config else None
+    if given.finish is not None:
+        extra = [name for name in ("resume", "out", "method", "init", "folds") if getattr(given, name) is not None]
+        if given.config or extra or overrides:
+            raise ConfigError("--finish takes the run alone, whose config is in its directory. Leave the rest out.")
+        finish(given.finish)
+        return
     if given.folds is not None:
         if given.resume is not None:
             raise ConfigError("--resume was given with --folds, which goes on by itself: give the same command again.")
         train_folds(cast(Path, config), overrides, given.folds, _train_or_resume, out=given.out, command=command)
-        return
-    if given.finish is not None:
-        extra = [name for name in ("resume", "out", "method", "init") if getattr(given, name) is not None]
-        if given.config or extra or overrides:
-            raise ConfigError("--finish takes the run alone, whose config is in its directory. Leave the rest out.")
-        finish(given.finish)
         return
     if given.resume is None:
         train(cast(Path, config), overrides, out=given.out, command=command)

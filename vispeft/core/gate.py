@@ -31,13 +31,6 @@ PATIENCE = 60.0
 _GATES: weakref.WeakSet[Gate] = weakref.WeakSet()
 
 
-class _Thread(threading.local):
-    """What one thread does at a gate."""
-
-    inside: int = 0
-    """Nested forward passes and choices that have entered."""
-
-
 class Gate:
     """The gate of one model."""
 
@@ -48,33 +41,31 @@ class Gate:
 
     def _open_again(self) -> None:
         self._free = threading.Condition()
-        self._inside = 0
+        self._inside: set[int] = set()
+        """Threads that are in a forward pass or enter a choice."""
         self._waiting = 0
         self._changing: int | None = None
-        self._thread = _Thread()
 
     @contextmanager
     def beside(self) -> Iterator[None]:
         """Run beside other forward passes, after any change."""
-        thread = self._thread
-        if thread.inside or self._changing == threading.get_ident():
+        own = threading.get_ident()
+        if own in self._inside or self._changing == own:
             yield  # inside of a pass, or of a change that runs the model itself
             return
-        self._enter()
-        thread.inside += 1
         try:
+            self._enter(own)
             yield
-        finally:
-            thread.inside -= 1
+        finally:  # also if an interrupt comes between the two
             with self._free:
-                self._inside -= 1
+                self._inside.discard(own)
                 self._free.notify_all()
 
-    def _enter(self) -> None:
+    def _enter(self, thread: int) -> None:
         with self._free:
             while self._changing is not None or self._waiting:
                 self._free.wait()
-            self._inside += 1
+            self._inside.add(thread)
 
     @contextmanager
     def alone(self, model: nn.Module, wanted: str) -> Iterator[None]:
@@ -91,7 +82,7 @@ class Gate:
         if self._changing == threading.get_ident():
             yield
             return
-        if self._thread.inside:
+        if threading.get_ident() in self._inside:
             raise ConfigError(f"The model cannot {wanted} in the middle of its own forward pass, such as in a hook.")
         self._wait_for_others()
         try:

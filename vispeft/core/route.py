@@ -8,6 +8,7 @@ override.
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -118,8 +119,8 @@ class _Entered:
     """The route it uses."""
     before: Route | None
     """The one its thread used before."""
-    thread: int = field(default_factory=threading.get_ident)
-    """The thread."""
+    thread: tuple[int, int] = field(default_factory=lambda: (os.getpid(), threading.get_ident()))
+    """The process and the thread; a forked process has none of the other threads."""
 
 
 class _Thread(threading.local):
@@ -236,8 +237,9 @@ class Routing:
         Args:
             name: The adapter; None for any block, also one that uses the base alone.
         """
-        own = threading.get_ident()
-        others = [entered for entered in list(self._entered) if entered.thread != own]
+        process, own = os.getpid(), threading.get_ident()
+        others = [entered for entered in list(self._entered) if entered.thread[0] == process]
+        others = [entered for entered in others if entered.thread[1] != own]
         return any(name is None or name in (*e.route.names, *(e.before or e.route).names) for e in others)
 
     def _enter(self, route: Route) -> None:

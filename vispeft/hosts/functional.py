@@ -197,7 +197,9 @@ def _with_graph(
             "these keep no input for it. Train the first factor too: LoRA(freeze_a=False)."
         )
     # Without a trained factor the gradient of the input does not depend on the input.
-    x = grad.new_zeros(grad.shape[0], weight.shape[1]).requires_grad_() if x is None else x
+    x = grad.new_zeros(grad.shape[0], weight.shape[1]).requires_grad_() if x is None else x.view_as(x)
+    # Views, so that the derivative stops here, also where a factor or the input depends on another one further back.
+    factors = [factor.view_as(factor) for factor in factors]
     out = F.linear(x, weight)
     for index, (scale, start, stop, dropout) in enumerate(ctx.layout):
         hidden = F.linear(_only(x, kept[2 * index]), factors[2 * index])

@@ -50,7 +50,7 @@ def staged(path: Path, *others: Path) -> Iterator[Path]:
                 yield folder / path.name
                 _move(folder, path)
             finally:
-                shutil.rmtree(folder, ignore_errors=True)
+                _undo(path)
     except OSError as error:
         raise _unwritten(path, error.strerror or str(error)) from error
 

@@ -81,7 +81,9 @@ class ClassScores(Metric):
         return mean_over_classes(self._per_class(), self.absent)
 
     def _per_class(self) -> Tensor:
-        hits, predicted, present = self.hits.double(), self.predicted, self.present
+        # Apple's GPUs have no doubles; single precision counts up to 2^24 images exactly.
+        kind = torch.float32 if self.hits.device.type == "mps" else torch.double
+        hits, predicted, present = self.hits.to(kind), self.predicted, self.present
         return (hits / present if self.figure == "accuracy" else 2 * hits / (predicted + present)).float()
 
 

@@ -38,7 +38,8 @@ class ExplainedVariance(Metric):
             settings: Settings of `torchmetrics.Metric`.
         """
         super().__init__(**settings)
-        zeros = torch.zeros(targets, dtype=torch.double)
+        single = torch.backends.mps.is_available()  # Apple's GPUs have no doubles
+        zeros = torch.zeros(targets, dtype=torch.float32 if single else torch.double)
         for name in ("errors", "sums", "squares"):
             self.add_state(name, zeros.clone(), dist_reduce_fx="sum")
         self.add_state("smallest", zeros + math.inf, dist_reduce_fx="min")
@@ -52,7 +53,7 @@ class ExplainedVariance(Metric):
             values: Predictions (B,) or (B, targets).
             targets: True values, of the same shape.
         """
-        found, wanted = (numbers.double().reshape(len(numbers), -1) for numbers in (values, targets))
+        found, wanted = (n.to(self.errors.dtype).reshape(len(n), -1) for n in (values, targets))
         self.errors += (found - wanted).square().sum(0)
         self.sums += wanted.sum(0)
         self.squares += wanted.square().sum(0)

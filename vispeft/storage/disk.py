@@ -82,18 +82,14 @@ def write_atomically(files: Mapping[Path, bytes], without: Iterable[Path] = ()) 
     try:
         for path in files:
             path.parent.mkdir(parents=True, exist_ok=True)
-        _settle([*gone, *files])
         for path, content in files.items():
             staged.add(path, content)
+        _settle([*gone, *files])  # behind the locks of the new files, or it would undo a save that is under way
         for path in files:
             if path.exists():
                 os.link(path, earlier(path))
                 linked.append(path)
         staged.rename()
-        for path in gone:
-            path.unlink(missing_ok=True)
-        for path in linked:
-            earlier(path).unlink(missing_ok=True)
     except BaseException as error:
         staged.remove(linked)
         for path in linked:
@@ -105,6 +101,10 @@ def write_atomically(files: Mapping[Path, bytes], without: Iterable[Path] = ()) 
             f"{', '.join(str(path) for path in files)} could not be written ({error.strerror or error}). The earlier "
             "files are unchanged; free some space or choose another directory."
         ) from error
+    else:  # the new files count, and an interrupt leaves old ones to the next call
+        for path in (*gone, *map(earlier, reversed(linked))):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
     finally:
         staged.close()
 

@@ -9,6 +9,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,12 +90,13 @@ def escaped(value: Any) -> Any:
     return [escaped(inside) for inside in value] if isinstance(value, list | tuple) else value
 
 
-def check_class_names(names: Any, classes: int | None = None) -> None:
+def check_class_names(names: Any, classes: int | None = None, unique: bool = True) -> None:
     """Check names of classes: texts that can be shown, all different, one for each output.
 
     Args:
         names: The names, in the order of the classifier.
         classes: Number of its outputs; None if it is not known.
+        unique: Whether equal names are refused. Files may have some: ImageNet-1k has two classes called crane.
 
     Raises:
         FormError: If they are anything else.
@@ -102,7 +104,7 @@ def check_class_names(names: Any, classes: int | None = None) -> None:
     _TEXTS(list(names) if isinstance(names, tuple) else names)
     if classes is not None and len(names) != classes:
         raise FormError(f"has {len(names)} names, and the classifier has {classes} outputs.")
-    if len(set(names)) < len(names):
+    if unique and len(set(names)) < len(names):
         twice = next(name for name, count in Counter(names).items() if count > 1)
         raise FormError(f"has {shown(twice)} twice; every class needs a name of its own.")
 
@@ -290,7 +292,7 @@ _HEADER = _record(
         "seed": _whole(0, 2**63 - 1),
         "head": _optional(_mapping(_SHAPE)),
         "preprocessing": _PREPROCESSING,
-        "class_names": _optional(check_class_names),
+        "class_names": _optional(_TEXTS),
         "metrics": _optional(_measured),
         "tensors": _mapping(_record({"codec": _text, "dtype": _dtype, "shape": _SHAPE})),
         "merge_error": _optional(_number(low=0)),
@@ -300,17 +302,18 @@ _HEADER = _record(
 )
 
 
-def check_notes(notes: Mapping[str, Any]) -> None:
+def check_notes(notes: Mapping[str, Any], unique: bool = True) -> None:
     """Check notes of an adapter: class names, preprocessing, metrics and the reading of outputs.
 
     Args:
         notes: The notes by name; None for one that is not given.
+        unique: Whether equal class names are refused.
 
     Raises:
         FormError: If one of them has another form.
     """
     checks = {
-        "class_names": check_class_names,
+        "class_names": partial(check_class_names, unique=unique),
         "preprocessing": _PREPROCESSING,
         "metrics": _measured,
         "output": _OUTPUT,
@@ -332,9 +335,9 @@ def check_form(header: Any) -> None:
         FormError: If something in it is missing, of another kind or out of range.
     """
     _HEADER(header)
-    check_notes({key: header.get(key) for key in ("class_names", "preprocessing")})
+    check_notes({"preprocessing": header["preprocessing"]})
     rows = (header["head"] or {}).get("weight")
-    _at(".class_names", _optional(lambda names: check_class_names(names, rows[0] if rows else None)))(
+    _at(".class_names", _optional(lambda names: check_class_names(names, rows[0] if rows else None, unique=False)))(
         header["class_names"]
     )
     for key, values in header["backbone"]["fingerprint"]["function"].items():

@@ -74,12 +74,13 @@ def _take(path: Path, what: str) -> int:
             raise InUseError(_busy(what, f"another thread of process {os.getpid()}"))
         while True:
             try:
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+                # Never through a link: the file is overwritten with the name of the process.
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
             except OSError as error:
                 raise FileError(f"{what} cannot be locked by {path} ({error.strerror}).") from error
             _lock(descriptor, path, what)
             # The holder before may have removed the file between our two calls; a lock on it would hold nobody off.
-            if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            if _stands_at(descriptor, path):
                 break
             os.close(descriptor)
         with contextlib.suppress(OSError):  # a full disk: the lock holds without its text
@@ -87,6 +88,12 @@ def _take(path: Path, what: str) -> int:
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         _held.add(str(path))
         return descriptor
+
+
+def _stands_at(descriptor: int, path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    return False
 
 
 def _lock(descriptor: int, path: Path, what: str) -> None:
@@ -109,6 +116,7 @@ def _busy(what: str, holder: str) -> str:
 def _give_back(path: Path, descriptor: int) -> None:
     with _guard:
         with contextlib.suppress(OSError):
-            os.unlink(path)  # before the lock ends, so that nobody else's file is removed
+            if _stands_at(descriptor, path):  # before the lock ends, so that nobody else's file is removed
+                os.unlink(path)
         os.close(descriptor)
         _held.discard(str(path))

@@ -113,7 +113,7 @@ def _slid(scores: Scores, images: Tensor, inference: Inference, wanted: tuple[in
     window = inference.window
     # The first window is computed here, since its scores say how many classes there are.
     first = [_seen(scores, images[..., :window, :window], inference)]
-    fitting = max(window, BAND // (first[0].shape[1] * window * first[0].element_size()))
+    fitting = max(window, BAND // (first[0][..., 0].numel() * first[0].element_size()))
     count = -(-width // fitting)
     rows, columns = _between(height, wanted[0]), _between(width, wanted[1])
     masks = torch.empty(len(images), *wanted, dtype=torch.long, device=first[0].device)
