@@ -235,10 +235,10 @@ class FileBank(BankState):
         self._check_notes(label, notes)
         self._entries[label].notes |= notes
 
-    def _check_notes(self, label: str, notes: Mapping[str, Any], unique: bool = True) -> None:
+    def _check_notes(self, label: str, notes: Mapping[str, Any]) -> None:
         """Refuse notes that no file may hold, and class names that are not those of the classifier."""
         try:
-            check_notes(notes, unique)
+            check_notes(notes)
         except FormError as error:
             raise ConfigError(f"The notes of adapter {label!r} cannot be written to a file: {error}") from error
         names, head = notes.get("class_names"), self._heads.get(label)
@@ -274,7 +274,7 @@ class FileBank(BankState):
         self._heads.check_place()
         label = self._label(name)
         entry = self._entries[label]
-        self._check_notes(label, entry.notes, unique=False)
+        self._check_notes(label, entry.notes)
         units, head = entry.file_tensors(), self._head_state(label)
         beside = {f"{DECODER}{key}": tensor for key, tensor in (decoder or {}).items()}
         for key, tensor in {**units, **head, **beside}.items():

@@ -302,18 +302,17 @@ _HEADER = _record(
 )
 
 
-def check_notes(notes: Mapping[str, Any], unique: bool = True) -> None:
+def check_notes(notes: Mapping[str, Any]) -> None:
     """Check notes of an adapter: class names, preprocessing, metrics and the reading of outputs.
 
     Args:
         notes: The notes by name; None for one that is not given.
-        unique: Whether equal class names are refused.
 
     Raises:
         FormError: If one of them has another form.
     """
-    checks = {
-        "class_names": partial(check_class_names, unique=unique),
+    checks: dict[str, Callable[[Any], None]] = {
+        "class_names": partial(check_class_names, unique=False),
         "preprocessing": _PREPROCESSING,
         "metrics": _measured,
         "output": _OUTPUT,
