@@ -102,6 +102,12 @@ def test_labels_of_no_kind_are_found(images, target):
     assert sorted(found) == [f"a.json img/my photo {n}.png" for n in range(3)]
 
 
+def test_a_table_of_zeros_and_ones_is_no_list_of_labels(images):
+    rows = {f"img/my photo {n}.png": [1, 0, n % 2] for n in range(12)}
+    data = JsonData(train_list=write(images / "a.json", json.dumps(rows)), target="multilabel")
+    assert "with a label twice; list the labels that hold" in data.report().of("error")[0].text
+
+
 def test_a_path_no_system_takes_is_found(images):
     listed = {"img/zero\0.png": 0, **{f"img/my photo {n}.png": n % 2 for n in range(12)}}
     data = JsonData(train_list=write(images / "a.json", json.dumps(listed)), validation=0.3, test=0.3)

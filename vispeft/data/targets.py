@@ -208,7 +208,12 @@ def _labels(raw: Any) -> tuple[int | str, ...]:
         raise LabelError("label-missing", "without a label; write - (in JSON []) for an image without any")
     if isinstance(raw, str):
         raw = [] if raw.strip() == "-" else raw.split(",")
-    return tuple(dict.fromkeys(_label(one) for one in (raw if isinstance(raw, (list, tuple)) else [raw])))
+    found = [_label(one) for one in (raw if isinstance(raw, (list, tuple)) else [raw])]
+    if len(set(found)) < len(found):
+        raise LabelError(
+            "label-kind", "with a label twice; list the labels that hold, since a table of 0 and 1 for each is not read"
+        )
+    return tuple(found)
 
 
 def _number(raw: Any) -> tuple[float, ...]:
