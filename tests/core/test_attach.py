@@ -180,9 +180,12 @@ def test_a_gradient_that_is_not_finite_is_none(model: nn.Module) -> None:
 def test_verify_puts_everything_back(model: nn.Module) -> None:
     bank = vispeft.attach(model, vispeft.LoRA())
     before = {k: v.clone() for k, v in model.state_dict().items()}
+    drawn: list[torch.Tensor] = []
+    model.get_submodule("norm").register_forward_hook(lambda *_: drawn.append(torch.rand(1)))  # as a user's module may
     state = torch.get_rng_state()
     model.train()
     bank.verify()
+    assert drawn
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())

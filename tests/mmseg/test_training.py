@@ -57,6 +57,12 @@ def test_optimiser_rule_for_the_whole_backbone(weights):
     )
     assert {group for name, group in found.items() if name.startswith("backbone")} == {(0.05, 0.0)}
     assert found["decode_head.bias"] == (0.1, 0)
+    found, _ = groups_of(
+        weights, {"type": "lora"}, optimizer={"type": "AdamW", "lr": 0.1, "weight_decay": 0.5},
+        paramwise_cfg={"custom_keys": {"backbone": {"decay_mult": 0.2}}},
+    )  # fmt: skip
+    assert {group for name, group in found.items() if name.startswith("backbone")} == {(0.1, 0.1)}
+    assert found["decode_head.weight"] == (0.1, 0.5)
     with pytest.raises(ConfigError, match="lr"):
         groups_of(weights, {"type": "SSF"}, optimizer={"type": "AdamW"})
 
