@@ -57,6 +57,21 @@ def test_the_average_is_that_of_the_steps_and_is_validated_and_left_in_the_model
     assert not torch.allclose(task.steps[-1], task.validated, atol=1e-5)
 
 
+def test_batches_that_are_summed_count_as_one_step():
+    seed_everything(0)
+    settings = {"backbone": "vit_tiny_patch16_224", "backbone_args": TINY, "num_classes": 10}
+    task = fit(Watched(method=vispeft.SSF(), lr=1e-2, ema=0.3, **settings), accumulate_grad_batches=2)
+    steps = [task.steps[0]]
+    for bias in task.steps[1:]:  # after each batch; only every other one makes a step
+        steps += [] if torch.equal(bias, steps[-1]) else [bias]
+    assert (len(task.steps), len(steps)) == (11, 7)
+    expected = steps[0]
+    for number, bias in enumerate(steps[1:], start=1):
+        decay = min(0.3, (1 + number) / (10 + number))
+        expected = decay * expected + (1 - decay) * bias
+    assert torch.allclose(task.validated, expected, atol=1e-7)
+
+
 def test_without_an_average_the_last_step_is_left_in_the_model():
     seed_everything(0)
     settings = {"backbone": "vit_tiny_patch16_224", "backbone_args": TINY, "num_classes": 10}
