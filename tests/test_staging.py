@@ -82,9 +82,11 @@ def test_a_file_of_somebody_elses_is_not_taken_back(tmp_path):
 def test_temporary_files_of_earlier_versions_go_and_others_stay(tmp_path):
     for name in (".a.pt2.x1y2z3_4", ".b.pt2.x1y2z3_4", ".a.pt2.notes"):
         (tmp_path / name).touch()
-    (tmp_path / ".a.pt2.abcdefgh").mkdir()
+    for folder, content in ((".a.pt2.abcdefgh", "a.pt2"), (".a.pt2.original", "notes.txt")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / content).touch()
     write(tmp_path)
-    assert names(tmp_path) == [".a.pt2.notes", ".b.pt2.x1y2z3_4", "a.json", "a.pt2"]
+    assert names(tmp_path) == [".a.pt2.notes", ".a.pt2.original", ".b.pt2.x1y2z3_4", "a.json", "a.pt2"]
 
 
 def test_an_error_or_a_stop_leaves_nothing(tmp_path):

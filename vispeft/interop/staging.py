@@ -137,7 +137,9 @@ def _undo(path: Path) -> None:
     earlier = re.compile(re.escape(f".{path.name}.") + r"(part|earlier|[a-z0-9_]{8})")
     for left in path.parent.iterdir():
         if earlier.fullmatch(left.name):
-            if left.is_dir() and not left.is_symlink():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
+            if left.is_symlink():
+                continue
+            if not left.is_dir():
                 left.unlink(missing_ok=True)
+            elif all(part.is_file() and part.name.startswith(path.name) for part in left.iterdir()):
+                shutil.rmtree(left, ignore_errors=True)  # else it is somebody's folder with a name of eight letters

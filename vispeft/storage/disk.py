@@ -137,7 +137,8 @@ class _Staged:
             file.write(content)
             file.flush()
         os.fsync(handle)
-        os.fchmod(handle, 0o644)
+        if hasattr(os, "fchmod"):  # not on Windows before Python 3.13
+            os.fchmod(handle, 0o644)
 
     def rename(self) -> None:
         """Put all files at their places."""
