@@ -147,3 +147,12 @@ def test_a_lock_can_be_waited_for(tmp_path):
         assert waited
         assert (tmp_path / "done").exists()
     os.waitpid(child, 0)
+
+
+def test_a_lock_is_never_written_through_a_link(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("keys")
+    (tmp_path / ".lock").symlink_to(precious)
+    with pytest.raises(FileError, match="cannot be locked"), hold(tmp_path / ".lock", "The run"):
+        pass
+    assert precious.read_text() == "keys"

@@ -47,6 +47,28 @@ def test_gradients_agree_with_differences(rows: int, dropout: Dropout) -> None:
     assert torch.autograd.gradgradcheck(compute, tuple(made[name] for name in "xabcd"))
 
 
+def test_gradients_with_a_graph_stop_at_their_layer() -> None:
+    """Two layers share their factors, and the second one reads the first one's output."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, a, b = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((5, 4), (4, 4), (2, 4), (4, 2))
+    )
+
+    def plain(y: Tensor) -> Tensor:
+        return y @ weight.detach().t() + y @ a.t() @ b.t()
+
+    def fused(y: Tensor) -> Tensor:
+        return low_rank_linear(y, weight.detach(), None, [Branch(a, b, 1.0, 0, 4)])
+
+    for create_graph in (False, True):
+        found, wanted = (
+            torch.autograd.grad(layer(layer(x)).square().sum(), [x, a, b], create_graph=create_graph)
+            for layer in (fused, plain)
+        )
+        assert all(torch.allclose(one, other) for one, other in zip(found, wanted, strict=True))
+
+
 def test_second_derivatives_where_some_tensors_are_frozen() -> None:
     """The input is kept only where a first factor trains; without a trained factor it is not needed."""
     made = tensors(9)

@@ -271,15 +271,6 @@ _OUTPUT = _record(
         "decoder": _optional(_record({"name": _text})),
     },
 )
-_NOTES = _record(
-    {},
-    {
-        "class_names": _optional(check_class_names),
-        "preprocessing": _optional(_PREPROCESSING),
-        "metrics": _optional(_measured),
-        "output": _optional(_OUTPUT),
-    },
-)
 _HEADER = _record(
     {
         "schema": _whole(1, 2**31),
