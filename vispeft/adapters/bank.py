@@ -21,7 +21,7 @@ from vispeft.adapters.routes import check_rows, make_route
 from vispeft.adapters.training import TrainingBank
 from vispeft.core.families import family_of, unwrap
 from vispeft.core.method import Method, is_registered
-from vispeft.core.plan import make_plan
+from vispeft.core.plan import make_plan, settle_tasks
 from vispeft.core.route import Route
 from vispeft.errors import ConfigError, MergeError
 from vispeft.hosts.base import Host, ensure_host, take_off
@@ -130,9 +130,10 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
         before = self._routing.default
         # Tensors made in inference mode could never train; on a base that was made in it, none can.
         with torch.inference_mode(next(self._model.parameters()).is_inference()):
+            method, tasks = settle_tasks(method, tasks)
             plan = make_plan(method, self._outer, tasks)
             units = build_units(plan, self._model, seed)
-            entry = Entry(method, plan, units, None if tasks is None else tuple(tasks), seed or 0)
+            entry = Entry(method, plan, units, tasks, seed or 0)
             self._entries[name] = entry
             try:
                 place_units(entry, name, self._model, self.view, self._routing)

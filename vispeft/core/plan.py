@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from vispeft.core.families import describe, unwrap
 from vispeft.core.method import Method, PlanItem
 from vispeft.errors import ConfigError, SiteError
 
-__all__ = ["Plan", "make_plan", "plan"]
+__all__ = ["Plan", "make_plan", "plan", "settle_tasks"]
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -92,7 +93,7 @@ def make_plan(method: Method, model: nn.Module, tasks: Sequence[str] | None = No
         SiteError: If a role matches nothing, or the method is not defined for the family.
         ConfigError: If a task name is invalid or given twice.
     """
-    _check_tasks(method, tasks)
+    method, tasks = settle_tasks(method, tasks)
     view = describe(model)
     items = tuple(method.items(view, unwrap(model)))
     _check_lenders(method, items)
@@ -104,7 +105,34 @@ def make_plan(method: Method, model: nn.Module, tasks: Sequence[str] | None = No
     return Plan(method=method, family=view.family, items=items)
 
 
-def _check_tasks(method: Method, tasks: Sequence[str] | None) -> None:
+def settle_tasks(method: Method, tasks: Sequence[str] | None) -> tuple[Method, tuple[str, ...] | None]:
+    """Give a method that names its tasks in a field the tasks it is attached with, or take them from there.
+
+    Args:
+        method: The method.
+        tasks: Names of the tasks; None for those of the method.
+
+    Returns:
+        The method, and the tasks.
+
+    Raises:
+        ConfigError: If the method names other tasks, or a task name is invalid or given twice.
+    """
+    own = getattr(method, "tasks", None) if method.multi_task else None
+    given = own if tasks is None else tasks
+    _check_tasks(given)
+    names = None if given is None else tuple(given)
+    if own is not None and own != names:
+        raise ConfigError(
+            f"attach(..., tasks={list(names or ())}): the method names other tasks, {list(own)}. Leave tasks out, or "
+            "give the same."
+        )
+    if method.multi_task and names is not None and any(f.name == "tasks" for f in dataclasses.fields(method)):
+        method = dataclasses.replace(method, tasks=names)  # type: ignore[call-arg]
+    return method, names
+
+
+def _check_tasks(tasks: Sequence[str] | None) -> None:
     if tasks is None:
         return
     bad = [task for task in tasks if not (isinstance(task, str) and _NAME.fullmatch(task))]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vispeft.methods.lst import LST as LST
     from vispeft.methods.mam import MAM as MAM
     from vispeft.methods.norm_tuning import NormTuning as NormTuning
+    from vispeft.methods.polyhistor import Polyhistor as Polyhistor
     from vispeft.methods.prefix import Prefix as Prefix
     from vispeft.methods.repadapter import RepAdapter as RepAdapter
     from vispeft.methods.ssf import SSF as SSF

@@ -38,15 +38,15 @@ def phm_matrix(rule: Factored, weight: Factored) -> Tensor:
     """Build the matrix of a layer as a sum of Kronecker products: ``H = sum_i kron(rule_i, weight_i)``.
 
     Args:
-        rule: (n, n, n), or its factors (n, n, k) and (n, k, n).
+        rule: (n, n, n), or its factors (n, n, k) and (n, k, n); any stack of n matrices.
         weight: (n, in / n, out / n), or its factors (n, in / n, k) and (n, k, out / n).
 
     Returns:
         H (in, out), which acts from the right: ``y = x H``.
     """
     rule, weight = _product(rule), _product(weight)
-    n, rows, columns = weight.shape
-    return torch.einsum("iab,icd->acbd", rule, weight).reshape(n * rows, n * columns)
+    products = torch.einsum("iab,icd->acbd", rule, weight)
+    return products.flatten(2).flatten(0, 1)
 
 
 def phm_linear(x: Tensor, rule: Factored, weight: Factored, bias: Tensor | None = None) -> Tensor:
