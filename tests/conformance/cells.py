@@ -85,6 +85,7 @@ METHODS: dict[str, vispeft.Method] = {
         activation="gelu",
         roles=("attn", "mlp"),
     ),
+    "vpt_window": vispeft.VPTWindow(num_tokens=3),
 }
 
 
@@ -214,7 +215,7 @@ REFUSED: dict[tuple[str, str], Refusal] = {
     **{("ssf_merging", name): NO_MERGING for name in BACKBONES if not name.startswith("swin")},
     **{
         (method, "swinv2"): NORMS_BEHIND
-        for method in ("vpt", "vpt_shallow", "convpass", "convpass_attn", "lst", "lst_sparse")
+        for method in ("vpt", "vpt_shallow", "vpt_window", "convpass", "convpass_attn", "lst", "lst_sparse")
     },
     ("repadapter", "vit_aimv2"): NO_WHOLE_FC1,
     **{(method, "eva02_split"): NO_WHOLE_QKV for method in ("repadapter", "repadapter_attn")},
@@ -223,7 +224,7 @@ REFUSED: dict[tuple[str, str], Refusal] = {
 
 NO_PLAIN_FORM: dict[tuple[str, str], str] = {
     **{(m, b): "inserts tokens|beside its tokens" for m in ("vpt", "vpt_shallow") for b in BACKBONES},
-    **{(m, b): "keys and values of its own" for m in ("prefix", "prefix_mlp", "mam") for b in BACKBONES},
+    **{(m, b): "keys and values of its own" for m in ("prefix", "prefix_mlp", "mam", "vpt_window") for b in BACKBONES},
     **{(m, b): "queries that read" for m in ("vqt", "vqt_weighted") for b in BACKBONES},
     **{(m, b): "term beside a branch" for m in PARALLEL for b in BACKBONES},
     **{
@@ -311,7 +312,7 @@ def unit_names(bank: AdapterBank, name: str = "default") -> set[int]:
 SECOND_FORMS = {
     *("ssf_merging", "vpt_shallow", "vqt_weighted", "prefix_mlp", "adapter_parallel", "adaptformer_1bit", "lora_2bit"),
     *("dora", "pissa", "lora_fa", "convpass_attn", "repadapter_attn", "hydra_2bit", "lst_sparse", "fact_tk"),
-    *("fact_4bit", "compacter_full", "polyhistor", "polyhistor_lite"),
+    *("fact_4bit", "compacter_full", "polyhistor", "polyhistor_lite", "vpt_window"),
 }
 """Further settings of a method: they run on the main families, and not on the variants of one family as well."""
 

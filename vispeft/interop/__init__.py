@@ -6,6 +6,7 @@ from typing import Any
 from vispeft.interop import blocks, lst, polyhistor, shared, ssf, unified, vpt, vqt
 from vispeft.interop.binary import load_binary
 from vispeft.interop.official import Source, list_sources, load_official, register_source, to_official
+from vispeft.interop.one_task import export_task
 
 _PEFT = ("PeftMethod", "from_peft", "to_peft")
 """Names that need the extra `peft`; their module is imported on first access."""
@@ -14,6 +15,7 @@ __all__ = [  # noqa: PLE0604  (the names of the extra are added by unpacking)
     *_PEFT,
     "Source",
     "blocks",
+    "export_task",
     "list_sources",
     "load_binary",
     "load_official",
