@@ -30,9 +30,9 @@ FORMS = {
 }
 
 
-def adapted(backbone: str = "swin", tasks: tuple[str, ...] = TASKS, **fields: object) -> tuple[nn.Module, AdapterBank]:
+def adapted(backbone: str = "swin", **fields: object) -> tuple[nn.Module, AdapterBank]:
     model = Cell("lora", backbone).model()
-    bank = vispeft.attach(model, Polyhistor(**SIZES, **fields), tasks=tasks, verify=False)
+    bank = vispeft.attach(model, Polyhistor(**SIZES, **fields), tasks=TASKS, verify=False)
     move(bank, "default")
     return model, bank
 
@@ -105,10 +105,10 @@ def test_a_code_belongs_to_its_task_and_all_generators_train(form: dict[str, obj
     bank.verify()
     before = outputs(model, bank)
     assert not torch.allclose(before["parts"], before["depth"], atol=1e-4)
-    codes = {key: tensor for key, tensor in bank.named_tensors().items() if ".task_" in key}
-    assert {key.rpartition("task_")[2] for key in codes} == set(TASKS)
+    codes = [key for key in bank.named_tensors() if "/polyhistor_task@" in key]
+    assert [key.rpartition("@")[2] for key in codes] == [f"{task}.code" for task in TASKS]
     with torch.no_grad():
-        next(tensor for key, tensor in codes.items() if key.endswith("task_depth")).add_(0.5)
+        bank.named_tensors()[codes[1]].add_(0.5)
     after = outputs(model, bank)
     assert torch.equal(after["parts"], before["parts"])
     assert not torch.allclose(after["depth"], before["depth"], atol=1e-4)
@@ -175,21 +175,27 @@ def test_a_copy_for_a_task_becomes_that_method() -> None:
         export_task(bank, "nothing", "default")
 
 
-def test_a_fifth_task_leaves_the_others_alone() -> None:
-    model, bank = adapted(lite=True)
-    before, state = outputs(model, bank), bank.state_dict()
-    wider, more = adapted(lite=True, tasks=(*TASKS, "edges"))
-    fresh = {key: tensor for key, tensor in more.state_dict().items() if key.endswith("task_edges")}
-    more.load_state_dict({**state, **fresh})
-    (own,) = [tensor for key, tensor in more.named_tensors().items() if key.endswith("task_edges")]
-    for _, tensor in more.trainable_parameters():
-        tensor.requires_grad_(tensor is own)
-    with more.using("default", task="edges"):
-        wider.train()(images()).square().mean().backward()
-    torch.optim.SGD([own], 0.1).step()
-    after = outputs(wider.eval(), more)
+@pytest.mark.parametrize("form", [{}, {"lite": True}], ids=["blocks", "lite"])
+def test_another_task_comes_trains_and_goes(form: dict[str, object]) -> None:
+    model, bank = adapted(**form)
+    before = outputs(model, bank)
+    bank.add_task("edges")
+    with torch.no_grad():
+        assert all(torch.equal(outputs(model, bank)[task], before[task]) for task in TASKS)
+    trained = {name: p for name, p in bank.trainable_parameters() if p.requires_grad}
+    assert [name.rpartition("@")[2] for name in trained] == ["edges.code"]
+    model.train()
+    with bank.using("default", task="edges"):
+        model(images()).square().mean().backward()
+    torch.optim.SGD(trained.values(), 0.1).step()
+    after = outputs(model.eval(), bank)
     assert all(torch.equal(after[task], before[task]) for task in TASKS)
     assert not torch.allclose(after["edges"], after["depth"], atol=1e-4)
+    bank.rename_task("depth", "relief")
+    bank.drop_task("parts")
+    last = outputs(model, bank)
+    assert torch.equal(last["relief"], before["depth"])
+    assert torch.equal(last["edges"], after["edges"])
 
 
 def test_tasks_come_from_the_field_or_from_attach(tmp_path: Path) -> None:
@@ -203,9 +209,9 @@ def test_tasks_come_from_the_field_or_from_attach(tmp_path: Path) -> None:
     assert vispeft.load(fresh, tmp_path).tasks() == list(TASKS)
     wanted, found = outputs(model, bank), outputs(fresh, vispeft.AdapterBank.of(fresh))
     assert all(torch.equal(found[task], wanted[task]) for task in TASKS)
-    with pytest.raises(ConfigError, match="names other tasks"):
+    with pytest.raises(ConfigError, match="Name the tasks once"):
         vispeft.attach(model, Polyhistor(tasks=TASKS), name="other", tasks=["edges"])
-    with pytest.raises(ConfigError, match="different names"):
+    with pytest.raises(ConfigError, match="different"):
         vispeft.attach(model, Polyhistor(tasks=("a", "a")), name="other")
 
 

@@ -40,17 +40,18 @@ def assert_close(name: str, found: Tensor, wanted: Tensor) -> None:
 def test_generated_adapters(path: Path, tmp_path: Path) -> None:
     meta, tensors = read(path)
     _, bank = adapted(meta, tensors)
-    units = [unit for key, unit in bank._entries["default"].units.items() if key.endswith("/polyhistor")]
+    units = [unit for key, unit in bank.units().items() if key.endswith("/polyhistor")]
     names = {"down.weight": "down", "down.bias": "down_bias", "up.weight": "up", "up.bias": "up_bias"}
     names |= {"post_norm.weight": "norm_weight", "post_norm.bias": "norm_bias"}
     losses = []
     for task in meta["tasks"]:
-        for layer, unit in enumerate(units):
+        terms = [unit for key, unit in bank.units().items() if key.endswith(f"/polyhistor_term@{task}")]
+        for layer, (unit, term) in enumerate(zip(units, terms, strict=True)):
             group = below(tensors, f"{task}.layer{layer}.")
             made = unit.weights(task)
             for theirs, ours in names.items():
                 assert_close(f"{task} {layer} {theirs}", getattr(made, ours), group[theirs])
-            out = group["input"] + unit.routed(task).branch(group["input"], None, 0)
+            out = group["input"] + term.branch(group["input"], None, 0)
             assert_close(f"{task} {layer} out", out, group["out"])
             losses.append((out * group["w"]).sum())
     loss = torch.stack(losses).sum()

@@ -18,10 +18,10 @@ from vispeft.adapters.hooks import HookBank
 from vispeft.adapters.merge import Merged, MergeReport, merge_model, undo_merge
 from vispeft.adapters.placing import build_units, place_units
 from vispeft.adapters.routes import check_rows, make_route
-from vispeft.adapters.training import TrainingBank
+from vispeft.adapters.task_bank import TaskBank
 from vispeft.core.families import family_of, unwrap
 from vispeft.core.method import Method, is_registered
-from vispeft.core.plan import make_plan, settle_tasks
+from vispeft.core.plan import make_plan
 from vispeft.core.route import Route
 from vispeft.errors import ConfigError, MergeError
 from vispeft.hosts.base import Host, ensure_host, take_off
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
-class AdapterBank(FileBank, TrainingBank, HookBank):
+class AdapterBank(FileBank, TaskBank, HookBank):
     """All adapters of one model.
 
     Get one from `attach` or `load`. The model stays a timm model in use; the bank is only needed to manage the
@@ -130,10 +130,9 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
         before = self._routing.default
         # Tensors made in inference mode could never train; on a base that was made in it, none can.
         with torch.inference_mode(next(self._model.parameters()).is_inference()):
-            method, tasks = settle_tasks(method, tasks)
             plan = make_plan(method, self._outer, tasks)
             units = build_units(plan, self._model, seed)
-            entry = Entry(method, plan, units, tasks, seed or 0)
+            entry = Entry(plan.method, plan, units, plan.tasks, seed or 0)
             self._entries[name] = entry
             try:
                 place_units(entry, name, self._model, self.view, self._routing)

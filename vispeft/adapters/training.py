@@ -10,6 +10,7 @@ from torch import nn
 from vispeft.adapters.entry import Entry
 from vispeft.adapters.holder import BankState
 from vispeft.adapters.report import Report
+from vispeft.adapters.task_maps import TaskMaps
 from vispeft.adapters.verify import Probe, find_dead
 from vispeft.core.route import Route
 from vispeft.hosts.model import HEADS, ModelHost
@@ -41,6 +42,8 @@ class TrainingBank(BankState):
     def unfreeze(self, name: str) -> None:
         """Include an adapter and its classifier in training; new and loaded adapters are included.
 
+        All of its tasks train then, also after `TaskBank.train_task`.
+
         Args:
             name: The adapter.
 
@@ -53,17 +56,20 @@ class TrainingBank(BankState):
     def _set_frozen(self, name: str, frozen: bool) -> None:
         self._check_unmerged(f"{'freeze' if frozen else 'unfreeze'} an adapter")
         entry = self._entry(name)
-        entry.frozen = frozen
+        entry.frozen, entry.alone = frozen, entry.alone if frozen else None
         self._declare(entry, name)
         self._wake()
 
     def _declare(self, entry: Entry, name: str) -> None:
         """Set ``requires_grad`` of an adapter and its classifier."""
-        head = self._heads.get(name)
-        for module in [*entry.units.values(), *([] if head is None else [head])]:
+        head, held = self._heads.get(name), entry.held()
+        modules = [(unit, key in held) for key, unit in entry.units.items()]
+        for unit, stays in modules:
+            unit.held = stays
+        for module, stays in [*modules, *([] if head is None else [(head, entry.alone is not None)])]:
             for parameter in module.parameters():
-                parameter.requires_grad_(not entry.frozen)
-                if entry.frozen:
+                parameter.requires_grad_(not (entry.frozen or stays))
+                if entry.frozen or stays:
                     parameter.grad = None  # or an optimiser would still use it
 
     def _wake(self) -> None:
@@ -94,9 +100,16 @@ class TrainingBank(BankState):
         place: dict[int, int] = {}
         for number, (name, entry) in enumerate(self._entries.items()):
             if not entry.frozen:
-                place.update({id(tensor): number for tensor in self.named_tensors(name).values()})
+                place.update({id(tensor): number for tensor in self._trained(name, entry)})
         found = [(name, tensor) for name, tensor in self._model.named_parameters() if id(tensor) in place]
         return sorted(found, key=lambda item: place[id(item[1])])
+
+    def _trained(self, name: str, entry: Entry) -> list[nn.Parameter]:
+        """List the tensors of an adapter that train, those of units that are held left out."""
+        if entry.alone is None:
+            return list(self.named_tensors(name).values())
+        held = entry.held()
+        return [tensor.tensor for tensor in entry.tensors() if tensor.key not in held]
 
     def named_tensors(self, name: str | None = None) -> dict[str, nn.Parameter]:
         """Return an adapter's parameters (not copies) by their names in files.
@@ -150,7 +163,7 @@ class TrainingBank(BankState):
 
         Args:
             outer: The module to run, if not the model itself: a wrapper that maps images to one or several tensors,
-                such as the maps a decoder reads.
+                such as the maps a decoder reads. `TaskMaps` runs all tasks.
             without: Roles that do not affect the outputs of `outer`; their units are not checked.
             names: The adapters to check; None for all that are not frozen.
 
@@ -162,8 +175,11 @@ class TrainingBank(BankState):
             entry = self._entries[name]
             beside = {item.key for item in entry.plan if item.site.role in without}
             tensors = [tensor for tensor in entry.tensors() if tensor.key not in beside]
-            routes = [self.route((name,), task) for task in entry.tasks or (None,)]
-            probe = Probe(self._model, outer or self._outer, self.view, self._routing)
+            # A method that branches by task reaches its tasks through maps alone.
+            run = outer or (TaskMaps(self._model) if entry.method.one_pass else self._outer)
+            tasks = None if isinstance(run, TaskMaps) else entry.tasks
+            routes = [self.route((name,), task) for task in tasks or (None,)]
+            probe = Probe(self._model, run, self.view, self._routing)
             find_dead(probe, routes, tensors, entry.blocks())
 
     def report(self, name: str | None = None) -> Report:

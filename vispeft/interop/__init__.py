@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from vispeft.interop import blocks, lst, polyhistor, shared, ssf, unified, vpt, vqt
+from vispeft.interop import blocks, lst, mtlora, polyhistor, shared, ssf, unified, vpt, vqt
 from vispeft.interop.binary import load_binary
 from vispeft.interop.official import Source, list_sources, load_official, register_source, to_official
 from vispeft.interop.one_task import export_task
@@ -20,6 +20,7 @@ __all__ = [  # noqa: PLE0604  (the names of the extra are added by unpacking)
     "load_binary",
     "load_official",
     "lst",
+    "mtlora",
     "polyhistor",
     "register_source",
     "shared",

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vispeft.core.method import Method
+from vispeft.core.method import Method, PlanItem
 from vispeft.core.plan import Plan
 from vispeft.core.sites import View
 from vispeft.errors import FileError
@@ -42,14 +42,14 @@ _ACTIVATIONS = {"silu": "swish"}
 
 
 def _names(plan: Plan) -> dict[str, str]:
-    return {f"{item.key}.{tensor}": _name(item.site.block, tensor) for item in plan for tensor in item.shapes()}
+    return {f"{item.key}.{tensor}": _name(item, tensor) for item in plan for tensor in item.shapes()}
 
 
-def _name(block: int | None, tensor: str) -> str:
-    if tensor.startswith("task_"):
-        return f"{_TASKS}{tensor.removeprefix('task_')}.weight"
+def _name(item: PlanItem, tensor: str) -> str:
+    if item.unit == "polyhistor_task":
+        return f"{_TASKS}{item.task}.weight"
     if tensor in _OF_LAYERS:
-        return f"adapter_hypernet.{_OF_LAYERS[tensor]}.{block}.weight"
+        return f"adapter_hypernet.{_OF_LAYERS[tensor]}.{item.site.block}.weight"
     layer, _, part = tensor.rpartition(".")
     return f"adapter_hypernet.{_NETWORK[layer]}.{part}"
 

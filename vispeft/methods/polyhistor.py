@@ -5,16 +5,16 @@ HyperFormer (Karimi Mahabadi et al., ACL 2021, arXiv 2106.04489) is the same wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal, NamedTuple, cast
+from typing import ClassVar, Literal, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from vispeft.core.fields import check_roles_in, check_whole
+from vispeft.core.fields import Tasks, check_roles_in, check_whole
 from vispeft.core.generated import MakesTensors
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import Recipe
@@ -26,14 +26,17 @@ from vispeft.methods.adapter import ACTIVATIONS, LAYERNORM_EPS, Adapter, branch_
 from vispeft.methods.compacter import phm_matrix
 
 __all__ = [
+    "HyperAdapter",
     "HyperNetwork",
     "LayerCode",
     "NetworkShape",
-    "ParallelHyperAdapter",
+    "ParallelTaskTerm",
     "Polyhistor",
-    "SequentialHyperAdapter",
+    "SequentialTaskTerm",
     "SiteShape",
+    "TaskCode",
     "TaskCodes",
+    "TaskTerm",
 ]
 
 CODE_EPS = 1e-6
@@ -63,27 +66,47 @@ class Weights(NamedTuple):
 
 
 class TaskCodes(SharedUnit):
-    """One learned code (the task embedding) per task, from which all its adapters are generated."""
+    """Finds the code of a task; each `TaskCode` enters itself here."""
 
-    def __init__(self, tasks: tuple[str, ...], width: int) -> None:
-        """Allocate the codes.
+    def __init__(self) -> None:
+        """Start without codes."""
+        super().__init__()
+        self.codes: dict[str, TaskCode] = {}  # a plain dictionary: each code is a unit with a place of its own
+
+    def reset(self, generator: Generator) -> None:
+        """Do nothing: it has no tensors."""
+
+    def rename_task(self, old: str, new: str) -> None:
+        """Find the code under the new name."""
+        self.codes = {new if task == old else task: code for task, code in self.codes.items()}
+
+    def code(self, task: str) -> Tensor:
+        """Return the code of a task, (numbers,)."""
+        return self.codes[task].code
+
+
+class TaskCode(SharedUnit):
+    """The learned code of one task (the task embedding), from which all its adapters are generated."""
+
+    def __init__(self, task: str, width: int) -> None:
+        """Allocate the code.
 
         Args:
-            tasks: Names of the tasks.
+            task: The task.
             width: Numbers per code.
         """
         super().__init__()
-        for task in tasks:
-            self.register_parameter(f"task_{task}", nn.Parameter(torch.empty(width)))
+        self.task = task
+        self.code = nn.Parameter(torch.empty(width))
+
+    def borrow(self, lender: Unit) -> None:
+        """Enter the code among those of all tasks."""
+        super().borrow(lender)
+        cast(TaskCodes, lender).codes[self.task] = self
 
     def reset(self, generator: Generator) -> None:
-        """Draw the codes from a standard normal."""
-        for code in self.parameters():
-            code.normal_(generator=generator)
-
-    def code(self, task: str) -> Tensor:
-        """Return the code of a task, (width,)."""
-        return cast(Tensor, getattr(self, f"task_{task}"))
+        """Draw the code from a standard normal."""
+        self.code.normal_(generator=generator)
 
 
 @dataclass(frozen=True)
@@ -233,8 +256,6 @@ class LayerCode(SharedUnit):
 class SiteShape:
     """Configuration of a generated adapter."""
 
-    tasks: tuple[str, ...] | None
-    """Names of the tasks; None for an adapter without tasks."""
     place: Place
     """The branch."""
     scale: int = 1
@@ -252,12 +273,8 @@ class SiteShape:
         return 0 if s == 1 else s**3 + s**2 * (2 if self.post_norm else 1)
 
 
-class HyperAdapter(MakesTensors, Unit):
+class HyperAdapter(MakesTensors, SharedUnit):
     """A bottleneck with generated tensors: ``LN(up(activation(down(x))))``, and kernels that enlarge templates."""
-
-    identity_at_start = False
-    serves: ClassVar[type[Unit]]
-    """Class of the unit that acts for one task."""
 
     def __init__(self, shape: SiteShape) -> None:
         """Allocate the kernels.
@@ -266,26 +283,16 @@ class HyperAdapter(MakesTensors, Unit):
             shape: The configuration.
         """
         super().__init__()
-        self.shape, self.place, s = shape, shape.place, shape.scale
+        self.shape, s = shape, shape.scale
         if s > 1:
             self.kernel = nn.Parameter(torch.empty(s, s, s))
             self.bias_kernel = nn.Parameter(torch.empty(s, s))
             self.norm_kernel = nn.Parameter(torch.empty(s, s)) if shape.post_norm else None
-        for task in shape.tasks or (SINGLE,):
-            unit = self.serves()
-            unit.borrow(self)
-            unit.task, unit.place = task, shape.place
-            self.add_module(f"for_{task}", unit)
 
     def reset(self, generator: Generator) -> None:
         """Draw the kernels from a standard normal."""
         for kernel in self.parameters():
             kernel.normal_(generator=generator)
-
-    def routed(self, task: str | None) -> Unit | None:
-        """Return the unit that acts for a task."""
-        name = SINGLE if self.shape.tasks is None else task
-        return cast("Unit | None", self._modules.get(f"for_{name}"))
 
     def weights(self, task: str) -> Weights:
         """Generate the tensors for a task; evaluation mode caches them per state of their sources.
@@ -297,7 +304,7 @@ class HyperAdapter(MakesTensors, Unit):
         return self.once(task, (*self.parameters(), *lender.sources(task)), partial(self._made, task))
 
     def _made(self, task: str) -> Weights:
-        made = cast("HyperNetwork | LayerCode", self.lender).generate(task, self.place)
+        made = cast("HyperNetwork | LayerCode", self.lender).generate(task, self.shape.place)
         if self.shape.scale == 1:
             return Weights(*(None if tensor is None else tensor[0] for tensor in made))
         kernels = {"down": self.kernel, "up": self.kernel, "down_bias": self.bias_kernel, "up_bias": self.bias_kernel}
@@ -326,47 +333,66 @@ class HyperAdapter(MakesTensors, Unit):
         if made.norm_weight is not None and made.norm_bias is not None:
             weight, bias = made.norm_weight.to(out.dtype), made.norm_bias.to(out.dtype)
             out = F.layer_norm(out, out.shape[-1:], weight, bias, LAYERNORM_EPS)
-        return out if self.gain is None else out * self.gain.to(out.dtype)
+        return out
 
 
-class _ParallelForTask(ParallelUnit):
-    """The form of a `ParallelHyperAdapter` for one task."""
+class TaskTerm(Unit):
+    """The adapter of one task, whose tensors its `HyperAdapter` generates."""
 
-    reads = "stream"
-    task: str
+    identity_at_start = False
 
-    def branch(self, x: Tensor, grid: tuple[int, int] | None, prefix: int) -> Tensor:
-        """Compute the term, token by token, in the shape of `x`."""
+    def __init__(self, task: str) -> None:
+        """Note the task.
+
+        Args:
+            task: The task.
+        """
+        super().__init__()
+        self.task = task
+
+    def reset(self, generator: Generator) -> None:
+        """Do nothing: it has no tensors."""
+
+    def rename_task(self, old: str, new: str) -> None:
+        """Take the new name."""
+        self.task = new if self.task == old else self.task
+
+    def change(self, x: Tensor) -> Tensor:
+        """Compute the term that is added to the stream, in the shape of `x`, (..., width)."""
         return cast(HyperAdapter, self.lender).change(x, self.task)
 
 
-class _SequentialForTask(SequentialUnit):
-    """The form of a `SequentialHyperAdapter` for one task."""
+class ParallelTaskTerm(TaskTerm, ParallelUnit):
+    """The adapter of one task, parallel to a branch, which reads the residual stream."""
 
-    place: Place
-    task: str
+    reads = "stream"
+
+    def __init__(self, task: str, place: Place) -> None:
+        """Note the task and the branch.
+
+        Args:
+            task: The task.
+            place: The branch.
+        """
+        super().__init__(task)
+        self.place = place
+
+    def branch(self, x: Tensor, grid: tuple[int, int] | None, prefix: int) -> Tensor:
+        """Compute the term, token by token, in the shape of `x`."""
+        return self.change(x)
+
+
+class SequentialTaskTerm(TaskTerm, SequentialUnit):
+    """The adapter of one task, after the last layer of a branch."""
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the term to the layer's output, (..., width)."""
-        return y + cast(HyperAdapter, self.lender).change(y, self.task)
-
-
-class ParallelHyperAdapter(HyperAdapter, ParallelUnit):
-    """A generated bottleneck parallel to a branch, which reads the residual stream."""
-
-    reads = "stream"
-    serves = _ParallelForTask
-
-
-class SequentialHyperAdapter(HyperAdapter, SequentialUnit):
-    """A generated bottleneck after the last layer of a branch."""
-
-    serves = _SequentialForTask
+        return y + self.change(y)
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Polyhistor(Method):
+class Polyhistor(Tasks, Method):
     """Bottleneck adapters generated for each task by small networks from a learned code of the task.
 
     Each block has an embedding network and generators of its own, which generate two low-rank factors per matrix. With
@@ -381,8 +407,6 @@ class Polyhistor(Method):
     branch. Without tasks there is a single code. The backbone runs once per task. Evaluation generates once and caches.
     """
 
-    tasks: tuple[str, ...] | None = None
-    """Names of the tasks; ``attach(..., tasks=[...])`` sets them too. None for an adapter without tasks."""
     lite: bool = False
     """Whether one network generates templates for all blocks (Polyhistor-Lite)."""
     share: Literal["block", "stage"] = "block"
@@ -417,13 +441,10 @@ class Polyhistor(Method):
         ),
     )
     default_roles: ClassVar[tuple[str, ...]] = ("mlp",)
-    multi_task: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Validate the fields."""
         super().__post_init__()
-        if self.tasks is not None:
-            object.__setattr__(self, "tasks", tuple(self.tasks))
         check_whole(self, "reduction", "rank_divisor", "task_dim", "hidden_dim", "embed_dim")
         check_roles_in(self, ("attn", "mlp"))
         if self.lite and self.share != "block":
@@ -435,8 +456,11 @@ class Polyhistor(Method):
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
         """Put the codes at the first block, each network at its first block, and an adapter at each branch."""
         layout = _Layout(self, view)
-        codes = PlanItem(layout.blocks[0], "polyhistor_tasks", partial(TaskCodes, self._names, self.task_dim))
+        codes = PlanItem(layout.blocks[0], "polyhistor_tasks", TaskCodes)
         yield codes
+        for name, task in self._codes():
+            code = partial(TaskCode, name, self.task_dim)
+            yield PlanItem(layout.blocks[0], "polyhistor_task", code, codes.key, task=task)
         networks: dict[int, str] = {}
         for block in layout.blocks:
             group = layout.group(block)
@@ -456,22 +480,31 @@ class Polyhistor(Method):
 
     def _adapters(self, layout: _Layout, block: Site, lender: str) -> Iterator[PlanItem]:
         for branch in layout.branches(block):
-            shape = layout.site(branch)
-            if self.parallel:
-                name = "polyhistor" if shape.place == "mlp" else "polyhistor_attn"
-                yield PlanItem(block, name, partial(ParallelHyperAdapter, shape), lender)
-            else:
-                end = next(branch_ends(layout.view, [branch]))
-                yield PlanItem(end, "polyhistor", partial(SequentialHyperAdapter, shape), lender)
+            shape, suffix, site = layout.site(branch), "", block
+            if not self.parallel:
+                site = next(branch_ends(layout.view, [branch]))
+            elif shape.place == "attn":
+                suffix = "_attn"  # both branches of a block have their terms at the block
+            shared = PlanItem(site, f"polyhistor{suffix}", partial(HyperAdapter, shape), lender)
+            yield shared
+            for name, task in self._codes():
+                term: Callable[[], TaskTerm] = partial(SequentialTaskTerm, name)
+                if self.parallel:
+                    term = partial(ParallelTaskTerm, name, shape.place)
+                yield PlanItem(site, f"polyhistor_term{suffix}", term, shared.key, task=task)
 
-    @property
-    def _names(self) -> tuple[str, ...]:
-        return self.tasks or (SINGLE,)
+    def _codes(self) -> list[tuple[str, str | None]]:
+        """List the codes by name, each with its task."""
+        return [(task, task) for task in self.tasks] or [(SINGLE, None)]
+
+    def for_tasks(self, tasks: Sequence[str] | None) -> Self:
+        """Return the method for the tasks given to `attach`; without tasks there is one code."""
+        return super().for_tasks(tasks) if tasks or self.tasks else self
 
     def parameter_count(self, view: View) -> int:
         """Count ``T t`` of the codes, the networks, and with shared ones the codes and kernels of the blocks."""
         layout = _Layout(self, view)
-        total = len(self._names) * self.task_dim
+        total = len(self._codes()) * self.task_dim
         total += sum(layout.network(block).parameter_count() for block in layout.heads())
         for block in layout.blocks:
             total += layout.scale(block) * self.task_dim if layout.shared else 0
@@ -547,7 +580,6 @@ class _Layout:
 
     def site(self, branch: Site) -> SiteShape:
         return SiteShape(
-            tasks=self.method.tasks,
             place=cast(Place, branch.role),
             scale=self.scale(branch),
             kernel_front=self.method.kernel_front,
