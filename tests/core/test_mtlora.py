@@ -271,3 +271,48 @@ def test_unknown_tasks_are_refused() -> None:
         bank.using(task="sg")
     with pytest.raises(UnknownNameError, match=r"'sg'.*'seg'"):
         vispeft.forward_tasks(model, images, tasks=["sg"])
+
+
+# ---------------------------------------------------------------------- training in other ways
+
+
+def gradients(model: Any, images: Tensor, bank: vispeft.AdapterBank) -> tuple[list[Tensor], list[Tensor | None]]:
+    model.zero_grad()
+    maps = [level for levels in vispeft.forward_tasks(model, images).values() for level in levels]
+    torch.stack([level.square().mean() for level in maps]).sum().backward()
+    return [level.detach() for level in maps], [tensor.grad for tensor in bank.named_tensors().values()]
+
+
+def assert_same(found: Any, wanted: Any) -> None:
+    for ours, others in zip((*found[0], *found[1]), (*wanted[0], *wanted[1]), strict=True):
+        if ours is None or others is None:  # a compiled block gives zeros for what nothing reads
+            assert all(tensor is None or not tensor.any() for tensor in (ours, others))
+        else:
+            assert torch.allclose(ours, others, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("backbone", "mode"), [("vit", "matrix"), ("swin", "addition"), ("swinv2", "matrixv2")])
+def test_checkpointing_changes_nothing(backbone: str, mode: str) -> None:
+    model, images, bank = adapted(backbone, mode=mode, plus=backbone != "vit")
+    model.train()
+    wanted = gradients(model, images, bank)
+    model.set_grad_checkpointing(True)
+    assert_same(gradients(model, images, bank), wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["vit", "swin", "swinv2"])
+def test_blocks_compiled_one_by_one_change_nothing(backbone: str) -> None:
+    model, images, bank = adapted(backbone)
+    wanted = gradients(model, images, bank)
+    blocks = model.blocks if backbone == "vit" else [block for stage in model.layers for block in stage.blocks]
+    for block in blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    assert_same(gradients(model, images, bank), wanted)
+    with bank.using(task="seg"):
+        compiled = model.forward_intermediates(images, intermediates_only=True)
+    for block in blocks:
+        block._compiled_call_impl = None
+    with bank.using(task="seg"):
+        plain = model.forward_intermediates(images, intermediates_only=True)
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(compiled, plain, strict=True))

@@ -114,7 +114,7 @@ class TaskPair(_Scaled, BranchUnit):
         x = layer.beside.get(self.task)
         if x is None:
             x = layer.dropped(self.share if self.training else 0.0)
-        term = Branch(*self.factors(), self.scale, self.start, self.stop)
+        term = Branch(*self.factors(), self.scale, self.start, self.stop, Dropout())  # as compilers need it
         return {self.task: low_rank_terms(x, layer.shared if self.on_shared else layer.frozen, [term])}
 
     def rename_task(self, old: str, new: str) -> None:
