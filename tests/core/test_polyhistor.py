@@ -215,9 +215,8 @@ def test_maps_of_all_tasks_under_checkpointing() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [{}, {"lite": True}], ids=["blocks", "lite"])
-def test_maps_of_all_tasks_with_compiled_blocks(form: dict[str, object]) -> None:
-    model, bank = adapted(**form)
+def test_maps_of_all_tasks_with_compiled_blocks() -> None:
+    model, bank = adapted(lite=True)
     wanted = maps_and_gradients(model.double(), bank)
     for block in (block for stage in model.layers for block in stage.blocks):
         block.compile(backend="aot_eager", fullgraph=True)
