@@ -161,6 +161,7 @@ def _child(folder: Path, arguments: tuple[str, ...], output: Path, listed: Path,
         stream = os.open(output, os.O_WRONLY | os.O_CREAT)
         os.dup2(stream, 1)
         os.dup2(stream, 2)
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
         temporary = folder / "tmp"
         temporary.mkdir(exist_ok=True)
         os.environ.update(TMPDIR=str(temporary), VISPEFT_CACHE=str(folder / "facts"))
@@ -172,7 +173,7 @@ def _child(folder: Path, arguments: tuple[str, ...], output: Path, listed: Path,
         listed.write_text(json.dumps({"operations": operations, "modules": sorted(sys.modules)}))
     except BaseException as error:  # the parent's code must not go on here
         with suppress(BaseException):
-            print(f"{type(error).__name__}: {error}", file=sys.__stderr__)
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
     finally:
         with suppress(BaseException):
             sys.stdout.flush()
