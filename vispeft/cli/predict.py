@@ -19,7 +19,7 @@ from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run, write_text
 from vispeft.data.images import PLAIN, Reading, find_images, read_image
 from vispeft.errors import ConfigError, DataError, counted, printable
-from vispeft.storage.files import write_atomically
+from vispeft.storage.disk import write_atomically
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.predictions import Prediction, Predictor
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
@@ -172,7 +173,8 @@ def train(config: Path, overrides: Sequence[str] = (), *, out: str | Path | None
     made = out is None or not os.path.lexists(out)
     place = runs.claim(out, config)
     checkpoints: RunCheckpoints | None = None
-    with runs.held(place):
+    with contextlib.ExitStack() as behind_the_lock, runs.held(place):
+        runs.check_empty(place)
         try:
             trainer = _trainer(place, cli, None)
             checkpoints = cast(RunCheckpoints, trainer.checkpoint_callback)
@@ -181,7 +183,9 @@ def train(config: Path, overrides: Sequence[str] = (), *, out: str | Path | None
                 _carry_out(place, cli, trainer, None, began)
         except Exception as error:
             if not disk_is_full(error) and (checkpoints is None or not checkpoints.began):
-                runs.withdraw(place, made)
+                runs.withdraw(place)
+                if made:
+                    behind_the_lock.callback(runs.remove_empty, place)
             raise
     return place
 
@@ -307,7 +311,7 @@ def _asks_for_more(place: Path, cli: ConfigCLI, given: bool) -> bool:
     other = differing(cli, read_config(place / runs.CONFIG))
     wanted = cli.trainer_settings["max_epochs"]
     if (runs.finished(place) and given and list(other) in ([], [MORE])) and wanted is not None:
-        done = runs.Run.open(place).metrics["epochs"]
+        done = runs.Run.open(place).number("epochs")
         if wanted > done:
             return True
         if other:
