@@ -22,6 +22,7 @@ __all__ = [
     "brief",
     "check_object",
     "counted",
+    "is_utf8",
     "near_names",
     "printable",
     "printable_lines",
@@ -166,6 +167,19 @@ def printable(text: str) -> str:
         text: The text, such as the name of a file whose bytes are no UTF-8.
     """
     return _OBEYED.sub(lambda found: _escaped(found[0]), text)
+
+
+def is_utf8(text: str) -> bool:
+    """Return whether a text can be written in UTF-8, which has no place for bytes of another encoding.
+
+    Args:
+        text: The text, such as the name of a file.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def printable_lines(text: str) -> str:

@@ -38,8 +38,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="default test")
     given, overrides = parser.parse_known_args(list(argv))
     run = Run.open(given.run)
-    before = run.figures(given.split)
     cli = load_run(run, overrides)
+    before = run.figures(given.split)
     measured = evaluate(cli.trainer, cli.model, cli.datamodule, given.split)
     rows = {"measured now": measured, "metrics.json": before}
     console.print(f"{given.run}, {given.split} split", soft_wrap=True)

@@ -23,7 +23,7 @@ from vispeft.cli import runs
 from vispeft.cli.common import console, make_parser, one_line
 from vispeft.cli.config import ConfigCLI
 from vispeft.cli.config_changes import differing, is_free, told, without_free
-from vispeft.cli.config_keys import split_overrides
+from vispeft.cli.config_keys import as_list, split_overrides
 from vispeft.cli.evaluation import output_names
 from vispeft.cli.finish import finish_run
 from vispeft.cli.folds import train_folds
@@ -387,16 +387,9 @@ def _trainer(place: Path, cli: ConfigCLI, found: Found | None) -> Trainer:
     board = TensorBoardLogger(logs, name="tensorboard", version="", **purge)
     own = {
         "callbacks": callbacks,
-        "logger": [RunLog(logs), board, *_listed(settings.get("logger"))],
-        "plugins": [*_listed(settings.get("plugins")), SealedCheckpointIO()],
+        "logger": [RunLog(logs), board, *as_list(settings.get("logger"))],
+        "plugins": [*as_list(settings.get("plugins")), SealedCheckpointIO()],
         "default_root_dir": place,
         "enable_model_summary": False,
     }
     return Trainer(**{**settings, **own})
-
-
-def _listed(value: Any) -> list[Any]:
-    """Convert a setting that may be a list, a single value or None to a list."""
-    if value is None or isinstance(value, bool):
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
