@@ -288,8 +288,18 @@ def test_what_kills_leave_behind_is_removed_and_nothing_else(runs, stopped, run_
 def test_a_save_stopped_between_two_files_is_undone(whole, run_cli):
     adapter = whole / "adapter"
     before = {path.name: path.read_bytes() for path in adapter.iterdir()}
-    shutil.copy(adapter / "adapter.safetensors", adapter / ".adapter.safetensors.earlier")
+    for name in ("adapter.safetensors", "adapter.json"):
+        shutil.copy(adapter / name, adapter / f".{name}.earlier")
     (adapter / "adapter.safetensors").write_bytes(b"of the next save")
     (whole / ".unfinished").touch()
     assert run_cli("train", "--finish", whole).status == 0
     assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_figures_that_were_removed_are_measured_again(whole, run_cli):
+    """The error for figures that were edited says so."""
+    before = metrics(whole)
+    (whole / "metrics.json").unlink()
+    assert run_cli("train", "--finish", whole).status == 0
+    assert metrics(whole)["test"] == before["test"]

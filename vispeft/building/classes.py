@@ -77,7 +77,7 @@ def find_class(name: str, base: type, *, kind: str, place: str, known: Iterable[
     short = name.rpartition(".")[2]
     if short in REFUSED:
         raise ConfigError(f"{place} names {name}, which a config cannot use: {REFUSED[short]}. Leave it out.")
-    there = vars(sys.modules.get(name.rpartition(".")[0], object)).get(short)
+    there = getattr(sys.modules.get(name.rpartition(".")[0]), short, None)  # None stands there for a blocked module
     if isinstance(there, type) and not issubclass(there, base):
         raise ConfigError(f"{place} names {name}, which is no {kind} (no subclass of {base.__name__}).")
     own = name.partition(".")[0] in (OWN, name)

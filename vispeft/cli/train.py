@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
@@ -22,7 +23,7 @@ from vispeft.cli import runs
 from vispeft.cli.common import console, make_parser, one_line
 from vispeft.cli.config import ConfigCLI
 from vispeft.cli.config_changes import differing, is_free, told, without_free
-from vispeft.cli.config_keys import split_overrides
+from vispeft.cli.config_keys import as_list, split_overrides
 from vispeft.cli.evaluation import output_names
 from vispeft.cli.finish import finish_run
 from vispeft.cli.folds import train_folds
@@ -172,7 +173,8 @@ def train(config: Path, overrides: Sequence[str] = (), *, out: str | Path | None
     made = out is None or not os.path.lexists(out)
     place = runs.claim(out, config)
     checkpoints: RunCheckpoints | None = None
-    with runs.held(place):
+    with contextlib.ExitStack() as behind_the_lock, runs.held(place):
+        runs.check_empty(place)
         try:
             trainer = _trainer(place, cli, None)
             checkpoints = cast(RunCheckpoints, trainer.checkpoint_callback)
@@ -181,7 +183,9 @@ def train(config: Path, overrides: Sequence[str] = (), *, out: str | Path | None
                 _carry_out(place, cli, trainer, None, began)
         except Exception as error:
             if not disk_is_full(error) and (checkpoints is None or not checkpoints.began):
-                runs.withdraw(place, made)
+                runs.withdraw(place)
+                if made:
+                    behind_the_lock.callback(runs.remove_empty, place)
             raise
     return place
 
@@ -307,7 +311,7 @@ def _asks_for_more(place: Path, cli: ConfigCLI, given: bool) -> bool:
     other = differing(cli, read_config(place / runs.CONFIG))
     wanted = cli.trainer_settings["max_epochs"]
     if (runs.finished(place) and given and list(other) in ([], [MORE])) and wanted is not None:
-        done = runs.Run.open(place).metrics["epochs"]
+        done = runs.Run.open(place).number("epochs")
         if wanted > done:
             return True
         if other:
@@ -383,16 +387,9 @@ def _trainer(place: Path, cli: ConfigCLI, found: Found | None) -> Trainer:
     board = TensorBoardLogger(logs, name="tensorboard", version="", **purge)
     own = {
         "callbacks": callbacks,
-        "logger": [RunLog(logs), board, *_listed(settings.get("logger"))],
-        "plugins": [*_listed(settings.get("plugins")), SealedCheckpointIO()],
+        "logger": [RunLog(logs), board, *as_list(settings.get("logger"))],
+        "plugins": [*as_list(settings.get("plugins")), SealedCheckpointIO()],
         "default_root_dir": place,
         "enable_model_summary": False,
     }
     return Trainer(**{**settings, **own})
-
-
-def _listed(value: Any) -> list[Any]:
-    """Convert a setting that may be a list, a single value or None to a list."""
-    if value is None or isinstance(value, bool):
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]

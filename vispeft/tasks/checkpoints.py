@@ -29,8 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from vispeft.core.families import unwrap
 from vispeft.data.base import ImageData
 from vispeft.errors import ConfigError, FileError, TrainingError
-from vispeft.storage.disk import read_regular
-from vispeft.storage.files import write_atomically
+from vispeft.storage.disk import read_regular, write_atomically
 from vispeft.storage.fingerprint import check_fingerprint, fingerprint
 from vispeft.tasks.checkpoint_form import check_content, check_state
 from vispeft.tasks.logs import RunLog
