@@ -105,7 +105,12 @@ class SegmentationData(ListedData):
     @property
     def palette(self) -> tuple[Colour, ...]:
         """Colour of each class, red, green and blue from 0 to 255."""
-        return make_palette(self.num_classes)
+        return self.own_palette if self._matched is None else self._matched.colours(self.own_palette)
+
+    @property
+    def own_palette(self) -> tuple[Colour, ...]:
+        """Colour of each class in the order of the masks, which is that of `palette` unless classes were matched."""
+        return make_palette(self.num_classes if self._matched is None else len(self._matched.found))
 
     def output_notes(self) -> dict[str, Any]:
         """Return the mask colours, the image sizing and how pixels are read, for the adapter's file."""
@@ -239,7 +244,7 @@ class MaskFolderData(SegmentationData):
         self.image_suffix, self.mask_suffix = image_suffix, mask_suffix
 
     @property
-    def palette(self) -> tuple[Colour, ...]:
+    def own_palette(self) -> tuple[Colour, ...]:
         """The given or generated colours."""
         return self._palette
 
@@ -399,7 +404,7 @@ class PublishedMasks(SegmentationData):
         return MaskCoding(num_classes=len(self.table.class_names))
 
     @property
-    def palette(self) -> tuple[Colour, ...]:
+    def own_palette(self) -> tuple[Colour, ...]:
         """The published colours."""
         return self.table.palette
 
