@@ -161,7 +161,7 @@ def _child(folder: Path, arguments: tuple[str, ...], output: Path, listed: Path,
         stream = os.open(output, os.O_WRONLY | os.O_CREAT)
         os.dup2(stream, 1)
         os.dup2(stream, 2)
-        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         temporary = folder / "tmp"
         temporary.mkdir(exist_ok=True)
         os.environ.update(TMPDIR=str(temporary), VISPEFT_CACHE=str(folder / "facts"))

@@ -1,4 +1,4 @@
-"""Processes killed just before a file operation: readers find whole files, and the same command ends as if undisturbed."""
+"""Processes killed just before a file operation: readers find whole files, and the same command ends as it should."""
 
 import pytest
 from kills import JOBS, Scene, prepare
