@@ -176,6 +176,15 @@ def test_a_config_that_was_edited_is_refused(stopped, run_cli):
     for change in ("model.init_args.lr was 0.01 and is 0.5", "model.init_args.warmup was 0.1 and is 0.2"):
         assert change in result.err
     (stopped / "config.yaml").write_text(text.replace("num_workers: 0", "num_workers: 1"))
+    best = max((stopped / "checkpoints").glob("best-*"))
+    content = read_checkpoint(best)
+    config = content["config"]["values"]
+    config["model"]["init_args"]["lr"] = 0.5  # the best epoch of another run
+    SealedCheckpointIO(config).save_checkpoint(content, best)
+    result = run_cli("train", "--finish", stopped)
+    assert f"{best} was written with another config: model.init_args.lr was 0.5 and is 0.01" in result.err
+    config["model"]["init_args"]["lr"] = 0.01
+    SealedCheckpointIO(config).save_checkpoint(content, best)
     result = run_cli("train", "--finish", stopped)
     assert result.status == 0, result.err
 

@@ -18,7 +18,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from vispeft.building.config_files import read_config
+from vispeft.building.config_files import Node, read_config
 from vispeft.cli import runs
 from vispeft.cli.common import console, make_parser, one_line
 from vispeft.cli.config import ConfigCLI
@@ -292,14 +292,20 @@ def _found(place: Path, cli: ConfigCLI) -> Found | None:
             soft_wrap=True,
         )
     else:
-        other = differing(cli, found.config)
-        if other and not (found.finished and list(other) == [MORE]):
-            raise ConfigError(
-                f"{found.path} was written with another config: {told(other)}. Set {runs.CONFIG} back, or begin a new "
-                "run."
-            )
+        _check_same_config(cli, found.path, found.config, (MORE,) if found.finished else ())
+    if found.best_config is not None and found.best_config != found.config:
+        best = found.path.with_name(found.state["best"]["file"])
+        _check_same_config(cli, best, found.best_config, (MORE,))  # of a run that went on for more epochs
     console.print(f"Going on from {found.path}.", soft_wrap=True)
     return found
+
+
+def _check_same_config(cli: ConfigCLI, path: Path, config: Node, may_differ: Sequence[str]) -> None:
+    other = {key: values for key, values in differing(cli, config).items() if key not in may_differ}
+    if other:
+        raise ConfigError(
+            f"{path} was written with another config: {told(other)}. Set {runs.CONFIG} back, or begin a new run."
+        )
 
 
 def _asks_for_more(place: Path, cli: ConfigCLI, given: bool) -> bool:
@@ -378,7 +384,7 @@ def _trainer(place: Path, cli: ConfigCLI, found: Found | None) -> Trainer:
     folder, cadence = place / runs.CHECKPOINTS, cli.config_init["checkpoints"]
     callbacks.append(EpochPictures(place / runs.PLOTS))
     kept = without_free(yaml.safe_load(cli.resolved()))
-    callbacks.append(RunCheckpoints(folder, monitor=task.monitor, mode=task.monitor_mode, cadence=cadence, config=kept))
+    callbacks.append(RunCheckpoints(folder, monitor=task.monitor, mode=task.monitor_mode, cadence=cadence))
     if not any(isinstance(callback, ProgressBar) for callback in callbacks):
         callbacks.append(progress_bar(terminal=sys.stdout.isatty()))
     logs = place / runs.LOGS
@@ -388,7 +394,7 @@ def _trainer(place: Path, cli: ConfigCLI, found: Found | None) -> Trainer:
     own = {
         "callbacks": callbacks,
         "logger": [RunLog(logs), board, *as_list(settings.get("logger"))],
-        "plugins": [*as_list(settings.get("plugins")), SealedCheckpointIO()],
+        "plugins": [*as_list(settings.get("plugins")), SealedCheckpointIO(kept)],
         "default_root_dir": place,
         "enable_model_summary": False,
     }
