@@ -40,7 +40,7 @@ from vispeft.cli.start import start_from
 from vispeft.cli.stopping import disk_is_full, tell_how_to_go_on
 from vispeft.data.base import ImageData
 from vispeft.errors import ConfigError, FileError, TrainingError
-from vispeft.resources import config_names, find_config
+from vispeft.resources import find_config
 from vispeft.tasks.callbacks import EpochPictures, progress_bar
 from vispeft.tasks.checkpoints import Found, RunCheckpoints, SealedCheckpointIO, find_checkpoint, read_checkpoint
 from vispeft.tasks.feature_cache import cache_features
@@ -80,9 +80,6 @@ def main(argv: Sequence[str]) -> None:
         from vispeft.cli.mmseg import main as train_segmentor  # needs an extra
 
         train_segmentor(argv)
-        return
-    if argv == ["--list"]:
-        print("\n".join(config_names()))
         return
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         if not any(token.partition("=")[0] in ("--resume", "--finish") for token in argv):
