@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from vispeft.building.known import OWN, REFUSED, import_paths, known_classes
+from vispeft.core.fields import field_hint
 from vispeft.core.providers import extra_methods
 from vispeft.errors import ConfigError, UnknownNameError
 
@@ -125,4 +126,4 @@ def check_argument(place: str, key: str, known: Sequence[str]) -> None:
         UnknownNameError: If the name is not among them.
     """
     if known and key not in known:
-        raise UnknownNameError("key", f"{place}.{key}", [f"{place}.{name}" for name in known])
+        raise UnknownNameError("key", f"{place}.{key}", [f"{place}.{name}" for name in known], field_hint(key, known))

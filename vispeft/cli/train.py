@@ -18,7 +18,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from vispeft.building.config_files import read_config
+from vispeft.building.config_files import Node, read_config
 from vispeft.cli import runs
 from vispeft.cli.common import console, make_parser, one_line
 from vispeft.cli.config import ConfigCLI
@@ -40,7 +40,7 @@ from vispeft.cli.start import start_from
 from vispeft.cli.stopping import disk_is_full, tell_how_to_go_on
 from vispeft.data.base import ImageData
 from vispeft.errors import ConfigError, FileError, TrainingError
-from vispeft.resources import config_names, find_config
+from vispeft.resources import find_config
 from vispeft.tasks.callbacks import EpochPictures, progress_bar
 from vispeft.tasks.checkpoints import Found, RunCheckpoints, SealedCheckpointIO, find_checkpoint, read_checkpoint
 from vispeft.tasks.feature_cache import cache_features
@@ -80,9 +80,6 @@ def main(argv: Sequence[str]) -> None:
         from vispeft.cli.mmseg import main as train_segmentor  # needs an extra
 
         train_segmentor(argv)
-        return
-    if argv == ["--list"]:
-        print("\n".join(config_names()))
         return
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         if not any(token.partition("=")[0] in ("--resume", "--finish") for token in argv):
@@ -292,14 +289,20 @@ def _found(place: Path, cli: ConfigCLI) -> Found | None:
             soft_wrap=True,
         )
     else:
-        other = differing(cli, found.config)
-        if other and not (found.finished and list(other) == [MORE]):
-            raise ConfigError(
-                f"{found.path} was written with another config: {told(other)}. Set {runs.CONFIG} back, or begin a new "
-                "run."
-            )
+        _check_same_config(cli, found.path, found.config, (MORE,) if found.finished else ())
+    if found.best_config is not None and found.best_config != found.config:
+        best = found.path.with_name(found.state["best"]["file"])
+        _check_same_config(cli, best, found.best_config, (MORE,))  # of a run that went on for more epochs
     console.print(f"Going on from {found.path}.", soft_wrap=True)
     return found
+
+
+def _check_same_config(cli: ConfigCLI, path: Path, config: Node, may_differ: Sequence[str]) -> None:
+    other = {key: values for key, values in differing(cli, config).items() if key not in may_differ}
+    if other:
+        raise ConfigError(
+            f"{path} was written with another config: {told(other)}. Set {runs.CONFIG} back, or begin a new run."
+        )
 
 
 def _asks_for_more(place: Path, cli: ConfigCLI, given: bool) -> bool:
@@ -378,7 +381,7 @@ def _trainer(place: Path, cli: ConfigCLI, found: Found | None) -> Trainer:
     folder, cadence = place / runs.CHECKPOINTS, cli.config_init["checkpoints"]
     callbacks.append(EpochPictures(place / runs.PLOTS))
     kept = without_free(yaml.safe_load(cli.resolved()))
-    callbacks.append(RunCheckpoints(folder, monitor=task.monitor, mode=task.monitor_mode, cadence=cadence, config=kept))
+    callbacks.append(RunCheckpoints(folder, monitor=task.monitor, mode=task.monitor_mode, cadence=cadence))
     if not any(isinstance(callback, ProgressBar) for callback in callbacks):
         callbacks.append(progress_bar(terminal=sys.stdout.isatty()))
     logs = place / runs.LOGS
@@ -388,7 +391,7 @@ def _trainer(place: Path, cli: ConfigCLI, found: Found | None) -> Trainer:
     own = {
         "callbacks": callbacks,
         "logger": [RunLog(logs), board, *as_list(settings.get("logger"))],
-        "plugins": [*as_list(settings.get("plugins")), SealedCheckpointIO()],
+        "plugins": [*as_list(settings.get("plugins")), SealedCheckpointIO(kept)],
         "default_root_dir": place,
         "enable_model_summary": False,
     }
