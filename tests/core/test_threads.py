@@ -269,6 +269,36 @@ def test_no_pass_runs_beside_other_changes_of_tensors(change: Any, monkeypatch: 
     assert changing == [threading.get_ident()]
 
 
+def test_blocks_of_one_thread_may_overlap_and_are_left_where_they_were_entered() -> None:
+    """Generators that take turns leave their blocks in another order; one then predicted by another's adapter."""
+    cell = Cell("lora", "vit")
+    model, seen = cell.model(), []
+    for name in ("one", "two", "three"):
+        bank = vispeft.attach(model, METHODS["lora"], name=name, verify=False)
+    first, second, third = bank.using("one"), bank.using("two"), bank.disabled()
+    for step in (first.__enter__, second.__enter__, third.__enter__):
+        step()
+    for block in (first, third, second):
+        block.__exit__(None, None, None)
+        seen.append(bank.active)
+    assert seen == [[], ["two"], ["three"]]
+    block, refused = bank.using("one"), []
+    block.__enter__()
+
+    def leave() -> None:
+        with pytest.raises(ConfigError, match="left in another thread"):
+            block.__exit__(None, None, None)
+        refused.append(bank.active)
+
+    thread = threading.Thread(target=leave)
+    thread.start()
+    thread.join(60)
+    block.__exit__(None, None, None)
+    assert refused == [["three"]]
+    assert bank.active == ["three"]
+    bank.detach("one")
+
+
 def test_a_fork_in_the_middle_of_a_pass_leaves_the_gate_open() -> None:
 
     cell = Cell("lora", "vit")
