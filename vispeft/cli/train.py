@@ -33,6 +33,8 @@ from vispeft.cli.settings import (
     check_processes,
     check_room,
     check_settings,
+    listed,
+    rehearse_stopping,
     rehearse_test,
 )
 from vispeft.cli.start import start_from
@@ -338,6 +340,7 @@ def _prepared(cli: ConfigCLI) -> ConfigCLI:
     if kept not in (False, None):
         cache_features(task, data, cli.trainer, None if kept is True else kept)
     rehearse_test(task, data, cli.trainer_settings)
+    rehearse_stopping(task, data, cli.trainer_settings)
     return cli
 
 
@@ -370,7 +373,7 @@ def _check_measured(data: Any, found: Found) -> None:
 def _trainer(place: Path, cli: ConfigCLI, found: Found | None) -> Trainer:
     """Create the training trainer, which writes into a run directory."""
     task, settings = cli.model, cli.trainer_settings
-    callbacks = list(settings.get("callbacks") or [])
+    callbacks = listed(settings.get("callbacks"))
     folder, cadence = place / runs.CHECKPOINTS, cli.config_init["checkpoints"]
     callbacks.append(EpochPictures(place / runs.PLOTS))
     kept = without_free(yaml.safe_load(cli.resolved()))
@@ -383,16 +386,9 @@ def _trainer(place: Path, cli: ConfigCLI, found: Found | None) -> Trainer:
     board = TensorBoardLogger(logs, name="tensorboard", version="", **purge)
     own = {
         "callbacks": callbacks,
-        "logger": [RunLog(logs), board, *_listed(settings.get("logger"))],
-        "plugins": [*_listed(settings.get("plugins")), SealedCheckpointIO()],
+        "logger": [RunLog(logs), board, *listed(settings.get("logger"))],
+        "plugins": [*listed(settings.get("plugins")), SealedCheckpointIO()],
         "default_root_dir": place,
         "enable_model_summary": False,
     }
     return Trainer(**{**settings, **own})
-
-
-def _listed(value: Any) -> list[Any]:
-    """Convert a setting that may be a list, a single value or None to a list."""
-    if value is None or isinstance(value, bool):
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
