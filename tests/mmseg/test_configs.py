@@ -18,6 +18,7 @@ from mmseg.datasets import ADE20KDataset, CityscapesDataset
 
 from tests.cli.conftest import call
 from tests.mmseg.toy import make_config
+from vispeft.cli.runs import held
 from vispeft.errors import ConfigError
 from vispeft.mmseg import VispeftEarthDataset, datasets
 from vispeft.mmseg.hooks import check_segmentor
@@ -142,3 +143,13 @@ def test_tool_says_which_config_cannot_be_read(tmp_path):
     (tmp_path / "broken.py").write_text("model = dict(")
     for name in ("broken.py", "missing.py"):
         assert f"{name} cannot be read" in call("train", tmp_path / name).err
+
+
+def test_a_run_is_trained_by_one_process(toy_config, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with held(run):
+        result = call("train", toy_config, "--out", run)
+    assert result.status == 2
+    assert f"The run directory {run} is in use" in result.err
+    assert list(run.iterdir()) == []

@@ -79,7 +79,7 @@ def train(
 
     Raises:
         ConfigError: If mmsegmentation is not installed, or the config's parts contradict each other.
-        FileError: If the config, or the run to resume, is missing or cannot be read.
+        FileError: If the config, or the run to resume, is missing or cannot be read, or another process trains in it.
         DataError: If the data are not at the config's paths.
     """
     importlib.import_module("vispeft.mmseg")  # raises with an install hint; mmengine is imported only after it
@@ -92,7 +92,7 @@ def train(
     tree.work_dir, tree.resume = str(place), checkpoint is not None
     tree.load_from = tree.get("load_from") if checkpoint is None else str(checkpoint)
     try:
-        with _removed_unless_begun(place, keep=tree.resume) as begun:
+        with runs.held(place), _removed_unless_begun(place, keep=tree.resume) as begun:
             runner = Runner.from_cfg(tree)
             begun.append(runner)
             runner.train()
