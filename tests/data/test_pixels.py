@@ -164,6 +164,8 @@ def test_bands_beyond_three_are_counted_and_thirteen_are_refused():
     for content in (
         tiff(values(255, (4, 4, 13)), 16, meaning=1, extra=(0,) * 12),
         tiff(values(9, (4, 4, 13)), meaning=2),
+        tiff(values(9, (4, 4, 13)), extra=(0,) * 12, apart=True),
+        tiff(values(255, (4, 4, 13)), 16, meaning=2, extra=(0,) * 10, apart=True),
     ):
         with pytest.raises(DataError, match=r"this TIFF has 13 bands of (8|16) bits"):
             image_of(content)
