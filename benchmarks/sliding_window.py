@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ from vispeft.tasks import Inference, Segmentation
 NAME = "sliding_window"
 CASES = (("predict", 1000), ("predict", 3000), ("evaluate", 3000))
 """What is measured, and the height of the picture in pixels."""
-WIDTH, CLASSES, WINDOW, STRIDE = 5000, 150, 512, 341
+WIDTH, CLASSES, WINDOW, STRIDE = 5000, 150, 512, 512
+"""Windows side by side: overlapping ones take longer, and no more memory, since one row of them is held either way."""
 BAR = 2 * 2**30
 """Bytes below which every row stays."""
 
@@ -167,6 +169,7 @@ def main() -> None:
     parser.add_argument("--heights", nargs="+", type=int, help="only the rows of these heights, in pixels")
     parser.add_argument("--rounds", type=int, default=3, help="processes for each row; default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--together", action="store_true", help="measure all rows at the same time")
     parser.add_argument("--alone", nargs=2, metavar=("WHAT", "HEIGHT"), help="measure in this process; write nothing")
     parser.add_argument("--table", action="store_true", help="write the page from the results and stop")
     args = parser.parse_args()
@@ -177,15 +180,17 @@ def main() -> None:
         print(json.dumps(measure(args.alone[0], int(args.alone[1]), args.threads)))
         return
     torch.set_num_threads(args.threads)
-    figures: list[dict[str, Any]] = []
     settings = {"width": WIDTH, "classes": CLASSES, "window": WINDOW, "stride": STRIDE, "bar_bytes": BAR}
-    for what, height in CASES:
-        if args.heights is None or height in args.heights:
-            found = largest([in_a_process(what, height, args.threads) for _ in range(args.rounds)])
-            figures.append({"what": what, "height": height, **found})
-            print(f"{what} {height} x {WIDTH}: {gib(found['peak_bytes'])} GiB", flush=True)
-            written = write(NAME, {**settings, "figures": figures})
-    print(f"written to {written.name}")
+    cases = [(what, height) for what, height in CASES if args.heights is None or height in args.heights]
+
+    def row(case: tuple[str, int]) -> dict[str, Any]:
+        found = largest([in_a_process(*case, args.threads) for _ in range(args.rounds)])
+        print(f"{case[0]} {case[1]} x {WIDTH}: {gib(found['peak_bytes'])} GiB", flush=True)
+        return {"what": case[0], "height": case[1], **found}
+
+    with ThreadPoolExecutor(len(cases) if args.together else 1) as pool:  # each row has processes of its own
+        figures = list(pool.map(row, cases))
+    print(f"written to {write(NAME, {**settings, 'figures': figures}).name}")
     print(verdict(figures))
 
 

@@ -90,6 +90,8 @@ class StoredTiff(TiffImagePlugin.TiffImageFile):
         if self.bits == 16 and tags.get(PLANAR) == APART:
             order = "B" if tags.prefix == b"MM" else "L"
             self.tile = [_wide(tile, order) for tile in self.tile]
+        if self.size != getattr(self, "_tile_size", self.size):
+            self.filename = ""  # without a name no memory is mapped, which Pillow does in the size after the turn
 
     def load_prepare(self) -> None:
         """Take room for the pixels, whose number was compared with the reader's own limit before."""
