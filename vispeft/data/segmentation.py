@@ -188,8 +188,8 @@ class MaskFolderData(SegmentationData):
     Images and masks are paired by their path without suffix. The splits are folders inside these two, or around them
     (``root/train/images/a.jpg``), named as in `ImageFolderData`; missing splits are drawn from train.
 
-    Masks hold a class index per pixel: grey files of 1 to 16 bits, or palette files, whose palette is ignored. RGB
-    masks are read with ``rgb_masks`` and `palette`.
+    Masks hold a class index per pixel: grey files of 1 to 32 bits, or palette files, whose palette is ignored. With
+    ``rgb_masks`` they hold the colours of `palette`, in RGB, grey or palette files.
     """
 
     def __init__(
@@ -215,7 +215,7 @@ class MaskFolderData(SegmentationData):
             images: Folder of the images.
             masks: Folder of the masks.
             palette: Colour of each class; None generates colours.
-            rgb_masks: Whether masks are RGB, in the colours of `palette`.
+            rgb_masks: Whether masks hold the colours of `palette`.
             reduce_zero_label: Whether 0 marks unlabelled pixels and classes start at 1.
             ids: Class by mask value, if they differ, such as ``{0: 0, 255: 1}``; class 255 means no label.
             image_suffix: End of image file names, such as ``_leftImg8bit.png``; by default any image suffix.
