@@ -34,7 +34,6 @@ from vispeft.cli.settings import (
     check_processes,
     check_room,
     check_settings,
-    listed,
     rehearse_stopping,
     rehearse_test,
 )
@@ -225,8 +224,9 @@ def resume(run: str | Path, config: Path | None = None, overrides: Sequence[str]
         _prepared(cli)
         found = _found(place, cli)
         if more:
-            runs.mark_unfinished(place)
+            # In this order: killed in between, the run counts as finished, and the same command goes on.
             runs.begin(place, cli.resolved(), runs.command_of(place))
+            runs.mark_unfinished(place)
         _carry_out(place, cli, _trainer(place, cli, found), found, began)
     return place
 
@@ -261,7 +261,7 @@ def finish(run: str | Path) -> Path:
                 f"Go on by vispeft train --resume {place}"
             )
         trainer = _trainer(place, cli, found)
-        cast(RunCheckpoints, trainer.checkpoint_callback).take_over(found.state)
+        cast(RunCheckpoints, trainer.checkpoint_callback).take_over(found.state, found.path.name)
         _check_measured(cli.datamodule, found)
         finish_run(place, cli, trainer, began - found.state["seconds"])
     if not found.finished:
@@ -359,7 +359,7 @@ def _carry_out(place: Path, cli: ConfigCLI, trainer: Trainer, found: Found | Non
     earlier = 0.0 if found is None else found.state["seconds"]
     if found is not None and found.finished and not _has_more(place, found, trainer):
         _check_measured(cli.datamodule, found)
-        checkpoints.take_over(found.state)
+        checkpoints.take_over(found.state, found.path.name)
     else:
         trainer.fit(task, datamodule=cli.datamodule, ckpt_path=None if found is None else str(found.path))
     finish_run(place, cli, trainer, began - earlier)
@@ -380,7 +380,7 @@ def _check_measured(data: Any, found: Found) -> None:
 def _trainer(place: Path, cli: ConfigCLI, found: Found | None) -> Trainer:
     """Create the training trainer, which writes into a run directory."""
     task, settings = cli.model, cli.trainer_settings
-    callbacks = listed(settings.get("callbacks"))
+    callbacks = as_list(settings.get("callbacks"))
     folder, cadence = place / runs.CHECKPOINTS, cli.config_init["checkpoints"]
     callbacks.append(EpochPictures(place / runs.PLOTS))
     kept = without_free(yaml.safe_load(cli.resolved()))
@@ -393,13 +393,8 @@ def _trainer(place: Path, cli: ConfigCLI, found: Found | None) -> Trainer:
     board = TensorBoardLogger(logs, name="tensorboard", version="", **purge)
     own = {
         "callbacks": callbacks,
-<<<<<<< HEAD
         "logger": [RunLog(logs), board, *as_list(settings.get("logger"))],
         "plugins": [*as_list(settings.get("plugins")), SealedCheckpointIO(kept)],
-=======
-        "logger": [RunLog(logs), board, *listed(settings.get("logger"))],
-        "plugins": [*listed(settings.get("plugins")), SealedCheckpointIO()],
->>>>>>> replay-core
         "default_root_dir": place,
         "enable_model_summary": False,
     }
