@@ -120,7 +120,8 @@ class TrainingBank(BankState):
             weight_decay: Weight decay of the tensors that decay.
 
         Returns:
-            Groups with ``params``, ``lr``, ``weight_decay`` and ``name``, for ``torch.optim``.
+            Groups with ``params``, ``lr``, ``weight_decay`` and ``name``, for ``torch.optim``; none is empty, and there
+            are none where every adapter is frozen.
         """
         timm_exempts: set[str] = getattr(self._model, "no_weight_decay", set)()  # walks the whole model
         entries = [tensor for entry in self._entries.values() for tensor in entry.tensors()]

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from vispeft.building.known import OWN, REFUSED, import_paths, known_classes
+from vispeft.core.fields import field_hint
 from vispeft.core.providers import extra_methods
 from vispeft.errors import ConfigError, UnknownNameError
 
@@ -77,7 +78,7 @@ def find_class(name: str, base: type, *, kind: str, place: str, known: Iterable[
     short = name.rpartition(".")[2]
     if short in REFUSED:
         raise ConfigError(f"{place} names {name}, which a config cannot use: {REFUSED[short]}. Leave it out.")
-    there = vars(sys.modules.get(name.rpartition(".")[0], object)).get(short)
+    there = getattr(sys.modules.get(name.rpartition(".")[0]), short, None)  # None stands there for a blocked module
     if isinstance(there, type) and not issubclass(there, base):
         raise ConfigError(f"{place} names {name}, which is no {kind} (no subclass of {base.__name__}).")
     own = name.partition(".")[0] in (OWN, name)
@@ -125,4 +126,4 @@ def check_argument(place: str, key: str, known: Sequence[str]) -> None:
         UnknownNameError: If the name is not among them.
     """
     if known and key not in known:
-        raise UnknownNameError("key", f"{place}.{key}", [f"{place}.{name}" for name in known])
+        raise UnknownNameError("key", f"{place}.{key}", [f"{place}.{name}" for name in known], field_hint(key, known))

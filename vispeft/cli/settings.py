@@ -16,7 +16,11 @@ from lightning.pytorch.loggers import Logger
 
 from vispeft.cli.evaluation import Outputs, evaluate, evaluation_trainer
 from vispeft.data.base import ImageData
+<<<<<<< HEAD
+from vispeft.errors import ConfigError, DataError, FileError, is_utf8
+=======
 from vispeft.errors import ConfigError, DataError, FileError, UnknownNameError
+>>>>>>> replay-core
 from vispeft.storage.form import FormError, check_class_names
 from vispeft.tasks.base import AdapterTask, check_precision
 from vispeft.tasks.state import random_state, set_random_state
@@ -149,7 +153,7 @@ def check_names(class_names: tuple[str, ...], config: str, place: object) -> Non
         ConfigError: If the config or the directory's name is not.
     """
     for name in class_names:
-        if not _is_utf8(name):
+        if not is_utf8(name):
             raise DataError(
                 f"The class name {name!r} is no UTF-8, and could not be written into the adapter's file. Rename the "
                 "folder, or the label in the list."
@@ -161,19 +165,11 @@ def check_names(class_names: tuple[str, ...], config: str, place: object) -> Non
             f"The data were listed, and class_names{error} An adapter's file cannot hold such names. Rename the "
             "folders, or the labels in the list."
         ) from error
-    bad = [line.strip() for line in config.splitlines() if not _is_utf8(line)]
+    bad = [line.strip() for line in config.splitlines() if not is_utf8(line)]
     if bad:
         raise ConfigError(f"The config is no UTF-8 in {bad[0]!r}, and could not be written. Give another name.")
-    if place is not None and not _is_utf8(str(place)):
+    if place is not None and not is_utf8(str(place)):
         raise ConfigError(f"--out is {str(place)!r}, which is no UTF-8. Give another name.")
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def check_room(place: Path, task: AdapterTask) -> None:

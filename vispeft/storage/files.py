@@ -39,7 +39,6 @@ __all__ = [
     "read_decoder",
     "read_encoded",
     "write_adapter",
-    "write_atomically",
 ]
 
 SCHEMA = 1

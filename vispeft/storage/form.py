@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vispeft.errors import FileError
+from vispeft.errors import CONTROL, FileError, printable
 
 __all__ = ["FormError", "check_class_names", "check_form", "check_notes", "escaped", "shown"]
 
@@ -29,8 +29,7 @@ LARGEST = 2**40
 PIXELS = 2**26
 """Pixels of an image that is given to a model."""
 _HUGE = sys.float_info.max
-_HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-"""Characters that a terminal obeys instead of showing them, and halves of characters."""
+_CONTROL = re.compile(f"[{CONTROL}]")
 _SHA = re.compile("[0-9a-f]{64}")
 
 
@@ -76,7 +75,7 @@ def shown(value: Any, at_most: int = 80) -> str:
             text = repr(value)
         except (ValueError, RecursionError):  # a number of thousands of digits, or nesting without an end
             text = f"a {type(value).__name__}"
-    text = escaped(text)
+    text = printable(text)
     return text if len(text) <= at_most else text[:at_most] + " ..."
 
 
@@ -87,7 +86,7 @@ def escaped(value: Any) -> Any:
         value: A text, number, list or mapping.
     """
     if isinstance(value, str):
-        return _HIDDEN.sub(lambda found: ascii(found[0])[1:-1], value)[:LONGEST]
+        return printable(value)[:LONGEST]
     if isinstance(value, Mapping):
         return {key: escaped(inside) for key, inside in value.items()}
     return [escaped(inside) for inside in value] if isinstance(value, list | tuple) else value
@@ -120,7 +119,7 @@ def _text(value: Any) -> None:
         raise _unfit(value, "a text")
     if not value or len(value) > LONGEST:
         raise _unfit(value, f"a text of 1 to {LONGEST} letters")
-    if _HIDDEN.search(value):
+    if _CONTROL.search(value):
         raise _unfit(value, "a text without control characters")
 
 

@@ -29,8 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from vispeft.core.families import unwrap
 from vispeft.data.base import ImageData
 from vispeft.errors import ConfigError, FileError, TrainingError
-from vispeft.storage.disk import read_regular
-from vispeft.storage.files import write_atomically
+from vispeft.storage.disk import read_regular, write_atomically
 from vispeft.storage.fingerprint import check_fingerprint, fingerprint
 from vispeft.tasks.checkpoint_form import check_content, check_state
 from vispeft.tasks.logs import RunLog
@@ -54,6 +53,15 @@ CONFIG = "config"
 class SealedCheckpointIO(TorchCheckpointIO):
     """Write checkpoints atomically, with a digest, and read them without running code."""
 
+    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
+        """Keep the settings of the run.
+
+        Args:
+            config: Plain values, which every checkpoint keeps with their digest; None to leave them out.
+        """
+        super().__init__()
+        self._config = {} if config is None else {CONFIG: {"values": dict(config), "digest": config_digest(config)}}
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint.
 
@@ -66,7 +74,7 @@ class SealedCheckpointIO(TorchCheckpointIO):
             FileError: If it cannot be written; an earlier file of that name is kept.
         """
         buffer = io.BytesIO()
-        torch.save({**checkpoint, "sealed": True}, buffer)
+        torch.save({**checkpoint, **self._config, "sealed": True}, buffer)
         content = buffer.getvalue()
         write_atomically({Path(path): content + SEAL + hashlib.sha256(content).hexdigest().encode()})
 
@@ -124,6 +132,8 @@ class Found:
     """vispeft's part of it."""
     config: dict[str, Any] | None = None
     """The settings it was written with; None in those of earlier versions, and of scripts that gave none."""
+    best_config: dict[str, Any] | None = None
+    """Those of its best epoch."""
 
     @property
     def finished(self) -> bool:
@@ -144,12 +154,12 @@ def find_checkpoint(folder: Path) -> Found | None:
         try:
             content = read_checkpoint(path)
             state, config = check_state(content.get(STATE), path), _config_of(content, path)
-            if state["best"] is not None:
-                read_checkpoint(folder / state["best"]["file"])
+            best = None if state["best"] is None else folder / state["best"]["file"]
+            best_config = None if best is None else _config_of(read_checkpoint(best), best)
         except FileError as error:
             logger.warning("%s It is left out, and the one before it is used.", error)
             continue
-        return Found(path, state, config)
+        return Found(path, state, config, best_config)
     return None
 
 
@@ -215,7 +225,6 @@ class RunCheckpoints(Checkpoint):
         monitor: str,
         mode: str = "max",
         cadence: Cadence | None = None,
-        config: Mapping[str, Any] | None = None,
     ) -> None:
         """Set the folder and the metric.
 
@@ -224,11 +233,9 @@ class RunCheckpoints(Checkpoint):
             monitor: Metric that selects the best epoch.
             mode: Whether more or less of it is better: ``max`` or ``min``.
             cadence: Interval of checkpoints inside an epoch.
-            config: Settings of the run as plain values, which every checkpoint keeps with their digest.
         """
         self.folder, self.monitor, self.mode = Path(folder), monitor, mode
         self.cadence = cadence or Cadence()
-        self.config = None if config is None else {"values": dict(config), "digest": config_digest(config)}
         self.began = False
         """Whether a step has begun; before it nothing has been trained that could be lost."""
         self.best: dict[str, Any] | None = None
@@ -406,9 +413,7 @@ class RunCheckpoints(Checkpoint):
             self._prune(path.name)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the config to a checkpoint, and vispeft's part to one that this callback writes."""
-        if self.config is not None:
-            checkpoint[CONFIG] = self.config
+        """Add vispeft's part to a checkpoint that this callback writes."""
         if not self._saving:
             return
         task = cast(Any, pl_module)
