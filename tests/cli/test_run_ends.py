@@ -16,7 +16,7 @@ from tests.tiny import CONFIG
 from vispeft.cli import finish
 from vispeft.storage.locks import hold
 from vispeft.tasks import Classification
-from vispeft.tasks.checkpoints import SealedCheckpointIO, read_checkpoint
+from vispeft.tasks.checkpoints import RunCheckpoints, SealedCheckpointIO, read_checkpoint
 from vispeft.tasks.logs import RunLog
 
 SHORT = ("--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1")
@@ -125,6 +125,13 @@ def test_a_run_stopped_on_purpose_becomes_an_adapter_and_can_still_go_on(runs, s
     assert result.status == 0, result.err
     assert differences(stopped, runs / "whole") == []
     assert hidden(stopped) == []
+
+
+def test_the_last_epoch_is_named_where_none_can_be_compared(runs, run_cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(RunCheckpoints, "_better", lambda self, score, trainer: False)
+    result = run_cli("train", runs / "tiny.yaml", *SHORT, "--trainer.max_epochs=1", "--out", tmp_path / "run")
+    assert result.status == 0, result.err
+    assert metrics(tmp_path / "run")["epochs"] == metrics(tmp_path / "run")["best_epoch"] == 1
 
 
 def test_a_run_without_a_measured_epoch_cannot_be_finished(runs, run_cli, tmp_path, monkeypatch):

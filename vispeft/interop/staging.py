@@ -68,7 +68,7 @@ def check_free(path: Path, *others: Path) -> None:
         ConfigError: If one of them exists.
         InUseError: If another process writes the same file.
     """
-    if _folder(path).exists():
+    if _folder(path).exists() or _lock(path).exists():
         with _locked(path):
             _undo(path)
     _refuse_existing(path, *others)
@@ -78,12 +78,16 @@ def check_free(path: Path, *others: Path) -> None:
 def _locked(path: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(hold(path.with_name(f".{path.name}.lock"), f"The file {path}"))
+            stack.enter_context(hold(_lock(path), f"The file {path}"))
         except InUseError:
             raise
         except FileError as error:
             raise _unwritten(path, getattr(error.__cause__, "strerror", None) or str(error)) from error
         yield
+
+
+def _lock(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
 
 
 def _folder(path: Path) -> Path:
