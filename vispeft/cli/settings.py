@@ -14,13 +14,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.loggers import Logger
 
+from vispeft.cli.config_keys import as_list
 from vispeft.cli.evaluation import Outputs, evaluate, evaluation_trainer
 from vispeft.data.base import ImageData
-<<<<<<< HEAD
-from vispeft.errors import ConfigError, DataError, FileError, is_utf8
-=======
-from vispeft.errors import ConfigError, DataError, FileError, UnknownNameError
->>>>>>> replay-core
+from vispeft.errors import ConfigError, DataError, FileError, UnknownNameError, is_utf8
 from vispeft.storage.form import FormError, check_class_names
 from vispeft.tasks.base import AdapterTask, check_precision
 from vispeft.tasks.state import random_state, set_random_state
@@ -31,7 +28,6 @@ __all__ = [
     "check_processes",
     "check_room",
     "check_settings",
-    "listed",
     "rehearse_stopping",
     "rehearse_test",
 ]
@@ -232,7 +228,7 @@ def rehearse_stopping(task: AdapterTask, data: Any, settings: dict[str, Any]) ->
     Raises:
         UnknownNameError: If validation has no such metric.
     """
-    found = [callback for callback in listed(settings.get("callbacks")) if isinstance(callback, EarlyStopping)]
+    found = [callback for callback in as_list(settings.get("callbacks")) if isinstance(callback, EarlyStopping)]
     names = [c.monitor for c in found if not c.monitor.startswith("train/") and not c._check_on_train_epoch_end]
     if not names:
         return
@@ -258,14 +254,3 @@ def _rehearsing(task: AdapterTask, data: Any) -> Iterator[None]:
             data.num_workers = workers
         task.train(training)
         set_random_state(random)
-
-
-def listed(value: Any) -> list[Any]:
-    """Convert a setting that may be a list, a single value or None to a list.
-
-    Args:
-        value: The setting.
-    """
-    if value is None or isinstance(value, bool):
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -34,7 +34,6 @@ from vispeft.cli.settings import (
     check_processes,
     check_room,
     check_settings,
-    listed,
     rehearse_stopping,
     rehearse_test,
 )
@@ -380,7 +379,7 @@ def _check_measured(data: Any, found: Found) -> None:
 def _trainer(place: Path, cli: ConfigCLI, found: Found | None) -> Trainer:
     """Create the training trainer, which writes into a run directory."""
     task, settings = cli.model, cli.trainer_settings
-    callbacks = listed(settings.get("callbacks"))
+    callbacks = as_list(settings.get("callbacks"))
     folder, cadence = place / runs.CHECKPOINTS, cli.config_init["checkpoints"]
     callbacks.append(EpochPictures(place / runs.PLOTS))
     kept = without_free(yaml.safe_load(cli.resolved()))
@@ -393,13 +392,8 @@ def _trainer(place: Path, cli: ConfigCLI, found: Found | None) -> Trainer:
     board = TensorBoardLogger(logs, name="tensorboard", version="", **purge)
     own = {
         "callbacks": callbacks,
-<<<<<<< HEAD
         "logger": [RunLog(logs), board, *as_list(settings.get("logger"))],
         "plugins": [*as_list(settings.get("plugins")), SealedCheckpointIO(kept)],
-=======
-        "logger": [RunLog(logs), board, *listed(settings.get("logger"))],
-        "plugins": [*listed(settings.get("plugins")), SealedCheckpointIO()],
->>>>>>> replay-core
         "default_root_dir": place,
         "enable_model_summary": False,
     }
