@@ -18,6 +18,7 @@ import argparse
 import atexit
 import importlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -487,6 +488,7 @@ def main() -> None:
         print("\n".join(lines))
         write_section(FOLDER, lines)
         return
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # events of a killed process are read again
     torch.set_num_threads(1)  # a forked process has no pool of threads
     deadline = time.monotonic() + 60 * given.minutes
     with temporary_folder() as place:

@@ -35,7 +35,7 @@ def check_object(owner: str, name: str, value: object, wanted: type) -> None:
     Args:
         owner: Name of the class with the argument.
         name: The argument.
-        value: What was given; None counts as left out.
+        value: The value that was given; None counts as left out.
         wanted: The class of the object.
 
     Raises:

@@ -12,17 +12,28 @@ def folders(tmp_path_factory):
     return prepare(tmp_path_factory.mktemp("jobs"))
 
 
+@pytest.fixture(scope="module")
+def further(folders, tmp_path_factory):
+    return Scene(JOB["more"], tmp_path_factory.mktemp("further"), folders[1])
+
+
 def moment(scene, operation):
     """Return the number of the first file operation of that text."""
     return str(next(number for number, found in enumerate(scene.ended.operations) if found.startswith(operation)))
 
 
-def test_a_training_killed_while_it_replaces_files(folders, tmp_path):
-    scene = Scene(JOB["more"], tmp_path, folders[1])
-    for operation in ("os.rename done/adapter/.adapter.json.part", "os.rename done/checkpoints/"):
-        trial = scene.trial(moment(scene, operation))
-        assert trial.killed
-        assert trial.unreadable == trial.unequal == []
+@pytest.mark.parametrize(
+    "operation",
+    [
+        "os.rename done/.config.yaml.part",
+        "os.remove done/checkpoints/step-",
+        "os.rename done/adapter/.adapter.json.part",
+    ],
+)
+def test_a_run_that_goes_on_killed_while_it_replaces_files(further, operation):
+    trial = further.trial(moment(further, operation))
+    assert trial.killed
+    assert trial.unreadable == trial.unequal == []
 
 
 def test_features_killed_before_their_folder_has_its_name(folders, tmp_path):

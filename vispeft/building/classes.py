@@ -16,8 +16,9 @@ from vispeft.errors import ConfigError, UnknownNameError
 __all__ = ["argument_names", "check_argument", "class_path", "find_class", "import_class"]
 
 HOW = (
-    "For a class of your own, give its module: `vispeft train ... --code MODULE`; in a script, import the module and "
-    "call vispeft.building.known.register_class."
+    "A class of your own is known to `vispeft train ... --code MODULE`. The other commands run no such code; a script "
+    "does: it imports MODULE, where vispeft.building.known.register_class stands before the class, and calls "
+    "vispeft.cli.main.run_command with the command and a list of its arguments (docs/data.md, A reader of your own)."
 )
 
 

@@ -91,7 +91,7 @@ def check_empty(place: Path) -> None:
         raise ConfigError(f"{place} holds a finished run, which is not overwritten. Choose another --out.")
     if found:
         raise ConfigError(
-            f"{place} is not empty (found {', '.join(found[:4])}), and what is there is not overwritten. "
+            f"{place} is not empty (found {', '.join(found[:4])}), and these are not overwritten. "
             f"{'Go on with it by --resume, choose' if CONFIG in found else 'Choose'} another --out, or remove it."
         )
 

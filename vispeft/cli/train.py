@@ -224,8 +224,9 @@ def resume(run: str | Path, config: Path | None = None, overrides: Sequence[str]
         _prepared(cli)
         found = _found(place, cli)
         if more:
-            runs.mark_unfinished(place)
+            # In this order: killed in between, the run counts as finished, and the same command goes on.
             runs.begin(place, cli.resolved(), runs.command_of(place))
+            runs.mark_unfinished(place)
         _carry_out(place, cli, _trainer(place, cli, found), found, began)
     return place
 
@@ -260,7 +261,7 @@ def finish(run: str | Path) -> Path:
                 f"Go on by vispeft train --resume {place}"
             )
         trainer = _trainer(place, cli, found)
-        cast(RunCheckpoints, trainer.checkpoint_callback).take_over(found.state)
+        cast(RunCheckpoints, trainer.checkpoint_callback).take_over(found.state, found.path.name)
         _check_measured(cli.datamodule, found)
         finish_run(place, cli, trainer, began - found.state["seconds"])
     if not found.finished:
@@ -358,7 +359,7 @@ def _carry_out(place: Path, cli: ConfigCLI, trainer: Trainer, found: Found | Non
     earlier = 0.0 if found is None else found.state["seconds"]
     if found is not None and found.finished and not _has_more(place, found, trainer):
         _check_measured(cli.datamodule, found)
-        checkpoints.take_over(found.state)
+        checkpoints.take_over(found.state, found.path.name)
     else:
         trainer.fit(task, datamodule=cli.datamodule, ckpt_path=None if found is None else str(found.path))
     finish_run(place, cli, trainer, began - earlier)

@@ -1,6 +1,6 @@
 """The form of ``adapter.json``: one check of everything in it, before anything of it is used.
 
-A check takes a value and raises on one that does not fit; what holds the value adds the place where it stands.
+A check takes a value and raises on one that does not fit; the check of its list or mapping adds the place.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _unfit(value: Any, needed: str) -> FormError:
 
 
 def shown(value: Any, at_most: int = 80) -> str:
-    """Write a value of a file for a message: on one line, short, and with what a terminal would obey escaped.
+    """Write a value of a file for a message: on one line, short, with control characters escaped.
 
     Args:
         value: The value.
@@ -80,7 +80,7 @@ def shown(value: Any, at_most: int = 80) -> str:
 
 
 def escaped(value: Any) -> Any:
-    """Return plain values whose texts can stand in a file: what a terminal would obey is escaped, long ones are cut.
+    """Return plain values whose texts can stand in a file: control characters are escaped, long texts are cut.
 
     Args:
         value: A text, number, list or mapping.

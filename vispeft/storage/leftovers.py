@@ -1,4 +1,4 @@
-"""What a killed process leaves behind: files under temporary names, and saves that stopped between two files."""
+"""Leftovers of killed processes: files under temporary names, and saves that stopped between two files."""
 
 from __future__ import annotations
 

@@ -259,15 +259,20 @@ class RunCheckpoints(Checkpoint):
 
     # ------------------------------------------------------------------ going on
 
-    def take_over(self, state: dict[str, Any]) -> None:
-        """Load the counters and scores of the whole run from a checkpoint.
+    def take_over(self, state: dict[str, Any], file: str) -> None:
+        """Load the counters and scores of the whole run from a checkpoint, and remove files that no state needs.
 
         Args:
-            state: vispeft's part of it.
+            state: vispeft's part of the checkpoint.
+            file: Name of its file.
         """
         self.best, self.seconds = state["best"], state["seconds"]
         self.epochs, self.steps, self._backbone = state["epochs"], state["steps"], state["backbone"]
         self._until = state.get("until")
+        earlier = state.get("earlier")  # None in checkpoints of earlier versions
+        self._generations = [{str(name) for name in earlier or ()}, self._files(file)]
+        if earlier is not None:
+            self._prune()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the state to restore before the next step.
@@ -292,9 +297,8 @@ class RunCheckpoints(Checkpoint):
             )
         task = cast(Any, pl_module)
         check_fingerprint(state["backbone"], unwrap(task.model), task.bank.view)
-        self.take_over(state)
         self.last_model_path = str(trainer.ckpt_path)
-        self._generations = [self._files(Path(self.last_model_path).name)]
+        self.take_over(state, Path(self.last_model_path).name)
         self._pending = state
         trainer.num_sanity_val_steps = 0  # already done, and it would reset the loaded counters
 
@@ -409,8 +413,9 @@ class RunCheckpoints(Checkpoint):
         finally:
             self._saving = False
         self.last_model_path = str(path)
+        self._generations = [*self._generations[-1:], self._files(path.name)]
         if trainer.is_global_zero:
-            self._prune(path.name)
+            self._prune()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add vispeft's part to a checkpoint that this callback writes."""
@@ -425,6 +430,7 @@ class RunCheckpoints(Checkpoint):
             "epochs": self.epochs,
             "steps": self.steps,
             "until": self._until,
+            "earlier": sorted(set().union(*self._generations[-1:])),
             "seconds": self.seconds,
             "processes": trainer.world_size,
             "torch": str(torch.__version__),
@@ -435,9 +441,8 @@ class RunCheckpoints(Checkpoint):
             "training": training_state(trainer, pl_module),
         }
 
-    def _prune(self, newest: str) -> None:
+    def _prune(self) -> None:
         """Remove files that neither of the last two states needs, and partial files of a killed process."""
-        self._generations = [*self._generations[-1:], self._files(newest)]
         kept = set().union(*self._generations)
         for pattern in ("step-*.ckpt", "best-*.ckpt", ".step-*", ".best-*"):
             for path in self.folder.glob(pattern):
