@@ -39,7 +39,7 @@ def test_a_class_is_found_by_its_name_and_by_any_of_its_import_paths():
         ("vispeft.nowhere.SSF", UnknownNameError, "Did you mean 'vispeft.SSF'"),
         ("antigravity.Method", UnknownNameError, "is known to `vispeft train"),
         ("vispeft.Method", UnknownNameError, "Unknown method 'vispeft.Method'"),
-        ("tests.building.test_classes.Unlisted", UnknownNameError, "vispeft.building.known.register_class stands before"),
+        ("tests.building.test_classes.Unlisted", UnknownNameError, "known.register_class stands before"),
         ("preset_one", UnknownNameError, "Did you mean 'preset_two'"),
         ("pathlib.Path", ConfigError, "model.method names pathlib.Path, which is no method (no subclass of Method)"),
     ],
