@@ -69,6 +69,14 @@ def test_a_whole_pair_of_a_killed_process_stays(tmp_path):
     assert (tmp_path / "a.pt2").read_text() == "half"
 
 
+def test_the_lock_of_a_process_that_was_killed_behind_its_last_file_goes(tmp_path):
+    in_a_child(lambda: hold(tmp_path / ".a.pt2.lock", "The file").__enter__())
+    (tmp_path / "a.pt2").write_text("whole")
+    with pytest.raises(ConfigError, match="exists already"):
+        check_free(tmp_path / "a.pt2", tmp_path / "a.json")
+    assert names(tmp_path) == ["a.pt2"]
+
+
 def test_a_file_of_somebody_elses_is_not_taken_back(tmp_path):
     killed_after(tmp_path, 1)
     (tmp_path / "a.json").unlink()

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -183,6 +184,15 @@ def test_a_config_that_was_edited_is_refused(stopped, run_cli):
     for change in ("model.init_args.lr was 0.01 and is 0.5", "model.init_args.warmup was 0.1 and is 0.2"):
         assert change in result.err
     (stopped / "config.yaml").write_text(text.replace("num_workers: 0", "num_workers: 1"))
+    best = max((stopped / "checkpoints").glob("best-*"))
+    content = read_checkpoint(best)
+    config = content["config"]["values"]
+    config["model"]["init_args"]["lr"] = 0.5  # the best epoch of another run
+    SealedCheckpointIO(config).save_checkpoint(content, best)
+    result = run_cli("train", "--finish", stopped)
+    assert f"{best} was written with another config: model.init_args.lr was 0.5 and is 0.01" in result.err
+    config["model"]["init_args"]["lr"] = 0.01
+    SealedCheckpointIO(config).save_checkpoint(content, best)
     result = run_cli("train", "--finish", stopped)
     assert result.status == 0, result.err
 
@@ -295,8 +305,20 @@ def test_what_kills_leave_behind_is_removed_and_nothing_else(runs, stopped, run_
 def test_a_save_stopped_between_two_files_is_undone(whole, run_cli):
     adapter = whole / "adapter"
     before = {path.name: path.read_bytes() for path in adapter.iterdir()}
-    shutil.copy(adapter / "adapter.safetensors", adapter / ".adapter.safetensors.earlier")
+    for name in ("adapter.safetensors", "adapter.json"):
+        shutil.copy(adapter / name, adapter / f".{name}.earlier")
     (adapter / "adapter.safetensors").write_bytes(b"of the next save")
     (whole / ".unfinished").touch()
     assert run_cli("train", "--finish", whole).status == 0
     assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_figures_that_were_removed_are_measured_again(whole, run_cli):
+    """The error for figures that were edited says so."""
+    before = metrics(whole)
+    (whole / "metrics.json").unlink()
+    result = run_cli("train", "--finish", whole)
+    assert result.status == 0
+    assert re.search(r"The test figures are partial: 1 of \d+ batches were measured, since .* is 1\.", result.out)
+    assert metrics(whole)["test"] == before["test"]

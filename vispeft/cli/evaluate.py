@@ -43,8 +43,9 @@ def main(argv: Sequence[str]) -> None:
     given, overrides = parser.parse_known_args(list(argv))
     run = Run.open(given.run)
     cli = load_run(run, overrides)
+    before = run.figures(given.split)
     measured = evaluate(cli.trainer, cli.model, cli.datamodule, given.split)
-    rows = {"measured now": measured, "metrics.json": run.metrics.get(given.split, {})}
+    rows = {"measured now": measured, "metrics.json": before}
     console.print(f"{given.run}, {given.split} split", soft_wrap=True)
     console.print(metrics_table(rows))
 

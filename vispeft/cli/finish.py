@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 def finish_run(place: Path, cli: ConfigCLI, trainer: Trainer, began: float) -> None:
     """Write what a run leaves: adapter, ``metrics.json`` and pictures, in this order.
 
-    Whatever goes wrong later, what was written before it stays: the adapter is there before anything is measured.
+    Files that were written stay, whatever goes wrong later: the adapter is there before anything is measured.
 
     Args:
         place: The run directory.

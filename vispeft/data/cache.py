@@ -183,23 +183,28 @@ class OutputStore:
                 ready = self.read(key) if waited else None  # the process before computed the same
                 if ready is None:
                     self._tidy(home.name)
-                    part.mkdir()
-                    files = OutputFiles(part, rows)
-                    fill(files)
-                    _write_meta(part, key, files.close())
-                    shutil.rmtree(home, ignore_errors=True)  # damaged
-                    os.rename(part, home)
+                    _complete(home, OutputFiles(part, rows), key, fill)
         except OSError as error:
             raise FileError(
                 f"Outputs of the backbone could not be kept in {home.parent} ({error.strerror or error}). Free some "
                 "space, give cache_features another folder, or leave it out."
             ) from error
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
         outputs = self.read(key)
         if outputs is None:
             raise FileError(f"{home} was damaged while it was written. Look at the disk, and try again.")
         return outputs
+
+
+def _complete(home: Path, files: OutputFiles, key: Mapping[str, Any], fill: Callable[[OutputFiles], None]) -> None:
+    """Fill the files, and give their folder its final name; an error leaves no folder."""
+    files.folder.mkdir()
+    try:
+        fill(files)
+        _write_meta(files.folder, key, files.close())
+        shutil.rmtree(home, ignore_errors=True)  # damaged
+        os.rename(files.folder, home)
+    finally:
+        shutil.rmtree(files.folder, ignore_errors=True)
 
 
 def changes_between_epochs(split: Any) -> bool:

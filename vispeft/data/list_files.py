@@ -21,7 +21,7 @@ LIST_ENDINGS = (".txt", ".csv", ".tsv", ".lst", ".list")
 """Suffixes of text lists."""
 
 SEPARATORS = ("\t", " ", ",", ";")
-"""What may stand between a path and its label, in the order in which it is tried."""
+"""Separators of a path and its label, in the order in which they are tried."""
 SAMPLE = 1000
 """Lines that are looked at to find the separator of a list."""
 

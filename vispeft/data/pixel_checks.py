@@ -1,4 +1,4 @@
-"""Checks of the pixels of images: what cannot be read, what is converted, and what is dropped on the way."""
+"""Checks of the pixels of images: those that cannot be read, are converted, or are dropped on the way."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ _MOVING = ".moving"
 def staged(path: Path, *others: Path) -> Iterator[Path]:
     """Write a file, and files beside it, in a temporary folder and move them into place only on success.
 
-    What a process that was killed has left of the same files is removed first: its temporary folder, and those files
-    that it had moved, unless it had moved all of them.
+    Leftovers of a process that was killed while it wrote the same files are removed first: its temporary folder, and
+    those files that it had moved, unless it had moved all of them.
 
     Args:
         path: The file.
@@ -58,7 +58,7 @@ def staged(path: Path, *others: Path) -> Iterator[Path]:
 def check_free(path: Path, *others: Path) -> None:
     """Refuse files that exist, before any work is done for them.
 
-    What a process that was killed has left of the same files does not count, and is removed.
+    Leftovers of a process that was killed while it wrote the same files do not count, and are removed.
 
     Args:
         path: The file.
@@ -68,7 +68,7 @@ def check_free(path: Path, *others: Path) -> None:
         ConfigError: If one of them exists.
         InUseError: If another process writes the same file.
     """
-    if _folder(path).exists():
+    if _folder(path).exists() or _lock(path).exists():
         with _locked(path):
             _undo(path)
     _refuse_existing(path, *others)
@@ -78,12 +78,16 @@ def check_free(path: Path, *others: Path) -> None:
 def _locked(path: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(hold(path.with_name(f".{path.name}.lock"), f"The file {path}"))
+            stack.enter_context(hold(_lock(path), f"The file {path}"))
         except InUseError:
             raise
         except FileError as error:
             raise _unwritten(path, getattr(error.__cause__, "strerror", None) or str(error)) from error
         yield
+
+
+def _lock(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
 
 
 def _folder(path: Path) -> Path:
