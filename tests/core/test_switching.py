@@ -204,3 +204,12 @@ def test_a_method_whose_files_could_not_be_read_is_named(model: nn.Module, caplo
     caplog.clear()
     VIT.attach(model, "second")
     assert "registered" not in caplog.text
+
+
+@pytest.mark.parametrize("method", ["vqt", "vqt_weighted", "vpt", "lst", "prefix", "convpass", "fact"])
+def test_a_batch_without_images_gives_scores_of_none(method: str) -> None:
+    """timm's Swin takes none itself."""
+    cell = Cell(method, "vit")
+    model = cell.model().eval()
+    cell.attach(model)
+    assert model(cell.images()[:0]).shape == (0, 5)

@@ -21,6 +21,9 @@ C = TypeVar("C", bound=type)
 
 OWN = "vispeft"
 REFUSED = {
+    "BackboneFinetuning": "it wakes the whole backbone, for which there is the method Full",
+    "BatchSizeFinder": "it changes data.batch_size, so that the run's config would state another one",
+    "LearningRateFinder": "it changes model.lr, so that the run's config would state another one",
     "LambdaCallback": "it calls functions, which a config cannot name",
     "ModelCheckpoint": "a run keeps its own checkpoints, see the keys under checkpoints",
     "OnExceptionCheckpoint": "a run keeps its own checkpoints, see the keys under checkpoints",
