@@ -134,6 +134,7 @@ def run_job(folder: Path, arguments: tuple[str, ...], before: int | None = None,
     """
     with temporary_folder() as place:
         output, listed = place / "output", place / "listed.json"
+        output.touch()  # the process may be killed before its first step
         began = time.perf_counter()
         process = os.fork()
         if process == 0:

@@ -10,11 +10,11 @@ from sklearn.datasets import load_digits
 import vispeft
 from tests.tiny import TINY
 from vispeft.backbones.create import create_model
-from vispeft.cli import evaluate
+from vispeft.cli import evaluate, merge
 from vispeft.cli.evaluation import evaluate as measure
 from vispeft.cli.runs import Run
 from vispeft.data import ImageFolderData, MaskFolderData
-from vispeft.errors import BackboneError, ConfigError, DataError, FileError
+from vispeft.errors import BackboneError, ConfigError, DataError, FileError, MergeError
 from vispeft.tasks import Classification, MultiLabel, Segmentation
 
 COMMON = {"backbone": "vit_tiny_patch16_224", "backbone_args": TINY, "method": vispeft.SSF(), "num_classes": 3}
@@ -79,6 +79,8 @@ def test_a_run_that_names_no_classes_is_refused(tmp_path):
         ("merge", "RUN", "--out", "a.safetensors"),
         ("export", "RUN", "--out", "a.onnx"),
         ("train", "--resume", "RUN"),
+        ("inspect", "RUN"),
+        ("doctor", "RUN"),
     ],
 )
 def test_a_run_of_mmsegmentation_is_answered_with_its_commands(call, run_cli, tmp_path):
@@ -95,6 +97,21 @@ def test_a_run_of_mmsegmentation_is_answered_with_its_commands(call, run_cli, tm
         f"mmseg.apis.init_model('{place / 'toy.py'}', '{place / 'iter_2.pth'}')",
     ):
         assert wanted in result.err
+
+
+def test_the_doctor_names_the_config_of_a_run(finished, run_cli):
+    result = run_cli("doctor", finished)
+    assert result.status == 1
+    assert f"{finished} is a run, and no data. To check the data it was trained on: doctor {finished}/config.yaml" in (
+        result.out
+    )
+
+
+def test_a_merge_that_plain_timm_does_not_equal_leaves_no_file_and_names_another_way(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(merge, "TOLERANCE", dict.fromkeys(merge.TOLERANCE, -1.0))
+    with pytest.raises(MergeError, match=r"so no file is left.*`vispeft export` writes what was trained"):
+        merge.merge_run(Run.open(finished), tmp_path / "plain.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_adapter_of_another_task_or_of_other_maps_is_refused(tmp_path):

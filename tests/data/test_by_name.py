@@ -37,7 +37,7 @@ def test_folders_of_some_classes_get_the_numbers_of_the_model(tmp_path):
     assert order.missing == ["b"]
     assert [line.partition(":")[0] for line in order.lines()] == [
         "The data have the classes in another order than the model, and are matched by name",
-        "1 of the model's 3 classes are not in the data, and the figures say nothing about them",
+        "1 of the model's 3 classes is not in the data, and the figures say nothing about it",
     ]
     data.fit_to(BACKBONE)
     data.setup()

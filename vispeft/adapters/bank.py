@@ -66,7 +66,12 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
 
         Args:
             model: A timm model, or a ``features_only`` wrapper around one.
+
+        Raises:
+            ConfigError: If it is no module.
         """
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"{model!r} was given as model; give a timm model, such as one of vispeft.create_model.")
         return AdapterBank.of(model) or unwrap(model).__dict__.setdefault(BANK, AdapterBank(model))
 
     @staticmethod
@@ -179,7 +184,7 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
         self.set_active(name)
 
     def _check_new_name(self, name: str) -> None:
-        if not _NAME.fullmatch(name):
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ConfigError(f"An adapter was to be called {name!r}; use letters, digits, '-' and '_'.")
         if hasattr(nn.ModuleDict(), name):
             raise ConfigError(
@@ -202,9 +207,9 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
             UnknownNameError: If there is no such adapter.
             MergeError: If it was merged with ``keep_original=False``.
         """
-        entry = self._entry(name)
+        name = self._label(name)
         with self.changing("detach an adapter"):
-            self._detach(name, entry)
+            self._detach(name, self._entry(name))
 
     def _detach(self, name: str, entry: Entry) -> None:
         if self._routing.used_elsewhere(name):

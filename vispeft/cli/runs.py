@@ -38,6 +38,7 @@ __all__ = [
     "is_unfinished",
     "mark_finished",
     "mark_unfinished",
+    "refuse_segmentor",
     "remove_empty",
     "withdraw",
     "write_json",
@@ -224,7 +225,7 @@ def begun(path: str | Path) -> bool:
     if not os.path.isdir(place):
         raise FileError(f"There is no run directory {str(place)!r} to resume; `vispeft train` makes them.")
     found = _listing(place)
-    _refuse_segmentor(place, found)
+    refuse_segmentor(place, found)
     if found and CONFIG not in found:
         numbered = sorted(int(name) for name in found if name.isdecimal() and (place / name / CONFIG).is_file())
         hint = f" Did you mean {place / str(numbered[-1])}?" if numbered else ""
@@ -232,7 +233,7 @@ def begun(path: str | Path) -> bool:
     return bool(found)
 
 
-def _refuse_segmentor(place: Path, found: Sequence[str]) -> None:
+def refuse_segmentor(place: Path, found: Sequence[str]) -> None:
     """Refuse a run of mmsegmentation, and say how its own tools do the same.
 
     Args:
@@ -310,7 +311,7 @@ class Run:
         place = Path(path)
         if not os.path.isdir(place):
             raise FileError(f"There is no run directory {str(place)!r}; `vispeft train` makes them.")
-        _refuse_segmentor(place, _listing(place))
+        refuse_segmentor(place, _listing(place))
         missing = [name for name in (CONFIG, METRICS, f"{ADAPTER}/{JSON_FILE}") if not os.path.isfile(place / name)]
         if missing:
             numbered = sorted(p.name for p in place.iterdir() if p.name.isdecimal() and (p / METRICS).is_file())

@@ -68,9 +68,10 @@ class ClassOrder:
                 f"{_listed(self.found)} here, {_listed(self.wanted)} there."
             )
         if self.missing:
+            be, them = ("is", "it") if len(self.missing) == 1 else ("are", "them")
             said.append(
-                f"{len(self.missing)} of the model's {counted(len(self.wanted), 'class', 'classes')} are not in the "
-                f"data, and the figures say nothing about them: {_listed(self.missing)}."
+                f"{len(self.missing)} of the model's {counted(len(self.wanted), 'class', 'classes')} {be} not in the "
+                f"data, and the figures say nothing about {them}: {_listed(self.missing)}."
             )
         return said
 
