@@ -170,6 +170,13 @@ REFUSED = {
     ),
     "late validation": (["--trainer.val_check_interval=100"], "Lightning refuses these settings: `val_check_interval`"),
     "no validated epoch": (["--trainer.check_val_every_n_epoch=3"], "no epoch would be validated"),
+    "validation every 0 epochs": (["--trainer.check_val_every_n_epoch=0"], "check_val_every_n_epoch is 0; at least 1"),
+    "validation every 0 batches": (["--trainer.val_check_interval=0"], "val_check_interval is 0; a number above 0"),
+    "no time": (["--trainer.max_time={seconds: 0}"], "in which nothing would be trained"),
+    "an unknown metric to stop by": (
+        ["--trainer.callbacks={class_path: EarlyStopping, init_args: {monitor: validation/acuracy}}"],
+        "Unknown metric of EarlyStopping 'validation/acuracy'. Did you mean 'validation/accuracy'",
+    ),
     "bare": (["--trainer.barebones=true"], "trainer.barebones makes no run directory"),
     "no summed batches": (["--trainer.accumulate_grad_batches=0"], "accumulate_grad_batches is 0"),
     "clipping turned round": (["--trainer.gradient_clip_val=-1"], "gradient_clip_val is -1"),
@@ -206,7 +213,7 @@ def test_a_wrong_override_is_refused_before_training(config, run_cli, tmp_path, 
         ("model: {class_path: Clasification}", "Unknown task 'Clasification'. Did you mean 'Classification'"),
         ("model: {init_args: {lr: 1}}", "has no class_path"),
         ("model: {class_path: Classification, init_args: {backbonee: x}}", "Did you mean 'model.backbone'"),
-        ("model: 3", "keys with values are needed"),
+        ("model: 3", "model is 3, which has no class_path; the name of a task is needed"),
     ],
 )
 def test_a_wrong_config_is_refused(config, run_cli, tmp_path, text, message):

@@ -149,7 +149,7 @@ class EarthData(SegmentationData):
         self.root, self.classes, self.overlapping = Path(root), classes, overlapping
 
     @property
-    def palette(self) -> tuple[Colour, ...]:
+    def own_palette(self) -> tuple[Colour, ...]:
         """Colour of each class."""
         return CLIMATE_COLOURS if self.classes == "climates" else make_palette(len(ZONES))
 

@@ -414,7 +414,7 @@ class ScenesData(SegmentationData):
         self.images, self.scene_size, self.scene_seed = images, (height, width), scene_seed
 
     @property
-    def palette(self) -> tuple[Colour, ...]:
+    def own_palette(self) -> tuple[Colour, ...]:
         """Colour of each class."""
         return COLOURS
 

@@ -324,7 +324,7 @@ def _look_all(keys: Sequence[Any], look: Callable[[int], Facts], kind: type[Fact
             fresh = dict(zip(chunk, pool.map(look, chunk), strict=True))
             store.put({keys[index]: facts for index, facts in fresh.items() if keys[index] and not facts.problem})
             found.update(fresh)
-    # What the store has may have been found under a higher limit.
+    # A higher limit may have held when the facts in the store were found.
     return [found[index] if index in found else limited(known[key], reading) for index, key in enumerate(keys)]
 
 

@@ -153,7 +153,8 @@ class TaskSum(BranchUnit):
         """Add the normalised sum."""
         total = torch.stack([beside[task] for task in self.tasks]).sum(0)
         weight, bias = self.weight.to(total.dtype), self.bias.to(total.dtype)
-        return layer.shared + F.layer_norm(total, total.shape[-1:], weight, bias, EPSILON)
+        normed = F.layer_norm(total, total.shape[-1:], weight, bias, EPSILON)
+        return layer.shared + normed.to(total.dtype)  # autocast normalises in float32
 
     def rename_task(self, old: str, new: str) -> None:
         """Take another name for one of the tasks."""
