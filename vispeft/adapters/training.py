@@ -120,7 +120,8 @@ class TrainingBank(BankState):
             weight_decay: Weight decay of the tensors that decay.
 
         Returns:
-            Groups with ``params``, ``lr``, ``weight_decay`` and ``name``, for ``torch.optim``.
+            Groups with ``params``, ``lr``, ``weight_decay`` and ``name``, for ``torch.optim``; none is empty, and there
+            are none where every adapter is frozen.
         """
         timm_exempts: set[str] = getattr(self._model, "no_weight_decay", set)()  # walks the whole model
         entries = [tensor for entry in self._entries.values() for tensor in entry.tensors()]
@@ -157,14 +158,15 @@ class TrainingBank(BankState):
         Raises:
             VerificationError: If a tensor gets no gradient; the message names the sites.
         """
-        self.check_ready("verify its adapters")
-        for name in [n for n in self._entries if n not in self.frozen] if names is None else names:
-            entry = self._entries[name]
-            beside = {item.key for item in entry.plan if item.site.role in without}
-            tensors = [tensor for tensor in entry.tensors() if tensor.key not in beside]
-            routes = [self.route((name,), task) for task in entry.tasks or (None,)]
-            probe = Probe(self._model, outer or self._outer, self.view, self._routing)
-            find_dead(probe, routes, tensors, entry.blocks())
+        with self.changing("verify its adapters"):  # other threads would see the perturbed units
+            self.check_ready("verify its adapters")
+            for name in [n for n in self._entries if n not in self.frozen] if names is None else names:
+                entry = self._entries[name]
+                beside = {item.key for item in entry.plan if item.site.role in without}
+                tensors = [tensor for tensor in entry.tensors() if tensor.key not in beside]
+                routes = [self.route((name,), task) for task in entry.tasks or (None,)]
+                probe = Probe(self._model, outer or self._outer, self.view, self._routing)
+                find_dead(probe, routes, tensors, entry.blocks())
 
     def report(self, name: str | None = None) -> Report:
         """Count an adapter's trainable parameters and saved bytes; printing the result shows a table.

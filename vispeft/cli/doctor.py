@@ -17,6 +17,7 @@ from vispeft.building.config_files import read_config
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.config import build_data
 from vispeft.cli.config_keys import split_overrides
+from vispeft.cli.runs import CHECKPOINTS, CONFIG, refuse_segmentor
 from vispeft.data import (
     ADE20KData,
     CityscapesData,
@@ -140,10 +141,25 @@ def open_data(place: str, kind: str = "auto", overrides: Sequence[str] = ()) -> 
         return _from_config(path, overrides)
     given = [(key.removeprefix("data."), value) for key, value in split_overrides(overrides)]
     if kind == "auto":
+        _refuse_run(path)
         kind = _fitting(path, _guess(path), [key.split(".")[0] for key, _ in given])
     cls, settings = _readers(path)[kind]
     node = {"class_path": f"vispeft.data.{cls.__name__}", "init_args": settings()}
     return _listed(build_data(node, [(f"data.{key}", value) for key, value in given], place))
+
+
+def _refuse_run(path: Path) -> None:
+    """Refuse a run directory, whose folders would be taken for classes.
+
+    Raises:
+        DataError: If it is one; the message names the command for its data.
+        FileError: If it is one of mmsegmentation.
+    """
+    inside = sorted(entry.name for entry in path.iterdir()) if os.path.isdir(path) else []
+    if any(name.endswith(".pth") for name in inside):
+        refuse_segmentor(path, inside)
+    if CONFIG in inside and (path / CHECKPOINTS).is_dir():
+        raise DataError(f"{path} is a run, and no data. To check the data it was trained on: doctor {path / CONFIG}")
 
 
 def _from_config(path: Path, overrides: Sequence[str]) -> ListedData:

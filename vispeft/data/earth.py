@@ -200,7 +200,7 @@ class EarthData(EarthTiles, SegmentationData):
     """Satellite tiles of 225 x 225 pixels with the climate of each pixel."""
 
     @property
-    def palette(self) -> tuple[Colour, ...]:
+    def own_palette(self) -> tuple[Colour, ...]:
         """Colour of each class."""
         return self.climates.palette
 

@@ -443,7 +443,7 @@ class ScenesData(GeneratedScenes, SegmentationData):
     """Generated scenes with exact masks of five classes."""
 
     @property
-    def palette(self) -> tuple[Colour, ...]:
+    def own_palette(self) -> tuple[Colour, ...]:
         """Colour of each class."""
         return COLOURS
 

@@ -105,7 +105,12 @@ class SegmentationData(ListedData):
     @property
     def palette(self) -> tuple[Colour, ...]:
         """Colour of each class, red, green and blue from 0 to 255."""
-        return make_palette(self.num_classes)
+        return self.own_palette if self._matched is None else self._matched.colours(self.own_palette)
+
+    @property
+    def own_palette(self) -> tuple[Colour, ...]:
+        """Colour of each class in the order of the masks, which is that of `palette` unless classes were matched."""
+        return make_palette(self.num_classes if self._matched is None else len(self._matched.found))
 
     def output_notes(self) -> dict[str, Any]:
         """Return the mask colours, the image sizing and how pixels are read, for the adapter's file."""
@@ -183,8 +188,8 @@ class MaskFolderData(SegmentationData):
     Images and masks are paired by their path without suffix. The splits are folders inside these two, or around them
     (``root/train/images/a.jpg``), named as in `ImageFolderData`; missing splits are drawn from train.
 
-    Masks hold a class index per pixel: grey files of 1 to 16 bits, or palette files, whose palette is ignored. RGB
-    masks are read with ``rgb_masks`` and `palette`.
+    Masks hold a class index per pixel: grey files of 1 to 32 bits, or palette files, whose palette is ignored. With
+    ``rgb_masks`` they hold the colours of `palette`, in RGB, grey or palette files.
     """
 
     def __init__(
@@ -210,7 +215,7 @@ class MaskFolderData(SegmentationData):
             images: Folder of the images.
             masks: Folder of the masks.
             palette: Colour of each class; None generates colours.
-            rgb_masks: Whether masks are RGB, in the colours of `palette`.
+            rgb_masks: Whether masks hold the colours of `palette`.
             reduce_zero_label: Whether 0 marks unlabelled pixels and classes start at 1.
             ids: Class by mask value, if they differ, such as ``{0: 0, 255: 1}``; class 255 means no label.
             image_suffix: End of image file names, such as ``_leftImg8bit.png``; by default any image suffix.
@@ -239,7 +244,7 @@ class MaskFolderData(SegmentationData):
         self.image_suffix, self.mask_suffix = image_suffix, mask_suffix
 
     @property
-    def palette(self) -> tuple[Colour, ...]:
+    def own_palette(self) -> tuple[Colour, ...]:
         """The given or generated colours."""
         return self._palette
 
@@ -364,7 +369,7 @@ class PublishedMasks(PublishedSplits, SegmentationData):
         return MaskCoding(num_classes=len(self.table.class_names))
 
     @property
-    def palette(self) -> tuple[Colour, ...]:
+    def own_palette(self) -> tuple[Colour, ...]:
         """The published colours."""
         return self.table.palette
 

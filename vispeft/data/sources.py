@@ -336,7 +336,7 @@ def look_all(keys: Sequence[Any], look: Callable[[int], Facts], kind: type[Facts
             fresh = dict(zip(chunk, pool.map(look, chunk), strict=True))
             store.put({keys[index]: facts for index, facts in fresh.items() if keys[index] and not facts.problem})
             found.update(fresh)
-    # What the store has may have been found under a higher limit.
+    # A higher limit may have held when the facts in the store were found.
     return [found[index] if index in found else limited(known[key], reading) for index, key in enumerate(keys)]
 
 

@@ -298,8 +298,8 @@ class AdapterTask(LightningModule):
                 this task.
             DataError: If class count or image size do not fit.
         """
+        check_precision(self.trainer.precision)
         if stage == "fit":
-            check_precision(self.trainer.precision)
             _check_averaging(self.trainer)
         acting = self.bank.active
         if len(acting) != 1:
