@@ -213,7 +213,7 @@ def test_a_wrong_override_is_refused_before_training(config, run_cli, tmp_path, 
         ("model: {class_path: Clasification}", "Unknown task 'Clasification'. Did you mean 'Classification'"),
         ("model: {init_args: {lr: 1}}", "has no class_path"),
         ("model: {class_path: Classification, init_args: {backbonee: x}}", "Did you mean 'model.backbone'"),
-        ("model: 3", "keys with values are needed"),
+        ("model: 3", "model is 3, which has no class_path; the name of a task is needed"),
     ],
 )
 def test_a_wrong_config_is_refused(config, run_cli, tmp_path, text, message):
