@@ -19,7 +19,7 @@ from vispeft.data.by_name import ClassOrder, in_order
 from vispeft.data.checks import Report, examine
 from vispeft.data.formats import MAX_PIXELS
 from vispeft.data.images import Reading
-from vispeft.data.listing import Finding, ListedSplit, Listing
+from vispeft.data.listing import PER_PIXEL, Finding, ListedSplit, Listing
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.data.randomness import seeded
 from vispeft.data.splitting import check_drawing, cross_validation, hold_out, share_of_rest
@@ -278,8 +278,8 @@ class ListedData(ImageData):
             return listing
         splits = {name: {**splits, **drawn}[name] for name in ("train", "validation", "test")}
         drawn_of = f"fold {self.fold + 1} of {self.folds}, " if self.folds else ""
-        # Masks are not read for it, so a draw knows nothing about their classes.
-        how = "at random" if listing.target == "mask" else "stratified"
+        # Masks and labels are not read for it, so a draw knows nothing about their classes.
+        how = "at random" if listing.target in PER_PIXEL else "stratified"
         text = f"Drawn ({drawn_of}split_seed {self.split_seed}), {how} and disjoint"
         note = Finding("fact", "drawn-splits", text, tuple(f"{name} {len(split)}" for name, split in drawn.items()))
         # Folds mix the published splits, so their published sizes do not apply.

@@ -13,10 +13,12 @@ from vispeft.data.images import PLAIN, Reading
 from vispeft.data.sources import JoinedSource, Source
 from vispeft.errors import is_utf8, printable
 
-__all__ = ["Finding", "ListedSplit", "Listing", "Published", "Target"]
+__all__ = ["PER_PIXEL", "Finding", "ListedSplit", "Listing", "Published", "Target"]
 
-Target = Literal["class", "multilabel", "regression", "mask"]
-"""Kinds of targets: one class per image, any number of labels, numbers, or a class per pixel."""
+Target = Literal["class", "multilabel", "regression", "mask", "tasks"]
+"""Kinds of targets: one class per image, any number of labels, numbers, a class per pixel, or several dense tasks."""
+PER_PIXEL = ("mask", "tasks")
+"""Kinds of targets that every pixel has."""
 
 
 @dataclass(frozen=True)
