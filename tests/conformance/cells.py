@@ -319,6 +319,9 @@ SECOND_FORMS = {
 """Further settings of a method, and methods for several tasks and those they are compared with, which have tests of
 their own: they run on the main families, and not on the variants of one family as well."""
 
+LEFT = {("polyhistor", "vit"), ("polyhistor_lite", "vit"), ("polyhistor_lite", "swin"), ("vpt_window", "vit")}
+"""Cells left to ``make test-slow``: tests of their own have what is particular to them."""
+
 CELLS = [
     Cell(method, backbone, short=not method.startswith(LINKED) and method not in DEEP)
     for method in METHODS
@@ -339,7 +342,7 @@ def params(cells: Iterable[Cell], slow: Callable[[Cell], bool] = lambda cell: Fa
     """
 
     def marks(cell: Cell) -> list[pytest.MarkDecorator]:
-        elsewhere = is_second_form(cell) and cell.backbone not in ("vit", "swin")
+        elsewhere = (is_second_form(cell) and cell.backbone not in ("vit", "swin")) or cell.key in LEFT
         return [pytest.mark.slow] if elsewhere or slow(cell) else []
 
     return [pytest.param(cell, id=str(cell), marks=marks(cell)) for cell in cells]
