@@ -12,7 +12,7 @@ from vispeft.building.parsing import parser_errors
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.config import ConfigCLI, build_task
 from vispeft.cli.config_keys import check_tree, split_overrides
-from vispeft.cli.evaluation import evaluate, evaluation_trainer, kept_settings, metrics_table, output_names
+from vispeft.cli.evaluation import evaluate, evaluation_trainer, kept_settings, metrics_table
 from vispeft.cli.runs import Run
 from vispeft.errors import ConfigError, DataError, FileError
 from vispeft.storage.files import JSON_FILE
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     measured = evaluate(cli.trainer, cli.model, cli.datamodule, given.split)
     rows = {"measured now": measured, "metrics.json": run.metrics.get(given.split, {})}
     console.print(f"{given.run}, {given.split} split", soft_wrap=True)
-    console.print(metrics_table(rows))
+    console.print(metrics_table(cli.model.shown(rows)))
 
 
 def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:
@@ -66,16 +66,16 @@ def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:
     tree = read_config(run.config)
     tree["trainer"] = kept_settings(tree.get("trainer"))
     cli = ConfigCLI(run.config, overrides, tree=tree)
-    _check_names(run, output_names(cli.datamodule, cli.model.num_classes))
+    _check_names(run, cli.model.output_names(cli.datamodule), cli.model.ordered)
     cli.model.load_adapter(run.adapter)
     cli.model.eval()
     return cli
 
 
-def _check_names(run: Run, names: Sequence[str]) -> None:
-    """Compare the classes of data with those of a run, by name and order."""
+def _check_names(run: Run, names: Sequence[str], ordered: bool) -> None:
+    """Compare the classes of data with those of a run, by name, and by order where it has a meaning."""
     trained = class_names(run)
-    if list(names) == trained:
+    if list(names) == trained or (not ordered and sorted(names) == sorted(trained)):
         return
     if sorted(names) == sorted(trained):
         raise DataError(
@@ -130,10 +130,11 @@ def load_task(run: Run) -> tuple[AdapterTask, Trainer]:
     check_tree(tree, str(run.config))
     if "model" not in tree:
         raise ConfigError(f"{run.config} has no section model, which says which task was trained.")
-    names = class_names(run)
+    class_names(run)
+    header = json.loads((run.adapter / JSON_FILE).read_text(encoding="utf-8"))
     # The seed determines the weights of a randomly initialised backbone.
     seed_everything(tree.get("seed_everything", 0), verbose=False)
-    task = build_task(tree["model"], len(names), str(run.config))
+    task = build_task(tree["model"], lambda cls: cls.sized_by_file(header), str(run.config))
     task.load_adapter(run.adapter)
     with parser_errors(str(run.config)):
         return task.eval(), evaluation_trainer(**tree["trainer"])
