@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vispeft.adapters.attach import attach as attach
     from vispeft.adapters.attach import load as load
     from vispeft.adapters.bank import AdapterBank as AdapterBank
+    from vispeft.adapters.task_maps import forward_tasks as forward_tasks
     from vispeft.backbones.create import create_model as create_model
     from vispeft.core.method import Method as Method
     from vispeft.core.method import list_methods as list_methods
@@ -42,6 +43,7 @@ _HOMES = {
     "VispeftError": "vispeft.errors",
     "attach": "vispeft.adapters.attach",
     "create_model": "vispeft.backbones.create",
+    "forward_tasks": "vispeft.adapters.task_maps",
     "list_methods": "vispeft.core.method",
     "load": "vispeft.adapters.attach",
     "method": "vispeft.core.method",

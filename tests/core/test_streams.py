@@ -16,8 +16,8 @@ from tests.conformance.cells import Cell, move
 from vispeft.core.method import Method, PlanItem
 from vispeft.core.model_units import StreamUnit, TokensUnit
 from vispeft.core.sites import Site, View
-from vispeft.core.streams import Stream, StreamRule
-from vispeft.core.units import BranchUnit
+from vispeft.core.streams import Stream, TaskStream
+from vispeft.core.units import BranchUnit, LayerPass
 from vispeft.errors import ConfigError, SiteError
 
 
@@ -89,45 +89,45 @@ def test_a_method_brings_a_stream_of_its_own(backbone: str, checkpointing: bool,
         assert not torch.allclose(model(images), out)
 
 
-class Tasks(BranchUnit):
-    """One low-rank term per task at a layer, in the form of MTLoRA: the frozen product sees the shared input."""
+class TaskTerm(BranchUnit):
+    """The low-rank term of one task at a layer, in the form of MTLoRA: the frozen product sees the shared input."""
 
-    def __init__(self, site: Site, tasks: Sequence[str]) -> None:
+    def __init__(self, site: Site, task: str) -> None:
         super().__init__()
-        self.down = nn.ParameterDict({task: nn.Parameter(torch.empty(2, site.in_features)) for task in tasks})
-        self.up = nn.ParameterDict({task: nn.Parameter(torch.empty(site.out_features, 2)) for task in tasks})
+        self.task = task
+        self.down = nn.Parameter(torch.empty(2, site.in_features))
+        self.up = nn.Parameter(torch.empty(site.out_features, 2))
 
     def reset(self, generator: Generator) -> None:
-        for task in self.down:
-            self.down[task].normal_(0, 0.1, generator=generator)
-            self.up[task].zero_()
+        self.down.normal_(0, 0.1, generator=generator)
+        self.up.zero_()
 
     def streams(self) -> Sequence[Stream]:
-        return [TaskStream(task) for task in self.down]
+        return [TaskStream(self.task)]
 
-    def branches(self, x: Tensor, beside: Mapping[str, Tensor], frozen: Tensor, shared: Tensor) -> dict[str, Tensor]:
-        terms = {task: beside.get(task, x) @ self.down[task].T @ self.up[task].T for task in self.down}
-        return {task: frozen + term for task, term in terms.items()}
+    def branches(self, layer: LayerPass) -> dict[str, Tensor]:
+        return {self.task: layer.frozen + layer.beside.get(self.task, layer.x) @ self.down.T @ self.up.T}
 
 
-class TaskStream(Stream):
-    """Starts inside a block, and ends with it."""
+class Mean(BranchUnit):
+    """Adds the mean of the tasks' outputs to the shared one."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def reset(self, generator: Generator) -> None:
+        pass
 
-    def enter(self, block: int, present: Tensor | None, tokens: Tensor) -> None:
-        return None
+    def branches(self, layer: LayerPass) -> dict[str, Tensor]:
+        return {}
 
-    def rule(self, block: int) -> StreamRule:
-        return StreamRule(seen=False, reads=False)
+    def join(self, layer: LayerPass, beside: Mapping[str, Tensor]) -> Tensor:
+        return layer.shared + torch.stack(list(beside.values())).mean(0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Branches(Method):
     """Task branches in the last block of every stage."""
 
-    tasks: tuple[str, ...] = ("seg", "depth")
+    own: tuple[str, ...] = ("seg", "depth")
+    joins: bool = False
     name: ClassVar[str] = "toy_branches"
     default_roles: ClassVar[tuple[str, ...]] = ("attn.proj", "mlp.fc1", "mlp.fc2")
     multi_task: ClassVar[bool] = True
@@ -136,7 +136,9 @@ class Branches(Method):
         last = {blocks[-1] for blocks in view.stages}
         for site in self.sites(view):
             if site.block in last:
-                yield PlanItem(site, "tasks", partial(Tasks, site, self.tasks))
+                yield from (PlanItem(site, f"term_{task}", partial(TaskTerm, site, task)) for task in self.own)
+                if self.joins:
+                    yield PlanItem(site, "mean", Mean)
 
 
 @pytest.mark.parametrize("backbone", ["vit", "vit_glu", "eva_dinov3", "swin", "swinv2"])
@@ -178,6 +180,29 @@ def test_zero_branches_equal_the_plain_stage() -> None:
     result = model.run(images)
     for stage in result.stages:
         assert torch.allclose(stage.beside["seg"], stage.tokens, rtol=1e-10, atol=1e-12)
+
+
+def test_a_branch_may_change_the_shared_output() -> None:
+    """The mean of the tasks' outputs is added at the projection of the last block alone: its shared map doubles."""
+    cell = Cell("lora", "vit", short=True)
+    model, images = cell.model().double(), cell.images().double()
+    block = model.blocks[0]
+    tokens = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    attended = tokens + 2 * block.attn(block.norm1(tokens))
+    wanted = attended + block.mlp(block.norm2(attended))
+    vispeft.attach(model, Branches(joins=True, roles=("attn.proj",)), verify=False)
+    result = model.run(images)
+    assert torch.allclose(result.tokens, wanted, rtol=1e-9, atol=1e-12)
+    assert set(result.streams.beside) == {"seg", "depth"}
+
+
+def test_terms_of_a_branching_layer_drop_the_same_entries() -> None:
+    x = torch.ones(2, 50)
+    layer = LayerPass(x, {}, x, x)
+    assert layer.dropped(0.0) is x
+    assert layer.dropped(0.5) is layer.dropped(0.5)
+    assert 0 < (layer.dropped(0.5) == 0).sum() < 100
+    assert layer.dropped(0.25) is not layer.dropped(0.5)
 
 
 class Bound(TokensUnit):

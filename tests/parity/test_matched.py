@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from tests.parity.test_modules import CLAIMED
+from tests.parity.test_mtlora import CLAIMED as TASKS
 from tests.parity.test_networks import NETWORKS
 from tests.parity.test_parity import FILES, FOLDER, WITH_FEATURES, source_of
 
 
 def test_every_file_is_matched() -> None:
     assert FILES, f"{FOLDER} has no reference files"
-    unmatched = sorted(path.name for path in set(FILES) - {*WITH_FEATURES, *NETWORKS, *CLAIMED})
+    unmatched = sorted(path.name for path in set(FILES) - {*WITH_FEATURES, *NETWORKS, *CLAIMED, *TASKS.values()})
     assert not unmatched, f"no test reads {unmatched}"
     unclaimed = [path.name for path in (*WITH_FEATURES, *NETWORKS) if source_of(path) is None]
     assert not unclaimed, f"no source claims {unclaimed}"

@@ -132,7 +132,7 @@ class AdapterBank(FileBank, TrainingBank, HookBank):
         with torch.inference_mode(next(self._model.parameters()).is_inference()):
             plan = make_plan(method, self._outer, tasks)
             units = build_units(plan, self._model, seed)
-            entry = Entry(method, plan, units, None if tasks is None else tuple(tasks), seed or 0)
+            entry = Entry(plan.method, plan, units, plan.tasks, seed or 0)
             self._entries[name] = entry
             try:
                 place_units(entry, name, self._model, self.view, self._routing)

@@ -25,7 +25,7 @@ class Placed:
     unit: Unit
     """The unit."""
     task: str | None = None
-    """The task of this copy; None if the unit acts for every task."""
+    """The task it belongs to; None if it belongs to all."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,6 @@ class Entry:
             task: The task; None for no task.
         """
         for placed in self.placed:
-            unit = placed.unit.routed(task) if placed.task in (None, task) else None
+            unit = placed.unit.routed(task) if self.method.acts_for(placed.task, task) else None
             if unit is not None:
                 yield placed.host.slot, unit

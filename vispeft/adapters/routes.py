@@ -99,9 +99,10 @@ def _check_task(entries: Entries, names: tuple[str, ...], task: str | None) -> s
     for name, known in tasks.items():
         if task is not None and task not in known:
             raise UnknownNameError(f"task of adapter {name!r}", task, known)
-    if task is not None or not tasks:
+    choosing = [name for name in tasks if not entries[name].method.one_pass]
+    if task is not None or not choosing:
         return None
-    name, known = next(iter(tasks.items()))
+    name, known = choosing[0], tasks[choosing[0]]
     return (
         f"Adapter {name!r} has tasks ({', '.join(known)}), and none was chosen. Run the model in a block "
         f"`with bank.using({name!r}, task={known[0]!r})`, or call set_active({name!r}, task={known[0]!r})."

@@ -10,6 +10,7 @@ from torch import nn
 from vispeft.adapters.entry import Entry
 from vispeft.adapters.holder import BankState
 from vispeft.adapters.report import Report
+from vispeft.adapters.task_maps import TaskMaps
 from vispeft.adapters.verify import Probe, find_dead
 from vispeft.core.route import Route
 from vispeft.hosts.model import HEADS, ModelHost
@@ -152,7 +153,7 @@ class TrainingBank(BankState):
 
         Args:
             outer: The module to run, if not the model itself: a wrapper that maps images to one or several tensors,
-                such as the maps a decoder reads.
+                such as the maps a decoder reads. `TaskMaps` runs all tasks.
             without: Roles that do not affect the outputs of `outer`; their units are not checked.
             names: The adapters to check; None for all that are not frozen.
 
@@ -164,8 +165,11 @@ class TrainingBank(BankState):
             entry = self._entries[name]
             beside = {item.key for item in entry.plan if item.site.role in without}
             tensors = [tensor for tensor in entry.tensors() if tensor.key not in beside]
-            routes = [self.route((name,), task) for task in entry.tasks or (None,)]
-            probe = Probe(self._model, outer or self._outer, self.view, self._routing)
+            # A method that branches by task reaches its tasks through maps alone.
+            run = outer or (TaskMaps(self._model) if entry.method.one_pass else self._outer)
+            tasks = None if isinstance(run, TaskMaps) else entry.tasks
+            routes = [self.route((name,), task) for task in tasks or (None,)]
+            probe = Probe(self._model, run, self.view, self._routing)
             find_dead(probe, routes, tensors, entry.blocks())
 
     def report(self, name: str | None = None) -> Report:

@@ -103,7 +103,7 @@ class FeatureListHost(StageModelHost):
             return super().forward(x)
         names = [name for name, _ in self.items() if name.startswith("layers_")]
         levels = dict(zip(names, self.run(x).stages, strict=True))
-        return [levels[name].tokens for name in self.return_layers]
+        return [self.shown(levels[name]) for name in self.return_layers]
 
     def items(self) -> Iterable[tuple[str, nn.Module]]:
         """Iterate over timm's own children."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace, UnionType
-from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, Union, cast, get_args, get_origin, get_type_hints
 
 from vispeft.errors import ConfigError, SiteError
 
@@ -19,10 +20,12 @@ __all__ = [
     "Bits",
     "DropPath",
     "FewBits",
+    "Tasks",
     "check_choices",
     "check_factor",
     "check_roles_in",
     "check_share",
+    "check_task_names",
     "check_types",
     "check_whole",
 ]
@@ -55,6 +58,76 @@ class FewBits:
     def low_bit_head(self) -> int:
         """Return the bits per weight of the classifier."""
         return self.head_bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tasks:
+    """Tasks of a method that plans for them itself. List it before `Method` among a method's bases."""
+
+    tasks: tuple[str, ...] = ()
+    """Names of the tasks; ``attach(model, method, tasks=[...])`` says the same."""
+
+    multi_task: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check the names, and then the fields of the other bases."""
+        if self.tasks:
+            check_task_names(self.tasks, f"{type(self).__name__}(tasks={self.tasks!r})")
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        super().__post_init__()  # type: ignore[misc]  # of `Method`
+
+    def task_names(self) -> tuple[str, ...]:
+        """Return the tasks."""
+        return self.tasks
+
+    def for_tasks(self, tasks: Sequence[str] | None) -> Self:
+        """Return the method for the tasks given to `attach`.
+
+        Args:
+            tasks: Names of the tasks; None if `attach` was given none.
+
+        Raises:
+            ConfigError: If there are no tasks, or others than in the configuration.
+        """
+        name = type(self).__name__
+        if not (tasks or self.tasks):
+            raise ConfigError(f"{name} has no tasks. Name them, such as {name}(tasks=('seg', 'depth')).")
+        if tasks and self.tasks and tuple(tasks) != self.tasks:
+            raise ConfigError(
+                f"attach(..., tasks={list(tasks)!r}) was called with {name}(tasks={self.tasks!r}). Name the tasks once."
+            )
+        return dataclasses.replace(self, tasks=tuple(tasks or self.tasks))
+
+    def with_tasks(self, tasks: Sequence[str], before: Mapping[str, str]) -> Self:
+        """Return the method after its tasks were changed.
+
+        Args:
+            tasks: Names of all tasks.
+            before: The names of these tasks before the change; those that are new have none.
+        """
+        return dataclasses.replace(self, tasks=tuple(tasks))
+
+
+def check_task_names(tasks: Any, asked: str) -> None:
+    """Check a list of task names.
+
+    Args:
+        tasks: The list.
+        asked: The call or field it was given to, for the message.
+
+    Raises:
+        ConfigError: If it is empty, is no list, or has a name that is invalid or given twice.
+    """
+    bad = isinstance(tasks, str) or not isinstance(tasks, Sequence) or not tasks
+    bad = bad or any(not (isinstance(task, str) and _NAME.fullmatch(task)) for task in tasks)
+    if bad or len(set(tasks)) < len(tasks):
+        raise ConfigError(
+            f"{asked}: give a list of different names of letters, digits, '-' and '_', such as ['seg', 'depth'], or "
+            "leave tasks out."
+        )
+
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def check_choices(config: Any) -> None:
@@ -115,6 +188,10 @@ def _parts(hint: Any) -> tuple[Any, ...]:
 def _fits(value: Any, kind: Any) -> bool:
     if get_origin(kind) is tuple:
         return isinstance(value, tuple | list) and all(_fits(item, get_args(kind)[0]) for item in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, Mapping) and all(
+            any(_fits(item, part) for part in _parts(get_args(kind)[1])) for item in value.values()
+        )
     if kind in (int, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
         return False
     if kind is int:
@@ -154,8 +231,19 @@ def _listed(choices: Sequence[Any]) -> str:
     return f"{', '.join(first)}{',' if len(first) > 1 else ''}{' or ' if first else ''}{last}"
 
 
+def _numbers(value: Any) -> Iterator[Any]:
+    """Iterate over the numbers of a field: one, or those in a tuple or a mapping."""
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, tuple):
+        for inside in value:
+            yield from _numbers(inside)
+    else:
+        yield value
+
+
 def check_whole(config: Any, *fields: str) -> None:
-    """Check that fields are whole numbers of at least 1, or None.
+    """Check that fields are whole numbers of at least 1, or None; also those in tuples and mappings.
 
     Args:
         config: The method.
@@ -165,13 +253,15 @@ def check_whole(config: Any, *fields: str) -> None:
         ConfigError: If a field is neither.
     """
     for field in fields:
-        value = getattr(config, field)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ConfigError(f"{type(config).__name__}({field}={value!r}): a whole number of at least 1 is needed.")
+        for value in _numbers(getattr(config, field)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ConfigError(
+                    f"{type(config).__name__}({field}={value!r}): a whole number of at least 1 is needed."
+                )
 
 
 def check_share(config: Any, *fields: str) -> None:
-    """Check that fields are shares in the half-open range [0, 1).
+    """Check that fields are shares in the half-open range [0, 1); also those in tuples and mappings.
 
     Args:
         config: The method.
@@ -181,15 +271,15 @@ def check_share(config: Any, *fields: str) -> None:
         ConfigError: If a field is out of range.
     """
     for field in fields:
-        value = getattr(config, field)
-        if not (isinstance(value, int | float) and 0 <= value < 1):
-            raise ConfigError(
-                f"{type(config).__name__}({field}={value!r}): a share from 0 up to, not including, 1 is needed."
-            )
+        for value in _numbers(getattr(config, field)):
+            if not (isinstance(value, int | float) and 0 <= value < 1):
+                raise ConfigError(
+                    f"{type(config).__name__}({field}={value!r}): a share from 0 up to, not including, 1 is needed."
+                )
 
 
 def check_factor(config: Any, *fields: str) -> None:
-    """Check that fields are finite numbers other than zero, or None.
+    """Check that fields are finite numbers other than zero, or None; also those in tuples and mappings.
 
     Args:
         config: The method.
@@ -199,9 +289,9 @@ def check_factor(config: Any, *fields: str) -> None:
         ConfigError: If a field is neither.
     """
     for field in fields:
-        value = getattr(config, field)
-        if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value != 0):
-            raise ConfigError(f"{type(config).__name__}({field}={value!r}): a number other than zero is needed.")
+        for value in _numbers(getattr(config, field)):
+            if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value != 0):
+                raise ConfigError(f"{type(config).__name__}({field}={value!r}): a number other than zero is needed.")
 
 
 def check_roles_in(config: Any, allowed: Sequence[str], hint: str = "") -> None:

@@ -24,7 +24,7 @@ __all__ = ["PASSES", "Gate", "plain_class", "waits_for_changes"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-PASSES = ("forward", "forward_features", "forward_intermediates", "forward_head", "run")
+PASSES = ("forward", "forward_features", "forward_intermediates", "forward_head", "run", "task_maps")
 """Methods of a model that run a whole forward pass."""
 PATIENCE = 60.0
 """Seconds that a change waits for forward passes of a model that had no adapters when they began."""

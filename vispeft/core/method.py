@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -40,11 +40,11 @@ class PlanItem:
     start: Callable[[], Mapping[str, Tensor]] | None = None
     """Computes initial values from the frozen backbone, by tensor name; called on attach, never on load."""
     task: str | None = None
-    """The task of this copy, where an adapter has one copy of its units per task."""
+    """The task it belongs to; None if it belongs to all."""
 
     @property
     def key(self) -> str:
-        """Name of the unit in files and plans: the site's path, then the unit, then the task of a copy."""
+        """Name of the unit in files and plans: the site's path, then the unit, then its task, if it belongs to one."""
         return f"{self.site.key}/{self.unit}" + ("" if self.task is None else f"@{self.task}")
 
     def copy_for(self, task: str) -> PlanItem:
@@ -109,8 +109,10 @@ class Method:
     """Whether the base is in training mode (dropout, stochastic depth) while the adapter trains."""
 
     multi_task: ClassVar[bool] = False
-    """Whether its units choose by the requested task themselves (`Unit.routed`); with any other method, an adapter with
-    tasks has one copy of all units per task."""
+    """Whether it plans for its tasks itself; with any other method, an adapter with tasks has one copy of all units per
+    task."""
+    one_pass: ClassVar[bool] = False
+    """Whether a forward pass without a task computes the maps of all tasks, each as a stream of the task's name."""
 
     cacheable: ClassVar[bool] = False
     """Whether all trainable tensors act on the unchanged backbone's outputs alone, so that these can be cached."""
@@ -198,6 +200,43 @@ class Method:
     def stochastic_depth(self) -> float:
         """Return the drop-path rate of the last block while the adapter trains; 0 turns stochastic depth off."""
         return 0.0
+
+    # ------------------------------------------------------------------ tasks
+
+    def task_names(self) -> tuple[str, ...]:
+        """Return the tasks that the configuration names."""
+        return ()
+
+    def for_tasks(self, tasks: Sequence[str] | None) -> Method:
+        """Return the method for the tasks given to `attach`; see `vispeft.core.fields.Tasks`.
+
+        Args:
+            tasks: Names of the tasks; None if `attach` was given none.
+        """
+        return self
+
+    def with_tasks(self, tasks: Sequence[str], before: Mapping[str, str]) -> Method:
+        """Return the method after its tasks were changed.
+
+        Args:
+            tasks: Names of all tasks.
+            before: The names of these tasks before the change; those that are new have none.
+
+        Raises:
+            ConfigError: If tasks of this configuration cannot change.
+        """
+        return self
+
+    def acts_for(self, owner: str | None, task: str | None) -> bool:
+        """Return whether a unit acts while a task is chosen.
+
+        Args:
+            owner: The task the unit belongs to; None if it belongs to all.
+            task: The chosen task; None for no task.
+        """
+        return owner in (None, task)
+
+    # ------------------------------------------------------------------ classifiers
 
     def head_width(self, view: View) -> int | None:
         """Return the number of input features of the classifier; None for the model's own.
@@ -293,8 +332,6 @@ class Method:
         same = {field: getattr(self, field) for field in self.training_fields}
         return type(other) is type(self) and dataclasses.replace(other, **same) == self
 
-    # ------------------------------------------------------------------ classifiers and outputs
-
     def low_bit_head(self) -> int:
         """Return the bits per weight of the classifier; 32 means an ordinary classifier."""
         return 32
@@ -339,7 +376,15 @@ class Method:
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, Mapping):
+        return {key: _plain(inside) for key, inside in value.items()}
+    return [_plain(inside) for inside in value] if isinstance(value, tuple) else value
+
+
+def _from_plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _from_plain(inside) for key, inside in value.items()}
+    return tuple(_from_plain(inside) for inside in value) if isinstance(value, list) else value
 
 
 def register(cls: M) -> M:
@@ -429,5 +474,5 @@ def method_from_dict(entry: dict[str, Any]) -> Method:
     Raises:
         UnknownNameError: If this version does not know the method or one of its fields.
     """
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in entry["fields"].items()}
+    fields = {key: _from_plain(value) for key, value in entry["fields"].items()}
     return method(entry["name"], **fields)

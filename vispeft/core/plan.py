@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,12 +12,11 @@ from rich.table import Table
 from torch import nn
 
 from vispeft.core.families import describe, unwrap
+from vispeft.core.fields import check_task_names
 from vispeft.core.method import Method, PlanItem
 from vispeft.errors import ConfigError, SiteError
 
 __all__ = ["Plan", "make_plan", "plan"]
-
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,8 @@ class Plan:
     """The model's family."""
     items: tuple[PlanItem, ...]
     """One item per unit, in forward order."""
+    tasks: tuple[str, ...] | None = None
+    """Names of the tasks; None for none."""
 
     def __iter__(self) -> Iterator[PlanItem]:
         """Iterate over the items."""
@@ -82,7 +82,8 @@ def make_plan(method: Method, model: nn.Module, tasks: Sequence[str] | None = No
     Args:
         method: The method.
         model: A timm model, or a wrapper around one.
-        tasks: Names of the tasks; a method that is not `Method.multi_task` gets one copy of its units per task.
+        tasks: Names of the tasks, unless the method names its own; one that is not `Method.multi_task` gets one copy of
+            its units per task.
 
     Returns:
         The plan.
@@ -92,8 +93,9 @@ def make_plan(method: Method, model: nn.Module, tasks: Sequence[str] | None = No
         SiteError: If a role matches nothing, or the method is not defined for the family.
         ConfigError: If a task name is invalid or given twice.
     """
-    _check_tasks(method, tasks)
-    view = describe(model)
+    if tasks is not None:
+        check_task_names(tasks, f"attach(..., tasks={tasks!r})")
+    view, method = describe(model), method.for_tasks(tasks)
     items = tuple(method.items(view, unwrap(model)))
     _check_lenders(method, items)
     if tasks is not None and not method.multi_task:
@@ -101,18 +103,8 @@ def make_plan(method: Method, model: nn.Module, tasks: Sequence[str] | None = No
     twice = [key for key, count in Counter(item.key for item in items).items() if count > 1]
     if twice:
         raise SiteError(f"{type(method).__name__} plans two units under one name: {', '.join(twice[:3])}. Rename one.")
-    return Plan(method=method, family=view.family, items=items)
-
-
-def _check_tasks(method: Method, tasks: Sequence[str] | None) -> None:
-    if tasks is None:
-        return
-    bad = [task for task in tasks if not (isinstance(task, str) and _NAME.fullmatch(task))]
-    if isinstance(tasks, str) or not tasks or bad or len(set(tasks)) < len(tasks):
-        raise ConfigError(
-            f"attach(..., tasks={tasks!r}): give a list of different names of letters, digits, '-' and '_', such as "
-            "['seg', 'depth'], or leave tasks out."
-        )
+    named = tuple(tasks or method.task_names())
+    return Plan(method=method, family=view.family, items=items, tasks=named or None)
 
 
 def _check_lenders(method: Method, items: tuple[PlanItem, ...]) -> None:

@@ -17,6 +17,8 @@ __all__ = ["ROLES", "Kind", "Layout", "Site", "Slice", "View", "select"]
 Kind = Literal["linear", "norm", "conv", "attention", "mlp", "block", "tokens", "scale", "table"]
 Layout = Literal["NLC", "NHWC", "NCHW"]
 
+QUARTERS = 4
+"""Number of maps that dense tasks read from a plain model."""
 ROLES: dict[str, str] = {
     "patch_embed": "the convolution that turns patches into tokens",
     "patch_embed.norm": "the norm after it (Swin)",
@@ -181,6 +183,42 @@ class View:
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.widths)
+
+    @property
+    def has_stages(self) -> bool:
+        """Whether the blocks stand in stages of falling resolution."""
+        return self.layout == "NHWC"
+
+    @property
+    def map_ends(self) -> tuple[int, ...]:
+        """The blocks behind which dense tasks read maps by default.
+
+        The last block of each stage, or of each quarter of a plain model (four maps in DINOv2, BEiT and DPT); fewer in
+        a plain model of less than four blocks.
+        """
+        if self.has_stages:
+            return tuple(blocks[-1] for blocks in self.stages)
+        return tuple(sorted({(index + 1) * self.depth // QUARTERS - 1 for index in range(QUARTERS)} - {-1}))
+
+    def map_taps(self, taps: Sequence[int] | None) -> list[int]:
+        """Return the taps of maps as indices from 0: stages, or blocks of a plain model.
+
+        Args:
+            taps: Stages or blocks in rising order; negative ones count from the last. None takes all stages, or
+                `map_ends`.
+
+        Raises:
+            ConfigError: If one does not exist, or they are not in rising order.
+        """
+        count, what = (len(self.stages), "stages") if self.has_stages else (self.depth, "blocks")
+        if taps is None:
+            return list(range(count)) if self.has_stages else list(self.map_ends)
+        found = [tap + count if tap < 0 else tap for tap in taps]
+        if not found or any(not 0 <= tap < count for tap in found) or sorted(set(found)) != found:
+            raise ConfigError(
+                f"taps={list(taps)}: the model has {count} {what}; give some of 0 to {count - 1} in rising order."
+            )
+        return found
 
     def whole_name(self, name: str) -> str:
         """Return the name of a tensor or module in the full model.

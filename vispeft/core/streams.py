@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-__all__ = ["Stream", "StreamRule"]
+__all__ = ["Stream", "StreamRule", "TaskStream"]
 
 
 class StreamRule(NamedTuple):
@@ -87,3 +87,23 @@ class Stream:
             (B, features).
         """
         return pooled
+
+
+class TaskStream(Stream):
+    """The stream of one task: it starts behind a layer of a block, as a `BranchUnit` says, and ends with the block."""
+
+    def __init__(self, task: str) -> None:
+        """Name the stream.
+
+        Args:
+            task: The task.
+        """
+        self.name = task
+
+    def enter(self, block: int, present: Tensor | None, tokens: Tensor) -> Tensor | None:
+        """Bring nothing into a block."""
+        return None
+
+    def rule(self, block: int) -> StreamRule:
+        """Keep the attention as it is."""
+        return StreamRule(seen=False, reads=False)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ __all__ = [
     "DeltaUnit",
     "DepthUnit",
     "InputUnit",
+    "LayerPass",
     "ParallelUnit",
     "PrefixUnit",
     "SelectionUnit",
@@ -83,6 +85,8 @@ class Unit(nn.Module):
     """Tensors whose gradient is zero by construction, which `verify` accepts."""
     identity_at_start: bool = True
     """Whether a new unit leaves the model's output unchanged."""
+    held: bool = False
+    """Whether it stays as it is although its adapter trains: no gradient, no dropout. Not saved."""
     gain: Tensor | None
     """Multiplier of the unit's contribution, a scalar that a schedule may set; None means 1. It applies to every kind
     whose contribution is a difference: selection, weight, input, delta, sequential, affine and parallel. Not saved."""
@@ -100,6 +104,22 @@ class Unit(nn.Module):
         Args:
             weight: (out, ...) weight of the base, without the changes of other adapters; at a slice, its rows only. It
                 is not a copy and must not be modified.
+        """
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; a unit that is `held` stays in evaluation mode.
+
+        Args:
+            mode: True for training mode.
+        """
+        return super().train(mode and not self.held)
+
+    def rename_task(self, old: str, new: str) -> None:
+        """Take another name for a task, in units that know their tasks by name.
+
+        Args:
+            old: The present name.
+            new: The new name.
         """
 
     def makes_streams(self, layout: str) -> bool:
@@ -392,6 +412,34 @@ class AffineUnit(Unit):
         return True
 
 
+@dataclass
+class LayerPass:
+    """One pass of a linear layer behind which streams start, as `BranchUnit` sees it."""
+
+    x: Tensor
+    """The shared input (..., in)."""
+    beside: Mapping[str, Tensor]
+    """The inputs of streams that entered the layer, by name, each (..., in)."""
+    frozen: Tensor
+    """The product of the frozen layer with `x`, its bias included, (..., out)."""
+    shared: Tensor
+    """The layer's shared output, (..., out)."""
+    drawn: dict[float, Tensor] = field(default_factory=dict)
+    """The shared input after dropout, by the share that is dropped."""
+
+    def dropped(self, share: float) -> Tensor:
+        """Return the shared input after dropout: the same entries are dropped for every term of the layer.
+
+        Args:
+            share: Share of entries to drop; 0 for none.
+        """
+        if not share:
+            return self.x
+        if share not in self.drawn:
+            self.drawn[share] = F.dropout(self.x, share)
+        return self.drawn[share]
+
+
 class BranchUnit(Unit):
     """Streams that start after a linear layer, such as one per task, beside the layer's shared output.
 
@@ -401,19 +449,28 @@ class BranchUnit(Unit):
 
     kind = "branch"
 
-    def branches(self, x: Tensor, beside: Mapping[str, Tensor], frozen: Tensor, shared: Tensor) -> dict[str, Tensor]:
-        """Compute the outputs of the streams.
+    def branches(self, layer: LayerPass) -> dict[str, Tensor]:
+        """Compute the outputs of the streams that start here.
 
         Args:
-            x: The shared input (..., in).
-            beside: The inputs of streams that entered the layer, by name, each (..., in).
-            frozen: The product of the frozen layer with `x`, its bias included, (..., out).
-            shared: The layer's shared output, (..., out).
+            layer: The pass of the layer.
 
         Returns:
             Outputs (..., out) by the name of the stream.
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement branches.")
+
+    def join(self, layer: LayerPass, beside: Mapping[str, Tensor]) -> Tensor:
+        """Compute the shared output, where it depends on the outputs of the streams; called after all `branches`.
+
+        Args:
+            layer: The pass of the layer.
+            beside: The outputs of the streams that start here, by name, each (..., out).
+
+        Returns:
+            (..., out); by default `LayerPass.shared`.
+        """
+        return layer.shared
 
 
 class ParallelUnit(Unit):

@@ -18,8 +18,6 @@ __all__ = ["BEHIND_MAPS", "DensePyramid", "MapReader", "wide"]
 LEVELS = ("taps", "vitdet")
 BEHIND_MAPS = ("fc_norm", "attn_pool")
 """Roles that act on the pooled feature, so they never affect a map."""
-TAPS = 4
-"""Number of maps read from a plain ViT, evenly spaced up to the last block (four in DINOv2, BEiT and DPT)."""
 
 
 class MapReader(nn.Module):
@@ -55,7 +53,7 @@ class MapReader(nn.Module):
         if not hasattr(unwrap(model), "forward_intermediates") or is_feature_getter(model):
             raise BackboneError("A features_only model already returns maps. Pass the whole model (num_classes=0).")
         view = describe(unwrap(model))
-        self.taps = _checked(view, taps)
+        self.taps = view.map_taps(taps)
         self.side = view.patch_size[0]
         widths, strides = _shapes(view, self.taps)
         if levels not in LEVELS:
@@ -131,30 +129,10 @@ class DensePyramid(nn.Module):
         return cast(list[Tensor], self.reader(self.model, images))
 
 
-def _checked(view: View, taps: Sequence[int] | None) -> list[int]:
-    """Return the taps as non-negative indices, or refuse them."""
-    staged = _has_stages(view)
-    count, what = (len(view.stages), "stages") if staged else (len(view.widths), "blocks")
-    if taps is None:
-        if staged:
-            return list(range(count))
-        return sorted({(index + 1) * count // TAPS - 1 for index in range(TAPS)} - {-1})
-    found = [tap + count if tap < 0 else tap for tap in taps]
-    if not found or any(not 0 <= tap < count for tap in found) or sorted(set(found)) != found:
-        raise ConfigError(
-            f"taps={list(taps)}: the model has {count} {what}; give some of 0 to {count - 1} in rising order."
-        )
-    return found
-
-
-def _has_stages(view: View) -> bool:
-    return view.layout == "NHWC"
-
-
 def _shapes(view: View, taps: Sequence[int]) -> tuple[list[int], list[int]]:
     """Return channels and strides of the maps at the taps."""
     patch = view.patch_size[0]
-    if not _has_stages(view):
+    if not view.has_stages:
         return [view.widths[-1]] * len(taps), [patch] * len(taps)
     return [view.widths[view.stages[tap][0]] for tap in taps], [patch * 2**tap for tap in taps]
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vispeft.core.low_rank import Branch
+from vispeft.core.low_rank import Branch, Dropout
 from vispeft.core.route import NOTHING, Acting
-from vispeft.core.units import AffineUnit, InputUnit, Unit
+from vispeft.core.units import AffineUnit, InputUnit, LayerPass, Unit
 from vispeft.hosts.base import Host
 from vispeft.hosts.functional import affine, low_rank_linear, low_rank_terms
 from vispeft.hosts.streams import Streams
@@ -147,12 +147,18 @@ class LinearHost(_Foldable):
             return streams.each(self)
         x = _before(acting, streams.tokens)
         frozen = F.linear(x, self._whole_weight(acting), self.own("bias", acting))
-        shared = _after(acting, x, low_rank_terms(x, frozen, _terms(acting)))
+        layer = LayerPass(x, streams.beside, frozen, frozen)
+        for term in _terms(acting):
+            between = dataclasses.replace(term, dropout=Dropout(term.dropout.at("hidden"), "hidden"))
+            layer.shared = low_rank_terms(layer.dropped(term.dropout.at("input")), layer.shared, [between])
+        layer.shared = _after(acting, x, layer.shared)
         beside: dict[str, Tensor] = {}
         for unit in acting.branch:
-            beside |= unit.branches(x, streams.beside, frozen, shared)
+            beside |= unit.branches(layer)
+        for unit in acting.branch:
+            layer.shared = unit.join(layer, beside)
         others = {name: self(y) for name, y in streams.beside.items() if name not in beside}
-        return Streams(shared, {**others, **beside}, streams.rules)
+        return Streams(layer.shared, {**others, **beside}, streams.rules)
 
     def read(self, name: str) -> Tensor | None:
         """Return the base's tensor: units act in the forward pass."""

@@ -153,8 +153,7 @@ class PlainModelHost(RunningHost):
         prefix = [tap[:, : self.num_prefix_tokens] for tap in taps]
         maps = [tap[:, self.num_prefix_tokens :] for tap in taps]
         if output_fmt == "NCHW":
-            height, width = self.patch_embed.dynamic_feat_size(tuple(x.shape[-2:]))
-            maps = [m.transpose(1, 2).reshape(m.shape[0], -1, height, width).contiguous() for m in maps]
+            maps = [self._as_map(patches, x) for patches in maps]
         if output_dict:
             named: dict[str, Any] = {"image_intermediates": maps}
             if return_prefix_tokens and self.num_prefix_tokens:
@@ -165,6 +164,21 @@ class PlainModelHost(RunningHost):
         both = return_prefix_tokens and self.num_prefix_tokens > 0
         found: list[Any] = list(zip(maps, prefix, strict=True)) if both else maps
         return found if intermediates_only else (self.features(result), found)
+
+    def task_maps(self, images: Tensor, tasks: Sequence[str], taps: Sequence[int]) -> dict[str, list[Tensor]]:
+        """Compute the maps of several tasks in one pass, behind the last norm as those of other methods."""
+        result = self.run(images, taken=frozenset(taps), depth=max(taps) + 1)
+        maps: dict[str, list[Tensor]] = {task: [] for task in tasks}
+        for tap in taps:
+            for task, levels in maps.items():
+                rows = self.norm(result.branched[tap].get(task, result.taps[tap]))
+                levels.append(self._as_map(rows[:, self.num_prefix_tokens :], images))
+        return maps
+
+    def _as_map(self, patches: Tensor, images: Tensor) -> Tensor:
+        """Convert patch tokens (B, N, D) of images (B, C, H, W) to a map (B, D, h, w)."""
+        height, width = self.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
+        return patches.transpose(1, 2).reshape(patches.shape[0], -1, height, width).contiguous()
 
     def backbone(
         self, images: Tensor, units: Sequence[Unit], taken: frozenset[int], depth: int, **arguments: Any
@@ -184,7 +198,8 @@ class PlainModelHost(RunningHost):
                 own |= {"grid": grid, "prefix": self.num_prefix_tokens + sum(result.inserted)}
             self.pass_block(self.blocks[index], index, result, streams, **own)
             if index in taken:
-                result.taps[index] = self._without_inserted(result.tokens, result)
+                result.taps[index] = self._without_inserted(self.shown(result.streams), result)
+                result.branched[index] = self._branched(result)
         result.complete = depth == len(self.blocks)
         result.stages = [result.streams]
         return result
@@ -193,7 +208,7 @@ class PlainModelHost(RunningHost):
         """Normalise the tokens, keep the rows to be pooled, and insert the rows of streams."""
         if result.final:
             return result.tokens
-        tokens = self.norm(result.tokens)
+        tokens = self.norm(self.shown(result.streams))
         return self.with_kept(self._pooled(tokens, result), result)
 
     def _masked(self, attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
@@ -225,6 +240,11 @@ class PlainModelHost(RunningHost):
     def _without_inserted(self, tokens: Tensor, result: RunResult) -> Tensor:
         first, count = self.num_prefix_tokens, sum(result.inserted)
         return torch.cat([tokens[:, :first], tokens[:, first + count :]], dim=1) if count else tokens
+
+    def _branched(self, result: RunResult) -> dict[str, Tensor]:
+        """Return the streams that started inside the last block."""
+        names, beside = [stream.name for stream in self.acting.starting], result.streams.beside
+        return {name: self._without_inserted(beside[name], result) for name in names if name in beside}
 
     def _pooled(self, tokens: Tensor, result: RunResult) -> Tensor:
         """Keep the rows to be pooled; with class-token pooling, the other rows do not matter."""

@@ -61,6 +61,8 @@ class RunResult:
     """The bundle after each stage, before patch merging."""
     entries: list[Streams] = field(default_factory=list)
     """The bundle at the input of each stage's blocks, after patch merging."""
+    branched: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    """In a sequence, the streams that started inside chosen blocks, by block, without inserted tokens."""
     kept: dict[str, list[Tensor]] = field(default_factory=dict)
     """Rows by stream, after each block for which the stream keeps them."""
     inserted: tuple[int, ...] = ()
@@ -115,6 +117,30 @@ class RunningHost(ModelHost):
             result: The run of all blocks.
         """
         raise NotImplementedError
+
+    def task_maps(self, images: Tensor, tasks: Sequence[str], taps: Sequence[int]) -> dict[str, list[Tensor]]:
+        """Compute the maps of several tasks in one pass, from streams of their names that start inside blocks.
+
+        Args:
+            images: (B, C, H, W).
+            tasks: The tasks; one without a stream at a tap gets the shared map there.
+            taps: Stages, or blocks of a plain model, in rising order.
+
+        Returns:
+            Maps (B, C, h, w) by task, in the order of `taps`.
+        """
+        raise NotImplementedError
+
+    def shown(self, bundle: Streams) -> Tensor:
+        """Return the stream of the chosen task, or the tokens where there is none.
+
+        Args:
+            bundle: Tokens and streams behind a block or a stage.
+        """
+        task = self.routing.present().task
+        if task is None or all(stream.name != task for stream in self.acting.starting):
+            return bundle.tokens
+        return bundle.beside.get(task, bundle.tokens)
 
     def run(
         self,

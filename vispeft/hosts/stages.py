@@ -128,15 +128,25 @@ class StageModelHost(RunningHost):
         count = len(self.stages())
         taken, last = feature_take_indices(count, indices)
         result = self.run(x, depth=self.block_ends()[last if stop_early else count - 1])
+        levels = [self.shown(level) for level in result.stages]
         maps = [
-            self.norm(level.tokens) if norm and index == count - 1 and not result.final else level.tokens
-            for index, level in enumerate(result.stages)
+            _channels_first(self.norm(level) if norm and index == count - 1 and not result.final else level)
+            for index, level in enumerate(levels)
             if index in taken
         ]
-        maps = [level.permute(0, 3, 1, 2).contiguous() for level in maps]
         if intermediates_only:
             return maps
-        return (self.features(result) if result.complete else result.tokens), maps
+        return (self.features(result) if result.complete else self.shown(result.streams)), maps
+
+    def task_maps(self, images: Tensor, tasks: Sequence[str], taps: Sequence[int]) -> dict[str, list[Tensor]]:
+        """Compute the maps of several tasks in one pass: those behind the patch merging that follows a stage.
+
+        The last stage's map is not merged. No norm follows (public code of MTLoRA, scale-lab/MTLoRA).
+        """
+        result = self.run(images)
+        ends = [*result.entries[1:], result.streams]
+        levels = [ends[tap] for tap in taps]
+        return {task: [_channels_first(level.beside.get(task, level.tokens)) for level in levels] for task in tasks}
 
     def backbone(
         self, images: Tensor, units: Sequence[Unit], taken: frozenset[int], depth: int, **arguments: Any
@@ -176,9 +186,14 @@ class StageModelHost(RunningHost):
         """Normalise the map and insert the rows to be pooled."""
         if result.final:
             return result.tokens
-        tokens = self.norm(result.tokens)
+        tokens = self.norm(self.shown(result.streams))
         prompts = result.streams.beside.get(PROMPTS)
         if prompts is not None and self.global_pool and result.pool != "patches":
             prompts = self.norm(prompts)
             tokens = torch.cat([prompts, tokens.flatten(1, 2)], dim=1) if result.pool == "all" else prompts
         return self.with_kept(tokens, result)
+
+
+def _channels_first(level: Tensor) -> Tensor:
+    """Convert a map (B, H, W, D) to (B, D, H, W)."""
+    return level.permute(0, 3, 1, 2).contiguous()

@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from vispeft.interop import blocks, lst, shared, ssf, unified, vpt, vqt
+from vispeft.interop import blocks, lst, mtlora, shared, ssf, unified, vpt, vqt
 from vispeft.interop.binary import load_binary
 from vispeft.interop.official import Source, list_sources, load_official, register_source, to_official
 
@@ -18,6 +18,7 @@ __all__ = [  # noqa: PLE0604  (the names of the extra are added by unpacking)
     "load_binary",
     "load_official",
     "lst",
+    "mtlora",
     "register_source",
     "shared",
     "ssf",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vispeft.methods.lora import LoRA as LoRA
     from vispeft.methods.lst import LST as LST
     from vispeft.methods.mam import MAM as MAM
+    from vispeft.methods.mtlora import MTLoRA as MTLoRA
     from vispeft.methods.norm_tuning import NormTuning as NormTuning
     from vispeft.methods.prefix import Prefix as Prefix
     from vispeft.methods.repadapter import RepAdapter as RepAdapter

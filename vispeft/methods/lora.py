@@ -25,7 +25,7 @@ from vispeft.core.units import DeltaUnit, Unit, WeightUnit
 from vispeft.errors import ConfigError, SiteError
 from vispeft.storage.quantize import LowBit, start_above_zero
 
-__all__ = ["DoRAUnit", "LoRA", "LowRank", "PiSSAUnit"]
+__all__ = ["DoRAUnit", "Factored", "Factors", "LoRA", "LowRank", "PiSSAUnit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +44,18 @@ class Factors:
     """Multiple of the learning rate for B."""
 
 
-class _Factored(LowBit, Unit):
+class Factored(LowBit, Unit):
     """Factors A (rank, in), initialised as a linear layer's weight, and B (rows, rank), initialised at zero."""
 
     matrices = ("A", "B")
 
     def __init__(self, site: Site, factors: Factors) -> None:
+        """Allocate the factors.
+
+        Args:
+            site: The layer, or a slice of one.
+            factors: Their configuration.
+        """
         super().__init__()
         self.scale, self.bits = factors.scale, factors.bits
         self.identity_at_start = factors.bits == 32
@@ -71,7 +77,7 @@ class _Factored(LowBit, Unit):
         start_above_zero(self.B, self.bits, generator)
 
 
-class LowRank(_Factored, DeltaUnit):
+class LowRank(Factored, DeltaUnit):
     """A term ``scale * B A x`` added to a linear layer's output."""
 
     def __init__(self, site: Site, factors: Factors, dropout: Dropout) -> None:
@@ -146,7 +152,7 @@ class PiSSAUnit(LowRank):
         return {name: tensor.detach() for name, tensor in zip("AB", self.factors(), strict=True)}
 
 
-class DoRAUnit(_Factored, WeightUnit):
+class DoRAUnit(Factored, WeightUnit):
     """Separate length and direction of each row of a weight: ``m * (W + scale * B A) / |W + scale * B A|``."""
 
     lengths: Tensor
