@@ -18,7 +18,7 @@ from vispeft.adapters.hooks import HookBank
 from vispeft.adapters.merge import Merged, MergeReport, merge_model, undo_merge
 from vispeft.adapters.placing import build_units, place_units
 from vispeft.adapters.routes import check_rows, make_route
-from vispeft.adapters.training import TrainingBank
+from vispeft.adapters.task_bank import TaskBank
 from vispeft.core.families import family_of, unwrap
 from vispeft.core.method import Method, is_registered
 from vispeft.core.plan import make_plan
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
-class AdapterBank(FileBank, TrainingBank, HookBank):
+class AdapterBank(FileBank, TaskBank, HookBank):
     """All adapters of one model.
 
     Get one from `attach` or `load`. The model stays a timm model in use; the bank is only needed to manage the

@@ -59,6 +59,8 @@ class Entry:
     """Seed of the initial values."""
     frozen: bool = False
     """Whether training leaves it unchanged."""
+    alone: str | None = None
+    """The only task whose units train; None if all train."""
     placed: list[Placed] = field(default_factory=list)
     """The units at their hosts, including those of stochastic depth."""
     carriers: list[Host] = field(default_factory=list)
@@ -74,6 +76,10 @@ class Entry:
     def per_task(self) -> bool:
         """Whether it has one copy of its units per task."""
         return self.tasks is not None and not self.method.multi_task
+
+    def held(self) -> set[str]:
+        """Return the keys of units that stay as they are while one task trains alone."""
+        return {item.key for item in self.plan if self.alone is not None and item.task != self.alone}
 
     def tensors(self) -> list[UnitTensor]:
         """List the trainable tensors of its units, in order."""

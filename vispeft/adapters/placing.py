@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import nn
 
 from vispeft.adapters.entry import Entry, Placed
-from vispeft.core.plan import Plan
+from vispeft.core.method import PlanItem
 from vispeft.core.route import Routing
 from vispeft.core.sites import View
 from vispeft.core.units import DepthUnit, Unit
@@ -17,17 +18,20 @@ from vispeft.hosts.choose import carrying_host, host_for, owner_host
 from vispeft.hosts.depth import DropPathHost, depth_rates
 from vispeft.storage.codecs import find_codec
 
-__all__ = ["build_units", "place_units"]
+__all__ = ["build_units", "place_items", "place_units"]
 
 
 @torch.no_grad()
-def build_units(plan: Plan, model: nn.Module, seed: int | None) -> dict[str, Unit]:
-    """Build the units of a plan; each reads the frozen weight of its site.
+def build_units(
+    items: Iterable[PlanItem], model: nn.Module, seed: int | None, present: Mapping[str, Unit] | None = None
+) -> dict[str, Unit]:
+    """Build the units of a plan's items; each reads the frozen weight of its site.
 
     Args:
-        plan: The plan.
+        items: The items.
         model: The timm model.
         seed: Seed of the initial values; None for units to be loaded from a file.
+        present: Units that the adapter has already, by key; they may lend.
 
     Returns:
         Units by key.
@@ -37,10 +41,10 @@ def build_units(plan: Plan, model: nn.Module, seed: int | None) -> dict[str, Uni
     dtype = reference.dtype if reference.dtype in (torch.float32, torch.float64) else torch.float32
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     units: dict[str, Unit] = {}
-    for item in plan:
+    for item in items:
         unit = item.build()
         if item.lender is not None:
-            unit.borrow(units[item.lender])
+            unit.borrow({**(present or {}), **units}[item.lender])
         weight = model.get_submodule(item.site.path)._parameters.get("weight")
         if weight is not None:
             rows = item.site.rows
@@ -56,7 +60,7 @@ def build_units(plan: Plan, model: nn.Module, seed: int | None) -> dict[str, Uni
 
 
 def place_units(entry: Entry, name: str, model: nn.Module, view: View, routing: Routing) -> None:
-    """Put units at their hosts. All hosts are chosen before any module changes, so that an error changes nothing.
+    """Put all units of a new adapter at their hosts, and set the rates of stochastic depth.
 
     Args:
         entry: The adapter.
@@ -68,10 +72,31 @@ def place_units(entry: Entry, name: str, model: nn.Module, view: View, routing: 
     Raises:
         SiteError: If no host carries a unit.
     """
-    chosen = [host_for(i.site, model.get_submodule(i.site.path), entry.units[i.key]) for i in entry.plan]
-    carrying = [(module, carrying_host(module)) for module in _carriers(entry, model, view)]
+    place_items(entry, name, entry.plan.items, model, view, routing)
+    _place_depth(entry, name, model, view, routing)
+    _tidy(entry, name, model)
+
+
+def place_items(
+    entry: Entry, name: str, items: Sequence[PlanItem], model: nn.Module, view: View, routing: Routing
+) -> None:
+    """Put units at their hosts. All hosts are chosen before any module changes, so that an error changes nothing.
+
+    Args:
+        entry: The adapter.
+        name: Its name.
+        items: The items of its plan whose units to place.
+        model: The timm model.
+        view: Its description.
+        routing: Its route.
+
+    Raises:
+        SiteError: If no host carries a unit.
+    """
+    chosen = [host_for(i.site, model.get_submodule(i.site.path), entry.units[i.key]) for i in items]
+    carrying = [(module, carrying_host(module)) for module in _carriers(entry, items, model, view)]
     owner, biases = owner_host()
-    for item, (kind, computed) in zip(entry.plan, chosen, strict=True):
+    for item, (kind, computed) in zip(items, chosen, strict=True):
         host = _host(entry, model.get_submodule(item.site.path), kind, computed, routing=routing)
         _slots(host, name)[item.slot] = entry.units[item.key]
         entry.placed.append(Placed(host, entry.units[item.key], item.task))
@@ -81,7 +106,11 @@ def place_units(entry: Entry, name: str, model: nn.Module, view: View, routing: 
         host = _host(entry, module, kind, routing=routing)
         host.carried |= {name}
         entry.carriers.append(host)
-    _place_depth(entry, name, model, view, routing)
+    _tidy(entry, name, model)
+
+
+def _tidy(entry: Entry, name: str, model: nn.Module) -> None:
+    """List each host once, and let the containers of units follow the model's mode."""
     entry.hosts = list(dict.fromkeys(entry.hosts))
     for host in entry.hosts:
         _slots(host, name).training = host.adapters.training = model.training
@@ -101,10 +130,10 @@ def _place_depth(entry: Entry, name: str, model: nn.Module, view: View, routing:
             entry.placed.append(Placed(host, unit))
 
 
-def _carriers(entry: Entry, model: nn.Module, view: View) -> list[nn.Module]:
+def _carriers(entry: Entry, items: Sequence[PlanItem], model: nn.Module, view: View) -> list[nn.Module]:
     """List the blocks, attention modules and MLPs that streams of an adapter pass through or start in."""
     sites = []
-    for item in entry.plan:
+    for item in items:
         unit = entry.units[item.key]
         if unit.kind == "branch":
             sites += [site for site in view.at("block", "attn", "mlp") if site.block == item.site.block]

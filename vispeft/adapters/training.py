@@ -42,6 +42,8 @@ class TrainingBank(BankState):
     def unfreeze(self, name: str) -> None:
         """Include an adapter and its classifier in training; new and loaded adapters are included.
 
+        All of its tasks train then, also after `TaskBank.train_task`.
+
         Args:
             name: The adapter.
 
@@ -54,17 +56,20 @@ class TrainingBank(BankState):
     def _set_frozen(self, name: str, frozen: bool) -> None:
         self._check_unmerged(f"{'freeze' if frozen else 'unfreeze'} an adapter")
         entry = self._entry(name)
-        entry.frozen = frozen
+        entry.frozen, entry.alone = frozen, entry.alone if frozen else None
         self._declare(entry, name)
         self._wake()
 
     def _declare(self, entry: Entry, name: str) -> None:
         """Set ``requires_grad`` of an adapter and its classifier."""
-        head = self._heads.get(name)
-        for module in [*entry.units.values(), *([] if head is None else [head])]:
+        head, held = self._heads.get(name), entry.held()
+        modules = [(unit, key in held) for key, unit in entry.units.items()]
+        for unit, stays in modules:
+            unit.held = stays
+        for module, stays in [*modules, *([] if head is None else [(head, entry.alone is not None)])]:
             for parameter in module.parameters():
-                parameter.requires_grad_(not entry.frozen)
-                if entry.frozen:
+                parameter.requires_grad_(not (entry.frozen or stays))
+                if entry.frozen or stays:
                     parameter.grad = None  # or an optimiser would still use it
 
     def _wake(self) -> None:
@@ -95,9 +100,16 @@ class TrainingBank(BankState):
         place: dict[int, int] = {}
         for number, (name, entry) in enumerate(self._entries.items()):
             if not entry.frozen:
-                place.update({id(tensor): number for tensor in self.named_tensors(name).values()})
+                place.update({id(tensor): number for tensor in self._trained(name, entry)})
         found = [(name, tensor) for name, tensor in self._model.named_parameters() if id(tensor) in place]
         return sorted(found, key=lambda item: place[id(item[1])])
+
+    def _trained(self, name: str, entry: Entry) -> list[nn.Parameter]:
+        """List the tensors of an adapter that train, those of units that are held left out."""
+        if entry.alone is None:
+            return list(self.named_tensors(name).values())
+        held = entry.held()
+        return [tensor.tensor for tensor in entry.tensors() if tensor.key not in held]
 
     def named_tensors(self, name: str | None = None) -> dict[str, nn.Parameter]:
         """Return an adapter's parameters (not copies) by their names in files.
