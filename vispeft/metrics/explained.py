@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from vispeft.metrics.sums import sum_type
+
 __all__ = ["ExplainedVariance"]
 
 
@@ -38,8 +40,7 @@ class ExplainedVariance(Metric):
             settings: Settings of `torchmetrics.Metric`.
         """
         super().__init__(**settings)
-        single = torch.backends.mps.is_available()  # Apple's GPUs have no doubles
-        zeros = torch.zeros(targets, dtype=torch.float32 if single else torch.double)
+        zeros = torch.zeros(targets, dtype=sum_type())
         for name in ("errors", "sums", "squares"):
             self.add_state(name, zeros.clone(), dist_reduce_fx="sum")
         self.add_state("smallest", zeros + math.inf, dist_reduce_fx="min")

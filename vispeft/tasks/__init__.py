@@ -5,6 +5,7 @@ from vispeft.tasks.callbacks import FiniteGuard, PlainProgress, progress_bar
 from vispeft.tasks.checkpoints import Cadence, RunCheckpoints, SealedCheckpointIO, find_checkpoint
 from vispeft.tasks.classification import Classification
 from vispeft.tasks.dense import DenseTask
+from vispeft.tasks.dense_losses import DenseLoss, dense_loss
 from vispeft.tasks.inference import Inference, predict_masks
 from vispeft.tasks.losses import SegmentationLoss
 from vispeft.tasks.multilabel import MultiLabel
@@ -13,11 +14,13 @@ from vispeft.tasks.regression import Regression
 from vispeft.tasks.schedules import warmup_cosine, warmup_factor
 from vispeft.tasks.segmentation import Segmentation, SegmentationNetwork
 from vispeft.tasks.supervised import SupervisedTask
+from vispeft.tasks.task_weights import TaskWeights, task_weights
 
 __all__ = [
     "AdapterTask",
     "Cadence",
     "Classification",
+    "DenseLoss",
     "DenseTask",
     "FiniteGuard",
     "Inference",
@@ -32,9 +35,12 @@ __all__ = [
     "SegmentationLoss",
     "SegmentationNetwork",
     "SupervisedTask",
+    "TaskWeights",
+    "dense_loss",
     "find_checkpoint",
     "predict_masks",
     "progress_bar",
+    "task_weights",
     "warmup_cosine",
     "warmup_factor",
 ]

@@ -46,7 +46,7 @@ def dice_loss(scores: Tensor, masks: Tensor) -> Tensor:
         masks: Classes (B, h, w), 0 to C-1 or `IGNORE`.
     """
     valid = masks != IGNORE
-    probabilities = _at_least_float32(scores).softmax(dim=1)
+    probabilities = at_least_float32(scores).softmax(dim=1)
     weights = valid.to(probabilities.dtype)
     labels = masks.where(valid, 0)
     counts = weights.new_zeros(scores.shape[1]).index_add(0, labels.flatten(), weights.flatten())
@@ -71,7 +71,7 @@ def lovasz_softmax(scores: Tensor, masks: Tensor) -> Tensor:
     """
     valid = masks != IGNORE
     # One row per class keeps each sort on contiguous memory.
-    probabilities = _at_least_float32(scores).softmax(dim=1).transpose(0, 1)[:, valid]
+    probabilities = at_least_float32(scores).softmax(dim=1).transpose(0, 1)[:, valid]
     labels = masks[valid]
     present = labels.unique().tolist()
     if not present:
@@ -120,7 +120,7 @@ def hard_pixels(scores: Tensor, masks: Tensor, thresh: float, min_kept: int) -> 
     """
     valid = masks != IGNORE
     labels = masks.where(valid, 0).unsqueeze(1)
-    own = _at_least_float32(scores).softmax(dim=1).gather(1, labels).squeeze(1)
+    own = at_least_float32(scores).softmax(dim=1).gather(1, labels).squeeze(1)
     candidates = own[valid]
     if not len(candidates):
         return valid
@@ -225,13 +225,18 @@ class SegmentationLoss(nn.Module):
         return {name: losses[name](scores, masks) for name in self.weights}
 
 
-def _at_least_float32(scores: Tensor) -> Tensor:
+def at_least_float32(scores: Tensor) -> Tensor:
+    """Convert numbers of half precision to float32, and leave others as they are.
+
+    Args:
+        scores: Numbers of any shape.
+    """
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 def _pixel_losses(scores: Tensor, masks: Tensor, class_weights: Tensor | None) -> Tensor:
     """Compute the weighted cross entropy of each pixel (B, h, w), zero where there is no label."""
-    scores = _at_least_float32(scores)
+    scores = at_least_float32(scores)
     weights = None if class_weights is None else class_weights.to(scores.dtype)
     return F.cross_entropy(scores, masks, weights, ignore_index=IGNORE, reduction="none")
 
