@@ -18,6 +18,7 @@ import argparse
 import atexit
 import importlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -133,6 +134,7 @@ def run_job(folder: Path, arguments: tuple[str, ...], before: int | None = None,
     """
     with temporary_folder() as place:
         output, listed = place / "output", place / "listed.json"
+        output.touch()  # the process may be killed before its first step
         began = time.perf_counter()
         process = os.fork()
         if process == 0:
@@ -161,6 +163,7 @@ def _child(folder: Path, arguments: tuple[str, ...], output: Path, listed: Path,
         stream = os.open(output, os.O_WRONLY | os.O_CREAT)
         os.dup2(stream, 1)
         os.dup2(stream, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         temporary = folder / "tmp"
         temporary.mkdir(exist_ok=True)
         os.environ.update(TMPDIR=str(temporary), VISPEFT_CACHE=str(folder / "facts"))
@@ -172,7 +175,7 @@ def _child(folder: Path, arguments: tuple[str, ...], output: Path, listed: Path,
         listed.write_text(json.dumps({"operations": operations, "modules": sorted(sys.modules)}))
     except BaseException as error:  # the parent's code must not go on here
         with suppress(BaseException):
-            print(f"{type(error).__name__}: {error}", file=sys.__stderr__)
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
     finally:
         with suppress(BaseException):
             sys.stdout.flush()
@@ -486,6 +489,7 @@ def main() -> None:
         print("\n".join(lines))
         write_section(FOLDER, lines)
         return
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # events of a killed process are read again
     torch.set_num_threads(1)  # a forked process has no pool of threads
     deadline = time.monotonic() + 60 * given.minutes
     with temporary_folder() as place:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import unicodedata
 from collections.abc import Iterable
 
 __all__ = [
@@ -20,7 +19,11 @@ __all__ = [
     "UnknownNameError",
     "VerificationError",
     "VispeftError",
+    "brief",
     "check_object",
+    "counted",
+    "is_utf8",
+    "near_names",
     "printable",
     "printable_lines",
 ]
@@ -32,7 +35,7 @@ def check_object(owner: str, name: str, value: object, wanted: type) -> None:
     Args:
         owner: Name of the class with the argument.
         name: The argument.
-        value: What was given; None counts as left out.
+        value: The value that was given; None counts as left out.
         wanted: The class of the object.
 
     Raises:
@@ -156,14 +159,27 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
 
 
 def printable(text: str) -> str:
-    """Escape the characters that a terminal would obey or a file cannot hold: control characters and lone surrogates.
+    """Escape the characters that a terminal would obey or a file cannot hold.
+
+    These are control characters, ends of lines, lone surrogates and marks that turn the order of letters.
 
     Args:
         text: The text, such as the name of a file whose bytes are no UTF-8.
     """
-    if text.isprintable():
-        return text
-    return "".join(_escaped(c) if unicodedata.category(c) in ("Cc", "Cs") or c in _TURNS else c for c in text)
+    return _OBEYED.sub(lambda found: _escaped(found[0]), text)
+
+
+def is_utf8(text: str) -> bool:
+    """Return whether a text can be written in UTF-8, which has no place for bytes of another encoding.
+
+    Args:
+        text: The text, such as the name of a file.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def printable_lines(text: str) -> str:
@@ -175,11 +191,13 @@ def printable_lines(text: str) -> str:
     return "".join(part if part in ("\n", "\t") else printable(part) for part in re.split(r"([\n\t])", text))
 
 
+CONTROL = "\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"
+"""Characters, as a range of a regular expression, that no name has: ends of lines among them, and halves of others."""
+_OBEYED = re.compile(f"[{CONTROL}\u202a-\u202e\u2066-\u2069]")
+"""Those, and marks that turn the order of the letters behind them, which a name may have."""
+
+
 def _escaped(character: str) -> str:
     code = ord(character)
     # Python reads a byte that is no UTF-8 as one of these surrogates (PEP 383).
     return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else character.encode("unicode_escape").decode()
-
-
-_TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-"""Marks that turn the order of the letters behind them."""

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.tiny import CONFIG
-from vispeft.cli import evaluate, export, inspect, merge, predict, select_features, train
+from vispeft.cli import doctor, evaluate, export, inspect, merge, predict, select_features, train
 from vispeft.cli.common import run_tool
 
 TOOLS = {
@@ -16,6 +16,7 @@ TOOLS = {
     "merge": merge,
     "export": export,
     "inspect": inspect,
+    "doctor": doctor,
     "select_features": select_features,
 }
 

@@ -14,6 +14,7 @@ from tests.data.published import (
     make_voc,
     make_vtab_task,
 )
+from tests.data.published_tasks import make_nyud_mt, make_pascal_mt
 from tests.tiny import CONFIG
 from vispeft.cli import doctor
 from vispeft.cli.common import console, run_tool
@@ -157,6 +158,22 @@ def test_help_has_an_example(capsys):
         doctor.main(["--help"])
     assert left.value.code == 0
     assert "vispeft doctor my_photos" in capsys.readouterr().out
+
+
+def test_every_task_has_its_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(console, "width", 200)
+    status, page, _ = call(make_nyud_mt(tmp_path / "NYUD_MT", Painter()).parent)  # found by its folder
+    assert status == 0, page
+    assert "NYUD-v2 has 795 train images as published, and here are 3" in page
+    lines = {words[0]: words for line in page.splitlines() if len(words := line.split()) > 5}
+    assert lines["semseg"][1:2] == ["classes"]
+    assert "40 of 40 classes" in page
+    assert lines["depth"][1:5] == ["depth", "90.0%", "90.0%", "90.0%"]
+    status, page, _ = call(make_pascal_mt(tmp_path / "p", Painter()), "--tasks", "[human_parts, sal]")
+    assert status == 0, page
+    assert "PASCAL-Context has 4,998 train images as published, and here are 4" in page
+    assert "75.0%, 1 image without" in page
+    assert " are 1" in next(line for line in page.splitlines() if line.split()[:1] == ["sal"])
 
 
 def test_masks_are_checked_and_published_sets_recognised(tmp_path, monkeypatch):

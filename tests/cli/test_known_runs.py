@@ -1,15 +1,20 @@
 """Every tool knows every run: classes by name, tasks by kind, and runs of mmsegmentation by their commands."""
 
+import numpy as np
 import pytest
+import torch
 from lightning.pytorch import seed_everything
+from PIL import Image
+from sklearn.datasets import load_digits
 
 import vispeft
 from tests.tiny import TINY
 from vispeft.backbones.create import create_model
-from vispeft.cli import evaluate
+from vispeft.cli import evaluate, merge
+from vispeft.cli.evaluation import evaluate as measure
 from vispeft.cli.runs import Run
 from vispeft.data import ImageFolderData, MaskFolderData
-from vispeft.errors import BackboneError, ConfigError, DataError, FileError
+from vispeft.errors import BackboneError, ConfigError, DataError, FileError, MergeError
 from vispeft.tasks import Classification, MultiLabel, Segmentation
 
 COMMON = {"backbone": "vit_tiny_patch16_224", "backbone_args": TINY, "method": vispeft.SSF(), "num_classes": 3}
@@ -20,16 +25,42 @@ def make(task, **settings):
     return task(**COMMON, **settings)
 
 
-def test_classes_of_data_are_compared_by_name_and_order(finished, monkeypatch):
+def test_data_that_number_their_classes_themselves_are_refused_in_another_order(finished, monkeypatch):
     run = Run.open(finished)
     names = evaluate.class_names(run)
     assert names == list("0123456789")
     monkeypatch.setattr(evaluate, "class_names", lambda run: names[::-1])
-    with pytest.raises(DataError, match=r"in another order than .*: 0, 1, .* here, and 9, 8, .* there"):
+    with pytest.raises(DataError, match=r"have the classes 0, 1, .*, and .* has 9, 8, .* DigitsData numbers"):
         evaluate.load_run(run)
     monkeypatch.setattr(evaluate, "class_names", lambda run: [*names[:-1], "ten", "more"])
     with pytest.raises(DataError, match=r"other classes than .*: 9 here alone, and ten, more there alone"):
         evaluate.load_run(run)
+
+
+def test_folders_of_some_classes_are_measured_by_name(finished, run_cli, tmp_path):
+    greys = [(grey * 255 / 16).round().astype(np.uint8) for grey in load_digits().images]
+    cli = evaluate.load_run(Run.open(finished))
+    cli.datamodule.fit_to(cli.model.preprocessing)
+    images = torch.from_numpy(np.stack(greys))[:, None].expand(-1, 3, -1, -1)
+    with torch.inference_mode():
+        found = cli.model(cli.datamodule.preprocessing.transform()(images)).argmax(1)
+    known = int(found[found > 1].mode().values)
+    other = 9 if known < 9 else 8
+    for order, index in enumerate((found == known).nonzero().flatten()[:18].tolist()):
+        folder = tmp_path / "digits" / ("train", "val", "test")[order % 3] / str(known if order < 9 else other)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(greys[index]).save(folder / f"{index}.png")
+    data = ["--data=ImageFolderData", f"--data.root={tmp_path / 'digits'}"]
+    cli = evaluate.load_run(Run.open(finished), data)
+    assert measure(cli.trainer, cli.model, cli.datamodule, "test")["accuracy"] == 0.5  # by position 0
+    result = run_cli("evaluate", finished, *data)
+    assert result.status == 0, result.err
+    assert "8 of the model's 10 classes are not in the data" in result.out
+    for split in ("train", "val", "test"):
+        (tmp_path / "digits" / split / str(known)).rename(tmp_path / "digits" / split / "three")
+    result = run_cli("evaluate", finished, *data)
+    assert result.status == 2
+    assert "three here alone" in result.err
 
 
 def test_a_run_that_names_no_classes_is_refused(tmp_path):
@@ -48,6 +79,8 @@ def test_a_run_that_names_no_classes_is_refused(tmp_path):
         ("merge", "RUN", "--out", "a.safetensors"),
         ("export", "RUN", "--out", "a.onnx"),
         ("train", "--resume", "RUN"),
+        ("inspect", "RUN"),
+        ("doctor", "RUN"),
     ],
 )
 def test_a_run_of_mmsegmentation_is_answered_with_its_commands(call, run_cli, tmp_path):
@@ -64,6 +97,21 @@ def test_a_run_of_mmsegmentation_is_answered_with_its_commands(call, run_cli, tm
         f"mmseg.apis.init_model('{place / 'toy.py'}', '{place / 'iter_2.pth'}')",
     ):
         assert wanted in result.err
+
+
+def test_the_doctor_names_the_config_of_a_run(finished, run_cli):
+    result = run_cli("doctor", finished)
+    assert result.status == 1
+    assert f"{finished} is a run, and no data. To check the data it was trained on: doctor {finished}/config.yaml" in (
+        result.out
+    )
+
+
+def test_a_merge_that_plain_timm_does_not_equal_leaves_no_file_and_names_another_way(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(merge, "TOLERANCE", dict.fromkeys(merge.TOLERANCE, -1.0))
+    with pytest.raises(MergeError, match=r"so no file is left.*`vispeft export` writes what was trained"):
+        merge.merge_run(Run.open(finished), tmp_path / "plain.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_adapter_of_another_task_or_of_other_maps_is_refused(tmp_path):

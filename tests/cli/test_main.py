@@ -1,15 +1,20 @@
 """The console command and the scripts of ``tools/``: one function per name."""
 
 import ast
+import logging
 import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from tests.fresh import run
+from vispeft.cli import evaluation
 from vispeft.cli import main as command_line
+from vispeft.cli.common import quiet_libraries
 from vispeft.cli.main import COMMANDS, command, main
 from vispeft.resources import config_names
 
@@ -92,6 +97,35 @@ def test_scripts_run_from_anywhere(tmp_path):
 def test_train_lists_the_packaged_configs(capsys):
     assert main(["train", "--list"]) == 0
     assert capsys.readouterr().out.split() == config_names()
+
+
+def test_the_list_takes_no_heavy_imports():
+    """PyTorch alone took eight seconds."""
+    lines = run("from vispeft.cli.main import main\nmain(['train', '--list'])\nprint('torch' in sys.modules)")
+    assert lines == [*config_names(), "False"]
+
+
+def test_lightning_s_own_lines_are_not_shown(caplog):
+    """Importing it sets the level of its package, and so devices and tips stood among the output of every command."""
+    from lightning.fabric.utilities import rank_zero as fabric
+    from lightning.pytorch.utilities import rank_zero as pytorch
+
+    with caplog.at_level(logging.INFO):
+        quiet_libraries()
+        for package in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(package).setLevel(logging.INFO)
+        pytorch.rank_zero_info("GPU available: False")
+        fabric.rank_zero_info("a tip")
+        logging.getLogger(pytorch.__name__).warning("seen")
+    assert caplog.messages == ["seen"]
+
+
+@pytest.mark.parametrize(("seen", "told"), [([1], "1 of 4 batches were measured"), ([4], ""), ([0], "0 of 4")])
+def test_partial_figures_are_said_to_be_partial(seen, told, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vispeft"), "propagate", True)
+    trainer = SimpleNamespace(num_test_batches=seen, test_dataloaders=[1, 2, 3, 4], limit_test_batches=seen[0])
+    evaluation._tell_if_partial(trainer, "test")
+    assert (told in caplog.text) if told else not caplog.text
 
 
 def test_a_packaged_config_is_named_without_path_and_ending(run_cli, capsys, tmp_path, monkeypatch):

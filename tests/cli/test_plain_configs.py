@@ -1,5 +1,6 @@
 """No config, override or run directory runs code: nothing is started or imported, and objects are of listed classes."""
 
+import runpy
 import shutil
 import sys
 
@@ -144,11 +145,14 @@ def test_no_module_is_imported_for_a_name(tmp_path, monkeypatch, path, message, 
 REFUSED = {
     "a function": (
         "trainer.callbacks",
-        "{class_path: BackboneFinetuning, init_args: {lambda_func: os.system}}",
+        "{class_path: ModelPruning, init_args: {pruning_fn: os.system}}",
         "object",
     ),
     "functions": ("trainer.callbacks", "{class_path: LambdaCallback, init_args: {setup: os.system}}", "it calls funct"),
     "checkpoints of one's own": ("trainer.callbacks", "ModelCheckpoint", "keeps its own checkpoints"),
+    "a rate that no config states": ("trainer.callbacks", "[LearningRateFinder]", "it changes model.lr"),
+    "a batch that no config states": ("trainer.callbacks", "BatchSizeFinder", "it changes data.batch_size"),
+    "a backbone that wakes": ("trainer.callbacks", "BackboneFinetuning", "there is the method Full"),
     "the run's own callback": ("trainer.callbacks", "vispeft.tasks.checkpoints.RunCheckpoints", "Unknown callback"),
     "an unknown argument": ("trainer.callbacks", "{class_path: EarlyStopping, init_args: {monitr: x}}", "monitor"),
     "an object as argument": ("trainer.callbacks", "{class_path: RichProgressBar, init_args: {theme: x.y}}", "Theme"),
@@ -227,6 +231,18 @@ class OwnCallback(Callback):
 """
 
 
+REGISTERED = """
+from own_digits import OwnCallback, OwnDigits
+from vispeft.building.known import register_class
+register_class(OwnDigits), register_class(OwnCallback)
+"""
+SCRIPT = """
+import registered, sys
+from vispeft.cli.main import run_command
+sys.exit(run_command(sys.argv[1], sys.argv[2:]))
+"""
+
+
 @pytest.mark.slow
 def test_code_of_one_s_own_is_named_on_the_command_line_each_time(tmp_path, monkeypatch):
     monkeypatch.setattr("vispeft.building.known._MODULES", set())
@@ -245,6 +261,14 @@ def test_code_of_one_s_own_is_named_on_the_command_line_each_time(tmp_path, monk
     assert "Unknown callback 'own_digits.OwnCallback'" in call("train", "--resume", tmp_path / "run").err
     assert call("train", "--resume", tmp_path / "run", *code).status == 0
     monkeypatch.setattr("vispeft.building.known._MODULES", set())
-    assert "Unknown data module" in call("evaluate", tmp_path / "run").err
+    refused = call("evaluate", tmp_path / "run").err
+    assert "Unknown data module" in refused
+    assert "vispeft.cli.main.run_command" in refused
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
     assert call("predict", tmp_path / "run", tmp_path / "a.png", "--out", tmp_path / "p").status == 0
+    monkeypatch.setattr("vispeft.building.known._CLASSES", set())
+    (tmp_path / "registered.py").write_text(REGISTERED)
+    (tmp_path / "my_tools.py").write_text(SCRIPT)
+    monkeypatch.setattr(sys, "argv", ["my_tools.py", "evaluate", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(tmp_path / "my_tools.py"))

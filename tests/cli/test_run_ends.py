@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -15,7 +16,7 @@ from tests.tiny import CONFIG
 from vispeft.cli import finish
 from vispeft.storage.locks import hold
 from vispeft.tasks import Classification
-from vispeft.tasks.checkpoints import SealedCheckpointIO, read_checkpoint
+from vispeft.tasks.checkpoints import RunCheckpoints, SealedCheckpointIO, read_checkpoint
 from vispeft.tasks.logs import RunLog
 
 SHORT = ("--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1")
@@ -126,6 +127,13 @@ def test_a_run_stopped_on_purpose_becomes_an_adapter_and_can_still_go_on(runs, s
     assert hidden(stopped) == []
 
 
+def test_the_last_epoch_is_named_where_none_can_be_compared(runs, run_cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(RunCheckpoints, "_better", lambda self, score, trainer: False)
+    result = run_cli("train", runs / "tiny.yaml", *SHORT, "--trainer.max_epochs=1", "--out", tmp_path / "run")
+    assert result.status == 0, result.err
+    assert metrics(tmp_path / "run")["epochs"] == metrics(tmp_path / "run")["best_epoch"] == 1
+
+
 def test_a_run_without_a_measured_epoch_cannot_be_finished(runs, run_cli, tmp_path, monkeypatch):
     on_step(monkeypatch, 1, kill)
     with pytest.raises(Killed):
@@ -176,6 +184,15 @@ def test_a_config_that_was_edited_is_refused(stopped, run_cli):
     for change in ("model.init_args.lr was 0.01 and is 0.5", "model.init_args.warmup was 0.1 and is 0.2"):
         assert change in result.err
     (stopped / "config.yaml").write_text(text.replace("num_workers: 0", "num_workers: 1"))
+    best = max((stopped / "checkpoints").glob("best-*"))
+    content = read_checkpoint(best)
+    config = content["config"]["values"]
+    config["model"]["init_args"]["lr"] = 0.5  # the best epoch of another run
+    SealedCheckpointIO(config).save_checkpoint(content, best)
+    result = run_cli("train", "--finish", stopped)
+    assert f"{best} was written with another config: model.init_args.lr was 0.5 and is 0.01" in result.err
+    config["model"]["init_args"]["lr"] = 0.01
+    SealedCheckpointIO(config).save_checkpoint(content, best)
     result = run_cli("train", "--finish", stopped)
     assert result.status == 0, result.err
 
@@ -288,8 +305,20 @@ def test_what_kills_leave_behind_is_removed_and_nothing_else(runs, stopped, run_
 def test_a_save_stopped_between_two_files_is_undone(whole, run_cli):
     adapter = whole / "adapter"
     before = {path.name: path.read_bytes() for path in adapter.iterdir()}
-    shutil.copy(adapter / "adapter.safetensors", adapter / ".adapter.safetensors.earlier")
+    for name in ("adapter.safetensors", "adapter.json"):
+        shutil.copy(adapter / name, adapter / f".{name}.earlier")
     (adapter / "adapter.safetensors").write_bytes(b"of the next save")
     (whole / ".unfinished").touch()
     assert run_cli("train", "--finish", whole).status == 0
     assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_figures_that_were_removed_are_measured_again(whole, run_cli):
+    """The error for figures that were edited says so."""
+    before = metrics(whole)
+    (whole / "metrics.json").unlink()
+    result = run_cli("train", "--finish", whole)
+    assert result.status == 0
+    assert re.search(r"The test figures are partial: 1 of \d+ batches were measured, since .* is 1\.", result.out)
+    assert metrics(whole)["test"] == before["test"]

@@ -17,8 +17,9 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from vispeft.cli.evaluate import load_task
+from vispeft.cli.evaluate import load_task, match_names
 from vispeft.cli.runs import Run
+from vispeft.data import MaskFolderData
 from vispeft.heads.pyramid import MapReader
 from vispeft.tasks import Segmentation, SegmentationNetwork
 
@@ -100,6 +101,31 @@ def test_the_run_is_measured_again_to_the_same_figures(run: Path, run_cli: Any) 
     rows = [line.split("│")[2:] for line in result.out.splitlines() if "measured now" in line or "metrics.json" in line]
     assert len(rows) == 2
     assert rows[0] == rows[1]
+
+
+def test_masks_of_the_classes_in_another_order_give_the_same_figures(
+    run: Path, run_cli: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    swapped = ["--data.class_names=[square, ground]", "--data.ids={0: 1, 1: 0}", "--data.palette=null"]
+    result = run_cli("evaluate", run, *swapped)
+    assert result.status == 0, result.err
+    assert "another order than the model, and are matched by name: square, ground here, ground, square" in result.out
+    rows = _table(result.out)
+    assert rows["measured now"] == rows["metrics.json"]
+    colours = [(255, 0, 0), (0, 0, 0)]
+    for palette, told in ((colours, False), (colours[::-1], True)):
+        data = MaskFolderData(
+            root=str(run.parent / "data"), class_names=["square", "ground"], palette=palette, rgb_masks=True
+        )
+        match_names(Run.open(run), data, 2)
+        assert ("[0, 0, 0] is square here and ground there" in capsys.readouterr().out) == told
+        assert data.palette == tuple(palette[::-1])
+
+
+def _table(text: str) -> dict[str, list[str]]:
+    """Read the rows of a printed table by their first cell."""
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
+    return {row[0]: row[1:] for row in rows}
 
 
 def test_masks_overlays_and_areas_are_written(run: Path, run_cli: Any, tmp_path: Path) -> None:

@@ -170,6 +170,13 @@ REFUSED = {
     ),
     "late validation": (["--trainer.val_check_interval=100"], "Lightning refuses these settings: `val_check_interval`"),
     "no validated epoch": (["--trainer.check_val_every_n_epoch=3"], "no epoch would be validated"),
+    "validation every 0 epochs": (["--trainer.check_val_every_n_epoch=0"], "check_val_every_n_epoch is 0; at least 1"),
+    "validation every 0 batches": (["--trainer.val_check_interval=0"], "val_check_interval is 0; a number above 0"),
+    "no time": (["--trainer.max_time={seconds: 0}"], "in which nothing would be trained"),
+    "an unknown metric to stop by": (
+        ["--trainer.callbacks={class_path: EarlyStopping, init_args: {monitor: validation/acuracy}}"],
+        "Unknown metric of EarlyStopping 'validation/acuracy'. Did you mean 'validation/accuracy'",
+    ),
     "bare": (["--trainer.barebones=true"], "trainer.barebones makes no run directory"),
     "no summed batches": (["--trainer.accumulate_grad_batches=0"], "accumulate_grad_batches is 0"),
     "clipping turned round": (["--trainer.gradient_clip_val=-1"], "gradient_clip_val is -1"),

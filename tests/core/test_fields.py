@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -10,7 +12,7 @@ import pytest
 
 import vispeft
 from vispeft.core.fields import DropPath, FewBits
-from vispeft.core.method import Method
+from vispeft.core.method import Method, registered_methods
 from vispeft.errors import ConfigError, SiteError
 
 if TYPE_CHECKING:
@@ -70,3 +72,31 @@ def test_whole_numbers(field: str, value: object) -> None:
 def test_roles_out_of_reach_are_refused_with_those_in_reach() -> None:
     with pytest.raises(SiteError, match=r"AdaptFormer acts at mlp; 'attn' was asked for\. See Adapter for others\."):
         vispeft.AdaptFormer(roles=("attn",))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: vispeft.LoRA(r=4), r"field of LoRA 'r'.*for peft's r is rank\."),
+        (lambda: vispeft.LoRA(lora_alpha=8), "for peft's lora_alpha is alpha"),
+        (lambda: vispeft.LoRA(target_modules=["qkv"]), "for peft's target_modules is roles, names of places"),
+        (lambda: vispeft.VPT(num_virtual_tokens=4), "is num_tokens"),
+        (lambda: vispeft.Prefix(num_virtual_tokens=4), "is length"),
+        (lambda: vispeft.SSF(r=4), r"field of SSF 'r'\. Known: [^.]*\.$"),
+        (lambda: vispeft.method("lora", r=4), "is rank"),
+        (lambda: vispeft.LoRA(modules_to_save=["head"]), "classifier is trained and saved with every adapter"),
+        (lambda: vispeft.LoRA(rnak=4), "Did you mean 'rank'"),
+        (lambda: vispeft.LoRA(4), r"LoRA\(4\): a field is given by its name.*rank"),
+    ],
+)
+def test_fields_of_peft_and_values_without_a_name(make: Callable[[], object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        make()
+
+
+def test_every_method_refuses_unknown_fields_in_our_words() -> None:
+    for cls in registered_methods():
+        if cls.__module__.startswith("vispeft."):
+            with pytest.raises(ConfigError, match="Unknown field"):
+                cls(no_such_field=1)
+    assert inspect.signature(vispeft.LoRA).parameters["rank"].default == 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -57,6 +58,26 @@ def test_files_of_a_later_schema_or_an_unknown_method_are_refused(saved: Path) -
         (copy / "adapter.json").write_text(json.dumps(header))
         with pytest.raises(vispeft.VispeftError, match=says):
             vispeft.load(VIT.model(), copy)
+
+
+def test_a_header_with_a_key_twice_is_refused(saved: Path) -> None:
+    """The library takes the last one, so the file could hold tensors that nobody reads."""
+    from vispeft.storage.files import _digest
+
+    path = saved / "adapter.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    text = content[8 : 8 + length].decode().rstrip()
+    name, entry = list(json.loads(text).items())[1]
+    text = f"{text[:-1]},{json.dumps(name)}:{json.dumps(entry)}}}"
+    content = len(text).to_bytes(8, "little") + text.encode() + content[8 + length :]
+    path.write_bytes(content)
+    header = json.loads((saved / "adapter.json").read_text())
+    header["files"][path.name], header["digest"] = hashlib.sha256(content).hexdigest(), ""
+    header["digest"] = _digest(header)
+    (saved / "adapter.json").write_text(json.dumps(header))
+    with pytest.raises(FileError, match="twice in its header"):
+        vispeft.load(VIT.model(), saved)
 
 
 def test_saving_over_an_adapter_keeps_it_when_it_fails(

@@ -63,6 +63,27 @@ def test_rounding_errors_are_no_gradient(dtype: torch.dtype, monkeypatch: pytest
         bank.verify()
 
 
+def test_a_device_without_float64_verifies_as_far_as_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Apple's devices, every small gradient ended in a TypeError of PyTorch."""
+    zeros = torch.zeros
+
+    def on_such_a_device(*size: Any, dtype: torch.dtype | None = None, **more: Any) -> Tensor:
+        if dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return zeros(*size, dtype=dtype, **more)
+
+    monkeypatch.setattr(torch, "zeros", on_such_a_device)
+    monkeypatch.setattr(verify, "DRAWS", 2)
+    model = VisionTransformer(
+        img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=3, init_values=1e-6
+    )
+    bank = vispeft.attach(model, vispeft.MAM(length=2, bottleneck=4))  # gradients from 1 to 1e-9
+    unit = next(iter(bank._entries["default"].units.values()))
+    unit.register_parameter("unused", nn.Parameter(torch.ones(1)))
+    with pytest.raises(VerificationError, match=r"1 of 7 trainable tensors get no gradient: blocks\.0\S+\.unused\."):
+        bank.verify()
+
+
 @pytest.mark.parametrize("wrapped", [False, True], ids=["no_classes", "features_only"])
 def test_nothing_to_train_is_refused_at_attach(wrapped: bool) -> None:
     model = Cell("linear_probe", "vit").model(num_classes=0)

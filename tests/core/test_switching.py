@@ -204,3 +204,25 @@ def test_a_method_whose_files_could_not_be_read_is_named(model: nn.Module, caplo
     caplog.clear()
     VIT.attach(model, "second")
     assert "registered" not in caplog.text
+
+
+@pytest.mark.parametrize("method", ["vqt", "vqt_weighted", "vpt", "lst", "prefix", "convpass", "fact"])
+def test_a_batch_without_images_gives_scores_of_none(method: str) -> None:
+    """timm's Swin takes none itself."""
+    cell = Cell(method, "vit")
+    model = cell.model().eval()
+    cell.attach(model)
+    assert model(cell.images()[:0]).shape == (0, 5)
+
+
+def test_what_is_no_name_and_no_model_is_refused(model: nn.Module) -> None:
+    """These ended in a TypeError, an AttributeError or a KeyError."""
+    bank = vispeft.attach(model, vispeft.SSF())
+    for wrong in (3, None):
+        with pytest.raises(ConfigError, match=f"to be called {wrong}"):
+            vispeft.attach(model, vispeft.SSF(), name=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="asked for by 1; names are text"):
+        bank.set_active([1])  # type: ignore[list-item]
+    with pytest.raises(ConfigError, match="'vit' was given as model"):
+        vispeft.attach("vit", vispeft.SSF())  # type: ignore[arg-type]
+    assert bank.names == ["default"]

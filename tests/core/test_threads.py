@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 import vispeft
 from tests.conformance.cells import METHODS, Cell, move
 from vispeft.adapters.bank import AdapterBank
+from vispeft.core import gate
 from vispeft.errors import ConfigError, MergeError
 
 Change = Callable[[AdapterBank, Path], None]
@@ -165,28 +167,136 @@ def test_a_change_inside_of_a_forward_pass_is_refused() -> None:
     assert bank.merge().max_error < 1e-4
 
 
-def test_a_first_adapter_waits_for_passes_of_the_plain_model() -> None:
+def at_block(model: torch.nn.Module, hook: Callable[..., None]) -> Any:
+    return model.blocks[0].register_forward_hook(hook)  # type: ignore[index]
+
+
+def at_call(model: torch.nn.Module, hook: Callable[..., None]) -> Any:
+    return model.register_forward_pre_hook(hook)
+
+
+def at_return(model: torch.nn.Module, hook: Callable[..., None]) -> Any:
+    return model.register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("place", [at_block, at_call, at_return])
+def test_a_first_adapter_waits_for_passes_of_the_plain_model(
+    place: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The classifier is called by such a pass after the change has begun: it was that of the adapter."""
     cell = Cell("lora", "vit")
+    other = cell.model()
+    bank = cell.attach(other)
+    other.reset_classifier(7)
+    bank.save(tmp_path)
     model, images = cell.model(), cell.images()
     wanted, found = model(images), {}
     reached, go_on = threading.Event(), threading.Event()
+    # The pass goes on once the change waits for it, and no earlier.
+    monkeypatch.setattr(gate, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: go_on.set()))
 
     def wait(*_: Any) -> None:
         if threading.current_thread() is not threading.main_thread():
             reached.set()
-            assert go_on.wait(60)
+            assert go_on.wait(20)
 
-    handle = model.blocks[0].register_forward_hook(wait)
+    handle = place(model, wait)
     thread = threading.Thread(target=lambda: found.update(out=model(images)))
     thread.start()
     assert reached.wait(60)
-    threading.Timer(0.05, go_on.set).start()
-    bank = vispeft.attach(model, vispeft.VPT(num_tokens=2))
-    assert not thread.is_alive() or go_on.is_set()
+    bank = vispeft.load(model, tmp_path)
     thread.join(60)
     handle.remove()
     assert torch.equal(found["out"], wanted)
     assert bank.active == ["default"]
+    assert model(images).shape == (2, 7)
+
+
+@pytest.mark.parametrize("place", [at_block, at_call, at_return])
+def test_a_first_adapter_inside_of_a_plain_pass_is_refused(place: Any) -> None:
+    cell = Cell("lora", "vit")
+    model, images = cell.model(), cell.images()
+    wanted, kind = model(images), type(model)
+    handle = place(model, lambda *_: vispeft.attach(model, vispeft.VPT(num_tokens=2)))
+    with pytest.raises(ConfigError, match="in the middle of its own forward pass"):
+        model(images)
+    handle.remove()
+    assert type(model) is kind
+    assert torch.equal(model(images), wanted)
+
+
+def test_threads_that_attach_first_at_once_share_one_bank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each made a bank of its own, and the second knew nothing of the adapter of the first."""
+    cell = Cell("lora", "vit")
+    model, both, banks = cell.model(), threading.Barrier(2), {}
+    found = AdapterBank.of(model)
+    monkeypatch.setattr(AdapterBank, "of", lambda _: (both.wait(60), found)[1])
+
+    def attach(name: str) -> None:
+        banks[name] = vispeft.attach(model, METHODS["lora"], name=name, verify=False)
+
+    threads = [threading.Thread(target=attach, args=(name,)) for name in ("one", "two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert banks["one"] is banks["two"]
+    assert sorted(banks["one"].names) == ["one", "two"]
+
+
+def load_base(bank: AdapterBank, model: Any, noted: Callable[..., None], patch: pytest.MonkeyPatch) -> None:
+    state = dict(bank.base_tensors()) | {f"head.{key}": t for key, t in model.head.state_dict().items()}
+    patch.setattr(model.head, "load_state_dict", noted)
+    bank.load_base(state)
+
+
+def verify(bank: AdapterBank, model: Any, noted: Callable[..., None], patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("vispeft.adapters.training.find_dead", noted)
+    bank.verify()
+
+
+def resize(bank: AdapterBank, model: Any, noted: Callable[..., None], patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(model.patch_embed, "set_input_size", noted)
+    model.set_input_size(img_size=48)
+
+
+@pytest.mark.parametrize("change", [load_base, verify, resize])
+def test_no_pass_runs_beside_other_changes_of_tensors(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell, changing = Cell("lora", "vit"), []
+    model = cell.model()
+    bank = cell.attach(model)
+    change(bank, model, lambda *_, **__: changing.append(bank._routing.gate._changing), monkeypatch)
+    assert changing == [threading.get_ident()]
+
+
+def test_blocks_of_one_thread_may_overlap_and_are_left_where_they_were_entered() -> None:
+    """Generators that take turns leave their blocks in another order; one then predicted by another's adapter."""
+    cell = Cell("lora", "vit")
+    model, seen = cell.model(), []
+    for name in ("one", "two", "three"):
+        bank = vispeft.attach(model, METHODS["lora"], name=name, verify=False)
+    first, second, third = bank.using("one"), bank.using("two"), bank.disabled()
+    for step in (first.__enter__, second.__enter__, third.__enter__):
+        step()
+    for block in (first, third, second):
+        block.__exit__(None, None, None)
+        seen.append(bank.active)
+    assert seen == [[], ["two"], ["three"]]
+    block, refused = bank.using("one"), []
+    block.__enter__()
+
+    def leave() -> None:
+        with pytest.raises(ConfigError, match="left in another thread"):
+            block.__exit__(None, None, None)
+        refused.append(bank.active)
+
+    thread = threading.Thread(target=leave)
+    thread.start()
+    thread.join(60)
+    block.__exit__(None, None, None)
+    assert refused == [["three"]]
+    assert bank.active == ["three"]
+    bank.detach("one")
 
 
 def test_a_fork_in_the_middle_of_a_pass_leaves_the_gate_open() -> None:

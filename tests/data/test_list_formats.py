@@ -106,8 +106,12 @@ def test_a_file_whose_name_has_a_backslash_keeps_it(tmp_path):
 
 def test_labels_in_front_of_paths_are_refused(root):
     for separator in (",", "\t", " "):
-        with pytest.raises(DataError, match=r"label in front of the path, such as 'cat' and 'img/0\.jpg'"):
+        with pytest.raises(
+            DataError, match=r"label, or another column, in front of the path, such as 'cat' and 'img/0\.jpg'"
+        ):
             read(root, "\n".join(f"{label}{separator}{name}" for name, label in WORDS.items() if "bear" not in label))
+    with pytest.raises(DataError, match=r"another column, in front of the path, such as '0' and 'img/0\.jpg'"):
+        read(root, "\n".join(f"{number},{name},{WORDS[name]}" for number, name in enumerate(WORDS)))
 
 
 def test_labels_of_two_words_behind_a_space_are_an_error(root):

@@ -84,6 +84,12 @@ def test_values_are_looked_up():
     assert most.decode(np.array([[0, 254, 255]], np.uint8), "it").tolist() == [[255, 253, 255]]
 
 
+def test_ids_and_a_zero_label_together_are_refused():
+    """The classes in ids were lowered by one, so the first was dropped and the last never occurred."""
+    with pytest.raises(ConfigError, match="Write 0: 255 into ids and leave reduce_zero_label out"):
+        MaskCoding(num_classes=3, ids={0: 255, 1: 0, 2: 1, 3: 2}, reduce_zero_label=True)
+
+
 def test_colours_are_looked_up_and_strange_ones_named():
     red, blue = (255, 0, 0), (0, 0, 255)
     coding = MaskCoding(num_classes=2, colours=(blue, red))

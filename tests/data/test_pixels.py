@@ -164,6 +164,8 @@ def test_bands_beyond_three_are_counted_and_thirteen_are_refused():
     for content in (
         tiff(values(255, (4, 4, 13)), 16, meaning=1, extra=(0,) * 12),
         tiff(values(9, (4, 4, 13)), meaning=2),
+        tiff(values(9, (4, 4, 13)), extra=(0,) * 12, apart=True),
+        tiff(values(255, (4, 4, 13)), 16, meaning=2, extra=(0,) * 10, apart=True),
     ):
         with pytest.raises(DataError, match=r"this TIFF has 13 bands of (8|16) bits"):
             image_of(content)
@@ -194,7 +196,7 @@ def test_palettes_grey_and_bits_are_colours_where_colours_are_asked_for():
 
 
 @pytest.mark.parametrize("orientation", list(TURNS))
-def test_metadata_turn_images_and_masks_alike(orientation):
+def test_metadata_turn_images_and_masks_alike(orientation, tmp_path):
     stored = values(255, (3, 5), np.uint8)
     expected = TURNS[orientation](stored)
     files = {
@@ -204,11 +206,19 @@ def test_metadata_turn_images_and_masks_alike(orientation):
         "tiff": tiff(stored, tags=((274, orientation),)),
         "deflated tiff": tiff(stored, packing=8, tags=((274, orientation),)),
         "white is zero": tiff(255 - stored, meaning=0, tags=((274, orientation),)),
+        "deep tiff": tiff(stored.astype(np.uint16) * 257, 16, tags=((274, orientation),)),
+        "palette tiff": tiff(
+            stored, palette=np.arange(256)[:, None].repeat(3, 1), meaning=3, tags=((274, orientation),)
+        ),
     }
     for name, content in files.items():
+        # By its path, too: Pillow then maps the file of one band, in the size after the turn.
+        (tmp_path / "file").write_bytes(content)
+        assert np.array_equal(read_image(tmp_path / "file")[0].numpy(), expected), name
+        assert np.array_equal(read_codes(tmp_path / "file"), codes_of(content)), name
         assert np.array_equal(image_of(content)[..., 0], expected), name
         masks = codes_of(content)
-        if name in ("png", "late png", "tiff", "deflated tiff"):
+        if name in ("png", "late png", "tiff", "deflated tiff", "palette tiff"):
             assert np.array_equal(masks, expected), name
         for full in (True, False):
             for look in (look_at, look_at_mask):

@@ -64,3 +64,20 @@ def test_a_constant_target_has_no_share_explained():
     one = ExplainedVariance(1)
     one.update(torch.ones(1), torch.zeros(1))
     assert math.isnan(one.compute())
+
+
+def test_targets_far_from_zero_are_explained_as_well_as_those_around_it():
+    rng = torch.Generator().manual_seed(0)
+    near = torch.randn(400, 2, generator=rng, dtype=torch.double)
+    found = near + 0.5 * torch.randn(400, 2, generator=rng, dtype=torch.double)
+    expected = 1 - (found - near).square().sum(0) / (near - near.mean(0)).square().sum(0)
+    for mean in (1e6, -1e9):
+        whole, first, second = (ExplainedVariance(2) for _ in range(3))
+        whole.update(found + mean, near + mean)
+        for part in range(0, 400, 57):  # batches of 57 and one of 1, in two processes
+            metric = first if part < 150 else second
+            metric(found[part : part + 57] + mean, near[part : part + 57] + mean)
+        for name, reduce in first._reductions.items():
+            setattr(first, name, reduce(torch.stack([getattr(first, name), getattr(second, name)])))
+        for metric in (whole, first):
+            torch.testing.assert_close(metric.per_target(), expected.float(), rtol=1e-5, atol=1e-5)

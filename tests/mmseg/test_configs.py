@@ -18,6 +18,7 @@ from mmseg.datasets import ADE20KDataset, CityscapesDataset
 
 from tests.cli.conftest import call
 from tests.mmseg.toy import make_config
+from vispeft.cli.runs import held
 from vispeft.errors import ConfigError
 from vispeft.mmseg import VispeftEarthDataset, datasets
 from vispeft.mmseg.hooks import check_segmentor
@@ -81,9 +82,41 @@ def test_tool_trains_and_goes_on(toy_config, tmp_path):
     assert metrics["steps"] == 2
     assert set(metrics["validation"]) == {"aAcc", "mIoU", "mAcc"}
     assert metrics["parameters"]["backbone"]["method"] == "ssf"
-    result = call("train", toy_config, "--resume", run, "--cfg-options", "train_cfg.max_iters=3")
+    moved = run.rename(tmp_path / "moved")
+    result = call("train", toy_config, "--resume", moved, "--cfg-options", "train_cfg.max_iters=3")
     assert result.status == 0, result.err
-    assert (run / "iter_3.pth").is_file()
+    assert (moved / "iter_3.pth").is_file()
+
+
+class _Evil:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (str(self.marker), "w")
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ("http://127.0.0.1:9/evil.pth", "cannot be read as data"),  # mmengine fetches an address and runs its code
+        ("/elsewhere/evil.pth", "cannot be read as data"),
+        ("../toy.py", "no checkpoint"),
+        ("", "folder"),
+        ("gone.pth", "no checkpoint"),
+        ("config.pth", "which mmengine would run as Python"),  # it does so when it goes on
+    ],
+)
+def test_a_run_of_somebody_else_names_no_code(toy_config, tmp_path, named, message):
+    run, marker = tmp_path / "run", tmp_path / "MARKER"
+    run.mkdir()
+    torch.save({"state_dict": _Evil(marker)}, run / "evil.pth")
+    torch.save({"meta": {"iter": 0, "epoch": 0, "config": f"open({str(marker)!r}, 'w')"}}, run / "config.pth")
+    (run / "last_checkpoint").write_text(named)
+    result = call("train", toy_config, "--resume", run)
+    assert result.status == 2
+    assert message in result.err
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize(
@@ -110,3 +143,13 @@ def test_tool_says_which_config_cannot_be_read(tmp_path):
     (tmp_path / "broken.py").write_text("model = dict(")
     for name in ("broken.py", "missing.py"):
         assert f"{name} cannot be read" in call("train", tmp_path / name).err
+
+
+def test_a_run_is_trained_by_one_process(toy_config, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with held(run):
+        result = call("train", toy_config, "--out", run)
+    assert result.status == 2
+    assert f"The run directory {run} is in use" in result.err
+    assert list(run.iterdir()) == []

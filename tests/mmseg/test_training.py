@@ -84,6 +84,19 @@ def test_parts_that_do_not_fit_are_refused_before_the_first_step(toy, weights, t
         Runner.from_cfg(config).train()
 
 
+def test_a_last_batch_of_one_image_is_refused_before_the_first_step(toy, weights, tmp_path):
+    config = make_config("swin", toy, weights, tmp_path)
+    config.merge_from_dict({"model": {"decode_head": {"type": "UPerHead", "pool_scales": (1, 2)}}})
+    config.merge_from_dict({"train_dataloader": {"batch_size": 3, "sampler": {"type": "DefaultSampler"}}})  # 3 + 1
+    config.train_cfg = {"type": "EpochBasedTrainLoop", "max_epochs": 1}
+    runner = Runner.from_cfg(config)
+    with pytest.raises(ConfigError, match=r"each epoch has 1 image, and decode_head needs 2 for its BatchNorm"):
+        runner.train()
+    assert runner.iter == 0
+    assert not list(tmp_path.glob("*.pth"))
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_cascades_of_heads_are_checked_and_saved(toy, weights, tmp_path):
     config = make_config("vit", toy, weights, tmp_path)
     first = {"type": "FCNHead", "in_channels": 32, "in_index": 2, "channels": 8, "num_classes": 3}

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
 from torch import nn
+from torch.utils.data import DataLoader
 
 import vispeft
 from tests.tiny import TINY
@@ -397,6 +398,13 @@ def test_what_could_not_train_or_be_resumed_is_refused_when_it_begins(tmp_path, 
     with pytest.raises(ConfigError, match=message):
         fit(tmp_path, make(), **settings)
     assert find_checkpoint(tmp_path / "checkpoints") is None
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_half_precision_of_the_whole_task_is_refused_wherever_it_runs(stage):
+    trainer = Trainer(precision="bf16-true", accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(ConfigError, match=r"trainer\.precision is bf16-true"):
+        getattr(trainer, stage)(make(), DataLoader([torch.zeros(3, 16, 16)]))
 
 
 # ------------------------------------------------------------------ parts

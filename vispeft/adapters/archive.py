@@ -193,16 +193,16 @@ class FileBank(BankState):
         place = f"{self.view.head_path}."
         given = {key: tensor for key, tensor in state_dict.items() if head is None or not key.startswith(place)}
         check_tensors(own, given)
+        classifier = {key.removeprefix(place): t for key, t in state_dict.items() if key.startswith(place)}
         with self.changing("load base weights"), torch.no_grad():
             for key, tensor in given.items():
                 own[key].copy_(tensor)
-        if head is None:
-            return
-        classifier = {key.removeprefix(place): t for key, t in state_dict.items() if key.startswith(place)}
-        if {k: t.shape for k, t in classifier.items()} == {k: t.shape for k, t in head.state_dict().items()}:
-            head.load_state_dict(classifier)
-        else:
-            logger.info("The classifier in the state dict has another shape than the base's, which is kept.")
+            if head is None:
+                return
+            if {k: t.shape for k, t in classifier.items()} == {k: t.shape for k, t in head.state_dict().items()}:
+                head.load_state_dict(classifier)
+            else:
+                logger.info("The classifier in the state dict has another shape than the base's, which is kept.")
 
     # ------------------------------------------------------------------ notes
 

@@ -79,7 +79,7 @@ def load(
 @contextmanager
 def _bank_of(model: nn.Module) -> Iterator[AdapterBank]:
     """Return the model's bank, or a new one, which is removed again if no adapter could be added."""
-    bank = AdapterBank.of(model) or AdapterBank(model)
+    bank = AdapterBank.made_for(model)
     try:
         yield bank
     finally:

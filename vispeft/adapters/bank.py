@@ -43,25 +43,36 @@ class AdapterBank(FileBank, TaskBank, HookBank):
     """
 
     def __init__(self, outer: nn.Module) -> None:
-        """Create the bank of a timm model without adapters; called by `attach`.
+        """Create a bank for a timm model without adapters, which is left as it is until the first one is added.
 
         Args:
             outer: The timm model, or a ``features_only`` wrapper around it.
         """
         super().__init__(outer)
         self._routes: dict[tuple[tuple[str, ...], str | None], Route] = {}
-        self._requires_grad = {name: p.requires_grad for name, p in self._model.named_parameters()}
-        for parameter in self._model.parameters():
-            parameter.requires_grad_(False)
-        ensure_host(self._model, family_of(self._model).host, routing=self._routing)
-        self._model.__dict__[BANK] = self
-        self._wake()
+        self._requires_grad: dict[str, bool] = {}
 
     def __repr__(self) -> str:
         """Name the adapters, those that act, and those that are frozen."""
         lists = (("adapters", self.names), ("active", self.active), ("frozen", self.frozen))
         told = ", ".join(f"{word}={names}" for word, names in lists)
         return f"AdapterBank({told}{', merged' if self._merged is not None else ''})"
+
+    @staticmethod
+    def made_for(model: nn.Module) -> AdapterBank:
+        """Return the bank of a model, or a new one if it has no adapters; called by `attach`.
+
+        Threads that add the first adapters at once get the same bank.
+
+        Args:
+            model: A timm model, or a ``features_only`` wrapper around one.
+
+        Raises:
+            ConfigError: If it is no module.
+        """
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"{model!r} was given as model; give a timm model, such as one of vispeft.create_model.")
+        return AdapterBank.of(model) or unwrap(model).__dict__.setdefault(BANK, AdapterBank(model))
 
     @staticmethod
     def of(model: nn.Module) -> AdapterBank | None:
@@ -116,15 +127,27 @@ class AdapterBank(FileBank, TaskBank, HookBank):
             tasks: Its tasks; None for none.
             seed: Seed of its initial values; None if they will come from a file.
         """
-        self._check_new_name(name)
-        self.check_ready("attach another adapter")
         if not isinstance(method, Method):
             raise ConfigError(
                 f"attach was given {method!r} as method; give a configuration such as vispeft.SSF(), "
                 "or vispeft.method('ssf')."
             )
         with self.changing("attach another adapter"):
+            self._check_new_name(name)
+            self.check_ready("attach another adapter")
+            self._open()
             yield from self._adding(method, name, tasks, seed)
+
+    def _open(self) -> None:
+        """Freeze the base, and turn the model and its classifier into hosts, where that is not done yet."""
+        if isinstance(self._model, ModelHost):
+            return
+        self._requires_grad = {name: p.requires_grad for name, p in self._model.named_parameters()}
+        for parameter in self._model.parameters():
+            parameter.requires_grad_(False)
+        self._heads.open()
+        ensure_host(self._model, family_of(self._model).host, routing=self._routing)
+        self._wake()
 
     def _adding(self, method: Method, name: str, tasks: Sequence[str] | None, seed: int | None) -> Iterator[Entry]:
         before = self._routing.default
@@ -161,7 +184,7 @@ class AdapterBank(FileBank, TaskBank, HookBank):
         self.set_active(name)
 
     def _check_new_name(self, name: str) -> None:
-        if not _NAME.fullmatch(name):
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ConfigError(f"An adapter was to be called {name!r}; use letters, digits, '-' and '_'.")
         if hasattr(nn.ModuleDict(), name):
             raise ConfigError(
@@ -184,9 +207,9 @@ class AdapterBank(FileBank, TaskBank, HookBank):
             UnknownNameError: If there is no such adapter.
             MergeError: If it was merged with ``keep_original=False``.
         """
-        entry = self._entry(name)
+        name = self._label(name)
         with self.changing("detach an adapter"):
-            self._detach(name, entry)
+            self._detach(name, self._entry(name))
 
     def _detach(self, name: str, entry: Entry) -> None:
         if self._routing.used_elsewhere(name):
@@ -213,6 +236,9 @@ class AdapterBank(FileBank, TaskBank, HookBank):
     def close_if_empty(self) -> None:
         """Restore the model's state before the first adapter, if none is left."""
         if self._entries or self._model.__dict__.get(BANK) is not self:
+            return
+        if not isinstance(self._model, ModelHost):
+            del self._model.__dict__[BANK]
             return
         with self.changing("become a plain one"):
             self._heads.close()

@@ -91,7 +91,7 @@ class HeadRack:
     """
 
     def __init__(self, model: nn.Module, path: str | None, routing: Routing) -> None:
-        """Record the classifier of a model without adapters, and turn it into a host.
+        """Create the rack of a model without adapters, which is left as it is until `open`.
 
         Args:
             model: The timm model.
@@ -99,15 +99,20 @@ class HeadRack:
             routing: The route of the model.
         """
         self.model, self.path, self.routing = model, path, routing
-        self.own = nn.ModuleDict().train(model.training)
+        self.own = nn.ModuleDict()
         self._base: nn.Module | None = None
         """The base's classifier, also where another module was put at its place by hand."""
         self.hidden: tuple[nn.Module, HostState] | None = None
         """The base's classifier, while the model is merged."""
+        self.pooling: list[tuple[nn.Module, str, Any]] = []
+        """Attributes of the base that timm's ``reset_classifier`` changes, with their owners and values."""
+
+    def open(self) -> None:
+        """Record the base's classifier, and turn it into a host."""
         self.pooling = self._pooling()
-        if path is not None:
-            model.add_module(HEADS, self.own)
-            self._base = ensure_host(self._at_place(), HeadHost, routing=routing)
+        if self.path is not None:
+            self.model.add_module(HEADS, self.own.train(self.model.training))
+            self._base = ensure_host(self._at_place(), HeadHost, routing=self.routing)
 
     @property
     def base(self) -> nn.Module | None:
@@ -120,7 +125,7 @@ class HeadRack:
         Raises:
             ConfigError: If there is one: it would answer in place of the adapters' classifiers, and be in no file.
         """
-        if self.path is None or self.hidden is not None or self._at_place() is self._base:
+        if self._base is None or self.hidden is not None or self._at_place() is self._base:
             return
         raise ConfigError(
             f"The classifier at {self.path!r} was replaced by hand. The new {type(self._at_place()).__name__} belongs "

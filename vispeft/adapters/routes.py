@@ -85,6 +85,8 @@ def check_rows(entries: Entries, names: Sequence[str], rows: Sequence[str | None
 
 def _check_names(entries: Entries, names: tuple[str, ...]) -> None:
     for name in names:
+        if not isinstance(name, str):
+            raise ConfigError(f"An adapter was asked for by {name!r}; names are text, such as 'default'.")
         if name not in entries:
             raise UnknownNameError("adapter", name, entries)
     if len(set(names)) < len(names):

@@ -134,7 +134,8 @@ class TrainingBank(BankState):
             tables: Whether those timm exempts decay too, if they have two dimensions or more.
 
         Returns:
-            Groups with ``params``, ``lr``, ``weight_decay`` and ``name``, for ``torch.optim``.
+            Groups with ``params``, ``lr``, ``weight_decay`` and ``name``, for ``torch.optim``; none is empty, and there
+            are none where every adapter is frozen.
         """
         # walks the whole model
         timm_exempts: set[str] = set() if tables else getattr(self._model, "no_weight_decay", set)()
@@ -172,17 +173,18 @@ class TrainingBank(BankState):
         Raises:
             VerificationError: If a tensor gets no gradient; the message names the sites.
         """
-        self.check_ready("verify its adapters")
-        for name in [n for n in self._entries if n not in self.frozen] if names is None else names:
-            entry = self._entries[name]
-            beside = {item.key for item in entry.plan if item.site.role in without}
-            tensors = [tensor for tensor in entry.tensors() if tensor.key not in beside]
-            # A method that branches by task reaches its tasks through maps alone.
-            run = outer or (TaskMaps(self._model) if entry.method.one_pass else self._outer)
-            tasks = None if isinstance(run, TaskMaps) else entry.tasks
-            routes = [self.route((name,), task) for task in tasks or (None,)]
-            probe = Probe(self._model, run, self.view, self._routing)
-            find_dead(probe, routes, tensors, entry.blocks())
+        with self.changing("verify its adapters"):  # other threads would see the perturbed units
+            self.check_ready("verify its adapters")
+            for name in [n for n in self._entries if n not in self.frozen] if names is None else names:
+                entry = self._entries[name]
+                beside = {item.key for item in entry.plan if item.site.role in without}
+                tensors = [tensor for tensor in entry.tensors() if tensor.key not in beside]
+                # A method that branches by task reaches its tasks through maps alone.
+                run = outer or (TaskMaps(self._model) if entry.method.one_pass else self._outer)
+                tasks = None if isinstance(run, TaskMaps) else entry.tasks
+                routes = [self.route((name,), task) for task in tasks or (None,)]
+                probe = Probe(self._model, run, self.view, self._routing)
+                find_dead(probe, routes, tensors, entry.blocks())
 
     def report(self, name: str | None = None) -> Report:
         """Count an adapter's trainable parameters and saved bytes; printing the result shows a table.

@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 SMALL = {torch.float64: 1e-12, torch.float32: 1e-6}
 """A gradient below this share of the largest one in its block may be the rounding error of a gradient that is zero in
-exact arithmetic. It is computed again in another precision."""
+exact arithmetic. It is computed again in another precision; on devices without float64, such as Apple's, zeros alone
+count as none, since any other limit would refuse deep ladders and still take some rounding errors for gradients."""
 SAME = 2.0**-18
 """Least share of a gradient computed in float32 that is left in float64, for it to be no rounding error. Errors shrink
 by 2^-29, the ratio of the two precisions; a gradient that is small since the network is deep, or since a layer scale
@@ -155,24 +156,34 @@ def _dead_tensors(
 ) -> list[str]:
     """List the tensors that get no gradient, with some tensors of the base replaced."""
     named = {str(entry): entry for entry in entries}
-    double = next(probe.model.parameters()).dtype == torch.float64
+    reference = next(probe.model.parameters())
+    double, alone = reference.dtype == torch.float64, not _has_float64(reference.device)
     own, other = (torch.float64, torch.float32) if double else (torch.float32, torch.float64)
     with _state_restored(probe.outer, entries):
         _perturb(entries, draw)
         sizes = _gradient_sizes(probe, named, replaced, draw, own)
+        least = 0.0 if alone else SMALL[own]
         largest: dict[int | None, float] = defaultdict(float)
         for name, entry in named.items():
             largest[blocks[entry.key]] = max(largest[blocks[entry.key]], sizes[name])
         small = {
             name: entry
             for name, entry in named.items()
-            if entry.name not in entry.unit.zero_gradient and not sizes[name] > SMALL[own] * largest[blocks[entry.key]]
+            if entry.name not in entry.unit.zero_gradient and not sizes[name] > least * largest[blocks[entry.key]]
         }
-        if not any(sizes[name] > 0 for name in small):
+        if alone or not any(sizes[name] > 0 for name in small):
             return list(small)
         again = _gradient_sizes(probe, small, replaced, draw, other)
     narrow, wide = (again, sizes) if double else (sizes, again)
     return [name for name in small if not (sizes[name] > 0 and wide[name] > SAME * narrow[name])]
+
+
+def _has_float64(device: torch.device) -> bool:
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 @torch.no_grad()

@@ -7,28 +7,36 @@ no parser imports a module or makes an object because a value says so.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import datetime
 import enum
-import inspect
+import importlib.util
 import os
+import sys
 import typing
 from collections import abc
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path, PurePath
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
+from vispeft.building.annotations import argument_type
 from vispeft.building.classes import argument_names, check_argument, class_path, find_class, import_class
 from vispeft.building.config_files import Node, parse_text
 from vispeft.building.known import known_classes
 from vispeft.errors import ConfigError, UnknownNameError
+from vispeft.storage.form import shown
 
-__all__ = ["CLASS_KEYS", "argument_type", "check_arguments", "check_class", "check_plain", "check_value", "classes_in"]
+__all__ = [
+    "CLASS_KEYS",
+    "check_arguments",
+    "check_class",
+    "check_plain",
+    "check_value",
+    "class_node",
+    "classes_in",
+]
 
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 """Keys of a class in a config."""
@@ -37,36 +45,8 @@ _SIMPLE = {NoneType, bool, int, float, complex, str, bytes, os.PathLike, PurePat
 _CONTAINERS = {list, tuple, set, frozenset, dict, abc.Iterable, abc.Collection, abc.Sequence, abc.Mapping, abc.Set}
 
 
-def argument_type(cls: type, name: str) -> Any:
-    """Return the annotation of an argument of a class, as an object.
-
-    Args:
-        cls: The class.
-        name: One of its arguments, or of those it passes on to its base.
-
-    Returns:
-        The annotation; ``Any`` if there is none; the annotation's text if it cannot be resolved.
-    """
-    for part in inspect.getmro(cls):
-        if "__init__" in vars(part) and name in (found := _types(part)):
-            return found[name]
-    return Any
-
-
-@cache
-def _types(cls: type) -> dict[str, Any]:
-    """Return the annotations of the arguments that a class's own ``__init__`` names."""
-    parameters = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
-    found = {p.name: Any if p.annotation is p.empty else p.annotation for p in parameters}
-    # A data class inherits arguments from modules with other names in them, and so is looked at as a whole.
-    with contextlib.suppress(NameError, TypeError, AttributeError):
-        hints = get_type_hints(cls if dataclasses.is_dataclass(cls) else cls.__init__)  # type: ignore[misc]
-        found.update({name: hints[name] for name in found if name in hints})
-    return found
-
-
 def classes_in(annotation: Any) -> list[Any]:
-    """List what an annotation names besides plain types: classes, functions, and names that cannot be resolved.
+    """List the parts of an annotation that are no plain types: classes, functions, and names that cannot be resolved.
 
     Args:
         annotation: The annotation.
@@ -134,8 +114,11 @@ def check_value(value: Any, annotation: Any, place: str) -> Any:
         inner = _values_in(value, place)
         if not isinstance(inner, str):
             return check_value(inner, annotation, place)
+        if _takes_text(annotation) and not _names_an_object(value, taken):
+            return value
     if isinstance(value, (list, tuple)):
-        return [check_value(part, annotation, place) for part in value]
+        inside = _inside(annotation) or annotation
+        return [check_value(part, inside, place) for part in value]
     if value is None or isinstance(value, (bool, int, float)):
         return value
     return _check_object(value, taken, place)
@@ -171,14 +154,7 @@ def check_class(value: Any, base: type, kind: str, place: str) -> Node:
         UnknownNameError: If the class, a key or an argument does not exist.
         ConfigError: If the class is not on the list, or an argument makes an object where none is taken.
     """
-    node = {"class_path": value} if isinstance(value, str) else value
-    if not isinstance(node, Mapping) or "class_path" not in node:
-        raise ConfigError(
-            f"{place} is {value!r}; the name of a {kind} is needed, or class_path (the name) with init_args."
-        )
-    for key in node:
-        if key not in CLASS_KEYS:
-            raise UnknownNameError("key", f"{place}.{key}", [f"{place}.{known}" for known in CLASS_KEYS])
+    node = class_node(value, kind, place)
     cls = import_class(find_class(str(node["class_path"]), base, kind=kind, place=place, itself=True))
     checked: Node = {}
     for key in ("init_args", "dict_kwargs"):
@@ -188,6 +164,30 @@ def check_class(value: Any, base: type, kind: str, place: str) -> Node:
         if arguments:
             checked[key] = check_arguments(cls, arguments, place)
     return {"class_path": class_path(cls), **checked}
+
+
+def class_node(value: Any, kind: str, place: str) -> Mapping[str, Any]:
+    """Return the keys of a class in a config, of which its name may stand alone.
+
+    Args:
+        value: Its name, or ``class_path`` with ``init_args``.
+        kind: Noun for the class, for messages.
+        place: Where it stands in the config.
+
+    Raises:
+        UnknownNameError: If there is another key.
+        ConfigError: If no class is named.
+    """
+    node = {"class_path": value} if isinstance(value, str) else value
+    if not isinstance(node, Mapping) or "class_path" not in node:
+        raise ConfigError(
+            f"{place} is {shown(value)}, which has no class_path; the name of a {kind} is needed, alone or as "
+            "class_path with init_args."
+        )
+    for key in node:
+        if key not in CLASS_KEYS:
+            raise UnknownNameError("key", f"{place}.{key}", [f"{place}.{known}" for known in CLASS_KEYS])
+    return node
 
 
 def check_plain(value: Any, place: str) -> None:
@@ -241,6 +241,32 @@ def _check_text(text: str, annotation: Any, place: str) -> None:
         return
     if isinstance(written, str) and (not isinstance(elsewhere, str) or os.path.exists(text)):
         raise ConfigError(f"{place} is {text!r}, which is no value for it. Write the number or the list itself.")
+
+
+def _inside(annotation: Any) -> Any:
+    """Return the annotation of the values in a container; None where there is none."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin in (typing.Union, UnionType):
+        parts = tuple(found for found in map(_inside, parts) if found is not None)
+    elif origin not in _CONTAINERS:
+        return None
+    return typing.Union[tuple(part for part in parts if part is not ...)] if parts else None  # noqa: UP007
+
+
+def _names_an_object(text: str, taken: Sequence[Any]) -> bool:
+    """Whether a parser would import a text, or make an object of the class with that name."""
+    parts = text.split(".")
+    if not all(part.isidentifier() for part in parts):
+        return False
+    if len(parts) > 1:
+        return parts[0] in sys.modules or importlib.util.find_spec(parts[0]) is not None
+    waiting = [part for part in taken if isinstance(part, type)]
+    while waiting:
+        cls = waiting.pop()
+        if cls.__name__ == text:
+            return True
+        waiting += type.__subclasses__(cls)
+    return False
 
 
 def _takes_text(annotation: Any) -> bool:

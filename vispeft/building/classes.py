@@ -9,14 +9,16 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from vispeft.building.known import OWN, REFUSED, import_paths, known_classes
+from vispeft.core.fields import field_hint
 from vispeft.core.providers import extra_methods
 from vispeft.errors import ConfigError, UnknownNameError
 
 __all__ = ["argument_names", "check_argument", "class_path", "find_class", "import_class"]
 
 HOW = (
-    "For a class of your own, give its module: `vispeft train ... --code MODULE`; in a script, import the module and "
-    "call vispeft.building.known.register_class."
+    "A class of your own is known to `vispeft train ... --code MODULE`. The other commands run no such code; a script "
+    "does: it imports MODULE, where vispeft.building.known.register_class stands before the class, and calls "
+    "vispeft.cli.main.run_command with the command and a list of its arguments (docs/data.md, A reader of your own)."
 )
 
 
@@ -77,7 +79,7 @@ def find_class(name: str, base: type, *, kind: str, place: str, known: Iterable[
     short = name.rpartition(".")[2]
     if short in REFUSED:
         raise ConfigError(f"{place} names {name}, which a config cannot use: {REFUSED[short]}. Leave it out.")
-    there = vars(sys.modules.get(name.rpartition(".")[0], object)).get(short)
+    there = getattr(sys.modules.get(name.rpartition(".")[0]), short, None)  # None stands there for a blocked module
     if isinstance(there, type) and not issubclass(there, base):
         raise ConfigError(f"{place} names {name}, which is no {kind} (no subclass of {base.__name__}).")
     own = name.partition(".")[0] in (OWN, name)
@@ -125,4 +127,4 @@ def check_argument(place: str, key: str, known: Sequence[str]) -> None:
         UnknownNameError: If the name is not among them.
     """
     if known and key not in known:
-        raise UnknownNameError("key", f"{place}.{key}", [f"{place}.{name}" for name in known])
+        raise UnknownNameError("key", f"{place}.{key}", [f"{place}.{name}" for name in known], field_hint(key, known))

@@ -13,6 +13,7 @@ from functools import cache
 from typing import TypeVar
 
 from vispeft.core.method import registered_methods
+from vispeft.core.providers import fill
 from vispeft.errors import ConfigError
 
 __all__ = ["REFUSED", "import_paths", "known_classes", "register_class", "register_module"]
@@ -21,6 +22,9 @@ C = TypeVar("C", bound=type)
 
 OWN = "vispeft"
 REFUSED = {
+    "BackboneFinetuning": "it wakes the whole backbone, for which there is the method Full",
+    "BatchSizeFinder": "it changes data.batch_size, so that the run's config would state another one",
+    "LearningRateFinder": "it changes model.lr, so that the run's config would state another one",
     "LambdaCallback": "it calls functions, which a config cannot name",
     "ModelCheckpoint": "a run keeps its own checkpoints, see the keys under checkpoints",
     "OnExceptionCheckpoint": "a run keeps its own checkpoints, see the keys under checkpoints",
@@ -72,6 +76,7 @@ def known_classes(base: type, *, itself: bool = False) -> list[type]:
     Returns:
         Imported subclasses, as far as they are on the list and can be made; a class before its subclasses.
     """
+    fill("methods")  # or the first look would find none of them
     found: dict[type, None] = {}
     waiting = [base] if itself else type.__subclasses__(base)
     while waiting:

@@ -97,7 +97,10 @@ def quiet_libraries() -> None:
     ours.handlers[:] = [handler]
     ours.setLevel(logging.INFO)
     ours.propagate = False
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    # Lightning's devices, tips and seeds. Importing it sets the levels of its packages, and not of the modules in them.
+    packages = ("lightning.pytorch", "lightning.fabric")
+    modules = (*(f"{name}.utilities.rank_zero" for name in packages), "lightning_utilities.core.rank_zero")
+    for name in (*packages, *modules):
         logging.getLogger(name).setLevel(logging.WARNING)
     # In-memory data are fastest without workers, and a frozen backbone in evaluation mode is intended.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

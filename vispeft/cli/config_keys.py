@@ -14,12 +14,13 @@ from lightning.pytorch import LightningDataModule
 import vispeft.data
 import vispeft.methods
 import vispeft.tasks  # noqa: F401 - all three, so that their classes are found by name
+from vispeft.building.annotations import argument_type
 from vispeft.building.arguments import (
     CLASS_KEYS,
-    argument_type,
     check_arguments,
     check_plain,
     check_value,
+    class_node,
     classes_in,
 )
 from vispeft.building.classes import argument_names, check_argument, find_class, import_class
@@ -33,7 +34,7 @@ from vispeft.tasks.checkpoints import Cadence
 from vispeft.tasks.migration import MOVED, without_moved
 from vispeft.tasks.optimizers import optimizer_node
 
-__all__ = ["Override", "check_config", "check_override", "check_tree", "parse_override", "split_overrides"]
+__all__ = ["Override", "as_list", "check_config", "check_override", "check_tree", "parse_override", "split_overrides"]
 
 TOP_KEYS = ("seed_everything", "init", "trainer", "model", "data", "checkpoints", "cache_features")
 LINKED = {"model.num_classes": "the data", "model.targets": "the data", "data.seed": "seed_everything"}
@@ -142,7 +143,7 @@ def check_override(tree: Node, key: str, value: str | None) -> str | None:
         UnknownNameError: If the key or a class is unknown.
         ConfigError: If the key is determined elsewhere, or needs a value.
     """
-    if key.partition("=")[0] == "print_config":
+    if key == "print_config":
         return f"--{key}" if value is None else f"--{key}={value}"
     if key.endswith(".help"):
         return _check_help(key, value)
@@ -226,16 +227,20 @@ def _check_setting(tree: Node, parts: list[str], value: str, *, append: bool) ->
         given = settings[name]
     else:
         given = parsed(place, value)
-        given = [*_listed(settings.get(name)), *_listed(given)] if append else given
+        given = [*as_list(settings.get(name)), *as_list(given)] if append else given
     settings.update(_check_settings(cls, {name: given}, section))
     return None
 
 
-def _listed(value: Any) -> list[Any]:
-    """Convert a setting that may be a list, a single value or none to a list."""
+def as_list(value: Any) -> list[Any]:
+    """Convert a setting that may be a list, a single value or none to a list.
+
+    Args:
+        value: The setting; None and truth values stand for none.
+    """
     if value is None or isinstance(value, bool):
         return []
-    return list(value) if isinstance(value, list) else [value]
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _set_in_last(given: Any, path: Sequence[str], value: Any, place: str) -> None:
@@ -259,14 +264,7 @@ def _check_data(path: Sequence[str], value: str, annotation: Any, place: str) ->
 
 def _check_node(place: str, node: Any, base: type, kind: str) -> Node:
     """Check a class with its arguments, and expand its name."""
-    if isinstance(node, str):
-        node = {"class_path": node}
-    node = _mapping(node, place)
-    for key in node:
-        if key not in CLASS_KEYS:
-            raise UnknownNameError("key", f"{place}.{key}", [f"{place}.{k}" for k in CLASS_KEYS])
-    if "class_path" not in node:
-        raise ConfigError(f"The section {place} has no class_path; it names the class to use.")
+    node = class_node(node, kind, place)
     if node.get("dict_kwargs"):
         raise ConfigError(f"{place}.dict_kwargs is given; give the arguments under {place}.init_args.")
     if base is Method:

@@ -17,6 +17,7 @@ from vispeft.building.config_files import read_config
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.config import build_data
 from vispeft.cli.config_keys import split_overrides
+from vispeft.cli.runs import CHECKPOINTS, CONFIG, refuse_segmentor
 from vispeft.data import (
     ADE20KData,
     CityscapesData,
@@ -26,7 +27,9 @@ from vispeft.data import (
     JsonData,
     ListedData,
     MaskFolderData,
+    NyudMultiTaskData,
     PascalContextData,
+    PascalMultiTaskData,
     Report,
     VOCData,
     Vtab1kData,
@@ -36,7 +39,9 @@ from vispeft.data.checks import class_counts
 from vispeft.data.fgvc import FGVC
 from vispeft.data.folder import SYNONYMS, find_splits
 from vispeft.data.list_files import LIST_ENDINGS
+from vispeft.data.listed_tasks import TaskListing
 from vispeft.data.mask_checks import mask_splits, pixel_shares
+from vispeft.data.task_checks import TaskFigures, task_figures
 from vispeft.data.vtab import VTAB
 from vispeft.errors import ConfigError, DataError, counted, printable
 from vispeft.resources import config_names, find_config
@@ -53,27 +58,31 @@ EXAMPLE = """example:
 
 DATA is a folder with one folder per class, a folder with train.txt, val.txt and test.txt (or .csv, .tsv, .json), one
 such list, a task of VTAB-1k, tar shards in quotation marks, folders of images and masks, VOCdevkit,
-ADEChallengeData2016, the folder of Cityscapes, or a config, whose data are checked. Further settings of its data module
-follow as --name value. The exit status is 1 when there is an error."""
+ADEChallengeData2016, the folder of Cityscapes, PASCAL_MT, NYUD_MT, or a config, whose data are checked. Further
+settings of its data module follow as --name value. The exit status is 1 when there is an error."""
 
-SEGMENTATION: dict[str, type[ListedData]] = {
+DENSE: dict[str, type[ListedData]] = {
+    "pascal_mt": PascalMultiTaskData,
+    "nyud_mt": NyudMultiTaskData,
     "voc": VOCData,
     "pascal_context": PascalContextData,
     "ade20k": ADE20KData,
     "cityscapes": CityscapesData,
 }
-"""Readers of published data sets with masks."""
+"""Readers of published data sets with labels for each pixel."""
 
 LAYOUTS = {
+    "pascal_mt": ("JPEGImages", "ImageSets/Context"),
+    "nyud_mt": ("images", "gt_sets"),
     "ade20k": ("images/training", "annotations/training"),
     "cityscapes": ("leftImg8bit", "gtFine"),
     "voc": ("JPEGImages", "ImageSets/Segmentation"),
     "pascal_context": ("JPEGImages", "ImageSets/SegmentationContext"),
     "masks": ("images", "masks"),
 }
-"""Folders that identify data with masks; VOC 2012 and PASCAL-Context (VOC 2010) differ in their lists."""
+"""Folders that identify data with labels for each pixel; VOC 2012 and PASCAL-Context (2010) differ in their lists."""
 
-KINDS = ("auto", "folder", "list", "json", "vtab1k", "fgvc", "webdataset", "masks", *SEGMENTATION)
+KINDS = ("auto", "folder", "list", "json", "vtab1k", "fgvc", "webdataset", "masks", *DENSE)
 """Kinds of DATA besides a config."""
 
 LISTS = {"json": (".json",), "list": LIST_ENDINGS}
@@ -132,10 +141,25 @@ def open_data(place: str, kind: str = "auto", overrides: Sequence[str] = ()) -> 
         return _from_config(path, overrides)
     given = [(key.removeprefix("data."), value) for key, value in split_overrides(overrides)]
     if kind == "auto":
+        _refuse_run(path)
         kind = _fitting(path, _guess(path), [key.split(".")[0] for key, _ in given])
     cls, settings = _readers(path)[kind]
     node = {"class_path": f"vispeft.data.{cls.__name__}", "init_args": settings()}
     return _listed(build_data(node, [(f"data.{key}", value) for key, value in given], place))
+
+
+def _refuse_run(path: Path) -> None:
+    """Refuse a run directory, whose folders would be taken for classes.
+
+    Raises:
+        DataError: If it is one; the message names the command for its data.
+        FileError: If it is one of mmsegmentation.
+    """
+    inside = sorted(entry.name for entry in path.iterdir()) if os.path.isdir(path) else []
+    if any(name.endswith(".pth") for name in inside):
+        refuse_segmentor(path, inside)
+    if CONFIG in inside and (path / CHECKPOINTS).is_dir():
+        raise DataError(f"{path} is a run, and no data. To check the data it was trained on: doctor {path / CONFIG}")
 
 
 def _from_config(path: Path, overrides: Sequence[str]) -> ListedData:
@@ -197,7 +221,8 @@ def _fitting(path: Path, kind: str, keys: Sequence[str]) -> str:
 
 def _has(path: Path, folders: Sequence[str]) -> bool:
     """Whether a place, or the folder of a published data set in it, contains given folders."""
-    places = (path, *path.glob("VOC20*"), *path.glob("VOCdevkit/VOC20*"), path / "ADEChallengeData2016")
+    inside = ("ADEChallengeData2016", "PASCAL_MT", "NYUD_MT")
+    places = (path, *path.glob("VOC20*"), *path.glob("VOCdevkit/VOC20*"), *(path / name for name in inside))
     return any(all((place / folder).is_dir() for folder in folders) for place in places)
 
 
@@ -215,10 +240,7 @@ def _readers(path: Path) -> dict[str, tuple[type[ListedData], Callable[[], dict[
         "vtab1k": (Vtab1kData, lambda: {"root": str(path.parent), "task": _known(path.name, VTAB)}),
         "fgvc": (FgvcData, lambda: {"root": str(path), **({"dataset": n} if (n := _fgvc_name(path)) else {})}),
         "webdataset": (WebDatasetData, lambda: {"train_shards": str(path)}),
-        **{
-            name: (reader, lambda: {"root": str(path)})
-            for name, reader in {**SEGMENTATION, "masks": MaskFolderData}.items()
-        },
+        **{name: (reader, lambda: {"root": str(path)}) for name, reader in {**DENSE, "masks": MaskFolderData}.items()},
     }
 
 
@@ -251,7 +273,9 @@ def diagnose(report: Report) -> None:
     listing = report.listing
     console.print(f"[bold]{escape(printable(listing.place))}[/]", soft_wrap=True, markup=True)
     console.print(_splits(report))
-    if listing.target != "regression":
+    if isinstance(listing, TaskListing):
+        console.print(_tasks(listing))
+    elif listing.target != "regression":
         console.print(_classes(report))
     for level in ("error", "warning", "fact"):
         for finding in report.of(level):
@@ -271,7 +295,7 @@ def _splits(report: Report) -> Table:
         sides = [f"{known.width}x{known.height}" for known in sorted(facts, key=lambda f: f.width * f.height)]
         sizes = sides[0] if len(set(sides)) == 1 else f"{sides[0]} to {sides[-1]}" if sides else "-"
         modes = ", ".join(f"{mode} {count:,}" for mode, count in Counter(f.mode for f in facts).most_common(4))
-        counts = [] if report.listing.target == "regression" else class_counts(report.listing, split)
+        counts = [] if report.listing.target in ("regression", "tasks") else class_counts(report.listing, split)
         some = [count for count in counts if count]
         figures = (len(some), min(some), max(some)) if some else ("-", "-", "-")
         table.add_row(name, f"{len(split):,}", *map(str, figures), sizes, modes or "-")
@@ -293,3 +317,20 @@ def _classes(report: Report) -> Table:
         figures = [f"{column[index]:,}" for column in counts.values()] + [f"{share[index]:.2%}" for share in shares]
         table.add_row(printable(listing.class_names[index]), *figures)
     return table
+
+
+def _tasks(listing: TaskListing) -> Table:
+    """Tabulate the labels of each task: the share of pixels that have one, and the values that occur in train."""
+    table = Table("task", "kind", *(f"labelled in {name}" for name in listing.splits), "values in train", box=None)
+    table.header_style = "bold"
+    for task, target in listing.targets.items():
+        figures = {name: task_figures(listing, task, name) for name in listing.splits}
+        shares = ["-" if known is None else _labelled(known) for known in figures.values()]
+        train = figures.get("train")
+        table.add_row(task, target.kind, *shares, "-" if train is None else train.values)
+    return table
+
+
+def _labelled(figures: TaskFigures) -> str:
+    without = f", {counted(figures.unlabelled, 'image')} without" if figures.unlabelled else ""
+    return f"{figures.share:.1%}{without}"

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.pytorch import Trainer, seed_everything
 
-from vispeft.building.config_files import read_config
+from vispeft.building.config_files import Node, read_config
 from vispeft.building.parsing import parser_errors
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.config import ConfigCLI, build_task
 from vispeft.cli.config_keys import check_tree, split_overrides
 from vispeft.cli.evaluation import evaluate, evaluation_trainer, kept_settings, metrics_table
 from vispeft.cli.runs import Run
+from vispeft.data.by_name import ClassOrder, names_of
+from vispeft.data.listed import ListedData
+from vispeft.data.masks import MaskCoding
 from vispeft.errors import ConfigError, DataError, FileError
 from vispeft.storage.files import JSON_FILE
 from vispeft.tasks.base import AdapterTask
@@ -39,8 +43,9 @@ def main(argv: Sequence[str]) -> None:
     given, overrides = parser.parse_known_args(list(argv))
     run = Run.open(given.run)
     cli = load_run(run, overrides)
+    before = run.figures(given.split)
     measured = evaluate(cli.trainer, cli.model, cli.datamodule, given.split)
-    rows = {"measured now": measured, "metrics.json": run.metrics.get(given.split, {})}
+    rows = {"measured now": measured, "metrics.json": before}
     console.print(f"{given.run}, {given.split} split", soft_wrap=True)
     console.print(metrics_table(cli.model.shown(rows)))
 
@@ -57,7 +62,7 @@ def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:
 
     Raises:
         ConfigError: If an override would change the model.
-        DataError: If the data have other classes than the run, or the same in another order.
+        DataError: If the data have classes that the run does not know.
         BaseMismatchError: If the backbone differs from the adapted one.
     """
     for key, _ in split_overrides(overrides):
@@ -65,31 +70,82 @@ def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:
             raise ConfigError(f"--{key}: a finished run takes overrides under data and trainer only.")
     tree = read_config(run.config)
     tree["trainer"] = kept_settings(tree.get("trainer"))
-    cli = ConfigCLI(run.config, overrides, tree=tree)
-    _check_names(run, cli.model.output_names(cli.datamodule), cli.model.ordered)
+    cli = RunCLI(run, overrides, tree)
     cli.model.load_adapter(run.adapter)
     cli.model.eval()
     return cli
 
 
-def _check_names(run: Run, names: Sequence[str], ordered: bool) -> None:
-    """Compare the classes of data with those of a run, by name, and by order where it has a meaning."""
-    trained = class_names(run)
-    if list(names) == trained or (not ordered and sorted(names) == sorted(trained)):
+class RunCLI(ConfigCLI):
+    """The config of a finished run, whose data get the classes of the run by name."""
+
+    def __init__(self, run: Run, overrides: Sequence[str], tree: Node) -> None:
+        """Create all objects of the config; see `ConfigCLI`.
+
+        Args:
+            run: The run.
+            overrides: Changes to the sections data and trainer.
+            tree: The values of its config; changed in place.
+        """
+        self._run = run
+        super().__init__(run.config, overrides, tree=tree)
+
+    def _sized_by(self, data: Any, name: str) -> Any:
+        """Return what sizes the run's task, after matching classes or tasks of the data with those of the run."""
+        found = super()._sized_by(data, name)
+        if found is None:
+            return None
+        if name == "targets":
+            ClassOrder(tuple(found), tuple(class_names(self._run)), "tasks").check_all()
+            return found
+        match_names(self._run, data, found)
+        return int(data.num_classes)
+
+
+def match_names(run: Run, data: Any, count: int) -> None:
+    """Give the classes of data the numbers that a run has for them, by name, and say so where they differ.
+
+    Args:
+        run: The run.
+        data: A data module.
+        count: Number of its classes.
+
+    Raises:
+        DataError: If they have classes that the run does not know, or are data whose classes cannot be matched.
+    """
+    names, trained = names_of(data, count), class_names(run)
+    _compare_colours(run, data)
+    if list(names) == trained:
         return
-    if sorted(names) == sorted(trained):
-        raise DataError(
-            f"The data have the classes in another order than {run.path}: {', '.join(names[:6])} here, and "
-            f"{', '.join(trained[:6])} there. Figures would be those of other classes. Name them in the run's order, "
-            "such as by data.class_names, and number the labels likewise."
-        )
-    strange = [name for name in names if name not in trained] or ["none"]
-    lacking = [name for name in trained if name not in names] or ["none"]
+    if isinstance(data, ListedData):
+        for line in data.match_classes(trained).lines():
+            console.print(line, soft_wrap=True)
+        return
+    ClassOrder(names, tuple(trained)).check()
     raise DataError(
-        f"The data have other classes than {run.path} was trained for: {', '.join(strange[:6])} here alone, and "
-        f"{', '.join(lacking[:6])} there alone. Measure the run on data with its own {len(trained)} classes; `vispeft "
-        "predict` takes any images."
+        f"The data have the classes {', '.join(names[:6])}, and {run.path} has {', '.join(trained[:6])}. "
+        f"{type(data).__name__} numbers its classes itself, so figures would be those of other classes. Give it the "
+        "run's classes in the run's order."
     )
+
+
+def _compare_colours(run: Run, data: Any) -> None:
+    """Say where RGB masks give a class the colour that another class has in a run's own masks."""
+    coding, output = getattr(data, "coding", None), _notes(run).get("output")
+    trained = output.get("palette") if isinstance(output, dict) else None
+    if not isinstance(coding, MaskCoding) or coding.colours is None or not isinstance(trained, list):
+        return
+    pairs = zip(class_names(run), trained, strict=False)
+    owners = {tuple(colour): name for name, colour in pairs if isinstance(colour, list)}
+    own = zip(data.class_names, coding.colours, strict=False)
+    other = [f"{list(c)} is {name} here and {owners[c]} there" for name, c in own if owners.get(c, name) != name]
+    if other:
+        more = f" and {len(other) - 3} more" if len(other) > 3 else ""
+        console.print(
+            f"Colours of the masks stand for other classes than in {run.path}: {', '.join(other[:3])}{more}. The masks "
+            "are read by data.palette; is it in the order of data.class_names?",
+            soft_wrap=True,
+        )
 
 
 def class_names(run: Run) -> list[str]:
@@ -101,14 +157,25 @@ def class_names(run: Run) -> list[str]:
     Raises:
         FileError: If the adapter's description cannot be read, or names no classes.
     """
+    names = _notes(run).get("class_names")
+    if not isinstance(names, list) or not names:
+        raise FileError(
+            f"{run.adapter / JSON_FILE} names no classes, so its outputs cannot be read. Was the adapter written by a "
+            "run?"
+        )
+    return [str(name) for name in names]
+
+
+def _notes(run: Run) -> dict[str, Any]:
+    """Read the description of a run's adapter."""
     path = run.adapter / JSON_FILE
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))["class_names"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise FileError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(names, list) or not names:
-        raise FileError(f"{path} names no classes, so its outputs cannot be read. Was the adapter written by a run?")
-    return [str(name) for name in names]
+    if not isinstance(found, dict):
+        raise FileError(f"{path} cannot be read: it is no table of values.")
+    return found
 
 
 def load_task(run: Run) -> tuple[AdapterTask, Trainer]:
@@ -131,7 +198,7 @@ def load_task(run: Run) -> tuple[AdapterTask, Trainer]:
     if "model" not in tree:
         raise ConfigError(f"{run.config} has no section model, which says which task was trained.")
     class_names(run)
-    header = json.loads((run.adapter / JSON_FILE).read_text(encoding="utf-8"))
+    header = _notes(run)
     # The seed determines the weights of a randomly initialised backbone.
     seed_everything(tree.get("seed_everything", 0), verbose=False)
     task = build_task(tree["model"], lambda cls: cls.sized_by_file(header), str(run.config))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from rich.table import Table
 from torch import Tensor
 
-from vispeft.errors import ConfigError
+from vispeft.errors import ConfigError, counted
 from vispeft.tasks.base import AdapterTask
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "measure",
     "metrics_table",
 ]
+
+logger = logging.getLogger(__name__)
 
 _KEPT = (
     "accelerator",
@@ -118,11 +121,29 @@ def evaluate(
         results = measure(task, datamodule=data, verbose=False)[0]
     finally:
         trainer.callbacks = before  # type: ignore[attr-defined]
+    _tell_if_partial(trainer, split)
     measured = task.outputs_seen.broken < task.outputs_seen.images or not task.outputs_seen.images
     return {
         name.removeprefix(f"{split}/"): value if measured and math.isfinite(value) else None
         for name, value in results.items()
     }
+
+
+def _tell_if_partial(trainer: Any, split: str) -> None:
+    """Log that a split was measured on some of its images only."""
+    short = "val" if split == "validation" else "test"
+    limit = f"limit_{short}_batches"
+    counts, loaders = getattr(trainer, f"num_{short}_batches"), getattr(trainer, f"{short}_dataloaders")
+    seen = sum(counts) if isinstance(counts, list) else counts
+    if isinstance(loaders, Sized) and seen < len(loaders):
+        logger.warning(
+            "The %s figures are partial: %s of %s measured, since trainer.%s is %s.",
+            split,
+            f"{seen:,}",
+            counted(len(loaders), "batch was", "batches were"),
+            limit,
+            getattr(trainer, limit),
+        )
 
 
 @dataclass(frozen=True)

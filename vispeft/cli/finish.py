@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 def finish_run(place: Path, cli: ConfigCLI, trainer: Trainer, began: float) -> None:
     """Write what a run leaves: adapter, ``metrics.json`` and pictures, in this order.
 
-    Whatever goes wrong later, what was written before it stays: the adapter is there before anything is measured.
+    Files that were written stay, whatever goes wrong later: the adapter is there before anything is measured.
 
     Args:
         place: The run directory.
@@ -48,7 +48,9 @@ def finish_run(place: Path, cli: ConfigCLI, trainer: Trainer, began: float) -> N
             f"No epoch of {place} was measured by {cli.model.monitor} yet, so there is no best one. Go on by "
             f"vispeft train --resume {place}"
         )
-    best = cli.model.restore(checkpoints.best_model_path)
+    cli.model.restore(checkpoints.best_model_path)
+    # Its own count: at the end of a training, the one that Lightning writes into a file is already the next.
+    best = int(cast(dict[str, Any], checkpoints.best)["epoch"])
     _save(place, cli, {})
     try:
         measured = measure(cli.trainer, cli.model, cli.datamodule)

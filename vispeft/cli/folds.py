@@ -99,14 +99,14 @@ def summarise(finished: Sequence[runs.Run]) -> dict[str, Any]:
     """
     result: dict[str, Any] = {"folds": len(finished), "runs": [run.path.name for run in finished]}
     for split in ("validation", "test"):
-        rows = [run.metrics[split] for run in finished]
-        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        rows = [run.figures(split) for run in finished]
+        columns = {name: [row.get(name) for row in rows] for name in rows[0]}
         result[split] = {
             "per_fold": rows,
             "mean": {name: _over_folds(statistics.fmean, values) for name, values in columns.items()},
             "std": {name: _over_folds(statistics.stdev, values) for name, values in columns.items()},
         }
-    result["seconds"] = sum(run.metrics["seconds"]["total"] for run in finished)
+    result["seconds"] = sum(run.number("seconds", "total") for run in finished)
     return result
 
 

@@ -9,7 +9,7 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 
-from vispeft.resources import package_version
+from vispeft.resources import config_names, package_version
 
 __all__ = ["COMMANDS", "command", "main", "run_command"]
 
@@ -59,6 +59,8 @@ def run_command(name: str, argv: Sequence[str] | None = None) -> int:
     """
     from vispeft.cli.common import run_tool
 
+    if name == "train" and list(sys.argv[1:] if argv is None else argv) == ["--list"]:
+        return run_tool(lambda _: print("\n".join(config_names())), argv)  # without the seconds that PyTorch takes
     return run_tool(lambda arguments: command(name)(arguments), argv)
 
 

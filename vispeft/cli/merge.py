@@ -152,6 +152,8 @@ def _check(
     if not difference <= TOLERANCE[images.dtype]:
         raise MergeError(
             f"A plain {architecture} with the merged weights differs by {difference:.1e} of the largest output; "
-            f"{TOLERANCE[images.dtype]:.0e} is rounding. The file is not to be used."
+            f"{TOLERANCE[images.dtype]:.0e} is rounding, so no file is left. Timm alone pads the windows of a Swin for "
+            "any size where they are larger than the map, for one. `vispeft export` writes what was trained, and "
+            "bank.merge() in Python merges the model that is there."
         )
     return float(difference)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
+
+import torch
 
 from vispeft.cli import runs
 from vispeft.cli.common import make_parser, versions
-from vispeft.errors import ConfigError, DataError, FileError
+from vispeft.errors import ConfigError, DataError, FileError, brief
 from vispeft.resources import find_config
+from vispeft.storage.disk import read_regular
 
 __all__ = ["main", "train"]
 
@@ -75,7 +79,7 @@ def train(
 
     Raises:
         ConfigError: If mmsegmentation is not installed, or the config's parts contradict each other.
-        FileError: If the config, or the run to resume, is missing or cannot be read.
+        FileError: If the config, or the run to resume, is missing or cannot be read, or another process trains in it.
         DataError: If the data are not at the config's paths.
     """
     importlib.import_module("vispeft.mmseg")  # raises with an install hint; mmengine is imported only after it
@@ -83,11 +87,12 @@ def train(
 
     began = time.perf_counter()
     tree = read(config, overrides)
-    place = runs.claim(out, config) if resume is None else _begun(Path(resume))
-    tree.work_dir, tree.resume = str(place), resume is not None
-    tree.load_from = None if tree.resume else tree.get("load_from")
+    checkpoint = None if resume is None else _newest_checkpoint(Path(resume))
+    place = runs.claim(out, config) if checkpoint is None else checkpoint.parent
+    tree.work_dir, tree.resume = str(place), checkpoint is not None
+    tree.load_from = tree.get("load_from") if checkpoint is None else str(checkpoint)
     try:
-        with _removed_unless_begun(place, keep=tree.resume) as begun:
+        with runs.held(place), _removed_unless_begun(place, keep=tree.resume) as begun:
             runner = Runner.from_cfg(tree)
             begun.append(runner)
             runner.train()
@@ -152,12 +157,41 @@ def _removed_unless_begun(place: Path, *, keep: bool) -> Iterator[list[Any]]:
         raise
 
 
-def _begun(place: Path) -> Path:
-    from mmengine.runner import find_latest_checkpoint
+def _newest_checkpoint(place: Path) -> Path:
+    """Find the newest checkpoint of a run: a file of its own that holds data alone.
 
-    if not place.is_dir() or find_latest_checkpoint(str(place)) is None:
-        raise FileError(f"{place} was to be resumed, and there is no checkpoint. Name a run directory that has one.")
-    return place
+    mmengine takes anything that ``last_checkpoint`` names: the file's place before the run was moved, or an address,
+    and a file that it fetches from there may run code when it is read.
+    """
+    try:
+        named = read_regular(place / "last_checkpoint", 2**12).decode().strip()
+        checkpoint = place / PurePath(named).name
+        content = read_regular(checkpoint)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(
+            f"{place} was to be resumed, and there is no checkpoint that its file last_checkpoint names ({reason}). "
+            "Name a run directory that has one."
+        ) from error
+    _check_data_alone(checkpoint, content)
+    return checkpoint
+
+
+def _check_data_alone(checkpoint: Path, content: bytes) -> None:
+    """Refuse a checkpoint that would run code when mmengine reads it or goes on from it."""
+    try:
+        found = torch.load(io.BytesIO(content), map_location="meta", weights_only=True)
+    except Exception as error:  # the readers of zip files and of pickles share no base class of errors
+        raise FileError(
+            f"{checkpoint} was to be resumed, and cannot be read as data: {brief(error)} Write the name of an earlier "
+            f"one into {checkpoint.parent / 'last_checkpoint'}."
+        ) from error
+    meta = found.get("meta") if isinstance(found, dict) else None
+    if not isinstance(meta, dict) or "config" in meta:
+        raise FileError(
+            f"{checkpoint} was to be resumed, and is no checkpoint of mmengine: it needs the key meta with plain "
+            "values, and without the key config, which mmengine would run as Python. Name another run directory."
+        )
 
 
 def _summary(runner: Any, command: str, seconds: float) -> dict[str, Any]:

@@ -7,6 +7,7 @@ made is read without running code.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -45,6 +46,12 @@ def _import(name: str) -> ModuleType:
         module = importlib.import_module(path)
     except Exception as error:
         raise ConfigError(f"--code {name} could not be imported ({type(error).__name__}: {brief(error)})") from error
-    if file is not None and Path(str(module.__file__)).absolute() != file:
+    if file is not None and not _is_file_of(file, module):
         raise ConfigError(f"--code is {name!r}, and another module has the name {path}. Rename the file.")
     return module
+
+
+def _is_file_of(file: Path, module: ModuleType) -> bool:
+    """Whether a module was read from a file, under whichever of its names."""
+    found = getattr(module, "__file__", None)  # a folder may have the name, and then there is none
+    return found is not None and os.path.exists(found) and os.path.samefile(found, file)

@@ -20,8 +20,8 @@ from vispeft.cli.common import console, make_parser
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run, write_text
 from vispeft.data.images import PLAIN, Reading, find_images, read_image
-from vispeft.errors import ConfigError, DataError, counted, printable
-from vispeft.storage.files import write_atomically
+from vispeft.errors import ConfigError, DataError, counted, is_utf8, printable
+from vispeft.storage.disk import write_atomically
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.predictions import Prediction, Predictor
 
@@ -126,11 +126,11 @@ def _check_readable(paths: Sequence[Path], reading: Reading) -> None:
     """Read every image before the first prediction, so that a broken one wastes no work."""
     broken = []
     for path in track(paths, "reading", console=console, transient=True, disable=not console.is_terminal):
-        try:
-            str(path).encode()
-            read_image(path, reading=reading)
-        except UnicodeEncodeError:
+        if not is_utf8(str(path)):
             broken.append(f"{printable(str(path))} has a name that is no UTF-8, which the table could not hold")
+            continue
+        try:
+            read_image(path, reading=reading)
         except DataError as error:
             broken.append(str(error).removesuffix("."))
     if broken:

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vispeft.errors import ConfigError, FileError
-from vispeft.storage.files import JSON_FILE, write_atomically
+from vispeft.errors import ConfigError, FileError, brief
+from vispeft.storage.disk import write_atomically
+from vispeft.storage.files import JSON_FILE
+from vispeft.storage.form import shown
 from vispeft.storage.header import strict_values
 from vispeft.storage.leftovers import finish_save, remove_partial
 from vispeft.storage.locks import hold
@@ -28,6 +30,7 @@ __all__ = [
     "Run",
     "begin",
     "begun",
+    "check_empty",
     "claim",
     "command_of",
     "finished",
@@ -35,6 +38,8 @@ __all__ = [
     "is_unfinished",
     "mark_finished",
     "mark_unfinished",
+    "refuse_segmentor",
+    "remove_empty",
     "withdraw",
     "write_json",
     "write_text",
@@ -64,17 +69,32 @@ def claim(out: str | Path | None, config: Path) -> Path:
             return _next_number(Path("runs") / config.stem)
         place = Path(out)
         place.mkdir(parents=True, exist_ok=True)
-        found = _listing(place)
+        check_empty(place)
     except OSError as error:
         raise FileError(f"The run directory {out or 'runs'} could not be made ({error.strerror}).") from error
+    return place
+
+
+def check_empty(place: Path) -> None:
+    """Refuse a directory that holds anything but its lock.
+
+    `claim` does so too, and another run may have filled the directory before this one has the lock.
+
+    Args:
+        place: The directory of a new run.
+
+    Raises:
+        ConfigError: If it is not empty.
+        OSError: If it cannot be read.
+    """
+    found = _listing(place)
     if METRICS in found:
         raise ConfigError(f"{place} holds a finished run, which is not overwritten. Choose another --out.")
     if found:
         raise ConfigError(
-            f"{place} is not empty (found {', '.join(found[:4])}), and what is there is not overwritten. "
+            f"{place} is not empty (found {', '.join(found[:4])}), and these are not overwritten. "
             f"{'Go on with it by --resume, choose' if CONFIG in found else 'Choose'} another --out, or remove it."
         )
-    return place
 
 
 def _listing(place: Path) -> list[str]:
@@ -107,20 +127,25 @@ def _tidy(place: Path) -> None:
     remove_partial(place / CHECKPOINTS, ".ckpt")
 
 
-def withdraw(place: Path, made: bool) -> None:
-    """Remove the directory of a run that was refused before its first step, so that its name can be given again.
+def withdraw(place: Path) -> None:
+    """Remove what a run has written that was refused before its first step, so that its name can be given again.
 
     Args:
-        place: The directory.
-        made: Whether the run made it; one that was there before is emptied of what the run has written.
+        place: Its directory, whose lock this process holds. `remove_empty` removes the directory, behind the lock.
     """
     for name in (LOGS, PLOTS, CHECKPOINTS):
         shutil.rmtree(place / name, ignore_errors=True)
-    for name in (CONFIG, _LOCK):
-        (place / name).unlink(missing_ok=True)
-    if made:
-        with contextlib.suppress(OSError):
-            place.rmdir()
+    (place / CONFIG).unlink(missing_ok=True)
+
+
+def remove_empty(place: Path) -> None:
+    """Remove a run directory if nothing is in it, such as the lock of another process.
+
+    Args:
+        place: The directory.
+    """
+    with contextlib.suppress(OSError):
+        place.rmdir()
 
 
 def finished(place: Path) -> bool:
@@ -200,7 +225,7 @@ def begun(path: str | Path) -> bool:
     if not os.path.isdir(place):
         raise FileError(f"There is no run directory {str(place)!r} to resume; `vispeft train` makes them.")
     found = _listing(place)
-    _refuse_segmentor(place, found)
+    refuse_segmentor(place, found)
     if found and CONFIG not in found:
         numbered = sorted(int(name) for name in found if name.isdecimal() and (place / name / CONFIG).is_file())
         hint = f" Did you mean {place / str(numbered[-1])}?" if numbered else ""
@@ -208,7 +233,7 @@ def begun(path: str | Path) -> bool:
     return bool(found)
 
 
-def _refuse_segmentor(place: Path, found: Sequence[str]) -> None:
+def refuse_segmentor(place: Path, found: Sequence[str]) -> None:
     """Refuse a run of mmsegmentation, and say how its own tools do the same.
 
     Args:
@@ -281,12 +306,12 @@ class Run:
             path: Its directory.
 
         Raises:
-            FileError: If it is not a finished run.
+            FileError: If it is not a finished run, or its figures cannot be read.
         """
         place = Path(path)
         if not os.path.isdir(place):
             raise FileError(f"There is no run directory {str(place)!r}; `vispeft train` makes them.")
-        _refuse_segmentor(place, _listing(place))
+        refuse_segmentor(place, _listing(place))
         missing = [name for name in (CONFIG, METRICS, f"{ADAPTER}/{JSON_FILE}") if not os.path.isfile(place / name)]
         if missing:
             numbered = sorted(p.name for p in place.iterdir() if p.name.isdecimal() and (p / METRICS).is_file())
@@ -294,9 +319,47 @@ class Run:
             raise FileError(f"{place} is no finished run: {', '.join(missing)} is missing.{hint}")
         try:
             metrics = json.loads((place / METRICS).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise FileError(f"{place / METRICS} cannot be read: {error}.") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise cls(place, {})._changed(brief(error)) from error
+        if not isinstance(metrics, dict):
+            raise cls(place, {})._changed(f"It is {shown(metrics)}; keys with values are needed.")
         return cls(place, metrics)
+
+    def figures(self, split: str) -> dict[str, float | None]:
+        """Return the figures of a split in ``metrics.json``; None for one that was not measured.
+
+        Args:
+            split: validation or test.
+
+        Raises:
+            FileError: If they are missing, or no numbers.
+        """
+        found = self.metrics.get(split)
+        if not isinstance(found, dict) or not all(v is None or _is_number(v) for v in found.values()):
+            raise self._changed(f"Its entry {split!r} is {shown(found)}; names with numbers are needed.")
+        return found
+
+    def number(self, *keys: str) -> float:
+        """Return a number in ``metrics.json``.
+
+        Args:
+            keys: The entry, and those inside of it.
+
+        Raises:
+            FileError: If it is missing, or no number.
+        """
+        found: Any = self.metrics
+        for key in keys:
+            found = found.get(key) if isinstance(found, dict) else None
+        if not _is_number(found):
+            raise self._changed(f"Its entry {'.'.join(keys)!r} is {shown(found)}; a number is needed.")
+        return found
+
+    def _changed(self, found: str) -> FileError:
+        return FileError(
+            f"{self.path / METRICS} is not as a run writes it. {found} Remove the file, and `vispeft train --finish "
+            f"{self.path}` measures the run again."
+        )
 
     @property
     def config(self) -> Path:
@@ -307,3 +370,7 @@ class Run:
     def adapter(self) -> Path:
         """The adapter's directory."""
         return self.path / ADAPTER
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

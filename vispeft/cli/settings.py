@@ -5,21 +5,33 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.loggers import Logger
 
+from vispeft.cli.config_keys import as_list
 from vispeft.cli.evaluation import Outputs, evaluate, evaluation_trainer
 from vispeft.data.base import ImageData
-from vispeft.errors import ConfigError, DataError, FileError
+from vispeft.errors import ConfigError, DataError, FileError, UnknownNameError, is_utf8
 from vispeft.storage.form import FormError, check_class_names
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.state import random_state, set_random_state
 from vispeft.tasks.trainer_checks import check_precision
 
-__all__ = ["check_last", "check_names", "check_processes", "check_room", "check_settings", "rehearse_test"]
+__all__ = [
+    "check_last",
+    "check_names",
+    "check_processes",
+    "check_room",
+    "check_settings",
+    "rehearse_stopping",
+    "rehearse_test",
+]
 
 COPIES = 16
 """Room needed over that of the trained tensors: three states, each with weights, two moments and an EMA, two best
@@ -59,6 +71,8 @@ def _check_length(settings: dict[str, Any]) -> None:
     if epochs in (None, -1) and steps == -1:
         raise ConfigError("trainer.max_epochs sets no end, and the learning rate needs one. Give a number.")
     every = settings.get("check_val_every_n_epoch", 1)
+    if every is not None and every < 1:
+        raise ConfigError(f"trainer.check_val_every_n_epoch is {every}; at least 1 is needed.")
     if every is not None and epochs not in (None, -1) and every > epochs:
         raise ConfigError(
             f"trainer.check_val_every_n_epoch is {every} and trainer.max_epochs {epochs}: no epoch would be validated, "
@@ -74,6 +88,12 @@ def _check_numbers(settings: dict[str, Any]) -> None:
     ):
         if settings.get(f"limit_{split}_batches") == 0:
             raise ConfigError(f"trainer.limit_{split}_batches is 0, and {why}. Give more.")
+    interval = settings.get("val_check_interval")
+    if isinstance(interval, (int, float)) and interval <= 0:
+        raise ConfigError(f"trainer.val_check_interval is {interval}; a number above 0 is needed.")
+    allowed = settings.get("max_time")
+    if allowed is not None and not (Timer(duration=allowed).time_remaining() or 0) > 0:
+        raise ConfigError(f"trainer.max_time is {allowed}, in which nothing would be trained. Give more.")
     summed = settings.get("accumulate_grad_batches", 1)
     if summed < 1:
         raise ConfigError(f"trainer.accumulate_grad_batches is {summed}; at least 1 is needed.")
@@ -130,7 +150,7 @@ def check_names(class_names: tuple[str, ...], config: str, place: object) -> Non
         ConfigError: If the config or the directory's name is not.
     """
     for name in class_names:
-        if not _is_utf8(name):
+        if not is_utf8(name):
             raise DataError(
                 f"The class name {name!r} is no UTF-8, and could not be written into the adapter's file. Rename the "
                 "folder, or the label in the list."
@@ -142,19 +162,11 @@ def check_names(class_names: tuple[str, ...], config: str, place: object) -> Non
             f"The data were listed, and class_names{error} An adapter's file cannot hold such names. Rename the "
             "folders, or the labels in the list."
         ) from error
-    bad = [line.strip() for line in config.splitlines() if not _is_utf8(line)]
+    bad = [line.strip() for line in config.splitlines() if not is_utf8(line)]
     if bad:
         raise ConfigError(f"The config is no UTF-8 in {bad[0]!r}, and could not be written. Give another name.")
-    if place is not None and not _is_utf8(str(place)):
+    if place is not None and not is_utf8(str(place)):
         raise ConfigError(f"--out is {str(place)!r}, which is no UTF-8. Give another name.")
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def check_room(place: Path, task: AdapterTask) -> None:
@@ -199,13 +211,45 @@ def rehearse_test(task: AdapterTask, data: Any, settings: dict[str, Any]) -> Non
             raise ConfigError(
                 f"trainer.limit_test_batches is {share}, which leaves none of {batches} batches. Give more."
             )
+    with _rehearsing(task, data):
+        trainer = evaluation_trainer(**{**settings, "limit_test_batches": 1})
+        evaluate(trainer, task, data, "test", Outputs(task.kept_outputs))
+
+
+def rehearse_stopping(task: AdapterTask, data: Any, settings: dict[str, Any]) -> None:
+    """Check that metrics by which a training may be stopped early exist, with one batch of validation.
+
+    Lightning looks at them after the first epoch. Those of the training itself are not known before it.
+
+    Args:
+        task: The task.
+        data: Its data, set up.
+        settings: The section ``trainer``.
+
+    Raises:
+        UnknownNameError: If validation has no such metric.
+    """
+    found = [callback for callback in as_list(settings.get("callbacks")) if isinstance(callback, EarlyStopping)]
+    names = [c.monitor for c in found if not c.monitor.startswith("train/") and not c._check_on_train_epoch_end]
+    if not names:
+        return
+    with _rehearsing(task, data):
+        trainer = evaluation_trainer(**{**settings, "limit_val_batches": 1})
+        evaluate(trainer, task, data, "validation")
+    for name in names:
+        if name not in trainer.callback_metrics:
+            raise UnknownNameError("metric of EarlyStopping", name, trainer.callback_metrics)
+
+
+@contextmanager
+def _rehearsing(task: AdapterTask, data: Any) -> Iterator[None]:
+    """Put back afterwards what a measurement changes, and start no processes for it, which take longer than a batch."""
     random, training = random_state(), task.training
     workers = getattr(data, "num_workers", 0)
-    trainer = evaluation_trainer(**{**settings, "limit_test_batches": 1})
     try:
         if isinstance(data, ImageData):
-            data.num_workers = 0  # starting them would take longer than the batch
-        evaluate(trainer, task, data, "test", Outputs(task.kept_outputs))
+            data.num_workers = 0
+        yield
     finally:
         if isinstance(data, ImageData):
             data.num_workers = workers

@@ -1,4 +1,4 @@
-"""Signals that ask a command to stop, and what is said when one does or when a disk is full."""
+"""Signals that ask a command to stop, and the messages when one does or when a disk is full."""
 
 from __future__ import annotations
 

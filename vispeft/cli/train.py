@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
@@ -17,12 +18,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from vispeft.building.config_files import read_config
+from vispeft.building.config_files import Node, read_config
 from vispeft.cli import runs
 from vispeft.cli.common import console, make_parser, one_line
 from vispeft.cli.config import ConfigCLI
 from vispeft.cli.config_changes import differing, is_free, told, without_free
-from vispeft.cli.config_keys import split_overrides
+from vispeft.cli.config_keys import as_list, split_overrides
 from vispeft.cli.finish import finish_run
 from vispeft.cli.folds import train_folds
 from vispeft.cli.own_code import load_code
@@ -32,13 +33,14 @@ from vispeft.cli.settings import (
     check_processes,
     check_room,
     check_settings,
+    rehearse_stopping,
     rehearse_test,
 )
 from vispeft.cli.start import start_from
 from vispeft.cli.stopping import disk_is_full, tell_how_to_go_on
 from vispeft.data.base import ImageData
 from vispeft.errors import ConfigError, FileError, TrainingError
-from vispeft.resources import config_names, find_config
+from vispeft.resources import find_config
 from vispeft.tasks.callbacks import EpochPictures, progress_bar
 from vispeft.tasks.checkpoints import Found, RunCheckpoints, SealedCheckpointIO, find_checkpoint, read_checkpoint
 from vispeft.tasks.feature_cache import cache_features
@@ -78,9 +80,6 @@ def main(argv: Sequence[str]) -> None:
         from vispeft.cli.mmseg import main as train_segmentor  # needs an extra
 
         train_segmentor(argv)
-        return
-    if argv == ["--list"]:
-        print("\n".join(config_names()))
         return
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         if not any(token.partition("=")[0] in ("--resume", "--finish") for token in argv):
@@ -171,7 +170,8 @@ def train(config: Path, overrides: Sequence[str] = (), *, out: str | Path | None
     made = out is None or not os.path.lexists(out)
     place = runs.claim(out, config)
     checkpoints: RunCheckpoints | None = None
-    with runs.held(place):
+    with contextlib.ExitStack() as behind_the_lock, runs.held(place):
+        runs.check_empty(place)
         try:
             trainer = _trainer(place, cli, None)
             checkpoints = cast(RunCheckpoints, trainer.checkpoint_callback)
@@ -180,7 +180,9 @@ def train(config: Path, overrides: Sequence[str] = (), *, out: str | Path | None
                 _carry_out(place, cli, trainer, None, began)
         except Exception as error:
             if not disk_is_full(error) and (checkpoints is None or not checkpoints.began):
-                runs.withdraw(place, made)
+                runs.withdraw(place)
+                if made:
+                    behind_the_lock.callback(runs.remove_empty, place)
             raise
     return place
 
@@ -221,8 +223,9 @@ def resume(run: str | Path, config: Path | None = None, overrides: Sequence[str]
         _prepared(cli)
         found = _found(place, cli)
         if more:
-            runs.mark_unfinished(place)
+            # In this order: killed in between, the run counts as finished, and the same command goes on.
             runs.begin(place, cli.resolved(), runs.command_of(place))
+            runs.mark_unfinished(place)
         _carry_out(place, cli, _trainer(place, cli, found), found, began)
     return place
 
@@ -257,7 +260,7 @@ def finish(run: str | Path) -> Path:
                 f"Go on by vispeft train --resume {place}"
             )
         trainer = _trainer(place, cli, found)
-        cast(RunCheckpoints, trainer.checkpoint_callback).take_over(found.state)
+        cast(RunCheckpoints, trainer.checkpoint_callback).take_over(found.state, found.path.name)
         _check_measured(cli.datamodule, found)
         finish_run(place, cli, trainer, began - found.state["seconds"])
     if not found.finished:
@@ -287,14 +290,20 @@ def _found(place: Path, cli: ConfigCLI) -> Found | None:
             soft_wrap=True,
         )
     else:
-        other = differing(cli, found.config)
-        if other and not (found.finished and list(other) == [MORE]):
-            raise ConfigError(
-                f"{found.path} was written with another config: {told(other)}. Set {runs.CONFIG} back, or begin a new "
-                "run."
-            )
+        _check_same_config(cli, found.path, found.config, (MORE,) if found.finished else ())
+    if found.best_config is not None and found.best_config != found.config:
+        best = found.path.with_name(found.state["best"]["file"])
+        _check_same_config(cli, best, found.best_config, (MORE,))  # of a run that went on for more epochs
     console.print(f"Going on from {found.path}.", soft_wrap=True)
     return found
+
+
+def _check_same_config(cli: ConfigCLI, path: Path, config: Node, may_differ: Sequence[str]) -> None:
+    other = {key: values for key, values in differing(cli, config).items() if key not in may_differ}
+    if other:
+        raise ConfigError(
+            f"{path} was written with another config: {told(other)}. Set {runs.CONFIG} back, or begin a new run."
+        )
 
 
 def _asks_for_more(place: Path, cli: ConfigCLI, given: bool) -> bool:
@@ -306,7 +315,7 @@ def _asks_for_more(place: Path, cli: ConfigCLI, given: bool) -> bool:
     other = differing(cli, read_config(place / runs.CONFIG))
     wanted = cli.trainer_settings["max_epochs"]
     if (runs.finished(place) and given and list(other) in ([], [MORE])) and wanted is not None:
-        done = runs.Run.open(place).metrics["epochs"]
+        done = runs.Run.open(place).number("epochs")
         if wanted > done:
             return True
         if other:
@@ -337,6 +346,7 @@ def _prepared(cli: ConfigCLI) -> ConfigCLI:
     if kept not in (False, None):
         cache_features(task, data, cli.trainer, None if kept is True else kept)
     rehearse_test(task, data, cli.trainer_settings)
+    rehearse_stopping(task, data, cli.trainer_settings)
     return cli
 
 
@@ -348,7 +358,7 @@ def _carry_out(place: Path, cli: ConfigCLI, trainer: Trainer, found: Found | Non
     earlier = 0.0 if found is None else found.state["seconds"]
     if found is not None and found.finished and not _has_more(place, found, trainer):
         _check_measured(cli.datamodule, found)
-        checkpoints.take_over(found.state)
+        checkpoints.take_over(found.state, found.path.name)
     else:
         trainer.fit(task, datamodule=cli.datamodule, ckpt_path=None if found is None else str(found.path))
     finish_run(place, cli, trainer, began - earlier)
@@ -369,11 +379,11 @@ def _check_measured(data: Any, found: Found) -> None:
 def _trainer(place: Path, cli: ConfigCLI, found: Found | None) -> Trainer:
     """Create the training trainer, which writes into a run directory."""
     task, settings = cli.model, cli.trainer_settings
-    callbacks = list(settings.get("callbacks") or [])
+    callbacks = as_list(settings.get("callbacks"))
     folder, cadence = place / runs.CHECKPOINTS, cli.config_init["checkpoints"]
     callbacks.append(EpochPictures(place / runs.PLOTS))
     kept = without_free(yaml.safe_load(cli.resolved()))
-    callbacks.append(RunCheckpoints(folder, monitor=task.monitor, mode=task.monitor_mode, cadence=cadence, config=kept))
+    callbacks.append(RunCheckpoints(folder, monitor=task.monitor, mode=task.monitor_mode, cadence=cadence))
     if not any(isinstance(callback, ProgressBar) for callback in callbacks):
         callbacks.append(progress_bar(terminal=sys.stdout.isatty()))
     logs = place / runs.LOGS
@@ -382,16 +392,9 @@ def _trainer(place: Path, cli: ConfigCLI, found: Found | None) -> Trainer:
     board = TensorBoardLogger(logs, name="tensorboard", version="", **purge)
     own = {
         "callbacks": callbacks,
-        "logger": [RunLog(logs), board, *_listed(settings.get("logger"))],
-        "plugins": [*_listed(settings.get("plugins")), SealedCheckpointIO()],
+        "logger": [RunLog(logs), board, *as_list(settings.get("logger"))],
+        "plugins": [*as_list(settings.get("plugins")), SealedCheckpointIO(kept)],
         "default_root_dir": place,
         "enable_model_summary": False,
     }
     return Trainer(**{**settings, **own})
-
-
-def _listed(value: Any) -> list[Any]:
-    """Convert a setting that may be a list, a single value or None to a list."""
-    if value is None or isinstance(value, bool):
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]

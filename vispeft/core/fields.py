@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from types import SimpleNamespace, UnionType
 from typing import Any, ClassVar, Literal, Self, Union, cast, get_args, get_origin, get_type_hints
 
-from vispeft.errors import ConfigError, SiteError
+from vispeft.errors import ConfigError, SiteError, UnknownNameError
 
 __all__ = [
     "Bits",
@@ -23,11 +24,14 @@ __all__ = [
     "Tasks",
     "check_choices",
     "check_factor",
+    "check_fields",
     "check_roles_in",
     "check_share",
     "check_task_names",
     "check_types",
     "check_whole",
+    "field_hint",
+    "named_fields",
 ]
 
 Bits = Literal[1, 2, 4, 8, 32]
@@ -128,6 +132,77 @@ def check_task_names(tasks: Any, asked: str) -> None:
 
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+_PEFT = {
+    "r": ("rank",),
+    "lora_alpha": ("alpha",),
+    "lora_dropout": ("dropout",),
+    "target_modules": ("roles",),
+    "layers_to_transform": ("blocks",),
+    "use_rslora": ("rslora",),
+    "use_dora": ("dora",),
+    "init_lora_weights": ("start",),
+    "num_virtual_tokens": ("num_tokens", "length"),
+    "prefix_projection": ("mid_dim",),
+    "reduction_factor": ("reduction", "bottleneck"),
+}
+"""Fields of peft's configurations, and those of ours that mean the same, where a method has one of them."""
+
+
+def field_hint(asked: str, known: Iterable[str]) -> str:
+    """Return a sentence on a field of peft; empty for any other name.
+
+    Args:
+        asked: The name that was given.
+        known: The fields of the method.
+    """
+    if asked == "modules_to_save":
+        return "The classifier is trained and saved with every adapter."
+    ours = next((name for name in _PEFT.get(asked, ()) if name in known), None)
+    more = ", names of places such as 'attn.qkv', which `vispeft inspect` lists" if ours == "roles" else ""
+    return f"The name here for peft's {asked} is {ours}{more}." if ours else ""
+
+
+def check_fields(cls: type, fields: Iterable[str], known: Collection[str]) -> None:
+    """Refuse fields that a method does not have.
+
+    Args:
+        cls: The method's class.
+        fields: Names that were given.
+        known: Names of its fields.
+
+    Raises:
+        UnknownNameError: If it lacks one; the message names the field that means the same as one of peft's.
+    """
+    for field in fields:
+        if field not in known:
+            raise UnknownNameError(f"field of {cls.__name__}", field, known, field_hint(field, known))
+
+
+def named_fields(cls: type) -> None:
+    """Let a class refuse unknown fields, and values without a name, in its own words.
+
+    Args:
+        cls: The class, whose ``__init__`` is replaced by one with these checks in front.
+    """
+    init = cls.__init__  # type: ignore[misc]
+    parameters = list(inspect.signature(init).parameters.values())[1:]
+    if any(p.kind is not p.KEYWORD_ONLY for p in parameters):
+        return  # written by hand, and free to take other arguments
+    known = [parameter.name for parameter in parameters]
+
+    @wraps(init)
+    def checked(self: Any, *values: Any, **fields: Any) -> None:
+        if values:
+            raise ConfigError(
+                f"{cls.__name__}({values[0]!r}): a field is given by its name, as in FIELD={values[0]!r}. There are "
+                f"{', '.join(known)}."
+            )
+        check_fields(cls, fields, known)
+        init(self, **fields)
+
+    cls.__init__ = checked  # type: ignore[misc]
 
 
 def check_choices(config: Any) -> None:

@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, TypeVar, cast
 
 from torch import nn
@@ -45,6 +46,10 @@ class Gate:
         """Threads that are in a forward pass or enter a choice."""
         self._waiting = 0
         self._changing: int | None = None
+        self._ending = False
+        """Whether the change waits for forward passes of the model that began while it was a plain one."""
+        self._model: Callable[[], nn.Module | None] = lambda: None
+        """Returns the model that is changed, or was changed last."""
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -64,6 +69,9 @@ class Gate:
     def _enter(self, thread: int) -> None:
         with self._free:
             while self._changing is not None or self._waiting:
+                # Part of a pass that the change waits for, such as the call of the classifier behind the features.
+                if (self._ending or self._changing is None) and _runs_plain(self._model(), sys._getframe()):
+                    break
                 self._free.wait()
             self._inside.add(thread)
 
@@ -82,24 +90,25 @@ class Gate:
         if self._changing == threading.get_ident():
             yield
             return
-        if threading.get_ident() in self._inside:
+        if threading.get_ident() in self._inside or _runs_plain(model, sys._getframe()):
             raise ConfigError(f"The model cannot {wanted} in the middle of its own forward pass, such as in a hook.")
-        self._wait_for_others()
+        self._wait_for_others(model)
         try:
             with self._closed(model, wanted):
                 yield
         finally:
             with self._free:
-                self._changing = None
+                self._changing, self._ending = None, False
                 self._free.notify_all()
 
-    def _wait_for_others(self) -> None:
+    def _wait_for_others(self, model: nn.Module) -> None:
         with self._free:
+            self._model = weakref.ref(model)
             self._waiting += 1
             try:
                 while self._changing is not None or self._inside:
                     self._free.wait()
-                self._changing = threading.get_ident()
+                self._changing, self._ending = threading.get_ident(), True
             finally:
                 self._waiting -= 1
                 self._free.notify_all()
@@ -111,10 +120,25 @@ class Gate:
         if not hasattr(model, "gate"):
             changed.__class__ = self.closed_class(type(model))
         try:
-            _wait_for_passes(model, wanted)
+            self._wait_for_plain_passes(model, wanted)
             yield
         finally:
             changed.__class__ = plain_class(model)
+
+    def _wait_for_plain_passes(self, model: nn.Module, wanted: str) -> None:
+        """Wait for forward passes in other threads that began while the model was a plain one, which has no gate."""
+        until = time.monotonic() + PATIENCE
+        while True:
+            with self._free:  # in which no thread enters, so that none does after the last look
+                self._ending = _runs_plain_elsewhere(model)
+            if not self._ending:
+                return
+            if time.monotonic() > until:
+                raise ConfigError(
+                    f"The model cannot {wanted}: a forward pass in another thread has not ended for {PATIENCE:g} "
+                    "seconds."
+                )
+            time.sleep(0.001)
 
     def closed_class(self, plain: type[nn.Module]) -> type[nn.Module]:
         """Return the class of a model without hosts: while it is changed, one whose forward passes wait.
@@ -162,29 +186,35 @@ def waits_for_changes(method: F) -> F:
     return run  # type: ignore[return-value]
 
 
-def _wait_for_passes(model: nn.Module, wanted: str) -> None:
-    """Wait for forward passes in other threads that began while the model was a plain one, which has no gate."""
-    until = time.monotonic() + PATIENCE
-    while _runs_elsewhere(model):
-        if time.monotonic() > until:
-            raise ConfigError(
-                f"The model cannot {wanted}: a forward pass in another thread has not ended for {PATIENCE:g} seconds."
-            )
-        time.sleep(0.001)
+_GATED = cast(Any, waits_for_changes(lambda: None)).__code__
+"""The code of methods that wait for changes."""
 
 
-def _runs_elsewhere(model: nn.Module) -> bool:
+def _runs_plain_elsewhere(model: nn.Module) -> bool:
     own = threading.get_ident()
-    for thread, top in sys._current_frames().items():
-        frame, running = top, False
-        while frame is not None and thread != own:
-            if frame.f_code is Gate._enter.__code__:
-                running = False
-                break
-            running = running or (frame.f_code.co_name in PASSES and frame.f_locals.get("self") is model)
-            frame = frame.f_back  # type: ignore[assignment]
-        if running:
+    return any(thread != own and _runs_plain(model, top) for thread, top in sys._current_frames().items())
+
+
+def _runs_plain(model: nn.Module | None, top: FrameType) -> bool:
+    """Whether a thread is in a forward pass of a model that began while the model was a plain one.
+
+    Such a pass shows in the frames of its thread alone: in that of the model's method, and before and behind it in that
+    of the call, where hooks run.
+
+    Args:
+        model: The model; None for no model.
+        top: The innermost frame of the thread.
+    """
+    frame = None if model is None else top
+    while frame is not None:
+        name = frame.f_code.co_name
+        if name in PASSES and frame.f_code is not _GATED and frame.f_locals.get("self") is model:
             return True
+        if name == "_call_impl" and frame.f_locals.get("self") is model:
+            method = frame.f_locals.get("forward_call")  # the model's method, as it was when the call began
+            if method is not None and not hasattr(method, "__wrapped__"):
+                return True
+        frame = frame.f_back
     return False
 
 

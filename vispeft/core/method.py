@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vispeft.core.families import describe
-from vispeft.core.fields import check_choices, check_types
+from vispeft.core.fields import check_choices, check_fields, check_types, named_fields
 from vispeft.core.providers import extra_methods, fill
 from vispeft.core.recipes import Recipe, choose_recipe
 from vispeft.core.sites import Site, View, check_roles, select
@@ -403,6 +403,8 @@ def register(cls: M) -> M:
     known = _METHODS.get(cls.name)
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ConfigError(f"Two methods want the name {cls.name!r}: {known.__module__} and {cls.__module__}.")
+    if _METHODS.get(cls.name) is not cls:
+        named_fields(cls)
     _METHODS[cls.name] = cls
     return cls
 
@@ -454,10 +456,7 @@ def method(name: str, **fields: Any) -> Method:
             "method", name, _METHODS, "A method of your own is known once the module with its class is imported."
         )
     cls = _METHODS[name]
-    known = {field.name for field in dataclasses.fields(cls)}
-    for field in fields:
-        if field not in known:
-            raise UnknownNameError(f"field of {cls.__name__}", field, known)
+    check_fields(cls, fields, {field.name for field in dataclasses.fields(cls)})
     check_types(cls, fields)
     return cls(**fields)
 

@@ -119,6 +119,8 @@ class _Entered:
     """The route it uses."""
     before: Route | None
     """The one its thread used before."""
+    block: _Block
+    """The block."""
     thread: tuple[int, int] = field(default_factory=lambda: (os.getpid(), threading.get_ident()))
     """The process and the thread; a forked process has none of the other threads."""
 
@@ -153,11 +155,11 @@ class _Block(AbstractContextManager[None]):
     def __enter__(self) -> None:
         """Let the calling thread use the route."""
         with self.gate():
-            self.routing._enter(self.find())
+            self.routing._enter(self.find(), self)
 
     def __exit__(self, *_: object) -> None:
         """Put back the one before."""
-        self.routing._leave()
+        self.routing._leave(self)
 
 
 class Routing:
@@ -242,20 +244,33 @@ class Routing:
         others = [entered for entered in others if entered.thread[1] != own]
         return any(name is None or name in (*e.route.names, *(e.before or e.route).names) for e in others)
 
-    def _enter(self, route: Route) -> None:
+    def _enter(self, route: Route, block: _Block) -> None:
         """Enter a block in the calling thread."""
         thread = self._thread
-        entered = _Entered(route, thread.route)
+        entered = _Entered(route, thread.route, block)
         thread.entered.append(entered)
         self._entered.append(entered)
         thread.route = self.traced = route
 
-    def _leave(self) -> None:
-        """Leave the last block of the calling thread; compiled graphs follow the last one that is still open."""
+    def _leave(self, block: _Block) -> None:
+        """Leave a block of the calling thread; compiled graphs follow the last one that is still open.
+
+        Raises:
+            ConfigError: If it was entered in another thread.
+        """
         thread = self._thread
-        left = thread.entered.pop()
+        places = [place for place, entered in enumerate(thread.entered) if entered.block is block]
+        if not places:
+            raise ConfigError(
+                "A block of using() or disabled() was left in another thread than it was entered in, which keeps the "
+                "choice. Enter and leave it around the call of the model."
+            )
+        left = thread.entered.pop(places[-1])
         self._entered.remove(left)
-        thread.route = left.before
+        if places[-1] < len(thread.entered):  # a later block is still open, as where generators take turns
+            thread.entered[places[-1]].before = left.before
+        else:
+            thread.route = left.before
         self.traced = self._entered[-1].route if self._entered else self.default
 
     def refresh(self, made_again: Callable[[Route], Route]) -> None:

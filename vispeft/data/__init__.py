@@ -5,17 +5,24 @@ from vispeft.data.augmentation import Augmentation
 from vispeft.data.base import BatchSplit, EpochSampler, ImageData, MemorySplit
 from vispeft.data.checks import Report, examine
 from vispeft.data.cityscapes import CityscapesData
+from vispeft.data.dense_targets import DenseTarget
 from vispeft.data.digits import DigitsData
 from vispeft.data.earth import EarthData
+from vispeft.data.earth_tasks import EarthMultiTaskData
 from vispeft.data.fgvc import FgvcData
 from vispeft.data.folder import ImageFolderData
 from vispeft.data.images import ImageFiles, find_images, read_image
 from vispeft.data.joint import MaskAugmentation
+from vispeft.data.joint_tasks import TaskAugmentation
 from vispeft.data.listed import ImageSplit, ListedData
 from vispeft.data.listing import Finding, ListedSplit, Listing, Published
 from vispeft.data.lists import ImageListData, JsonData
 from vispeft.data.masks import IGNORE, ListedMasks, MaskCoding
+from vispeft.data.multitask import MultiTaskData
+from vispeft.data.nyud_mt import NyudMultiTaskData
+from vispeft.data.pascal_mt import PascalMultiTaskData
 from vispeft.data.preprocessing import Preprocessing
+from vispeft.data.scene_tasks import SceneMultiTaskData
 from vispeft.data.scenes import Scene, ScenesData, render_scene
 from vispeft.data.segmentation import MaskFolderData, SegmentationData, list_masks
 from vispeft.data.shards import WebDatasetData
@@ -29,8 +36,10 @@ __all__ = [
     "Augmentation",
     "BatchSplit",
     "CityscapesData",
+    "DenseTarget",
     "DigitsData",
     "EarthData",
+    "EarthMultiTaskData",
     "EpochSampler",
     "FgvcData",
     "Finding",
@@ -48,13 +57,18 @@ __all__ = [
     "MaskCoding",
     "MaskFolderData",
     "MemorySplit",
+    "MultiTaskData",
+    "NyudMultiTaskData",
     "PascalContextData",
+    "PascalMultiTaskData",
     "Preprocessing",
     "Published",
     "Report",
     "Scene",
+    "SceneMultiTaskData",
     "ScenesData",
     "SegmentationData",
+    "TaskAugmentation",
     "TorchvisionData",
     "VOCData",
     "Vtab1kData",

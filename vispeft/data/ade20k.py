@@ -8,7 +8,8 @@ from typing import Literal
 
 from vispeft.data.masks import MaskCoding
 from vispeft.data.palettes import ClassTable, class_table
-from vispeft.data.segmentation import PublishedMasks, find_split
+from vispeft.data.published import find_split
+from vispeft.data.segmentation import PublishedMasks
 from vispeft.data.trees import LeftOut, list_folder
 from vispeft.errors import DataError
 

@@ -140,7 +140,7 @@ class ImageData(LightningDataModule, ABC):
     """
 
     target: Target = "class"
-    """Kind of targets: ``class``, ``multilabel``, ``regression`` or ``mask``."""
+    """Kind of targets: ``class``, ``multilabel``, ``regression``, ``mask`` or ``tasks``."""
     validation_chooses: bool = True
     """Whether the validation split may select the best epoch; otherwise the last one is kept."""
 

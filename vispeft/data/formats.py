@@ -25,8 +25,14 @@ MAX_PIXELS = 128_000_000
 """Pixels of the largest image that is opened by default: above the 108 million of today's cameras, and little enough
 for an image to be decoded several times at once in the memory of a small machine."""
 
-UNKNOWN = ("unknown pixel mode", "unknown data organization", "Invalid value for samples per pixel")
-"""Pillow's messages about TIFF files that it cannot read though they may be whole."""
+UNKNOWN = (
+    "unknown pixel mode",
+    "unknown data organization",
+    "Invalid value for samples per pixel",
+    "string index out of range",
+)
+"""Pillow's messages about TIFF files that it cannot read though they may be whole; the last one is about bands that
+stand apart and are more than it has letters for."""
 SAMPLES = {1: "unsigned", 2: "signed", 3: "floating-point"}
 """Kinds of numbers in TIFF, by the tag SampleFormat."""
 PHOTOMETRIC, BITS, SAMPLES_PER_PIXEL, FORMAT_OF_SAMPLE, EXTRA, PLANAR = 262, 258, 277, 339, 338, 284
@@ -84,6 +90,8 @@ class StoredTiff(TiffImagePlugin.TiffImageFile):
         if self.bits == 16 and tags.get(PLANAR) == APART:
             order = "B" if tags.prefix == b"MM" else "L"
             self.tile = [_wide(tile, order) for tile in self.tile]
+        if self.size != getattr(self, "_tile_size", self.size):
+            self.filename = ""  # without a name no memory is mapped, which Pillow does in the size after the turn
 
     def load_prepare(self) -> None:
         """Take room for the pixels, whose number was compared with the reader's own limit before."""

@@ -21,7 +21,7 @@ LIST_ENDINGS = (".txt", ".csv", ".tsv", ".lst", ".list")
 """Suffixes of text lists."""
 
 SEPARATORS = ("\t", " ", ",", ";")
-"""What may stand between a path and its label, in the order in which it is tried."""
+"""Separators of a path and its label, in the order in which they are tried."""
 SAMPLE = 1000
 """Lines that are looked at to find the separator of a list."""
 
@@ -119,10 +119,11 @@ def _check_order(path: Path, rows: Sequence[Sequence[str]]) -> None:
     Raises:
         DataError: If they do in every line.
     """
-    if rows and all(len(fields) > 1 and is_image(fields[-1]) and not is_image(fields[0]) for fields in rows):
+    if rows and all(not is_image(fields[0]) and any(map(is_image, fields[1:])) for fields in rows):
+        found = next(field for field in rows[0][1:] if is_image(field))
         raise DataError(
-            f"{path} has the label in front of the path, such as {rows[0][0]!r} and {rows[0][-1]!r}. Write the path "
-            "first, and then its label."
+            f"{path} has the label, or another column, in front of the path, such as {rows[0][0]!r} and {found!r}. "
+            "Write the path first, and then its label."
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -15,10 +15,11 @@ from torch.utils.data import Dataset
 
 from vispeft.data.augmentation import Augmentation, TrainTransform
 from vispeft.data.base import BatchSplit, ImageData, Index
+from vispeft.data.by_name import ClassOrder, in_order
 from vispeft.data.checks import Report, examine
 from vispeft.data.formats import MAX_PIXELS
 from vispeft.data.images import Reading
-from vispeft.data.listing import Finding, ListedSplit, Listing
+from vispeft.data.listing import PER_PIXEL, Finding, ListedSplit, Listing
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.data.randomness import seeded
 from vispeft.data.splitting import check_drawing, cross_validation, hold_out, share_of_rest
@@ -132,6 +133,7 @@ class ListedData(ImageData):
         self.reading = Reading(transparency=transparency, value_range=value_range, max_pixels=max_pixels)
         self._listing: Listing | None = None
         self._report: Report | None = None
+        self._matched: ClassOrder | None = None
 
     @abstractmethod
     def read(self) -> Listing:
@@ -148,8 +150,29 @@ class ListedData(ImageData):
             found = replace(self.read(), reading=self.reading)
             for split in found.splits.values():
                 split.read_with(self.reading)
-            self._listing = self._divide(found)
+            found = self._divide(found)
+            self._listing = found if self._matched is None else in_order(found, self._matched)
         return self._listing
+
+    def match_classes(self, names: Sequence[str]) -> ClassOrder:
+        """Number the classes as a model does, by their names.
+
+        Args:
+            names: Names of the model's outputs.
+
+        Returns:
+            What was matched.
+
+        Raises:
+            DataError: If the splits are loaded already, or the data have classes that the model does not know.
+        """
+        if self._splits:
+            raise DataError(f"{type(self).__name__} has loaded its splits; match the classes before.")
+        order = ClassOrder(self.class_names, tuple(names), self.listing.target)
+        order.check()
+        if order.found != order.wanted:
+            self._matched, self._listing, self._report = order, None, None
+        return order
 
     def report(self) -> Report:
         """Check everything, once.
@@ -255,8 +278,8 @@ class ListedData(ImageData):
             return listing
         splits = {name: {**splits, **drawn}[name] for name in ("train", "validation", "test")}
         drawn_of = f"fold {self.fold + 1} of {self.folds}, " if self.folds else ""
-        # Masks are not read for it, so a draw knows nothing about their classes.
-        how = "at random" if listing.target == "mask" else "stratified"
+        # Masks and labels are not read for it, so a draw knows nothing about their classes.
+        how = "at random" if listing.target in PER_PIXEL else "stratified"
         text = f"Drawn ({drawn_of}split_seed {self.split_seed}), {how} and disjoint"
         note = Finding("fact", "drawn-splits", text, tuple(f"{name} {len(split)}" for name, split in drawn.items()))
         # Folds mix the published splits, so their published sizes do not apply.

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from vispeft.data.images import PLAIN, Reading
 from vispeft.data.sources import JoinedSource, Source
-from vispeft.errors import printable
+from vispeft.errors import is_utf8, printable
 
-__all__ = ["Finding", "ListedSplit", "Listing", "Published", "Target"]
+__all__ = ["PER_PIXEL", "Finding", "ListedSplit", "Listing", "Published", "Target"]
 
-Target = Literal["class", "multilabel", "regression", "mask"]
-"""Kinds of targets: one class per image, any number of labels, numbers, or a class per pixel."""
+Target = Literal["class", "multilabel", "regression", "mask", "tasks"]
+"""Kinds of targets: one class per image, any number of labels, numbers, a class per pixel, or several dense tasks."""
+PER_PIXEL = ("mask", "tasks")
+"""Kinds of targets that every pixel has."""
 
 
 @dataclass(frozen=True)
@@ -139,16 +141,7 @@ class Listing:
     @property
     def unwritable(self) -> list[str]:
         """Names of classes that are empty, or no text in UTF-8."""
-        return [name for name in self.class_names if not name.strip() or not _is_text(name)]
-
-
-def _is_text(name: str) -> bool:
-    """Whether a name can be written in UTF-8, which has no place for bytes of another encoding."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        return [name for name in self.class_names if not name.strip() or not is_utf8(name)]
 
 
 def gather(level: Literal["error", "warning", "fact"], found: Mapping[tuple[str, str], Iterable[str]]) -> list[Finding]:

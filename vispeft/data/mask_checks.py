@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from vispeft.data.facts import ImageFacts
 from vispeft.data.listing import Finding, Listing, gather
 from vispeft.data.masks import IGNORE, ListedMasks, MaskFacts, show_code
+from vispeft.data.pixel_checks import problem_findings
 from vispeft.data.pixels import QUARTER_TURNS
 from vispeft.errors import counted
 
@@ -86,15 +87,7 @@ def _all(listing: Listing) -> Iterator[tuple[str, int, str, MaskFacts]]:
 
 def _files(listing: Listing) -> list[Finding]:
     """Find missing and unreadable masks."""
-    places: dict[str, list[str]] = defaultdict(list)
-    for _, _, name, known in _all(listing):
-        if known.problem:
-            places[known.problem].append(f"{name} ({known.reason})" if known.reason else name)
-    found = {
-        (code, text.replace("{n}", counted(len(places[problem]), "image"))): places[problem]
-        for problem, (code, text) in PROBLEMS.items()
-    }
-    return gather("error", found)
+    return problem_findings(((name, known) for _, _, name, known in _all(listing)), PROBLEMS)
 
 
 def _shared(listing: Listing) -> list[Finding]:

@@ -162,7 +162,12 @@ class MaskCoding:
                 "marks pixels without a label."
             )
         if self.ids is not None:
-            allowed = {*range(self.num_classes + self.reduce_zero_label), IGNORE}
+            if self.reduce_zero_label:
+                raise ConfigError(
+                    "ids of masks were given with reduce_zero_label, which would lower the classes in ids by one "
+                    f"and drop the first of them. Write 0: {IGNORE} into ids and leave reduce_zero_label out."
+                )
+            allowed = {*range(self.num_classes), IGNORE}
             wrong = {value: index for value, index in self.ids.items() if index not in allowed}
             if wrong or any(not LEAST <= value <= MOST for value in self.ids):
                 raise ConfigError(
@@ -229,18 +234,14 @@ class MaskCoding:
             near = {value: index for value, index in self.ids.items() if 0 <= value < CODES}
             table[list(near)] = list(near.values())
         known = table != OUTSIDE
-        table[known] = self._reduced(table[known])
+        if self.reduce_zero_label:
+            table[known] = reduce_zero_label(torch.from_numpy(table[known])).numpy()
         return table
 
     @cached_property
     def _far(self) -> dict[int, int]:
         """Class by value, for values that are negative or of more than 16 bits."""
-        far = {value: index for value, index in (self.ids or {}).items() if not 0 <= value < CODES}
-        return dict(zip(far, self._reduced(np.array([*far.values()], np.int16)).tolist(), strict=True))
-
-    def _reduced(self, classes: np.ndarray) -> np.ndarray:
-        """Lower classes by one where 0 marks unlabelled pixels."""
-        return reduce_zero_label(torch.from_numpy(classes)).numpy() if self.reduce_zero_label else classes
+        return {value: index for value, index in (self.ids or {}).items() if not 0 <= value < CODES}
 
     def _by_colour(self, codes: np.ndarray) -> np.ndarray:
         if not self.colours:

@@ -1,15 +1,15 @@
-"""Checks of the pixels of images: what cannot be read, what is converted, and what is dropped on the way."""
+"""Checks of the pixels of images: those that cannot be read, are converted, or are dropped on the way."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from vispeft.data.facts import ImageFacts
 from vispeft.data.listing import Finding, Listing, gather
 from vispeft.errors import counted
 
-__all__ = ["check_pixels"]
+__all__ = ["check_pixels", "problem_findings"]
 
 PROBLEMS = {
     "missing": ("missing-file", "{n} listed and not there; check paths and root"),
@@ -64,13 +64,23 @@ def check_pixels(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> lis
 
 def _unreadable(named: Named) -> list[Finding]:
     """Find images that cannot be read."""
+    return problem_findings(named, PROBLEMS)
+
+
+def problem_findings(named: Iterable[tuple[str, ImageFacts]], kinds: Mapping[str, tuple[str, str]]) -> list[Finding]:
+    """Gather files that cannot be used by their problem.
+
+    Args:
+        named: Names for messages, and facts.
+        kinds: Code and text of the finding by problem; ``{n}`` in the text is the number of images.
+    """
     places: dict[str, list[str]] = defaultdict(list)
     for name, known in named:
         if known.problem:
             places[known.problem].append(f"{name} ({known.reason})" if known.reason else name)
     found = {
         (code, text.replace("{n}", counted(len(places[problem]), "image"))): places[problem]
-        for problem, (code, text) in PROBLEMS.items()
+        for problem, (code, text) in kinds.items()
     }
     return gather("error", found)
 

@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from vispeft.core.families import unwrap
 from vispeft.errors import DataError, counted
+from vispeft.storage.form import FormError, check_notes
 
 __all__ = ["INTERPOLATIONS", "Preprocessing"]
 
@@ -65,6 +66,10 @@ class Preprocessing:
             )
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
             raise DataError(f"crop_pct is {self.crop_pct}; give a share above 0, up to 1, or None.")
+        try:
+            check_notes({"preprocessing": self.to_dict()})
+        except FormError as error:
+            raise DataError(f"An adapter's file could not hold these settings of the images: {error}") from error
 
     @classmethod
     def of(cls, model: nn.Module) -> Preprocessing:

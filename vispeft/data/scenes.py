@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vispeft.data.facts import ImageFacts
+from vispeft.data.listed import ListedData
 from vispeft.data.listing import Listing
 from vispeft.data.masks import ListedMasks, MaskCoding, MaskFacts
 from vispeft.data.palettes import Colour
@@ -23,7 +24,16 @@ from vispeft.data.segmentation import SegmentationData
 from vispeft.data.sources import Source
 from vispeft.errors import ConfigError
 
-__all__ = ["SCENE_CLASSES", "SCENE_PARTS", "Scene", "SceneSource", "ScenesData", "render_scene"]
+__all__ = [
+    "COLOURS",
+    "SCENE_CLASSES",
+    "SCENE_PARTS",
+    "GeneratedScenes",
+    "Scene",
+    "SceneSource",
+    "ScenesData",
+    "render_scene",
+]
 
 VERSION = 1
 """Version of the generator, incremented whenever the same seed gives a different scene."""
@@ -369,9 +379,18 @@ class SceneSource(Source):
         """Return facts about every scene; with `full`, masks are rendered and counted."""
         return [self._facts(index, full) for index in range(len(self))]
 
+    def digest(self, index: int) -> str:
+        """Identify a scene without rendering it.
+
+        Args:
+            index: Its position.
+        """
+        height, width = self.size
+        return f"scene {VERSION} {self.seed} {self.numbers[index]} {height} x {width}"
+
     def _facts(self, index: int, full: bool) -> ImageFacts:
         height, width = self.size
-        digest = f"scene {VERSION} {self.seed} {self.numbers[index]} {height} x {width}"
+        digest = self.digest(index)
         if not self.masks:
             return ImageFacts(width=width, height=height, mode="RGB", digest=digest)
         counts = self.read(index).flatten().bincount().tolist() if full else []
@@ -380,8 +399,8 @@ class SceneSource(Source):
         return facts.read_with(MaskCoding(num_classes=len(SCENE_CLASSES)))
 
 
-class ScenesData(SegmentationData):
-    """Generated scenes with exact masks of five classes; no files are read or written."""
+class GeneratedScenes(ListedData):
+    """Base of the data modules of generated scenes; no files are read or written."""
 
     def __init__(
         self,
@@ -398,23 +417,33 @@ class ScenesData(SegmentationData):
             images: Number of scenes in all splits.
             scene_size: Height and width of a scene in pixels, or one number for both.
             scene_seed: Seed of the set of scenes; different seeds share no scene.
-            check: With ``full``, the classes of all scenes are counted before training.
-            settings: Settings of `SegmentationData`, `ListedData` and `ImageData`.
+            check: With ``full``, all scenes are rendered and their labels counted before training.
+            settings: Settings of the other base class, `ListedData` and `ImageData`.
 
         Raises:
             ConfigError: If a number is out of range.
         """
         super().__init__(check=check, **settings)
+        owner = type(self).__name__
         height, width = (scene_size, scene_size) if isinstance(scene_size, int) else scene_size
         for name, value, least in (("images", images, 3), ("scene_size", min(height, width), 8)):
             if value < least:
-                raise ConfigError(f"ScenesData({name}={value}): at least {least} is needed.")
+                raise ConfigError(f"{owner}({name}={value}): at least {least} is needed.")
         if scene_seed < 0:
-            raise ConfigError(f"ScenesData(scene_seed={scene_seed}): a whole number from 0 is needed.")
+            raise ConfigError(f"{owner}(scene_seed={scene_seed}): a whole number from 0 is needed.")
         self.images, self.scene_size, self.scene_seed = images, (height, width), scene_seed
 
     @property
-    def palette(self) -> tuple[Colour, ...]:
+    def place(self) -> str:
+        """Location of the data, for messages."""
+        return f"{self.images} generated scenes"
+
+
+class ScenesData(GeneratedScenes, SegmentationData):
+    """Generated scenes with exact masks of five classes."""
+
+    @property
+    def own_palette(self) -> tuple[Colour, ...]:
         """Colour of each class."""
         return COLOURS
 
@@ -422,5 +451,4 @@ class ScenesData(SegmentationData):
         """List the scenes."""
         numbers = range(self.images)
         image, mask = (SceneSource(self.scene_seed, numbers, self.scene_size, masks) for masks in (False, True))
-        place = f"{self.images} generated scenes"
-        return Listing(place, SCENE_CLASSES, {"train": ListedMasks(image, mask)}, target="mask")
+        return Listing(self.place, SCENE_CLASSES, {"train": ListedMasks(image, mask)}, target="mask")

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from vispeft.data.base import BatchSplit, Index
-from vispeft.data.folder import SYNONYMS, find_splits, leave_beside
+from vispeft.data.folder import find_splits, leave_beside
 from vispeft.data.joint import EvaluationPair, MaskAugmentation, TrainPair
-from vispeft.data.list_files import read_text
 from vispeft.data.listed import ListedData
 from vispeft.data.listing import Finding, Listing, Published, gather
 from vispeft.data.masks import ListedMasks, MaskCoding, MaskFiles
 from vispeft.data.palettes import ClassTable, Colour, make_palette, read_palette
 from vispeft.data.preprocessing import Preprocessing
+from vispeft.data.published import PublishedSplits
 from vispeft.data.randomness import seeded
 from vispeft.data.sources import FileSource
 from vispeft.data.trees import EXTENSIONS, LeftOut, list_folder, walk
@@ -105,7 +105,12 @@ class SegmentationData(ListedData):
     @property
     def palette(self) -> tuple[Colour, ...]:
         """Colour of each class, red, green and blue from 0 to 255."""
-        return make_palette(self.num_classes)
+        return self.own_palette if self._matched is None else self._matched.colours(self.own_palette)
+
+    @property
+    def own_palette(self) -> tuple[Colour, ...]:
+        """Colour of each class in the order of the masks, which is that of `palette` unless classes were matched."""
+        return make_palette(self.num_classes if self._matched is None else len(self._matched.found))
 
     def output_notes(self) -> dict[str, Any]:
         """Return the mask colours, the image sizing and how pixels are read, for the adapter's file."""
@@ -183,8 +188,8 @@ class MaskFolderData(SegmentationData):
     Images and masks are paired by their path without suffix. The splits are folders inside these two, or around them
     (``root/train/images/a.jpg``), named as in `ImageFolderData`; missing splits are drawn from train.
 
-    Masks hold a class index per pixel: grey files of 1 to 16 bits, or palette files, whose palette is ignored. RGB
-    masks are read with ``rgb_masks`` and `palette`.
+    Masks hold a class index per pixel: grey files of 1 to 32 bits, or palette files, whose palette is ignored. With
+    ``rgb_masks`` they hold the colours of `palette`, in RGB, grey or palette files.
     """
 
     def __init__(
@@ -210,7 +215,7 @@ class MaskFolderData(SegmentationData):
             images: Folder of the images.
             masks: Folder of the masks.
             palette: Colour of each class; None generates colours.
-            rgb_masks: Whether masks are RGB, in the colours of `palette`.
+            rgb_masks: Whether masks hold the colours of `palette`.
             reduce_zero_label: Whether 0 marks unlabelled pixels and classes start at 1.
             ids: Class by mask value, if they differ, such as ``{0: 0, 255: 1}``; class 255 means no label.
             image_suffix: End of image file names, such as ``_leftImg8bit.png``; by default any image suffix.
@@ -239,7 +244,7 @@ class MaskFolderData(SegmentationData):
         self.image_suffix, self.mask_suffix = image_suffix, mask_suffix
 
     @property
-    def palette(self) -> tuple[Colour, ...]:
+    def own_palette(self) -> tuple[Colour, ...]:
         """The given or generated colours."""
         return self._palette
 
@@ -339,38 +344,8 @@ class MaskFolderData(SegmentationData):
 # ------------------------------------------------------------------ published sets
 
 
-class PublishedMasks(SegmentationData):
-    """Base of the readers of published data sets, which have a train and a validation split with public masks.
-
-    Published results are on the validation split. The protocol ``final`` trains on all of train, uses the published
-    validation images as test and as validation split, and keeps the last epoch. The protocol ``tune`` draws the
-    validation split from train, so it may select settings and epochs.
-    """
-
-    def __init__(
-        self,
-        *,
-        root: str,
-        protocol: Literal["final", "tune"] = "final",
-        validation: float = 0.1,
-        **settings: Any,
-    ) -> None:
-        """Store the settings.
-
-        Args:
-            root: The folder of the set.
-            protocol: Whether to train on all of train (``final``) or hold out a fraction for validation (``tune``).
-            validation: With ``tune``, this fraction.
-            settings: Settings of `SegmentationData`, `ListedData` and `ImageData`.
-
-        Raises:
-            ConfigError: If a setting is invalid.
-        """
-        super().__init__(validation=validation, **settings)
-        if protocol not in ("final", "tune"):
-            raise ConfigError(f"{type(self).__name__}(protocol={protocol!r}): the choices are final and tune.")
-        self.root, self.protocol = Path(root), protocol
-        self.validation_chooses = protocol == "tune"
+class PublishedMasks(PublishedSplits, SegmentationData):
+    """Base of the readers of published data sets, which have a train and a validation split with public masks."""
 
     @abstractmethod
     def pairs(self, split: Literal["train", "validation"]) -> Sequence[tuple[Path, Path]]:
@@ -389,17 +364,12 @@ class PublishedMasks(SegmentationData):
         """The published classes."""
 
     @property
-    @abstractmethod
-    def counts(self) -> Mapping[str, int]:
-        """Published number of images in ``train`` and ``validation``."""
-
-    @property
     def coding(self) -> MaskCoding:
         """Mapping from mask values to classes."""
         return MaskCoding(num_classes=len(self.table.class_names))
 
     @property
-    def palette(self) -> tuple[Colour, ...]:
+    def own_palette(self) -> tuple[Colour, ...]:
         """The published colours."""
         return self.table.palette
 
@@ -413,66 +383,7 @@ class PublishedMasks(SegmentationData):
         for split in ("train", "validation"):
             images, masks = zip(*self.pairs(split), strict=True)
             listed[split] = list_masks(images, masks, self.root, self.coding)
-        splits: dict[str, Any] = {"train": listed["train"], "test": listed["validation"]}
-        expected = {"test": self.counts["validation"]}
-        repeats: frozenset[str] = frozenset()
-        if self.protocol == "final":
-            splits["validation"], repeats = listed["validation"], frozenset({"validation"})
-            expected["train"] = self.counts["train"]
+        splits, expected, repeats = self.arrange(listed)
         names = self.table.class_names
         known = Published(self.table.title, len(names), expected)
         return Listing(str(self.root), names, splits, target="mask", published=known, repeats=repeats)
-
-    def place(self, *candidates: str, needs: Sequence[str]) -> Path:
-        """Find the folder of the data set.
-
-        Args:
-            candidates: Possible folders, relative to root.
-            needs: Folders it must contain.
-
-        Raises:
-            DataError: If no candidate contains them.
-        """
-        for candidate in candidates:
-            if all((self.root / candidate / need).is_dir() for need in needs):
-                return self.root / candidate
-        found = sorted(path.name for path in self.root.iterdir())[:6] if self.root.is_dir() else []
-        raise DataError(
-            f"{type(self).__name__}(root={str(self.root)!r}): no folder with {', '.join(needs)} there or in "
-            f"{', '.join(c for c in candidates if c != '.')}; found {', '.join(found) or 'nothing'}."
-        )
-
-
-def find_split(place: Path, split: str) -> Path:
-    """Find the folder of a split by its usual names.
-
-    Args:
-        place: The folder to search.
-        split: train, validation or test.
-
-    Raises:
-        DataError: If there is none.
-    """
-    found = next((place / name for name in SYNONYMS[split] if (place / name).is_dir()), None)
-    if found is None:
-        raise DataError(f"{place} has no folder {SYNONYMS[split][0]}; the published layout has one.")
-    return found
-
-
-def read_stems(path: Path) -> list[str]:
-    """Read a published list of images, one name without suffix per line.
-
-    Args:
-        path: Its file.
-
-    Raises:
-        DataError: If it is missing or empty.
-    """
-    if not path.is_file():
-        found = sorted(other.name for other in path.parent.glob("*.txt")) if path.parent.is_dir() else []
-        raise DataError(f"There is no list {path}; found {', '.join(found) or 'no list beside it'}.")
-    # mmsegmentation's lists have one name per line; the development kit's class lists add a number.
-    stems = [line.split()[0] for line in read_text(path).split("\n") if line.strip()]
-    if not stems:
-        raise DataError(f"No image is listed in {path}.")
-    return stems

@@ -23,7 +23,7 @@ from vispeft.data.images import PLAIN, UNREADABLE, Reading, read_image, to_rgb, 
 from vispeft.data.trees import open_regular
 from vispeft.errors import DataError
 
-__all__ = ["FileSource", "JoinedSource", "ShardSource", "Source", "TorchvisionSource"]
+__all__ = ["FileSource", "JoinedSource", "ShardSource", "Source", "TorchvisionSource", "file_key", "look_all"]
 
 CHUNK = 1024
 """Images inspected between two writes to the store, so that an interrupted check can continue."""
@@ -114,7 +114,7 @@ class FileSource(Source):
             look_at: Function that inspects an open file.
             kind: Class of its result.
         """
-        keys = [_key(path, level) for path in self.paths]
+        keys = [file_key(path, level) for path in self.paths]
 
         def look(index: int) -> Facts:
             try:
@@ -125,7 +125,7 @@ class FileSource(Source):
             except (OSError, ValueError) as error:  # a path with a zero byte raises ValueError
                 return kind(problem="broken", reason=getattr(error, "strerror", None) or str(error))
 
-        return _look_all(keys, look, kind, self.reading)
+        return look_all(keys, look, kind, self.reading)
 
 
 class ShardSource(Source):
@@ -163,7 +163,7 @@ class ShardSource(Source):
     def facts(self, full: bool) -> list[ImageFacts]:
         """Inspect every image of a shard that has changed since the last time."""
         level = _level(full, self.reading)
-        shards = {shard: _key(shard, level) for shard, _, _, _ in self.members}
+        shards = {shard: file_key(shard, level) for shard, _, _, _ in self.members}
         keys = [(f"{shard}:{offset}", *shards[shard][1:]) for shard, _, offset, _ in self.members]
 
         def look(index: int) -> ImageFacts:
@@ -172,7 +172,7 @@ class ShardSource(Source):
             except OSError as error:
                 return ImageFacts(problem="broken", reason=error.strerror or str(error))
 
-        return _look_all(keys, look, ImageFacts, self.reading)
+        return look_all(keys, look, ImageFacts, self.reading)
 
     def _content(self, index: int) -> bytes:
         shard, _, offset, size = self.members[index]
@@ -296,8 +296,13 @@ def _as_rgb(image: Any) -> Tensor:
     return tensor.expand(3, -1, -1)
 
 
-def _key(path: str, level: str) -> Key | tuple[()]:
-    """Return a key for the content of a file without reading it; empty if the file is missing."""
+def file_key(path: str, level: str) -> Key | tuple[()]:
+    """Return a key for the content of a file without reading it; empty if the file is missing.
+
+    Args:
+        path: The file.
+        level: Name of the level of inspection.
+    """
     try:
         status = os.stat(path)
     except (OSError, ValueError):
@@ -312,8 +317,15 @@ def _level(full: bool, reading: Reading) -> str:
     return f"{'full' if full else 'fast'}{'' if reading.value_range is None else '-ranged'}"
 
 
-def _look_all(keys: Sequence[Any], look: Callable[[int], Facts], kind: type[Facts], reading: Reading) -> list[Facts]:
-    """Inspect images that the store lacks, in several threads, as Pillow releases the GIL while decoding."""
+def look_all(keys: Sequence[Any], look: Callable[[int], Facts], kind: type[Facts], reading: Reading) -> list[Facts]:
+    """Inspect images that the store lacks, in several threads, as Pillow releases the GIL while decoding.
+
+    Args:
+        keys: Key of each image in the store; empty for one that is not stored.
+        look: Function that inspects an image by its position.
+        kind: Class of its result.
+        reading: The limit on pixels.
+    """
     store = FactStore(kind)
     known = store.get({key for key in keys if key})
     new = [index for index, key in enumerate(keys) if key not in known]
@@ -324,7 +336,7 @@ def _look_all(keys: Sequence[Any], look: Callable[[int], Facts], kind: type[Fact
             fresh = dict(zip(chunk, pool.map(look, chunk), strict=True))
             store.put({keys[index]: facts for index, facts in fresh.items() if keys[index] and not facts.problem})
             found.update(fresh)
-    # What the store has may have been found under a higher limit.
+    # A higher limit may have held when the facts in the store were found.
     return [found[index] if index in found else limited(known[key], reading) for index, key in enumerate(keys)]
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from vispeft.data.listing import Finding, Target, gather
+from vispeft.data.listing import PER_PIXEL, Finding, Target, gather
 from vispeft.errors import ConfigError, counted
 
 __all__ = ["Entry", "LabelError", "check_labelling", "encode"]
@@ -61,7 +61,7 @@ def check_labelling(owner: str, target: str, names: Sequence[str] | None) -> Non
     Raises:
         ConfigError: If one of them is invalid.
     """
-    if target == "mask" or target not in get_args(Target):
+    if target in PER_PIXEL or target not in get_args(Target):
         raise ConfigError(f"{owner}(target={target!r}): the choices are class, multilabel and regression.")
     if names is not None and len(set(names)) != len(names):
         raise ConfigError(f"{owner}: names has the same name twice.")

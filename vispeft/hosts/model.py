@@ -136,7 +136,8 @@ class ModelHost(Host):
                 f"set_input_size(patch_size={patch_size}) makes a new patch embedding, and adapters act on the present "
                 f"one: {', '.join(embed.proj.adapters)}. Detach them, change the size of the patches, and attach anew."
             )
-        with self.routing.using(Route()):  # the base's own tensors are resized, not those that act in their place
+        # The base's own tensors are resized, not those that act in their place.
+        with self.gate.alone(self, "get another input size"), self.routing.using(Route()):
             super().set_input_size(img_size, patch_size, *args, **kwargs)  # type: ignore[misc]  # timm's
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -24,8 +24,8 @@ _MOVING = ".moving"
 def staged(path: Path, *others: Path) -> Iterator[Path]:
     """Write a file, and files beside it, in a temporary folder and move them into place only on success.
 
-    What a process that was killed has left of the same files is removed first: its temporary folder, and those files
-    that it had moved, unless it had moved all of them.
+    Leftovers of a process that was killed while it wrote the same files are removed first: its temporary folder, and
+    those files that it had moved, unless it had moved all of them.
 
     Args:
         path: The file.
@@ -58,7 +58,7 @@ def staged(path: Path, *others: Path) -> Iterator[Path]:
 def check_free(path: Path, *others: Path) -> None:
     """Refuse files that exist, before any work is done for them.
 
-    What a process that was killed has left of the same files does not count, and is removed.
+    Leftovers of a process that was killed while it wrote the same files do not count, and are removed.
 
     Args:
         path: The file.

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import stat
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 
 from vispeft.errors import FileError
+from vispeft.storage.system import lock_opened, moves_open_files, open_file
 
-__all__ = ["earlier", "read_regular", "regular_size", "write_atomically"]
-
-fcntl: ModuleType | None
-try:
-    import fcntl
-except ImportError:  # Windows, where an open file cannot be replaced by another process
-    fcntl = None
+__all__ = ["earlier", "read_regular", "regular_size", "settle", "write_atomically"]
 
 
 def read_regular(path: Path, at_most: int | None = None) -> bytes:
@@ -78,23 +73,24 @@ def write_atomically(files: Mapping[Path, bytes], without: Iterable[Path] = ()) 
     Raises:
         FileError: If they cannot be written, for example because the disk is full.
     """
-    gone, staged, linked = list(without), _Staged(), []
+    gone, staged, kept = list(without), _Staged(), []
     try:
         for path in files:
             path.parent.mkdir(parents=True, exist_ok=True)
         for path, content in files.items():
             staged.add(path, content)
-        _settle([*gone, *files])  # behind the locks of the new files, or it would undo a save that is under way
+        settle([*gone, *files])  # behind the locks of the new files, or it would undo a save that is under way
         for path in files:
             if path.exists():
-                os.link(path, earlier(path))
-                linked.append(path)
+                _keep(path)
+                kept.append(path)
         staged.rename()
     except BaseException as error:
-        staged.remove(linked)
-        for path in linked:
-            with contextlib.suppress(OSError):
-                _bring_back(path)
+        if staged.renamed != files.keys():
+            staged.remove(kept)
+            for path in kept:  # the last one is last again: until then, `settle` undoes the rest
+                with contextlib.suppress(OSError):
+                    _bring_back(path)
         if not isinstance(error, OSError):
             raise
         raise FileError(
@@ -102,7 +98,7 @@ def write_atomically(files: Mapping[Path, bytes], without: Iterable[Path] = ()) 
             "files are unchanged; free some space or choose another directory."
         ) from error
     else:  # the new files count, and an interrupt leaves old ones to the next call
-        for path in (*gone, *map(earlier, reversed(linked))):
+        for path in (*gone, *map(earlier, reversed(kept))):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
     finally:
@@ -122,16 +118,20 @@ class _Staged:
     """New files beside their targets.
 
     A file is locked from its opening to its renaming, so that another process that writes the same one waits, and a
-    leftover of a process that was killed is taken over.
+    leftover of a process that was killed is taken over. Where open files cannot be renamed, the lock ends before the
+    first renaming.
     """
 
     def __init__(self) -> None:
-        self.handles: dict[Path, int] = {}
+        self.files: list[Path] = []
+        self.handles: list[int] = []
         self.renamed: set[Path] = set()
 
     def add(self, path: Path, content: bytes) -> None:
         """Write the content of one target."""
-        handle = self.handles[path] = _open_part(_part(path))
+        handle = _open_part(_part(path))
+        self.files.append(path)
+        self.handles.append(handle)
         os.ftruncate(handle, 0)
         with open(handle, "wb", closefd=False) as file:
             file.write(content)
@@ -142,21 +142,25 @@ class _Staged:
 
     def rename(self) -> None:
         """Put all files at their places."""
-        for path in self.handles:
+        if not moves_open_files():
+            self.close()
+        for path in self.files:
             os.replace(_part(path), path)
             self.renamed.add(path)
 
     def remove(self, kept: Collection[Path]) -> None:
         """Remove the new files, also from places that were empty before; `kept` names the other places."""
-        for path in self.handles:
+        if not moves_open_files():
+            self.close()
+        for path in self.files:
             with contextlib.suppress(OSError):
                 os.unlink(path if path in self.renamed and path not in kept else _part(path))
 
     def close(self) -> None:
         """Release the locks."""
-        for handle in self.handles.values():
+        while self.handles:
             with contextlib.suppress(OSError):
-                os.close(handle)
+                os.close(self.handles.pop())
 
 
 def _part(path: Path) -> Path:
@@ -166,13 +170,10 @@ def _part(path: Path) -> Path:
 def _open_part(path: Path) -> int:
     """Open a file that is being written, new or left over, after any other process that writes it."""
     while True:
-        handle = os.open(
-            path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0), 0o644
-        )
+        handle = open_file(path)
         try:
-            if fcntl is not None:
-                with contextlib.suppress(OSError):  # some network drives have no locks
-                    fcntl.flock(handle, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # some network drives have no locks
+                lock_opened(handle)
             if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
                 return handle
         except BaseException:
@@ -181,20 +182,50 @@ def _open_part(path: Path) -> int:
         os.close(handle)  # the other process renamed it meanwhile
 
 
-def _settle(paths: list[Path]) -> None:
-    """Undo or finish an earlier call for the same files that was killed between its renames.
+def settle(paths: Sequence[Path]) -> None:
+    """Undo or finish a call of `write_atomically` that was killed between its renames.
 
-    Until the last file is renamed, its earlier file is the file itself: then the call is undone.
+    Until the last file is renamed, its earlier file is the file itself, or a copy of it: then the call is undone.
+
+    Args:
+        paths: The files, in the order in which they are renamed.
     """
     last = paths[-1]
-    undone = earlier(last).exists() and last.exists() and earlier(last).samefile(last)
+    undone = earlier(last).exists() and last.exists() and _equal(earlier(last), last)
     for path in paths:
+        if _copy(path).exists():
+            _copy(path).unlink()
         if not earlier(path).exists():
             continue
         if undone or not last.exists():
             _bring_back(path)
         else:
             earlier(path).unlink(missing_ok=True)
+
+
+def _equal(first: Path, second: Path) -> bool:
+    return first.samefile(second) or first.read_bytes() == second.read_bytes()
+
+
+def _keep(path: Path) -> None:
+    """Give a file the name of an earlier one as well, or copy it where a file cannot have two names."""
+    try:
+        os.link(path, earlier(path))
+        return
+    except FileExistsError:
+        raise
+    except OSError:  # exFAT and some network drives
+        copy = _copy(path)
+    try:
+        shutil.copyfile(path, copy)
+        os.replace(copy, earlier(path))  # complete, or not there
+    except BaseException:
+        copy.unlink(missing_ok=True)
+        raise
+
+
+def _copy(path: Path) -> Path:
+    return path.with_name(f".{path.name}.copy")
 
 
 def _bring_back(path: Path) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,6 @@ __all__ = [
     "read_decoder",
     "read_encoded",
     "write_adapter",
-    "write_atomically",
 ]
 
 SCHEMA = 1
@@ -155,8 +156,8 @@ def _matching(path: Path, sha: str) -> bytes:
             if hashlib.sha256(content).hexdigest() == sha:
                 return content
     raise FileError(
-        f"{path} is truncated or was altered: its sha256 is not the one in {JSON_FILE}. Copy the directory again from "
-        "where it came from."
+        f"{path} is truncated or was altered: its sha256 is not the one in {JSON_FILE}, or its length not the one in "
+        "its header. Copy the directory again from where it came from."
     )
 
 
@@ -166,13 +167,25 @@ def _is_whole(path: Path) -> bool:
         size = regular_size(path)
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header: Any = json.loads(file.read(length)) if 8 + length <= size and length < 2**27 else None
+            text = file.read(length) if 8 + length <= size and length < 2**27 else b"null"
+        header: Any = json.loads(text, object_pairs_hook=partial(_named_once, path))
         ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
         return bool(8 + length + max(ends, default=0) == size)
     except OSError:
         return True  # the reader says why
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return False
+
+
+def _named_once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a mapping of keys and values, and refuse a key twice: the library takes the last one without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise FileError(
+            f"{path} has the key {shown(twice)} twice in its header. Copy it again from where it came from."
+        )
+    return found
 
 
 def _check_described(

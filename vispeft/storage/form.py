@@ -1,6 +1,6 @@
 """The form of ``adapter.json``: one check of everything in it, before anything of it is used.
 
-A check takes a value and raises on one that does not fit; what holds the value adds the place where it stands.
+A check takes a value and raises on one that does not fit; the check of its list or mapping adds the place.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vispeft.errors import FileError
+from vispeft.errors import CONTROL, FileError, printable
 
 __all__ = ["FormError", "check_class_names", "check_form", "check_notes", "escaped", "shown"]
 
@@ -26,8 +26,10 @@ DEEPEST = 32
 """Levels of nested lists and mappings."""
 LARGEST = 2**40
 """Entries of one side of a tensor."""
-_HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-"""Characters that a terminal obeys instead of showing them, and halves of characters."""
+PIXELS = 2**26
+"""Pixels of an image that is given to a model."""
+_HUGE = sys.float_info.max
+_CONTROL = re.compile(f"[{CONTROL}]")
 _SHA = re.compile("[0-9a-f]{64}")
 
 
@@ -58,7 +60,7 @@ def _unfit(value: Any, needed: str) -> FormError:
 
 
 def shown(value: Any, at_most: int = 80) -> str:
-    """Write a value of a file for a message: on one line, short, and with what a terminal would obey escaped.
+    """Write a value of a file for a message: on one line, short, with control characters escaped.
 
     Args:
         value: The value.
@@ -73,18 +75,18 @@ def shown(value: Any, at_most: int = 80) -> str:
             text = repr(value)
         except (ValueError, RecursionError):  # a number of thousands of digits, or nesting without an end
             text = f"a {type(value).__name__}"
-    text = escaped(text)
+    text = printable(text)
     return text if len(text) <= at_most else text[:at_most] + " ..."
 
 
 def escaped(value: Any) -> Any:
-    """Return plain values whose texts can stand in a file: what a terminal would obey is escaped, long ones are cut.
+    """Return plain values whose texts can stand in a file: control characters are escaped, long texts are cut.
 
     Args:
         value: A text, number, list or mapping.
     """
     if isinstance(value, str):
-        return _HIDDEN.sub(lambda found: ascii(found[0])[1:-1], value)[:LONGEST]
+        return printable(value)[:LONGEST]
     if isinstance(value, Mapping):
         return {key: escaped(inside) for key, inside in value.items()}
     return [escaped(inside) for inside in value] if isinstance(value, list | tuple) else value
@@ -117,7 +119,7 @@ def _text(value: Any) -> None:
         raise _unfit(value, "a text")
     if not value or len(value) > LONGEST:
         raise _unfit(value, f"a text of 1 to {LONGEST} letters")
-    if _HIDDEN.search(value):
+    if _CONTROL.search(value):
         raise _unfit(value, "a text without control characters")
 
 
@@ -129,12 +131,12 @@ def _whole(low: int, high: int) -> Check:
     return check
 
 
-def _number(low: float = -sys.float_info.max, above: float | None = None) -> Check:
-    limit = f" above {above:g}" if above is not None else f" of at least {low:g}" if low >= 0 else ""
+def _number(low: float = -_HUGE, high: float = _HUGE) -> Check:
+    limit = f" from {low:g} to {high:g}" if high < _HUGE else f" of at least {low:g}" if low >= 0 else ""
 
     def check(value: Any) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not low <= value <= sys.float_info.max or (above is not None and value <= above):
+        if not number or not low <= value <= high:
             raise _unfit(value, f"a finite number{limit}")
 
     return check
@@ -253,19 +255,20 @@ _BACKBONE = _record({"name": _optional(_string), "args": _mapping(_plain), "fing
 _PREPROCESSING = _record(
     {},
     {
-        "mean": _listed(_FINITE, at_least=1, at_most=64),
-        "std": _listed(_number(above=0), at_least=1, at_most=64),
+        # Beyond these limits of values in [0, 1], float32 could not hold the results.
+        "mean": _listed(_number(-1e6, 1e6), at_least=1, at_most=64),
+        "std": _listed(_number(1e-6, 1e6), at_least=1, at_most=64),
         "input_size": _listed(_whole(1, 2**20), at_least=3, at_most=3),
         "size": _listed(_whole(1, 2**20), at_least=2, at_most=2),
         "interpolation": _text,
-        "crop_pct": _optional(_number(above=0)),
+        "crop_pct": _optional(_number(1e-3, 1)),
     },
 )
 _OUTPUT = _record(
     {},
     {
         "target": _optional(_text),
-        "temperature": _number(above=0),
+        "temperature": _number(1e-3, 1e3),
         "mean": _listed(_FINITE),
         "deviation": _listed(_number(low=0)),
         "decoder": _optional(_record({"name": _text})),
@@ -313,6 +316,11 @@ def check_notes(notes: Mapping[str, Any]) -> None:
     if len({len(pixels[key]) for key in ("mean", "std") if key in pixels}) > 1:
         means = len(pixels["mean"])
         raise _unfit(pixels["std"], f"one number for each of the {means} means").inside(".preprocessing.std")
+    for key in ("input_size", "size"):
+        if key in pixels and pixels[key][-2] * pixels[key][-1] > PIXELS:
+            raise _unfit(pixels[key], f"a height and a width of at most {PIXELS:,} pixels").inside(
+                f".preprocessing.{key}"
+            )
 
 
 def check_form(header: Any) -> None:
@@ -326,6 +334,8 @@ def check_form(header: Any) -> None:
     """
     _HEADER(header)
     check_notes({"preprocessing": header["preprocessing"]})
+    if len(set(header["tasks"] or ())) < len(header["tasks"] or ()):
+        raise _unfit(header["tasks"], "a list of different names").inside(".tasks")
     rows = (header["head"] or {}).get("weight")
     _at(".class_names", _optional(lambda names: check_class_names(names, rows[0] if rows else None, unique=False)))(
         header["class_names"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import socket
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vispeft.errors import FileError
+from vispeft.storage.system import lock_process, moves_open_files, open_file
 
 __all__ = ["InUseError", "hold"]
 
@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 
 _WAIT = 0.2
 """Seconds between two tries to get a lock."""
-_held: set[str] = set()
-"""Locks of this process; the system's own are between processes only."""
+_held: set[Path] = set()
+"""Real paths of the locks of this process; the system's own are between processes only."""
 _guard = threading.Lock()
 
 
@@ -48,6 +48,8 @@ def hold(path: Path, what: str, *, wait: bool = False) -> Iterator[bool]:
         InUseError: If somebody else holds the lock.
         FileError: If the file cannot be made.
     """
+    # One name for each, whichever links lead to its folder, and also once the working directory is another.
+    path = Path(os.path.realpath(path.parent), path.name)
     said = False
     while True:
         try:
@@ -70,15 +72,14 @@ def hold(path: Path, what: str, *, wait: bool = False) -> Iterator[bool]:
 
 def _take(path: Path, what: str) -> int:
     with _guard:
-        if str(path) in _held:
+        if path in _held:
             raise InUseError(_busy(what, f"another thread of process {os.getpid()}"))
         while True:
             try:
-                # Never through a link: the file is overwritten with the name of the process.
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+                descriptor = open_file(path)  # never through a link: the name of the process is written into it
             except OSError as error:
                 raise FileError(f"{what} cannot be locked by {path} ({error.strerror}).") from error
-            _lock(descriptor, path, what)
+            _lock(descriptor, what)
             # The holder before may have removed the file between our two calls; a lock on it would hold nobody off.
             if _stands_at(descriptor, path):
                 break
@@ -86,7 +87,7 @@ def _take(path: Path, what: str) -> int:
         with contextlib.suppress(OSError):  # a full disk: the lock holds without its text
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        _held.add(str(path))
+        _held.add(path)
         return descriptor
 
 
@@ -96,16 +97,15 @@ def _stands_at(descriptor: int, path: Path) -> bool:
     return False
 
 
-def _lock(descriptor: int, path: Path, what: str) -> None:
+def _lock(descriptor: int, what: str) -> None:
     try:
-        import fcntl  # not on Windows
-
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EAGAIN):
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
-            os.close(descriptor)
-            raise InUseError(_busy(what, holder)) from error
+        lock_process(descriptor)
+    except BlockingIOError as error:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
+        os.close(descriptor)
+        raise InUseError(_busy(what, holder)) from error
+    except OSError as error:
         logger.warning("%s cannot be locked here (%s). See to it that no other process uses it.", what, error)
 
 
@@ -115,8 +115,13 @@ def _busy(what: str, holder: str) -> str:
 
 def _give_back(path: Path, descriptor: int) -> None:
     with _guard:
-        with contextlib.suppress(OSError):
-            if _stands_at(descriptor, path):  # before the lock ends, so that nobody else's file is removed
+        if moves_open_files():
+            with contextlib.suppress(OSError):
+                if _stands_at(descriptor, path):  # before the lock ends, so that nobody else's file is removed
+                    os.unlink(path)
+            os.close(descriptor)
+        else:  # nor can one be removed that somebody else has opened meanwhile
+            os.close(descriptor)
+            with contextlib.suppress(OSError):
                 os.unlink(path)
-        os.close(descriptor)
-        _held.discard(str(path))
+        _held.discard(path)

@@ -18,6 +18,7 @@ from vispeft.adapters.report import Report
 from vispeft.backbones.create import create_model
 from vispeft.core.families import unwrap
 from vispeft.core.method import Method
+from vispeft.data.by_name import names_of
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.errors import ConfigError, DataError, FileError, check_object, counted
 from vispeft.tasks.callbacks import FiniteGuard, MethodHooks
@@ -178,8 +179,7 @@ class AdapterTask(LightningModule):
         Args:
             data: A data module.
         """
-        names = tuple(getattr(data, "class_names", ()) or ())
-        return names if len(names) == self.num_classes else tuple(map(str, range(self.num_classes)))
+        return names_of(data, self.num_classes)
 
     @property
     def curves(self) -> tuple[str, ...]:
@@ -387,8 +387,8 @@ class AdapterTask(LightningModule):
                 this task.
             DataError: If class count or image size do not fit.
         """
+        check_precision(self.trainer.precision)
         if stage == "fit":
-            check_precision(self.trainer.precision)
             check_averaging(self.trainer)
         acting = self.bank.active
         if len(acting) != 1:

@@ -1,4 +1,4 @@
-"""The form of a checkpoint: what its entries are, checked before any of them is used."""
+"""The form of a checkpoint: its entries and their types, checked before any of them is used."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check_content(content: Any, path: Any) -> dict[str, Any]:
     """Check the entries that every reader of a checkpoint uses.
 
     Args:
-        content: What was read.
+        content: The content of the file.
         path: The file, for the message.
 
     Raises:

@@ -29,8 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from vispeft.core.families import unwrap
 from vispeft.data.base import ImageData
 from vispeft.errors import ConfigError, FileError, TrainingError
-from vispeft.storage.disk import read_regular
-from vispeft.storage.files import write_atomically
+from vispeft.storage.disk import read_regular, write_atomically
 from vispeft.storage.fingerprint import check_fingerprint, fingerprint
 from vispeft.tasks.checkpoint_form import check_content, check_state
 from vispeft.tasks.logs import RunLog
@@ -54,6 +53,15 @@ CONFIG = "config"
 class SealedCheckpointIO(TorchCheckpointIO):
     """Write checkpoints atomically, with a digest, and read them without running code."""
 
+    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
+        """Keep the settings of the run.
+
+        Args:
+            config: Plain values, which every checkpoint keeps with their digest; None to leave them out.
+        """
+        super().__init__()
+        self._config = {} if config is None else {CONFIG: {"values": dict(config), "digest": config_digest(config)}}
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint.
 
@@ -66,7 +74,7 @@ class SealedCheckpointIO(TorchCheckpointIO):
             FileError: If it cannot be written; an earlier file of that name is kept.
         """
         buffer = io.BytesIO()
-        torch.save({**checkpoint, "sealed": True}, buffer)
+        torch.save({**checkpoint, **self._config, "sealed": True}, buffer)
         content = buffer.getvalue()
         write_atomically({Path(path): content + SEAL + hashlib.sha256(content).hexdigest().encode()})
 
@@ -124,6 +132,8 @@ class Found:
     """vispeft's part of it."""
     config: dict[str, Any] | None = None
     """The settings it was written with; None in those of earlier versions, and of scripts that gave none."""
+    best_config: dict[str, Any] | None = None
+    """Those of its best epoch."""
 
     @property
     def finished(self) -> bool:
@@ -144,12 +154,12 @@ def find_checkpoint(folder: Path) -> Found | None:
         try:
             content = read_checkpoint(path)
             state, config = check_state(content.get(STATE), path), _config_of(content, path)
-            if state["best"] is not None:
-                read_checkpoint(folder / state["best"]["file"])
+            best = None if state["best"] is None else folder / state["best"]["file"]
+            best_config = None if best is None else _config_of(read_checkpoint(best), best)
         except FileError as error:
             logger.warning("%s It is left out, and the one before it is used.", error)
             continue
-        return Found(path, state, config)
+        return Found(path, state, config, best_config)
     return None
 
 
@@ -215,7 +225,6 @@ class RunCheckpoints(Checkpoint):
         monitor: str,
         mode: str = "max",
         cadence: Cadence | None = None,
-        config: Mapping[str, Any] | None = None,
     ) -> None:
         """Set the folder and the metric.
 
@@ -224,11 +233,9 @@ class RunCheckpoints(Checkpoint):
             monitor: Metric that selects the best epoch.
             mode: Whether more or less of it is better: ``max`` or ``min``.
             cadence: Interval of checkpoints inside an epoch.
-            config: Settings of the run as plain values, which every checkpoint keeps with their digest.
         """
         self.folder, self.monitor, self.mode = Path(folder), monitor, mode
         self.cadence = cadence or Cadence()
-        self.config = None if config is None else {"values": dict(config), "digest": config_digest(config)}
         self.began = False
         """Whether a step has begun; before it nothing has been trained that could be lost."""
         self.best: dict[str, Any] | None = None
@@ -252,15 +259,20 @@ class RunCheckpoints(Checkpoint):
 
     # ------------------------------------------------------------------ going on
 
-    def take_over(self, state: dict[str, Any]) -> None:
-        """Load the counters and scores of the whole run from a checkpoint.
+    def take_over(self, state: dict[str, Any], file: str) -> None:
+        """Load the counters and scores of the whole run from a checkpoint, and remove files that no state needs.
 
         Args:
-            state: vispeft's part of it.
+            state: vispeft's part of the checkpoint.
+            file: Name of its file.
         """
         self.best, self.seconds = state["best"], state["seconds"]
         self.epochs, self.steps, self._backbone = state["epochs"], state["steps"], state["backbone"]
         self._until = state.get("until")
+        earlier = state.get("earlier")  # None in checkpoints of earlier versions
+        self._generations = [{str(name) for name in earlier or ()}, self._files(file)]
+        if earlier is not None:
+            self._prune()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the state to restore before the next step.
@@ -285,9 +297,8 @@ class RunCheckpoints(Checkpoint):
             )
         task = cast(Any, pl_module)
         check_fingerprint(state["backbone"], unwrap(task.model), task.bank.view)
-        self.take_over(state)
         self.last_model_path = str(trainer.ckpt_path)
-        self._generations = [self._files(Path(self.last_model_path).name)]
+        self.take_over(state, Path(self.last_model_path).name)
         self._pending = state
         trainer.num_sanity_val_steps = 0  # already done, and it would reset the loaded counters
 
@@ -402,13 +413,12 @@ class RunCheckpoints(Checkpoint):
         finally:
             self._saving = False
         self.last_model_path = str(path)
+        self._generations = [*self._generations[-1:], self._files(path.name)]
         if trainer.is_global_zero:
-            self._prune(path.name)
+            self._prune()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the config to a checkpoint, and vispeft's part to one that this callback writes."""
-        if self.config is not None:
-            checkpoint[CONFIG] = self.config
+        """Add vispeft's part to a checkpoint that this callback writes."""
         if not self._saving:
             return
         task = cast(Any, pl_module)
@@ -420,6 +430,7 @@ class RunCheckpoints(Checkpoint):
             "epochs": self.epochs,
             "steps": self.steps,
             "until": self._until,
+            "earlier": sorted(set().union(*self._generations[-1:])),
             "seconds": self.seconds,
             "processes": trainer.world_size,
             "torch": str(torch.__version__),
@@ -430,9 +441,8 @@ class RunCheckpoints(Checkpoint):
             "training": training_state(trainer, pl_module),
         }
 
-    def _prune(self, newest: str) -> None:
+    def _prune(self) -> None:
         """Remove files that neither of the last two states needs, and partial files of a killed process."""
-        self._generations = [*self._generations[-1:], self._files(newest)]
         kept = set().union(*self._generations)
         for pattern in ("step-*.ckpt", "best-*.ckpt", ".step-*", ".best-*"):
             for path in self.folder.glob(pattern):

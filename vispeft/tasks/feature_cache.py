@@ -19,6 +19,7 @@ from vispeft.data.augmentation import Augmentation
 from vispeft.data.base import BatchSplit, ImageData
 from vispeft.data.cache import CachedSplit, OutputFiles, OutputStore, changes_between_epochs, split_digest
 from vispeft.data.facts import cache_folder
+from vispeft.data.listing import PER_PIXEL
 from vispeft.errors import ConfigError, DataError
 from vispeft.storage.fingerprint import fingerprint
 from vispeft.tasks.base import AdapterTask
@@ -88,7 +89,7 @@ def _check(task: AdapterTask, data: Any, trainer: Trainer) -> None:
             f"cache_features was asked for, and {type(data).__name__} is no ImageData, so its images cannot be told "
             "apart. Leave cache_features out."
         )
-    if data.target == "mask":
+    if data.target in PER_PIXEL:
         raise ConfigError(
             "cache_features was asked for, and training images with masks are cropped anew in every epoch, so the "
             "backbone's outputs change. Leave cache_features out."

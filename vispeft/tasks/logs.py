@@ -13,7 +13,7 @@ from typing import Any
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers.csv_logs import CSVLogger, ExperimentWriter
 
-from vispeft.storage.files import write_atomically
+from vispeft.storage.disk import write_atomically
 
 __all__ = ["RunLog"]
 

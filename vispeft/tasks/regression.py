@@ -33,6 +33,7 @@ class Regression(SupervisedTask):
     target: ClassVar[str] = "regression"
     least_outputs: ClassVar[int] = 1
     targets_needed = True
+    targets_measured = True
     monitor = "validation/mae"
     monitor_mode = "min"
 

@@ -43,6 +43,8 @@ class SupervisedTask(AdapterTask, ABC):
     kept_outputs: ClassVar[tuple[str, ...]] = ("scores", "targets")
     targets_needed: bool = False
     """Whether something is computed from all targets of the training split before the first step."""
+    targets_measured: ClassVar[bool] = False
+    """Whether validation and test need it, too, and not the loss of training alone."""
 
     def __init__(self, **settings: Any) -> None:
         """Create the model, then the metrics.
@@ -54,7 +56,7 @@ class SupervisedTask(AdapterTask, ABC):
             ConfigError: If a number is out of range.
         """
         super().__init__(**settings)
-        self._targets_taken = False
+        self._targets_taken, self._trains = False, True
         self.train_metrics = self.make_metrics("train")
         self.validation_metrics = self.make_metrics("validation")
         self.test_metrics = self.make_metrics("test")
@@ -191,12 +193,13 @@ class SupervisedTask(AdapterTask, ABC):
         """
         check_target(type(self), data)
         super().check_data(data)
-        if self.targets_needed and not self._targets_taken:
+        if self.targets_needed and not self._targets_taken and (self._trains or self.targets_measured):
             self._take_from(data)
 
     def setup(self, stage: str) -> None:
         """Check the trainer's data before the first step, and take their targets where the loss needs them."""
-        if stage == "fit":
+        self._trains = stage == "fit"
+        if self._trains:
             self._targets_taken = False
         super().setup(stage)
 

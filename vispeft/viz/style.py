@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from vispeft.storage.files import write_atomically
+from vispeft.storage.disk import write_atomically
 
 __all__ = ["COLOURS", "SETTINGS", "save"]
 

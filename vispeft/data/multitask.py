@@ -1,0 +1,214 @@
+"""Data modules for several dense tasks at once: images with a label for each task."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vispeft.data.base import BatchSplit, Index
+from vispeft.data.dense_targets import DenseTarget
+from vispeft.data.joint_tasks import JointTasks, TaskAugmentation
+from vispeft.data.listed import ListedData
+from vispeft.data.listed_tasks import ListedTasks, TaskListing, output_names
+from vispeft.data.listing import Published
+from vispeft.data.preprocessing import Preprocessing
+from vispeft.data.randomness import seeded
+from vispeft.errors import ConfigError, UnknownNameError, check_object
+
+__all__ = ["MultiTaskData", "TaskSplit"]
+
+Labels = dict[str, Tensor]
+"""Labels by task."""
+
+
+class TaskSplit(BatchSplit):
+    """A split that reads its images and labels on access."""
+
+    def __init__(self, listed: ListedTasks, prepare: JointTasks, seed: int = 0) -> None:
+        """Store the parts that batches are built from.
+
+        Args:
+            listed: Images and labels.
+            prepare: Transform of an image and its labels, with separate random numbers.
+            seed: Seed of the random numbers.
+        """
+        self.source, self.labels, self.targets = listed.source, listed.labels, listed.targets
+        self._prepare, self._seed = prepare, seed
+
+    def __getitem__(self, index: Index | int) -> tuple[Tensor, Labels]:  # type: ignore[override]
+        """Return one normalised image (3, H, W) and its labels."""
+        images, labels = self.__getitems__([index])
+        return images[0], {task: rows[0] for task, rows in cast(Labels, labels).items()}
+
+    def batch(self, indices: list[Index]) -> tuple[Tensor, Labels]:  # type: ignore[override]
+        """Build a batch of images (B, 3, H, W) and labels by task, as `DenseTarget` describes them."""
+        images, labels = zip(*(self._one(epoch, index) for epoch, index in indices), strict=True)
+        return torch.stack(images), {task: torch.stack([one[task] for one in labels]) for task in self.labels}
+
+    def _one(self, epoch: int, index: int) -> tuple[Tensor, Labels]:
+        image = self.source.read(index)
+        labels = {task: source.read(index) for task, source in self.labels.items()}
+        with seeded(self._seed, epoch, index):
+            return self._prepare(image, labels)
+
+
+class MultiTaskData(ListedData):
+    """Base of the data modules for several dense tasks.
+
+    Batches are images float32 (B, 3, H, W) and a dictionary of labels by task, all of the size that the backbone sees,
+    in validation and test too, where the public codes measure. `targets` describes the tasks. Only files of the
+    requested tasks are asked for.
+
+    Subclasses describe all tasks they know in `known_targets` and return a listing of the requested ones from `read`,
+    made by `listing_of`.
+    """
+
+    default_tasks: ClassVar[tuple[str, ...]] = ()
+    """The tasks without a choice; empty for all that are known."""
+    known_weights: ClassVar[Mapping[str, float]] = {}
+    """Published weight of the loss of each task; 1 for others."""
+    blank_tasks: ClassVar[Collection[str]] = ()
+    """Tasks whose label is ignored as a whole in an image that shows no class but the first."""
+
+    def __init__(
+        self,
+        *,
+        tasks: Sequence[str] | None = None,
+        augment: TaskAugmentation | None = TaskAugmentation(),  # noqa: B008 - it is frozen
+        batch_size: int = 8,
+        **settings: Any,
+    ) -> None:
+        """Validate and store the settings.
+
+        Args:
+            tasks: Names of the tasks, in the order of `targets`; None takes those of published results.
+            augment: Augmentation of training images; None stretches them to the size, without random changes.
+            batch_size: Images per batch.
+            settings: Settings of `ListedData` and `ImageData`.
+
+        Raises:
+            ConfigError: If a setting is invalid.
+            UnknownNameError: If a task is not known.
+        """
+        super().__init__(batch_size=batch_size, **settings)
+        name = type(self).__name__
+        if "crop_pct" in self._given:
+            raise ConfigError(f"{name}(crop_pct=...): it cuts images and not their labels; leave it out.")
+        check_object(name, "augment", augment, TaskAugmentation)
+        self.target = "tasks"
+        self.geometry = augment
+        self._tasks = self._chosen(tasks)
+
+    def _chosen(self, tasks: Sequence[str] | None) -> tuple[str, ...]:
+        """Check the names of the tasks.
+
+        Raises:
+            ConfigError: If there is none, or one is named twice.
+            UnknownNameError: If one is not known.
+        """
+        name = type(self).__name__
+        if isinstance(tasks, str):
+            raise ConfigError(f"{name}(tasks={tasks!r}): a list of names is needed, such as [{tasks}].")
+        chosen = tuple(self.default_tasks or self.known_targets) if tasks is None else tuple(tasks)
+        for task in chosen:
+            if task not in self.known_targets:
+                raise UnknownNameError(f"task of {name}", task, self.known_targets)
+        if not chosen or len(set(chosen)) < len(chosen):
+            raise ConfigError(f"{name}(tasks={list(chosen)}): one or more different tasks are needed.")
+        return chosen
+
+    @property
+    @abstractmethod
+    def known_targets(self) -> Mapping[str, DenseTarget]:
+        """Every task that the reader knows, by name; it is called before the settings of a subclass are stored."""
+
+    @property
+    def targets(self) -> dict[str, DenseTarget]:
+        """The requested tasks, by name and in their order."""
+        return {task: self.known_targets[task] for task in self._tasks}
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Published weight of the loss of each requested task."""
+        return {task: float(self.known_weights.get(task, 1.0)) for task in self._tasks}
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of all scores and values that are computed for a pixel, task by task."""
+        return output_names(self.targets)
+
+    @property
+    def smallest_size(self) -> tuple[int, int]:
+        """Height and width of the smallest validation or test image, as the backbone sees it."""
+        return self.preprocessing.size
+
+    def output_notes(self) -> dict[str, Any]:
+        """Return the tasks and how pixels are read, for the adapter's file."""
+        tasks = {
+            task: {
+                "kind": target.kind,
+                "class_names": list(target.class_names),
+                "palette": [list(colour) for colour in target.palette],
+            }
+            for task, target in self.targets.items()
+        }
+        return {**super().output_notes(), "tasks": tasks}
+
+    def listing_of(
+        self,
+        place: str,
+        splits: Mapping[str, ListedTasks],
+        *,
+        published: tuple[str, Mapping[str, int]] | None = None,
+        repeats: frozenset[str] = frozenset(),
+    ) -> TaskListing:
+        """Make the listing of a reader.
+
+        Args:
+            place: Location of the data, for messages.
+            splits: ``train`` and, if given, ``validation`` and ``test``.
+            published: Title and published number of images per split, if it is a known data set.
+            repeats: Splits that contain images of other splits by protocol.
+        """
+        names = self.class_names
+        known = None if published is None else Published(published[0], len(names), published[1])
+        return TaskListing(
+            place,
+            names,
+            dict(splits),
+            target="tasks",
+            published=known,
+            repeats=repeats,
+            targets=self.targets,
+            blank=frozenset(self.blank_tasks),
+        )
+
+    def load(self, preprocessing: Preprocessing) -> dict[str, Dataset[Any]]:
+        """Check images and labels and return the splits.
+
+        Args:
+            preprocessing: Preprocessing of each image.
+
+        Raises:
+            DataError: If the data cannot be used; the message lists every problem.
+        """
+        self.accept()
+        train = JointTasks(self.targets, preprocessing, self.geometry, self.blank_tasks)
+        evaluate = JointTasks(self.targets, preprocessing, None, self.blank_tasks)
+        listed: Mapping[str, Any] = self.listing.splits
+        return {
+            "train": TaskSplit(listed["train"], train, self.seed),
+            **{name: TaskSplit(listed[name], evaluate) for name in ("validation", "test")},
+        }
+
+    def identity(self) -> Iterator[bytes]:
+        """Yield bytes that identify the images and labels of all splits."""
+        yield from super().identity()
+        for name, split in self.listing.splits.items():
+            for index in range(len(split)):
+                yield f"{name} labels {' '.join(self._tasks)} {split.label(index)}\n".encode()
