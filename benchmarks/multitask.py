@@ -52,7 +52,7 @@ DATA: dict[str, dict[str, Any]] = {
     },
 }
 TASKS = {"scenes": ("semseg", "sal", "normals", "depth", "edge"), "earth": ("climate", "land", "coast", "relief")}
-BETTER = {"miou": True, "odsF": True}
+BETTER = {"miou": True, "odsf": True}
 """Main figures of which more is better; of others, less is."""
 EPOCHS, SEEDS, WEIGHT_DECAY, DECODER_LR = 12, (0, 1, 2), 0.01, 3e-3
 FULL, PARTS = (1e-4, 3e-4), (1e-3, 3e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,8 @@ def one_of_two(rank: int, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    mp.spawn(one_of_two, (tmp_path,), nprocs=2)
+    multiprocessing.set_forkserver_preload([__name__])  # both processes share the time of the imports
+    mp.start_processes(one_of_two, (tmp_path,), nprocs=2, start_method="forkserver")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     alone = measure(slice(0, 5))
     assert set(alone) == set(first) == set(second)
