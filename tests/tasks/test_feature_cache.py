@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -149,6 +150,12 @@ def test_leftovers_of_killed_computations_go(tmp_path):
         keep(*make(), tmp_path)
         assert (tmp_path / ".part-busy").is_dir()
     assert len([path for path in tmp_path.iterdir() if path.name != ".part-busy"]) == 3
+    shutil.rmtree(tmp_path / ".part-busy")
+    homes = sorted(path.name for path in tmp_path.iterdir())
+    for name in homes:
+        (tmp_path / f".{name}.lock").touch()  # killed behind its last step
+    keep(*make(), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == homes
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

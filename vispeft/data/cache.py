@@ -149,6 +149,9 @@ class OutputStore:
                 "The kept outputs in %s are damaged (%s was altered); they are computed again.", home, wrong[0]
             )
             return None
+        if self._lock(home.name).exists():  # left by a process that was killed behind its last step, or in use
+            with contextlib.suppress(FileError), hold(self._lock(home.name), str(home)):
+                pass
         return {name: _mapped(home / f"{name}.npy", dtype) for name, dtype in meta["dtypes"].items()}
 
     def _lock(self, name: str) -> Path:
