@@ -130,7 +130,7 @@ class MultiTaskDense(DenseTask):
         """
         chosen = list(self.targets) if tasks is None else list(tasks)
         decoders = nn.ModuleDict({task: self.decoders[task] for task in chosen})
-        return MultiTaskNetwork(self.model, self.reader, self.norms, decoders)
+        return MultiTaskNetwork(self.model, self.reader, self.norms, decoders, self.chosen is not None and self._routes)
 
     def maps_network(self) -> nn.Module:
         """Return the backbone with the maps that the decoders read."""
@@ -170,12 +170,17 @@ class MultiTaskDense(DenseTask):
         if output not in self.targets:
             raise UnknownNameError("task", output, self.targets)
         self.chosen = output
-        if not self.shared:
+        if self._routes:
             self.bank.set_active(self.bank.active, task=output)
+
+    @property
+    def _routes(self) -> bool:
+        """Whether each task is a route of its own through the backbone."""
+        return not self.shared and not self.bank.plan().method.one_pass
 
     def mergeable(self) -> str | None:
         """Return why the backbone cannot be merged for all tasks: each has weights of its own."""
-        if self.shared or self.chosen is not None or self.bank.plan().method.one_pass:
+        if self.chosen is not None or not self._routes:
             return None
         return "each task has weights of its own, so only one chosen task can be merged"
 

@@ -16,7 +16,14 @@ __all__ = ["MultiTaskNetwork", "OneOutput"]
 class MultiTaskNetwork(DenseNetwork):
     """Backbone, map reader, and norms and decoder of each task in one module: images in, outputs by task."""
 
-    def __init__(self, model: nn.Module, reader: MapReader, norms: nn.ModuleDict, decoders: nn.ModuleDict) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        reader: MapReader,
+        norms: nn.ModuleDict,
+        decoders: nn.ModuleDict,
+        routed: bool = False,
+    ) -> None:
         """Combine the parts.
 
         Args:
@@ -24,9 +31,10 @@ class MultiTaskNetwork(DenseNetwork):
             reader: The reader of its maps.
             norms: Norms of the maps by task, one for each map; empty without norms.
             decoders: A decoder by task; those of some tasks leave the others out.
+            routed: Whether the route of the model has chosen the task already, as a merged model needs it.
         """
         super().__init__(model, reader)
-        self.norms, self.decoders = norms, decoders
+        self.norms, self.decoders, self.routed = norms, decoders, routed
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Compute outputs (B, K, H, W) by task, resized bilinearly to the images.
@@ -35,7 +43,10 @@ class MultiTaskNetwork(DenseNetwork):
             images: Normalised images (B, 3, H, W) of any size; they are padded to whole patches inside.
         """
         padded = self.padded(images)
-        maps = forward_tasks(self.model, padded, list(self.decoders), self.reader.taps)
+        if self.routed:
+            maps = dict.fromkeys(self.decoders, self.reader(self.model, padded))
+        else:
+            maps = forward_tasks(self.model, padded, list(self.decoders), self.reader.taps)
         found = {}
         for task, decoder in self.decoders.items():
             levels = wide(maps[task], images)
