@@ -14,8 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.tasks.dense_toy import TARGETS
+from vispeft.building.config_files import read_config
+from vispeft.cli.config import build_data, build_task
+from vispeft.cli.config_keys import check_config
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run
+from vispeft.resources import config_names, find_config
+from vispeft.tasks.dense_outputs import target_notes
 
 TOY = Path(__file__).resolve().parents[1] / "tasks" / "dense_toy.py"
 CONFIG = """
@@ -188,3 +193,33 @@ def test_what_does_not_go_together_is_refused_before_training(run_cli: Any, tmp_
         assert result.status == 2
         assert says in result.err, result.err
         assert not (tmp_path / "run").exists()
+
+
+CONFIGS = sorted(name for name in config_names() if name.startswith("multitask/"))
+SIZES = {"r16": (4_953_146, 1_946_624), "plus": (3_469_370, 1_946_624)}
+SIZES |= {"polyhistor": (6_410_684 + 2_549_024, 2_549_024), "polyhistor_lite": (413_552 + 2_549_024, 2_549_024)}
+"""All trained parameters and those of the decoders, of the tables in arXiv 2403.20320 and 2210.03265 (Swin-T)."""
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_shipped_configs_name_their_command_and_fit_their_data(name: str) -> None:
+    path = find_config(name)
+    assert path.read_text().splitlines()[0] == f"# vispeft train {name}"
+    tree = read_config(path)
+    check_config(tree, [], name)
+    data = build_data(tree["data"], [], name)
+    baselines = tree["model"]["init_args"].get("baselines")
+    assert baselines is None or set(baselines) == set(data.targets)
+    assert tree["data"]["init_args"]["image_size"] % 32 == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("short", SIZES)
+def test_shipped_configs_have_the_published_sizes(short: str) -> None:
+    name = next(name for name in CONFIGS if name.endswith((f"pascal_{short}", f"mtlora_{short}")))
+    tree = read_config(find_config(name))
+    check_config(tree, [], name)
+    targets = target_notes(build_data(tree["data"], [], name).targets)
+    tree["model"]["init_args"]["backbone_args"] = {"pretrained": False}
+    report = build_task(tree["model"], lambda cls: {"targets": targets}, name).report()
+    assert (report.trainable + report.decoder, report.decoder) == SIZES[short]

@@ -220,27 +220,3 @@ def test_without_baselines_a_geometric_mean_chooses() -> None:
     better = mean_score({"a": torch.tensor(0.5), "b": torch.tensor(1.9)}, {"a": True, "b": False})
     assert better > score
     assert torch.isnan(mean_score({"a": torch.tensor(float("nan"))}, {"a": True}))
-
-
-@pytest.mark.slow
-def test_decoders_have_the_published_sizes_on_swin_t() -> None:
-    """MTLoRA: 1,946,624 for its four tasks; Polyhistor: 2,549,024 with the norms."""
-    names = {"semseg": 21, "normals": 3, "sal": 1, "human_parts": 7}
-    kinds = {"normals": "normals", "sal": "saliency"}
-    targets = {
-        name: DenseTarget(kind=kinds[name]) if name in kinds else classes(count) for name, count in names.items()
-    }
-    settings: dict[str, Any] = {
-        "targets": targets,
-        "backbone": "swin_tiny_patch4_window7_224",
-        "backbone_args": {"pretrained": False},
-    }
-    task = MultiTaskDense(method=vispeft.MTLoRA(rank=16), **settings)
-    assert task.report().decoder == 1_946_624
-    assert task.report().trainable + 1_946_624 == 4_953_146
-    settings |= {"decoder": "segformer", "decoder_args": {"level_norm": False}, "output_norms": True, "shared": True}
-    assert MultiTaskDense(method=vispeft.LinearProbe(), **settings).report().decoder == 2_549_024
-
-
-def classes(count: int) -> DenseTarget:
-    return DenseTarget(kind="classes", class_names=tuple(map(str, range(count))))
