@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 import vispeft
 from tests.tiny import TINY
 from vispeft.backbones.create import create_model
-from vispeft.cli import evaluate, merge
+from vispeft.cli import doctor, evaluate, merge
 from vispeft.cli.evaluation import evaluate as measure
 from vispeft.cli.runs import Run
 from vispeft.data import ImageFolderData, MaskFolderData
@@ -99,12 +99,12 @@ def test_a_run_of_mmsegmentation_is_answered_with_its_commands(call, run_cli, tm
         assert wanted in result.err
 
 
-def test_the_doctor_names_the_config_of_a_run(finished, run_cli):
-    result = run_cli("doctor", finished)
-    assert result.status == 1
-    assert f"{finished} is a run, and no data. To check the data it was trained on: doctor {finished}/config.yaml" in (
-        result.out
-    )
+def test_the_doctor_names_the_config_of_a_run(finished, capsys):
+    with pytest.raises(SystemExit) as left:
+        doctor.main([str(finished)])
+    assert left.value.code == 1
+    said = f"{finished} is a run, and no data. To check the data it was trained on: doctor {finished}/config.yaml"
+    assert said in capsys.readouterr().out
 
 
 def test_a_merge_that_plain_timm_does_not_equal_leaves_no_file_and_names_another_way(finished, tmp_path, monkeypatch):

@@ -135,7 +135,9 @@ def test_a_run_stopped_before_it_began(whole, config, run_cli, tmp_path):
 
 def test_a_finished_run_says_so(whole, run_cli):
     before = (whole / "metrics.json").read_bytes()
+    (whole / ".lock").touch()  # of a process that was killed behind its last step
     result = run_cli("train", "--resume", whole)
+    assert not (whole / ".lock").exists()
     assert (result.status, (whole / "metrics.json").read_bytes()) == (0, before)
     assert "is finished; there is nothing to go on with" in result.out
 

@@ -9,7 +9,8 @@ from scipy.io import savemat
 from tests.data.published import Painter
 from tests.data.published_tasks import box, make_nyud_mt, make_pascal_mt, write_parts
 from tests.data.reading import names_of, ready
-from vispeft.data import IGNORE, DenseTarget, NyudMultiTaskData, PascalMultiTaskData
+from vispeft.data import IGNORE, NyudMultiTaskData, PascalMultiTaskData
+from vispeft.data.listed_tasks import ListedTasks
 from vispeft.data.pascal_labels import NORMAL_CONTEXTS, PART_OF, PARTS
 from vispeft.data.task_checks import task_figures
 from vispeft.errors import ConfigError, DataError, UnknownNameError
@@ -64,13 +65,17 @@ def test_batches_have_the_form_that_the_targets_describe(nyud):
     assert data.validation_chooses is False
 
 
-def test_outputs_are_named_task_by_task(nyud):
-    data = made(NyudMultiTaskData, nyud, tasks=["depth", "normals", "semseg"])
-    assert data.class_names[:5] == ("depth", "normals: x", "normals: y", "normals: z", "semseg: wall")
-    assert data.num_classes == 1 + 3 + 40 == sum(target.channels for target in data.targets.values())
-    notes = data.output_notes()["tasks"]
-    assert notes["depth"] == {"kind": "depth", "class_names": [], "palette": []}
-    assert DenseTarget(**notes["semseg"]).class_names[0] == "wall"
+def test_tasks_are_those_that_were_asked_for_or_those_of_a_model(nyud):
+    data = made(NyudMultiTaskData, nyud, tasks=["depth", "semseg"])
+    assert data.class_names == tuple(data.targets) == tuple(data.listing.splits["train"].labels) == ("depth", "semseg")
+    assert data.num_classes == 2
+    assert (data.targets["depth"].channels, data.targets["semseg"].channels) == (1, 40)
+    assert data.match_classes(["edge", "depth"]).lines() == []
+    assert data.class_names == tuple(data.listing.splits["train"].labels) == ("edge", "depth")
+    with pytest.raises(DataError, match="no labels for sal; it knows semseg, depth"):
+        data.match_classes(["depth", "sal"])
+    with pytest.raises(DataError, match="match the tasks before"):
+        ready(data).match_classes(["depth"])
 
 
 def test_workers_give_the_same_batches_and_epochs_differ(nyud):
@@ -251,6 +256,12 @@ def test_labels_of_another_type_are_refused(copied, task, values, says):
     assert says in finding.line()
     with pytest.raises(DataError, match="cannot be read as a label"):
         made(NyudMultiTaskData, copied, tasks=[task]).listing.splits["train"].labels[task].read(1)
+
+
+def test_every_image_needs_a_label_of_each_task(nyud):
+    split = made(NyudMultiTaskData, nyud).listing.splits["train"]
+    with pytest.raises(DataError, match="'depth' has 2 labels for 3 images"):
+        ListedTasks(split.source, {"edge": split.labels["edge"], "depth": split.labels["depth"].take([0, 2])})
 
 
 def test_labels_of_another_size_or_without_content_are_refused(copied):

@@ -144,6 +144,7 @@ def test_what_does_not_have_the_form_of_the_task_is_refused_by_its_name(kind):
         (outputs[..., :-1], labels),
         (outputs[:1], labels),
         (outputs[0], labels),
+        (outputs.sum(), labels),
         (outputs.long(), labels),
         (outputs, labels.unsqueeze(1)),
         (outputs, other),

@@ -179,14 +179,14 @@ def class_node(value: Any, kind: str, place: str) -> Mapping[str, Any]:
         ConfigError: If no class is named.
     """
     node = {"class_path": value} if isinstance(value, str) else value
+    for key in node if isinstance(node, Mapping) else ():
+        if key not in CLASS_KEYS:
+            raise UnknownNameError("key", f"{place}.{key}", [f"{place}.{known}" for known in CLASS_KEYS])
     if not isinstance(node, Mapping) or "class_path" not in node:
         raise ConfigError(
             f"{place} is {shown(value)}, which has no class_path; the name of a {kind} is needed, alone or as "
             "class_path with init_args."
         )
-    for key in node:
-        if key not in CLASS_KEYS:
-            raise UnknownNameError("key", f"{place}.{key}", [f"{place}.{known}" for known in CLASS_KEYS])
     return node
 
 

@@ -17,7 +17,7 @@ from vispeft.storage.files import JSON_FILE
 from vispeft.storage.form import shown
 from vispeft.storage.header import strict_values
 from vispeft.storage.leftovers import finish_save, remove_partial
-from vispeft.storage.locks import hold
+from vispeft.storage.locks import clear, hold
 from vispeft.zoo.adapters import ADAPTER
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "begun",
     "check_empty",
     "claim",
+    "clear_lock",
     "command_of",
     "finished",
     "held",
@@ -116,6 +117,15 @@ def held(place: Path) -> Iterator[None]:
     with hold(place / _LOCK, f"The run directory {place}"):
         _tidy(place)
         yield
+
+
+def clear_lock(place: Path) -> None:
+    """Remove the lock of a process that was killed behind its last step.
+
+    Args:
+        place: The run's directory.
+    """
+    clear(place / _LOCK)
 
 
 def _tidy(place: Path) -> None:

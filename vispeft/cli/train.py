@@ -271,6 +271,7 @@ def finish(run: str | Path) -> Path:
 
 
 def _say_finished(place: Path) -> Path:
+    runs.clear_lock(place)
     said = f"{place} is finished; there is nothing to go on with. Its figures are in {runs.METRICS}."
     console.print(said, soft_wrap=True)
     return place

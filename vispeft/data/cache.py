@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from vispeft.data.base import BatchSplit, Index
 from vispeft.errors import FileError
-from vispeft.storage.locks import hold
+from vispeft.storage.locks import clear, hold
 
 __all__ = ["CachedSplit", "OutputFiles", "OutputStore", "changes_between_epochs", "split_digest"]
 
@@ -149,9 +149,7 @@ class OutputStore:
                 "The kept outputs in %s are damaged (%s was altered); they are computed again.", home, wrong[0]
             )
             return None
-        if self._lock(home.name).exists():  # left by a process that was killed behind its last step, or in use
-            with contextlib.suppress(FileError), hold(self._lock(home.name), str(home)):
-                pass
+        clear(self._lock(home.name))
         return {name: _mapped(home / f"{name}.npy", dtype) for name, dtype in meta["dtypes"].items()}
 
     def _lock(self, name: str) -> Path:

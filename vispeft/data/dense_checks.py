@@ -35,13 +35,13 @@ def check_batch(target: DenseTarget, name: str, outputs: Tensor, labels: Tensor)
     Raises:
         DataError: If a shape, a type or a value does not fit.
     """
-    size = (len(outputs), *outputs.shape[-2:])
-    wanted = size if target.kind == "classes" else (size[0], 3 if target.kind == "normals" else 1, *size[1:])
     if outputs.ndim != 4 or outputs.shape[1] != target.channels or not outputs.is_floating_point():
         raise DataError(
             f"Outputs of the task {name!r} ({target.kind}) have the shape {tuple(outputs.shape)} and the type "
             f"{_type(outputs)}; floating-point numbers (B, {target.channels}, h, w) are needed."
         )
+    images, channels, *size = outputs.shape
+    wanted = (images, *size) if target.kind == "classes" else (images, channels, *size)
     if tuple(labels.shape) != wanted:
         raise DataError(
             f"Labels of the task {name!r} ({target.kind}) have the shape {tuple(labels.shape)} and outputs the shape "

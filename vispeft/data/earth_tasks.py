@@ -24,7 +24,7 @@ from vispeft.data.dense_targets import DenseTarget
 from vispeft.data.earth import FILES, EarthTiles, Files, Layers, climate_maps, cut_layers, open_map
 from vispeft.data.images import Reading
 from vispeft.data.joint_tasks import TaskAugmentation
-from vispeft.data.label_files import LabelFiles, read_shades
+from vispeft.data.label_files import LabelFiles, find_borders, read_shades
 from vispeft.data.listed_tasks import ListedTasks, TaskListing
 from vispeft.data.masks import MaskCoding, MaskFiles
 from vispeft.data.multitask import MultiTaskData
@@ -122,14 +122,11 @@ def task_maps(contents: Mapping[str, bytes]) -> Layers:
     size = layers["images"].size
     relief = open_map(contents, RELIEF, TASK_FILES).convert("L").resize(size, Image.Resampling.BOX)
     land = land_map(contents[LAND], size)
-    coast = np.zeros_like(land)
-    coast[:, :-1] |= land[:, :-1] != land[:, 1:]
-    coast[:-1] |= land[:-1] != land[1:]
     return {
         **layers,
         "relief": relief,
         "land": Image.fromarray(land.astype(np.uint8) * 255),
-        "coast": Image.fromarray(coast.astype(np.uint8) * 255),
+        "coast": Image.fromarray(find_borders(land).astype(np.uint8) * 255),
     }
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "LabelFacts",
     "LabelFiles",
     "class_facts",
+    "find_borders",
     "label_facts",
     "labelled",
     "read_array",
@@ -68,6 +69,21 @@ def labelled(label: Tensor, kind: TargetKind) -> Tensor:
     if kind == "normals":
         return (label != 0).any(0)
     return label[0] > 0 if kind == "depth" else label[0] != IGNORE
+
+
+def find_borders(surface: np.ndarray) -> np.ndarray:
+    """Find pixels whose neighbour to the right or below has another value.
+
+    Args:
+        surface: Values (H, W).
+
+    Returns:
+        bool (H, W).
+    """
+    borders = np.zeros(surface.shape, bool)
+    borders[:, :-1] |= surface[:, :-1] != surface[:, 1:]
+    borders[:-1] |= surface[:-1] != surface[1:]
+    return borders
 
 
 def label_facts(label: Tensor, kind: TargetKind) -> LabelFacts:

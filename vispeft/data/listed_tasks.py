@@ -15,8 +15,9 @@ from vispeft.data.images import Reading
 from vispeft.data.listing import ListedSplit, Listing
 from vispeft.data.masks import ListedMasks
 from vispeft.data.sources import JoinedSource, Source
+from vispeft.errors import DataError, counted
 
-__all__ = ["ListedTasks", "TaskListing", "mask_listings", "output_names", "task_splits"]
+__all__ = ["ListedTasks", "TaskListing", "mask_listings", "task_splits"]
 
 
 class ListedTasks(ListedSplit):
@@ -31,7 +32,16 @@ class ListedTasks(ListedSplit):
         Args:
             source: Source of the images.
             labels: Source of the labels, by task.
+
+        Raises:
+            DataError: If a task has another number of labels than there are images.
         """
+        for task, found in labels.items():
+            if len(found) != len(source):
+                raise DataError(
+                    f"The task {task!r} has {counted(len(found), 'label')} for {counted(len(source), 'image')}; every "
+                    "image needs one label of each task."
+                )
         # Splits are drawn without reading labels, so all images count as one class.
         super().__init__(source, torch.zeros(len(source), dtype=torch.long))
         self.labels = dict(labels)
@@ -124,23 +134,3 @@ def mask_listings(listing: TaskListing) -> Iterator[tuple[str, Listing]]:
                     reading=listing.reading,
                 ),
             )
-
-
-AXES = ("x", "y", "z")
-"""Components of a normal: right, down, towards the camera."""
-
-
-def output_names(targets: Mapping[str, DenseTarget]) -> tuple[str, ...]:
-    """Name every score or value that decoders compute for a pixel, in the order of the tasks.
-
-    Args:
-        targets: The tasks.
-
-    Returns:
-        Names such as ``semseg: cat``, ``normals: x`` and ``depth``.
-    """
-    names: list[str] = []
-    for task, target in targets.items():
-        parts = target.class_names or (AXES if target.kind == "normals" else ())
-        names += [f"{task}: {part}" for part in parts] or [task]
-    return tuple(names)

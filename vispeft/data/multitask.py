@@ -11,14 +11,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vispeft.data.base import BatchSplit, Index
+from vispeft.data.by_name import ClassOrder
 from vispeft.data.dense_targets import DenseTarget
 from vispeft.data.joint_tasks import JointTasks, TaskAugmentation
 from vispeft.data.listed import ListedData
-from vispeft.data.listed_tasks import ListedTasks, TaskListing, output_names
+from vispeft.data.listed_tasks import ListedTasks, TaskListing
 from vispeft.data.listing import Published
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.data.randomness import seeded
-from vispeft.errors import ConfigError, UnknownNameError, check_object
+from vispeft.errors import ConfigError, DataError, UnknownNameError, check_object
 
 __all__ = ["MultiTaskData", "TaskSplit"]
 
@@ -139,25 +140,36 @@ class MultiTaskData(ListedData):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of all scores and values that are computed for a pixel, task by task."""
-        return output_names(self.targets)
+        """Names of the tasks, in their order."""
+        return self._tasks
+
+    def match_classes(self, names: Sequence[str]) -> ClassOrder:
+        """Give the labels of the tasks that a model has, in its order.
+
+        Args:
+            names: Names of the model's tasks.
+
+        Returns:
+            Those tasks.
+
+        Raises:
+            DataError: If the splits are loaded already, or the data have no labels for one of them.
+        """
+        if self._splits:
+            raise DataError(f"{type(self).__name__} has loaded its splits; match the tasks before.")
+        lacking = [name for name in names if name not in self.known_targets]
+        if lacking:
+            raise DataError(
+                f"The model has the tasks {', '.join(names)}, and {type(self).__name__} has no labels for "
+                f"{', '.join(lacking)}; it knows {', '.join(self.known_targets)}."
+            )
+        self._tasks, self._listing, self._report = self._chosen(names), None, None
+        return ClassOrder(self._tasks, self._tasks, self.target)
 
     @property
     def smallest_size(self) -> tuple[int, int]:
         """Height and width of the smallest validation or test image, as the backbone sees it."""
         return self.preprocessing.size
-
-    def output_notes(self) -> dict[str, Any]:
-        """Return the tasks and how pixels are read, for the adapter's file."""
-        tasks = {
-            task: {
-                "kind": target.kind,
-                "class_names": list(target.class_names),
-                "palette": [list(colour) for colour in target.palette],
-            }
-            for task, target in self.targets.items()
-        }
-        return {**super().output_notes(), "tasks": tasks}
 
     def listing_of(
         self,

@@ -20,12 +20,11 @@ from vispeft.data.listed_tasks import ListedTasks, TaskListing
 from vispeft.data.masks import MaskCoding, MaskFiles
 from vispeft.data.multitask import MultiTaskData
 from vispeft.data.palettes import make_palette
-from vispeft.data.published import PublishedSplits, read_stems
+from vispeft.data.published import LISTS, PublishedSplits, read_stems
 from vispeft.data.sources import FileSource, Source
 
 __all__ = ["NyudMultiTaskData"]
 
-LISTS = {"train": "train.txt", "validation": "val.txt"}
 
 # fmt: off
 CLASSES = (

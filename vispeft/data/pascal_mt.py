@@ -26,13 +26,11 @@ from vispeft.data.pascal_labels import (
     read_parts,
     read_saliency,
 )
-from vispeft.data.published import PublishedSplits, read_stems
+from vispeft.data.published import LISTS, PublishedSplits, read_stems
 from vispeft.data.sources import FileSource, Source
 from vispeft.errors import DataError
 
 __all__ = ["PascalMultiTaskData"]
-
-LISTS = {"train": "train.txt", "validation": "val.txt"}
 
 
 class PascalMultiTaskData(PublishedSplits, MultiTaskData):

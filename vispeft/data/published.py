@@ -12,7 +12,10 @@ from vispeft.data.list_files import read_text
 from vispeft.data.listed import ListedData
 from vispeft.errors import ConfigError, DataError
 
-__all__ = ["PublishedSplits", "find_split", "read_stems"]
+__all__ = ["LISTS", "PublishedSplits", "find_split", "read_stems"]
+
+LISTS = {"train": "train.txt", "validation": "val.txt"}
+"""Usual names of the lists of the two splits."""
 
 
 class PublishedSplits(ListedData):

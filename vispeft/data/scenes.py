@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vispeft.data.facts import ImageFacts
+from vispeft.data.label_files import find_borders
 from vispeft.data.listed import ListedData
 from vispeft.data.listing import Listing
 from vispeft.data.masks import ListedMasks, MaskCoding, MaskFacts
@@ -107,7 +108,7 @@ def render_scene(seed: int, index: int, size: tuple[int, int]) -> Scene:
         parts=_as_map(seen["parts"], size, np.uint8),
         depth=_as_map(distance * rays[2], size, np.float32),
         normals=_as_map(normals, size, np.float32),
-        edges=torch.from_numpy(_edges((which * FACES + seen["faces"]).reshape(size))),
+        edges=torch.from_numpy(find_borders((which * FACES + seen["faces"]).reshape(size))),
     )
 
 
@@ -323,14 +324,6 @@ def _look(things: Sequence[_Thing], which: Array, points: Array) -> dict[str, Ar
             seen["normals"][:, here], seen["faces"][here], seen["parts"][here] = _surface(thing, there)
             seen["colours"][:, here] = thing.pattern(thing.turn @ (there - thing.centre))
     return seen
-
-
-def _edges(surface: Array) -> Array:
-    """Find pixels whose neighbour to the right or below lies on another surface (H, W)."""
-    edges = np.zeros(surface.shape, bool)
-    edges[:, :-1] |= surface[:, :-1] != surface[:, 1:]
-    edges[:-1] |= surface[:-1] != surface[1:]
-    return edges
 
 
 # ------------------------------------------------------------------ data module

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -12,6 +11,7 @@ from vispeft.data.listed_tasks import TaskListing, mask_listings, task_splits
 from vispeft.data.listing import Finding, gather
 from vispeft.data.mask_checks import check_masks
 from vispeft.data.masks import IGNORE, MaskFacts
+from vispeft.data.pixel_checks import problem_findings
 from vispeft.errors import counted
 
 __all__ = ["TaskFigures", "check_tasks", "named", "task_figures"]
@@ -19,7 +19,6 @@ __all__ = ["TaskFigures", "check_tasks", "named", "task_figures"]
 PROBLEMS = {
     "missing": ("missing-label", "{n} without a label; add it, or leave the image out"),
     "empty": ("empty-label", "{n} with a label of 0 bytes; replace or remove it"),
-    "truncated": ("broken-label", "{n} with a label that cannot be opened; replace or remove it"),
     "broken": ("broken-label", "{n} with a label that cannot be opened; replace or remove it"),
     "unsupported": ("unsupported-label", "{n} with a label of another type than its task has"),
     "too-large": ("too-large-label", "{n} with a label of more pixels than max_pixels allows"),
@@ -84,19 +83,14 @@ def _without_files(listing: TaskListing, task: str) -> Finding | None:
 
 def _check_labels(listing: TaskListing, task: str, facts: Mapping[str, list[ImageFacts]], full: bool) -> list[Finding]:
     """Check the labels of a task of another kind than classes."""
-    problems: dict[tuple[str, str], list[str]] = defaultdict(list)
+    errors = problem_findings(((name, known) for _, _, name, known in _all(listing, task)), PROBLEMS)
     sizes: list[str] = []
     for split, index, name, known in _all(listing, task):
         image = facts[split][index]
-        if known.problem:
-            problems[PROBLEMS[known.problem]].append(f"{name} ({known.reason})" if known.reason else name)
-        elif known.width and image.width and (known.width, known.height) != image.upright:
+        if known.width and image.width and not known.problem and (known.width, known.height) != image.upright:
             sizes.append("{} ({} x {} for an image of {} x {})".format(name, known.width, known.height, *image.upright))
-    found = {
-        (code, text.replace("{n}", counted(len(places), "image"))): places for (code, text), places in problems.items()
-    }
     text = f"{counted(len(sizes), 'image')} with a label of another size; every pixel needs its label"
-    errors = gather("error", {**found, ("label-size", text): sizes})
+    errors += gather("error", {("label-size", text): sizes})
     return [*errors, *(_unlabelled(listing, task) if full else [])]
 
 

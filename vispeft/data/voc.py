@@ -9,13 +9,11 @@ from typing import Any, Literal
 
 from vispeft.data.masks import MaskCoding
 from vispeft.data.palettes import ClassTable, class_table
-from vispeft.data.published import read_stems
+from vispeft.data.published import LISTS, read_stems
 from vispeft.data.segmentation import PublishedMasks
 from vispeft.errors import ConfigError
 
 __all__ = ["PascalContextData", "VOCData"]
-
-LISTS = {"train": "train.txt", "validation": "val.txt"}
 
 
 class VOCData(PublishedMasks):

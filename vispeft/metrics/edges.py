@@ -25,10 +25,11 @@ class Edges(DenseMetric):
     labelled edge pixels with a predicted one, both over all images of the split together; ``odsf`` is F1 at the
     threshold where it is largest. Pixels without a label hold no predicted edge. Labels are taken as they are.
 
-    The benchmark of Martin et al. (PAMI 2004), and the MATLAB program `seism` with which the multi-task papers compute
-    odsF, assign predicted and labelled pixels one to one; here one labelled pixel may confirm several predicted ones.
-    With thin lines this differs little, but figures are not those of the papers' tables. Tolerances below one pixel
-    count as one pixel.
+    This is an evaluator of its own, and its figures are not those of the multi-task papers. They use a MATLAB program
+    (`seism`, with ``correspondPixels`` of Martin et al., PAMI 2004), which does not thin, assigns predicted and
+    labelled pixels one to one, and tries 99 thresholds. There, a line that is too wide costs precision since its pixels
+    lack partners; here it is thinned, as in the benchmark of Martin et al., and one labelled pixel may confirm several
+    predicted ones. Tolerances below one pixel count as one pixel.
     """
 
     higher_is_better = True

@@ -14,7 +14,7 @@ from pathlib import Path
 from vispeft.errors import FileError
 from vispeft.storage.system import lock_process, moves_open_files, open_file
 
-__all__ = ["InUseError", "hold"]
+__all__ = ["InUseError", "clear", "hold"]
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,17 @@ def hold(path: Path, what: str, *, wait: bool = False) -> Iterator[bool]:
     finally:
         if os.getpid() == owner:  # a forked process holds no lock of its parent's
             _give_back(path, descriptor)
+
+
+def clear(path: Path) -> None:
+    """Remove the file of a lock that a killed process left, if nobody holds it.
+
+    Args:
+        path: The lock's file; it need not exist.
+    """
+    if path.exists():
+        with contextlib.suppress(FileError), hold(path, str(path)):
+            pass
 
 
 def _take(path: Path, what: str) -> int:
