@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer, seed_everything
@@ -96,10 +96,31 @@ class RunCLI(ConfigCLI):
         if found is None:
             return None
         if name == "targets":
-            ClassOrder(tuple(found), tuple(class_names(self._run)), "tasks").check_all()
-            return found
+            return match_tasks(self._run, data, found)
         match_names(self._run, data, found)
         return int(data.num_classes)
+
+
+def match_tasks(run: Run, data: Any, targets: Mapping[str, Any]) -> dict[str, Any]:
+    """Give data the tasks of a run, in its order, as far as they can choose; refuse others.
+
+    Args:
+        run: The run.
+        data: A data module of several tasks.
+        targets: Its targets by task.
+
+    Returns:
+        The targets of the run's tasks.
+
+    Raises:
+        DataError: If the data lack a task of the run, or have one that it does not know.
+    """
+    trained = class_names(run)
+    if isinstance(data, ListedData):
+        data.match_classes(trained)
+        return dict(data.targets)  # type: ignore[attr-defined]  # of `MultiTaskData`
+    ClassOrder(tuple(targets), tuple(trained), "tasks").check_all()
+    return dict(targets)
 
 
 def match_names(run: Run, data: Any, count: int) -> None:
