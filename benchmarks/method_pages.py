@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ import vispeft  # noqa: E402, I001 - before timm
 import timm  # noqa: E402
 import torch  # noqa: E402
 from common import RESULTS, saved_bytes, write  # noqa: E402
+from vispeft.adapters.task_maps import TaskMaps  # noqa: E402
 from vispeft.building.methods import method_node, method_presets  # noqa: E402
 from vispeft.errors import MergeError, VispeftError  # noqa: E402
 
@@ -50,12 +52,24 @@ FEWSHOT = {
     "swin_tiny": "swin_tiny",
 }
 BATCH = 4
+TASKS = ("semseg", "human_parts", "sal", "normals")
+"""Tasks of the methods that need some."""
 
 
 def names() -> list[str]:
     """List the methods that ship."""
     found = vispeft.list_methods()
     return [name for name in found if type(vispeft.method(name)).__module__.startswith("vispeft.methods.")]
+
+
+def default(name: str) -> vispeft.Method:
+    """Make a method with its default fields, for `TASKS` if it needs some.
+
+    Args:
+        name: Registry name.
+    """
+    method = vispeft.method(name)
+    return method.for_tasks(TASKS) if method.multi_task else method
 
 
 # ------------------------------------------------------------------------------------------------- measuring
@@ -69,8 +83,9 @@ def measure() -> dict[str, Any]:
     facts = {}
     for name in names():
         model = timm.create_model(MEASURED)
-        vispeft.attach(model, vispeft.method(name), verify=False)
-        kept = saved_bytes(model.train(), images)
+        method = default(name)
+        vispeft.attach(model, method, verify=False)
+        kept = saved_bytes((TaskMaps(model) if method.multi_task else model).train(), images)
         facts[name] = {"activations": kept / whole, "merge": {kind: merges(name, *SMALL[kind]) for kind in SMALL}}
         print(name, facts[name])
     return {"model": MEASURED, "batch": BATCH, "full_bytes": whole, "methods": facts}
@@ -87,9 +102,11 @@ def merges(name: str, model: str, arguments: dict[str, Any]) -> str:
     torch.manual_seed(0)
     backbone = timm.create_model(model, **arguments).eval()
     try:
-        bank = vispeft.attach(backbone, vispeft.method(name), verify=False)
+        bank = vispeft.attach(backbone, default(name), verify=False)
     except VispeftError:
         return "refused"
+    if bank.tasks() and not bank.plan().method.one_pass:
+        bank.set_active("default", task=bank.tasks()[0])
     with torch.no_grad():
         for _, tensor in bank.trainable_parameters():
             tensor.add_(torch.randn_like(tensor) * 0.02)
@@ -122,7 +139,7 @@ Counts = tuple[int, int, list[str]] | str
 
 def count(name: str, model: torch.nn.Module) -> Counts:
     """Count a method's parameters on a model by its formula and by what it would build."""
-    method = vispeft.method(name)
+    method = default(name)
     try:
         plan = vispeft.plan(model, method)
     except VispeftError as error:
@@ -141,13 +158,17 @@ def page(
     """Make the page of a method, line by line."""
     method = vispeft.method(name)
     cls = type(method)
+    tasks = f" and {len(TASKS)} tasks" if method.multi_task else ""
     summary, _, rest = inspect.cleandoc(cls.__doc__ or "").partition("\n")
     yield from (f"# {cls.__name__} (`{name}`)", "", "<!-- made by benchmarks/method_pages.py -->", "", summary)
     if rest.strip():
         yield from ("", " ".join(rest.split("\n\n", 1)[0].split()) if "\n\n" not in rest.strip() else rest.strip())
     yield from ("", f"Paper: <{cls.paper}>" if cls.paper else "No paper of its own: a baseline of many.", "")
-    yield from ("```bash", f"vispeft train classification/digits --method {name}", "```", "")
-    yield from ("## Counts", "", "Trainable parameters with the default fields, without the classifier.", "")
+    if method.multi_task:
+        yield from ("Attach it with tasks, and read their maps with `vispeft.forward_tasks`.", "")
+    else:
+        yield from ("```bash", f"vispeft train classification/digits --method {name}", "```", "")
+    yield from ("## Counts", "", f"Trainable parameters with the default fields{tasks}, without the classifier.", "")
     formula = inspect.cleandoc(cls.parameter_count.__doc__ or "").splitlines()[0]
     yield from (formula, "", "| backbone | by formula | built | acts at |", "|---|--:|--:|---|")
     for label, found in counted.items():
@@ -172,6 +193,7 @@ def costs(facts: dict[str, Any] | None) -> Iterator[str]:
         (0.1, "nothing of the backbone is kept"),
         (0.5, "the backbone keeps little"),
         (2.0, "the backbone's own are kept"),
+        (math.inf, "those of each task's stream or pass too"),
     )
     told = next(text for limit, text in kinds if share <= limit)
     yield (

@@ -29,11 +29,11 @@ def test_there_is_a_preset_of_each_method():
 
 
 def is_for_one_task(name):
-    """Tell whether a method or preset needs no task of several decoders, which ``tests/tasks`` train."""
+    """Tell whether a method or preset trains without tasks; those that need some have tests of their own."""
     return not build_method(method_node(name)).multi_task
 
 
-@pytest.mark.parametrize("name", filter(is_for_one_task, sorted({*METHODS, *method_presets()})))
+@pytest.mark.parametrize("name", list(filter(is_for_one_task, sorted({*METHODS, *method_presets()}))))
 def test_each_method_trains(name, data):
     section = read_config(DIGITS)["model"]
     small = {"backbone": "vit_tiny_patch16_224", "backbone_args": TINY, "method": method_node(name)}

@@ -86,6 +86,7 @@ METHODS: dict[str, vispeft.Method] = {
         roles=("attn", "mlp"),
     ),
     "vpt_window": vispeft.VPTWindow(num_tokens=3),
+    "mtlora": vispeft.MTLoRA(tasks=("seg", "depth"), rank=3, task_rank=2, dropout=0.0),
 }
 
 
@@ -95,7 +96,7 @@ PARALLEL = ("adapter_parallel", "adaptformer", "adaptformer_1bit", "convpass", "
 STORES_MORE = ("lora_fa", "vqt_weighted")
 """Methods whose files hold tensors that do not train."""
 
-EXCLUSIVE = ("full", "bitfit", "norm_tuning", "lst", "lst_sparse", "compacter_full", "vqt", "vqt_weighted")
+EXCLUSIVE = ("full", "bitfit", "norm_tuning", "lst", "lst_sparse", "compacter_full", "vqt", "vqt_weighted", "mtlora")
 """Methods that replace tensors of the base or its output features, so that two of them cannot act at once."""
 
 LINKED = ("vpt", "vqt", "prefix", "mam", "fact", "compacter", "lst", "convpass", "polyhistor_lite")
@@ -233,6 +234,7 @@ NO_PLAIN_FORM: dict[tuple[str, str], str] = {
         for b in BACKBONES
     },
     **{(m, b): "network beside it" for m in ("lst", "lst_sparse") for b in BACKBONES},
+    **{("mtlora", b): "several outputs" for b in BACKBONES},
     ("ssf", "vit_mae"): "identity here",
     ("ssf", "vit_aimv2"): "identity here",
 }
@@ -312,9 +314,10 @@ def unit_names(bank: AdapterBank, name: str = "default") -> set[int]:
 SECOND_FORMS = {
     *("ssf_merging", "vpt_shallow", "vqt_weighted", "prefix_mlp", "adapter_parallel", "adaptformer_1bit", "lora_2bit"),
     *("dora", "pissa", "lora_fa", "convpass_attn", "repadapter_attn", "hydra_2bit", "lst_sparse", "fact_tk"),
-    *("fact_4bit", "compacter_full", "polyhistor", "polyhistor_lite", "vpt_window"),
+    *("fact_4bit", "compacter_full", "mtlora", "polyhistor", "polyhistor_lite", "vpt_window"),
 }
-"""Further settings of a method: they run on the main families, and not on the variants of one family as well."""
+"""Further settings of a method, and methods for several tasks and those they are compared with, which have tests of
+their own: they run on the main families, and not on the variants of one family as well."""
 
 CELLS = [
     Cell(method, backbone, short=not method.startswith(LINKED) and method not in DEEP)

@@ -60,9 +60,19 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+def outputs_of(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Compute all that leaves a model: class scores, and the maps of tasks that branch inside it."""
+    bank = AdapterBank.of(model)
+    maps = {}
+    if bank is not None and bank.plan().method.one_pass:
+        maps = vispeft.forward_tasks(model, images)
+    return [model(images), *(level for levels in maps.values() for level in levels)]
+
+
 def loss_of(model: nn.Module, images: Tensor) -> Tensor:
+    scores, *maps = outputs_of(model, images)
     weights = torch.linspace(-1, 1, 5)
-    return (model(images).float() * weights).sum()
+    return torch.stack([(scores.float() * weights).sum(), *(level.float().square().mean() for level in maps)]).sum()
 
 
 def plain_classes(model: nn.Module) -> bool:
@@ -241,9 +251,9 @@ def test_equal_gradients_under_checkpointing(cell: Cell) -> None:
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
         model.zero_grad()
-        out = model(images)
-        out.square().sum().backward()
-        results.append([out.detach(), *[p.grad for _, p in bank.trainable_parameters()]])
+        outputs = outputs_of(model, images)
+        torch.stack([out.square().sum() for out in outputs]).sum().backward()
+        results.append([*(out.detach() for out in outputs), *(p.grad for _, p in bank.trainable_parameters())])
     assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(*results, strict=True))
 
 
@@ -271,9 +281,9 @@ def test_reduced_precision(cell: Cell) -> None:
     wanted = model(images)
     model.train()
     with torch.autocast("cpu", torch.bfloat16):
-        cell_output = model(images)
-        cell_output.float().square().sum().backward()
-    assert torch.isfinite(cell_output).all()
+        outputs = outputs_of(model, images)
+        torch.stack([out.float().square().sum() for out in outputs]).sum().backward()
+    assert all(torch.isfinite(out).all() for out in outputs)
     assert all(torch.isfinite(p.grad).all() for _, p in bank.trainable_parameters())
     half = cell.model().bfloat16()
     # That a base in half precision is verified too is seen on one model of each kind.
@@ -354,7 +364,7 @@ def test_dense_maps_without_a_classifier(cell: Cell, tmp_path: Path) -> None:
     assert bank.report().trainable_head == 0
     maps = model.forward_intermediates(images, intermediates_only=True)
     if bank.plan().trainable and METHODS[cell.method].reaches_maps:
-        sum(m.square().mean() for m in maps).backward()
+        sum(m.square().mean() for m in (*maps, *outputs_of(model, images)[1:])).backward()
         reached = [p.grad is not None for _, p in bank.trainable_parameters()]
         assert sum(reached) >= 0.5 * len(reached)
     bank.save(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from vispeft.core.families import describe
 from vispeft.errors import ConfigError, SiteError, UnknownNameError
 
 TASKS = ("seg", "depth")
+slow = partial(pytest.param, marks=pytest.mark.slow)
 SMALL: dict[str, Any] = {"rank": 3, "task_rank": 2, "dropout": 0.0}
 
 
@@ -93,7 +95,9 @@ def test_the_plan_has_the_counted_size(swin_tiny: nn.Module) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backbone", ["vit", "vit_glu", "vit_aimv2", "eva_dinov3", "eva02", "swin", "swinv2"])
+@pytest.mark.parametrize(
+    "backbone", ["vit", slow("vit_glu"), slow("vit_aimv2"), slow("eva_dinov3"), "eva02", "swin", "swinv2"]
+)
 def test_maps_of_tasks_start_at_those_of_the_plain_model(backbone: str) -> None:
     model, images, bank = adapted(backbone, moved=False)
     maps = vispeft.forward_tasks(model, images)
@@ -112,7 +116,13 @@ def test_maps_of_tasks_start_at_those_of_the_plain_model(backbone: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("backbone", "mode"),
-    [("vit", "matrixv2"), ("vit_reg_ls", "matrix"), ("swin", "matrix"), ("swin", "addition"), ("swinv2", "matrixv2")],
+    [
+        ("vit", "matrixv2"),
+        slow("vit_reg_ls", "matrix"),
+        ("swin", "matrix"),
+        slow("swin", "addition"),
+        slow("swinv2", "matrixv2"),
+    ],
 )
 def test_a_chosen_task_gives_its_maps_alone(backbone: str, mode: str) -> None:
     model, images, bank = adapted(backbone, mode=mode)
@@ -265,9 +275,88 @@ def test_a_choice_without_task_branches_is_refused() -> None:
         vispeft.plan(Cell("lora", "vit").model(), mtlora(rank=(1, 2, 3)))
 
 
+def test_two_adapters_cannot_branch_for_one_task() -> None:
+    off = {f"train_{part}": False for part in ("patch_embed", "norms", "rel_pos", "merging")}
+    model, images, bank = adapted("swin", **off)
+    vispeft.attach(model, mtlora(tasks=("depth", "edge"), **off), name="other", verify=False)
+    with pytest.raises(SiteError, match="'default' and 'other' both branch for the task 'depth'"):
+        bank.set_active(["default", "other"])
+    bank.rename_task("depth", "height", "other")
+    bank.set_active(["default", "other"])
+    assert list(vispeft.forward_tasks(model, images)) == ["seg", "depth", "height", "edge"]
+
+
 def test_unknown_tasks_are_refused() -> None:
     model, images, bank = adapted("swin")
     with pytest.raises(UnknownNameError, match=r"'sg'.*'seg'"):
         bank.using(task="sg")
     with pytest.raises(UnknownNameError, match=r"'sg'.*'seg'"):
         vispeft.forward_tasks(model, images, tasks=["sg"])
+    with pytest.raises(ConfigError, match="taps"):
+        vispeft.forward_tasks(model, images, taps=[2])
+    with bank.disabled(), pytest.raises(ConfigError, match="Name them"):
+        vispeft.forward_tasks(model, images)
+
+
+@torch.no_grad()
+def test_other_adapters_run_once_per_task_or_once_for_all() -> None:
+    cell = Cell("lora", "swin")
+    model, images = cell.model(), cell.images()
+    plain = vispeft.forward_tasks(model, images, ["seg", "depth"])
+    assert all(a is b for a, b in zip(plain["seg"], plain["depth"], strict=True))
+    bank = vispeft.attach(model, vispeft.LoRA(rank=2), tasks=["seg", "depth"], verify=False)
+    move(bank, "default")
+    maps = vispeft.forward_tasks(model, images, taps=[1])
+    channels, strides = map_shapes(model, taps=[1])
+    for task, (level,) in maps.items():
+        with bank.using(task=task):
+            assert torch.equal(level, model.forward_intermediates(images, norm=True)[1][1])
+        assert ([level.shape[1]], [images.shape[-1] // level.shape[-1]]) == (channels, strides)
+    assert not torch.allclose(maps["seg"][0], maps["depth"][0])
+
+
+# ---------------------------------------------------------------------- training in other ways
+
+
+def gradients(model: Any, images: Tensor, bank: vispeft.AdapterBank) -> tuple[list[Tensor], list[Tensor | None]]:
+    model.zero_grad()
+    maps = [level for levels in vispeft.forward_tasks(model, images).values() for level in levels]
+    torch.stack([level.square().mean() for level in maps]).sum().backward()
+    return [level.detach() for level in maps], [tensor.grad for tensor in bank.named_tensors().values()]
+
+
+def assert_same(found: Any, wanted: Any) -> None:
+    for ours, others in zip((*found[0], *found[1]), (*wanted[0], *wanted[1]), strict=True):
+        if ours is None or others is None:  # a compiled block gives zeros for what nothing reads
+            assert all(tensor is None or not tensor.any() for tensor in (ours, others))
+        else:
+            assert torch.allclose(ours, others, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "mode"), [slow("vit", "matrix"), ("swin", "addition"), slow("swinv2", "matrixv2")]
+)
+def test_checkpointing_changes_nothing(backbone: str, mode: str) -> None:
+    model, images, bank = adapted(backbone, mode=mode, plus=backbone != "vit")
+    model.train()
+    wanted = gradients(model, images, bank)
+    model.set_grad_checkpointing(True)
+    assert_same(gradients(model, images, bank), wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["vit", "swin", "swinv2"])
+def test_blocks_compiled_one_by_one_change_nothing(backbone: str) -> None:
+    model, images, bank = adapted(backbone)
+    wanted = gradients(model, images, bank)
+    blocks = model.blocks if backbone == "vit" else [block for stage in model.layers for block in stage.blocks]
+    for block in blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    assert_same(gradients(model, images, bank), wanted)
+    with bank.using(task="seg"):
+        compiled = model.forward_intermediates(images, intermediates_only=True)
+    for block in blocks:
+        block._compiled_call_impl = None
+    with bank.using(task="seg"):
+        plain = model.forward_intermediates(images, intermediates_only=True)
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(compiled, plain, strict=True))

@@ -198,6 +198,33 @@ def test_another_task_comes_trains_and_goes(form: dict[str, object]) -> None:
     assert torch.equal(last["edges"], after["edges"])
 
 
+def maps_and_gradients(model: nn.Module, bank: AdapterBank) -> list[Tensor]:
+    model.zero_grad()
+    maps = [level for levels in vispeft.forward_tasks(model, images().double()).values() for level in levels]
+    torch.stack([level.square().mean() for level in maps]).sum().backward()
+    gradients = [tensor.grad for key, tensor in bank.named_tensors().items() if not key.startswith("head/")]
+    return [level.detach() for level in maps] + gradients
+
+
+def test_maps_of_all_tasks_under_checkpointing() -> None:
+    model, bank = adapted(lite=True)
+    wanted = maps_and_gradients(model.double().train(), bank)
+    model.set_grad_checkpointing(True)
+    found = maps_and_gradients(model, bank)
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.slow
+def test_maps_of_all_tasks_with_compiled_blocks() -> None:
+    model = Cell("lora", "vit", short=True).model()
+    bank = vispeft.attach(model, Polyhistor(**SIZES), tasks=TASKS, verify=False)
+    wanted = maps_and_gradients(model.double(), bank)
+    for block in model.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    found = maps_and_gradients(model, bank)
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(found, wanted, strict=True))
+
+
 def test_tasks_come_from_the_field_or_from_attach(tmp_path: Path) -> None:
     model = Cell("lora", "vit").model()
     bank = vispeft.attach(model, Polyhistor(**SIZES, tasks=TASKS), verify=False)

@@ -51,7 +51,9 @@ def train(model: Any, images: Tensor, bank: vispeft.AdapterBank, task: str) -> N
         optimiser.step()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", ["matrix", "copies", *(pytest.param(n, marks=pytest.mark.slow) for n in ("matrixv2", "shared_copies"))]
+)
 def test_a_fifth_task_is_added_and_trained_beside_four(name: str, tmp_path: Path) -> None:
     model, images, bank = adapted(name)
     wanted, before = maps_of(model, images), dict(bank.named_tensors())

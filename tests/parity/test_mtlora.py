@@ -129,7 +129,10 @@ def adapted(file: str, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Te
     return meta, tensors, model, bank
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float64, id="float64"), pytest.param(torch.float32, id="float32", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("file", SWINS)
 def test_maps_and_gradients_of_a_backbone(file: str, dtype: torch.dtype) -> None:
     meta, tensors, model, bank = adapted(file, dtype)

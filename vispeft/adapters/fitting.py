@@ -50,7 +50,8 @@ def tasks_of(header: Mapping[str, Any], method: Method) -> list[str] | None:
         header: The content of ``adapter.json``.
         method: Its method.
     """
-    return header["tasks"] if method.multi_task or header.get("per_task") else None
+    tasks = header["tasks"] if method.multi_task or header.get("per_task") else None
+    return tasks or list(method.task_names()) or None
 
 
 def check_planned(bank: BankState, header: Mapping[str, Any]) -> None:

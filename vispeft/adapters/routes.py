@@ -37,6 +37,7 @@ def make_route(entries: Entries, heads: HeadRack, slot: int, names: tuple[str, .
     refusal = _check_task(entries, names, task)
     _check_beside(entries, names)
     _check_selections(entries, names)
+    _check_branches(entries, names)
     units: dict[int, list[Unit]] = {}
     carries: set[int] = set()
     for name in names:
@@ -125,6 +126,19 @@ def _check_selections(entries: Entries, names: tuple[str, ...]) -> None:
                     "Activate one, or merge one first."
                 )
             owners[tensor] = name
+
+
+def _check_branches(entries: Entries, names: tuple[str, ...]) -> None:
+    """Raise if two adapters branch for the same task."""
+    owners: dict[str, str] = {}
+    for name in names:
+        branching = [unit for unit in entries[name].units.values() if unit.kind == "branch"]
+        for stream in (stream for unit in branching for stream in unit.streams()):
+            if owners.setdefault(stream.name, name) != name:
+                raise SiteError(
+                    f"Adapters {owners[stream.name]!r} and {name!r} both branch for the task {stream.name!r}; only one "
+                    "of them can act. Activate one, or rename a task with rename_task."
+                )
 
 
 def _check_beside(entries: Entries, names: tuple[str, ...]) -> None:

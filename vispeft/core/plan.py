@@ -65,7 +65,8 @@ class Plan:
             shapes = item.shapes()
             tensors = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
             count = sum(prod(shape) for shape in shapes.values())
-            table.add_row(item.site.key or "(model)", item.site.role, item.unit, tensors, f"{count:,}")
+            unit = item.key.rpartition("/")[2]  # with its task
+            table.add_row(item.site.key or "(model)", item.site.role, unit, tensors, f"{count:,}")
         yield table
 
     def __str__(self) -> str:

@@ -114,7 +114,7 @@ class TaskPair(_Scaled, BranchUnit):
         x = layer.beside.get(self.task)
         if x is None:
             x = layer.dropped(self.share if self.training else 0.0)
-        term = Branch(*self.factors(), self.scale, self.start, self.stop)
+        term = Branch(*self.factors(), self.scale, self.start, self.stop, Dropout())  # as compilers need it
         return {self.task: low_rank_terms(x, layer.shared if self.on_shared else layer.frozen, [term])}
 
     def rename_task(self, old: str, new: str) -> None:
@@ -153,7 +153,8 @@ class TaskSum(BranchUnit):
         """Add the normalised sum."""
         total = torch.stack([beside[task] for task in self.tasks]).sum(0)
         weight, bias = self.weight.to(total.dtype), self.bias.to(total.dtype)
-        return layer.shared + F.layer_norm(total, total.shape[-1:], weight, bias, EPSILON)
+        normed = F.layer_norm(total, total.shape[-1:], weight, bias, EPSILON)
+        return layer.shared + normed.to(total.dtype)  # autocast normalises in float32
 
     def rename_task(self, old: str, new: str) -> None:
         """Take another name for one of the tasks."""

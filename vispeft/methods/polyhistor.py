@@ -193,7 +193,10 @@ class HyperNetwork(SharedUnit):
 
     def sources(self, task: str) -> tuple[Tensor, ...]:
         """List the tensors from which the adapters of a task are generated."""
-        return cast(TaskCodes, self.lender).code(task), *self.parameters()
+        # The tensors are looked up one by one: walking through the modules would take most of a cached pass.
+        layers = (tensor for layer in self._modules.values() if layer for tensor in layer._parameters.values())
+        found = (cast(TaskCodes, self.lender).code(task), self.place_codes, *layers)
+        return tuple(tensor for tensor in found if tensor is not None)
 
     def generate(self, task: str, place: Place, layer: Tensor | None = None) -> Weights:
         """Generate the tensors of an adapter.
@@ -301,7 +304,8 @@ class HyperAdapter(MakesTensors, SharedUnit):
             task: The task.
         """
         lender = cast("HyperNetwork | LayerCode", self.lender)
-        return self.once(task, (*self.parameters(), *lender.sources(task)), partial(self._made, task))
+        kernels = (kernel for kernel in self._parameters.values() if kernel is not None)
+        return self.once(task, (*kernels, *lender.sources(task)), partial(self._made, task))
 
     def _made(self, task: str) -> Weights:
         made = cast("HyperNetwork | LayerCode", self.lender).generate(task, self.shape.place)
