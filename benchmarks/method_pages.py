@@ -105,6 +105,8 @@ def merges(name: str, model: str, arguments: dict[str, Any]) -> str:
         bank = vispeft.attach(backbone, default(name), verify=False)
     except VispeftError:
         return "refused"
+    if bank.tasks() and not bank.plan().method.one_pass:
+        bank.set_active("default", task=bank.tasks()[0])
     with torch.no_grad():
         for _, tensor in bank.trainable_parameters():
             tensor.add_(torch.randn_like(tensor) * 0.02)
@@ -191,7 +193,7 @@ def costs(facts: dict[str, Any] | None) -> Iterator[str]:
         (0.1, "nothing of the backbone is kept"),
         (0.5, "the backbone keeps little"),
         (2.0, "the backbone's own are kept"),
-        (math.inf, "those of each task's stream too"),
+        (math.inf, "those of each task's stream or pass too"),
     )
     told = next(text for limit, text in kinds if share <= limit)
     yield (

@@ -72,11 +72,25 @@ METHODS: dict[str, vispeft.Method] = {
         roles=("mlp",),
         bits=8,
     ),
+    "polyhistor": vispeft.Polyhistor(reduction=4, task_dim=6, hidden_dim=8, embed_dim=8),
+    "polyhistor_lite": vispeft.Polyhistor(
+        lite=True,
+        reduction=2,
+        rank_divisor=None,
+        task_dim=5,
+        hidden_dim=8,
+        embed_dim=8,
+        kernel_front=False,
+        parallel=False,
+        activation="gelu",
+        roles=("attn", "mlp"),
+    ),
+    "vpt_window": vispeft.VPTWindow(num_tokens=3),
     "mtlora": vispeft.MTLoRA(tasks=("seg", "depth"), rank=3, task_rank=2, dropout=0.0),
 }
 
 
-PARALLEL = ("adapter_parallel", "adaptformer", "adaptformer_1bit", "convpass", "convpass_attn")
+PARALLEL = ("adapter_parallel", "adaptformer", "adaptformer_1bit", "convpass", "convpass_attn", "polyhistor")
 """Methods with terms beside the branches of a block."""
 
 STORES_MORE = ("lora_fa", "vqt_weighted")
@@ -85,7 +99,7 @@ STORES_MORE = ("lora_fa", "vqt_weighted")
 EXCLUSIVE = ("full", "bitfit", "norm_tuning", "lst", "lst_sparse", "compacter_full", "vqt", "vqt_weighted", "mtlora")
 """Methods that replace tensors of the base or its output features, so that two of them cannot act at once."""
 
-LINKED = ("vpt", "vqt", "prefix", "mam", "fact", "compacter", "lst", "convpass")
+LINKED = ("vpt", "vqt", "prefix", "mam", "fact", "compacter", "lst", "convpass", "polyhistor_lite")
 """Methods, in all their forms, whose blocks need each other: they share tensors, hand on more than tokens, or give the
 patches something that reaches a class token with the next block's attention."""
 DEEP = ("lora_all", "ssf", "ssf_merging")
@@ -202,7 +216,7 @@ REFUSED: dict[tuple[str, str], Refusal] = {
     **{("ssf_merging", name): NO_MERGING for name in BACKBONES if not name.startswith("swin")},
     **{
         (method, "swinv2"): NORMS_BEHIND
-        for method in ("vpt", "vpt_shallow", "convpass", "convpass_attn", "lst", "lst_sparse")
+        for method in ("vpt", "vpt_shallow", "vpt_window", "convpass", "convpass_attn", "lst", "lst_sparse")
     },
     ("repadapter", "vit_aimv2"): NO_WHOLE_FC1,
     **{(method, "eva02_split"): NO_WHOLE_QKV for method in ("repadapter", "repadapter_attn")},
@@ -211,10 +225,14 @@ REFUSED: dict[tuple[str, str], Refusal] = {
 
 NO_PLAIN_FORM: dict[tuple[str, str], str] = {
     **{(m, b): "inserts tokens|beside its tokens" for m in ("vpt", "vpt_shallow") for b in BACKBONES},
-    **{(m, b): "keys and values of its own" for m in ("prefix", "prefix_mlp", "mam") for b in BACKBONES},
+    **{(m, b): "keys and values of its own" for m in ("prefix", "prefix_mlp", "mam", "vpt_window") for b in BACKBONES},
     **{(m, b): "queries that read" for m in ("vqt", "vqt_weighted") for b in BACKBONES},
     **{(m, b): "term beside a branch" for m in PARALLEL for b in BACKBONES},
-    **{(m, b): "no weight form" for m in ("adapter", "compacter", "compacter_full") for b in BACKBONES},
+    **{
+        (m, b): "no weight form"
+        for m in ("adapter", "compacter", "compacter_full", "polyhistor_lite")
+        for b in BACKBONES
+    },
     **{(m, b): "network beside it" for m in ("lst", "lst_sparse") for b in BACKBONES},
     **{("mtlora", b): "several outputs" for b in BACKBONES},
     ("ssf", "vit_mae"): "identity here",
@@ -296,10 +314,10 @@ def unit_names(bank: AdapterBank, name: str = "default") -> set[int]:
 SECOND_FORMS = {
     *("ssf_merging", "vpt_shallow", "vqt_weighted", "prefix_mlp", "adapter_parallel", "adaptformer_1bit", "lora_2bit"),
     *("dora", "pissa", "lora_fa", "convpass_attn", "repadapter_attn", "hydra_2bit", "lst_sparse", "fact_tk"),
-    *("fact_4bit", "compacter_full", "mtlora"),
+    *("fact_4bit", "compacter_full", "mtlora", "polyhistor", "polyhistor_lite", "vpt_window"),
 }
-"""Further settings of a method, and methods for several tasks, which have tests of their own: they run on the main
-families, and not on the variants of one family as well."""
+"""Further settings of a method, and methods for several tasks and those they are compared with, which have tests of
+their own: they run on the main families, and not on the variants of one family as well."""
 
 CELLS = [
     Cell(method, backbone, short=not method.startswith(LINKED) and method not in DEEP)

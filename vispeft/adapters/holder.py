@@ -14,6 +14,7 @@ from vispeft.adapters.merge import Merged
 from vispeft.core.families import describe, is_feature_getter, unwrap
 from vispeft.core.plan import Plan
 from vispeft.core.route import Routing
+from vispeft.core.units import Unit
 from vispeft.errors import ConfigError, MergeError, UnknownNameError
 from vispeft.hosts.model import BANK
 from vispeft.storage.fingerprint import base_tensors, fingerprint
@@ -74,6 +75,14 @@ class BankState:
             name: The adapter; may be left out where only one acts.
         """
         return list(self._entry(name).tasks or ())
+
+    def units(self, name: str | None = None) -> dict[str, Unit]:
+        """Return an adapter's units (not copies) by their names in files.
+
+        Args:
+            name: The adapter; may be left out where only one acts.
+        """
+        return dict(self._entry(name).units)
 
     def head(self, name: str | None = None) -> nn.Module | None:
         """Return an adapter's classifier; None if it has none.

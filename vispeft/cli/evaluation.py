@@ -28,7 +28,6 @@ __all__ = [
     "kept_settings",
     "measure",
     "metrics_table",
-    "output_names",
 ]
 
 logger = logging.getLogger(__name__)
@@ -186,7 +185,7 @@ def measure(trainer: Trainer, task: AdapterTask, data: LightningDataModule) -> M
     seconds: dict[str, float] = {}
     details: dict[str, Any] = {}
     kept: dict[str, Tensor] = {}
-    names = output_names(data, task.num_classes)
+    names = task.output_names(data)
     for split in ("validation", "test"):
         start = time.perf_counter()
         outputs = Outputs(task.kept_outputs)
@@ -197,17 +196,6 @@ def measure(trainer: Trainer, task: AdapterTask, data: LightningDataModule) -> M
         if split == "test" or getattr(data, "validation_chooses", True):
             details |= task.details(split, kept, names)
     return Measured(metrics, details, seconds, kept)
-
-
-def output_names(data: Any, count: int) -> tuple[str, ...]:
-    """Return names of a model's outputs, from the data or as numbers.
-
-    Args:
-        data: A data module.
-        count: Number of outputs.
-    """
-    names = tuple(getattr(data, "class_names", ()) or ())
-    return names if len(names) == count else tuple(str(index) for index in range(count))
 
 
 def metrics_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -507,6 +507,13 @@ class PrefixUnit(Unit):
     kind = "prefix"
     identity_at_start = False
 
+    def rows(self) -> Tensor | None:
+        """Return learned inputs of the attention, (length, D), whose keys and values its own projection computes.
+
+        None, the default, takes those of `keys_values`.
+        """
+        return None
+
     def keys_values(self) -> tuple[Tensor, Tensor]:
         """Return keys and values, (length, heads * width of a head) each; the keys are not normalised further."""
         raise NotImplementedError(f"{type(self).__name__} does not implement keys_values.")

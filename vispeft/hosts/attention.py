@@ -17,6 +17,7 @@ from timm.layers.attention import resolve_self_attn_mask
 from torch import Tensor, nn
 
 from vispeft.core.streams import StreamRule
+from vispeft.core.units import PrefixUnit
 from vispeft.hosts.base import Host
 from vispeft.hosts.streams import Streams, split
 
@@ -125,10 +126,19 @@ class AttentionHost(Host):
             keys = torch.cat([_spread(heads[1], keys), keys], dim=2)
             values = torch.cat([_spread(heads[2], values), values], dim=2)
         for unit in self.acting.prefix:
-            own_keys, own_values = unit.keys_values()
-            keys = torch.cat([_own(own_keys, keys), keys], dim=2)
-            values = torch.cat([_own(own_values, values), values], dim=2)
+            own_keys, own_values = self._learned(unit, keys)
+            keys = torch.cat([own_keys, keys], dim=2)
+            values = torch.cat([own_values, values], dim=2)
         return keys, values
+
+    def _learned(self, unit: PrefixUnit, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute a unit's keys and values by head, expanded over the windows."""
+        rows = unit.rows()
+        if rows is None:
+            keys, values = unit.keys_values()
+            return _own(keys, like), _own(values, like)
+        _, keys, values = self.project(rows.to(like.dtype).unsqueeze(0))
+        return _spread(keys, like), _spread(values, like)
 
     def reads_alone(self, streams: Streams, arguments: dict[str, Any]) -> bool:
         """Return whether `read_streams` is exact and saves memory: streams only read, and the projection is plain."""

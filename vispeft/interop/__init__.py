@@ -3,9 +3,10 @@
 import importlib
 from typing import Any
 
-from vispeft.interop import blocks, lst, mtlora, shared, ssf, unified, vpt, vqt
+from vispeft.interop import blocks, lst, mtlora, polyhistor, shared, ssf, unified, vpt, vqt
 from vispeft.interop.binary import load_binary
 from vispeft.interop.official import Source, list_sources, load_official, register_source, to_official
+from vispeft.interop.one_task import export_task
 
 _PEFT = ("PeftMethod", "from_peft", "to_peft")
 """Names that need the extra `peft`; their module is imported on first access."""
@@ -14,11 +15,13 @@ __all__ = [  # noqa: PLE0604  (the names of the extra are added by unpacking)
     *_PEFT,
     "Source",
     "blocks",
+    "export_task",
     "list_sources",
     "load_binary",
     "load_official",
     "lst",
     "mtlora",
+    "polyhistor",
     "register_source",
     "shared",
     "ssf",

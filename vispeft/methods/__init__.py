@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from vispeft.methods.mam import MAM as MAM
     from vispeft.methods.mtlora import MTLoRA as MTLoRA
     from vispeft.methods.norm_tuning import NormTuning as NormTuning
+    from vispeft.methods.polyhistor import Polyhistor as Polyhistor
     from vispeft.methods.prefix import Prefix as Prefix
     from vispeft.methods.repadapter import RepAdapter as RepAdapter
     from vispeft.methods.ssf import SSF as SSF
     from vispeft.methods.vpt import VPT as VPT
+    from vispeft.methods.vpt_window import VPTWindow as VPTWindow
     from vispeft.methods.vqt import VQT as VQT
 
     def __getattr__(name: str) -> Any: ...

@@ -32,8 +32,16 @@ __all__ = [
 
 LAYERNORM_EPS = 1e-5
 """PyTorch's default, as in the public code (jxhe/unify-parameter-efficient-tuning)."""
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "swish": F.silu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 """Activations between the two layers; ReLU in both papers."""
+START_SPREADS = {"bert": 0.02, "small": 0.01}
+"""Standard deviations of the initial values of both matrices, in the public codes of He et al. and of Polyhistor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +63,7 @@ class Bottleneck:
     dropout: float = 0.0
     """Fraction of the hidden channels dropped during training."""
     start: str = "lora"
-    """``lora``: first matrix uniform, second zero; ``bert``: both normal, standard deviation 0.02 (public code)."""
+    """``lora``: first matrix uniform, second zero; one of `START_SPREADS`: both normal."""
     bits: int = 32
     """Bits per weight of the two matrices."""
 
@@ -85,10 +93,10 @@ class BottleneckUnit(LowBit, Unit):
         self.scale = nn.Parameter(torch.empty(1)) if shape.scale is None else None
 
     def reset(self, generator: Generator) -> None:
-        """Initialise the first matrix as PyTorch's linear layer and the second at zero, or both as BERT does."""
-        if self.shape.start == "bert":
+        """Initialise the first matrix as PyTorch's linear layer and the second at zero, or both from a normal."""
+        if self.shape.start in START_SPREADS:
             for weight in (self.down, self.up):
-                weight.normal_(0.0, 0.02, generator=generator)
+                weight.normal_(0.0, START_SPREADS[self.shape.start], generator=generator)
         else:
             bound = 1 / math.sqrt(self.shape.width)
             self.down.uniform_(-bound, bound, generator=generator)
@@ -154,10 +162,10 @@ class ParallelBottleneck(BottleneckUnit, ParallelUnit):
 @register
 @dataclass(frozen=True, kw_only=True)
 class Adapter(FewBits, DropPath, Method):
-    """A bottleneck after the MLP or the attention of each block, or parallel to the MLP.
+    """A bottleneck after or parallel to the MLP or the attention of each block.
 
     Sequential: ``f + up(relu(down(f)))`` with f the output of the branch's last linear layer, before layer scale and
-    residual sum. Parallel: the same term computed from the residual stream that enters the MLP branch, before its norm
+    residual sum. Parallel: the same term computed from the residual stream that enters the branch, before its norm
     (He et al.; in their pre-norm model the adapter reads the stream itself), or from the norm's output. A model that
     normalises after its branches (SwinV2) has no normalised input there, and the sequential form comes before that norm
     (form of this project).
@@ -165,22 +173,25 @@ class Adapter(FewBits, DropPath, Method):
 
     bottleneck: int = 8
     """Hidden channels; 8 in published vision results, 64 and more in language."""
+    reduction: int | None = None
+    """Instead of `bottleneck`: width of a block divided by its hidden channels; 2 in Polyhistor's comparison."""
     scale: float | None = 1.0
     """Multiplier of the term; None for one learned scalar per unit that starts at one."""
     parallel: bool = False
-    """Whether the bottleneck runs parallel to the MLP instead of after it."""
+    """Whether the bottleneck runs parallel to the branch instead of after it."""
     layernorm: Literal["none", "in", "out"] = "none"
     """A LayerNorm before the first layer (``in``), after the second (``out``), or none."""
     reads: Literal["stream", "normed"] = "stream"
-    """Input of the parallel form: the residual stream, or the MLP's normalised input."""
-    activation: Literal["relu", "gelu", "quick_gelu"] = "relu"
+    """Input of the parallel form: the residual stream, or the branch's normalised input."""
+    activation: Literal["relu", "gelu", "quick_gelu", "swish", "gelu_tanh"] = "relu"
     """Activation between the two layers."""
     dropout: float = 0.0
     """Fraction of the hidden channels dropped during training."""
     bias: bool = True
     """Whether the two layers have biases."""
-    start: Literal["lora", "bert"] = "lora"
-    """``lora`` starts as the identity; ``bert`` draws both matrices from a normal, standard deviation 0.02."""
+    start: Literal["lora", "bert", "small"] = "lora"
+    """``lora`` starts as the identity; ``bert`` and ``small`` draw both matrices from a normal, standard deviation 0.02
+    and 0.01."""
 
     name: ClassVar[str] = "adapter"
     paper: ClassVar[str] = "https://arxiv.org/abs/1902.00751"
@@ -190,7 +201,7 @@ class Adapter(FewBits, DropPath, Method):
     def __post_init__(self) -> None:
         """Validate the fields."""
         super().__post_init__()
-        check_whole(self, "bottleneck")
+        check_whole(self, "bottleneck", "reduction")
         check_factor(self, "scale")
         check_share(self, "dropout")
         if self.layernorm == "out" and self.start == "lora":
@@ -198,16 +209,17 @@ class Adapter(FewBits, DropPath, Method):
                 "Adapter(layernorm='out', start='lora') would normalise a constant, whose gradient has no bound. "
                 "Take start='bert', as the public code does."
             )
-        check_roles_in(self, ("mlp",) if self.parallel else ("attn", "mlp"))
+        check_roles_in(self, ("attn", "mlp"))
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
         """Put one bottleneck after the last linear layer of each branch, or parallel to the branch."""
         if self.parallel:
             if self.reads == "normed":
                 view.needs_norm_first(type(self).__name__)
-            for site in view.blocks_of(self.sites(view)):
-                build = partial(ParallelBottleneck, self._shape(site.out_features), "mlp", self.reads)
-                yield PlanItem(site, "adapter", build)
+            sites = self.sites(view)
+            for branch, block in zip(sites, view.blocks_of(sites), strict=True):
+                build = partial(ParallelBottleneck, self._shape(block.out_features), branch.role, self.reads)
+                yield PlanItem(block, "adapter" if branch.role == "mlp" else "adapter_attn", build)
             return
         for site in branch_ends(view, self.sites(view)):
             yield PlanItem(site, "adapter", partial(SequentialBottleneck, self._shape(site.out_features)))
@@ -215,7 +227,7 @@ class Adapter(FewBits, DropPath, Method):
     def _shape(self, width: int) -> Bottleneck:
         return Bottleneck(
             width=width,
-            middle=self.bottleneck,
+            middle=self._middle(width),
             scale=self.scale,
             bias=self.bias,
             layernorm=self.layernorm,
@@ -225,11 +237,17 @@ class Adapter(FewBits, DropPath, Method):
             bits=self.bits,
         )
 
+    def _middle(self, width: int) -> int:
+        return self.bottleneck if self.reduction is None else max(width // self.reduction, 1)
+
     def parameter_count(self, view: View) -> int:
         """Count ``2 m D + m + D`` per site (``2 m D`` without biases); a norm adds ``2 D``, a learned scale 1."""
-        per_width = 2 * self.bottleneck + (1 if self.bias else 0) + (2 if self.layernorm != "none" else 0)
-        fixed = (self.bottleneck if self.bias else 0) + (1 if self.scale is None else 0)
-        return sum(per_width * site.out_features + fixed for site in self.sites(view))
+        biases, norms = int(self.bias), 2 if self.layernorm != "none" else 0
+        total = 0
+        for width in (site.out_features for site in self.sites(view)):
+            middle = self._middle(width)
+            total += 2 * middle * width + biases * (middle + width) + norms * width + (self.scale is None)
+        return total
 
 
 def branch_ends(view: View, branches: Iterable[Site]) -> Iterator[Site]:

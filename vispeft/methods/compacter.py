@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +19,23 @@ from vispeft.core.fields import DropPath, FewBits, check_roles_in, check_whole
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import Recipe
 from vispeft.core.sites import Site, View
-from vispeft.core.units import SequentialUnit, SharedUnit
+from vispeft.core.units import ParallelUnit, SequentialUnit, SharedUnit, Unit
 from vispeft.errors import ConfigError
 from vispeft.hosts.functional import linear
-from vispeft.methods.adapter import branch_ends
+from vispeft.methods.adapter import ACTIVATIONS, LAYERNORM_EPS, branch_ends
 from vispeft.methods.norm_tuning import NormTuning
 from vispeft.storage.quantize import LowBit
 
-__all__ = ["Compacter", "CompacterUnit", "PHMRule", "UnitShape", "phm_linear", "phm_matrix"]
+__all__ = [
+    "Compacter",
+    "CompacterUnit",
+    "PHMBottleneck",
+    "PHMRule",
+    "ParallelCompacterUnit",
+    "UnitShape",
+    "phm_linear",
+    "phm_matrix",
+]
 
 Factored = Tensor | tuple[Tensor, Tensor]
 """A stack of matrices, or two stacks of factors whose products are the matrices."""
@@ -38,15 +47,15 @@ def phm_matrix(rule: Factored, weight: Factored) -> Tensor:
     """Build the matrix of a layer as a sum of Kronecker products: ``H = sum_i kron(rule_i, weight_i)``.
 
     Args:
-        rule: (n, n, n), or its factors (n, n, k) and (n, k, n).
+        rule: (n, n, n), or its factors (n, n, k) and (n, k, n); any stack of n matrices.
         weight: (n, in / n, out / n), or its factors (n, in / n, k) and (n, k, out / n).
 
     Returns:
         H (in, out), which acts from the right: ``y = x H``.
     """
     rule, weight = _product(rule), _product(weight)
-    n, rows, columns = weight.shape
-    return torch.einsum("iab,icd->acbd", rule, weight).reshape(n * rows, n * columns)
+    products = torch.einsum("iab,icd->acbd", rule, weight)
+    return products.flatten(2).flatten(0, 1)
 
 
 def phm_linear(x: Tensor, rule: Factored, weight: Factored, bias: Tensor | None = None) -> Tensor:
@@ -99,20 +108,34 @@ class UnitShape:
     """Channels of the stream."""
     middle: int
     """Hidden channels."""
-    n: int
-    """Number of Kronecker products."""
+    n: int | None
+    """Number of Kronecker products; None for plain products of the blocks' factors."""
     rank: int | None
     """Rank of the blocks; None for full-rank blocks."""
     own_rules: bool = False
     """Whether the unit has its own rules instead of the shared one."""
     spread: float = SHARED_START
     """Standard deviation of the initial values of its rule or rules."""
+    layernorm: bool = False
+    """Whether a LayerNorm comes last."""
+    activation: str = "gelu_tanh"
+    """One of `ACTIVATIONS`."""
     bits: int = 32
     """Bits per weight of the blocks."""
 
+    @property
+    def blocks(self) -> int:
+        """Number of blocks per layer."""
+        return self.n or 1
 
-class CompacterUnit(LowBit, SequentialUnit):
-    """A bottleneck after a layer: ``y + up(gelu(down(y)))`` with two PHM layers and the tanh form of GELU."""
+    def parameter_count(self) -> int:
+        """Count ``2 k (d + m) + m + d`` (``2 d m / n + m + d`` with full blocks), and ``2 d`` of a norm."""
+        d, m, k = self.width, self.middle, self.rank
+        return (2 * d * m // self.blocks if k is None else 2 * k * (d + m)) + m + d + 2 * d * self.layernorm
+
+
+class PHMBottleneck(LowBit, Unit):
+    """The tensors of a bottleneck with two PHM layers, and its forward pass: ``up(activation(down(x)))``."""
 
     no_decay = frozenset({"down_rule", "up_rule"})
 
@@ -125,8 +148,8 @@ class CompacterUnit(LowBit, SequentialUnit):
         super().__init__()
         self.shape, self.bits = shape, shape.bits
         # Both layers are multiplied by the rule, so a small rule makes the branch zero up to rounding.
-        self.identity_at_start = shape.spread <= SHARED_START
-        n, k = shape.n, shape.rank
+        self.identity_at_start = shape.spread <= SHARED_START and shape.n is not None and not shape.layernorm
+        n, k = shape.blocks, shape.rank
         matrices = []
         for layer, (rows, columns) in self._sides().items():
             parts = {"": (rows, columns)} if k is None else {"_left": (rows, k), "_right": (k, columns)}
@@ -137,10 +160,12 @@ class CompacterUnit(LowBit, SequentialUnit):
             if shape.own_rules:
                 self.register_parameter(f"{layer}_rule", nn.Parameter(torch.empty(n, n, n)))
         self.matrices = tuple(matrices)
+        self.norm_weight = nn.Parameter(torch.empty(shape.width)) if shape.layernorm else None
+        self.norm_bias = nn.Parameter(torch.empty(shape.width)) if shape.layernorm else None
 
     def _sides(self) -> dict[str, tuple[int, int]]:
         """Return the rows and columns of each layer's blocks."""
-        width, middle = self.shape.width // self.shape.n, self.shape.middle // self.shape.n
+        width, middle = self.shape.width // self.shape.blocks, self.shape.middle // self.shape.blocks
         return {"down": (width, middle), "up": (middle, width)}
 
     def reset(self, generator: Generator) -> None:
@@ -152,10 +177,9 @@ class CompacterUnit(LowBit, SequentialUnit):
             getattr(self, f"{layer}_bias").zero_()
             if self.shape.own_rules:
                 getattr(self, f"{layer}_rule").normal_(0.0, self.shape.spread, generator=generator)
-
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """Add the bottleneck's term to the layer's output, (..., width)."""
-        return y + self.change(y)
+        if self.norm_weight is not None and self.norm_bias is not None:
+            self.norm_weight.fill_(1.0)
+            self.norm_bias.zero_()
 
     def change(self, x: Tensor) -> Tensor:
         """Compute the term that is added to the stream.
@@ -166,33 +190,67 @@ class CompacterUnit(LowBit, SequentialUnit):
         Returns:
             The same shape.
         """
-        return self._layer("up", F.gelu(self._layer("down", x), approximate="tanh"))
+        out = self._layer("up", ACTIVATIONS[self.shape.activation](self._layer("down", x)))
+        if self.norm_weight is None or self.norm_bias is None:
+            return out
+        weight, bias = self.norm_weight.to(out.dtype), self.norm_bias.to(out.dtype)
+        return F.layer_norm(out, (self.shape.width,), weight, bias, LAYERNORM_EPS)
 
     def _layer(self, layer: str, x: Tensor) -> Tensor:
-        if not self.shape.own_rules:
-            rule = cast(PHMRule, self.lender).rule
-        else:
-            rule = getattr(self, f"{layer}_rule")
         parts = [self.matrix(name) for name in self.matrices if name.startswith(layer)]
         weight = parts[0] if len(parts) == 1 else (parts[0], parts[1])
-        return phm_linear(x, rule, weight, getattr(self, f"{layer}_bias"))
+        bias = getattr(self, f"{layer}_bias")
+        if self.shape.n is None:
+            return linear(x, _product(weight)[0].t(), bias)
+        rule = getattr(self, f"{layer}_rule") if self.shape.own_rules else cast(PHMRule, self.lender).rule
+        return phm_linear(x, rule, weight, bias)
+
+
+class CompacterUnit(PHMBottleneck, SequentialUnit):
+    """The bottleneck after a layer: ``y + change(y)``."""
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """Add the bottleneck's term to the layer's output, (..., width)."""
+        return y + self.change(y)
+
+
+class ParallelCompacterUnit(PHMBottleneck, ParallelUnit):
+    """The bottleneck parallel to a branch of a block, from the residual stream."""
+
+    reads = "stream"
+
+    def __init__(self, shape: UnitShape, place: Literal["attn", "mlp"]) -> None:
+        """Allocate the tensors.
+
+        Args:
+            shape: The unit's configuration.
+            place: The branch it runs parallel to.
+        """
+        super().__init__(shape)
+        self.place = place
+
+    def branch(self, x: Tensor, grid: tuple[int, int] | None, prefix: int) -> Tensor:
+        """Compute the term, token by token, in the shape of `x`."""
+        return self.change(x)
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
 class Compacter(FewBits, DropPath, Method):
-    """A bottleneck after attention and MLP of each block, whose matrices are sums of Kronecker products.
+    """A bottleneck after attention and MLP of each block, or parallel to them, of sums of Kronecker products.
 
     ``h + up(gelu(down(h)))`` with h the output of the branch's last linear layer, before layer scale and residual sum
     (the authors adapt a language model; this is the same place in a ViT). Compacter++ adapts the MLP only
-    (``roles=["mlp"]``); PHM-Adapter has ``rank=None, shared_rule=False, phm_dim=12``. A new unit is almost the
-    identity. With fewer than 32 bits the blocks are quantised; rules and biases are not.
+    (``roles=["mlp"]``); PHM-Adapter has ``rank=None, shared_rule=False, phm_dim=12``; the low-rank adapter, whose
+    matrices are plain products of two factors, ``phm_dim=None``. A new unit is almost the identity, unless the rule
+    starts wider, there is none, or a norm comes last. With fewer than 32 bits the blocks are quantised; rules and
+    biases are not. Polyhistor's comparison has all of them parallel to the MLP, with swish and a LayerNorm at the end.
     """
 
     bottleneck: int | None = None
     """Hidden channels; None for the width divided by `reduction`, rounded up to a multiple of `phm_dim`."""
-    phm_dim: int = 4
-    """Number of Kronecker products; must divide the width and the hidden channels (paper)."""
+    phm_dim: int | None = 4
+    """Number of Kronecker products; must divide the width and the hidden channels (paper). None for plain products."""
     rank: int | None = 1
     """Rank of the blocks (paper); None for full blocks."""
     shared_rule: bool = True
@@ -204,6 +262,12 @@ class Compacter(FewBits, DropPath, Method):
     0.01 if a short training run does not move the rule."""
     train_layernorm: bool = False
     """Whether the backbone's norms also train, as in the authors' runs."""
+    parallel: bool = False
+    """Whether the unit runs parallel to the branch, from the residual stream, instead of after it."""
+    layernorm: Literal["none", "out"] = "none"
+    """A LayerNorm after the second layer (``out``), or none."""
+    activation: Literal["gelu_tanh", "swish"] = "gelu_tanh"
+    """Activation between the two layers."""
 
     name: ClassVar[str] = "compacter"
     paper: ClassVar[str] = "https://arxiv.org/abs/2106.04647"
@@ -223,21 +287,30 @@ class Compacter(FewBits, DropPath, Method):
         if not 0 < self._spread < math.inf:
             raise ConfigError(f"Compacter(rule_start={self.rule_start}): a spread above 0 is needed.")
         check_roles_in(self, self.default_roles)
+        if self.phm_dim is None and self.rank is None:
+            raise ConfigError("Compacter(phm_dim=None, rank=None) has full plain matrices; take Adapter instead.")
 
     @property
     def _spread(self) -> float:
         return self.rule_start if self.rule_start is not None else SHARED_START if self.shared_rule else OWN_START
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
-        """Put the shared rule at the first block and a bottleneck after the last linear layer of each branch."""
-        ends = list(branch_ends(view, self.sites(view)))
+        """Put the shared rule at the first block and a bottleneck after, or parallel to, each branch."""
+        branches = self.sites(view)
         lender = None
-        if self.shared_rule:
-            rule = PlanItem(next(view.blocks_of(ends)), "compacter_rule", partial(PHMRule, self.phm_dim, self._spread))
+        if self.shared_rule and self.phm_dim is not None:
+            block = next(view.blocks_of(branches))
+            rule = PlanItem(block, "compacter_rule", partial(PHMRule, self.phm_dim, self._spread))
             lender = rule.key
             yield rule
-        for site in ends:
-            yield PlanItem(site, "compacter", partial(CompacterUnit, self._shape(site)), lender)
+        places = view.blocks_of(branches) if self.parallel else branch_ends(view, branches)
+        for branch, site in zip(branches, places, strict=True):
+            shape = self._shape(site)
+            if not self.parallel:
+                yield PlanItem(site, "compacter", partial(CompacterUnit, shape), lender)
+            else:
+                name = "compacter" if branch.role == "mlp" else "compacter_attn"
+                yield PlanItem(site, name, partial(ParallelCompacterUnit, shape, branch.role), lender)
         if self.train_layernorm:
             yield from self._norms().items(view, model)
 
@@ -245,7 +318,7 @@ class Compacter(FewBits, DropPath, Method):
         return NormTuning(blocks=self.blocks)
 
     def _shape(self, site: Site) -> UnitShape:
-        width, n = site.out_features, self.phm_dim
+        width, n = site.out_features, self.phm_dim or 1
         middle = self.bottleneck or -(-(width // self.reduction or 1) // n) * n
         if width % n or middle % n:
             raise ConfigError(
@@ -255,19 +328,21 @@ class Compacter(FewBits, DropPath, Method):
         return UnitShape(
             width=width,
             middle=middle,
-            n=n,
+            n=self.phm_dim,
             rank=self.rank,
-            own_rules=not self.shared_rule,
+            own_rules=self.phm_dim is not None and not self.shared_rule,
             spread=self._spread,
+            layernorm=self.layernorm == "out",
+            activation=self.activation,
             bits=self.bits,
         )
 
     def parameter_count(self, view: View) -> int:
         """Count ``2 k (d + m) + m + d`` per unit (``2 d m / n + m + d`` with full blocks), and ``n^3`` per rule."""
-        n, total = self.phm_dim, 0
         ends = list(branch_ends(view, self.sites(view)))
-        for shape in map(self._shape, ends):
-            d, m = shape.width, shape.middle
-            total += (2 * d * m // n if self.rank is None else 2 * self.rank * (d + m)) + m + d
-        rules = 1 if self.shared_rule else 2 * len(ends)
-        return total + rules * n**3 + (self._norms().parameter_count(view) if self.train_layernorm else 0)
+        total = sum(self._shape(end).parameter_count() for end in ends)
+        rules = 0 if self.phm_dim is None else 1 if self.shared_rule else 2 * len(ends)
+        return total + rules * (self.phm_dim or 0) ** 3 + self._norm_count(view)
+
+    def _norm_count(self, view: View) -> int:
+        return self._norms().parameter_count(view) if self.train_layernorm else 0
