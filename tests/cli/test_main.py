@@ -124,7 +124,7 @@ def test_lightning_s_own_lines_are_not_shown(caplog):
 def test_partial_figures_are_said_to_be_partial(seen, told, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("vispeft"), "propagate", True)
     trainer = SimpleNamespace(num_test_batches=seen, test_dataloaders=[1, 2, 3, 4], limit_test_batches=seen[0])
-    evaluation._tell_if_partial(trainer, "test")
+    evaluation.tell_if_partial(trainer, "test")
     assert (told in caplog.text) if told else not caplog.text
 
 

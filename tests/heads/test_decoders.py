@@ -7,11 +7,12 @@ from vispeft.heads.base import _DECODERS
 
 CHANNELS = (8, 16, 24, 32)
 SMALL = {"linear": {}, "fcn": {"num_convs": 2}, "segformer": {}, "uper": {}, "dpt": {"reassembled": (4, 6, 8, 10)}}
+SMALL |= {"hrnet": {"channels": (2, 3, 4, 5), "widen": 2}}
 PYRAMID = ((16, 24), (8, 12), (4, 6), (2, 3))
 
 
 def make(name, in_channels=CHANNELS, classes=5, **options):
-    options = {**SMALL[name], **({} if name == "linear" else {"channels": 12}), **options}
+    options = {**({} if name == "linear" else {"channels": 12}), **SMALL[name], **options}
     return decoder(name, in_channels, classes, **options)
 
 
@@ -41,7 +42,14 @@ def test_gradients_reach_all_parameters_and_all_maps_that_are_read(name):
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("linear", (16, 24)), ("fcn", (2, 3)), ("segformer", (16, 24)), ("uper", (16, 24)), ("dpt", (40, 56))],
+    [
+        ("linear", (16, 24)),
+        ("fcn", (2, 3)),
+        ("segformer", (16, 24)),
+        ("uper", (16, 24)),
+        ("dpt", (40, 56)),
+        ("hrnet", (16, 24)),
+    ],
 )
 def test_scores_have_the_size_of_the_finest_map_that_is_read(name, size):
     assert make(name).eval()(fitting(name)).shape == (2, 5, *size)
@@ -66,7 +74,7 @@ def test_a_plain_vit_serves_decoders_without_need_of_a_pyramid(name):
 
 
 def test_a_plain_vit_is_refused_by_a_decoder_that_needs_a_pyramid():
-    with pytest.raises(ConfigError, match=r"6x6, 6x6.*levels=\"vitdet\".*'dpt', 'fcn', 'linear', 'segformer'"):
+    with pytest.raises(ConfigError, match=r"6x6, 6x6.*levels=\"vitdet\".*'dpt', 'fcn', 'hrnet', 'linear'"):
         make("uper", (8,) * 4)(maps(((6, 6),) * 4, (8,) * 4))
 
 
@@ -165,3 +173,37 @@ def test_decoders_can_be_exported_with_any_batch(name):
     program = torch.export.export(head, (inputs,), dynamic_shapes=dynamic)
     larger = fitting(name, batch=3)
     torch.testing.assert_close(program.module()(larger), head(larger), atol=1e-5, rtol=1e-5)
+
+
+SWIN_T, MERGED = (96, 192, 384, 768), (192, 384, 768, 768)
+PASCAL = {"semseg": 21, "human_parts": 7, "normals": 3, "sal": 1}
+
+
+def test_decoders_of_several_tasks_have_the_published_sizes():
+    """1,946,624 is the count of MTLoRA's public code (1.94 M in its paper), and 2,537,504 with 11,520 of the output
+    norms are the 2.55 M of Polyhistor's table."""
+    count = {
+        name: sum(
+            p.numel() for channels in PASCAL.values() for p in decoder(name, widths, channels, **options).parameters()
+        )
+        for name, widths, options in (("hrnet", MERGED, {}), ("segformer", SWIN_T, {"level_norm": False}))
+    }
+    assert count == {"hrnet": 1_946_624, "segformer": 2_537_504}
+
+
+def test_hrnet_narrows_each_map_then_mixes_them_at_the_finest_size():
+    torch.manual_seed(0)
+    head, levels = make("hrnet").eval(), maps()
+    narrowed = [reduce(level) for reduce, level in zip(head.reducers, levels, strict=True)]
+    resized = [torch.nn.functional.interpolate(level, (16, 24), mode="bilinear") for level in narrowed]
+    mixed = torch.einsum("oi,bihw->bohw", head.conv.weight[..., 0, 0], torch.cat(resized, 1))
+    mixed = (mixed + head.conv.bias.view(-1, 1, 1)) / (1 + head.bn.eps) ** 0.5
+    wanted = torch.einsum("oi,bihw->bohw", head.conv_seg.weight[..., 0, 0], mixed.relu())
+    torch.testing.assert_close(head(levels), wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_hrnet_needs_a_width_for_each_map():
+    with pytest.raises(ConfigError, match="there are 4 maps; give one number"):
+        decoder("hrnet", CHANNELS, 5, channels=(2, 3))
+    with pytest.raises(ConfigError, match="widen=0"):
+        decoder("hrnet", CHANNELS, 5, widen=0)

@@ -38,3 +38,10 @@ def test_each_group_keeps_its_own_rate():
 def test_a_training_without_end_or_beginning_is_refused(steps, warmup):
     with pytest.raises(ConfigError):
         warmup_cosine(torch.optim.SGD([torch.zeros(1)], lr=1.0), steps, warmup)
+
+
+def test_a_warm_up_may_start_and_a_decay_end_above_zero():
+    factors = [warmup_factor(step, 10, 4, ends=(0.2, 0.1)) for step in range(11)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[7] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 3 / 6)))
+    assert factors[10] == pytest.approx(0.1)

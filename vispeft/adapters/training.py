@@ -122,7 +122,7 @@ class TrainingBank(BankState):
         classifier = {} if head is None else {f"head/{key}": tensor for key, tensor in head.named_parameters()}
         return {**{str(e): e.tensor for e in self._entries[label].tensors()}, **classifier}
 
-    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    def parameter_groups(self, lr: float, weight_decay: float, tables: bool = False) -> list[dict[str, Any]]:
         """Sort `trainable_parameters` into optimiser groups.
 
         Tensors of fewer than two dimensions, those a unit exempts and those timm exempts (positions, class tokens)
@@ -131,12 +131,14 @@ class TrainingBank(BankState):
         Args:
             lr: Learning rate; units may set a multiple of it.
             weight_decay: Weight decay of the tensors that decay.
+            tables: Whether those timm exempts decay too, if they have two dimensions or more.
 
         Returns:
             Groups with ``params``, ``lr``, ``weight_decay`` and ``name``, for ``torch.optim``; none is empty, and there
             are none where every adapter is frozen.
         """
-        timm_exempts: set[str] = getattr(self._model, "no_weight_decay", set)()  # walks the whole model
+        # walks the whole model
+        timm_exempts: set[str] = set() if tables else getattr(self._model, "no_weight_decay", set)()
         entries = [tensor for entry in self._entries.values() for tensor in entry.tensors()]
         exempt = {
             id(e.tensor)

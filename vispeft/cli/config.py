@@ -5,7 +5,8 @@ Keys are checked first (`vispeft.cli.config_keys`); types and values are then ch
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,6 @@ from vispeft.cli.config_keys import Override, check_config, check_override, chec
 from vispeft.cli.evaluation import evaluation_trainer
 from vispeft.cli.trainer_settings import TrainerSettings
 from vispeft.core.method import Method
-from vispeft.errors import ConfigError
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.checkpoints import Cadence
 from vispeft.tasks.optimizers import optimizer_node
@@ -28,12 +28,15 @@ from vispeft.tasks.supervised import check_target
 
 __all__ = ["ConfigCLI", "build_data", "build_task"]
 
+SIZES = ("num_classes", "targets")
+"""Arguments of tasks that the data decide; see `AdapterTask.sized_by`."""
+
 
 class ConfigCLI(LightningCLI):
     """Lightning's CLI without subcommands: reads a config, then creates data, task and trainer.
 
-    The number of classes is passed from the data to the task, and the config's single seed also fixes the order of the
-    data.
+    The number of classes, or the targets by task, are passed from the data to the task, and the config's single seed
+    also fixes the order of the data.
     """
 
     def __init__(self, config: Path, overrides: Sequence[str], *, tree: Node | None = None) -> None:
@@ -73,19 +76,25 @@ class ConfigCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link arguments to the part of the config that determines them."""
-        parser.link_arguments("data", "model.init_args.num_classes", self._num_classes, apply_on="instantiate")
+        for name in SIZES:
+            told = partial(self._sized_by, name=name)
+            parser.link_arguments("data", f"model.init_args.{name}", told, apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.add_argument("--init", type=str | None, default=None, help="adapter to start from: zoo:NAME or a folder")
         parser.add_class_arguments(Cadence, "checkpoints")
         told = "compute the outputs of a frozen backbone once: true, or the folder where they are kept"
         parser.add_argument("--cache_features", type=bool | str | None, default=False, help=told)
 
-    def _num_classes(self, data: Any) -> int:
-        """Return the number of outputs of the data, after checking that the task is of the same kind."""
-        check_target(import_class(self.config["model"]["class_path"]), data)
-        if not hasattr(data, "num_classes"):
-            raise ConfigError(f"{type(data).__name__} has no num_classes, by which a task knows how wide its head is.")
-        return int(data.num_classes)
+    def _sized_by(self, data: Any, name: str) -> Any:
+        """Return an argument of the task that the data decide, after checking that both are of the same kind.
+
+        Args:
+            data: The data module.
+            name: The argument; a task without it ignores the link.
+        """
+        task: type[AdapterTask] = import_class(self.config["model"]["class_path"])
+        check_target(task, data)
+        return task.sized_by(data).get(name)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the given arguments instead of the process's."""
@@ -144,12 +153,13 @@ def build_data(node: str | Mapping[str, Any], overrides: Sequence[Override], sou
     return cast(LightningDataModule, _build("data", LightningDataModule, tree, tokens, source))
 
 
-def build_task(node: Mapping[str, Any], num_classes: int, source: str) -> AdapterTask:
+def build_task(node: Mapping[str, Any], sizes: int | Callable[[type[AdapterTask]], Node], source: str) -> AdapterTask:
     """Create the task of a config, without its data.
 
     Args:
         node: The section ``model``.
-        num_classes: Number of outputs that the config's data need.
+        sizes: Number of outputs that the config's data need; or a function from the task's class to the arguments that
+            its data decide.
         source: Origin of the config, for messages.
 
     Returns:
@@ -161,7 +171,8 @@ def build_task(node: Mapping[str, Any], num_classes: int, source: str) -> Adapte
     """
     tree: Node = {"model": node}
     check_tree(tree, source)
-    tree["model"]["init_args"]["num_classes"] = num_classes
+    decided = {"num_classes": sizes} if isinstance(sizes, int) else sizes(import_class(tree["model"]["class_path"]))
+    tree["model"]["init_args"].update(decided)
     return cast(AdapterTask, _build("model", AdapterTask, tree, [], source))
 
 

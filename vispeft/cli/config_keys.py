@@ -37,7 +37,7 @@ from vispeft.tasks.optimizers import optimizer_node
 __all__ = ["Override", "as_list", "check_config", "check_override", "check_tree", "parse_override", "split_overrides"]
 
 TOP_KEYS = ("seed_everything", "init", "trainer", "model", "data", "checkpoints", "cache_features")
-LINKED = {"model.num_classes": "the data", "data.seed": "seed_everything"}
+LINKED = {"model.num_classes": "the data", "model.targets": "the data", "data.seed": "seed_everything"}
 """Arguments determined by another part of the config, with that part."""
 BASES: dict[str, tuple[type, str]] = {"model": (AdapterTask, "task"), "data": (LightningDataModule, "data module")}
 """Base class and noun for messages, per section that names a class."""

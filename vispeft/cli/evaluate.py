@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer, seed_everything
@@ -13,9 +13,9 @@ from vispeft.building.parsing import parser_errors
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.config import ConfigCLI, build_task
 from vispeft.cli.config_keys import check_tree, split_overrides
-from vispeft.cli.evaluation import evaluate, evaluation_trainer, kept_settings, metrics_table, output_names
+from vispeft.cli.evaluation import evaluate, evaluation_trainer, kept_settings, metrics_table, tell_if_partial
 from vispeft.cli.runs import Run
-from vispeft.data.by_name import ClassOrder
+from vispeft.data.by_name import ClassOrder, names_of
 from vispeft.data.listed import ListedData
 from vispeft.data.masks import MaskCoding
 from vispeft.errors import ConfigError, DataError, FileError
@@ -45,9 +45,10 @@ def main(argv: Sequence[str]) -> None:
     cli = load_run(run, overrides)
     before = run.figures(given.split)
     measured = evaluate(cli.trainer, cli.model, cli.datamodule, given.split)
+    tell_if_partial(cli.trainer, given.split)
     rows = {"measured now": measured, "metrics.json": before}
     console.print(f"{given.run}, {given.split} split", soft_wrap=True)
-    console.print(metrics_table(rows))
+    console.print(metrics_table(cli.model.shown(rows)))
 
 
 def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:
@@ -90,11 +91,37 @@ class RunCLI(ConfigCLI):
         self._run = run
         super().__init__(run.config, overrides, tree=tree)
 
-    def _num_classes(self, data: Any) -> int:
-        """Return the number of outputs of the run, after matching the classes of the data with them."""
-        count = super()._num_classes(data)
-        match_names(self._run, data, count)
+    def _sized_by(self, data: Any, name: str) -> Any:
+        """Return what sizes the run's task, after matching classes or tasks of the data with those of the run."""
+        found = super()._sized_by(data, name)
+        if found is None:
+            return None
+        if name == "targets":
+            return match_tasks(self._run, data, found)
+        match_names(self._run, data, found)
         return int(data.num_classes)
+
+
+def match_tasks(run: Run, data: Any, targets: Mapping[str, Any]) -> dict[str, Any]:
+    """Give data the tasks of a run, in its order, as far as they can choose; refuse others.
+
+    Args:
+        run: The run.
+        data: A data module of several tasks.
+        targets: Its targets by task.
+
+    Returns:
+        The targets of the run's tasks.
+
+    Raises:
+        DataError: If the data lack a task of the run, or have one that it does not know.
+    """
+    trained = class_names(run)
+    if isinstance(data, ListedData):
+        data.match_classes(trained)
+        return dict(data.targets)  # type: ignore[attr-defined]  # of `MultiTaskData`
+    ClassOrder(tuple(targets), tuple(trained), "tasks").check_all()
+    return dict(targets)
 
 
 def match_names(run: Run, data: Any, count: int) -> None:
@@ -108,7 +135,7 @@ def match_names(run: Run, data: Any, count: int) -> None:
     Raises:
         DataError: If they have classes that the run does not know, or are data whose classes cannot be matched.
     """
-    names, trained = output_names(data, count), class_names(run)
+    names, trained = names_of(data, count), class_names(run)
     _compare_colours(run, data)
     if list(names) == trained:
         return
@@ -192,10 +219,11 @@ def load_task(run: Run) -> tuple[AdapterTask, Trainer]:
     check_tree(tree, str(run.config))
     if "model" not in tree:
         raise ConfigError(f"{run.config} has no section model, which says which task was trained.")
-    names = class_names(run)
+    class_names(run)
+    header = _notes(run)
     # The seed determines the weights of a randomly initialised backbone.
     seed_everything(tree.get("seed_everything", 0), verbose=False)
-    task = build_task(tree["model"], len(names), str(run.config))
+    task = build_task(tree["model"], lambda cls: cls.sized_by_file(header), str(run.config))
     task.load_adapter(run.adapter)
     with parser_errors(str(run.config)):
         return task.eval(), evaluation_trainer(**tree["trainer"])

@@ -28,7 +28,7 @@ __all__ = [
     "kept_settings",
     "measure",
     "metrics_table",
-    "output_names",
+    "tell_if_partial",
 ]
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,6 @@ def evaluate(
         results = measure(task, datamodule=data, verbose=False)[0]
     finally:
         trainer.callbacks = before  # type: ignore[attr-defined]
-    _tell_if_partial(trainer, split)
     measured = task.outputs_seen.broken < task.outputs_seen.images or not task.outputs_seen.images
     return {
         name.removeprefix(f"{split}/"): value if measured and math.isfinite(value) else None
@@ -130,8 +129,13 @@ def evaluate(
     }
 
 
-def _tell_if_partial(trainer: Any, split: str) -> None:
-    """Log that a split was measured on some of its images only."""
+def tell_if_partial(trainer: Any, split: str) -> None:
+    """Log that a split was measured on some of its images only.
+
+    Args:
+        trainer: The trainer that measured it.
+        split: validation or test.
+    """
     short = "val" if split == "validation" else "test"
     limit = f"limit_{short}_batches"
     counts, loaders = getattr(trainer, f"num_{short}_batches"), getattr(trainer, f"{short}_dataloaders")
@@ -186,28 +190,18 @@ def measure(trainer: Trainer, task: AdapterTask, data: LightningDataModule) -> M
     seconds: dict[str, float] = {}
     details: dict[str, Any] = {}
     kept: dict[str, Tensor] = {}
-    names = output_names(data, task.num_classes)
+    names = task.output_names(data)
     for split in ("validation", "test"):
         start = time.perf_counter()
         outputs = Outputs(task.kept_outputs)
         metrics[split] = evaluate(trainer, task, data, split, outputs)
+        tell_if_partial(trainer, split)
         seconds[split] = time.perf_counter() - start
         kept = outputs.joined()
         # If validation selects nothing, the model was trained on its images.
         if split == "test" or getattr(data, "validation_chooses", True):
             details |= task.details(split, kept, names)
     return Measured(metrics, details, seconds, kept)
-
-
-def output_names(data: Any, count: int) -> tuple[str, ...]:
-    """Return names of a model's outputs, from the data or as numbers.
-
-    Args:
-        data: A data module.
-        count: Number of outputs.
-    """
-    names = tuple(getattr(data, "class_names", ()) or ())
-    return names if len(names) == count else tuple(str(index) for index in range(count))
 
 
 def metrics_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:

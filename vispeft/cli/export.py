@@ -29,10 +29,12 @@ EXAMPLE = """examples:
   vispeft export runs/digits_ssf/1 --out digits.onnx
   vispeft export runs/digits_ssf/1 --format export --out digits.pt2
   vispeft export runs/digits_ssf/1 --out digits.onnx --batch 8
+  vispeft export runs/earth_mtlora/1 --out relief.onnx --task relief
 
 Merges the adapter where its method allows, writes the model, runs the file and compares it with the run. The input is a
-batch of normalised images (B, 3, H, W) in float32, the output are the scores. Mean, standard deviation, size and class
-names stand in the ONNX file's metadata, or in a JSON file beside a .pt2 file."""
+batch of normalised images (B, 3, H, W) in float32, the output are the scores; a run of several tasks has an output for
+each, by its name. Mean, standard deviation, size and class names stand in the ONNX file's metadata, or in a JSON file
+beside a .pt2 file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +121,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", metavar="FILE", required=True, help="the file, ending in .onnx or .pt2")
     parser.add_argument("--batch", type=int, metavar="N", help="take N images at a time; default any number")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="size of the images; default the run's")
+    parser.add_argument("--task", metavar="NAME", help="one task of a run with several; default all, by name")
     parser.add_argument("--any_size", action="store_true", help="take images of any size (ViT made with flexible_size)")
     given = parser.parse_args(list(argv))
     out = Path(given.out)
@@ -130,6 +133,8 @@ def main(argv: Sequence[str]) -> None:
     run = Run.open(given.run)
     check_free(out, *_beside(out))
     task, _ = load_task(run)
+    if given.task is not None:
+        task.choose(given.task)
     # Padding inside the model, which a program for PyTorch does not keep.
     padded = given.format == "onnx" and hasattr(task.deployed(), "pads_to")
     step = ((1, 1) if padded else task.size_step()) if given.any_size else None
@@ -159,7 +164,7 @@ def export_run(task: AdapterTask, out: Path, size: InputSize) -> Exported:
     model = task.deployed().float().eval().requires_grad_(False)
     onnx = out.suffix == ENDINGS["onnx"]
     with staged(out, *_beside(out)) as place:
-        report = task.bank.merge(partial=True)
+        report = _merge(task)
         try:
             notes = _notes(task, size, report)
             if onnx:
@@ -171,7 +176,8 @@ def export_run(task: AdapterTask, out: Path, size: InputSize) -> Exported:
                 place.write_bytes(content.getbuffer())
                 write_json(place.with_suffix(".json"), notes)
         finally:
-            task.bank.unmerge()  # the file is compared with the model as trained
+            if task.mergeable() is None:
+                task.bank.unmerge()  # the file is compared with the model as trained
         difference = check(model, place, size.others())
         if not difference.relative <= TOLERANCE:
             raise ExportError(
@@ -179,6 +185,12 @@ def export_run(task: AdapterTask, out: Path, size: InputSize) -> Exported:
                 f"largest output; {TOLERANCE:.0e} is rounding. No file was left. Try the other format."
             )
     return Exported(out, size.axes(), report, difference)
+
+
+def _merge(task: AdapterTask) -> MergeReport:
+    """Merge the layers that can be, or none where each output has weights of its own."""
+    reason = task.mergeable()
+    return task.bank.merge(partial=True) if reason is None else MergeReport((), (), (), {"": reason}, 0.0)
 
 
 def _beside(out: Path) -> list[Path]:

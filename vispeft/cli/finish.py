@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from vispeft.cli import runs
 from vispeft.cli.common import console, versions
 from vispeft.cli.config import ConfigCLI
-from vispeft.cli.evaluation import Measured, class_table, measure, metrics_table, output_names
+from vispeft.cli.evaluation import Measured, class_table, measure, metrics_table
 from vispeft.cli.stopping import disk_is_full
 from vispeft.errors import TrainingError, brief, counted
 from vispeft.storage.files import ADAPTER_FILE, HEAD_FILE, JSON_FILE
@@ -73,7 +73,7 @@ def finish_run(place: Path, cli: ConfigCLI, trainer: Trainer, began: float) -> N
 def _save(place: Path, cli: ConfigCLI, figures: dict[str, float | None]) -> None:
     task, data = cli.model, cli.datamodule
     preprocessing = getattr(data, "preprocessing", task.preprocessing)
-    names = output_names(data, task.num_classes)
+    names = task.output_names(data)
     output = {**task.output(), **getattr(data, "output_notes", dict)()}
     task.bank.annotate(class_names=names, preprocessing=preprocessing.to_dict(), metrics=figures, output=output)
     task.save_adapter(place / runs.ADAPTER)
@@ -104,7 +104,7 @@ def _figures(
 def _draw(place: Path, cli: ConfigCLI, measured: Measured, best: int) -> bool:
     """Draw the pictures of a run, and tell whether all of them could be drawn."""
     task, plots, log = cli.model, place / runs.PLOTS, place / runs.LOGS / "csv" / "metrics.csv"
-    names, shown = output_names(cli.datamodule, task.num_classes), ("loss", task.monitor.partition("/")[2])
+    names, shown = task.output_names(cli.datamodule), task.curves
     drawn = [
         _drawn("learning curves", place, partial(learning_curves, log, plots / "learning_curves.png", best, shown)),
         _drawn("pictures of the results", place, partial(measured.draw, task, names, plots)),
@@ -134,6 +134,6 @@ def _show(cli: ConfigCLI, metrics: dict[str, Any]) -> None:
     measured = metrics["validation"].get(cli.model.monitor.partition("/")[2]) is not None
     chosen = "Best" if measured and getattr(cli.datamodule, "validation_chooses", True) else "Last"
     console.print(f"{chosen} of {counted(metrics['epochs'], 'epoch')}: epoch {metrics['best_epoch']}")
-    console.print(metrics_table({split: metrics[split] for split in ("validation", "test")}))
+    console.print(metrics_table(cli.model.shown({split: metrics[split] for split in ("validation", "test")})))
     if (by_class := class_table(metrics)) is not None:
         console.print(by_class)

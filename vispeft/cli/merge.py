@@ -45,8 +45,9 @@ def main(argv: Sequence[str]) -> None:
     parser = make_parser("merge", "Write a finished run as a plain timm model.", EXAMPLE)
     parser.add_argument("run", metavar="RUN", help="run directory")
     parser.add_argument("--out", metavar="FILE", required=True, help="the state dict's file, ending in .safetensors")
+    parser.add_argument("--task", metavar="NAME", help="one task of a run whose tasks have weights of their own")
     given = parser.parse_args(list(argv))
-    info = merge_run(Run.open(given.run), Path(given.out))
+    info = merge_run(Run.open(given.run), Path(given.out), given.task)
     console.print(
         f"{given.out} holds a plain {info['architecture']}; a model made from it gives outputs within "
         f"{info['max_error']:.1e} of the adapted one's largest.",
@@ -54,12 +55,13 @@ def main(argv: Sequence[str]) -> None:
     )
 
 
-def merge_run(run: Run, out: Path) -> dict[str, Any]:
+def merge_run(run: Run, out: Path, output: str | None = None) -> dict[str, Any]:
     """Merge a run's adapter, write the model, and check the files; a decoder gets a file of its own.
 
     Args:
         run: The run.
         out: The state dict's file.
+        output: The task, of a run with several; None for all.
 
     Returns:
         The content of the JSON file written with it.
@@ -75,6 +77,10 @@ def merge_run(run: Run, out: Path) -> dict[str, Any]:
     described, beside = out.with_suffix(".json"), out.with_suffix(".decoder.safetensors")
     check_free(out, described, beside)
     task, _ = load_task(run)
+    if output is not None:
+        task.choose(output)
+    if (reason := task.mergeable()) is not None:
+        raise MergeError(f"{run.path} cannot be merged: {reason}. Name it by --task.")
     source = json.loads((run.adapter / JSON_FILE).read_text(encoding="utf-8"))
     images = _noise(task.preprocessing.size)
     with torch.inference_mode():

@@ -8,7 +8,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from PIL import Image
@@ -31,7 +33,9 @@ EXAMPLE = """example:
 Writes predictions/predictions.csv with the path of each image and the prediction of the run's task: class and
 probability (at the temperature that was fitted on validation), labels and the probability of each, or numbers in their
 own unit. A segmentation run writes predictions/masks (PNG of class indices, with the classes' colours),
-predictions/overlays, and predictions/areas.csv with the pixels of each class.
+predictions/overlays, and predictions/areas.csv with the pixels of each class. A run of several dense tasks writes a
+folder for each task (PNG of class indices, of probabilities times 255, of normals as red, green and blue; numbers of
+depth and other values in .npy files, with a picture), predictions/strips, and predictions/predictions.csv.
 Folders are searched through; grey images and images with transparency are turned into RGB."""
 
 
@@ -62,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
     table = out / predictor.table
     if table.exists():
         raise ConfigError(f"{table} exists already and is not overwritten. Choose another --out.")
-    targets = _targets(paths, Path(given.images), out, predictor.folders)
+    targets = _targets(paths, Path(given.images), out, predictor)
     predictor.check(paths, reading)
     rows, broken = [["path", *predictor.columns]], []
     found = predict(task, predictor, trainer, paths, given.batch_size, reading)
@@ -70,9 +74,11 @@ def main(argv: Sequence[str]) -> None:
     for path, target, prediction in zip(paths, targets, shown, strict=True):
         rows.append([str(path), *prediction.row])
         broken += [] if prediction.finite else [str(path)]
-        if prediction.pictures:
-            pictures = prediction.pictures.items()
-            write_atomically({out / folder / target: _png(picture) for folder, picture in pictures})
+        written = {out / folder / target: _png(picture) for folder, picture in prediction.pictures.items()}
+        arrays = prediction.arrays.items()
+        written |= {(out / folder / target).with_suffix(".npy"): _npy(array) for folder, array in arrays}
+        if written:
+            write_atomically(written)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     write_text(table, text.getvalue())
@@ -135,20 +141,28 @@ def _check_readable(paths: Sequence[Path], reading: Reading) -> None:
         )
 
 
-def _targets(paths: Sequence[Path], root: Path, out: Path, folders: Sequence[str]) -> list[Path]:
+def _targets(paths: Sequence[Path], root: Path, out: Path, predictor: Predictor) -> list[Path]:
     """Return the output paths of each image, after checking before the first prediction that none exists."""
     base = root if root.is_dir() else root.parent
     targets = [path.relative_to(base).with_suffix(".png") for path in paths]
-    if not folders:
+    if not predictor.folders:
         return targets
     twice = [target for target, count in Counter(targets).items() if count > 1]
     if twice:
         raise ConfigError(f"Two images would be written to {twice[0]}: only their endings differ. Rename one of them.")
-    there = [out / folder / target for target in targets for folder in folders]
+    there = [out / folder / target for target in targets for folder in predictor.folders]
+    arrays: tuple[str, ...] = getattr(predictor, "arrays", ())
+    there += [(out / folder / target).with_suffix(".npy") for target in targets for folder in arrays]
     found = next((path for path in there if path.exists()), None)
     if found is not None:
         raise ConfigError(f"{found} exists already and is not overwritten. Choose another --out.")
     return targets
+
+
+def _npy(array: np.ndarray[Any, np.dtype[Any]]) -> bytes:
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=False)
+    return content.getvalue()
 
 
 def _png(image: Image.Image) -> bytes:

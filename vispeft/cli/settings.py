@@ -19,8 +19,9 @@ from vispeft.cli.evaluation import Outputs, evaluate, evaluation_trainer
 from vispeft.data.base import ImageData
 from vispeft.errors import ConfigError, DataError, FileError, UnknownNameError, is_utf8
 from vispeft.storage.form import FormError, check_class_names
-from vispeft.tasks.base import AdapterTask, check_precision
+from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.state import random_state, set_random_state
+from vispeft.tasks.trainer_checks import check_precision
 
 __all__ = [
     "check_last",

@@ -36,19 +36,22 @@ def start_from(task: AdapterTask, source: str, class_names: Sequence[str]) -> st
     check_fingerprint(header["backbone"]["fingerprint"], unwrap(task.model), task.bank.view)
     names, word = list(header["class_names"] or []), "classifier" if task.classifies else "decoder"
     fits = {key: t.shape for key, t in task.head_tensors().items()} == {key: t.shape for key, t in head.items()}
-    same_maps = _read_alike(task.output().get("decoder"), (header["output"] or {}).get("decoder"))
+    own, saved = task.output(), header["output"] or {}
+    same_maps = _read_alike(own.get("decoder"), saved.get("decoder"))
+    same_names = names == list(class_names) or (not task.ordered and sorted(names) == sorted(class_names))
+    same_names = same_names and own.get("tasks") == saved.get("tasks")
     reason = method.fresh_head()
-    kept = bool(head) and fits and same_maps and names == list(class_names) and reason is None
+    kept = bool(head) and fits and same_maps and same_names and reason is None
     task.take(units, head if kept else {})
     if kept:
         return f"Started from {source}, with its {word}."
     if reason is not None:
         return f"Started from {source}; the {word} is a fresh one, because {reason}."
-    if names == list(class_names):
+    if same_names:
         why = "another shape" if same_maps else "it read other maps"
         return f"Started from {source}; the {word} is a fresh one ({why})."
     why = f"{len(names)} classes there, {len(class_names)} here" if len(names) != len(class_names) else "other classes"
-    if sorted(names) == sorted(class_names):
+    if task.ordered and sorted(names) == sorted(class_names):
         why = "the same classes in another order"
     return f"Started from {source}; the {word} is a fresh one ({why})."
 

@@ -24,7 +24,6 @@ from vispeft.cli.common import console, make_parser, one_line
 from vispeft.cli.config import ConfigCLI
 from vispeft.cli.config_changes import differing, is_free, told, without_free
 from vispeft.cli.config_keys import as_list, split_overrides
-from vispeft.cli.evaluation import output_names
 from vispeft.cli.finish import finish_run
 from vispeft.cli.folds import train_folds
 from vispeft.cli.own_code import load_code
@@ -166,7 +165,7 @@ def train(config: Path, overrides: Sequence[str] = (), *, out: str | Path | None
     """
     began = time.perf_counter()
     cli = _prepared(ConfigCLI(config, overrides))
-    check_names(output_names(cli.datamodule, cli.model.num_classes), cli.resolved(), out)
+    check_names(cli.model.output_names(cli.datamodule), cli.resolved(), out)
     check_room(Path(out) if out is not None else Path("runs"), cli.model)
     made = out is None or not os.path.lexists(out)
     place = runs.claim(out, config)
@@ -342,7 +341,7 @@ def _prepared(cli: ConfigCLI) -> ConfigCLI:
         data.setup()
     task.check_data(data)
     if cli.config["init"] is not None:
-        said = start_from(task, cli.config["init"], output_names(data, task.num_classes))
+        said = start_from(task, cli.config["init"], task.output_names(data))
         console.print(said, soft_wrap=True)
     kept = cli.config["cache_features"]
     if kept not in (False, None):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -16,10 +16,21 @@ from vispeft.data.palettes import Colour, make_palette
 from vispeft.data.sources import Source
 from vispeft.errors import DataError, counted, printable
 
-__all__ = ["ClassOrder", "in_order"]
+__all__ = ["ClassOrder", "in_order", "names_of"]
 
 SHOWN = 6
 """Names shown in a message."""
+
+
+def names_of(data: Any, count: int) -> tuple[str, ...]:
+    """Return names of a model's outputs, from the data or as numbers.
+
+    Args:
+        data: A data module.
+        count: Number of outputs.
+    """
+    names = tuple(getattr(data, "class_names", ()) or ())
+    return names if len(names) == count else tuple(str(index) for index in range(count))
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,14 @@ class ClassOrder:
     target: Target = "class"
     """Kind of the targets."""
 
+    def check_all(self) -> None:
+        """Refuse outputs that the model does not know, or that the data lack.
+
+        Raises:
+            DataError: If there are any.
+        """
+        self._compare(self.missing)
+
     def check(self) -> None:
         """Refuse classes that the model does not know, and a regression in which a number is missing.
 
@@ -40,9 +59,12 @@ class ClassOrder:
             DataError: If there are any.
         """
         strange = [name for name in self.found if name not in self.wanted]
-        lacking = self.missing if strange or self.target == "regression" else []
+        self._compare(self.missing if strange or self.target == "regression" else [])
+
+    def _compare(self, lacking: Sequence[str]) -> None:
+        strange = [name for name in self.found if name not in self.wanted]
         if strange or lacking:
-            kind = "numbers" if self.target == "regression" else "classes"
+            kind = {"regression": "numbers", "tasks": "tasks"}.get(self.target, "classes")
             raise DataError(
                 f"The data have other {kind} than the model was trained for: {_listed(strange)} here alone, and "
                 f"{_listed(lacking)} there alone. Measure it on data with its own {len(self.wanted)} {kind}, named as "

@@ -13,7 +13,7 @@ from vispeft.core.families import describe, is_feature_getter, unwrap
 from vispeft.core.sites import View
 from vispeft.errors import BackboneError, ConfigError
 
-__all__ = ["BEHIND_MAPS", "DensePyramid", "MapReader"]
+__all__ = ["BEHIND_MAPS", "DensePyramid", "MapReader", "wide"]
 
 LEVELS = ("taps", "vitdet")
 BEHIND_MAPS = ("fc_norm", "attn_pool")
@@ -86,11 +86,22 @@ class MapReader(nn.Module):
         """
         run = cast(Any, unwrap(model)).forward_intermediates
         maps = run(images, indices=self.taps, norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True)
-        if not torch.is_autocast_enabled(images.device.type):
-            maps = [level.float() if level.dtype in (torch.bfloat16, torch.float16) else level for level in maps]
+        maps = wide(maps, images)
         if self.levels is None:
-            return list(maps)
+            return maps
         return [level(maps[0]) for level in self.levels]
+
+
+def wide(maps: Sequence[Tensor], images: Tensor) -> list[Tensor]:
+    """Convert maps of a half-precision backbone to float32, in which decoders compute; under autocast leave them.
+
+    Args:
+        maps: Maps (B, C, h, w).
+        images: The images, on the same device.
+    """
+    if torch.is_autocast_enabled(images.device.type):
+        return list(maps)
+    return [level.float() if level.dtype in (torch.bfloat16, torch.float16) else level for level in maps]
 
 
 class DensePyramid(nn.Module):

@@ -1,7 +1,7 @@
 """Export for deployment: `torch.export` programs and ONNX files, and their comparison with the original model.
 
-A model maps one batch of images to one tensor. ONNX needs the extra `export`, which is imported where it is
-used.
+A model maps one batch of images to one tensor, or to several by name. ONNX needs the extra `export`, which is imported
+where it is used.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["INPUT", "OUTPUT", "TOLERANCE", "Difference", "check", "export_onnx",
 logger = logging.getLogger(__name__)
 
 INPUT, OUTPUT = "images", "scores"
-"""Names of an ONNX model's input and output."""
+"""Names of an ONNX model's input, and of its output where it has one; several have the model's own names."""
 TOLERANCE = 1e-4
 """Largest difference of float32 outputs, over the largest output, that counts as rounding. Runtimes fuse and reorder
 sums; a wrong operator, or a shape traced as a constant, changes the leading digits."""
@@ -107,7 +107,7 @@ def export_program(
     chosen, and the classifier that answers. A log message names them.
 
     Args:
-        model: Maps images to one tensor; in evaluation mode.
+        model: Maps images to one tensor, or to several by name; in evaluation mode.
         example: Images (B, 3, H, W) of the sizes that stay fixed.
         dynamic_batch: Whether the program accepts any number of images.
         dynamic_size: Whether it accepts images of any height and width that the model accepts.
@@ -146,10 +146,10 @@ def export_program(
             f"{type(model).__name__} could not be traced with images of shape {tuple(example.shape)} and {wanted} "
             f"free: {_first_line(error)}. A backbone takes images of any size if it is made with flexible_size."
         ) from error
-    if len(program.graph_signature.user_outputs) != 1:
+    if not _output_names(program):
         raise ExportError(
-            f"{type(model).__name__} gives {len(program.graph_signature.user_outputs)} tensors; wrap it in a module "
-            "that gives one."
+            f"{type(model).__name__} gives {len(program.graph_signature.user_outputs)} tensors without names; wrap it "
+            "in a module that gives one, or several in a dictionary."
         )
     for part in program.graph_module.modules():
         for node in part.graph.nodes if isinstance(part, GraphModule) else ():
@@ -166,12 +166,14 @@ def export_onnx(
     dynamic_size: bool = False,
     notes: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Export a model to an ONNX file with input ``images`` and output ``scores``; no partial file is left on an error.
+    """Export a model to an ONNX file with input ``images``; no partial file is left on an error.
+
+    The output is called ``scores``, or several have the names that the model gives them.
 
     Weights of more than 2 GiB, the format's limit, go into a second file ``<name>.data``.
 
     Args:
-        model: Maps images to one tensor; in evaluation mode.
+        model: Maps images to one tensor, or to several by name; in evaluation mode.
         example: Images (B, 3, H, W) of the sizes that stay fixed.
         path: The file.
         dynamic_batch: Whether the file accepts any number of images.
@@ -193,7 +195,12 @@ def export_onnx(
         names = {axis: name for axis, name in _AXES.items() if (dynamic_batch if axis == 0 else dynamic_size)}
         try:
             exported = torch.onnx.export(
-                program, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=(names,)
+                program,
+                dynamo=True,
+                verbose=False,
+                input_names=[INPUT],
+                output_names=_output_names(program),
+                dynamic_shapes=(names,),
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise ExportError(f"{type(model).__name__} has no ONNX form: {_first_line(error)}.") from error
@@ -225,7 +232,7 @@ def check(model: nn.Module, exported: ExportedProgram | str | Path, batches: Ite
     absolute = largest = 0.0
     for images in batches:
         with torch.no_grad():
-            wanted = model(images)
+            wanted = _named(model(images))
             try:
                 found = run(images)
             except Exception as error:  # onnxruntime's errors have no common base class
@@ -233,32 +240,54 @@ def check(model: nn.Module, exported: ExportedProgram | str | Path, batches: Ite
                     f"The export does not run on images of shape {tuple(images.shape)}: {_first_line(error)}. Leave "
                     "the sizes fixed that the model's computation depends on."
                 ) from error
-        if found.shape != wanted.shape:
+        shapes, own = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (found, wanted))
+        if shapes != own:
             raise ExportError(
-                f"For images of shape {tuple(images.shape)} the export gives {tuple(found.shape)}, and the model "
-                f"{tuple(wanted.shape)}."
+                f"For images of shape {tuple(images.shape)} the export gives {shapes}, and the model {own}."
             )
-        differs = float((found.double() - wanted.double()).abs().max())
+        differs = max(float((found[name].double() - t.double()).abs().max()) for name, t in wanted.items())
         absolute = max(absolute, differs if math.isfinite(differs) else math.inf)
-        largest = max(largest, float(wanted.abs().max()))
+        largest = max(largest, *(float(t.abs().max()) for t in wanted.values()))
     return Difference(absolute, largest)
 
 
-def _runner(exported: ExportedProgram | str | Path) -> Callable[[Tensor], Tensor]:
+def _named(outputs: Any) -> dict[str, Tensor]:
+    """Return the outputs of a model by name."""
+    return dict(outputs) if isinstance(outputs, Mapping) else {OUTPUT: outputs}
+
+
+def _output_names(program: ExportedProgram) -> list[str]:
+    """Return the names of a program's outputs; none if it has several without names."""
+    count = len(program.graph_signature.user_outputs)
+    outputs = program.call_spec.out_spec.unflatten(range(count)) if program.call_spec.out_spec else None
+    if isinstance(outputs, Mapping):
+        return list(outputs)
+    return [OUTPUT] if isinstance(outputs, int) else []
+
+
+def _runner(exported: ExportedProgram | str | Path) -> Callable[[Tensor], dict[str, Tensor]]:
     """Return a function that runs an export on images."""
     if isinstance(exported, ExportedProgram):
-        return exported.module()
+        run = exported.module()
+        return lambda images: _named(run(images))
     path = Path(exported)
     if not path.is_file():
         raise FileError(f"There is no file {str(path)!r}.")
     if path.suffix != ".onnx":
-        return torch.export.load(path).module()
+        loaded = torch.export.load(path).module()
+        return lambda images: _named(loaded(images))
     (runtime,) = _extra("onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # errors are raised anyway
     options.intra_op_num_threads = torch.get_num_threads()  # the default is all processors, with busy waiting
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+    names = [output.name for output in session.get_outputs()]
+
+    def run_file(images: Tensor) -> dict[str, Tensor]:
+        found = session.run(names, {INPUT: images.numpy()})
+        return {name: torch.from_numpy(values) for name, values in zip(names, found, strict=True)}
+
+    return run_file
 
 
 def _extra(*names: str) -> list[Any]:

@@ -9,11 +9,13 @@ from vispeft.tasks.dense_losses import DenseLoss, dense_loss
 from vispeft.tasks.inference import Inference, predict_masks
 from vispeft.tasks.losses import SegmentationLoss
 from vispeft.tasks.multilabel import MultiLabel
+from vispeft.tasks.multitask import MultiTaskDense
 from vispeft.tasks.predictions import Prediction, Predictor
 from vispeft.tasks.regression import Regression
 from vispeft.tasks.schedules import warmup_cosine, warmup_factor
 from vispeft.tasks.segmentation import Segmentation, SegmentationNetwork
 from vispeft.tasks.supervised import SupervisedTask
+from vispeft.tasks.task_network import MultiTaskNetwork
 from vispeft.tasks.task_weights import TaskWeights, task_weights
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "FiniteGuard",
     "Inference",
     "MultiLabel",
+    "MultiTaskDense",
+    "MultiTaskNetwork",
     "PlainProgress",
     "Prediction",
     "Predictor",

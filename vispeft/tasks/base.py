@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from vispeft.adapters.report import Report
 from vispeft.backbones.create import create_model
 from vispeft.core.families import unwrap
 from vispeft.core.method import Method
+from vispeft.data.by_name import names_of
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.errors import ConfigError, DataError, FileError, check_object, counted
 from vispeft.tasks.callbacks import FiniteGuard, MethodHooks
@@ -31,8 +31,9 @@ from vispeft.tasks.migration import rename_heads
 from vispeft.tasks.optimizers import check_optimizer, make_optimizer
 from vispeft.tasks.predictions import Predictor
 from vispeft.tasks.schedules import DECAYS, warmup_decay
+from vispeft.tasks.trainer_checks import check_averaging, check_precision
 
-__all__ = ["AdapterTask", "check_precision"]
+__all__ = ["AdapterTask"]
 
 
 class AdapterTask(LightningModule):
@@ -51,6 +52,8 @@ class AdapterTask(LightningModule):
     """Results of an evaluation step that are collected over all images, for `details` and `draw_results`."""
     classifies: ClassVar[bool] = True
     """Whether the outputs are those of the backbone's classifier; otherwise the task has a decoder."""
+    ordered: ClassVar[bool] = True
+    """Whether the order of the outputs' names has a meaning; otherwise outputs are matched by name."""
 
     def __init__(
         self,
@@ -67,6 +70,8 @@ class AdapterTask(LightningModule):
         ema: float = 0.0,
         base_dtype: Literal["float32", "bfloat16"] = "float32",
         schedule: Literal["cosine", "poly"] = "cosine",
+        lr_ends: tuple[float, float] = (0.0, 0.0),
+        decay_tables: bool = False,
         optimizer: str | dict[str, Any] = "AdamW",
     ) -> None:
         """Create the backbone, attach the adapter and verify it.
@@ -85,6 +90,8 @@ class AdapterTask(LightningModule):
                 for none.
             base_dtype: Type of the frozen backbone; adapter and head are float32 in any case.
             schedule: How the learning rate falls after the warm-up: half a cosine, or a polynomial of power 0.9.
+            lr_ends: Learning rates at the start of the warm-up and at the end of the training, relative to `lr`.
+            decay_tables: Let position embeddings and tables of relative positions decay too, which timm exempts.
             optimizer: An optimiser of ``torch.optim``: its name, or ``class_path`` (the name) with ``init_args``, such
                 as ``momentum``. Learning rate and weight decay are `lr` and `weight_decay`.
 
@@ -98,6 +105,7 @@ class AdapterTask(LightningModule):
         check_object(type(self).__name__, "method", method, Method)
         for name, value, good in (
             ("lr", lr, 0 < lr <= _LARGEST),
+            ("lr_ends", lr_ends, len(lr_ends) == 2 and all(0 <= end <= 1 for end in lr_ends)),
             ("weight_decay", weight_decay, weight_decay >= 0 and math.isfinite(weight_decay)),
             ("warmup", warmup, 0 <= warmup < 1),
             ("layer_decay", layer_decay, 0 < layer_decay <= 1),
@@ -108,7 +116,8 @@ class AdapterTask(LightningModule):
                 raise ConfigError(f"{type(self).__name__}({name}={value}): {_NEEDED[name].format(self)} is needed.")
         if schedule not in DECAYS:
             raise ConfigError(f"{type(self).__name__}(schedule={schedule!r}): choose {' or '.join(sorted(DECAYS))}.")
-        self.schedule, self.optimizer = schedule, check_optimizer(optimizer, weight_decay)
+        self.schedule, self.lr_ends, self.decay_tables = schedule, tuple(lr_ends), decay_tables
+        self.optimizer = check_optimizer(optimizer, weight_decay)
         taken = sorted({"num_classes", "weights"} & set(backbone_args or {}))
         if taken:
             raise ConfigError(f"backbone_args has {', '.join(taken)}, which {type(self).__name__} takes by that name.")
@@ -121,7 +130,7 @@ class AdapterTask(LightningModule):
         self.base_dtype: torch.dtype = getattr(torch, base_dtype)
         self.model.to(self.base_dtype)
         # A task without a classifier verifies through the layers that it puts behind the backbone.
-        self.bank: AdapterBank = attach(self.model, method, verify=self.classifies)
+        self.bank: AdapterBank = attach(self.model, method, tasks=self.adapter_tasks(), verify=self.classifies)
         if layer_decay != 1 and not method.trains_base:
             raise ConfigError(
                 f"{type(self).__name__}(layer_decay={layer_decay}): {method.name} does not train the backbone's "
@@ -133,6 +142,60 @@ class AdapterTask(LightningModule):
         """Images of the split that was measured last, and those whose outputs are not finite."""
         self.started = False
         """Whether the adapter has left its initial values, by training or by loading a file."""
+
+    def adapter_tasks(self) -> Sequence[str] | None:
+        """Return the tasks of the adapter, for `attach`; None for an adapter without tasks."""
+        return None
+
+    @classmethod
+    def sized_by(cls, data: Any) -> dict[str, Any]:
+        """Return the arguments of this class that the data decide.
+
+        Args:
+            data: A data module.
+
+        Raises:
+            ConfigError: If the data do not say.
+        """
+        if not hasattr(data, "num_classes"):
+            raise ConfigError(f"{type(data).__name__} has no num_classes, by which a task knows how wide its head is.")
+        return {"num_classes": int(data.num_classes)}
+
+    @classmethod
+    def sized_by_file(cls, header: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the same arguments for a saved adapter.
+
+        Args:
+            header: The content of its ``adapter.json``.
+
+        Raises:
+            FileError: If it does not say.
+        """
+        return {"num_classes": len(header["class_names"])}
+
+    def output_names(self, data: Any) -> tuple[str, ...]:
+        """Return names of the outputs, from the data or as numbers.
+
+        Args:
+            data: A data module.
+        """
+        return names_of(data, self.num_classes)
+
+    @property
+    def curves(self) -> tuple[str, ...]:
+        """Names of the metrics that learning curves show, without the split's."""
+        return ("loss", self.monitor.partition("/")[2])
+
+    def shown(self, metrics: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
+        """Arrange metrics for a printed table.
+
+        Args:
+            metrics: Metrics by the row's name, such as that of the split.
+
+        Returns:
+            Figures by row and column.
+        """
+        return metrics
 
     def report(self) -> Report:
         """Count the parameters of the adapter, and of a decoder that trains with it."""
@@ -231,22 +294,37 @@ class AdapterTask(LightningModule):
         """
         self.bank.verify()
 
-    def forward(self, images: Tensor | Mapping[str, Tensor]) -> Tensor:
+    def forward(self, images: Tensor | Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
         """Run the adapted model.
 
         Args:
             images: Normalised images (B, 3, H, W), or the frozen backbone's outputs for them (see `Method.cacheable`).
 
         Returns:
-            Class scores (B, classes).
+            Class scores (B, classes); outputs by name in a task with several.
         """
         if isinstance(images, Mapping):
             return self.bank.plan().method.from_outputs(self.model, images)
-        return self.model(images.to(self.base_dtype))
+        return cast(Tensor, self.model(images.to(self.base_dtype)))
 
     def deployed(self) -> nn.Module:
         """Module to export: normalised images (B, 3, H, W) in, scores out."""
         return self.model
+
+    def choose(self, output: str) -> None:
+        """Choose the only output to deploy, for good, in a task that has several.
+
+        Args:
+            output: Its name.
+
+        Raises:
+            ConfigError: If there is one alone.
+        """
+        raise ConfigError(f"The task {output!r} was asked for, and {type(self).__name__} has one output. Leave it out.")
+
+    def mergeable(self) -> str | None:
+        """Return why the backbone cannot be merged for all outputs at once; None if it may be tried."""
+        return None
 
     def predictor(self) -> Predictor:
         """Create the predictor of images: rows of a table, and pictures.
@@ -273,14 +351,9 @@ class AdapterTask(LightningModule):
             data: A data module.
 
         Raises:
-            DataError: If class count or image size do not fit.
+            DataError: If the outputs or the image size do not fit.
         """
-        classes = getattr(data, "num_classes", self.num_classes)
-        if classes != self.num_classes:
-            raise DataError(
-                f"The data have {counted(classes, 'class', 'classes')}, and the model was made for {self.num_classes}. "
-                f"Make it with num_classes={classes}."
-            )
+        self.check_outputs(data)
         wanted, made_for = getattr(data, "preprocessing", self.preprocessing).size, self.preprocessing.size
         patches = getattr(unwrap(self.model), "patch_embed", None)
         if getattr(patches, "strict_img_size", False) and tuple(wanted) != tuple(made_for):
@@ -288,6 +361,22 @@ class AdapterTask(LightningModule):
                 f"The images have {wanted[0]} x {wanted[1]} pixels, and {self.backbone} was made for "
                 f"{made_for[0]} x {made_for[1]}. Leave data.image_size out, or give the backbone img_size "
                 "(model.backbone_args.img_size), or flexible_size."
+            )
+
+    def check_outputs(self, data: Any) -> None:
+        """Check that data have the outputs the model was made for.
+
+        Args:
+            data: A data module.
+
+        Raises:
+            DataError: If the number of classes differs.
+        """
+        classes = getattr(data, "num_classes", self.num_classes)
+        if classes != self.num_classes:
+            raise DataError(
+                f"The data have {counted(classes, 'class', 'classes')}, and the model was made for {self.num_classes}. "
+                f"Make it with num_classes={classes}."
             )
 
     def setup(self, stage: str) -> None:
@@ -300,7 +389,7 @@ class AdapterTask(LightningModule):
         """
         check_precision(self.trainer.precision)
         if stage == "fit":
-            _check_averaging(self.trainer)
+            check_averaging(self.trainer)
         acting = self.bank.active
         if len(acting) != 1:
             raise ConfigError(
@@ -329,19 +418,19 @@ class AdapterTask(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Create the optimiser over the groups of adapter and task, and its schedule."""
-        groups = self.bank.parameter_groups(self.lr, self.weight_decay)
+        groups = self.bank.parameter_groups(self.lr, self.weight_decay, tables=self.decay_tables)
         if self.layer_decay != 1:
             groups = decay_by_layer(unwrap(self.model), groups, self.layer_decay)
         optimizer = make_optimizer(self.optimizer, [*groups, *self.further_groups()])
         steps: Any = self.trainer.estimated_stepping_batches
-        schedule = warmup_decay(optimizer, steps, self.warmup, self.schedule)
+        schedule = warmup_decay(optimizer, steps, self.warmup, self.schedule, self.lr_ends)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def further_groups(self) -> list[dict[str, Any]]:
         """Return optimiser groups of the task's own tensors; each has a ``name``."""
         return []
 
-    def answered(self, images: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Any]:
+    def answered(self, images: Tensor | Mapping[str, Tensor]) -> tuple[Any, Any]:
         """Run the model in a training step.
 
         Args:
@@ -364,7 +453,7 @@ class AdapterTask(LightningModule):
         result = model.run(images.to(self.base_dtype))
         return self.output_of(images, result), result
 
-    def output_of(self, images: Tensor | Mapping[str, Tensor], result: Any) -> Tensor:
+    def output_of(self, images: Tensor | Mapping[str, Tensor], result: Any) -> Any:
         """Compute the output of `forward` from a run of the backbone.
 
         Args:
@@ -372,21 +461,22 @@ class AdapterTask(LightningModule):
             result: Their run.
         """
         model: Any = self.model
-        return cast(Tensor, model.forward_head(model.features(result)))
+        return model.forward_head(model.features(result))
 
     def with_method_loss(self, loss: Tensor, batch: Any, output: Any, result: Any = None) -> Tensor:
         """Add the losses of the methods to the loss of a training step, and log their sum.
 
         Args:
             loss: Loss of the task, a scalar.
-            batch: The batch of the step; its last entry is as long as the batch.
+            batch: The batch of the step; its last entry is as long as the batch, or has targets by name that are.
             output: The model's output for it.
             result: The run result of the forward pass, where a method reads it.
         """
         term = self.bank.loss_terms(batch, output, result)
         if term is None:
             return loss
-        size = len(batch[-1])
+        targets = batch[-1]
+        size = len(next(iter(targets.values())) if isinstance(targets, Mapping) else targets)
         self.log("train/method_loss", term.detach(), on_step=False, on_epoch=True, batch_size=size)
         return loss + term
 
@@ -490,41 +580,11 @@ class AdapterTask(LightningModule):
         return rename_heads(tensors, self.bank.view.head_path, active[-1], needed) if active else dict(tensors)
 
 
-def check_precision(precision: Any) -> None:
-    """Refuse precisions that convert the whole task, adapter and optimiser included.
-
-    Args:
-        precision: The trainer's setting; None for the default.
-
-    Raises:
-        ConfigError: If it is one of them.
-    """
-    wanted = str(precision)
-    if wanted in _WHOLE:
-        raise ConfigError(
-            f"trainer.precision is {wanted}, which converts the adapter with the backbone, and an adapter trains in "
-            "float32. Leave it out and set model.base_dtype to bfloat16, with which the frozen backbone takes half the "
-            "memory, or give bf16-mixed, with which it computes in half precision."
-        )
-
-
-def _check_averaging(trainer: Any) -> None:
-    """Refuse Lightning's own averages, which keep a copy of the whole task and cannot be resumed without it."""
-    for callback in trainer.callbacks:
-        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
-            raise ConfigError(
-                f"The callback {type(callback).__name__} averages a copy of the whole model, and checkpoints hold only "
-                "what is trained, so that the run could not be resumed. Leave it out and set ema (model.ema 0.999): "
-                "that average is validated, kept and resumed."
-            )
-
-
-_WHOLE = ("bf16-true", "16-true", "64-true", "64", "transformer-engine", "transformer-engine-float16")
-"""Precisions of Lightning that convert a module's parameters."""
 _LARGEST = torch.finfo(torch.float32).max
 """Largest learning rate that an optimiser can multiply float32 tensors with."""
 _NEEDED = {
     "lr": "a number above 0 that float32 can hold",
+    "lr_ends": "two shares of lr, each from 0 to 1,",
     "weight_decay": "a finite number from 0",
     "layer_decay": "a share above 0, at most 1,",
     "ema": "a decay from 0 up to, not including, 1,",

@@ -20,13 +20,53 @@ from vispeft.errors import ConfigError, DataError, VerificationError, check_obje
 from vispeft.heads.pyramid import BEHIND_MAPS, DensePyramid, MapReader
 from vispeft.storage.files import DECODER, check_tensors, read_decoder
 from vispeft.tasks.base import AdapterTask
-from vispeft.tasks.inference import Inference
+from vispeft.tasks.inference import Inference, padded_to
 from vispeft.tasks.supervised import check_target
 
-__all__ = ["DenseTask"]
+__all__ = ["DenseNetwork", "DenseTask"]
 
 EXAMPLES = 4
 """Number of images per split kept for plots."""
+
+
+class DenseNetwork(nn.Module):
+    """Base of the networks of dense tasks: backbone, map reader and decoders in one module."""
+
+    def __init__(self, model: nn.Module, reader: MapReader) -> None:
+        """Combine the parts.
+
+        Args:
+            model: The backbone, adapted or merged.
+            reader: The reader of its maps.
+        """
+        super().__init__()
+        self.model, self.reader = model, reader
+
+    @property
+    def pads_to(self) -> int:
+        """Number whose multiples height and width are padded to."""
+        return self.reader.divisor
+
+    def padded(self, images: Tensor) -> Tensor:
+        """Pad images (B, 3, H, W) to whole cells of the coarsest map.
+
+        Args:
+            images: Normalised images of any size.
+        """
+        return padded_to(images, self.reader.divisor)
+
+    @staticmethod
+    def fitted(scores: Tensor, padded: Tensor, images: Tensor) -> Tensor:
+        """Resize a decoder's output (B, K, h, w) bilinearly to the padded images, and cut it to the images.
+
+        Args:
+            scores: The output.
+            padded: The padded images (B, 3, H', W').
+            images: The images (B, 3, H, W).
+        """
+        if scores.shape[-2:] != padded.shape[-2:]:
+            scores = F.interpolate(scores, padded.shape[-2:], mode="bilinear", align_corners=False)
+        return scores[..., : images.shape[-2], : images.shape[-1]]
 
 
 class DenseTask(AdapterTask, ABC):
@@ -34,7 +74,7 @@ class DenseTask(AdapterTask, ABC):
 
     The adapter acts inside the frozen backbone; a map reader and decoders train with it and are stored with it.
     Subclasses create their decoders after this class has created the map reader, name them in `parts`, return the whole
-    `network`, and then call `check_maps`.
+    `network`, and then call `check_maps`. They define the loss, the measuring of a batch and the figures of a split.
     """
 
     target: ClassVar[str]
@@ -100,6 +140,50 @@ class DenseTask(AdapterTask, ABC):
         """Backbone, map reader and decoders as one module, which shares their tensors: images in, predictions out."""
 
     @abstractmethod
+    def training_loss(self, output: Any, labels: Any) -> Tensor:
+        """Compute the loss of a training batch.
+
+        Args:
+            output: The result of `forward`.
+            labels: The labels of the batch.
+        """
+
+    @abstractmethod
+    def measure(self, split: str, images: Tensor, labels: Any) -> None:
+        """Measure a batch: update the metrics, count broken outputs, keep examples.
+
+        Args:
+            split: validation or test.
+            images: Normalised images (B, 3, H, W).
+            labels: The labels of the batch.
+        """
+
+    @abstractmethod
+    def reset_metrics(self, split: str) -> None:
+        """Reset the metrics of a split.
+
+        Args:
+            split: validation or test.
+        """
+
+    @abstractmethod
+    def figures(self, split: str) -> Mapping[str, Tensor]:
+        """Compute the figures of a split by name; NaN for one that was not measured.
+
+        Args:
+            split: validation or test.
+        """
+
+    @abstractmethod
+    def predict(self, images: Tensor, size: tuple[int, ...] | None = None) -> Any:
+        """Compute predictions.
+
+        Args:
+            images: Normalised images (B, 3, H, W).
+            size: Height and width of the predictions; None for those of the images.
+        """
+
+    @abstractmethod
     def draw_examples(self, path: Path) -> None:
         """Draw the kept images of the split that was measured last, with targets and predictions.
 
@@ -127,7 +211,7 @@ class DenseTask(AdapterTask, ABC):
     def verify(self) -> None:
         """Check that every trainable tensor of the adapter receives a gradient through the maps that are read."""
         try:
-            self.bank.verify(DensePyramid(self.model, self.reader.taps), BEHIND_MAPS)
+            self.bank.verify(self.maps_network(), BEHIND_MAPS)
         except VerificationError as error:
             found = str(error).partition(". The model does not use")[0]
             raise VerificationError(
@@ -135,10 +219,17 @@ class DenseTask(AdapterTask, ABC):
                 "last tap cannot train: add the last block or stage to taps, or limit the method by blocks."
             ) from error
 
+    def maps_network(self) -> nn.Module:
+        """Return the backbone with the maps that decoders read."""
+        return DensePyramid(self.model, self.reader.taps)
+
+    def probe_size(self) -> tuple[int, int]:
+        """Return height and width of a small image that the backbone takes."""
+        return self.preprocessing.size if self._one_size() else (self.reader.divisor * 2,) * 2
+
     def _try_maps(self) -> None:
         """Run one small image through, to refuse now a decoder that cannot read these maps."""
-        size = self.preprocessing.size if self._one_size() else (self.reader.divisor * 2,) * 2
-        image = torch.zeros(1, 3, *size, dtype=self.base_dtype)
+        image = torch.zeros(1, 3, *self.probe_size(), dtype=self.base_dtype)
         modes = {module: module.training for module in self.modules()}
         with torch.no_grad():
             self.network().eval()(image)
@@ -172,12 +263,62 @@ class DenseTask(AdapterTask, ABC):
         if not isinstance(data, ImageData):
             return
         last = 0 if data.drop_last else len(data.split("train")) % data.batch_size  # type: ignore[arg-type]
-        fewest, least = last or data.batch_size, max(getattr(part, "least_batch", 1) for part in self.parts().values())
+        modules = [module for part in self.parts().values() for module in part.modules()]
+        fewest, least = last or data.batch_size, max(getattr(module, "least_batch", 1) for module in modules)
         if fewest < least:
             raise DataError(
                 f"A training batch of each epoch has {fewest} image, and the decoder {self.decoder_name!r} needs "
                 f"{least} for its BatchNorm. Set data.drop_last, or another data.batch_size."
             )
+
+    # ------------------------------------------------------------------ steps
+
+    def output_of(self, images: Tensor | Mapping[str, Tensor], result: Any) -> Any:
+        """Compute the output by a pass of its own: the decoders read maps that a run does not hold."""
+        return self(images)
+
+    def training_step(self, batch: tuple[Tensor, Any], batch_idx: int) -> Tensor:
+        """Compute the loss of a batch."""
+        images, labels = batch
+        output, result = self.answered(images)
+        loss = self.with_method_loss(self.training_loss(output, labels), batch, output, result)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Any], batch_idx: int) -> None:
+        """Measure a batch of the validation split."""
+        self.measure("validation", *batch)
+
+    def test_step(self, batch: tuple[Tensor, Any], batch_idx: int) -> None:
+        """Measure a batch of the test split."""
+        self.measure("test", *batch)
+
+    def predict_step(self, batch: tuple[Tensor, Any] | Tensor, batch_idx: int) -> Any:
+        """Compute the predictions of a batch."""
+        return self.predict(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+    def on_validation_epoch_start(self) -> None:
+        """Reset the metrics."""
+        self._begin("validation")
+
+    def on_test_epoch_start(self) -> None:
+        """Reset the metrics."""
+        self._begin("test")
+
+    def _begin(self, split: str) -> None:
+        self.examples = []
+        self.reset_metrics(split)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the figures of the validation split."""
+        self._log_figures("validation")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the figures of the test split."""
+        self._log_figures("test")
+
+    def _log_figures(self, split: str) -> None:
+        self.log_dict({f"{split}/{name}": value for name, value in self.figures(split).items()})
 
     # ------------------------------------------------------------------ training
 

@@ -32,6 +32,8 @@ class Prediction:
     """Cells of the table, after the image's path."""
     pictures: dict[str, Image.Image] = field(default_factory=dict)
     """Pictures by the folder they belong to."""
+    arrays: dict[str, np.ndarray[Any, np.dtype[Any]]] = field(default_factory=dict)
+    """Arrays by the folder they belong to, which the predictor names in ``arrays``."""
     finite: bool = True
     """Whether the model's outputs are finite; if not, the cells are empty and masks hold `IGNORE` alone."""
 

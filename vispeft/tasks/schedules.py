@@ -28,27 +28,39 @@ DECAYS = {"cosine": _cosine, "poly": _poly}
 """How the learning rate falls from 1 to 0 after the warm-up, by name."""
 
 
-def warmup_factor(step: int, steps: int, warmup_steps: int, decay: str = "cosine") -> float:
+def warmup_factor(
+    step: int,
+    steps: int,
+    warmup_steps: int,
+    decay: str = "cosine",
+    ends: tuple[float, float] = (0.0, 0.0),
+) -> float:
     """Compute a step's learning rate as a fraction of the highest one.
 
-    It rises linearly over the warm-up, reaches 1 with its last step, and falls along half a cosine or a
-    polynomial towards 0, which it would reach one step after the last, so that no step is wasted on a rate of zero.
+    It rises linearly over the warm-up, reaches 1 with its last step, and falls along half a cosine or a polynomial
+    towards the last fraction, which it would reach one step after the last, so that no step is wasted on a rate of
+    zero. A warm-up that starts above zero starts there with the first step, and reaches 1 with the step behind the
+    warm-up, as timm's schedulers do.
 
     Args:
         step: The step, counted from zero.
         steps: Steps of the whole training.
         warmup_steps: Steps of the warm-up.
         decay: A key of `DECAYS`.
+        ends: Fractions at the start of the warm-up and at the end of the decay, from 0 to 1.
 
     Returns:
         A number from 0 to 1.
     """
+    first, last = ends
     if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    return DECAYS[decay](min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps)))
+        return first + (1 - first) * step / warmup_steps if first else (step + 1) / warmup_steps
+    return last + (1 - last) * DECAYS[decay](min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
-def warmup_decay(optimizer: Optimizer, steps: int, warmup: float, decay: str) -> LambdaLR:
+def warmup_decay(
+    optimizer: Optimizer, steps: int, warmup: float, decay: str, ends: tuple[float, float] = (0.0, 0.0)
+) -> LambdaLR:
     """Create the schedule of an optimiser, to be stepped after each of its steps.
 
     Args:
@@ -56,6 +68,7 @@ def warmup_decay(optimizer: Optimizer, steps: int, warmup: float, decay: str) ->
         steps: Steps of the whole training.
         warmup: Fraction of the steps in which the rate rises, from 0 up to, not including, 1.
         decay: A key of `DECAYS`.
+        ends: Fractions of the highest rate at the start of the warm-up and at the end of the decay, from 0 to 1.
 
     Raises:
         ConfigError: If the training has no end, or the warm-up leaves nothing of it.
@@ -67,7 +80,7 @@ def warmup_decay(optimizer: Optimizer, steps: int, warmup: float, decay: str) ->
         )
     if not 0 <= warmup < 1:
         raise ConfigError(f"warmup is {warmup}; give a share of all steps, from 0 up to, not including, 1.")
-    factor = partial(warmup_factor, steps=int(steps), warmup_steps=round(warmup * steps), decay=decay)
+    factor = partial(warmup_factor, steps=int(steps), warmup_steps=round(warmup * steps), decay=decay, ends=ends)
     return LambdaLR(optimizer, factor)
 
 

@@ -9,25 +9,21 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vispeft.data.masks import IGNORE
 from vispeft.heads import decoder as make_decoder
 from vispeft.heads.pyramid import MapReader
 from vispeft.metrics import BoundaryF, SegmentationScores, per_class
-from vispeft.tasks.dense import DenseTask
-from vispeft.tasks.inference import padded_to, predict_masks
+from vispeft.tasks.dense import DenseNetwork, DenseTask
+from vispeft.tasks.inference import predict_masks
 from vispeft.tasks.losses import SegmentationLoss
 from vispeft.tasks.predictions import MaskPredictor
 from vispeft.viz import bars, confusion_matrix, overlay_grid
 
 __all__ = ["Segmentation", "SegmentationNetwork"]
 
-Batch = tuple[Tensor, Tensor]
-"""Normalised images (B, 3, H, W), and masks (B, h, w) of class indices, with `IGNORE` for unlabelled pixels."""
 
-
-class SegmentationNetwork(nn.Module):
+class SegmentationNetwork(DenseNetwork):
     """Backbone, map reader and decoder in one module: images in, class scores per pixel out."""
 
     def __init__(self, model: nn.Module, reader: MapReader, decoder: nn.Module) -> None:
@@ -38,13 +34,8 @@ class SegmentationNetwork(nn.Module):
             reader: The reader of its maps.
             decoder: The decoder from maps to scores.
         """
-        super().__init__()
-        self.model, self.reader, self.decoder = model, reader, decoder
-
-    @property
-    def pads_to(self) -> int:
-        """Number whose multiples height and width are padded to."""
-        return self.reader.divisor
+        super().__init__(model, reader)
+        self.decoder = decoder
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute class scores (B, classes, H, W), resized bilinearly to the images.
@@ -52,16 +43,8 @@ class SegmentationNetwork(nn.Module):
         Args:
             images: Normalised images (B, 3, H, W) of any size; they are padded to whole patches inside.
         """
-        return _pixel_scores(self.model, self.reader, self.decoder, images)
-
-
-def _pixel_scores(model: nn.Module, reader: MapReader, decoder: nn.Module, images: Tensor) -> Tensor:
-    height, width = images.shape[-2:]
-    padded = padded_to(images, reader.divisor)
-    scores = decoder(reader(model, padded))
-    if scores.shape[-2:] != padded.shape[-2:]:
-        scores = F.interpolate(scores, padded.shape[-2:], mode="bilinear", align_corners=False)
-    return cast(Tensor, scores[..., :height, :width])
+        padded = self.padded(images)
+        return self.fitted(self.decoder(self.reader(self.model, padded)), padded, images)
 
 
 class Segmentation(DenseTask):
@@ -129,10 +112,6 @@ class Segmentation(DenseTask):
         """Backbone, map reader and decoder as one module, which shares their tensors."""
         return SegmentationNetwork(self.model, self.reader, self.decoder)
 
-    def output_of(self, images: Tensor | Mapping[str, Tensor], result: Any) -> Tensor:
-        """Compute the output by a pass of its own: the decoder reads maps that a run does not hold."""
-        return cast(Tensor, self(images))
-
     def forward(self, images: Tensor | Mapping[str, Tensor]) -> Tensor:
         """Compute class scores (B, classes, H, W) in float32.
 
@@ -140,30 +119,18 @@ class Segmentation(DenseTask):
             images: Normalised images (B, 3, H, W).
         """
         assert isinstance(images, Tensor)
-        return _pixel_scores(self.model, self.reader, self.decoder, images.to(self.base_dtype)).float()
+        return cast(Tensor, self.network()(images.to(self.base_dtype))).float()
 
     # ------------------------------------------------------------------ steps
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Compute the loss of a batch."""
-        images, masks = batch
-        scores, result = self.answered(images)
-        loss = self.with_method_loss(cast(Tensor, self.loss(scores, masks)), batch, scores, result)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(masks))
-        return loss
+    def training_loss(self, output: Tensor, labels: Tensor) -> Tensor:
+        """Compute the loss of class scores (B, classes, H, W) and masks (B, H, W) of class indices or `IGNORE`."""
+        return cast(Tensor, self.loss(output, labels))
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Measure a batch of the validation split."""
-        self._measure("validation", batch)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Measure a batch of the test split."""
-        self._measure("test", batch)
-
-    def _measure(self, split: str, batch: Batch) -> None:
-        images, masks = batch
-        found = self.predict(images, tuple(masks.shape[-2:]))
-        masks = masks.masked_fill(found == IGNORE, IGNORE)
+    def measure(self, split: str, images: Tensor, labels: Tensor) -> None:
+        """Compare predicted masks with masks (B, h, w) of class indices or `IGNORE`."""
+        found = self.predict(images, tuple(labels.shape[-2:]))
+        masks = labels.masked_fill(found == IGNORE, IGNORE)
         cast(SegmentationScores, self.scores[split]).update(found, masks)
         if self.boundary is not None:
             self.boundary.update(found, masks)
@@ -187,10 +154,6 @@ class Segmentation(DenseTask):
         self.outputs_seen.add(known)
         return masks.masked_fill(~known[:, None, None], IGNORE)
 
-    def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
-        """Compute masks (B, H, W) of class indices."""
-        return self.predict(batch[0] if isinstance(batch, (tuple, list)) else batch)
-
     def predictor(self) -> MaskPredictor:
         """Create the predictor of images: a mask for each."""
         return MaskPredictor(
@@ -200,36 +163,21 @@ class Segmentation(DenseTask):
             self.bank.notes(),
         )
 
-    def on_validation_epoch_start(self) -> None:
-        """Reset the metrics."""
-        self._begin("validation")
-
-    def on_test_epoch_start(self) -> None:
-        """Reset the metrics."""
-        self._begin("test")
-
-    def _begin(self, split: str) -> None:
-        self.examples = []
+    def reset_metrics(self, split: str) -> None:
+        """Reset the metrics of a split."""
         cast(SegmentationScores, self.scores[split]).reset()
         if self.boundary is not None:
             self.boundary.reset()
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the figures of the validation split."""
-        self._log_scores("validation")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the figures of the test split."""
-        self._log_scores("test")
-
-    def _log_scores(self, split: str) -> None:
+    def figures(self, split: str) -> dict[str, Tensor]:
+        """Compute mean IoU, accuracies and Dice of a split, and the boundary F1 where it is measured."""
         scores = cast(SegmentationScores, self.scores[split])
         figures = dict(scores.compute())
         if self.boundary is not None:
             figures["boundary_f"] = self.boundary.compute()
         if not scores.confusion.any():  # no label at all: zero, by the rule ``absent``, would be a measured figure
             figures = {name: torch.full_like(value, math.nan) for name, value in figures.items()}
-        self.log_dict({f"{split}/{name}": value for name, value in figures.items()})
+        return figures
 
     # ------------------------------------------------------------------ results
 

@@ -28,6 +28,7 @@ _TASK_OF = {
     "mask": "Segmentation",
     "multilabel": "MultiLabel",
     "regression": "Regression",
+    "tasks": "MultiTaskDense",
 }
 
 

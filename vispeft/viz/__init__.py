@@ -4,16 +4,19 @@ from vispeft.viz.curves import learning_curves, read_history
 from vispeft.viz.matrix import confusion_matrix
 from vispeft.viz.overlays import colour_mask, lay_over, overlay_grid
 from vispeft.viz.reliability import reliability_diagram
+from vispeft.viz.strips import dense_picture, task_strips
 from vispeft.viz.values import bars, predicted_against_true
 
 __all__ = [
     "bars",
     "colour_mask",
     "confusion_matrix",
+    "dense_picture",
     "lay_over",
     "learning_curves",
     "overlay_grid",
     "predicted_against_true",
     "read_history",
     "reliability_diagram",
+    "task_strips",
 ]

@@ -17,6 +17,9 @@ from vispeft.viz.style import COLOURS, SETTINGS, save
 
 __all__ = ["learning_curves", "read_history"]
 
+_COLUMNS = 4
+"""Largest number of metrics drawn side by side."""
+
 History = Mapping[str, Sequence[tuple[int, float]]]
 """Per metric, pairs of epoch (from zero) and value."""
 
@@ -77,9 +80,14 @@ def learning_curves(
     if not kinds:
         raise DataError(f"There are no metrics of training or validation; found {', '.join(values) or 'nothing'}.")
     with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(4.6 * len(kinds), 3.4), layout="constrained")
-        for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+        columns = min(len(kinds), _COLUMNS)
+        rows = -(-len(kinds) // columns)
+        figure = Figure(figsize=(4.6 * columns, 3.4 * rows), layout="constrained")
+        places = figure.subplots(rows, columns, squeeze=False).flat
+        for kind, axes in zip(kinds, places, strict=False):
             _draw(axes, kind, values, best_epoch)
+        for axes in places:
+            axes.remove()
         return save(figure, path)
 
 

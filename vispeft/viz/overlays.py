@@ -18,7 +18,7 @@ from vispeft.errors import DataError, counted
 from vispeft.viz.names import drawn_names, settings_for
 from vispeft.viz.style import save
 
-__all__ = ["colour_mask", "lay_over", "overlay_grid"]
+__all__ = ["class_legend", "colour_mask", "lay_over", "overlay_grid", "stripes"]
 
 OPACITY = 0.6
 """Opacity of a class's colour over the image."""
@@ -93,7 +93,7 @@ def overlay_grid(
         for image, label, prediction in zip(images, labels, predictions, strict=True)
     ]
     shares = [image.shape[1] / image.shape[2] for image in images]
-    legend = _legend([*labels, *predictions], colours, drawn_names(class_names))
+    legend = class_legend([*labels, *predictions], colours, drawn_names(class_names))
     height = _PANEL * sum(shares) + 0.3 + 0.25 * -(-len(legend) // _LEGEND_COLUMNS)
     with matplotlib.rc_context(settings_for(class_names, axes_grid=False)):
         figure = Figure(figsize=(3 * _PANEL, height), layout="constrained")
@@ -145,16 +145,30 @@ def lay_over(image: Tensor, mask: Tensor, colours: Sequence[Colour]) -> Tensor:
     Returns:
         RGB, uint8 (3, H, W).
     """
-    height, width = mask.shape
-    lines = torch.arange(height)[:, None] + torch.arange(width)
-    striped = lines * _STRIPES // (height + width) % 2 == 0
-    covered = (mask.cpu() != IGNORE) | striped
+    covered = (mask.cpu() != IGNORE) | stripes(*mask.shape)
     painted = (1 - OPACITY) * image.cpu().float() + OPACITY * colour_mask(mask, colours).float()
     return torch.where(covered, painted.round().to(torch.uint8), image.cpu())
 
 
-def _legend(masks: Sequence[Tensor], colours: Sequence[Colour], class_names: Sequence[str]) -> list[Patch]:
-    """Create legend entries for the classes that occur, most frequent first, and one for unlabelled pixels."""
+def stripes(height: int, width: int) -> Tensor:
+    """Mark every second of diagonal stripes, bool (height, width).
+
+    Args:
+        height: Rows in pixels.
+        width: Columns in pixels.
+    """
+    lines = torch.arange(height)[:, None] + torch.arange(width)
+    return lines * _STRIPES // (height + width) % 2 == 0
+
+
+def class_legend(masks: Sequence[Tensor], colours: Sequence[Colour], class_names: Sequence[str]) -> list[Patch]:
+    """Create legend entries for the classes that occur, most frequent first, and one for unlabelled pixels.
+
+    Args:
+        masks: Class indices, or `IGNORE`, each (H, W).
+        colours: Red, green and blue, 0 to 255, per class.
+        class_names: Names of the classes, as they are drawn.
+    """
     pixels = torch.zeros(IGNORE + 1, dtype=torch.long)
     for mask in masks:
         pixels += torch.bincount(mask.detach().cpu().flatten().long(), minlength=IGNORE + 1)

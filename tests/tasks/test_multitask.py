@@ -1,0 +1,222 @@
+"""Several dense tasks at once: outputs, losses, weights, figures, files, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+import vispeft
+from tests.tasks.dense_toy import TARGETS, ToyTasks, squares
+from vispeft.data.dense_targets import IGNORE, DenseTarget
+from vispeft.errors import ConfigError, DataError, FileError, UnknownNameError
+from vispeft.tasks import Inference, MultiTaskDense
+from vispeft.tasks.baselines import mean_score, read_baselines
+
+SWIN = {"pretrained": False, "img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 8}
+SWIN |= {"depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2]}
+
+
+def make(method: Any = None, **settings: Any) -> MultiTaskDense:
+    torch.manual_seed(0)
+    defaults: dict[str, Any] = {"targets": TARGETS, "decoder_args": {"channels": [2, 3, 4, 5]}, "lr": 1e-2}
+    return MultiTaskDense(
+        backbone="swin_tiny_patch4_window7_224",
+        backbone_args=SWIN,
+        method=method or vispeft.MTLoRA(rank=2, task_rank=1, dropout=0.0),
+        **{**defaults, **settings},
+    )
+
+
+def fit(task: MultiTaskDense, epochs: int = 2) -> pl.Trainer:
+    trainer = pl.Trainer(
+        max_epochs=epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",
+        enable_model_summary=False, num_sanity_val_steps=0, gradient_clip_val=5.0,
+    )  # fmt: skip
+    trainer.fit(task, datamodule=ToyTasks(batch_size=4, image_size=32))
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        (vispeft.MTLoRA(rank=2, task_rank=1), {}),
+        (vispeft.LoRA(rank=2), {"output_norms": True}),
+        (vispeft.SSF(), {"shared": True, "decoder": "segformer", "decoder_args": {"channels": 4}}),
+        (vispeft.LinearProbe(), {"shared": True}),
+    ],
+    ids=["knows tasks", "copies", "shared", "decoders only"],
+)
+def test_every_task_has_an_output_of_the_images_size(method: vispeft.Method, settings: dict[str, Any]) -> None:
+    task = make(method, **settings).eval()
+    images = torch.randn(2, 3, 30, 41)
+    with torch.no_grad():
+        outputs = task(images)
+        found = task.predict(images, (17, 50))
+    assert {name: tuple(values.shape) for name, values in outputs.items()} == {
+        name: (2, target.channels, 30, 41) for name, target in TARGETS.items()
+    }
+    assert found["parts"].shape == (2, 17, 50)
+    assert found["parts"].dtype == torch.int64
+    assert 0 < found["sal"].min() <= found["sal"].max() < 1
+    torch.testing.assert_close(found["slope"].norm(dim=1), torch.ones(2, 17, 50))
+    assert found["depth"].min() > 0
+    counted = sum(p.numel() for part in task.parts().values() for p in part.parameters())
+    assert task.report().decoder == counted
+
+
+def test_tensors_without_a_gradient_are_known_by_name() -> None:
+    task = make()
+    unused = task.unused_tensors()
+    assert {name.rpartition(".")[2] for name in unused} == {"A", "B"}
+    assert all("layers.3.blocks.0.mlp.fc2" in name for name in unused)
+    images, labels = squares(2, 32, 0)
+    task.training_loss(task(images), labels).backward()
+    missing = [name for name, p in task.trainable_parameters() if p.grad is None or not p.grad.any()]
+    assert set(unused) <= set(missing)
+    assert not [name for name in missing if name.startswith("decoders")]
+
+
+def test_a_batch_without_labels_of_a_task_has_no_loss_for_it() -> None:
+    task = make()
+    images, labels = squares(2, 32, 0)
+    for values in labels.values():
+        values.fill_(IGNORE)
+    loss = task.training_loss(task(images), labels)
+    assert loss == 0
+    loss.backward()
+    assert all(p.grad is None or not p.grad.any() for _, p in task.trainable_parameters())
+    task.measure("validation", images, labels)
+    found = task.figures("validation")
+    assert all(torch.isnan(found[name]) for name in ("parts/miou", "depth/rmse", "slope/mean", "score"))
+
+
+def test_weights_come_from_the_data_or_the_settings() -> None:
+    data = ToyTasks(batch_size=4, image_size=32)
+    task = make()
+    task.check_outputs(data)
+    assert task.task_weights.factors() == {"parts": 1.0, "depth": 2.0, "sal": 5.0, "slope": 1.0}
+    own = make(loss_weights={"depth": 3.0})
+    own.check_outputs(data)
+    assert own.task_weights.factors()["depth"] == 3.0
+    images, labels = squares(2, 32, 0)
+    outputs = own(images)
+    parts = {name: own.losses[name](outputs[name], labels[name]) for name in TARGETS}
+    wanted = parts["parts"] + 3 * parts["depth"] + 5 * parts["sal"] + parts["slope"]
+    torch.testing.assert_close(own.training_loss(outputs, labels), wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weighting", ["uncertainty", "average"])
+def test_changing_weights_train_and_are_logged(weighting: Any) -> None:
+    task = make(weighting=weighting)
+    before = {name: value.clone() for name, value in task.task_weights.state_dict().items()}
+    found = fit(task, 3).callback_metrics
+    assert any(not torch.equal(value, before[name]) for name, value in task.task_weights.state_dict().items())
+    factors = task.task_weights.factors()
+    assert {name for name in found if name.startswith("weight/")} == {f"weight/{name}" for name in factors}
+    assert len({round(value, 6) for value in factors.values()}) > 1
+
+
+@pytest.mark.slow
+def test_the_trainer_does_what_a_plain_loop_does(one_thread: None) -> None:
+    task, plain = make(), make()
+    found = fit(task).callback_metrics
+    data = ToyTasks.for_model(plain.model, batch_size=4)
+    plain.check_outputs(data)
+    groups = [*plain.bank.parameter_groups(1e-2, 1e-4), *plain.further_groups()]
+    optimizer = torch.optim.AdamW(groups)
+    schedule = vispeft.tasks.warmup_cosine(optimizer, 4, 0.1)
+    plain.train()
+    loader = data.train_dataloader()
+    for epoch in range(2):
+        loader.sampler.set_epoch(epoch)
+        for images, labels in loader:
+            optimizer.zero_grad()
+            outputs = plain(images)
+            losses = {name: plain.losses[name](outputs[name], labels[name]) for name in TARGETS}
+            sum(plain.task_weights.weights[name] * loss for name, loss in losses.items()).backward()
+            torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 5.0)
+            optimizer.step()
+            schedule.step()
+    for (name, one), (_, other) in zip(task.trainable_parameters(), plain.trainable_parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=name)
+    assert {"train/loss", "train/loss_depth", "validation/loss_sal", "validation/score"} <= set(found)
+
+
+def test_files_keep_norms_decoders_and_the_description_of_tasks(tmp_path: Path) -> None:
+    task = make(vispeft.LoRA(rank=2), output_norms=True).eval()
+    with torch.no_grad():
+        for _, p in task.trainable_parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+        wanted = task(torch.ones(1, 3, 32, 32))
+    task.bank.annotate(output=task.output(), class_names=task.output_names(None))
+    task.save_adapter(tmp_path)
+    header = json.loads((tmp_path / "adapter.json").read_text())
+    sizes = MultiTaskDense.sized_by_file(header)
+    turned = {"targets": dict(reversed(sizes["targets"].items()))}
+    again = make(vispeft.LoRA(rank=2), output_norms=True, **turned).eval()  # names decide, not their order
+    again.load_adapter(tmp_path)
+    with torch.no_grad():
+        found = again(torch.ones(1, 3, 32, 32))
+    assert all(torch.equal(found[name], values) for name, values in wanted.items())
+    other = make(vispeft.LoRA(rank=2), output_norms=True, targets={**TARGETS, "sal": DenseTarget(kind="edge")})
+    with pytest.raises(FileError, match="'sal' as saliency, not edge"):
+        other.load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "says"),
+    [
+        ({"targets": {}}, ConfigError, "name at least one task"),
+        ({"targets": {"a": {"kind": "depht"}}}, ConfigError, "choose 'classes'"),
+        ({"targets": {"keys": TARGETS["sal"]}}, ConfigError, "attribute of PyTorch"),
+        ({"loss_weights": {"dept": 1.0}}, UnknownNameError, "depth"),
+        ({"baselines": {"dept": 1.0}}, UnknownNameError, "depth"),
+        ({"baselines": {"depth": 1.0}}, ConfigError, "no figure for parts, sal, slope"),
+        ({"weighting": "sum"}, UnknownNameError, "fixed"),
+        ({"levels": "vitdet"}, ConfigError, "Leave levels out"),
+        ({"inference": Inference(flip=True)}, ConfigError, "Leave inference out"),
+        ({"shared": True}, ConfigError, "knows the tasks itself"),
+        ({"decoder_args": {"channels": [2, 3]}}, ConfigError, "there are 4 maps"),
+        ({"method": vispeft.VQT()}, ConfigError, "changes the backbone's last feature"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(settings: dict[str, Any], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        make(**settings)
+
+
+def test_data_are_matched_by_name_and_refused_where_a_task_lacks_labels() -> None:
+    task = make(vispeft.LinearProbe(), shared=True)
+    turned = SimpleNamespace(targets=dict(reversed(TARGETS.items())), target="tasks")
+    task.check_outputs(turned)
+    with pytest.raises(DataError, match="'slope' has no labels in the data, which have parts, depth, sal"):
+        task.check_outputs(SimpleNamespace(targets={name: TARGETS[name] for name in ("parts", "depth", "sal")}))
+    with pytest.raises(DataError, match=r"labels of 'sal' in the data are edge, and the task was made for saliency"):
+        task.check_outputs(SimpleNamespace(targets={**TARGETS, "sal": DenseTarget(kind="edge")}))
+
+
+def test_baselines_are_figures_or_runs(tmp_path: Path) -> None:
+    mains = {"parts": "miou", "depth": "rmse"}
+    figures = {"validation": {"depth/rmse": 1.5}, "test": {"depth/rmse": 2.0}}
+    (tmp_path / "metrics.json").write_text(json.dumps(figures))
+    found = read_baselines({"parts": 0.5, "depth": str(tmp_path)}, mains)
+    assert found == {"validation": {"parts": 0.5, "depth": 1.5}, "test": {"parts": 0.5, "depth": 2.0}}
+    with pytest.raises(FileError, match="does not have parts/miou of the validation split"):
+        read_baselines(str(tmp_path), mains)
+    with pytest.raises(ConfigError, match="divides by it"):
+        read_baselines({"parts": 0.5, "depth": 0.0}, mains)
+
+
+def test_without_baselines_a_geometric_mean_chooses() -> None:
+    score = mean_score({"a": torch.tensor(0.5), "b": torch.tensor(2.0)}, {"a": True, "b": False})
+    assert float(score) == pytest.approx((0.5 / 2.0) ** 0.5)
+    better = mean_score({"a": torch.tensor(0.5), "b": torch.tensor(1.9)}, {"a": True, "b": False})
+    assert better > score
+    assert torch.isnan(mean_score({"a": torch.tensor(float("nan"))}, {"a": True}))
