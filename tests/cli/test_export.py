@@ -227,7 +227,7 @@ def test_check_finds_what_differs():
     assert found.largest == pytest.approx(float((2 * images + 1e-3).abs().max()))
     assert found.relative == pytest.approx(found.absolute / found.largest)
     assert check(Odd(lambda x: x / 0), program, [images]).relative == float("inf")
-    with pytest.raises(ExportError, match=r"gives \(2, 3, 4, 4\), and the model \(2, 3\)"):
+    with pytest.raises(ExportError, match=r"gives {'scores': \(2, 3, 4, 4\)}, and the model {'scores': \(2, 3\)}"):
         check(Odd(lambda x: x.mean((2, 3))), program, [images])
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 from vispeft.data.masks import IGNORE
 from vispeft.errors import DataError
 from vispeft.viz import colour_mask, overlay_grid
-from vispeft.viz.overlays import OPACITY, UNLABELLED, _legend, lay_over
+from vispeft.viz.overlays import OPACITY, UNLABELLED, class_legend, lay_over
 
 PALETTE = ((0, 0, 0), (200, 0, 0), (0, 150, 50))
 NAMES = ("ground", "roof", "tree")
@@ -40,8 +40,8 @@ def test_overlays_blend_colours_and_stripe_what_has_no_label():
 
 def test_the_legend_names_what_occurs():
     masks = [torch.tensor([[2, 2, 1]]), torch.tensor([[2, IGNORE]])]
-    assert [entry.get_label() for entry in _legend(masks, PALETTE, NAMES)] == ["tree", "roof", "no label"]
-    many = _legend([torch.arange(150)[None]], [(0, 0, 0)] * 150, [str(index) for index in range(150)])
+    assert [entry.get_label() for entry in class_legend(masks, PALETTE, NAMES)] == ["tree", "roof", "no label"]
+    many = class_legend([torch.arange(150)[None]], [(0, 0, 0)] * 150, [str(index) for index in range(150)])
     assert many[-1].get_label() == "and 86 more"
 
 
