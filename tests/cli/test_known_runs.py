@@ -65,7 +65,11 @@ def test_folders_of_some_classes_are_measured_by_name(finished, run_cli, tmp_pat
 
 def test_a_run_that_names_no_classes_is_refused(tmp_path):
     (tmp_path / "adapter").mkdir()
-    for content, message in (('{"class_names": null}', "names no classes"), ("[", "cannot be read")):
+    for content, message in (
+        ('{"class_names": null}', "names no classes"),
+        ("[", "cannot be read"),
+        ("[" * 200_000, "cannot be read"),
+    ):
         (tmp_path / "adapter/adapter.json").write_text(content)
         with pytest.raises(FileError, match=message):
             evaluate.class_names(Run(tmp_path, {}))

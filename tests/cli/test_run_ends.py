@@ -14,8 +14,10 @@ import yaml
 from benchmarks.resume_kill import differences
 from tests.tiny import CONFIG
 from vispeft.cli import finish
+from vispeft.errors import FileError
 from vispeft.storage.locks import hold
 from vispeft.tasks import Classification
+from vispeft.tasks.checkpoint_form import check_state
 from vispeft.tasks.checkpoints import RunCheckpoints, SealedCheckpointIO, read_checkpoint
 from vispeft.tasks.logs import RunLog
 
@@ -170,6 +172,13 @@ def test_a_finished_run_says_so_when_its_data_are_gone(whole, run_cli):
     result = run_cli("train", "--resume", whole, "--data.num_workers=1")
     assert result.status == 0, result.err
     assert "is finished; there is nothing to go on with" in result.out
+
+
+def test_a_state_of_another_form_is_refused(stopped):
+    state = read_checkpoint(max((stopped / "checkpoints").glob("step-*")))["vispeft"]
+    assert check_state(state, "a.ckpt")["earlier"] == []
+    with pytest.raises(FileError, match="its entry 'earlier' is a int"):
+        check_state({**state, "earlier": 5}, "a.ckpt")
 
 
 # ------------------------------------------------------------------ another config

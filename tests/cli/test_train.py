@@ -174,6 +174,7 @@ REFUSED = {
     "validation every 0 epochs": (["--trainer.check_val_every_n_epoch=0"], "check_val_every_n_epoch is 0; at least 1"),
     "validation every 0 batches": (["--trainer.val_check_interval=0"], "val_check_interval is 0; a number above 0"),
     "no time": (["--trainer.max_time={seconds: 0}"], "in which nothing would be trained"),
+    "an unknown unit of time": (["--trainer.max_time={x: 1}"], "trainer.max_time is {'x': 1}: give days, hours"),
     "an unknown metric to stop by": (
         ["--trainer.callbacks={class_path: EarlyStopping, init_args: {monitor: validation/acuracy}}"],
         "Unknown metric of EarlyStopping 'validation/acuracy'. Did you mean 'validation/accuracy'",

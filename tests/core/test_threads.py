@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 import time
@@ -229,10 +230,11 @@ def test_threads_that_attach_first_at_once_share_one_bank(monkeypatch: pytest.Mo
     """Each made a bank of its own, and the second knew nothing of the adapter of the first."""
     cell = Cell("lora", "vit")
     model, both, banks = cell.model(), threading.Barrier(2), {}
-    found = AdapterBank.of(model)
-    monkeypatch.setattr(AdapterBank, "of", lambda _: (both.wait(60), found)[1])
+    of = AdapterBank.of
+    monkeypatch.setattr(AdapterBank, "of", lambda _: (time.sleep(0.05), of(model))[1])
 
     def attach(name: str) -> None:
+        both.wait(60)
         banks[name] = vispeft.attach(model, METHODS["lora"], name=name, verify=False)
 
     threads = [threading.Thread(target=attach, args=(name,)) for name in ("one", "two")]
@@ -242,6 +244,38 @@ def test_threads_that_attach_first_at_once_share_one_bank(monkeypatch: pytest.Mo
         thread.join(60)
     assert banks["one"] is banks["two"]
     assert sorted(banks["one"].names) == ["one", "two"]
+
+
+@pytest.mark.parametrize("place", ["vispeft.adapters.bank.make_plan", "vispeft.adapters.bank.family_of"])
+def test_an_attach_that_is_refused_leaves_one_in_another_thread_alone(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It closed the bank that the other one was about to fill, and the whole base trained."""
+    cell = Cell("lora", "vit")
+    model, inside, refused, banks = cell.model(), threading.Event(), threading.Event(), []
+    module, name = place.rsplit(".", 1)
+    real = getattr(importlib.import_module(module), name)
+
+    def slow(*given: Any) -> Any:
+        if threading.current_thread() is thread:
+            inside.set()
+            refused.wait(0.5)
+        return real(*given)
+
+    thread = threading.Thread(target=lambda: banks.append(vispeft.attach(model, METHODS["lora"], verify=False)))
+    monkeypatch.setattr(place, slow)
+    thread.start()
+    inside.wait(60)
+    with pytest.raises(ConfigError):
+        vispeft.attach(model, "ssf", name="other")  # type: ignore[arg-type]
+    refused.set()
+    thread.join(60)
+    assert AdapterBank.of(model) is banks[0]
+    assert banks[0].names == ["default"]
+    assert not next(iter(model.parameters())).requires_grad
+    banks[0].detach("default")
+    assert AdapterBank.of(model) is None
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def load_base(bank: AdapterBank, model: Any, noted: Callable[..., None], patch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,9 @@ def test_a_loss_that_explodes_leaves_the_average_finite():
         weights.observe(losses(*step))
         weights.end_epoch()
     assert list(weights.factors().values()) == pytest.approx([0, 0, 3])
+    weights.observe(losses(1.0, 1.0, float("nan")))
+    weights.end_epoch()
+    assert all(math.isfinite(factor) for factor in weights.factors().values())
 
 
 @pytest.mark.parametrize("rule", ["fixed", "uncertainty", "average"])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -48,7 +47,7 @@ def attach(
         >>> model = timm.create_model("vit_base_patch16_224", num_classes=100)
         >>> bank = vispeft.attach(model, vispeft.SSF())
     """
-    with _bank_of(model) as bank:
+    with AdapterBank.opened(model) as bank:
         bank.add(method, name, tasks, verify)
     return bank
 
@@ -71,16 +70,6 @@ def load(
         FileError: If a file is missing, truncated or altered.
         BaseMismatchError: If the adapter was trained on another backbone.
     """
-    with _bank_of(model) as bank:
+    with AdapterBank.opened(model) as bank:
         bank.load(path, name, allow_base_mismatch)
     return bank
-
-
-@contextmanager
-def _bank_of(model: nn.Module) -> Iterator[AdapterBank]:
-    """Return the model's bank, or a new one, which is removed again if no adapter could be added."""
-    bank = AdapterBank.made_for(model)
-    try:
-        yield bank
-    finally:
-        bank.close_if_empty()

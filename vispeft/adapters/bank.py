@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -32,6 +34,10 @@ __all__ = ["AdapterBank"]
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+_guard = threading.Lock()
+"""Held while a bank is made, removed or counted, never while a thread waits for another."""
+_users: WeakKeyDictionary[AdapterBank, int] = WeakKeyDictionary()
+"""Number of calls that are adding an adapter to a bank."""
 
 
 class AdapterBank(FileBank, TaskBank, HookBank):
@@ -59,20 +65,34 @@ class AdapterBank(FileBank, TaskBank, HookBank):
         return f"AdapterBank({told}{', merged' if self._merged is not None else ''})"
 
     @staticmethod
-    def made_for(model: nn.Module) -> AdapterBank:
-        """Return the bank of a model, or a new one if it has no adapters; called by `attach`.
+    @contextmanager
+    def opened(model: nn.Module) -> Iterator[AdapterBank]:
+        """Hold the bank of a model, or a new one, while a block of code adds an adapter; called by `attach` and `load`.
 
-        Threads that add the first adapters at once get the same bank.
+        Threads that add the first adapters at once get the same bank. A bank that is still empty when the last of them
+        leaves the block is removed, and the model is again as it was.
 
         Args:
             model: A timm model, or a ``features_only`` wrapper around one.
+
+        Yields:
+            The bank.
 
         Raises:
             ConfigError: If it is no module.
         """
         if not isinstance(model, nn.Module):
             raise ConfigError(f"{model!r} was given as model; give a timm model, such as one of vispeft.create_model.")
-        return AdapterBank.of(model) or unwrap(model).__dict__.setdefault(BANK, AdapterBank(model))
+        with _guard:
+            bank = AdapterBank.of(model) or AdapterBank(model)
+            unwrap(model).__dict__[BANK] = bank
+            _users[bank] = _users.get(bank, 0) + 1
+        try:
+            yield bank
+        finally:
+            with _guard:
+                _users[bank] -= 1
+            bank._close_if_empty()
 
     @staticmethod
     def of(model: nn.Module) -> AdapterBank | None:
@@ -231,22 +251,23 @@ class AdapterBank(FileBank, TaskBank, HookBank):
         del self._entries[name]
         self._routes.clear()
         self._wake()
-        self.close_if_empty()
+        self._close_if_empty()
 
-    def close_if_empty(self) -> None:
-        """Restore the model's state before the first adapter, if none is left."""
-        if self._entries or self._model.__dict__.get(BANK) is not self:
+    def _close_if_empty(self) -> None:
+        """Restore the model's state before the first adapter, if none is left and nobody is about to add one."""
+        if self._entries:
             return
-        if not isinstance(self._model, ModelHost):
+        waiting = self.changing("become a plain one") if isinstance(self._model, ModelHost) else nullcontext()
+        with waiting, _guard:
+            if self._entries or _users.get(self) or self._model.__dict__.get(BANK) is not self:
+                return
+            if isinstance(self._model, ModelHost):
+                self._heads.close()
+                take_off(cast(Host, self._model))
+                for name, parameter in self._model.named_parameters():
+                    parameter.requires_grad_(self._requires_grad.get(name, True))
+                self._model.train(self._model.training)
             del self._model.__dict__[BANK]
-            return
-        with self.changing("become a plain one"):
-            self._heads.close()
-            take_off(cast(Host, self._model))
-            del self._model.__dict__[BANK]
-            for name, parameter in self._model.named_parameters():
-                parameter.requires_grad_(self._requires_grad.get(name, True))
-            self._model.train(self._model.training)
 
     # ------------------------------------------------------------------ acting: the route
 

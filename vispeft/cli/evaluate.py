@@ -193,7 +193,7 @@ def _notes(run: Run) -> dict[str, Any]:
     path = run.adapter / JSON_FILE
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"{path} cannot be read: {error}.") from error
     if not isinstance(found, dict):
         raise FileError(f"{path} cannot be read: it is no table of values.")

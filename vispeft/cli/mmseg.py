@@ -92,10 +92,14 @@ def train(
     tree.work_dir, tree.resume = str(place), checkpoint is not None
     tree.load_from = tree.get("load_from") if checkpoint is None else str(checkpoint)
     try:
-        with runs.held(place), _removed_unless_begun(place, keep=tree.resume) as begun:
-            runner = Runner.from_cfg(tree)
-            begun.append(runner)
-            runner.train()
+        with runs.held(place):
+            if not tree.resume:
+                runs.check_empty(place)
+            with _removed_unless_begun(place, keep=tree.resume) as begun:
+                runner = Runner.from_cfg(tree)
+                begun.append(runner)
+                runner.train()
+            runs.write_json(place / runs.METRICS, _summary(runner, command, time.perf_counter() - began))
     except FileNotFoundError as error:
         raise DataError(
             f"{config} names data or files that are not there: {error}. Correct data_root, or the file's name, in it."
@@ -108,7 +112,6 @@ def train(
             f"{config} names {name!r}, which mmsegmentation does not know. Correct the name, or name the module that "
             "registers it in custom_imports."
         ) from error
-    runs.write_json(place / runs.METRICS, _summary(runner, command, time.perf_counter() - began))
     return place
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from vispeft.cli.config_keys import as_list
 from vispeft.cli.evaluation import Outputs, evaluate, evaluation_trainer
@@ -80,6 +81,16 @@ def _check_length(settings: dict[str, Any]) -> None:
         )
 
 
+def _seconds(duration: Any) -> float:
+    """Return the seconds of a limit of time, in one of Lightning's forms."""
+    try:
+        return Timer(duration=duration).time_remaining() or 0.0
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise ConfigError(
+            f"trainer.max_time is {duration}: give days, hours, minutes and seconds as 00:12:00:00, or as keys."
+        ) from error
+
+
 def _check_numbers(settings: dict[str, Any]) -> None:
     for split, why in (
         ("train", "nothing would be trained"),
@@ -92,7 +103,7 @@ def _check_numbers(settings: dict[str, Any]) -> None:
     if isinstance(interval, (int, float)) and interval <= 0:
         raise ConfigError(f"trainer.val_check_interval is {interval}; a number above 0 is needed.")
     allowed = settings.get("max_time")
-    if allowed is not None and not (Timer(duration=allowed).time_remaining() or 0) > 0:
+    if allowed is not None and not _seconds(allowed) > 0:
         raise ConfigError(f"trainer.max_time is {allowed}, in which nothing would be trained. Give more.")
     summed = settings.get("accumulate_grad_batches", 1)
     if summed < 1:

@@ -53,13 +53,13 @@ class ClassOrder:
         self._compare(self.missing)
 
     def check(self) -> None:
-        """Refuse classes that the model does not know, and a regression in which a number is missing.
+        """Refuse classes that the model does not know, and a missing number or label where each one is measured.
 
         Raises:
             DataError: If there are any.
         """
         strange = [name for name in self.found if name not in self.wanted]
-        self._compare(self.missing if strange or self.target == "regression" else [])
+        self._compare(self.missing if strange or self.target in ("regression", "multilabel") else [])
 
     def _compare(self, lacking: Sequence[str]) -> None:
         strange = [name for name in self.found if name not in self.wanted]
@@ -93,7 +93,7 @@ class ClassOrder:
             be, them = ("is", "it") if len(self.missing) == 1 else ("are", "them")
             said.append(
                 f"{len(self.missing)} of the model's {counted(len(self.wanted), 'class', 'classes')} {be} not in the "
-                f"data, and the figures say nothing about {them}: {_listed(self.missing)}."
+                f"data, and predictions of {them} count as wrong: {_listed(self.missing)}."
             )
         return said
 

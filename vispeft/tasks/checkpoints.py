@@ -271,7 +271,8 @@ class RunCheckpoints(Checkpoint):
         self._until = state.get("until")
         earlier = state.get("earlier")  # None in checkpoints of earlier versions
         self._generations = [{str(name) for name in earlier or ()}, self._files(file)]
-        if earlier is not None:
+        # A newer file that could not be read is kept until the next state is written.
+        if earlier is not None and not any(path.name > file for path in self.folder.glob("step-*.ckpt")):
             self._prune()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

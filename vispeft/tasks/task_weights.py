@@ -213,8 +213,9 @@ class AveragedWeights(TaskWeights):
         """
         for index, name in enumerate(self.targets):
             if name in losses:
-                self.sums[index] += losses[name]
-                self.steps[index] += losses[name] != 0
+                loss = losses[name].nan_to_num(0, 0, 0)  # one that is not finite says nothing of a task's speed
+                self.sums[index] += loss
+                self.steps[index] += loss != 0
 
     @torch.no_grad()
     def end_epoch(self) -> None:
