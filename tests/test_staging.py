@@ -77,6 +77,11 @@ def test_the_lock_of_a_process_that_was_killed_behind_its_last_file_goes(tmp_pat
     assert names(tmp_path) == ["a.pt2"]
 
 
+def test_a_name_that_no_file_can_have_is_refused(tmp_path):
+    with pytest.raises(FileError, match=r"could not be written \(File name too long\)"):
+        check_free(tmp_path / ("a" * 300 + ".pt2"))
+
+
 def test_a_file_of_somebody_elses_is_not_taken_back(tmp_path):
     killed_after(tmp_path, 1)
     (tmp_path / "a.json").unlink()

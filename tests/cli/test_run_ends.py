@@ -91,7 +91,7 @@ def test_a_picture_that_cannot_be_drawn_costs_nothing_else(runs, stopped, run_cl
 
     with monkeypatch.context() as patch:
         patch.setattr(Classification, "draw", fail)
-        result = run_cli("train", "--resume", stopped)
+        result = run_cli("train", "--resume", stopped, "--trainer.enable_progress_bar=false")
     assert result.status == 0, result.err
     assert "The pictures of the results could not be drawn (KeyError: 'ground'.)" in result.out
     assert metrics(stopped)["epochs"] == 2

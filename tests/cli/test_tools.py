@@ -205,3 +205,5 @@ def test_predict_writes_the_rows_and_pictures_a_task_makes(finished, run_cli, im
     (tmp_path / "out/brightness.csv").unlink()
     again = run_cli("predict", finished, images, "--out", tmp_path / "out")
     assert "exists already and is not overwritten" in again.err
+    long = run_cli("predict", finished, tmp_path, "--out", "a" * 300)
+    assert "where nothing can be written (File name too long)" in long.err

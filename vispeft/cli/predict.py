@@ -20,7 +20,7 @@ from vispeft.cli.common import console, make_parser
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run, write_text
 from vispeft.data.images import PLAIN, Reading, find_images, read_image
-from vispeft.errors import ConfigError, DataError, counted, is_utf8, printable
+from vispeft.errors import ConfigError, DataError, FileError, counted, is_utf8, printable
 from vispeft.storage.disk import write_atomically
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.predictions import Prediction, Predictor
@@ -64,7 +64,11 @@ def main(argv: Sequence[str]) -> None:
     _check_readable(paths, reading)
     predictor = task.predictor()
     table = out / predictor.table
-    if table.exists():
+    try:
+        there = table.exists()
+    except OSError as error:  # such as a name that is too long
+        raise FileError(f"--out is {given.out}, where nothing can be written ({error.strerror}).") from error
+    if there:
         raise ConfigError(f"{table} exists already and is not overwritten. Choose another --out.")
     targets = _targets(paths, Path(given.images), out, predictor)
     predictor.check(paths, reading)

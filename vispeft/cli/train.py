@@ -385,7 +385,8 @@ def _trainer(place: Path, cli: ConfigCLI, found: Found | None) -> Trainer:
     callbacks.append(EpochPictures(place / runs.PLOTS))
     kept = without_free(yaml.safe_load(cli.resolved()))
     callbacks.append(RunCheckpoints(folder, monitor=task.monitor, mode=task.monitor_mode, cadence=cadence))
-    if not any(isinstance(callback, ProgressBar) for callback in callbacks):
+    quiet = settings.get("enable_progress_bar") is False
+    if not quiet and not any(isinstance(callback, ProgressBar) for callback in callbacks):
         callbacks.append(progress_bar(terminal=sys.stdout.isatty()))
     logs = place / runs.LOGS
     # TensorBoard hides values that an earlier process logged after the checkpoint.

@@ -67,8 +67,13 @@ def check_free(path: Path, *others: Path) -> None:
     Raises:
         ConfigError: If one of them exists.
         InUseError: If another process writes the same file.
+        FileError: If there can be no such file, for example because the name is too long.
     """
-    if _folder(path).exists() or _lock(path).exists():
+    try:
+        left = _folder(path).exists() or _lock(path).exists()
+    except OSError as error:
+        raise _unwritten(path, error.strerror or str(error)) from error
+    if left:
         with _locked(path):
             _undo(path)
     _refuse_existing(path, *others)
