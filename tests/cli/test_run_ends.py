@@ -1,11 +1,13 @@
 """How runs end: well, by a signal, on a full disk, early on purpose, and again for more epochs."""
 
 import errno
+import importlib
 import json
 import os
 import re
 import shutil
 import signal
+import time
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import yaml
 from benchmarks.resume_kill import differences
 from tests.tiny import CONFIG
 from vispeft.cli import finish
+from vispeft.cli.stopping import Stopped, stopped_by_signals
 from vispeft.errors import FileError
 from vispeft.storage.locks import hold
 from vispeft.tasks import Classification
@@ -223,6 +226,19 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_warning(runs, stopped
 
 
 # ------------------------------------------------------------------ stops, and full disks
+
+
+def test_a_signal_during_an_import_is_not_swallowed(tmp_path, monkeypatch):
+    text = "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(0.01)\n"
+    (tmp_path / "swallows.py").write_text(f"{text}except BaseException:\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def import_and_wait():
+        assert importlib.import_module("swallows").os is os
+        time.sleep(5)
+
+    with pytest.raises(Stopped), stopped_by_signals():
+        import_and_wait()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -18,6 +19,10 @@ _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 """Ctrl+C, the end of a queue's or a container's time, and a terminal that is closed."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No space on the disk, in the user's share of it, or in one file."""
+
+
+_AGAIN = 0.1
+"""Seconds after which a signal that came during an import is sent again."""
 
 
 class Stopped(BaseException):
@@ -54,7 +59,7 @@ def stopped_by_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    owner = os.getpid()
+    owner, already = os.getpid(), _imports(sys._getframe())
 
     def stop(number: int, frame: FrameType | None) -> None:
         if os.getpid() != owner:  # a worker that was forked: it ends as it would have without this handler
@@ -62,6 +67,11 @@ def stopped_by_signals() -> Iterator[None]:
                 signal.default_int_handler(number, frame)
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+            return
+        if _imports(frame) > already:
+            again = threading.Timer(_AGAIN, os.kill, (owner, number))
+            again.daemon = True
+            again.start()
             return
         raise Stopped(number)
 
@@ -75,6 +85,15 @@ def stopped_by_signals() -> Iterator[None]:
     finally:
         for number in taken:
             signal.signal(number, before[number])
+
+
+def _imports(frame: FrameType | None) -> int:
+    """Count the frames of imports: a library's code there may swallow an exception, or be left half done."""
+    count = 0
+    while frame is not None:
+        count += frame.f_code.co_filename == "<frozen importlib._bootstrap>"
+        frame = frame.f_back
+    return count
 
 
 @contextlib.contextmanager
