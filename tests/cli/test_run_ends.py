@@ -16,7 +16,7 @@ import yaml
 from benchmarks.resume_kill import differences
 from tests.tiny import CONFIG
 from vispeft.cli import finish
-from vispeft.cli.stopping import Stopped, stopped_by_signals
+from vispeft.cli.stopping import Stopped, disk_is_full, stopped_by_signals
 from vispeft.errors import FileError
 from vispeft.storage.locks import hold
 from vispeft.tasks import Classification
@@ -226,6 +226,14 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_warning(runs, stopped
 
 
 # ------------------------------------------------------------------ stops, and full disks
+
+
+def test_errors_that_stand_behind_each_other_are_looked_at_once():
+    first, second = ValueError(), OSError(errno.EIO, "")
+    first.__cause__, second.__context__ = second, first
+    assert not disk_is_full(first)
+    second.__context__ = OSError(errno.ENOSPC, "")
+    assert disk_is_full(first)
 
 
 def test_a_signal_during_an_import_is_not_swallowed(tmp_path, monkeypatch):

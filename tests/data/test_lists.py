@@ -121,6 +121,22 @@ def test_a_stray_number_makes_no_classes_below_it(images):
         _ = data.num_classes
 
 
+@pytest.mark.parametrize(("target", "wanted"), [("class", [0, 1, 2]), ("multilabel", torch.eye(3).tolist())])
+def test_names_given_for_a_json_list_are_matched_with_its_labels(images, target, wanted):
+    """They were laid over the sorted labels by position: sun was called rain."""
+    names = ["cloud", "sun", "rain"]
+    labels = {f"img/my photo {n}.png": names[n % 3] if target == "class" else [names[n % 3]] for n in range(12)}
+    settings = {"target": target, "names": names, "validation": 0.3, "test": 0.3}
+    data = JsonData(train_list=write(images / "a.json", json.dumps(labels)), **settings)
+    assert data.class_names == tuple(names)
+    assert data.read().splits["train"].targets.tolist() == wanted * 4
+    (images / "b.json").write_text(
+        json.dumps({**labels, "img/my photo 0.png": "snow" if target == "class" else ["snow"]})
+    )
+    with pytest.raises(DataError, match="1 image with a label that is none of the 3 class names"):
+        ready(JsonData(train_list=str(images / "b.json"), **settings))
+
+
 def test_json_ids_are_renumbered_in_sorted_order(images):
     ids = {f"img/my photo {n}.png": (100, 7, 20)[n % 3] for n in range(12)}
     data = JsonData(train_list=write(images / "a.json", json.dumps(ids)), validation=0.3, test=0.3)

@@ -126,9 +126,11 @@ def disk_is_full(error: BaseException | None) -> bool:
     Args:
         error: The error; those behind it count as well.
     """
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # errors that were raised again may stand behind each other
         if isinstance(error, OSError) and error.errno in _FULL:
             return True
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
     return False
 

@@ -266,7 +266,7 @@ def _classes(
     """Return class names and the index of each label; a stray number from `limit` on adds no classes below it."""
     words = sorted(one for one in found if isinstance(one, str))
     numbers = sorted(one for one in found if isinstance(one, int))
-    if renumber:
+    if renumber and (given is None or not words):  # labels that are names are matched with given names, never counted
         # By value if all are numbers, as in the published code; otherwise by text.
         ordered = numbers if not words else sorted(found, key=str)
         names = tuple(given) if given is not None else tuple(str(one) for one in ordered)
