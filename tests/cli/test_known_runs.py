@@ -63,6 +63,17 @@ def test_folders_of_some_classes_are_measured_by_name(finished, run_cli, tmp_pat
     assert "three here alone" in result.err
 
 
+def test_splits_that_are_drawn_are_said_to_be_others_than_those_of_the_run(tmp_path, capsys, monkeypatch):
+    for name in "ac":
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for number in range(10):
+            Image.new("RGB", (8, 8)).save(tmp_path / "train" / name / f"{number}.png")
+    monkeypatch.setattr(evaluate, "class_names", lambda run: ["c", "a"])
+    monkeypatch.setattr(evaluate, "_compare_colours", lambda run, data: None)
+    evaluate.match_names(Run(tmp_path, {}), ImageFolderData(root=str(tmp_path)), 2)
+    assert "test and validation are drawn at random" in capsys.readouterr().out
+
+
 def test_a_run_that_names_no_classes_is_refused(tmp_path):
     (tmp_path / "adapter").mkdir()
     for content, message in (

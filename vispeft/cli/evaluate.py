@@ -142,6 +142,13 @@ def match_names(run: Run, data: Any, count: int) -> None:
     if isinstance(data, ListedData):
         for line in data.match_classes(trained).lines():
             console.print(line, soft_wrap=True)
+        if data.listing.drawn:
+            console.print(
+                f"{' and '.join(sorted(data.listing.drawn))} are drawn at random, by classes: in another order the "
+                "draw is another one, and images that the run was trained on may be in it. Give each split a list or "
+                "a folder.",
+                soft_wrap=True,
+            )
         return
     ClassOrder(names, tuple(trained)).check()
     raise DataError(
