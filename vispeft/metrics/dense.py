@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -81,20 +81,11 @@ class Saliency(DenseMetric):
     THRESHOLDS = 15
     """Number of thresholds from 0.2 to 0.9."""
 
+    SUMS: ClassVar = {"sums": (3, THRESHOLDS)}
+    COUNTS: ClassVar = {"images": ()}
+
     sums: Tensor
     images: Tensor
-
-    def __init__(self, target: DenseTarget, name: str, **settings: Any) -> None:
-        """Create the metric without images.
-
-        Args:
-            target: Description of the task.
-            name: Name of the task, for messages.
-            settings: Settings of `torchmetrics.Metric`.
-        """
-        super().__init__(target, name, **settings)
-        self.add_sums("sums", 3, self.THRESHOLDS)
-        self.add_counts("images")
 
     def add(self, outputs: Tensor, labels: Tensor) -> None:
         """Add IoU, precision and recall of each image (B, 1, h, w) at each threshold."""
@@ -133,22 +124,12 @@ class Normals(DenseMetric):
     LIMITS = (11.25, 22.5, 30.0)
     """Angles in degrees below which pixels are counted (Fouhey et al., ICCV 2013)."""
 
+    SUMS: ClassVar = {"sums": (2,)}
+    COUNTS: ClassVar = {"below": (len(LIMITS),), "pixels": ()}
+
     sums: Tensor
     below: Tensor
     pixels: Tensor
-
-    def __init__(self, target: DenseTarget, name: str, **settings: Any) -> None:
-        """Create the metric without pixels.
-
-        Args:
-            target: Description of the task.
-            name: Name of the task, for messages.
-            settings: Settings of `torchmetrics.Metric`.
-        """
-        super().__init__(target, name, **settings)
-        self.add_sums("sums", 2)
-        self.add_counts("below", len(self.LIMITS))
-        self.add_counts("pixels")
 
     def add(self, outputs: Tensor, labels: Tensor) -> None:
         """Add the angles of a batch (B, 3, h, w)."""
@@ -181,22 +162,12 @@ class Depth(DenseMetric):
     NEAREST = 1e-9
     """Smallest depth in metres that a prediction counts as."""
 
+    SUMS: ClassVar = {"sums": (2,)}
+    COUNTS: ClassVar = {"below": (3,), "pixels": ()}
+
     sums: Tensor
     below: Tensor
     pixels: Tensor
-
-    def __init__(self, target: DenseTarget, name: str, **settings: Any) -> None:
-        """Create the metric without pixels.
-
-        Args:
-            target: Description of the task.
-            name: Name of the task, for messages.
-            settings: Settings of `torchmetrics.Metric`.
-        """
-        super().__init__(target, name, **settings)
-        self.add_sums("sums", 2)
-        self.add_counts("below", 3)
-        self.add_counts("pixels")
 
     def add(self, outputs: Tensor, labels: Tensor) -> None:
         """Add the errors of a batch (B, 1, h, w)."""
@@ -220,20 +191,11 @@ class Values(DenseMetric):
     higher_is_better = False
     main = "rmse"
 
+    SUMS: ClassVar = {"sums": (2,)}
+    COUNTS: ClassVar = {"pixels": ()}
+
     sums: Tensor
     pixels: Tensor
-
-    def __init__(self, target: DenseTarget, name: str, **settings: Any) -> None:
-        """Create the metric without pixels.
-
-        Args:
-            target: Description of the task.
-            name: Name of the task, for messages.
-            settings: Settings of `torchmetrics.Metric`.
-        """
-        super().__init__(target, name, **settings)
-        self.add_sums("sums", 2)
-        self.add_counts("pixels")
 
     def add(self, outputs: Tensor, labels: Tensor) -> None:
         """Add the errors of a batch (B, 1, h, w)."""

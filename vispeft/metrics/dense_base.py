@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -23,9 +24,13 @@ class DenseMetric(Metric):
 
     main: ClassVar[str]
     """Name of the figure that stands for the task."""
+    SUMS: ClassVar[Mapping[str, tuple[int, ...]]] = {}
+    """Shapes of the states of floating-point sums, by name."""
+    COUNTS: ClassVar[Mapping[str, tuple[int, ...]]] = {}
+    """Shapes of the states of counts, by name."""
 
     def __init__(self, target: DenseTarget, name: str, **settings: Any) -> None:
-        """Store the task.
+        """Store the task, and create the states, all of them zero.
 
         Args:
             target: Description of the task.
@@ -34,6 +39,9 @@ class DenseMetric(Metric):
         """
         super().__init__(**settings)
         self.target, self.name = target, name
+        for states, dtype in ((self.SUMS, sum_type()), (self.COUNTS, torch.long)):
+            for state, shape in states.items():
+                self.add_state(state, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
 
     def update(self, outputs: Tensor, labels: Tensor) -> None:
         """Add the images of a batch, of which there may be one.
@@ -56,21 +64,3 @@ class DenseMetric(Metric):
             labels: Labels in the form that `DenseTarget` describes.
         """
         raise NotImplementedError
-
-    def add_sums(self, name: str, *shape: int) -> None:
-        """Add a state of floating-point sums.
-
-        Args:
-            name: Name of the state.
-            shape: Its shape.
-        """
-        self.add_state(name, torch.zeros(shape, dtype=sum_type()), dist_reduce_fx="sum")
-
-    def add_counts(self, name: str, *shape: int) -> None:
-        """Add a state of counts.
-
-        Args:
-            name: Name of the state.
-            shape: Its shape.
-        """
-        self.add_state(name, torch.zeros(shape, dtype=torch.long), dist_reduce_fx="sum")

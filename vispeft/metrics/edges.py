@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ class Edges(DenseMetric):
     THRESHOLDS = tuple(step / 20 for step in range(1, 20))
     """Probabilities above which a pixel counts as predicted."""
 
+    COUNTS: ClassVar = {**dict.fromkeys(("predicted", "right", "met"), (len(THRESHOLDS),)), "labelled": ()}
+
     predicted: Tensor
     right: Tensor
     met: Tensor
@@ -60,9 +62,6 @@ class Edges(DenseMetric):
         if not 0 <= tolerance < 1:
             raise ConfigError(f"Edges(tolerance={tolerance}): a share of the diagonal, 0 to below 1, is needed.")
         self.tolerance = tolerance
-        for state in ("predicted", "right", "met"):
-            self.add_counts(state, len(self.THRESHOLDS))
-        self.add_counts("labelled")
 
     def add(self, outputs: Tensor, labels: Tensor) -> None:
         """Count the edge pixels of each image (B, 1, h, w) at all thresholds."""

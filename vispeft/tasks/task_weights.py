@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ class TaskWeights(nn.Module):
         >>> weights({"semseg": loss, "sal": other}).backward()
     """
 
+    DEFAULTS: ClassVar[Mapping[str, float]] = PUBLISHED_WEIGHTS
+    """Weights of tasks for which none is given, by name; one for others."""
+
     def __init__(self, targets: Mapping[str, DenseTarget], weights: Mapping[str, float] | None = None) -> None:
         """Check and store the weights.
 
@@ -47,20 +50,12 @@ class TaskWeights(nn.Module):
             if name not in targets:
                 raise UnknownNameError("task", name, targets, "A weight was given for it.")
         self.targets = dict(targets)
-        self.weights = {name: float(given.get(name, self.default(name))) for name in targets}
+        self.weights = {name: float(given.get(name, self.DEFAULTS.get(name, 1.0))) for name in targets}
         if not all(math.isfinite(w) and w >= 0 for w in self.weights.values()) or not sum(self.weights.values()):
             raise ConfigError(
                 f"{type(self).__name__} got the tasks {list(targets)} with the weights {self.weights}; finite weights "
                 "from 0 on are needed, at least one above 0."
             )
-
-    def default(self, name: str) -> float:
-        """Return the weight of a task for which none is given.
-
-        Args:
-            name: Name of the task.
-        """
-        return PUBLISHED_WEIGHTS.get(name, 1.0)
 
     def forward(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Compute the total loss, a number.
@@ -115,6 +110,8 @@ class UncertaintyWeights(TaskWeights):
     `log_variances` need the task's optimiser, without weight decay.
     """
 
+    DEFAULTS: ClassVar[Mapping[str, float]] = {}  # the variance takes the place of a published weight
+
     def __init__(self, targets: Mapping[str, DenseTarget], weights: Mapping[str, float] | None = None) -> None:
         """Create the variances, all of them one.
 
@@ -128,10 +125,6 @@ class UncertaintyWeights(TaskWeights):
         """
         super().__init__(targets, weights)
         self.log_variances = nn.Parameter(torch.zeros(len(self.targets)))
-
-    def default(self, name: str) -> float:
-        """Return one: the variance takes the place of a published weight."""
-        return 1.0
 
     def term(self, name: str, loss: Tensor) -> Tensor:
         """Compute what a task adds to the total.
@@ -163,6 +156,7 @@ class AveragedWeights(TaskWeights):
     checkpoint holds them. Losses of exactly zero, as of batches without a labelled pixel, are left out of the means.
     """
 
+    DEFAULTS: ClassVar[Mapping[str, float]] = {}  # the average takes the place of a published weight
     TEMPERATURE = 2.0
     """Temperature of the softmax; larger ones make the weights more equal (the paper takes two)."""
 
@@ -185,10 +179,6 @@ class AveragedWeights(TaskWeights):
         self.register_buffer("sums", torch.zeros(len(self.targets)))
         self.register_buffer("steps", torch.zeros(len(self.targets), dtype=torch.long))
         self.register_buffer("means", torch.zeros(2, len(self.targets)))  # of the last epoch and of the one before
-
-    def default(self, name: str) -> float:
-        """Return one: the average takes the place of a published weight."""
-        return 1.0
 
     def term(self, name: str, loss: Tensor) -> Tensor:
         """Compute what a task adds to the total.
