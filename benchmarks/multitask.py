@@ -5,7 +5,7 @@
     python benchmarks/multitask.py earth --root downloads/pypi --rows mtlora decoders
     python benchmarks/multitask.py --table                     # writes the tables into docs/multitask.md
 
-All rows have the same images, decoders, epochs and optimiser. The learning rate of a row is chosen once, with seed 0,
+All rows have the same images, maps, decoders, epochs and optimiser. The learning rate of a row is chosen once, with seed 0,
 by its validation score (`vispeft.tasks.baselines.mean_score`), the best epoch of each run likewise; test images are
 looked at once per seed. The single-task row trains one model per task, and is what delta m compares with. Every run
 leaves one JSON in ``results/multitask/``; what is there is not run again, so two processes may share the work by taking
@@ -44,17 +44,19 @@ PAGE = "multitask"
 DATA: dict[str, dict[str, Any]] = {
     "scenes": {
         "class_path": "vispeft.data.SceneMultiTaskData",
-        "init_args": {"images": 600, "scene_size": 128, "image_size": 128, "batch_size": 8},
+        "init_args": {"images": 360, "scene_size": 96, "image_size": 96, "batch_size": 8},
     },
     "earth": {
         "class_path": "vispeft.data.EarthMultiTaskData",
-        "init_args": {"root": "downloads/pypi", "overlapping": True, "image_size": 224, "batch_size": 8},
+        "init_args": {"root": "downloads/pypi", "overlapping": True, "image_size": 112, "batch_size": 8},
     },
 }
 TASKS = {"scenes": ("semseg", "sal", "normals", "depth", "edge"), "earth": ("climate", "land", "coast", "relief")}
 BETTER = {"miou": True, "odsf": True}
 """Main figures of which more is better; of others, less is."""
 EPOCHS, SEEDS, WEIGHT_DECAY, DECODER_LR = 12, (0, 1, 2), 0.01, 3e-3
+DECODER = {"decoder": "segformer", "decoder_args": {"channels": 64}}
+"""Decoders of all rows: small ones, so that the backbone takes most of the time."""
 FULL, PARTS = (1e-4, 3e-4), (1e-3, 3e-3)
 """Rates that are tried: of methods that train the backbone, and of others."""
 FFN = {"roles": ["mlp"]}
@@ -81,17 +83,20 @@ class Row:
 
 
 NORMS = {"output_norms": True}
+STAGES = {"merged_maps": False}
+"""Maps of MTLoRA at the ends of the stages, as those of all other rows."""
 ROWS = {
     "single": Row(says="single-task full", method="full", shared=True, alone=True, rates=FULL),
     "decoders": Row(says="decoders only", shared=True, rates=(DECODER_LR,)),
-    "mtlora": Row(says="MTLoRA, r = 16", method="mtlora", fields={"rank": 16}),
+    "mtlora": Row(says="MTLoRA, r = 16", method="mtlora", fields={"rank": 16, **STAGES}),
     "polyhistor": Row(says="Polyhistor", method="polyhistor", settings=NORMS),
     "full": Row(says="multi-task full", method="full", shared=True, rates=FULL),
     "bitfit": Row(says="BitFit", method="bitfit", fields={"include_rel_pos_bias": True}),
     "lora": Row(says="LoRA, r = 4", method="lora", fields={"rank": 4, "roles": ["attn.qkv"]}),
     "adapter": Row(says="adapter", method="adapter_half"),
-    "mtlora_plus": Row(says="MTLoRA+, r = 16", method="mtlora", fields={"rank": 16, "plus": True}),
-    "mtlora_1bit": Row(says="MTLoRA, r = 16, 1 bit", method="mtlora", fields={"rank": 16, "bits": 1}),
+    "mtlora_plus": Row(says="MTLoRA+, r = 16", method="mtlora", fields={"rank": 16, "plus": True, **STAGES}),
+    "mtlora_merged": Row(says="MTLoRA, r = 16, maps behind patch merging", method="mtlora", fields={"rank": 16}),
+    "mtlora_1bit": Row(says="MTLoRA, r = 16, 1 bit", method="mtlora", fields={"rank": 16, "bits": 1, **STAGES}),
     "polyhistor_lite": Row(says="Polyhistor-Lite", method="polyhistor_lite", settings=NORMS),
     "hyperformer": Row(says="HyperFormer", method="hyperformer", settings=NORMS),
     "rel_pos": Row(says="relative bias only", method="bitfit", fields={"roles": ["rel_pos"]}),
@@ -146,6 +151,7 @@ class Trial:
                     "lr": self.lr,
                     "decoder_lr": DECODER_LR,
                     "weight_decay": WEIGHT_DECAY,
+                    **DECODER,
                     **row.settings,
                 },
             },

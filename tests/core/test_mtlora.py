@@ -299,6 +299,27 @@ def test_unknown_tasks_are_refused() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("backbone", ["swin", "swinv2"])
+def test_maps_in_front_of_patch_merging_are_those_of_other_methods(backbone: str) -> None:
+    model, images, bank = adapted(backbone, moved=False, merged_maps=False)
+    maps = vispeft.forward_tasks(model, images)
+    channels, strides = map_shapes(model)
+    with bank.disabled():
+        *plain, last = model.forward_intermediates(images)[1]
+    for levels in maps.values():
+        assert [level.shape[1] for level in levels] == channels
+        assert [images.shape[-1] // level.shape[-1] for level in levels] == strides
+        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-10) for a, b in zip(levels, plain, strict=False))
+        assert torch.allclose(levels[-1], last, rtol=1e-9, atol=1e-10)
+    other = mtlora(
+        tasks=("edge",), train_patch_embed=False, train_norms=False, train_rel_pos=False, train_merging=False
+    )
+    vispeft.attach(model, other, name="other", verify=False)
+    with bank.using("default", "other"), pytest.raises(ConfigError, match="merged_maps"):
+        vispeft.forward_tasks(model, images)
+
+
+@torch.no_grad()
 def test_other_adapters_run_once_per_task_or_once_for_all() -> None:
     cell = Cell("lora", "swin")
     model, images = cell.model(), cell.images()

@@ -23,7 +23,7 @@ def forward_tasks(
 
     A method that branches by task (MTLoRA) runs the shared stream once. On a Swin its maps are those of the public
     code: behind the patch merging that follows each stage, without a norm, with strides 8, 16, 32 and 32 for patches of
-    4 pixels. On a plain ViT they are those at the ends of the quarters, behind the last norm; at other blocks every
+    4 pixels; with ``MTLoRA(merged_maps=False)`` those in front of it, with strides 4, 8, 16 and 32. On a plain ViT they are those at the ends of the quarters, behind the last norm; at other blocks every
     task gets the shared map.
 
     Any other adapter with tasks runs once per task. Its maps are those of ``forward_intermediates``, the last norm
@@ -40,7 +40,8 @@ def forward_tasks(
 
     Raises:
         UnknownNameError: If an acting adapter has tasks, and not this one.
-        ConfigError: If no tasks are given and no adapter has any, or a tap does not exist.
+        ConfigError: If no tasks are given and no adapter has any, a tap does not exist, or acting adapters differ in
+            `merged_maps`.
         BackboneError: If the model hands out maps itself (``features_only``).
         MergeError: If the adapters were merged for one task.
 
@@ -55,7 +56,7 @@ def forward_tasks(
     taps = (describe(inner) if bank is None else bank.view).map_taps(taps)
     if _in_one_pass(bank):
         with nullcontext() if bank.task is None else bank.using(*bank.active):
-            maps: dict[str, list[Tensor]] = inner.task_maps(images, wanted, taps)
+            maps: dict[str, list[Tensor]] = inner.task_maps(images, wanted, taps, _behind_merging(bank))
             return maps
     if is_feature_getter(model) or not hasattr(inner, "forward_intermediates"):
         raise BackboneError("A features_only model already returns maps. Pass the whole model (num_classes=0).")
@@ -83,7 +84,7 @@ def map_shapes(model: nn.Module, taps: Sequence[int] | None = None) -> tuple[lis
     stages, patch = view.map_taps(taps), view.patch_size[0]
     if not view.has_stages:
         return [view.widths[0]] * len(stages), [patch] * len(stages)
-    if _in_one_pass(bank):  # behind the patch merging, which the last stage lacks
+    if _in_one_pass(bank) and _behind_merging(bank):  # which the last stage lacks
         stages = [min(stage + 1, len(view.stages) - 1) for stage in stages]
     return [view.widths[view.stages[stage][0]] for stage in stages], [patch * 2**stage for stage in stages]
 
@@ -127,10 +128,26 @@ def _known(bank: Any) -> list[str]:
     return [] if bank is None else list(dict.fromkeys(task for name in bank.active for task in bank.tasks(name)))
 
 
+def _methods(bank: Any) -> dict[str, Any]:
+    """Return the methods of the acting adapters with tasks."""
+    return {} if bank is None else {name: bank.plan(name).method for name in bank.active if bank.tasks(name)}
+
+
 def _in_one_pass(bank: Any) -> bool:
     """Return whether every acting adapter with tasks branches by task."""
-    choosing = [] if bank is None else [bank.plan(name).method for name in bank.active if bank.tasks(name)]
+    choosing = _methods(bank).values()
     return bool(choosing) and all(method.one_pass for method in choosing)
+
+
+def _behind_merging(bank: Any) -> bool:
+    """Return whether tasks read the maps of a Swin behind patch merging, on which acting adapters have to agree."""
+    found = {name: method.reads_merged() for name, method in _methods(bank).items()}
+    if len(set(found.values())) > 1:
+        raise ConfigError(
+            f"The acting adapters hand out maps at different places: merged_maps is {found}. Activate adapters that "
+            "agree, or make them alike."
+        )
+    return all(found.values())
 
 
 def _intermediates(model: Any, images: Tensor, taps: Sequence[int]) -> list[Tensor]:

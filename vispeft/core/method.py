@@ -236,6 +236,10 @@ class Method:
         """
         return owner in (None, task)
 
+    def reads_merged(self) -> bool:
+        """Return whether the tasks of a method that branches read the maps of a Swin behind patch merging."""
+        return False
+
     # ------------------------------------------------------------------ classifiers
 
     def head_width(self, view: View) -> int | None:

@@ -165,7 +165,9 @@ class PlainModelHost(RunningHost):
         found: list[Any] = list(zip(maps, prefix, strict=True)) if both else maps
         return found if intermediates_only else (self.features(result), found)
 
-    def task_maps(self, images: Tensor, tasks: Sequence[str], taps: Sequence[int]) -> dict[str, list[Tensor]]:
+    def task_maps(
+        self, images: Tensor, tasks: Sequence[str], taps: Sequence[int], merged: bool = True
+    ) -> dict[str, list[Tensor]]:
         """Compute the maps of several tasks in one pass, behind the last norm as those of other methods."""
         result = self.run(images, taken=frozenset(taps), depth=max(taps) + 1)
         maps: dict[str, list[Tensor]] = {task: [] for task in tasks}

@@ -118,13 +118,17 @@ class RunningHost(ModelHost):
         """
         raise NotImplementedError
 
-    def task_maps(self, images: Tensor, tasks: Sequence[str], taps: Sequence[int]) -> dict[str, list[Tensor]]:
+    def task_maps(
+        self, images: Tensor, tasks: Sequence[str], taps: Sequence[int], merged: bool = True
+    ) -> dict[str, list[Tensor]]:
         """Compute the maps of several tasks in one pass, from streams of their names that start inside blocks.
 
         Args:
             images: (B, C, H, W).
             tasks: The tasks; one without a stream at a tap gets the shared map there.
             taps: Stages, or blocks of a plain model, in rising order.
+            merged: Take the maps behind the patch merging that follows a stage, not those in front of it; without
+                effect on a plain model.
 
         Returns:
             Maps (B, C, h, w) by task, in the order of `taps`.

@@ -138,13 +138,15 @@ class StageModelHost(RunningHost):
             return maps
         return (self.features(result) if result.complete else self.shown(result.streams)), maps
 
-    def task_maps(self, images: Tensor, tasks: Sequence[str], taps: Sequence[int]) -> dict[str, list[Tensor]]:
-        """Compute the maps of several tasks in one pass: those behind the patch merging that follows a stage.
+    def task_maps(
+        self, images: Tensor, tasks: Sequence[str], taps: Sequence[int], merged: bool = True
+    ) -> dict[str, list[Tensor]]:
+        """Compute the maps of several tasks in one pass, by default behind the patch merging that follows a stage.
 
-        The last stage's map is not merged. No norm follows (public code of MTLoRA, scale-lab/MTLoRA).
+        No patch merging follows the last stage, and no norm any of them (public code of MTLoRA, scale-lab/MTLoRA).
         """
         result = self.run(images)
-        ends = [*result.entries[1:], result.streams]
+        ends = [*result.entries[1:], result.streams] if merged else result.stages
         levels = [ends[tap] for tap in taps]
         return {task: [_channels_first(level.beside.get(task, level.tokens)) for level in levels] for task in tasks}
 

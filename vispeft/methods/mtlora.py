@@ -210,6 +210,9 @@ class MTLoRA(FewBits, DropPath, Tasks, Method):
     """Train the relative-position biases: Swin's tables, SwinV2's networks."""
     train_merging: bool = True
     """Train the weights of patch merging; without effect with `plus`."""
+    merged_maps: bool = True
+    """Hand out the maps of a Swin behind the patch merging that follows a stage, as published; those in front of it,
+    which other methods hand out, are twice as high and wide."""
 
     name: ClassVar[str] = "mtlora"
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.20320"
@@ -249,6 +252,10 @@ class MTLoRA(FewBits, DropPath, Tasks, Method):
             if isinstance(value, Mapping):
                 follows[field] = {task: value[before[task]] for task in tasks if task in before}
         return dataclasses.replace(self, tasks=tuple(tasks), **follows)
+
+    def reads_merged(self) -> bool:
+        """Return whether tasks read the maps behind patch merging."""
+        return self.merged_maps
 
     def acts_for(self, owner: str | None, task: str | None) -> bool:
         """Return whether a unit acts: all without a task, and in mode ``addition``, where tasks need each other."""
