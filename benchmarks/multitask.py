@@ -5,9 +5,9 @@
     python benchmarks/multitask.py earth --root downloads/pypi --rows mtlora decoders
     python benchmarks/multitask.py --table                     # writes the tables into docs/multitask.md
 
-All rows have the same images, maps, decoders, epochs and optimiser. The learning rate of a row is chosen once, with seed 0,
-by its validation score (`vispeft.tasks.baselines.mean_score`), the best epoch of each run likewise; test images are
-looked at once per seed. The single-task row trains one model per task, and is what delta m compares with. Every run
+All rows have the same images, maps, decoders, epochs and optimiser. The learning rate of a row is chosen once, with
+seed 0, by its validation score (`vispeft.tasks.baselines.mean_score`), the best epoch of each run likewise; test images
+are looked at once per seed. The single-task row trains one model per task, and is what delta m compares with. Every run
 leaves one JSON in ``results/multitask/``; what is there is not run again, so two processes may share the work by taking
 different rows.
 """

@@ -23,8 +23,8 @@ def forward_tasks(
 
     A method that branches by task (MTLoRA) runs the shared stream once. On a Swin its maps are those of the public
     code: behind the patch merging that follows each stage, without a norm, with strides 8, 16, 32 and 32 for patches of
-    4 pixels; with ``MTLoRA(merged_maps=False)`` those in front of it, with strides 4, 8, 16 and 32. On a plain ViT they are those at the ends of the quarters, behind the last norm; at other blocks every
-    task gets the shared map.
+    4 pixels; with ``MTLoRA(merged_maps=False)`` those in front of it, with strides 4, 8, 16 and 32. On a plain ViT they
+    are those at the ends of the quarters, behind the last norm; at other blocks every task gets the shared map.
 
     Any other adapter with tasks runs once per task. Its maps are those of ``forward_intermediates``, the last norm
     included: strides 4, 8, 16 and 32 on a Swin. Without tasks in any adapter, all tasks get the same maps, of one pass.
