@@ -153,6 +153,7 @@ class RunningHost(ModelHost):
         *,
         taken: frozenset[int] = frozenset(),
         depth: int | None = None,
+        instead: bool = False,
         **arguments: Any,
     ) -> RunResult:
         """Run the adapted model and hand out all that leaves it.
@@ -163,6 +164,7 @@ class RunningHost(ModelHost):
                 may differ by block, streams, queries.
             taken: Blocks whose outputs to return.
             depth: Number of blocks to run, on a pyramid up to the end of a stage; None for all.
+            instead: Leave out the tokens, streams and queries of the route; its other units act.
             **arguments: Further arguments of every block.
 
         Returns:
@@ -174,7 +176,7 @@ class RunningHost(ModelHost):
         self.check_size(images)
         acting = self.acting
         depth = self.block_ends()[-1] if depth is None else depth
-        every = [*acting.tokens, *acting.stream, *acting.queries, *units]
+        every = [*units] if instead else [*acting.tokens, *acting.stream, *acting.queries, *units]
         if not acting.side:
             return self.backbone(images, every, taken, depth, **arguments)
         return self._beside(acting.side[0], images, every, taken, depth)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vispeft.methods.ssf import SSF as SSF
     from vispeft.methods.vpt import VPT as VPT
     from vispeft.methods.vpt_window import VPTWindow as VPTWindow
+    from vispeft.methods.vptsp import VPTSP as VPTSP
     from vispeft.methods.vqt import VQT as VQT
 
     def __getattr__(name: str) -> Any: ...
