@@ -86,6 +86,7 @@ METHODS: dict[str, vispeft.Method] = {
         roles=("attn", "mlp"),
     ),
     "vpt_window": vispeft.VPTWindow(num_tokens=3),
+    "vptsp": vispeft.VPTSP(num_tokens=4, step=1),
     "mtlora": vispeft.MTLoRA(tasks=("seg", "depth"), rank=3, task_rank=2, dropout=0.0),
 }
 
@@ -96,7 +97,18 @@ PARALLEL = ("adapter_parallel", "adaptformer", "adaptformer_1bit", "convpass", "
 STORES_MORE = ("lora_fa", "vqt_weighted")
 """Methods whose files hold tensors that do not train."""
 
-EXCLUSIVE = ("full", "bitfit", "norm_tuning", "lst", "lst_sparse", "compacter_full", "vqt", "vqt_weighted", "mtlora")
+EXCLUSIVE = (
+    "full",
+    "bitfit",
+    "norm_tuning",
+    "lst",
+    "lst_sparse",
+    "compacter_full",
+    "vqt",
+    "vqt_weighted",
+    "mtlora",
+    "vptsp",
+)
 """Methods that replace tensors of the base or its output features, so that two of them cannot act at once."""
 
 LINKED = ("vpt", "vqt", "prefix", "mam", "fact", "compacter", "lst", "convpass", "polyhistor_lite")
@@ -210,6 +222,7 @@ REASONS = ("no such site", "no image map or token sequence", "weight read by the
 NO_MERGING = Refusal("no such site", r"'downsample\.norm'.*no patch merging")
 NO_WHOLE_QKV = Refusal("no such site", r"'attn\.q'.*part of one")
 NO_WHOLE_FC1 = Refusal("no such site", r"'mlp\.fc1_g'.*part of one")
+NO_CLASS_TOKEN = Refusal("no stated form", "reads the class token")
 NORMS_BEHIND = Refusal("no stated form", r"swinv2.*no stated form|no stated form.*swinv2")
 
 REFUSED: dict[tuple[str, str], Refusal] = {
@@ -218,13 +231,18 @@ REFUSED: dict[tuple[str, str], Refusal] = {
         (method, "swinv2"): NORMS_BEHIND
         for method in ("vpt", "vpt_shallow", "vpt_window", "convpass", "convpass_attn", "lst", "lst_sparse")
     },
+    **{
+        ("vptsp", backbone): NO_CLASS_TOKEN
+        for backbone in BACKBONES
+        if backbone not in ("vit", "vit_reg_ls", "vit_clip", "vit_glu", "eva02", "eva02_split")
+    },
     ("repadapter", "vit_aimv2"): NO_WHOLE_FC1,
     **{(method, "eva02_split"): NO_WHOLE_QKV for method in ("repadapter", "repadapter_attn")},
 }
 """Cells that refuse: (method, backbone) to the reason."""
 
 NO_PLAIN_FORM: dict[tuple[str, str], str] = {
-    **{(m, b): "inserts tokens|beside its tokens" for m in ("vpt", "vpt_shallow") for b in BACKBONES},
+    **{(m, b): "inserts tokens|beside its tokens" for m in ("vpt", "vpt_shallow", "vptsp") for b in BACKBONES},
     **{(m, b): "keys and values of its own" for m in ("prefix", "prefix_mlp", "mam", "vpt_window") for b in BACKBONES},
     **{(m, b): "queries that read" for m in ("vqt", "vqt_weighted") for b in BACKBONES},
     **{(m, b): "term beside a branch" for m in PARALLEL for b in BACKBONES},
