@@ -14,6 +14,10 @@ from vispeft.errors import ConfigError
 __all__ = ["BankedPrompts", "ClassPrompts", "ClassTokens", "SteppedTokens"]
 
 
+MOMENTS = "moments."
+"""In front of the names of an optimiser's moments in checkpoints."""
+
+
 class SteppedTokens(TokensUnit):
     """Tokens of the first blocks, whose number may differ; each block replaces those of the block before."""
 
@@ -186,25 +190,30 @@ class BankedPrompts(nn.Module):
         """The prompts of the blocks that use any (C, blocks, n, D), a view."""
         return self.bank[:, : self.used]
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds besides the parameter: the bank and the moments of all classes."""
-        return {"bank": self.bank, "moments": dict(self.moments)}
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Store the bank and the moments of all classes, in place of the rows of a batch."""
+        destination[f"{prefix}bank"] = self.bank
+        destination.update({f"{prefix}{MOMENTS}{name}": moment for name, moment in self.moments.items()})
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take these from a checkpoint.
-
-        Args:
-            state: The result of `get_extra_state`.
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *others: Any
+    ) -> None:
+        """Take them from a checkpoint.
 
         Raises:
             ConfigError: If it belongs to other classes or prompts.
         """
-        if state["bank"].shape != self.bank.shape:
+        found = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+        if "bank" not in found:
+            missing.append(f"{prefix}bank")
+            return
+        if found["bank"].shape != self.bank.shape:
             raise ConfigError(
-                f"The checkpoint has class prompts of shape {tuple(state['bank'].shape)}, and this criterion needs "
+                f"The checkpoint has class prompts of shape {tuple(found['bank'].shape)}, and this criterion needs "
                 f"{tuple(self.bank.shape)} (classes, blocks, prompts, width)."
             )
-        self.bank, self.moments = state["bank"].clone(), {k: v.clone() for k, v in state["moments"].items()}
+        self.bank = found.pop("bank").clone()
+        self.moments = {name.removeprefix(MOMENTS): value.clone() for name, value in found.items()}
 
 
 def _drawn(classes: int, length: int, width: int) -> Tensor:

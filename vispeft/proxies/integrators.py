@@ -45,7 +45,8 @@ class GatedIntegrator(nn.Module):
 
     ``z = sigmoid(p W_iz + h W_hz + b_iz)``, ``r = sigmoid(p W_ir + h W_hr + b_ir)``,
     ``n = act(p W_in + r * (h W_hn) + b_in)``, ``h' = (1 - z) * n + z * h``, with dropout behind. The released
-    configurations use a ReLU as ``act``, a usual unit has a tanh.
+    configurations use a ReLU as ``act``, a usual unit has a tanh. Nothing reads ``W_ia``: the public code has it, and
+    counts and stores it.
     """
 
     def __init__(self, dim: int, candidate: str, dropout: float) -> None:
@@ -61,6 +62,7 @@ class GatedIntegrator(nn.Module):
         self.dropout = dropout
         for name in ("W_ir", "W_hr", "W_iz", "W_hz", "W_in", "W_hn"):
             self.register_parameter(name, nn.Parameter(nn.init.xavier_uniform_(torch.empty(dim, dim))))
+        self.W_ia = nn.Parameter(nn.init.xavier_uniform_(torch.empty(dim, 1)))
         for name in ("b_ir", "b_iz", "b_in"):
             self.register_parameter(name, nn.Parameter(torch.zeros(dim)))
 
