@@ -18,6 +18,8 @@ from vispeft.data.listed import ImageSplit, ListedData
 from vispeft.data.listing import Finding, ListedSplit, Listing, Published
 from vispeft.data.lists import ImageListData, JsonData
 from vispeft.data.masks import IGNORE, ListedMasks, MaskCoding
+from vispeft.data.metric_data import MetricData
+from vispeft.data.metric_own import MetricFolderData, MetricListData
 from vispeft.data.multitask import MultiTaskData
 from vispeft.data.nyud_mt import NyudMultiTaskData
 from vispeft.data.pascal_mt import PascalMultiTaskData
@@ -57,6 +59,9 @@ __all__ = [
     "MaskCoding",
     "MaskFolderData",
     "MemorySplit",
+    "MetricData",
+    "MetricFolderData",
+    "MetricListData",
     "MultiTaskData",
     "NyudMultiTaskData",
     "PascalContextData",
