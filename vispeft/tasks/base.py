@@ -326,6 +326,10 @@ class AdapterTask(LightningModule):
         """
         raise ConfigError(f"The task {output!r} was asked for, and {type(self).__name__} has one output. Leave it out.")
 
+    def plain_head(self) -> nn.Linear | None:
+        """Return the task's own head where it can be timm's classifier in a merged model; None where it cannot."""
+        return None
+
     def mergeable(self) -> str | None:
         """Return why the backbone cannot be merged for all outputs at once; None if it may be tried."""
         return None
@@ -340,8 +344,7 @@ class AdapterTask(LightningModule):
 
     def size_step(self) -> tuple[int, int]:
         """Divisors of the height and width of images: the patch size in pixels."""
-        backbone: Any = unwrap(self.model)
-        height, width = backbone.patch_embed.patch_size
+        height, width = cast(Any, unwrap(self.model)).patch_embed.patch_size
         return int(height), int(width)
 
     def class_names(self) -> list[str]:
@@ -453,8 +456,7 @@ class AdapterTask(LightningModule):
                 "The loss of a method reads a run of the backbone, and this training runs on kept features. Leave "
                 "cache_features out."
             )
-        model: Any = self.model
-        result = model.run(images.to(self.base_dtype))
+        result = cast(Any, self.model).run(images.to(self.base_dtype))
         return self.output_of(images, result), result
 
     def output_of(self, images: Tensor | Mapping[str, Tensor], result: Any) -> Any:

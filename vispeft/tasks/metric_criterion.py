@@ -18,6 +18,8 @@ __all__ = ["MetricCriterion"]
 
 RAW = ("LargeMarginSoftmaxLoss", "SphereFaceLoss")
 """Losses of the library in which the length of an embedding has a meaning."""
+LEAST_MEMORY = 8
+"""Smallest memory: two classes with four images each, which are tried before training."""
 
 
 class MetricCriterion(nn.Module):
@@ -91,7 +93,7 @@ class MetricCriterion(nn.Module):
         Raises:
             ConfigError: If it fails.
         """
-        classes = min(num_classes, 4, max(2, self.memory // 4) if self.memory else 4)
+        classes = min(num_classes, 4, self.memory // 4 or 4)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             noise = torch.randn(4 * classes, dim, requires_grad=True)
@@ -155,6 +157,8 @@ def _with_memory(loss: nn.Module, miner: nn.Module | None, size: int, dim: int) 
                 self.register_buffer("place", torch.zeros(2, dtype=torch.long))
             self.place[1] = int(value)
 
+    if size < LEAST_MEMORY:
+        raise ConfigError(f"memory={size} was given; at least {LEAST_MEMORY} is needed, and as much as a batch.")
     supported = CrossBatchMemory.supported_losses()
     if type(loss).__name__ not in supported:
         raise ConfigError(
