@@ -9,6 +9,7 @@ from vispeft.data.dense_targets import DenseTarget
 from vispeft.data.digits import DigitsData
 from vispeft.data.earth import EarthData
 from vispeft.data.earth_tasks import EarthMultiTaskData
+from vispeft.data.emoji import EmojiData
 from vispeft.data.fgvc import FgvcData
 from vispeft.data.folder import ImageFolderData
 from vispeft.data.images import ImageFiles, find_images, read_image
@@ -42,6 +43,7 @@ __all__ = [
     "DigitsData",
     "EarthData",
     "EarthMultiTaskData",
+    "EmojiData",
     "EpochSampler",
     "FgvcData",
     "Finding",
