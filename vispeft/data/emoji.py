@@ -24,7 +24,7 @@ from vispeft.data.folder import ImageFolderData
 from vispeft.data.images import UNREADABLE, why
 from vispeft.data.made_once import make_once
 from vispeft.data.metric_listing import RetrievalListing
-from vispeft.data.metric_published import PublishedMetricData, in_halves
+from vispeft.data.metric_published import PublishedMetricData, in_halves, sort_classes
 from vispeft.errors import DataError
 
 __all__ = ["EmojiData", "draw_emoji"]
@@ -100,11 +100,8 @@ class EmojiData(PublishedMetricData):
         """List the drawings, making them first if needed."""
         found = ImageFolderData(root=str(self.folder)).read()
         names = json.loads((self.folder / NAMES).read_text(encoding="utf-8"))
-        order = sorted(range(len(found.class_names)), key=lambda index: _numbers(found.class_names[index]))
-        places = {old: new for new, old in enumerate(order)}
-        targets = found.splits["train"].targets.apply_(lambda label: places[label])
-        found.splits["train"].targets = targets
-        found.class_names = tuple(f"{found.class_names[index]} {names[found.class_names[index]]}" for index in order)
+        found = sort_classes(found, _numbers)
+        found.class_names = tuple(f"{code} {names[code]}" for code in found.class_names)
         found.findings = []  # the list of names is no image, and is left out
         return self.published_listing(in_halves(found))
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
+from vispeft.data.list_files import read_text
 from vispeft.data.listing import Finding, ListedSplit, Listing
 from vispeft.data.metric_data import MetricData
 from vispeft.data.metric_listing import GALLERY, QUERY, RetrievalListing, roles_of
-from vispeft.errors import DataError
+from vispeft.errors import DataError, counted
 
-__all__ = ["PublishedMetricData", "find_place", "in_halves"]
+__all__ = ["PublishedMetricData", "find_place", "in_halves", "read_rows", "sort_classes"]
 
 
 class PublishedMetricData(MetricData):
@@ -73,6 +76,47 @@ def _labels(splits: Mapping[str, ListedSplit], name: str) -> Any:
         return splits[name].targets
     test = splits["test"]
     return test.targets[roles_of(test) == {"query": QUERY, "gallery": GALLERY}[name]]
+
+
+def sort_classes(found: Listing, key: Callable[[str], Any]) -> Listing:
+    """Number the classes in another order.
+
+    Args:
+        found: The split ``train`` with all images.
+        key: Function that gives the place of a name in the order.
+    """
+    order = sorted(range(len(found.class_names)), key=lambda label: key(found.class_names[label]))
+    places = torch.empty(len(order), dtype=torch.long)
+    places[torch.tensor(order, dtype=torch.long)] = torch.arange(len(order))
+    pool = found.splits["train"]
+    splits = {"train": ListedSplit(pool.source, places[pool.targets])}
+    return replace(found, class_names=tuple(found.class_names[label] for label in order), splits=splits)
+
+
+def read_rows(path: Path, columns: int, skip: int = 0) -> list[tuple[str, list[str]]]:
+    """Read a published table of columns with spaces between them.
+
+    Args:
+        path: The file.
+        columns: Number of columns.
+        skip: Number of lines in front of the table.
+
+    Returns:
+        Place for messages and columns of each line.
+
+    Raises:
+        DataError: If it cannot be read, or a line has another number of columns.
+    """
+    found = []
+    for number, line in enumerate(read_text(path).split("\n")[skip:], start=skip + 1):
+        if not (fields := line.split()):
+            continue
+        if len(fields) != columns:
+            raise DataError(
+                f"{path}:{number} has {counted(len(fields), 'column')}, and the published table has {columns}: {line}"
+            )
+        found.append((f"{path.name}:{number}", fields))
+    return found
 
 
 def in_halves(found: Listing) -> Listing:
