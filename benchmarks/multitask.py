@@ -57,7 +57,7 @@ BETTER = {"miou": True, "odsf": True}
 EPOCHS, SEEDS, WEIGHT_DECAY, DECODER_LR = 10, (0, 1, 2), 0.01, 3e-3
 DECODER = {"decoder": "segformer", "decoder_args": {"channels": 64}}
 """Decoders of all rows: small ones, so that the backbone takes most of the time."""
-FULL, PARTS = (1e-4, 3e-4), (1e-3, 3e-3)
+FULL, PARTS = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3)
 """Rates that are tried: of methods that train the backbone, and of others."""
 FFN = {"roles": ["mlp"]}
 
