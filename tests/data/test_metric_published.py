@@ -5,6 +5,9 @@ import pytest
 from tests.data import published_metric as made
 from tests.data.published import Painter
 from tests.data.reading import names_of, ready
+from tests.fresh import ROOT
+from vispeft.building.config_files import read_config
+from vispeft.cli.config import build_data
 from vispeft.data import (
     CarsMetricData,
     CUBMetricData,
@@ -177,3 +180,13 @@ def test_too_few_images_for_a_batch(roots):
     assert "few-images" in {finding.code for finding in data.report().of("warning")}
     with pytest.raises(ConfigError, match="there are 6 training images, fewer than a batch"):
         ready(data)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/metric_learning").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_open_with_their_command_and_name_data_that_can_be_made(path):
+    assert path.read_text().startswith(f"# vispeft train metric_learning/{path.stem}\n")
+    tree = read_config(path)
+    data = build_data(tree["data"], [], path.name)
+    assert data.target == "embedding"
+    assert tree["model"]["class_path"] == "vispeft.tasks.MetricLearning"
+    assert data.validation_chooses == (type(data) not in COUNTS)  # published results are those of the last epoch
