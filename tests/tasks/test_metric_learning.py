@@ -119,6 +119,9 @@ def test_optimiser_groups_of_head_proxies_and_network():
     assert [groups[n]["weight_decay"] for n in ("proxies decay", "decoder decay", "decoder no_decay")] == [0.1, 1e-3, 0]
     count = sum(p.numel() for group in groups.values() for p in group["params"])
     assert count == sum(p.numel() for p in task.own_parameters())
+    report = task.report()
+    assert report.trained == sum(p.numel() for _, p in task.trainable_parameters())
+    assert report.trained - report.deployed == sum(p.numel() for p in task.criterion.parameters())
 
 
 def test_a_warm_up_trains_head_and_proxies_alone():

@@ -105,19 +105,17 @@ def test_nested_objects_are_made_and_written_out():
     )
     library = "pytorch_metric_learning"
     assert node == {
-        "class_path": f"{library}.losses.TripletMarginLoss",
+        "name": f"{library}.losses.TripletMarginLoss",
         "init_args": {
             "margin": 0.1,
-            "distance": {"class_path": f"{library}.distances.LpDistance", "init_args": {"p": 1}},
-            "reducer": {"class_path": f"{library}.reducers.MeanReducer", "init_args": {}},
+            "distance": {"name": f"{library}.distances.LpDistance", "init_args": {"p": 1}},
+            "reducer": {"name": f"{library}.reducers.MeanReducer", "init_args": {}},
         },
     }
     assert loss_node(node) == node
     made = metric_loss(node, CLASSES, DIM)
     assert (made.margin, made.distance.p) == (0.1, 1)
-    assert (
-        loss_node("vispeft.losses.Hist") == loss_node("Hist") == {"class_path": "vispeft.losses.Hist", "init_args": {}}
-    )
+    assert loss_node("vispeft.losses.Hist") == loss_node("Hist") == {"name": "vispeft.losses.Hist", "init_args": {}}
     assert miner_node(None) is None
     centres = metric_loss(
         "SoftTripleLoss",

@@ -342,11 +342,12 @@ def _override_part(cls: type[AdapterTask], settings: Node, path: list[str], last
     name, *path = path
     form = cls.part_forms[name]
     node = form(settings[name] if name in settings else default_of(cls, name))
-    if path not in ([], ["class_path"]) and node is None:
+    whole = path in ([], ["class_path"], ["name"])
+    if node is None and not whole:
         raise ConfigError(f"--model.{name}.{'.'.join(path)} was given, and no {name} is named before it.")
     if last == "init_args":
         node = {**node, "init_args": value}
-    elif path in ([], ["class_path"]):
+    elif whole:
         node = {"class_path": value} if path else value
     else:
         node["init_args"][".".join(path)] = value

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from vispeft.adapters.report import Report
 from vispeft.core.method import Method
+from vispeft.data.base import ImageData
 from vispeft.errors import ConfigError, DataError, check_object
 from vispeft.heads.embedding import EmbeddingHead, Init, Norm
 from vispeft.metrics import RetrievalScores, make_similarity
-from vispeft.metrics.retrieval import clustering_scores
+from vispeft.metrics.retrieval import GALLERY, QUERY, clustering_scores
 from vispeft.tasks.metric_criterion import MetricCriterion
 from vispeft.tasks.metric_losses import loss_node, metric_loss, metric_miner, miner_node
 from vispeft.tasks.metric_outputs import EmbeddingNetwork, ExtraState, embedding_of
+from vispeft.tasks.metric_pictures import Retrieved, draw_classes, neighbour_rows
 from vispeft.tasks.parts import PartsTask
 from vispeft.tasks.predictions import ScorePredictor
 from vispeft.tasks.supervised import check_target
+from vispeft.viz import draw_neighbours
 
 __all__ = ["MetricLearning"]
 
@@ -68,8 +74,8 @@ class MetricLearning(PartsTask):
 
         Args:
             method: The adapter.
-            loss: A class of ``pytorch_metric_learning.losses`` or `vispeft.losses`: its name, or ``class_path`` (the
-                name) with ``init_args``. Number of classes and width of the embeddings are filled in. Not used where
+            loss: A class of ``pytorch_metric_learning.losses`` or `vispeft.losses`: its name, or ``name`` with
+                ``init_args``. Number of classes and width of the embeddings are filled in. Not used where
                 the method has a criterion.
             miner: A class of ``pytorch_metric_learning.miners``, in the same form; None for all pairs.
             memory: Number of embeddings of earlier batches that a batch is compared with (cross-batch memory, arXiv
@@ -274,7 +280,7 @@ class MetricLearning(PartsTask):
         scores = self._scores(split)
         roles = torch.cat(scores.roles) if scores.roles else torch.zeros(0)
         found: dict[str, Tensor] = {name: torch.tensor(torch.nan) for name in self.figure_names(split)}
-        if (roles != 2).any() and (roles != 1).any():  # some batches of a split may have queries alone
+        if (roles != GALLERY).any() and (roles != QUERY).any():  # some batches of a split may have queries alone
             found = scores.compute()
         self.counts[split] = {name: int(found[name]) for name in COUNTS if name in found}
         self.log_dict({f"{split}/{name}": value for name, value in found.items() if name not in COUNTS})
@@ -303,6 +309,42 @@ class MetricLearning(PartsTask):
                 scores = clustering_scores(outputs["embeddings"][known], outputs["labels"][known], self.similarity)
                 found |= {f"test_{name}": value for name, value in scores.items()}
         return found
+
+    def report(self) -> Report:
+        """Count the parameters of the adapter, of the head, and of the criterion."""
+        own = getattr(self.criterion, "trainable", None)  # where some are not parameters of PyTorch
+        count = sum(p.numel() for p in self.criterion.parameters()) if own is None else int(own)
+        return replace(super().report(), criterion=count)
+
+    # ------------------------------------------------------------------ pictures
+
+    def draw_epoch(self, folder: Path, epoch: int) -> None:
+        """Draw the neighbours of some validation images."""
+        if self._scores("validation").labels and not self.outputs_seen.broken:
+            found = self._scores("validation").collected()
+            self._draw(*found, "validation", folder / f"neighbours_epoch_{epoch + 1:03d}.png")
+
+    def draw_results(self, outputs: Mapping[str, Tensor], names: Sequence[str], folder: Path) -> None:
+        """Draw the neighbours of some test images, and the embeddings of some classes."""
+        found = [outputs[name] for name in self.kept_outputs]
+        if not found[0].isfinite().all():
+            return
+        self._draw(*found, "test", folder / "neighbours_test.png")
+        prepared = self.similarity.prepare(found[0].float())
+        draw_classes(
+            prepared, found[1], getattr(self.shown_data(), "label_names", None), folder / "embeddings_test.png"
+        )
+
+    def _draw(self, embeddings: Tensor, labels: Tensor, roles: Tensor, split: str, path: Path) -> None:
+        data = self.shown_data()
+        if not isinstance(data, ImageData):
+            return
+        retrieved = Retrieved(embeddings, labels, roles, self.similarity)
+        images: Any = data.split(split)
+        names = getattr(data, "label_names", None)
+        rows = neighbour_rows(retrieved, lambda index: self.as_picture(images[index][0]), names)
+        if rows:
+            draw_neighbours(rows, path)
 
     # ------------------------------------------------------------------ training
 

@@ -3,10 +3,10 @@
 A config names one of a closed list, with arguments, some of which are objects of the library themselves:
 
     loss:
-      class_path: TripletMarginLoss
+      name: TripletMarginLoss
       init_args:
         margin: 0.1
-        distance: {class_path: CosineSimilarity}
+        distance: {name: LpDistance, init_args: {p: 1}}
         reducer: AvgNonZeroReducer
 """
 
@@ -51,6 +51,8 @@ OBJECTS = {
     "miners": "miner",
 }
 """Arguments that take an object, or several of them, and its kind."""
+NAME_KEYS = ("class_path", "name")
+"""Keys of the name of an object, of which a resolved config has the second one."""
 FILLED = {"num_classes": "num_classes", "embedding_size": "dim", "descriptors_dim": "dim"}
 """Arguments that the data and the head decide."""
 
@@ -103,10 +105,10 @@ def loss_node(given: Any) -> dict[str, Any]:
     """Check the loss of a config, and expand it.
 
     Args:
-        given: A name such as ``ProxyAnchorLoss`` or ``RecallAtK``, or ``class_path`` (the name) with ``init_args``.
+        given: A name such as ``ProxyAnchorLoss`` or ``RecallAtK``, or ``name`` (or ``class_path``) with ``init_args``.
 
     Returns:
-        ``class_path`` (the import path) and ``init_args``, nested objects likewise.
+        ``name`` (the import path) and ``init_args``, objects inside likewise.
 
     Raises:
         UnknownNameError: If a class, a key or an argument does not exist.
@@ -144,7 +146,7 @@ def metric_loss(name: str | Mapping[str, Any], num_classes: int, dim: int, **arg
         UnknownNameError: If a class or an argument does not exist.
         ConfigError: If a class cannot be used, or refuses its arguments.
     """
-    node = {"class_path": name} if isinstance(name, str) else name
+    node = {"name": name} if isinstance(name, str) else name
     node = {**node, "init_args": {**(node.get("init_args") or {}), **arguments}}
     made: nn.Module = _made(loss_node(node), {"num_classes": num_classes, "dim": dim})
     return made
@@ -161,7 +163,7 @@ def metric_miner(name: str | Mapping[str, Any], **arguments: Any) -> nn.Module:
         UnknownNameError: If a class or an argument does not exist.
         ConfigError: If a class cannot be used, or refuses its arguments.
     """
-    node = {"class_path": name} if isinstance(name, str) else name
+    node = {"name": name} if isinstance(name, str) else name
     node = {**node, "init_args": {**(node.get("init_args") or {}), **arguments}}
     made: nn.Module = _made(_node(node, "miner", "miner"), {})
     return made
@@ -194,21 +196,24 @@ def _find(path: str, kind: str, place: str) -> type:
 
 
 def _node(given: Any, kind: str, place: str) -> dict[str, Any]:
+    """Check an object, and expand it."""
     node = {"class_path": given} if isinstance(given, str) else given
-    if not isinstance(node, Mapping) or "class_path" not in node:
+    named = [name for name in NAME_KEYS if isinstance(node, Mapping) and name in node]
+    if len(named) != 1:
         raise ConfigError(
-            f"{place} is {given!r}; give a name, or a class_path (the name) with init_args, such as "
-            "{class_path: TripletMarginLoss, init_args: {margin: 0.1}}."
+            f"{place} is {given!r}; give a name, alone or with init_args, such as "
+            "{name: TripletMarginLoss, init_args: {margin: 0.1}}."
         )
-    for key in node:
-        if key not in ("class_path", "init_args"):
-            raise UnknownNameError("key", f"{place}.{key}", [f"{place}.class_path", f"{place}.init_args"])
-    cls = _find(str(node["class_path"]), kind, place)
+    for name in node:
+        if name not in (*NAME_KEYS, "init_args"):
+            raise UnknownNameError("key", f"{place}.{name}", [f"{place}.name", f"{place}.init_args"])
+    cls = _find(str(node[named[0]]), kind, place)
     arguments = node.get("init_args") or {}
     if not isinstance(arguments, Mapping):
         raise ConfigError(f"{place}.init_args is {arguments!r}; arguments of {cls.__name__} by name are needed.")
-    checked = {key: _argument(cls, key, value, f"{place}.{key}") for key, value in arguments.items()}
-    return {"class_path": _path(cls, kind), "init_args": checked}
+    checked = {name: _argument(cls, name, value, f"{place}.{name}") for name, value in arguments.items()}
+    # Not as class_path: the parser of configs would import it, and look for the types of its arguments.
+    return {"name": _path(cls, kind), "init_args": checked}
 
 
 def _path(cls: type, kind: str) -> str:
@@ -237,11 +242,19 @@ def _argument(cls: type, key: str, value: Any, place: str) -> Any:
 
 def _objects(value: Any, kind: str, place: str) -> Any:
     """Expand an object, or several in a list or by name."""
+
+    def expanded(one: Any, at: str) -> Any:
+        return None if one is None else _node(one, kind, at)
+
     if isinstance(value, (list, tuple)):
-        return [None if one is None else _node(one, kind, f"{place}[{number}]") for number, one in enumerate(value)]
-    if isinstance(value, Mapping) and "class_path" not in value:
-        return {name: _node(one, kind, f"{place}.{name}") for name, one in value.items()}
-    return _node(value, kind, place)
+        return [expanded(one, f"{place}[{number}]") for number, one in enumerate(value)]
+    if isinstance(value, Mapping) and not _is_node(value):
+        return {name: expanded(one, f"{place}.{name}") for name, one in value.items()}
+    return expanded(value, place)
+
+
+def _is_node(value: Mapping[str, Any]) -> bool:
+    return any(key in value for key in NAME_KEYS)
 
 
 def _is_filled(cls: type, name: str) -> bool:
@@ -251,7 +264,7 @@ def _is_filled(cls: type, name: str) -> bool:
 
 def _made(node: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
     """Create an object from a checked node, and those in its arguments."""
-    module, _, name = node["class_path"].rpartition(".")
+    module, _, name = next(node[key] for key in NAME_KEYS if key in node).rpartition(".")
     cls = getattr(importlib.import_module(module), name)
     if name in AGEING:
         logger.warning("%s %s: it will fail with a later version.", name, AGEING[name])
@@ -270,7 +283,7 @@ def _made_inside(value: Any, sizes: Mapping[str, int]) -> Any:
     if isinstance(value, list):
         return [None if one is None else _made(one, sizes) for one in value]
     if isinstance(value, Mapping):
-        if "class_path" in value:
+        if _is_node(value):
             return _made(value, sizes)
         return {name: _made(one, sizes) for name, one in value.items()}
     return value
