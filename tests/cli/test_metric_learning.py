@@ -98,6 +98,7 @@ def test_losses_and_miners_of_a_config_and_its_overrides(place, tmp_path, capsys
     assert ConfigCLI(tmp_path / "again.yaml", []).resolved() == made.resolved()
 
 
+@pytest.mark.slow
 def test_what_is_refused_before_a_run_directory_is_made(place, run_cli):
     config = config_of(place)
     for override, told in (

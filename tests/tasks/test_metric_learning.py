@@ -124,6 +124,7 @@ def test_optimiser_groups_of_head_proxies_and_network():
     assert report.trained - report.deployed == sum(p.numel() for p in task.criterion.parameters())
 
 
+@pytest.mark.slow
 def test_a_warm_up_trains_head_and_proxies_alone():
     task = make(warm_epochs=1)
     before = {name: p.detach().clone() for name, p in task.trainable_parameters()}
@@ -135,6 +136,7 @@ def test_a_warm_up_trains_head_and_proxies_alone():
     assert all(not torch.equal(p, before[name]) for name, p in task.trainable_parameters())
 
 
+@pytest.mark.slow
 def test_embeddings_of_the_hyperbolic_loss_are_what_its_similarity_prepares():
     task = make(loss={"class_path": "Hyperbolic", "init_args": {"curvature": 0.2}})
     fit(task, epochs=1)
@@ -210,6 +212,8 @@ def test_bad_settings_are_refused():
     known = {"image_size": 16, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
     with pytest.raises(DataError, match="Make memory larger"):
         make(loss="ContrastiveLoss", memory=8).check_data(ToyMetricData(batch_size=12, **known))
+    with pytest.raises(DataError, match="images_per_class to 2 or more"):
+        make(loss="RecallAtK").check_data(ToyMetricData(images_per_class=1, **known))
     with pytest.raises(ConfigError, match="at least 8 is needed"):
         make(loss="ContrastiveLoss", memory=4)
     with pytest.raises(DataError, match="MetricLearning"):

@@ -23,6 +23,9 @@ class MetricLoss(nn.Module, ABC):
     proxy_tensors: ClassVar[tuple[str, ...] | None] = None
     """Parameters that the learning rate of proxies is for; None for all."""
 
+    least_per_class: ClassVar[int] = 1
+    """Smallest number of images of each class in a training batch."""
+
     @property
     def similarity(self) -> str | Mapping[str, Any]:
         """Similarity by which neighbours are found, as `vispeft.metrics.make_similarity` takes it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from itertools import permutations
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class Hyperbolic(MetricLoss):
     image j of all classes and with image i of the other classes; the right answer is image j of its own class. Terms
     are summed. The distance is that of `vispeft.metrics.similarity.Hyperbolic`, by which neighbours are found too.
     """
+
+    least_per_class: ClassVar[int] = 2
 
     def __init__(self, curvature: float = 0.1, clip: float = 2.3, temperature: float | None = None) -> None:
         """Store the settings; the defaults are those of the paper.

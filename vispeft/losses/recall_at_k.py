@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class RecallAtK(MetricLoss):
     is ``sum over i of sigmoid((K - rank_i) / t')``, at most K, divided by the smaller of K and the number of positives.
     Images without a positive in the batch are no queries.
     """
+
+    least_per_class: ClassVar[int] = 2
 
     def __init__(
         self,

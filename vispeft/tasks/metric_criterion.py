@@ -48,6 +48,7 @@ class MetricCriterion(nn.Module):
         super().__init__()
         self.raw = any(_keeps_length(module) for module in loss.modules())
         self.similarity: str | Mapping[str, Any] = getattr(loss, "similarity", "cosine")
+        self.least_per_class: int = getattr(loss, "least_per_class", 1)
         self.loss, self.miner, self.memory = loss, miner, memory
         if memory:
             self.loss, self.miner = _with_memory(loss, miner, memory, dim), None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vispeft.adapters.report import Report
 from vispeft.core.method import Method
 from vispeft.data.base import ImageData
-from vispeft.errors import ConfigError, DataError, check_object
+from vispeft.errors import ConfigError, DataError, check_object, counted
 from vispeft.heads.embedding import EmbeddingHead, Init, Norm
 from vispeft.metrics import RetrievalScores, make_similarity
 from vispeft.metrics.retrieval import GALLERY, QUERY, clustering_scores
@@ -181,6 +181,12 @@ class MetricLearning(PartsTask):
         """
         check_target(type(self), data)
         super().check_data(data)
+        least, found = getattr(self.criterion, "least_per_class", 1), getattr(data, "images_per_class", None)
+        if found is not None and found < least:
+            raise DataError(
+                f"A training batch has {counted(found, 'image')} of each class, and the loss compares {least}. Set "
+                f"data.images_per_class to {least} or more."
+            )
         size = getattr(data, "batch_size", 1)
         if 0 < self.memory < size:
             raise DataError(f"A batch has {size} images, and the memory holds {self.memory}. Make memory larger.")
