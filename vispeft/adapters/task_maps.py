@@ -17,7 +17,12 @@ __all__ = ["TaskMaps", "forward_tasks", "map_shapes"]
 
 
 def forward_tasks(
-    model: nn.Module, images: Tensor, tasks: Sequence[str] | None = None, taps: Sequence[int] | None = None
+    model: nn.Module,
+    images: Tensor,
+    tasks: Sequence[str] | None = None,
+    taps: Sequence[int] | None = None,
+    *,
+    batched: bool = False,
 ) -> dict[str, list[Tensor]]:
     """Compute the maps that the decoders of several tasks read.
 
@@ -28,12 +33,15 @@ def forward_tasks(
 
     Any other adapter with tasks runs once per task. Its maps are those of ``forward_intermediates``, the last norm
     included: strides 4, 8, 16 and 32 on a Swin. Without tasks in any adapter, all tasks get the same maps, of one pass.
+    With `batched`, one pass of a batch that holds the images once per task replaces one pass per task; outputs differ
+    by rounding.
 
     Args:
         model: A timm model, adapted or not.
         images: (B, 3, H, W) in the model's type.
         tasks: The tasks; None takes all that the acting adapters have.
         taps: Stages of a Swin or blocks of a ViT, in rising order; None takes all stages, or the ends of the quarters.
+        batched: Run all tasks in one pass, where the method runs once per task; see `AdapterBank.together`.
 
     Returns:
         Maps (B, C, h, w) by task, fine to coarse.
@@ -41,7 +49,7 @@ def forward_tasks(
     Raises:
         UnknownNameError: If an acting adapter has tasks, and not this one.
         ConfigError: If no tasks are given and no adapter has any, a tap does not exist, or acting adapters differ in
-            `merged_maps`.
+            `merged_maps`; with `batched`, if units of a task act on whole batches.
         BackboneError: If the model hands out maps itself (``features_only``).
         MergeError: If the adapters were merged for one task.
 
@@ -62,6 +70,11 @@ def forward_tasks(
         raise BackboneError("A features_only model already returns maps. Pass the whole model (num_classes=0).")
     if not _known(bank):
         return dict.fromkeys(wanted, _intermediates(inner, images, taps))
+    if batched:
+        with bank.together(wanted):
+            levels = _intermediates(inner, images.repeat(len(wanted), 1, 1, 1), taps)
+        parts = [level.chunk(len(wanted)) for level in levels]
+        return {task: [part[index] for part in parts] for index, task in enumerate(wanted)}
     found = {}
     for task in wanted:
         with bank.using(task=task):
