@@ -49,7 +49,7 @@ DATA: dict[str, dict[str, Any]] = {
     },
     "earth": {
         "class_path": "vispeft.data.EarthMultiTaskData",
-        "init_args": {"root": "downloads/pypi", "overlapping": True, "image_size": 112, "batch_size": 8},
+        "init_args": {"root": "downloads/pypi", "overlapping": True, "image_size": 128, "batch_size": 8},
     },
 }
 TASKS = {"scenes": ("semseg", "sal", "normals", "depth", "edge"), "earth": ("climate", "land", "coast", "relief")}

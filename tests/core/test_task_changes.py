@@ -22,6 +22,7 @@ METHODS: dict[str, Any] = {
     "matrixv2": (vispeft.MTLoRA(rank=3, task_rank=2, mode="matrixv2"), "vit"),
     "copies": (vispeft.LoRA(rank=2), "vit"),
     "shared_copies": (vispeft.FacT(rank=2, dropout=0.0), "vit"),
+    "generated": (vispeft.Polyhistor(task_dim=5, hidden_dim=8, embed_dim=6, reduction=2), "swin"),
 }
 
 
@@ -34,9 +35,9 @@ def adapted(name: str, tasks: Any = FOUR) -> tuple[Any, Tensor, vispeft.AdapterB
     return model, cell.images(), bank
 
 
-def maps_of(model: Any, images: Tensor, tasks: Any = None) -> dict[str, list[Tensor]]:
+def maps_of(model: Any, images: Tensor, tasks: Any = None, batched: bool = False) -> dict[str, list[Tensor]]:
     with torch.no_grad():
-        return vispeft.forward_tasks(model.eval(), images, tasks)
+        return vispeft.forward_tasks(model.eval(), images, tasks, batched=batched)
 
 
 def assert_equal(found: dict[str, list[Tensor]], wanted: dict[str, list[Tensor]]) -> None:
@@ -79,6 +80,20 @@ def test_a_fifth_task_is_added_and_trained_beside_four(name: str, tmp_path: Path
     assert_equal(maps_of(again, images), found)
     bank.unfreeze("default")
     assert {id(t) for _, t in bank.trainable_parameters()} == {id(t) for t in bank.named_tensors().values()}
+
+
+def test_a_fifth_task_passes_the_backbone_in_one_batch_with_four() -> None:
+    model, images, bank = adapted("generated")
+    alone, before = maps_of(model, images), maps_of(model, images, batched=True)
+    bank.add_task("edge")
+    train(model, images, bank, "edge")
+    assert_equal(maps_of(model, images), alone)  # one pass per task: bit for bit
+    found = maps_of(model, images, batched=True)
+    assert list(found) == [*FOUR, "edge"]
+    for wanted in (before, alone):
+        for task, levels in wanted.items():
+            for a, b in zip(found[task], levels, strict=True):
+                assert float((a - b).abs().max()) <= 1e-6 * float(b.abs().max())
 
 
 @pytest.mark.parametrize("name", ["matrix", "copies"])

@@ -70,6 +70,26 @@ def test_every_task_has_an_output_of_the_images_size(method: vispeft.Method, set
     assert task.report().decoder == counted
 
 
+@torch.no_grad()
+def test_each_task_of_polyhistor_has_norms_of_its_own() -> None:
+    method = vispeft.Polyhistor(task_dim=5, hidden_dim=8, embed_dim=6, reduction=2)
+    settings = {"decoder": "segformer", "decoder_args": {"channels": 4, "level_norm": False}}
+    task = make(method, output_norms=True, **settings).eval()
+    images = torch.randn(2, 3, 32, 32)
+    for p in task.norms.parameters():
+        p.add_(0.3 * torch.randn_like(p))
+    maps, outputs = vispeft.forward_tasks(task.model, images), task(images)
+    for name, levels in maps.items():
+        normed = []
+        for norm, level in zip(task.norms[name], levels, strict=True):  # over channels, as a LayerNorm of rows
+            rows = level.permute(0, 2, 3, 1)
+            rows = torch.nn.functional.layer_norm(rows, rows.shape[-1:], norm.weight, norm.bias, norm.eps)
+            normed.append(rows.permute(0, 3, 1, 2))
+        wanted = torch.nn.functional.interpolate(task.decoders[name](normed), (32, 32), mode="bilinear")
+        assert torch.allclose(outputs[name], wanted, rtol=1e-5, atol=1e-6)
+    assert sum(p.numel() for p in task.norms.parameters()) == 4 * 2 * sum((8, 16, 32, 64))
+
+
 def test_tensors_without_a_gradient_are_known_by_name() -> None:
     task = make()
     unused = task.unused_tensors()
