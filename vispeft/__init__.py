@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from vispeft.adapters.bank import AdapterBank as AdapterBank
     from vispeft.adapters.task_maps import forward_tasks as forward_tasks
     from vispeft.backbones.create import create_model as create_model
+    from vispeft.cli.embed import embed as embed
+    from vispeft.cli.search import search as search
     from vispeft.core.method import Method as Method
     from vispeft.core.method import list_methods as list_methods
     from vispeft.core.method import method as method
@@ -43,12 +45,14 @@ _HOMES = {
     "VispeftError": "vispeft.errors",
     "attach": "vispeft.adapters.attach",
     "create_model": "vispeft.backbones.create",
+    "embed": "vispeft.cli.embed",
     "forward_tasks": "vispeft.adapters.task_maps",
     "list_methods": "vispeft.core.method",
     "load": "vispeft.adapters.attach",
     "method": "vispeft.core.method",
     "plan": "vispeft.core.plan",
     "register": "vispeft.core.method",
+    "search": "vispeft.cli.search",
 }
 """Where the public names are, but for the classes of methods, which `vispeft.methods` finds by itself."""
 

@@ -6,13 +6,15 @@ from types import SimpleNamespace
 import pytest
 
 from tests.tiny import CONFIG
-from vispeft.cli import doctor, evaluate, export, inspect, merge, predict, select_features, train
+from vispeft.cli import doctor, embed, evaluate, export, inspect, merge, predict, search, select_features, train
 from vispeft.cli.common import run_tool
 
 TOOLS = {
     "train": train,
     "evaluate": evaluate,
     "predict": predict,
+    "embed": embed,
+    "search": search,
     "merge": merge,
     "export": export,
     "inspect": inspect,

@@ -101,12 +101,12 @@ def test_the_last_epoch_is_kept_only_where_it_is_validated(run_cli, tmp_path):
     )
     (tmp_path / "vtab.yaml").write_text(text)
     seldom = "--trainer.check_val_every_n_epoch=2"
-    result = run_cli("train", tmp_path / "vtab.yaml", seldom, "--out", tmp_path / "run")
+    result = run_cli("train", tmp_path / "vtab.yaml", seldom, "--trainer.max_epochs=3", "--out", tmp_path / "run")
     assert result.status == 2
     assert "Vtab1kData keeps the last epoch, which has to be one that is validated" in result.err
     result = run_cli("train", tmp_path / "vtab.yaml", seldom, "--data.protocol=tune", "--out", tmp_path / "tune")
     assert result.status == 0, result.err
-    result = run_cli("train", tmp_path / "vtab.yaml", "--out", tmp_path / "final")
+    result = run_cli("train", tmp_path / "vtab.yaml", seldom, "--out", tmp_path / "final")
     assert result.status == 0, result.err
     assert "Last of 2 epochs: epoch 2" in result.out
 

@@ -37,6 +37,19 @@ class Report:
     decoder: int | None = None
     """Parameters of map reader and decoder, which train with the adapter; None without a decoder."""
 
+    criterion: int | None = None
+    """Parameters of a criterion, which train and are not stored; None without such a one."""
+
+    @property
+    def deployed(self) -> int:
+        """Trained parameters that are stored: those of the adapter, of the classifier, and of modules behind it."""
+        return self.trainable + self.trainable_head + (self.decoder or 0)
+
+    @property
+    def trained(self) -> int:
+        """All trained parameters."""
+        return self.deployed + (self.criterion or 0)
+
     @property
     def share(self) -> float:
         """Trainable parameters over those of the backbone."""
@@ -44,7 +57,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all counts as plain values."""
-        return {**asdict(self), "share": self.share}
+        return {**asdict(self), "share": self.share, "deployed": self.deployed, "trained": self.trained}
 
     def __rich_console__(self, console: Console, _: object) -> RenderResult:
         """Render as a table."""
@@ -58,6 +71,8 @@ class Report:
         table.add_row("all roles", f"{self.trainable:,}", f"{self.share:.3%}")
         name, further = ("head", self.trainable_head) if self.decoder is None else ("decoder", self.decoder)
         table.add_row(name, f"{further:,}", "")
+        if self.criterion is not None:
+            table.add_row("criterion (not stored)", f"{self.criterion:,}", "")
         table.add_row("backbone (frozen)", f"{self.backbone:,}", "")
         table.add_row("stored bytes", f"{self.stored_bytes:,}", "")
         table.add_row("of them for the head", f"{self.stored_bytes_head:,}", "")

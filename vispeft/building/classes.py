@@ -13,7 +13,7 @@ from vispeft.core.fields import field_hint
 from vispeft.core.providers import extra_methods
 from vispeft.errors import ConfigError, UnknownNameError
 
-__all__ = ["argument_names", "check_argument", "class_path", "find_class", "import_class"]
+__all__ = ["argument_names", "check_argument", "class_path", "default_of", "find_class", "import_class"]
 
 HOW = (
     "A class of your own is known to `vispeft train ... --code MODULE`. The other commands run no such code; a script "
@@ -113,6 +113,21 @@ def argument_names(cls: type) -> list[str]:
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             return names
     return []
+
+
+def default_of(cls: type, name: str) -> Any:
+    """Return the default of an argument of a class, or of the base it is passed on to.
+
+    Args:
+        cls: The class.
+        name: The argument, one of `argument_names`.
+
+    Returns:
+        The default; `inspect.Parameter.empty` for an argument that is needed.
+    """
+    owners = (part for part in inspect.getmro(cls) if "__init__" in vars(part))
+    found = (inspect.signature(part.__init__).parameters.get(name) for part in owners)  # type: ignore[misc]
+    return next(parameter.default for parameter in found if parameter is not None)
 
 
 def check_argument(place: str, key: str, known: Sequence[str]) -> None:

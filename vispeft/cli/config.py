@@ -23,7 +23,6 @@ from vispeft.cli.trainer_settings import TrainerSettings
 from vispeft.core.method import Method
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.checkpoints import Cadence
-from vispeft.tasks.optimizers import optimizer_node
 from vispeft.tasks.supervised import check_target
 
 __all__ = ["ConfigCLI", "build_data", "build_task"]
@@ -126,8 +125,9 @@ class ConfigCLI(LightningCLI):
         with parser_errors("the config with its defaults"):
             tree = cast(Node, parse_text(self.parser.dump(config, skip_unset=False), "The config"))
         settings = tree["model"]["init_args"]
-        if "optimizer" in settings:  # a default is the bare name of an optimiser, a config's is checked and expanded
-            settings["optimizer"] = optimizer_node(settings["optimizer"])
+        for name, form in import_class(tree["model"]["class_path"]).part_forms.items():
+            if name in settings:  # a default is a bare name, a config's is checked and expanded
+                settings[name] = form(settings[name])
         return tree
 
 

@@ -23,7 +23,7 @@ from vispeft.building.arguments import (
     class_node,
     classes_in,
 )
-from vispeft.building.classes import argument_names, check_argument, find_class, import_class
+from vispeft.building.classes import argument_names, check_argument, default_of, find_class, import_class
 from vispeft.building.config_files import Node, dump_config, parse_text
 from vispeft.building.methods import method_node
 from vispeft.cli.trainer_settings import TrainerSettings
@@ -32,7 +32,6 @@ from vispeft.errors import ConfigError, UnknownNameError
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.checkpoints import Cadence
 from vispeft.tasks.migration import MOVED, without_moved
-from vispeft.tasks.optimizers import optimizer_node
 
 __all__ = ["Override", "as_list", "check_config", "check_override", "check_tree", "parse_override", "split_overrides"]
 
@@ -281,14 +280,12 @@ def _check_node(place: str, node: Any, base: type, kind: str) -> Node:
 
 
 def _check_node_arguments(cls: type, arguments: Node, place: str, base: type) -> Node:
-    """Check the arguments of a class; those that name a method or an optimiser have forms of their own."""
+    """Check the arguments of a class; those of a task that name a method or a part have forms of their own."""
     special: Node = {}
     if base is AdapterTask:
         if "method" in arguments:
             special["method"] = _check_node(f"{place}.method", arguments["method"], Method, "method")
-        if "optimizer" in arguments:
-            special["optimizer"] = optimizer_node(arguments["optimizer"])
-            check_plain(special["optimizer"]["init_args"], f"{place}.optimizer")
+        special |= {key: form(arguments[key]) for key, form in cls.part_forms.items() if key in arguments}
     others = {key: value for key, value in arguments.items() if key not in special}
     checked = {**check_arguments(cls, others, place), **special}
     return {key: checked[key] for key in arguments}
@@ -309,8 +306,8 @@ def _check_class_override(tree: Node, parts: list[str], value: str) -> str | Non
         raise ConfigError(f"--{place} was given, and the config has no section {section}.")
     cls, arguments = import_class(tree[section]["class_path"]), tree[section]["init_args"]
     _check_key(section, path[0], argument_names(cls))
-    if section == "model" and path[0] == "optimizer":
-        _override_optimizer(arguments, path[1:], parts[-1], parse_override(place, value))
+    if section == "model" and path[0] in cls.part_forms:
+        _override_part(cls, arguments, path, parts[-1], parse_override(place, value))
         return None
     if section == "model" and path[0] == "method":
         return _check_method_override(arguments, f"{section}.method", path[1:], value)
@@ -340,17 +337,21 @@ def _check_method_override(arguments: Node, place: str, path: list[str], value: 
     return value
 
 
-def _override_optimizer(settings: Node, path: list[str], last: str, value: Any) -> None:
-    """Change the optimiser in the config itself, as the parser does not support a closed list of classes."""
-    node = optimizer_node(settings.get("optimizer", "AdamW"))
+def _override_part(cls: type[AdapterTask], settings: Node, path: list[str], last: str, value: Any) -> None:
+    """Change a part in the config itself, as the parser does not support closed lists of classes."""
+    name, *path = path
+    form = cls.part_forms[name]
+    node = form(settings[name] if name in settings else default_of(cls, name))
+    whole = path in ([], ["class_path"], ["name"])
+    if node is None and not whole:
+        raise ConfigError(f"--model.{name}.{'.'.join(path)} was given, and no {name} is named before it.")
     if last == "init_args":
         node = {**node, "init_args": value}
-    elif path in ([], ["class_path"]):
+    elif whole:
         node = {"class_path": value} if path else value
     else:
         node["init_args"][".".join(path)] = value
-    settings["optimizer"] = optimizer_node(node)
-    check_plain(settings["optimizer"]["init_args"], "model.optimizer")
+    settings[name] = form(node)
 
 
 def _check_key(place: str, key: str, known: Sequence[str]) -> None:

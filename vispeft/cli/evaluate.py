@@ -22,7 +22,7 @@ from vispeft.errors import ConfigError, DataError, FileError
 from vispeft.storage.files import JSON_FILE
 from vispeft.tasks.base import AdapterTask
 
-__all__ = ["class_names", "load_run", "load_task", "main"]
+__all__ = ["class_names", "header_of", "load_run", "load_task", "main"]
 
 EXAMPLE = """example:
   vispeft evaluate runs/digits_ssf/1
@@ -160,7 +160,7 @@ def match_names(run: Run, data: Any, count: int) -> None:
 
 def _compare_colours(run: Run, data: Any) -> None:
     """Say where RGB masks give a class the colour that another class has in a run's own masks."""
-    coding, output = getattr(data, "coding", None), _notes(run).get("output")
+    coding, output = getattr(data, "coding", None), header_of(run).get("output")
     trained = output.get("palette") if isinstance(output, dict) else None
     if not isinstance(coding, MaskCoding) or coding.colours is None or not isinstance(trained, list):
         return
@@ -186,7 +186,7 @@ def class_names(run: Run) -> list[str]:
     Raises:
         FileError: If the adapter's description cannot be read, or names no classes.
     """
-    names = _notes(run).get("class_names")
+    names = header_of(run).get("class_names")
     if not isinstance(names, list) or not names:
         raise FileError(
             f"{run.adapter / JSON_FILE} names no classes, so its outputs cannot be read. Was the adapter written by a "
@@ -195,8 +195,15 @@ def class_names(run: Run) -> list[str]:
     return [str(name) for name in names]
 
 
-def _notes(run: Run) -> dict[str, Any]:
-    """Read the description of a run's adapter."""
+def header_of(run: Run) -> dict[str, Any]:
+    """Read the description of a run's adapter.
+
+    Args:
+        run: The run.
+
+    Raises:
+        FileError: If it cannot be read.
+    """
     path = run.adapter / JSON_FILE
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -227,7 +234,7 @@ def load_task(run: Run) -> tuple[AdapterTask, Trainer]:
     if "model" not in tree:
         raise ConfigError(f"{run.config} has no section model, which says which task was trained.")
     class_names(run)
-    header = _notes(run)
+    header = header_of(run)
     # The seed determines the weights of a randomly initialised backbone.
     seed_everything(tree.get("seed_everything", 0), verbose=False)
     task = build_task(tree["model"], lambda cls: cls.sized_by_file(header), str(run.config))

@@ -15,6 +15,7 @@ __all__ = ["COMMANDS", "command", "main", "run_command"]
 
 COMMANDS = {
     "doctor": "check data before training, on one page",
+    "embed": "embed images with a finished run, and make an index of them",
     "evaluate": "measure a finished run again, from its files",
     "export": "write a finished run as ONNX or as a torch.export program",
     "import-official": "turn an authors' published checkpoint into an adapter directory",
@@ -22,6 +23,7 @@ COMMANDS = {
     "merge": "write a finished run as a plain timm model",
     "predict": "predict images with a finished run",
     "quickstart": "train, merge and reload an adapter on real images",
+    "search": "find the nearest images of an index for query images",
     "select-features": "keep the features of a VQT adapter that matter",
     "train": "train an adapter from a config (--list names the packaged ones)",
 }

@@ -11,7 +11,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
-from torch import Tensor
+from torch import Tensor, nn
 
 from vispeft.adapters.merge import TOLERANCE
 from vispeft.backbones.request import resolve
@@ -33,7 +33,8 @@ Writes digits.safetensors, a plain timm state dict, and digits.json, with the ar
   model.load_state_dict(safetensors.torch.load_file("digits.safetensors"))
 
 Of a segmentation run that is the backbone; map reader and decoder go into digits.decoder.safetensors beside it, and
-`vispeft export` writes all of it as one program."""
+`vispeft export` writes all of it as one program. Of a metric learning run the classifier is the head of the embeddings;
+one with a layer norm goes into digits.decoder.safetensors too. Divide embeddings by their length."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -83,13 +84,17 @@ def merge_run(run: Run, out: Path, output: str | None = None) -> dict[str, Any]:
         raise MergeError(f"{run.path} cannot be merged: {reason}. Name it by --task.")
     source = json.loads((run.adapter / JSON_FILE).read_text(encoding="utf-8"))
     images = _noise(task.preprocessing.size)
+    own, place = task.plain_head(), task.bank.view.head_path
     with torch.inference_mode():
-        adapted = task.model(images)
+        adapted = task.model(images) if own is None else own(task.model(images).float())
     report = task.bank.merge(keep_original=False)
     state = _plain(task.model.state_dict())
-    architecture, args = _timm_arguments(task)
+    if own is not None:
+        state |= _plain({f"{place}.{name}": tensor for name, tensor in own.state_dict().items()})
+    architecture, args = _timm_arguments(task, own)
     error = _check(architecture, args, state, images, adapted, report.created)
-    decoder = {} if task.classifies else {name.removeprefix(DECODER): t for name, t in task.head_tensors().items()}
+    apart = not task.classifies and own is None
+    decoder = {name.removeprefix(DECODER): t for name, t in task.head_tensors().items()} if apart else {}
     info = {
         "architecture": architecture,
         "args": args,
@@ -110,8 +115,12 @@ def merge_run(run: Run, out: Path, output: str | None = None) -> dict[str, Any]:
     return info
 
 
-def _timm_arguments(task: AdapterTask) -> tuple[str, dict[str, Any]]:
+def _timm_arguments(task: AdapterTask, head: nn.Linear | None) -> tuple[str, dict[str, Any]]:
     """Return the call by which timm alone creates the task's backbone, without weights.
+
+    Args:
+        task: The task.
+        head: The task's own head, as the classifier; None for that of the backbone.
 
     Returns:
         The architecture's name and the arguments of ``timm.create_model``.
@@ -119,7 +128,8 @@ def _timm_arguments(task: AdapterTask) -> tuple[str, dict[str, Any]]:
     given = {key: value for key, value in task.backbone_args.items() if key != "pretrained"}
     flexible = bool(given.pop("flexible_size", False))
     request = resolve(task.backbone, flexible_size=flexible, arguments=given)
-    return request.architecture, {**request.arguments, "num_classes": task.num_classes if task.classifies else 0}
+    outputs = task.num_classes if task.classifies else 0
+    return request.architecture, {**request.arguments, "num_classes": outputs if head is None else head.out_features}
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

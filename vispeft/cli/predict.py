@@ -25,7 +25,7 @@ from vispeft.storage.disk import write_atomically
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.predictions import Prediction, Predictor
 
-__all__ = ["main", "predict"]
+__all__ = ["check_readable", "main", "predict"]
 
 EXAMPLE = """example:
   vispeft predict runs/digits_ssf/1 my_images --out predictions
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
     reading = Reading.from_notes(task.bank.notes())
     if given.max_pixels is not None:
         reading = replace(reading, max_pixels=given.max_pixels)
-    _check_readable(paths, reading)
+    check_readable(paths, reading, "predicted")
     predictor = task.predictor()
     table = out / predictor.table
     try:
@@ -126,8 +126,17 @@ def predict(
         yield from predictions
 
 
-def _check_readable(paths: Sequence[Path], reading: Reading) -> None:
-    """Read every image before the first prediction, so that a broken one wastes no work."""
+def check_readable(paths: Sequence[Path], reading: Reading, done: str) -> None:
+    """Read every image before the work begins, so that a broken one wastes none.
+
+    Args:
+        paths: The files.
+        reading: How pixels become RGB.
+        done: Participle of the work, for the message.
+
+    Raises:
+        DataError: If some cannot be read; the message names them.
+    """
     broken = []
     for path in track(paths, "reading", console=console, transient=True, disable=not console.is_terminal):
         if not is_utf8(str(path)):
@@ -141,7 +150,7 @@ def _check_readable(paths: Sequence[Path], reading: Reading) -> None:
         more = f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise DataError(
             f"{len(broken)} of {counted(len(paths), 'image')} cannot be used: {'; '.join(broken[:5])}{more}. "
-            "Nothing was predicted; mend what is named there, or leave these images out."
+            f"Nothing was {done}; mend what is named there, or leave these images out."
         )
 
 

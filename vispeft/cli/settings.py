@@ -140,11 +140,12 @@ def check_last(settings: dict[str, Any], data: Any) -> None:
     Raises:
         ConfigError: If it is not.
     """
-    every = settings.get("check_val_every_n_epoch", 1)
-    if every != 1 and not getattr(data, "validation_chooses", True):
+    every, epochs = settings.get("check_val_every_n_epoch", 1), settings.get("max_epochs")
+    last = every == 1 or (every is not None and epochs not in (None, -1) and epochs % every == 0)
+    if not last and not getattr(data, "validation_chooses", True):
         raise ConfigError(
-            f"trainer.check_val_every_n_epoch is {every}, and {type(data).__name__} keeps the last epoch, which has to "
-            "be one that is validated. Leave it out."
+            f"trainer.check_val_every_n_epoch is {every} and trainer.max_epochs {epochs}, and {type(data).__name__} "
+            "keeps the last epoch, which has to be one that is validated. Leave it out, or take a part of max_epochs."
         )
 
 

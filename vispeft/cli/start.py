@@ -39,7 +39,7 @@ def start_from(task: AdapterTask, source: str, class_names: Sequence[str]) -> st
     own, saved = task.output(), header["output"] or {}
     same_maps = _read_alike(own.get("decoder"), saved.get("decoder"))
     same_names = names == list(class_names) or (not task.ordered and sorted(names) == sorted(class_names))
-    same_names = same_names and own.get("tasks") == saved.get("tasks")
+    same_names = (same_names or not task.by_class) and own.get("tasks") == saved.get("tasks")
     reason = method.fresh_head()
     kept = bool(head) and fits and same_maps and same_names and reason is None
     task.take(units, head if kept else {})

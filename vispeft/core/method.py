@@ -304,6 +304,26 @@ class Method:
         """
         return None
 
+    def criterion(self, model: nn.Module, head: nn.Module, classes: int, dim: int) -> nn.Module | None:
+        """Create the criterion that a method brings for metric learning, in place of a loss.
+
+        It is called as ``criterion(embeddings, labels, images)``: outputs of the head (B, d) in float32, training
+        classes int64 (B,), and images (B, 3, H, W). Its parameters train and its buffers are in training checkpoints,
+        with what its modules return from ``get_extra_state``; nothing of it is in the adapter's file. Optional:
+        ``proxy_tensors`` names the parameters that the learning rate of proxies is for, ``similarity`` how neighbours
+        are found, and ``watch(optimizer)`` is called once the optimiser exists.
+
+        Args:
+            model: The adapted backbone, which must not become a child of the criterion.
+            head: A fresh head like that of the task, from (B, D) to (B, d).
+            classes: Number of training classes.
+            dim: Width of the embeddings d.
+
+        Returns:
+            The criterion; None for the loss of the task.
+        """
+        return None
+
     def change_gradients(self, bank: Any, name: str) -> None:
         """Modify the gradients in place, after the backward pass and before clipping and the optimiser step.
 

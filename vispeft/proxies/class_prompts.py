@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,10 +13,6 @@ from vispeft.core.model_units import TokensUnit
 from vispeft.errors import ConfigError
 
 __all__ = ["BankedPrompts", "ClassPrompts", "ClassTokens", "SteppedTokens"]
-
-
-MOMENTS = "moments."
-"""In front of the names of an optimiser's moments in checkpoints."""
 
 
 class SteppedTokens(TokensUnit):
@@ -190,30 +187,36 @@ class BankedPrompts(nn.Module):
         """The prompts of the blocks that use any (C, blocks, n, D), a view."""
         return self.bank[:, : self.used]
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Store the bank and the moments of all classes, in place of the rows of a batch."""
-        destination[f"{prefix}bank"] = self.bank
-        destination.update({f"{prefix}{MOMENTS}{name}": moment for name, moment in self.moments.items()})
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds besides the rows of the last batch: those of all classes and their moments."""
+        return {"bank": self.bank, "moments": dict(self.moments), "present": len(self.batch)}
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *others: Any
-    ) -> None:
-        """Take them from a checkpoint.
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take these from a checkpoint.
+
+        Args:
+            state: The result of `get_extra_state`.
 
         Raises:
             ConfigError: If it belongs to other classes or prompts.
         """
-        found = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-        if "bank" not in found:
-            missing.append(f"{prefix}bank")
-            return
-        if found["bank"].shape != self.bank.shape:
+        if state["bank"].shape != self.bank.shape:
             raise ConfigError(
-                f"The checkpoint has class prompts of shape {tuple(found['bank'].shape)}, and this criterion needs "
+                f"The checkpoint has class prompts of shape {tuple(state['bank'].shape)}, and this criterion needs "
                 f"{tuple(self.bank.shape)} (classes, blocks, prompts, width)."
             )
-        self.bank = found.pop("bank").clone()
-        self.moments = {name.removeprefix(MOMENTS): value.clone() for name, value in found.items()}
+        self.bank, self.moments = state["bank"].clone(), {k: v.clone() for k, v in state["moments"].items()}
+        if len(self.batch) != state["present"]:
+            self._fit(state["present"])
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        """Give the rows of a batch the number that the checkpoint has, which depends on its last batch."""
+        if (rows := state_dict.get(f"{prefix}batch")) is not None and rows.shape[1:] == self.batch.shape[1:]:
+            self._fit(len(rows))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _fit(self, rows: int) -> None:
+        self.batch.data = self.batch.data.new_zeros(rows, *self.batch.shape[1:])
 
 
 def _drawn(classes: int, length: int, width: int) -> Tensor:

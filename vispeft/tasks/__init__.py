@@ -8,6 +8,8 @@ from vispeft.tasks.dense import DenseTask
 from vispeft.tasks.dense_losses import DenseLoss, dense_loss
 from vispeft.tasks.inference import Inference, predict_masks
 from vispeft.tasks.losses import SegmentationLoss
+from vispeft.tasks.metric_learning import MetricLearning
+from vispeft.tasks.metric_losses import list_metric_losses, list_miners, metric_loss, metric_miner
 from vispeft.tasks.multilabel import MultiLabel
 from vispeft.tasks.multitask import MultiTaskDense
 from vispeft.tasks.predictions import Prediction, Predictor
@@ -26,6 +28,7 @@ __all__ = [
     "DenseTask",
     "FiniteGuard",
     "Inference",
+    "MetricLearning",
     "MultiLabel",
     "MultiTaskDense",
     "MultiTaskNetwork",
@@ -42,6 +45,10 @@ __all__ = [
     "TaskWeights",
     "dense_loss",
     "find_checkpoint",
+    "list_metric_losses",
+    "list_miners",
+    "metric_loss",
+    "metric_miner",
     "predict_masks",
     "progress_bar",
     "task_weights",

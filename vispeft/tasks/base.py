@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -28,7 +28,7 @@ from vispeft.tasks.ema import EMA
 from vispeft.tasks.finite import OutputCount
 from vispeft.tasks.layer_decay import decay_by_layer
 from vispeft.tasks.migration import rename_heads
-from vispeft.tasks.optimizers import check_optimizer, make_optimizer
+from vispeft.tasks.optimizers import check_optimizer, make_optimizer, optimizer_node
 from vispeft.tasks.predictions import Predictor
 from vispeft.tasks.schedules import DECAYS, warmup_decay
 from vispeft.tasks.trainer_checks import check_averaging, check_precision
@@ -52,8 +52,12 @@ class AdapterTask(LightningModule):
     """Results of an evaluation step that are collected over all images, for `details` and `draw_results`."""
     classifies: ClassVar[bool] = True
     """Whether the outputs are those of the backbone's classifier; otherwise the task has a decoder."""
+    by_class: ClassVar[bool] = True
+    """Whether the outputs belong to the classes of the data; otherwise data of any classes can be measured."""
     ordered: ClassVar[bool] = True
     """Whether the order of the outputs' names has a meaning; otherwise outputs are matched by name."""
+    part_forms: ClassVar[Mapping[str, Callable[[Any], Any]]] = {"optimizer": optimizer_node}
+    """Arguments that name a class on a closed list of their own, and the function that checks and expands one."""
 
     def __init__(
         self,
@@ -322,6 +326,10 @@ class AdapterTask(LightningModule):
         """
         raise ConfigError(f"The task {output!r} was asked for, and {type(self).__name__} has one output. Leave it out.")
 
+    def plain_head(self) -> nn.Linear | None:
+        """Return the task's own head where it can be timm's classifier in a merged model; None where it cannot."""
+        return None
+
     def mergeable(self) -> str | None:
         """Return why the backbone cannot be merged for all outputs at once; None if it may be tried."""
         return None
@@ -336,8 +344,7 @@ class AdapterTask(LightningModule):
 
     def size_step(self) -> tuple[int, int]:
         """Divisors of the height and width of images: the patch size in pixels."""
-        backbone: Any = unwrap(self.model)
-        height, width = backbone.patch_embed.patch_size
+        height, width = cast(Any, unwrap(self.model)).patch_embed.patch_size
         return int(height), int(width)
 
     def class_names(self) -> list[str]:
@@ -449,8 +456,7 @@ class AdapterTask(LightningModule):
                 "The loss of a method reads a run of the backbone, and this training runs on kept features. Leave "
                 "cache_features out."
             )
-        model: Any = self.model
-        result = model.run(images.to(self.base_dtype))
+        result = cast(Any, self.model).run(images.to(self.base_dtype))
         return self.output_of(images, result), result
 
     def output_of(self, images: Tensor | Mapping[str, Tensor], result: Any) -> Any:

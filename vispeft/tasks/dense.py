@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,14 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vispeft.adapters.report import Report
 from vispeft.core.method import Method
 from vispeft.data.base import ImageData
 from vispeft.errors import ConfigError, DataError, VerificationError, check_object
 from vispeft.heads.pyramid import BEHIND_MAPS, DensePyramid, MapReader
-from vispeft.storage.files import DECODER, check_tensors, read_decoder
-from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.inference import Inference, padded_to
+from vispeft.tasks.parts import PartsTask
 from vispeft.tasks.supervised import check_target
 
 __all__ = ["DenseNetwork", "DenseTask"]
@@ -69,7 +66,7 @@ class DenseNetwork(nn.Module):
         return scores[..., : images.shape[-2], : images.shape[-1]]
 
 
-class DenseTask(AdapterTask, ABC):
+class DenseTask(PartsTask, ABC):
     """Base of the tasks that predict something for every pixel.
 
     The adapter acts inside the frozen backbone; a map reader and decoders train with it and are stored with it.
@@ -79,7 +76,6 @@ class DenseTask(AdapterTask, ABC):
 
     target: ClassVar[str]
     """Kind of the data's targets."""
-    classifies: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -124,16 +120,12 @@ class DenseTask(AdapterTask, ABC):
         if decoder_lr is not None and not (decoder_lr > 0 and math.isfinite(decoder_lr)):
             raise ConfigError(f"{type(self).__name__}(decoder_lr={decoder_lr}): a finite number above 0 is needed.")
         super().__init__(method=method, backbone_args={"flexible_size": True, **(backbone_args or {})}, **settings)
-        self.decoder_name, self.decoder_args, self.decoder_lr = decoder, dict(decoder_args or {}), decoder_lr
+        self.decoder_name, self.decoder_args, self.parts_lr = decoder, dict(decoder_args or {}), decoder_lr
         self.inference = inference or Inference()
         self.reader = MapReader(self.model, taps, levels)
         self.examples: list[dict[str, Tensor]] = []
 
     # ------------------------------------------------------------------ for subclasses
-
-    @abstractmethod
-    def parts(self) -> dict[str, nn.Module]:
-        """Modules that train with the adapter, by their name in files: the map reader and the decoders."""
 
     @abstractmethod
     def network(self) -> nn.Module:
@@ -190,11 +182,6 @@ class DenseTask(AdapterTask, ABC):
         Args:
             path: The PNG file.
         """
-
-    def report(self) -> Report:
-        """Count the parameters of the adapter, and of map reader and decoders."""
-        trained = [p for part in self.parts().values() for p in part.parameters() if p.requires_grad]
-        return replace(super().report(), decoder=sum(p.numel() for p in trained))
 
     # ------------------------------------------------------------------ checks
 
@@ -320,22 +307,6 @@ class DenseTask(AdapterTask, ABC):
     def _log_figures(self, split: str) -> None:
         self.log_dict({f"{split}/{name}": value for name, value in self.figures(split).items()})
 
-    # ------------------------------------------------------------------ training
-
-    def further_groups(self) -> list[dict[str, Any]]:
-        """Return optimiser groups of map reader and decoders: matrices decay, vectors do not."""
-        trained = [p for part in self.parts().values() for p in part.parameters()]
-        lr = self.decoder_lr or self.lr
-        return [
-            {
-                "params": [p for p in trained if (p.ndim > 1) == decays],
-                "lr": lr,
-                "weight_decay": self.weight_decay if decays else 0.0,
-                "name": f"decoder {'decay' if decays else 'no_decay'}",
-            }
-            for decays in (True, False)
-        ]
-
     # ------------------------------------------------------------------ pictures
 
     def keep_examples(self, batch: Mapping[str, Tensor]) -> None:
@@ -363,16 +334,10 @@ class DenseTask(AdapterTask, ABC):
         Returns:
             uint8 (3, h, w).
         """
-        preprocessing = getattr(self.shown_data(), "preprocessing", self.preprocessing)
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
-        image = (example["image"].float() * std + mean).clamp(0, 1)
+        image = example["image"].float()
         if image.shape[-2:] != size:
             image = F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
-        return (image * 255).round().to(torch.uint8)
-
-    def shown_data(self) -> Any:
-        """Data module of the trainer; None without one."""
-        return getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+        return self.as_picture(image)
 
     # ------------------------------------------------------------------ files
 
@@ -390,49 +355,3 @@ class DenseTask(AdapterTask, ABC):
         reader = {"taps": list(self.reader.taps), "levels": levels}
         decoder = {"name": self.decoder_name, "args": self.decoder_args, **reader}
         return {"target": self.target, "decoder": decoder, "inference": self.inference.to_dict()}
-
-    def head_tensors(self) -> dict[str, Tensor]:
-        """Tensors of map reader and decoders by their names in files."""
-        return {f"{DECODER}{key}": tensor for key, tensor in self._parts_state().items()}
-
-    def _parts_state(self) -> dict[str, Tensor]:
-        parts = self.parts().items()
-        return {f"{name}.{key}": tensor for name, part in parts for key, tensor in part.state_dict().items()}
-
-    def take(self, units: Mapping[str, Tensor], head: Mapping[str, Tensor]) -> None:
-        """Copy the tensors of a saved adapter, and those of map reader and decoders if given."""
-        super().take(units, {})
-        if head:
-            self.load_decoder({key.removeprefix(DECODER): tensor for key, tensor in head.items()})
-
-    def load_decoder(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy tensors into map reader and decoders.
-
-        Args:
-            tensors: A result of `files.read_decoder`.
-
-        Raises:
-            FileError: If one is missing, unknown, of another shape, or not finite; nothing is copied then.
-        """
-        own = self._parts_state()
-        check_tensors(own, tensors)
-        with torch.no_grad():
-            for key, tensor in tensors.items():
-                own[key].copy_(tensor)
-
-    def save_adapter(self, path: str | Path) -> None:
-        """Write the adapter with map reader and decoders.
-
-        Args:
-            path: Its directory.
-        """
-        self.bank.save(path, decoder=self._parts_state())
-
-    def load_adapter(self, path: str | Path) -> None:
-        """Replace adapter, map reader and decoders by saved ones.
-
-        Args:
-            path: Their directory.
-        """
-        super().load_adapter(path)
-        self.load_decoder(read_decoder(path))

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
@@ -93,6 +94,11 @@ def _check(task: AdapterTask, data: Any, trainer: Trainer) -> None:
         raise ConfigError(
             "cache_features was asked for, and training images with masks are cropped anew in every epoch, so the "
             "backbone's outputs change. Leave cache_features out."
+        )
+    if any(getattr(data.split(name), "roles", torch.zeros(0)).any() for name in ("validation", "test")):
+        raise ConfigError(
+            "cache_features was asked for, and the images of the test are queries or gallery, which kept features do "
+            "not tell apart. Leave cache_features out."
         )
     if trainer.world_size > 1:
         raise ConfigError(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from vispeft.building.arguments import check_plain
 from vispeft.errors import ConfigError, UnknownNameError
 
 __all__ = ["OPTIMIZERS", "check_optimizer", "make_optimizer", "optimizer_node"]
@@ -75,6 +76,7 @@ def optimizer_node(given: Any) -> dict[str, Any]:
             raise ConfigError(f"optimizer.init_args has {key}: {_UNFIT_ARGUMENTS[key]}. Leave it out.")
         if isinstance(_signature(name)[key].default, bool) and not isinstance(value, bool):
             raise ConfigError(f"optimizer.init_args has {key}: {value!r}; true or false is needed.")
+    check_plain(arguments, "model.optimizer")
     return {"class_path": f"{PREFIX}{name}", "init_args": dict(arguments)}
 
 

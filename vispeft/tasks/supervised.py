@@ -25,6 +25,7 @@ Batch = tuple[Tensor | Mapping[str, Tensor], Tensor]
 
 _TASK_OF = {
     "class": "Classification",
+    "embedding": "MetricLearning",
     "mask": "Segmentation",
     "multilabel": "MultiLabel",
     "regression": "Regression",

@@ -2,16 +2,22 @@
 
 from vispeft.viz.curves import learning_curves, read_history
 from vispeft.viz.matrix import confusion_matrix
+from vispeft.viz.neighbours import Neighbour, NeighbourRow, draw_neighbours
 from vispeft.viz.overlays import colour_mask, lay_over, overlay_grid
+from vispeft.viz.projection import embedding_plot
 from vispeft.viz.reliability import reliability_diagram
 from vispeft.viz.strips import dense_picture, task_strips
 from vispeft.viz.values import bars, predicted_against_true
 
 __all__ = [
+    "Neighbour",
+    "NeighbourRow",
     "bars",
     "colour_mask",
     "confusion_matrix",
     "dense_picture",
+    "draw_neighbours",
+    "embedding_plot",
     "lay_over",
     "learning_curves",
     "overlay_grid",

@@ -1,0 +1,173 @@
+"""Exact ranking of a gallery for each query, a few queries at a time: no approximation, and bounded memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vispeft.errors import DataError, counted
+from vispeft.metrics.similarity import Similarity, make_similarity
+
+__all__ = ["Ranking", "exact_copies", "first_in_order", "nearest"]
+
+BLOCK = 128 * 2**20
+"""Bytes of the scores that are held at once. A ranking needs up to four times as much, for chosen rows and for their
+indices."""
+HASHED = 4096
+"""Rows that are hashed at once."""
+STEP = 0x9E3779B97F4A7C15 - 2**64
+"""Odd constant of the hash of rows: 2^64 divided by the golden ratio (Knuth, TAOCP 3, section 6.4), as int64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """Queries and the gallery in which their neighbours are looked for.
+
+    Scores are computed in float32, whatever the type of the embeddings and the settings of torch (autocast, TF32).
+    The order is by score, the largest first, and by the index in the gallery among equal scores. A query that is in the
+    gallery itself is no neighbour of itself; it is left out by its index. Copies of an embedding get equal scores.
+    """
+
+    queries: Tensor
+    """Embeddings (Q, d)."""
+    gallery: Tensor
+    """Embeddings (N, d)."""
+    own: Tensor | None = None
+    """Index of each query in the gallery (Q,), -1 for one that is not there; None if none is."""
+    similarity: Similarity
+
+    def __post_init__(self) -> None:
+        """Check the embeddings.
+
+        Raises:
+            DataError: If they have no rows, do not fit, or are not finite.
+        """
+        for side, found in (("queries", self.queries), ("gallery", self.gallery)):
+            if found.ndim != 2 or not found.is_floating_point() or not found.numel():
+                raise DataError(
+                    f"The {side} have the shape {tuple(found.shape)} and the type {found.dtype}; embeddings (N, d) of "
+                    "floating-point numbers are needed, at least one."
+                )
+            broken = int((~found.isfinite()).any(1).sum())
+            if broken:
+                raise DataError(
+                    f"{broken} of {counted(len(found), 'embedding')} of the {side} are not finite, so they have no "
+                    "neighbours. Did the training diverge?"
+                )
+        if self.queries.shape[1] != self.gallery.shape[1]:
+            raise DataError(
+                f"Queries have {self.queries.shape[1]} dimensions and the gallery has {self.gallery.shape[1]}. "
+                "Were they embedded by the same model?"
+            )
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the scores of some queries after the others.
+
+        Yields:
+            The place of the queries, and their scores (rows, N), float32, -inf for a query itself.
+        """
+        with _full_precision(self.gallery.device):
+            gallery = self.similarity.prepare(self.gallery.float())
+            copies, firsts = exact_copies(gallery)
+            rows = max(1, BLOCK // (self.similarity.working * len(gallery)))
+            for start in range(0, len(self.queries), rows):
+                place = slice(start, start + rows)
+                scores = self.similarity.scores(self.similarity.prepare(self.queries[place].float()), gallery)
+                if len(copies):
+                    scores[:, copies] = scores[:, firsts]
+                if self.own is not None:
+                    present = (self.own[place] >= 0).nonzero().flatten()
+                    scores[present, self.own[place][present]] = -torch.inf
+                yield place, scores
+
+
+@contextlib.contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Keep products of matrices in float32 while a block of code runs."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def exact_copies(embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """Find rows that are equal to an earlier row.
+
+    A product of matrices may give equal columns scores that differ in the last digit, depending on their places.
+
+    Args:
+        embeddings: (N, d), float32.
+
+    Returns:
+        Indices of the copies, and of the first row that each is equal to.
+    """
+    factors = torch.arange(1, embeddings.shape[1] + 1, device=embeddings.device) * STEP | 1
+    bits = ((part + 0.0).view(torch.int32).long() for part in embeddings.split(HASHED))  # -0.0 becomes 0.0
+    hashes = torch.cat([(part * factors).sum(1) for part in bits])
+    order = hashes.argsort(stable=True)
+    _, inverse, counts = hashes[order].unique_consecutive(return_inverse=True, return_counts=True)
+    firsts = order[counts.cumsum(0) - counts][inverse]
+    later = (order != firsts).nonzero().flatten()
+    copies, firsts = order[later], firsts[later]
+    equal = (embeddings[copies] == embeddings[firsts]).all(1)
+    return copies[equal], firsts[equal]
+
+
+def first_in_order(scores: Tensor, count: int) -> Tensor:
+    """Find the columns of the largest scores of each row: the largest first, and lower indices first among equal ones.
+
+    Args:
+        scores: (Q, N).
+        count: Number of columns, 1 to N.
+
+    Returns:
+        Indices (Q, count).
+    """
+    wide = min(count + 1, scores.shape[1])
+    values, found = scores.topk(wide, dim=1)
+    tied = values[:, 1:] == values[:, :-1]
+    for row in tied.any(1).nonzero().flatten().tolist():
+        beyond = wide > count and tied[row, count - 1]  # columns that were not found may be as large as the last one
+        by_index = (scores[row] >= values[row, -1]).nonzero().flatten() if beyond else found[row, :count].sort().values
+        found[row, :count] = by_index[scores[row, by_index].sort(descending=True, stable=True).indices[:count]]
+    return found[:, :count]
+
+
+def nearest(
+    queries: Tensor,
+    gallery: Tensor,
+    count: int,
+    similarity: str | Similarity = "cosine",
+    own: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Find the nearest neighbours of each query, exactly.
+
+    Args:
+        queries: Embeddings (Q, d).
+        gallery: Embeddings (N, d).
+        count: Number of neighbours; fewer are returned if the gallery has fewer.
+        similarity: Name of a similarity, or a similarity.
+        own: Index of each query in the gallery (Q,), -1 for one that is not there; it is no neighbour of itself.
+
+    Returns:
+        Scores (Q, k), the largest first, and indices in the gallery (Q, k). With `own`, a query gets itself as the last
+        neighbour with the score -inf where the gallery has no other.
+
+    Raises:
+        DataError: If embeddings do not fit or are not finite.
+    """
+    ranking = Ranking(queries=queries, gallery=gallery, own=own, similarity=make_similarity(similarity))
+    count = min(count, len(gallery))
+    values, indices = [], []
+    for _, scores in ranking.blocks():
+        found = first_in_order(scores, count)
+        indices.append(found)
+        values.append(scores.gather(1, found))
+    return torch.cat(values), torch.cat(indices)
