@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor
 
 import vispeft
 from tests.conformance.cells import Cell, move
+from vispeft.core.plan import make_plan
 from vispeft.errors import ConfigError, UnknownNameError
 
 FOUR = ("seg", "parts", "sal", "normals")
@@ -19,6 +22,7 @@ METHODS: dict[str, Any] = {
     "matrixv2": (vispeft.MTLoRA(rank=3, task_rank=2, mode="matrixv2"), "vit"),
     "copies": (vispeft.LoRA(rank=2), "vit"),
     "shared_copies": (vispeft.FacT(rank=2, dropout=0.0), "vit"),
+    "generated": (vispeft.Polyhistor(task_dim=5, hidden_dim=8, embed_dim=6, reduction=2), "swin"),
 }
 
 
@@ -31,9 +35,9 @@ def adapted(name: str, tasks: Any = FOUR) -> tuple[Any, Tensor, vispeft.AdapterB
     return model, cell.images(), bank
 
 
-def maps_of(model: Any, images: Tensor, tasks: Any = None) -> dict[str, list[Tensor]]:
+def maps_of(model: Any, images: Tensor, tasks: Any = None, batched: bool = False) -> dict[str, list[Tensor]]:
     with torch.no_grad():
-        return vispeft.forward_tasks(model.eval(), images, tasks)
+        return vispeft.forward_tasks(model.eval(), images, tasks, batched=batched)
 
 
 def assert_equal(found: dict[str, list[Tensor]], wanted: dict[str, list[Tensor]]) -> None:
@@ -76,6 +80,20 @@ def test_a_fifth_task_is_added_and_trained_beside_four(name: str, tmp_path: Path
     assert_equal(maps_of(again, images), found)
     bank.unfreeze("default")
     assert {id(t) for _, t in bank.trainable_parameters()} == {id(t) for t in bank.named_tensors().values()}
+
+
+def test_a_fifth_task_passes_the_backbone_in_one_batch_with_four() -> None:
+    model, images, bank = adapted("generated")
+    alone, before = maps_of(model, images), maps_of(model, images, batched=True)
+    bank.add_task("edge")
+    train(model, images, bank, "edge")
+    assert_equal(maps_of(model, images), alone)  # one pass per task: bit for bit
+    found = maps_of(model, images, batched=True)
+    assert list(found) == [*FOUR, "edge"]
+    for wanted in (before, alone):
+        for task, levels in wanted.items():
+            for a, b in zip(found[task], levels, strict=True):
+                assert float((a - b).abs().max()) <= 1e-6 * float(b.abs().max())
 
 
 @pytest.mark.parametrize("name", ["matrix", "copies"])
@@ -152,3 +170,29 @@ def test_bad_changes_are_refused() -> None:
     bank = vispeft.attach(Cell("lora", "vit").model(), vispeft.LoRA(rank=2), verify=False)
     with pytest.raises(ConfigError, match="has no tasks"):
         bank.add_task("depth")
+
+
+@pytest.mark.parametrize("other", [lambda bank: bank.add_task("depth"), lambda bank: bank.drop_task("sal")])
+def test_changes_in_two_threads_come_one_after_the_other(other: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each planned on the tasks that it had found, and the second lost those of the first."""
+    model, images, bank = adapted("matrix", ("seg", "sal"))
+    real, gate, second = make_plan, bank._routing.gate, threading.Thread(target=lambda: other(bank))
+
+    def slow(*given: Any) -> Any:
+        if threading.current_thread() is not second and not second.ident:
+            second.start()
+            until = time.monotonic() + 60
+            while second.is_alive() and not gate._waiting and time.monotonic() < until:
+                time.sleep(0.001)
+        return real(*given)
+
+    monkeypatch.setattr("vispeft.adapters.task_bank.make_plan", slow)
+    bank.add_task("edge", alone=False)
+    second.join(60)
+    tasks = bank.tasks()
+    assert "edge" in tasks
+    assert ("depth" in tasks) != ("sal" not in tasks)
+    assert {item.task for item in bank.plan()} == {None, *tasks}
+    placed = {name.rpartition("@")[2] for name, _ in model.named_modules() if "@" in name}
+    assert placed == set(tasks)
+    assert set(maps_of(model, images)) == set(tasks)

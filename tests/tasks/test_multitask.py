@@ -70,6 +70,26 @@ def test_every_task_has_an_output_of_the_images_size(method: vispeft.Method, set
     assert task.report().decoder == counted
 
 
+@torch.no_grad()
+def test_each_task_of_polyhistor_has_norms_of_its_own() -> None:
+    method = vispeft.Polyhistor(task_dim=5, hidden_dim=8, embed_dim=6, reduction=2)
+    settings = {"decoder": "segformer", "decoder_args": {"channels": 4, "level_norm": False}}
+    task = make(method, output_norms=True, **settings).eval()
+    images = torch.randn(2, 3, 32, 32)
+    for p in task.norms.parameters():
+        p.add_(0.3 * torch.randn_like(p))
+    maps, outputs = vispeft.forward_tasks(task.model, images), task(images)
+    for name, levels in maps.items():
+        normed = []
+        for norm, level in zip(task.norms[name], levels, strict=True):  # over channels, as a LayerNorm of rows
+            rows = level.permute(0, 2, 3, 1)
+            rows = torch.nn.functional.layer_norm(rows, rows.shape[-1:], norm.weight, norm.bias, norm.eps)
+            normed.append(rows.permute(0, 3, 1, 2))
+        wanted = torch.nn.functional.interpolate(task.decoders[name](normed), (32, 32), mode="bilinear")
+        assert torch.allclose(outputs[name], wanted, rtol=1e-5, atol=1e-6)
+    assert sum(p.numel() for p in task.norms.parameters()) == 4 * 2 * sum((8, 16, 32, 64))
+
+
 def test_tensors_without_a_gradient_are_known_by_name() -> None:
     task = make()
     unused = task.unused_tensors()
@@ -103,12 +123,14 @@ def test_weights_come_from_the_data_or_the_settings() -> None:
     assert task.task_weights.factors() == {"parts": 1.0, "depth": 2.0, "sal": 5.0, "slope": 1.0}
     own = make(loss_weights={"depth": 3.0})
     own.check_outputs(data)
-    assert own.task_weights.factors()["depth"] == 3.0
+    assert own.task_weights.factors() == {"parts": 1.0, "depth": 3.0, "sal": 5.0, "slope": 1.0}
     images, labels = squares(2, 32, 0)
     outputs = own(images)
     parts = {name: own.losses[name](outputs[name], labels[name]) for name in TARGETS}
     wanted = parts["parts"] + 3 * parts["depth"] + 5 * parts["sal"] + parts["slope"]
     torch.testing.assert_close(own.training_loss(outputs, labels), wanted)
+    own.check_outputs(SimpleNamespace(targets=TARGETS, loss_weights={"depth": 9.0, "sal": 8.0, "slope": 7.0}))
+    assert own.task_weights.factors() == {"parts": 1.0, "depth": 3.0, "sal": 8.0, "slope": 7.0}
 
 
 @pytest.mark.slow
@@ -212,8 +234,9 @@ def test_baselines_are_figures_or_runs(tmp_path: Path) -> None:
     assert found == {"validation": {"parts": 0.5, "depth": 1.5}, "test": {"parts": 0.5, "depth": 2.0}}
     with pytest.raises(FileError, match="does not have parts/miou of the validation split"):
         read_baselines(str(tmp_path), mains)
-    with pytest.raises(ConfigError, match="divides by it"):
-        read_baselines({"parts": 0.5, "depth": 0.0}, mains)
+    for wrong in (0.0, -1.5, float("nan")):
+        with pytest.raises(ConfigError, match="divides by it"):
+            read_baselines({"parts": 0.5, "depth": wrong}, mains)
 
 
 def test_without_baselines_a_geometric_mean_chooses() -> None:

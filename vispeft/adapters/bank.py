@@ -19,9 +19,10 @@ from vispeft.adapters.heads import own_head
 from vispeft.adapters.hooks import HookBank
 from vispeft.adapters.merge import Merged, MergeReport, merge_model, undo_merge
 from vispeft.adapters.placing import build_units, place_units
-from vispeft.adapters.routes import check_rows, make_route
+from vispeft.adapters.routes import check_rows, make_route, make_shared_route
 from vispeft.adapters.task_bank import TaskBank
 from vispeft.core.families import family_of, unwrap
+from vispeft.core.fields import check_task_names
 from vispeft.core.method import Method, is_registered
 from vispeft.core.plan import make_plan
 from vispeft.core.route import Route
@@ -55,7 +56,7 @@ class AdapterBank(FileBank, TaskBank, HookBank):
             outer: The timm model, or a ``features_only`` wrapper around it.
         """
         super().__init__(outer)
-        self._routes: dict[tuple[tuple[str, ...], str | None], Route] = {}
+        self._routes: dict[tuple[tuple[str, ...], str | tuple[str, ...] | None], Route] = {}
         self._requires_grad: dict[str, bool] = {}
 
     def __repr__(self) -> str:
@@ -329,6 +330,26 @@ class AdapterBank(FileBank, TaskBank, HookBank):
         self.route(names, task)  # unknown names are refused here, and again on entering, in case one was detached
         return self._choosing("use other adapters", names, task)
 
+    def together(self, tasks: Sequence[str]) -> AbstractContextManager[None]:
+        """Let the units of several tasks act in a ``with`` block, each on its part of the batch.
+
+        The batch holds the same images once for each task, one task after the other: ``images.repeat(len(tasks), 1, 1,
+        1)``. `forward_tasks` does this with ``batched=True``.
+
+        Args:
+            tasks: The tasks, in the order of their parts.
+
+        Raises:
+            UnknownNameError: If an acting adapter has no such task.
+            ConfigError: If a task has units that act on whole batches: of a kind other than parallel units, and other
+                than low-rank terms, input, sequential and affine units of linear layers.
+            MergeError: If the model is merged.
+        """
+        names, chosen = self._routing.present().names, tuple(tasks)
+        check_task_names(chosen, f"together({tasks!r})")
+        self._shared_route(names, chosen)
+        return self._routing.choosing(lambda: self._shared_route(names, chosen))
+
     def disabled(self) -> AbstractContextManager[None]:
         """Run the base alone in a ``with`` block, with its own classifier.
 
@@ -370,6 +391,14 @@ class AdapterBank(FileBank, TaskBank, HookBank):
             slot = cast(Host, self._model).slot
             self._routes[names, task] = make_route(self._entries, self._heads, slot, names, task)
         return self._routes[names, task]
+
+    def _shared_route(self, names: tuple[str, ...], tasks: tuple[str, ...]) -> Route:
+        """Return the cached route of one pass for several tasks."""
+        self._check_unmerged("use other adapters")  # another thread may have merged it since
+        if (names, tasks) not in self._routes:
+            made = make_shared_route(self._entries, [self.route(names, task) for task in tasks])
+            self._routes[names, tasks] = made
+        return self._routes[names, tasks]
 
     # ------------------------------------------------------------------ classifiers
 

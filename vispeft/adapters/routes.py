@@ -9,11 +9,12 @@ from torch import nn
 
 from vispeft.adapters.entry import Entry
 from vispeft.adapters.heads import HeadRack
-from vispeft.core.route import Acting, Route, acting
+from vispeft.core.route import NOTHING, Acting, Route, acting
 from vispeft.core.units import Unit
 from vispeft.errors import ConfigError, SiteError, UnknownNameError
+from vispeft.hosts.task_slices import sliced, unsliceable
 
-__all__ = ["check_rows", "make_route"]
+__all__ = ["check_rows", "make_route", "make_shared_route"]
 
 Entries = Mapping[str, Entry]
 
@@ -59,6 +60,34 @@ def make_route(entries: Entries, heads: HeadRack, slot: int, names: tuple[str, .
     owner = next((name for name in reversed(names) if heads.get(name) is not None), None)
     _check_width(entries, names, owner, heads.base if owner is None else heads.get(owner))
     return Route(names, task, hosts, None if owner is None else heads.get(owner), owner, refusal)
+
+
+def make_shared_route(entries: Entries, routes: Sequence[Route]) -> Route:
+    """Build the route of one pass for several tasks, each of which has a part of the batch.
+
+    Args:
+        entries: The adapters of the model, by name.
+        routes: The routes of the tasks, in the order of their parts.
+
+    Raises:
+        ConfigError: If a task has a unit that cannot act on a part of a batch.
+    """
+    names = routes[0].names
+    hosts = {placed.host.slot: placed.host for name in names for placed in entries[name].placed}
+    shared: dict[int, Acting] = {}
+    for slot in dict.fromkeys(slot for route in routes for slot in route.hosts):
+        actings = [route.hosts.get(slot, NOTHING) for route in routes]
+        unit = unsliceable(actings, hosts.get(slot))
+        if unit is not None:
+            holding = (name for name in names if any(unit in own.modules() for own in entries[name].units.values()))
+            name = next(holding)
+            raise ConfigError(
+                f"The tasks of adapter {name!r} cannot pass the backbone in one batch: {entries[name].method.name!r} "
+                f"has units of kind {unit.kind!r} for each task at a {hosts[slot].replaces.__name__}, which act on "
+                "whole batches. Run one task per pass (batched=False)."
+            )
+        shared[slot] = sliced(actings)
+    return Route(names, None, shared, routes[0].head, routes[0].owner)
 
 
 def check_rows(entries: Entries, names: Sequence[str], rows: Sequence[str | None]) -> None:

@@ -98,11 +98,17 @@ def _low_rank_plain(
 
 
 def _with_terms(x: Tensor, out: Tensor, layout: Sequence[_Place], factors: Sequence[Tensor]) -> Tensor:
-    """Add low-rank terms of `x` to an output, in plain operations."""
-    width = out.shape[-1]
+    """Add low-rank terms of `x` to an output, in operations that autograd knows."""
+    width, recorded = out.shape[-1], _leaves_a_graph()
     for index, (scale, start, stop, dropout) in enumerate(layout):
         hidden = F.linear(F.dropout(x, dropout.at("input")), factors[2 * index])
-        term = F.linear(F.dropout(hidden, dropout.at("hidden")), factors[2 * index + 1]) * scale
+        hidden, b = F.dropout(hidden, dropout.at("hidden")), factors[2 * index + 1]
+        if stop - start == width and not recorded:
+            # One operation for product, multiplier and sum, which take more time than the product of few channels.
+            rows = torch.addmm(out.reshape(-1, width), hidden.reshape(-1, hidden.shape[-1]), b.t(), alpha=scale)
+            out = rows.view(out.shape)
+            continue
+        term = F.linear(hidden, b) * scale
         out = out + (term if stop - start == width else F.pad(term, (start, width - stop)))
     return out
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vispeft.core.low_rank import Branch, Dropout
 from vispeft.core.route import NOTHING, Acting
-from vispeft.core.units import AffineUnit, InputUnit, LayerPass, Unit
+from vispeft.core.units import AffineUnit, DeltaUnit, InputUnit, LayerPass, Unit
 from vispeft.hosts.base import Host
 from vispeft.hosts.functional import affine, low_rank_linear, low_rank_terms
 from vispeft.hosts.streams import Streams
@@ -106,9 +106,9 @@ def affine_by(unit: AffineUnit, x: Tensor) -> Tensor:
     return affine(x, 1 + unit.gain * (unit.scale - 1), unit.gain * unit.shift)
 
 
-def _terms(acting: Acting) -> list[Branch]:
-    """List the low-rank terms of all units."""
-    terms = [(unit.gain, term) for unit in acting.delta for term in unit.branches()]
+def terms_of(units: Sequence[DeltaUnit]) -> list[Branch]:
+    """List the low-rank terms of units, their gains included."""
+    terms = [(unit.gain, term) for unit in units for term in unit.branches()]
     return [term if gain is None else dataclasses.replace(term, b=term.b * gain) for gain, term in terms]
 
 
@@ -135,7 +135,7 @@ class LinearHost(_Foldable):
         """Compute (..., out) from (..., in)."""
         acting = self.acting
         x = _before(acting, x)
-        branches = _terms(acting)
+        branches = terms_of(acting.delta)
         weight, bias = self._whole_weight(acting), self.own("bias", acting)
         out = low_rank_linear(x, weight, bias, branches) if branches else F.linear(x, weight, bias)
         return _after(acting, x, out)
@@ -148,7 +148,7 @@ class LinearHost(_Foldable):
         x = _before(acting, streams.tokens)
         frozen = F.linear(x, self._whole_weight(acting), self.own("bias", acting))
         layer = LayerPass(x, streams.beside, frozen, frozen)
-        for term in _terms(acting):
+        for term in terms_of(acting.delta):
             between = dataclasses.replace(term, dropout=Dropout(term.dropout.at("hidden"), "hidden"))
             layer.shared = low_rank_terms(layer.dropped(term.dropout.at("input")), layer.shared, [between])
         layer.shared = _after(acting, x, layer.shared)
