@@ -1,9 +1,9 @@
-"""Run the digits and Earth configs once, and write into their headers what they reach and in what time.
+"""Run the digits, Earth and scenes configs once, and write into their headers what they reach and in what time.
 
     python benchmarks/config_figures.py [NAME ...]
 
 Without names all of them run; with names, such as earth_lora, the figures of the others are kept. The Earth configs
-need the two wheels that their headers name; those of mmsegmentation, the extra mmseg. Writes
+need the wheels that their headers name; those of mmsegmentation, the extra mmseg. Writes
 results/config_figures.json after each; the second line of each config is made from it.
 """
 
@@ -24,7 +24,10 @@ from vispeft.cli.train import train
 
 NAME = "config_figures"
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-PATTERNS = ("classification/digits_*.yaml", "segmentation/earth_*.yaml", "mmseg/earth_*.py")
+PATTERNS = (
+    *("classification/digits_*.yaml", "segmentation/earth_*.yaml", "mmseg/earth_*.py"),
+    *("multitask/scenes_*.yaml", "multitask/earth_*.yaml"),
+)
 """The configs that are run; their names differ, whatever folder they are in."""
 TOLD = {
     "accuracy": "{:.1%}",
@@ -33,14 +36,24 @@ TOLD = {
     "miou": "a mean IoU of {:.3f}",
 }
 """The metric that counts, the first there is, and how the header tells it."""
+OF_TASKS = {"miou": "mean IoU", "odsf": "F1", "mean": "degrees", "rmse": "rmse"}
+"""How it tells the main figures of several tasks."""
 
 
 def header(entry: dict[str, float]) -> str:
     """Say what a config reaches, in one comment line."""
     split = "test" if any(key.startswith("test_") for key in entry) else "validation"
-    metric = next(name for name in TOLD if f"{split}_{name}" in entry)
+    if several := {key: value for key, value in entry.items() if "/" in key and key.startswith(split)}:
+        told = ", ".join(
+            f"{task} {value:.3f} ({OF_TASKS[name]})"
+            for key, value in several.items()
+            for task, name in [key.removeprefix(f"{split}_").split("/")]
+        )
+    else:
+        metric = next(name for name in TOLD if f"{split}_{name}" in entry)
+        told = TOLD[metric].format(entry[f"{split}_{metric}"])
     return (
-        f"# reaches {TOLD[metric].format(entry[f'{split}_{metric}'])} on the {split} images"
+        f"# reaches {told} on the {split} images"
         + (f" in {entry['seconds']:.0f} s on two cores" if "seconds" in entry else "")
         + f" (benchmarks/results/{NAME}.json)"
     )
@@ -49,10 +62,12 @@ def header(entry: dict[str, float]) -> str:
 def with_lightning(config: Path, out: Path) -> dict[str, float]:
     """Train as a YAML config says, and give its figures."""
     metrics = json.loads((train(config, [], out=out) / "metrics.json").read_text())
-    metric = next(name for name in TOLD if name in metrics["test"])
+    if "main_figures" in metrics:
+        chosen = [f"{task}/{name}" for task, name in metrics["main_figures"].items()]
+    else:
+        chosen = [next(name for name in TOLD if name in metrics["test"])]
     return {
-        f"validation_{metric}": metrics["validation"][metric],
-        f"test_{metric}": metrics["test"][metric],
+        **{f"{split}_{name}": metrics[split][name] for split in ("validation", "test") for name in chosen},
         "trainable": metrics["parameters"]["trainable"],
         "threads": metrics["threads"],
         "seconds": metrics["seconds"]["total"],

@@ -38,6 +38,7 @@ from vispeft.cli.common import quiet_libraries, versions  # noqa: E402
 from vispeft.cli.train import train  # noqa: E402
 from vispeft.errors import VispeftError  # noqa: E402
 from vispeft.metrics import delta_m  # noqa: E402
+from vispeft.tasks.baselines import mean_score  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "multitask"
 PAGE = "multitask"
@@ -57,7 +58,7 @@ BETTER = {"miou": True, "odsf": True}
 EPOCHS, SEEDS, WEIGHT_DECAY, DECODER_LR = 10, (0, 1, 2), 0.01, 3e-3
 DECODER = {"decoder": "segformer", "decoder_args": {"channels": 64}}
 """Decoders of all rows: small ones, so that the backbone takes most of the time."""
-FULL, PARTS = (1e-4, 3e-4), (1e-3, 3e-3)
+FULL, PARTS = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3)
 """Rates that are tried: of methods that train the backbone, and of others."""
 FFN = {"roles": ["mlp"]}
 
@@ -185,12 +186,9 @@ class Trial:
 
 
 def score(result: dict[str, Any], split: str) -> float:
-    """Compute the geometric mean of the main figures of a result, errors by their inverse."""
-    values = [
-        result[split][f"{task}/{main}"] ** (1 if BETTER.get(main, False) else -1)
-        for task, main in result["main"].items()
-    ]
-    return statistics.geometric_mean(values)
+    """Compute `mean_score` of the main figures of a result: a figure of zero counts as small, and is no error."""
+    figures = {task: torch.tensor(result[split][f"{task}/{main}"]) for task, main in result["main"].items()}
+    return float(mean_score(figures, {task: BETTER.get(main, False) for task, main in result["main"].items()}))
 
 
 def trials(data: str, rows: list[str]) -> Iterator[Trial]:

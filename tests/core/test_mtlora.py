@@ -16,7 +16,8 @@ import vispeft
 from tests.conformance.cells import Cell, move
 from vispeft.adapters.task_maps import map_shapes
 from vispeft.core.families import describe
-from vispeft.errors import ConfigError, SiteError, UnknownNameError
+from vispeft.errors import BackboneError, ConfigError, SiteError, UnknownNameError
+from vispeft.interop import load_official, to_official
 
 TASKS = ("seg", "depth")
 slow = partial(pytest.param, marks=pytest.mark.slow)
@@ -229,6 +230,15 @@ def test_files_hold_the_tasks_and_the_numbers_of_each(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for task in TASKS for a, b in zip(found[task], wanted[task], strict=True))
 
 
+def test_public_names_tell_the_norms_of_maps_from_that_of_patches() -> None:
+    model, images, bank = adapted("swin", train_norms=False)
+    fresh = Cell("lora", "swin").model().double()
+    load_official(fresh, "mtlora", to_official(bank, "mtlora"), {"lora_dropout": 0.0})
+    found, wanted = (vispeft.forward_tasks(one.eval(), images) for one in (fresh, model))
+    for task in TASKS:
+        assert all(map(torch.allclose, found[task], wanted[task]))
+
+
 def test_tasks_of_attach_and_of_the_method_are_the_same() -> None:
     cell = Cell("lora", "swin")
     first, second = (
@@ -296,6 +306,10 @@ def test_unknown_tasks_are_refused() -> None:
         vispeft.forward_tasks(model, images, taps=[2])
     with bank.disabled(), pytest.raises(ConfigError, match="Name them"):
         vispeft.forward_tasks(model, images)
+    getter = timm.create_model("vit_tiny_patch16_224", features_only=True, img_size=32, out_indices=(8, 11))
+    vispeft.attach(getter, mtlora(), verify=False)
+    with pytest.raises(BackboneError, match="features_only"):
+        vispeft.forward_tasks(getter, images)
 
 
 @torch.no_grad()

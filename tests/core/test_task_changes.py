@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor
 
 import vispeft
 from tests.conformance.cells import Cell, move
+from vispeft.core.plan import make_plan
 from vispeft.errors import ConfigError, UnknownNameError
 
 FOUR = ("seg", "parts", "sal", "normals")
@@ -152,3 +155,29 @@ def test_bad_changes_are_refused() -> None:
     bank = vispeft.attach(Cell("lora", "vit").model(), vispeft.LoRA(rank=2), verify=False)
     with pytest.raises(ConfigError, match="has no tasks"):
         bank.add_task("depth")
+
+
+@pytest.mark.parametrize("other", [lambda bank: bank.add_task("depth"), lambda bank: bank.drop_task("sal")])
+def test_changes_in_two_threads_come_one_after_the_other(other: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each planned on the tasks that it had found, and the second lost those of the first."""
+    model, images, bank = adapted("matrix", ("seg", "sal"))
+    real, gate, second = make_plan, bank._routing.gate, threading.Thread(target=lambda: other(bank))
+
+    def slow(*given: Any) -> Any:
+        if threading.current_thread() is not second and not second.ident:
+            second.start()
+            until = time.monotonic() + 60
+            while second.is_alive() and not gate._waiting and time.monotonic() < until:
+                time.sleep(0.001)
+        return real(*given)
+
+    monkeypatch.setattr("vispeft.adapters.task_bank.make_plan", slow)
+    bank.add_task("edge", alone=False)
+    second.join(60)
+    tasks = bank.tasks()
+    assert "edge" in tasks
+    assert ("depth" in tasks) != ("sal" not in tasks)
+    assert {item.task for item in bank.plan()} == {None, *tasks}
+    placed = {name.rpartition("@")[2] for name, _ in model.named_modules() if "@" in name}
+    assert placed == set(tasks)
+    assert set(maps_of(model, images)) == set(tasks)

@@ -16,6 +16,7 @@ import torch
 
 import vispeft
 from tests.conformance.cells import METHODS, Cell, move
+from vispeft.adapters import task_maps
 from vispeft.adapters.bank import AdapterBank
 from vispeft.core import gate
 from vispeft.errors import ConfigError, MergeError
@@ -353,3 +354,35 @@ def test_a_fork_in_the_middle_of_a_pass_leaves_the_gate_open() -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
     beside(work, fork)
+
+
+def test_maps_of_all_tasks_are_of_one_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A choice of another thread between the passes of two tasks counted for the second, and so did a change."""
+    cell = Cell("lora", "vit")
+    model, images, tasks = cell.model().eval(), cell.images(), ["seg", "depth"]
+    for name in ("two", "one"):
+        bank = vispeft.attach(model, METHODS["lora"], name=name, tasks=tasks, verify=False)
+        move(bank, name)
+    real, gate = task_maps._intermediates, bank._routing.gate
+    with torch.no_grad():
+        wanted = vispeft.forward_tasks(model, images)
+        chooses = threading.Thread(target=lambda: bank.set_active("two"))
+        changes = threading.Thread(target=lambda: bank.detach("one"))
+
+        def beside(*given: Any) -> Any:
+            found = real(*given)
+            if not chooses.ident:
+                chooses.start()
+                chooses.join(60)
+                changes.start()
+                until = time.monotonic() + 60
+                while changes.is_alive() and not gate._waiting and time.monotonic() < until:
+                    time.sleep(0.001)
+            return found
+
+        monkeypatch.setattr(task_maps, "_intermediates", beside)
+        found = vispeft.forward_tasks(model, images)
+    changes.join(60)
+    assert bank.names == ["two"]
+    for task in tasks:
+        assert all(map(torch.equal, found[task], wanted[task]))

@@ -172,6 +172,6 @@ def test_delta_m_without_a_baseline_is_refused():
     ):
         with pytest.raises(ConfigError, match="the same tasks"):
             delta_m(scores, baselines, higher)
-    for baseline in (0.0, math.nan, math.inf):
+    for baseline in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ConfigError, match="of the task 'a'"):
             delta_m({"a": 1.0}, {"a": baseline}, {"a": True})

@@ -103,12 +103,14 @@ def test_weights_come_from_the_data_or_the_settings() -> None:
     assert task.task_weights.factors() == {"parts": 1.0, "depth": 2.0, "sal": 5.0, "slope": 1.0}
     own = make(loss_weights={"depth": 3.0})
     own.check_outputs(data)
-    assert own.task_weights.factors()["depth"] == 3.0
+    assert own.task_weights.factors() == {"parts": 1.0, "depth": 3.0, "sal": 5.0, "slope": 1.0}
     images, labels = squares(2, 32, 0)
     outputs = own(images)
     parts = {name: own.losses[name](outputs[name], labels[name]) for name in TARGETS}
     wanted = parts["parts"] + 3 * parts["depth"] + 5 * parts["sal"] + parts["slope"]
     torch.testing.assert_close(own.training_loss(outputs, labels), wanted)
+    own.check_outputs(SimpleNamespace(targets=TARGETS, loss_weights={"depth": 9.0, "sal": 8.0, "slope": 7.0}))
+    assert own.task_weights.factors() == {"parts": 1.0, "depth": 3.0, "sal": 8.0, "slope": 7.0}
 
 
 @pytest.mark.slow
@@ -210,8 +212,9 @@ def test_baselines_are_figures_or_runs(tmp_path: Path) -> None:
     assert found == {"validation": {"parts": 0.5, "depth": 1.5}, "test": {"parts": 0.5, "depth": 2.0}}
     with pytest.raises(FileError, match="does not have parts/miou of the validation split"):
         read_baselines(str(tmp_path), mains)
-    with pytest.raises(ConfigError, match="divides by it"):
-        read_baselines({"parts": 0.5, "depth": 0.0}, mains)
+    for wrong in (0.0, -1.5, float("nan")):
+        with pytest.raises(ConfigError, match="divides by it"):
+            read_baselines({"parts": 0.5, "depth": wrong}, mains)
 
 
 def test_without_baselines_a_geometric_mean_chooses() -> None:

@@ -40,15 +40,15 @@ class TaskBank(TrainingBank):
             ConfigError: If the adapter has no tasks, or this one already; if its tasks depend on each other (MTLoRA's
                 mode ``addition``); or if the method would change other units.
         """
-        label, entry, tasks = self._tasks_of(name, f"add_task({task!r})")
-        wanted = [*tasks, task]
-        check_task_names(wanted, f"add_task({task!r}) to the tasks {', '.join(tasks)}")
-        changed = method or entry.method.with_tasks(wanted, dict(zip(tasks, tasks, strict=True)))
-        plan = make_plan(changed, self._outer, wanted)
-        self._check_kept(entry, plan, {item.key for item in entry.plan})
-        if alone:
-            _check_alone(plan, task, label)
-        with self.changing("get another task"):
+        with self.changing("get another task"):  # the checks too: another thread may be changing the tasks
+            label, entry, tasks = self._tasks_of(name, f"add_task({task!r})")
+            wanted = [*tasks, task]
+            check_task_names(wanted, f"add_task({task!r}) to the tasks {', '.join(tasks)}")
+            changed = method or entry.method.with_tasks(wanted, dict(zip(tasks, tasks, strict=True)))
+            plan = make_plan(changed, self._outer, wanted)
+            self._check_kept(entry, plan, {item.key for item in entry.plan})
+            if alone:
+                _check_alone(plan, task, label)
             fresh = [item for item in plan if item.key not in entry.units]
             seed = int(torch.randint(0, 2**31 - 1, ()))
             entry.units |= build_units(fresh, self._model, seed, entry.units)
@@ -58,10 +58,10 @@ class TaskBank(TrainingBank):
                 self._take_out(entry, label, {item.key for item in fresh})
                 raise
             self._take_over(entry, plan)
-        if alone:
-            self.train_task(task, label)
-        else:
-            self._declare(entry, label)
+            if alone:
+                self.train_task(task, label)
+            else:
+                self._declare(entry, label)
 
     def drop_task(self, task: str, name: str | None = None) -> None:
         """Remove a task from an adapter, with its units.
@@ -74,19 +74,18 @@ class TaskBank(TrainingBank):
             UnknownNameError: If there is no such adapter, or it has no such task.
             ConfigError: If it is the only task, or the tasks depend on each other.
         """
-        label, entry, tasks = self._tasks_of(name, f"drop_task({task!r})")
-        _check_known(task, label, tasks)
-        wanted = [other for other in tasks if other != task]
-        if not wanted:
-            raise ConfigError(f"{task!r} is the only task of adapter {label!r}. Detach the adapter instead.")
-        plan = make_plan(entry.method.with_tasks(wanted, {other: other for other in wanted}), self._outer, wanted)
-        gone = {item.key for item in entry.plan if item.task == task}
-        self._check_kept(entry, plan, {item.key for item in plan})
         with self.changing("lose a task"):
-            self._take_out(entry, label, gone)
+            label, entry, tasks = self._tasks_of(name, f"drop_task({task!r})")
+            _check_known(task, label, tasks)
+            wanted = [other for other in tasks if other != task]
+            if not wanted:
+                raise ConfigError(f"{task!r} is the only task of adapter {label!r}. Detach the adapter instead.")
+            plan = make_plan(entry.method.with_tasks(wanted, {other: other for other in wanted}), self._outer, wanted)
+            self._check_kept(entry, plan, {item.key for item in plan})
+            self._take_out(entry, label, {item.key for item in entry.plan if item.task == task})
             entry.alone = None if entry.alone == task else entry.alone
             self._take_over(entry, plan)
-        self._declare(entry, label)
+            self._declare(entry, label)
 
     def rename_task(self, task: str, new: str, name: str | None = None) -> None:
         """Give a task of an adapter another name.
@@ -100,13 +99,14 @@ class TaskBank(TrainingBank):
             UnknownNameError: If there is no such adapter, or it has no such task.
             ConfigError: If the name is invalid or taken.
         """
-        label, entry, tasks = self._tasks_of(name, f"rename_task({task!r}, {new!r})")
-        _check_known(task, label, tasks)
-        wanted = [new if other == task else other for other in tasks]
-        check_task_names(wanted, f"rename_task({task!r}, {new!r}) among the tasks {', '.join(tasks)}")
-        plan = make_plan(entry.method.with_tasks(wanted, dict(zip(wanted, tasks, strict=True))), self._outer, wanted)
-        keys = {item.key: dataclasses.replace(item, task=new).key for item in entry.plan if item.task == task}
         with self.changing("rename a task"):
+            label, entry, tasks = self._tasks_of(name, f"rename_task({task!r}, {new!r})")
+            _check_known(task, label, tasks)
+            wanted = [new if other == task else other for other in tasks]
+            check_task_names(wanted, f"rename_task({task!r}, {new!r}) among the tasks {', '.join(tasks)}")
+            method = entry.method.with_tasks(wanted, dict(zip(wanted, tasks, strict=True)))
+            plan = make_plan(method, self._outer, wanted)
+            keys = {item.key: dataclasses.replace(item, task=new).key for item in entry.plan if item.task == task}
             entry.units = {keys.get(key, key): unit for key, unit in entry.units.items()}
             for unit in entry.units.values():
                 unit.rename_task(task, new)
@@ -129,12 +129,13 @@ class TaskBank(TrainingBank):
             UnknownNameError: If there is no such adapter, or it has no such task.
             ConfigError: If its tasks have no units of their own, or depend on each other.
         """
-        label, entry, tasks = self._tasks_of(name, f"train_task({task!r})")
-        _check_known(task, label, tasks)
-        _check_alone(entry.plan, task, label)
-        entry.alone = task
-        self._declare(entry, label)
-        self._wake()
+        with self.changing("train one task alone"):
+            label, entry, tasks = self._tasks_of(name, f"train_task({task!r})")
+            _check_known(task, label, tasks)
+            _check_alone(entry.plan, task, label)
+            entry.alone = task
+            self._declare(entry, label)
+            self._wake()
 
     def _tasks_of(self, name: str | None, asked: str) -> tuple[str, Entry, Sequence[str]]:
         """Return name, record and tasks of an adapter whose tasks are about to change."""

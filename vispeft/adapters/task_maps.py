@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from vispeft.core.families import describe, is_feature_getter, unwrap
 from vispeft.core.fields import check_task_names
@@ -51,6 +52,16 @@ def forward_tasks(
         >>> loss = seg_loss(seg_decoder(maps["seg"]), labels) + depth_loss(depth_decoder(maps["depth"]), depth)
     """
     inner: Any = unwrap(model)
+    if is_feature_getter(model) or not hasattr(inner, "forward_intermediates"):
+        raise BackboneError("A features_only model already returns maps. Pass the whole model (num_classes=0).")
+    gate = None if is_compiling() else getattr(inner, "gate", None)
+    with nullcontext() if gate is None else gate.beside():  # so that all passes are of one state of the model
+        return _maps(inner, images, tasks, taps)
+
+
+def _maps(
+    inner: Any, images: Tensor, tasks: Sequence[str] | None, taps: Sequence[int] | None
+) -> dict[str, list[Tensor]]:
     bank = inner.__dict__.get(BANK)
     wanted = _tasks_of(bank, tasks)
     taps = (describe(inner) if bank is None else bank.view).map_taps(taps)
@@ -58,13 +69,11 @@ def forward_tasks(
         with nullcontext() if bank.task is None else bank.using(*bank.active):
             maps: dict[str, list[Tensor]] = inner.task_maps(images, wanted, taps, _behind_merging(bank))
             return maps
-    if is_feature_getter(model) or not hasattr(inner, "forward_intermediates"):
-        raise BackboneError("A features_only model already returns maps. Pass the whole model (num_classes=0).")
     if not _known(bank):
         return dict.fromkeys(wanted, _intermediates(inner, images, taps))
-    found = {}
+    found, acting = {}, bank.active  # another thread may choose others between two passes
     for task in wanted:
-        with bank.using(task=task):
+        with bank.using(*acting, task=task):
             found[task] = _intermediates(inner, images, taps)
     return found
 

@@ -53,10 +53,17 @@ class EpochSampler(Sampler[Index]):
 
     def __iter__(self) -> Iterator[Index]:
         """Iterate over one epoch, or over the rest of the first one."""
-        generator = torch.Generator().manual_seed(draw_seed(self.seed, self.epoch))
         done = self.start[1] if self.epoch == self.start[0] else 0
-        for index in torch.randperm(self.length, generator=generator).tolist()[done:]:
-            yield self.epoch, index
+        yield from self.order(self.epoch)[done:]
+
+    def order(self, epoch: int) -> list[Index]:
+        """Return the indices of a whole epoch, in their order.
+
+        Args:
+            epoch: Counted from zero.
+        """
+        generator = torch.Generator().manual_seed(draw_seed(self.seed, epoch))
+        return [(epoch, index) for index in torch.randperm(self.length, generator=generator).tolist()]
 
     def __len__(self) -> int:
         """Count the images."""
@@ -140,7 +147,7 @@ class ImageData(LightningDataModule, ABC):
     """
 
     target: Target = "class"
-    """Kind of targets: ``class``, ``multilabel``, ``regression``, ``mask`` or ``tasks``."""
+    """Kind of targets: ``class``, ``multilabel``, ``regression``, ``mask``, ``tasks`` or ``embedding``."""
     validation_chooses: bool = True
     """Whether the validation split may select the best epoch; otherwise the last one is kept."""
 
@@ -297,7 +304,7 @@ class ImageData(LightningDataModule, ABC):
         split = self.split("train")
         # The position is taken before the loader is created, as workers read as soon as it is iterated over.
         (epoch, batches), self._position = self._position, (0, 0)
-        return self._loader(split, EpochSampler(len(split), self.seed, (epoch, batches * self.batch_size)))  # type: ignore[arg-type]
+        return self._loader(split, self._sampler(len(split), (epoch, batches * self.batch_size)))  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the training run in the data; Lightning adds it to checkpoints."""
@@ -366,6 +373,10 @@ class ImageData(LightningDataModule, ABC):
     def test_dataloader(self) -> DataLoader[Any]:
         """Return the loader of test images, in a fixed order."""
         return self._loader(self.split("test"))
+
+    def _sampler(self, length: int, start: tuple[int, int]) -> EpochSampler:
+        """Return the order of `length` training images, from an epoch and a number of images served in it."""
+        return EpochSampler(length, self.seed, start)
 
     def _batch_of(self, split: Dataset[Any], sampler: Sampler[Index] | None) -> int:
         """Return the batch size for a split; only the training split comes with a sampler."""

@@ -12,6 +12,8 @@ from vispeft.data.listed_tasks import TaskListing, mask_listings
 from vispeft.data.listing import PER_PIXEL, Finding, ListedSplit, Listing, gather
 from vispeft.data.mask_checks import check_masks, image_counts
 from vispeft.data.masks import ListedMasks
+from vispeft.data.metric_checks import check_retrieval
+from vispeft.data.metric_listing import RetrievalListing
 from vispeft.data.pixel_checks import check_pixels
 from vispeft.data.task_checks import check_tasks, named
 from vispeft.errors import DataError, counted
@@ -91,6 +93,8 @@ def _check_targets(listing: Listing, facts: Mapping[str, list[ImageFacts]], full
     if isinstance(listing, TaskListing):
         absent = [named(task, found) for task, masks in mask_listings(listing) for found in _absent(masks)]
         return [*check_tasks(listing, facts, full), *absent]
+    if isinstance(listing, RetrievalListing):
+        return check_retrieval(listing)
     return [*(check_masks(listing, facts, full) if listing.target == "mask" else _targets(listing)), *_absent(listing)]
 
 
@@ -272,7 +276,7 @@ def class_counts(listing: Listing, split: ListedSplit) -> list[int]:
     """
     if isinstance(split, ListedMasks):
         return image_counts(listing, split)
-    if listing.target == "class":
+    if listing.target in ("class", "embedding"):
         return split.targets.bincount(minlength=len(listing.class_names)).tolist()
     return split.targets.sum(0).long().tolist()
 

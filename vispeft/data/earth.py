@@ -7,30 +7,26 @@ to 32 on 12960 x 6480 pixels, where 32 is the ocean. Both are equirectangular, s
 
 from __future__ import annotations
 
-import hashlib
 import io
-import os
-import shutil
-import tempfile
 import zipfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
-from vispeft.data.facts import cache_folder
 from vispeft.data.formats import open_image
 from vispeft.data.listed import ListedData
 from vispeft.data.listing import Listing, Published
+from vispeft.data.made_once import make_once
 from vispeft.data.masks import MaskCoding
 from vispeft.data.palettes import ClassTable, Colour, make_palette
 from vispeft.data.segmentation import SegmentationData, list_masks
-from vispeft.errors import ConfigError, DataError, FileError
+from vispeft.errors import ConfigError, DataError
 
 __all__ = ["CLIMATES", "ZONES", "EarthData", "EarthTile", "EarthTiles", "cut_layers", "cut_tiles", "earth_tiles"]
 
@@ -254,31 +250,8 @@ def cut_layers(root: Path, name: str, files: Files, maps: Callable[[dict[str, by
         FileError: If the tiles cannot be written.
     """
     contents = _read_files(root, files)
-    digest = hashlib.sha256(f"{SCHEMA}".encode())
-    for content in contents.values():
-        digest.update(content)
-    home = cache_folder() / name / digest.hexdigest()[:16]
-    if home.is_dir():
-        return home
-    layers = maps(contents)
-    try:
-        home.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=home.parent, prefix=".cutting-"))
-        try:
-            _write(scratch, layers)
-            # The folder gets its name only once it is complete.
-            os.replace(scratch, home)
-        except OSError:
-            if not home.is_dir():  # otherwise another process was faster
-                raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    except OSError as error:
-        raise FileError(
-            f"The tiles cannot be written to {home} ({error.strerror or error}). Set VISPEFT_CACHE to a folder with "
-            "room for 40 MB."
-        ) from error
-    return home
+    write = partial(_write, contents=contents, maps=maps)
+    return make_once(name, [f"{SCHEMA}".encode(), *contents.values()], write, "40 MB")
 
 
 def climate_of(zones: np.ndarray) -> np.ndarray:
@@ -349,8 +322,9 @@ def climate_maps(contents: Mapping[str, bytes]) -> Layers:
     return {"images": satellite.convert("RGB"), "climates": climates, "zones": zones}
 
 
-def _write(home: Path, layers: Layers) -> None:
+def _write(home: Path, contents: dict[str, bytes], maps: Callable[[dict[str, bytes]], Layers]) -> None:
     """Write the tiles with enough land."""
+    layers = maps(contents)
     for tile in earth_tiles():
         if (np.asarray(layers["climates"].crop(tile.box)) != CLIMATES.index("ocean")).mean() <= LAND:
             continue

@@ -2,9 +2,10 @@
 
 The steps, their order and their numbers are those of the public code for PASCAL-Context and NYUD-v2
 (SimonVandenhende/Multi-Task-Learning-PyTorch, ``data/custom_transforms.py``, and scale-lab/MTLoRA, which derives from
-it). Two things differ. Nearest pixels are those whose centres are nearest, so labels are not moved against images. A
+it). Three things differ. Nearest pixels are those whose centres are nearest, so labels are not moved against images. A
 pixel has a normal where the nearest pixel of the file has one, as cubic interpolation would smear normals over pixels
-that have none.
+that have none. Images and normals that become smaller are low-pass filtered, as by timm's preprocessing; OpenCV's cubic
+interpolation reads four pixels per axis, however far apart those of the result lie.
 
 Labels are (C, H, W) as `vispeft.data.label_files` reads them. Normals have the components right, down and towards the
 camera. Random numbers come from the global generators; call the transforms inside `vispeft.data.randomness.seeded`.

@@ -15,8 +15,9 @@ from vispeft.errors import is_utf8, printable
 
 __all__ = ["PER_PIXEL", "Finding", "ListedSplit", "Listing", "Published", "Target"]
 
-Target = Literal["class", "multilabel", "regression", "mask", "tasks"]
-"""Kinds of targets: one class per image, any number of labels, numbers, a class per pixel, or several dense tasks."""
+Target = Literal["class", "multilabel", "regression", "mask", "tasks", "embedding"]
+"""Kinds of targets: one class per image, any number of labels, numbers, a class per pixel, several dense tasks, or
+classes that are told apart by embeddings, of which those of the test split are never trained on."""
 PER_PIXEL = ("mask", "tasks")
 """Kinds of targets that every pixel has."""
 

@@ -72,7 +72,7 @@ class MultiTaskData(ListedData):
     default_tasks: ClassVar[tuple[str, ...]] = ()
     """The tasks without a choice; empty for all that are known."""
     known_weights: ClassVar[Mapping[str, float]] = {}
-    """Published weight of the loss of each task; 1 for others."""
+    """Weight of the loss of each task, the published one where there is one; 1 for others."""
     blank_tasks: ClassVar[Collection[str]] = ()
     """Tasks whose label is ignored as a whole in an image that shows no class but the first."""
 
@@ -135,7 +135,7 @@ class MultiTaskData(ListedData):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """Published weight of the loss of each requested task."""
+        """Weight of the loss of each requested task, the published one where there is one."""
         return {task: float(self.known_weights.get(task, 1.0)) for task in self._tasks}
 
     @property

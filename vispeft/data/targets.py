@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vispeft.data.listing import PER_PIXEL, Finding, Target, gather
+from vispeft.data.listing import Finding, Target, gather
 from vispeft.errors import ConfigError, counted
 
 __all__ = ["Entry", "LabelError", "check_labelling", "encode"]
@@ -61,7 +61,7 @@ def check_labelling(owner: str, target: str, names: Sequence[str] | None) -> Non
     Raises:
         ConfigError: If one of them is invalid.
     """
-    if target in PER_PIXEL or target not in get_args(Target):
+    if target not in ("class", "multilabel", "regression"):
         raise ConfigError(f"{owner}(target={target!r}): the choices are class, multilabel and regression.")
     if names is not None and len(set(names)) != len(names):
         raise ConfigError(f"{owner}: names has the same name twice.")

@@ -20,6 +20,7 @@ from vispeft.methods.mtlora import MTLoRA
 
 _SHARED = {"A": "lora_shared_A", "B": "lora_shared_B", "multiplier": "lora_shared_scale"}
 _TASK = {"A": "lora_tasks_A", "B": "lora_tasks_B", "multiplier": "lora_task_scale"}
+_NORM = re.compile(r"(?<!lora_)norm\d?\.weight$")
 _MERGING = re.compile(r"layers\.(\d+)\.downsample")
 
 
@@ -62,7 +63,7 @@ def _method(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], view: Vi
         dropout=metadata.get("lora_dropout", 0.05),
         plus=any(name.endswith("downsample.reduction.lora_shared_A") for name in tensors),
         train_patch_embed="patch_embed.proj.weight" in tensors,
-        train_norms=any(re.search(r"norm\d?\.weight$", name) and "lora" not in name for name in tensors),
+        train_norms=any(_NORM.search(name) and not name.startswith("patch_embed.") for name in tensors),
         train_rel_pos=any(name.endswith("relative_position_bias_table") for name in tensors),
         train_merging=any(name.endswith("downsample.reduction.weight") for name in tensors),
     )

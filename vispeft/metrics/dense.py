@@ -254,7 +254,8 @@ def delta_m(scores: Mapping[str, float], baselines: Mapping[str, float], higher_
         Percent; NaN if a score is.
 
     Raises:
-        ConfigError: If there is no task, the three do not name the same tasks, or a baseline is zero or not finite.
+        ConfigError: If there is no task, the three do not name the same tasks, or a baseline is not a finite number
+            above zero.
     """
     named = {"scores": scores, "baselines": baselines, "higher_is_better": higher_is_better}
     if not scores or any(set(given) != set(scores) for given in named.values()):
@@ -263,7 +264,7 @@ def delta_m(scores: Mapping[str, float], baselines: Mapping[str, float], higher_
     gains = []
     for task, score in scores.items():
         baseline = float(baselines[task])
-        if not math.isfinite(baseline) or baseline == 0:
+        if not (math.isfinite(baseline) and baseline > 0):
             raise ConfigError(
                 f"delta_m got the baseline {baseline} of the task {task!r}; a finite one above 0 is needed."
             )

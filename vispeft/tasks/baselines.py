@@ -35,7 +35,7 @@ def read_baselines(given: Mapping[str, float | str] | str | None, mains: Mapping
 
     Raises:
         UnknownNameError: If a task is unknown.
-        ConfigError: If a task has none, or a figure is zero or not finite.
+        ConfigError: If a task has none, or a figure is not finite and above zero.
         FileError: If a run has no such figure.
     """
     if given is None:
@@ -54,8 +54,8 @@ def read_baselines(given: Mapping[str, float | str] | str | None, mains: Mapping
     for task, value in named.items():
         for split in SPLITS:
             number = _from_run(value, split, task, mains[task]) if isinstance(value, str) else float(value)
-            if not math.isfinite(number) or number == 0:
-                raise ConfigError(f"baselines[{task!r}] is {number}; delta m divides by it. Give another figure.")
+            if not (math.isfinite(number) and number > 0):
+                raise ConfigError(f"baselines[{task!r}] is {number}; delta m divides by it. Give a figure above 0.")
             found[split][task] = number
     return found
 

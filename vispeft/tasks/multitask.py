@@ -68,7 +68,8 @@ class MultiTaskDense(DenseTask):
                 other method has one copy of its units per task.
             decoder: Name of the decoders; see `vispeft.heads.list_decoders`.
             output_norms: Put a layer norm in front of each decoder, one per task and map, as Polyhistor does.
-            loss_weights: Weight of each task's loss; None takes those of the data, else 1 for each.
+            loss_weights: Weight of the losses of some or all tasks. Others have that of the data, or without one that
+                of `vispeft.tasks.task_weights`; under other rules than ``fixed`` they have 1.
             weighting: How weights change: not at all, by a learned uncertainty (arXiv 1705.07115), or by how fast each
                 loss falls (dynamic weight average, arXiv 1803.10704).
             absent: How a class that occurs in no label and no prediction counts in a mean IoU: as zero (``zero``, as in
@@ -94,7 +95,7 @@ class MultiTaskDense(DenseTask):
         self.shared, self.weighting, self.absent = shared, weighting, absent
         self.losses = nn.ModuleDict({task: dense_loss(target, task) for task, target in self.targets.items()})
         self.task_weights = task_weights(self.targets, weighting, loss_weights)
-        self._takes_weights = loss_weights is None and weighting == "fixed"
+        self._weighted_by_data = set(self.targets) - set(loss_weights or {}) if weighting == "fixed" else set()
         self.metrics = nn.ModuleDict({split: self._metrics() for split in SPLITS})
         mains = {task: self._metric("test", task).main for task in self.targets}
         self.baselines = read_baselines(baselines, mains)
@@ -230,7 +231,7 @@ class MultiTaskDense(DenseTask):
         return tuple(self.targets)
 
     def check_outputs(self, data: Any) -> None:
-        """Check that the data have labels of each task, and take their weights of the losses where none were given.
+        """Check that the data have labels of each task, and take their weights of the losses that were given none.
 
         Raises:
             DataError: If a task has no labels, or labels of another kind.
@@ -249,9 +250,11 @@ class MultiTaskDense(DenseTask):
                     f"The labels of {task!r} in the data are {_described(there[task])}, and the task was made for "
                     f"{_described(target)}. Give the same data, or make the task for these."
                 )
-        if self._takes_weights:
-            weights = getattr(data, "loss_weights", None) or {}
-            self.task_weights.weights.update({task: float(weights[task]) for task in self.targets if task in weights})
+        weights = getattr(data, "loss_weights", None) or {}
+        taken = {
+            task: float(weights[task]) for task in self.targets if task in weights and task in self._weighted_by_data
+        }
+        self.task_weights.weights.update(taken)
 
     # ------------------------------------------------------------------ steps
 
