@@ -106,13 +106,15 @@ def test_predictions_are_written_for_each_task(run: Path, run_cli: Any, tmp_path
     result = run_cli("predict", run, tmp_path / "new", "--out", out)
     assert result.status == 0, result.err
     written = {str(path.relative_to(out)) for path in out.rglob("*.*")}
-    names = {f"{task}/a.png" for task in (*TARGETS, "strips")}
+    names = {f"{task}/a.png" for task in (*TARGETS, "depth_mm", "strips")}
     assert written == {*names, "depth/a.npy", "predictions.csv"}
     modes = {task: Image.open(out / task / "a.png").mode for task in TARGETS}
     assert modes == {"parts": "P", "depth": "RGB", "sal": "L", "slope": "RGB"}
     assert Image.open(out / "strips" / "a.png").size == (48 * 5, 40)
     depth, mask = np.load(out / "depth" / "a.npy"), np.asarray(Image.open(out / "parts" / "a.png"))
     assert (depth.shape, depth.dtype) == ((40, 48), np.float32)
+    whole = np.asarray(Image.open(out / "depth_mm" / "a.png"))
+    assert np.array_equal(whole, np.where(depth > 0, np.rint(depth.astype(float) * 1000), 0))
     with (out / "predictions.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert [int(row[f"parts: {name}"]) for name in ("ground", "square")] == np.bincount(mask.ravel(), None, 2).tolist()
@@ -188,6 +190,10 @@ def test_what_does_not_go_together_is_refused_before_training(run_cli: Any, tmp_
         ("--model.targets={}", "decided by the data"),
         ("--model.baselines={depth: 1.0}", "no figure for parts, sal, slope"),
         ("--model.loss_weights={dept: 1.0}", "depth"),
+        ("--model.weights={depth: 1.0}", "Did you mean model.loss_weights?"),
+        ("--model.lr={depth: 1.0}", "takes none"),
+        ("--model.weighting=uncertain", "Did you mean 'uncertainty'?"),
+        ("--data.tasks=depth", "a list is needed, such as [depth]"),
         (f"--model.baselines={tmp_path / 'nothing'}", "Give the directory of a finished run"),
     ):
         result = run_cli(*given, override)

@@ -19,6 +19,8 @@ CASES = {
     "evaluate": ("evaluate", LONG),
     "merge": ("merge", LONG, "--out", "a.safetensors"),
     "predict": ("predict", LONG, LONG, "--out", "a"),
+    "embed": ("embed", LONG, LONG, "--out", "a"),
+    "search": ("search", LONG, LONG),
     "export": ("export", LONG, "--out", "a.onnx"),
     "inspect": ("inspect", "vit_tiny_patch16_224", f"{LONG}.yaml"),
     "select_features": ("select_features", LONG, LONG, "--out", "a"),

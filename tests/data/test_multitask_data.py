@@ -197,7 +197,6 @@ def test_normals_are_kept_in_the_contexts_of_nyud(pascal):
 
 
 def test_edges_are_thin_lines_between_contexts(pascal, tmp_path):
-    pytest.importorskip("skimage", reason="scikit-image, of the extra multitask, is not installed")
     data = ready(made(PascalMultiTaskData, pascal, tasks=["edge"], image_size=(10, 12)))
     edges = data.split("test")[0][1]["edge"][0]
     assert edges.sum(1).max() == 1  # one pixel in a row, and none where thinning ends the line
@@ -205,11 +204,11 @@ def test_edges_are_thin_lines_between_contexts(pascal, tmp_path):
     assert set(edges.nonzero()[:, 1].tolist()) <= {5, 6}
 
 
-def test_packages_that_are_missing_are_named_at_once(pascal, monkeypatch):
+def test_a_missing_reader_of_matlab_files_is_named_at_once(pascal, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"'edge', which needs scipy and scikit-image.*vispeft\[multitask\]"):
+    with pytest.raises(ConfigError, match=r"'edge', whose labels are MATLAB files, and scipy.*vispeft\[multitask\]"):
         made(PascalMultiTaskData, pascal, tasks=["semseg", "edge"])
-    with pytest.raises(ConfigError, match="'human_parts', which needs scipy, not installed"):
+    with pytest.raises(ConfigError, match="leave human_parts, normals out of tasks"):
         made(PascalMultiTaskData, pascal)
     made(PascalMultiTaskData, pascal, tasks=["semseg", "sal"])
 

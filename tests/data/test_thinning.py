@@ -62,3 +62,9 @@ def test_equals_scikit_image():
     found = torch.tensor([[pixel != "." for pixel in row] for row in THINNED.split()])
     wanted = torch.tensor([[pixel == "#" for pixel in row] for row in THINNED.split()])
     assert torch.equal(thin(found[None])[0], wanted)
+
+
+def test_more_shapes_than_bits_are_thinned_each_by_itself():
+    many = torch.stack([torch.from_numpy(shape[:40]) for shape in shapes(9)] * 8)
+    assert torch.equal(thin(many[:70])[62:], thin(many[62:70]))
+    assert thin(many[:0]).shape == (0, 40, 37)

@@ -198,6 +198,8 @@ def test_files_keep_norms_decoders_and_the_description_of_tasks(tmp_path: Path) 
         ({"targets": {}}, ConfigError, "name at least one task"),
         ({"targets": {"a": {"kind": "depht"}}}, ConfigError, "choose 'classes'"),
         ({"targets": {"keys": TARGETS["sal"]}}, ConfigError, "attribute of PyTorch"),
+        ({"targets": {"strips": TARGETS["sal"]}}, ConfigError, "another folder of predictions"),
+        ({"targets": {"a_mm": TARGETS["sal"], "a": TARGETS["depth"]}}, ConfigError, "another folder of predictions"),
         ({"loss_weights": {"dept": 1.0}}, UnknownNameError, "depth"),
         ({"baselines": {"dept": 1.0}}, UnknownNameError, "depth"),
         ({"baselines": {"depth": 1.0}}, ConfigError, "no figure for parts, sal, slope"),

@@ -1,14 +1,17 @@
 """Predictors: how tasks predict image files."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import vispeft
 from tests.tiny import TINY
+from vispeft.data.dense_targets import DenseTarget
 from vispeft.errors import ConfigError, DataError
 from vispeft.tasks import AdapterTask, Inference
 from vispeft.tasks.predictions import MaskPredictor, ScorePredictor
+from vispeft.tasks.task_predictions import TaskPredictor
 
 NOTES = {
     "preprocessing": {
@@ -66,3 +69,17 @@ def test_a_task_that_does_not_say_how_it_predicts_is_told_so():
     with pytest.raises(ConfigError, match="AdapterTask does not say how images are predicted"):
         task.predictor()
     assert task.class_names() == ["0", "1"]
+
+
+def test_depth_is_written_in_millimetres_where_16_bits_hold_it():
+    depth = torch.tensor([[-1.0, 0.0, 0.0004], [0.0006, 1.2344, 65.535], [65.5356, 1e9, 2.0]])
+
+    def outputs(images, size):
+        return {"depth": depth.expand(1, 1, *size)}
+
+    predictor = TaskPredictor(outputs, {"depth": DenseTarget(kind="depth")}, NOTES)
+    assert predictor.folders == ("depth", "depth_mm", "strips")
+    (found,) = predictor([torch.zeros(3, 3, 3, dtype=torch.uint8)])
+    whole = np.asarray(found.pictures["depth_mm"])
+    assert whole.dtype == np.uint16
+    assert whole.tolist() == [[0, 0, 0], [1, 1234, 65535], [0, 0, 2000]]

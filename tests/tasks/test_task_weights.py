@@ -112,3 +112,11 @@ def test_what_cannot_be_weighed_is_refused(rule):
 def test_an_unknown_rule_is_refused():
     with pytest.raises(UnknownNameError, match="Did you mean 'uncertainty'"):
         task_weights(TARGETS, "uncertain")
+
+
+def test_a_task_without_weight_has_no_variance_to_learn():
+    weights = task_weights(TARGETS, "uncertainty", {"semseg": 0.0})
+    weights({name: torch.tensor(2.0) for name in TARGETS}).backward()
+    moves = dict(zip(TARGETS, weights.log_variances.grad.ne(0).tolist(), strict=True))
+    assert moves.pop("semseg") is False
+    assert all(moves.values())

@@ -32,6 +32,7 @@ __all__ = [
     "CLASS_KEYS",
     "check_arguments",
     "check_class",
+    "check_keys",
     "check_plain",
     "check_value",
     "class_node",
@@ -42,7 +43,8 @@ CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 """Keys of a class in a config."""
 
 _SIMPLE = {NoneType, bool, int, float, complex, str, bytes, os.PathLike, PurePath, Path, datetime.timedelta}
-_CONTAINERS = {list, tuple, set, frozenset, dict, abc.Iterable, abc.Collection, abc.Sequence, abc.Mapping, abc.Set}
+_LISTS = {list, tuple, set, frozenset, abc.Iterable, abc.Collection, abc.Sequence, abc.Set}
+_CONTAINERS = {*_LISTS, dict, abc.Mapping}
 
 
 def classes_in(annotation: Any) -> list[Any]:
@@ -84,9 +86,31 @@ def check_arguments(cls: type, arguments: Mapping[str, Any], place: str) -> Node
         ConfigError: If a value makes an object where none is taken.
     """
     known = argument_names(cls)
-    for key in arguments:
+    for key, value in arguments.items():
         check_argument(place, str(key), known)
+        check_keys(cls, str(key), value, place)
     return {key: check_value(value, argument_type(cls, key), f"{place}.{key}") for key, value in arguments.items()}
+
+
+def check_keys(cls: type, name: str, value: Any, place: str) -> None:
+    """Refuse keys with values for an argument that takes none, and name one that does and is called alike.
+
+    Args:
+        cls: The class.
+        name: The argument.
+        value: Its value, from a file or as typed.
+        place: Where the class stands in the config.
+
+    Raises:
+        ConfigError: If the argument takes no keys.
+    """
+    found = _values_in(value, place) if isinstance(value, str) else value
+    typed = isinstance(found, Mapping) and any(inner is not None for inner in found.values())  # {a} is a text
+    if not typed or "class_path" in found or _takes_keys(argument_type(cls, name)):  # `check_plain` refuses classes
+        return
+    alike = [other for other in argument_names(cls) if name in other and _takes_keys(argument_type(cls, other))]
+    advice = f"Did you mean {place}.{alike[0]}?" if alike else "Give a single value."
+    raise ConfigError(f"{place}.{name} was given keys with values ({shown(found)}), and takes none. {advice}")
 
 
 def check_value(value: Any, annotation: Any, place: str) -> Any:
@@ -101,14 +125,15 @@ def check_value(value: Any, annotation: Any, place: str) -> Any:
         The value, with class names written out.
 
     Raises:
-        UnknownNameError: If it names a class that is not on the list.
-        ConfigError: If it makes an object where none is taken.
+        UnknownNameError: If it names a class that is not on the list, or is none of the choices.
+        ConfigError: If it makes an object where none is taken, or is a text where a list is needed.
     """
     taken = classes_in(annotation)
     if not taken:
         check_plain(value, place)
         if isinstance(value, str):
             _check_text(value, annotation, place)
+            _check_form(value, annotation, place)
         return value
     if isinstance(value, str):
         inner = _values_in(value, place)
@@ -243,6 +268,24 @@ def _check_text(text: str, annotation: Any, place: str) -> None:
         raise ConfigError(f"{place} is {text!r}, which is no value for it. Write the number or the list itself.")
 
 
+def _check_form(text: str, annotation: Any, place: str) -> None:
+    """Refuse a text that is none of the choices, or that stands where a list is needed."""
+    kinds = [part for part in _alternatives(annotation) if part is not NoneType]
+    if not kinds or _values_in(text, place) != text or parse_text(text, place) != text:
+        return
+    if all(get_origin(kind) is Literal for kind in kinds):
+        choices = [choice for kind in kinds for choice in get_args(kind)]
+        if text not in choices:
+            raise UnknownNameError("value", text, list(map(str, choices)), f"It was given for {place}.")
+    elif all((get_origin(kind) or kind) in _LISTS for kind in kinds):
+        raise ConfigError(f"{place} is {text!r}, and a list is needed, such as [{text}].")
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """Return the parts of a union; of anything else itself."""
+    return get_args(annotation) if get_origin(annotation) in (typing.Union, UnionType) else (annotation,)
+
+
 def _inside(annotation: Any) -> Any:
     """Return the annotation of the values in a container; None where there is none."""
     origin, parts = get_origin(annotation), get_args(annotation)
@@ -267,6 +310,13 @@ def _names_an_object(text: str, taken: Sequence[Any]) -> bool:
             return True
         waiting += type.__subclasses__(cls)
     return False
+
+
+def _takes_keys(annotation: Any) -> bool:
+    """Whether keys with values may be a value for an annotation: a dictionary, or an object with arguments."""
+    if annotation is Any or annotation is object or classes_in(annotation):
+        return True
+    return any((get_origin(part) or part) in (dict, abc.Mapping) for part in _alternatives(annotation))
 
 
 def _takes_text(annotation: Any) -> bool:

@@ -18,6 +18,7 @@ from vispeft.building.annotations import argument_type
 from vispeft.building.arguments import (
     CLASS_KEYS,
     check_arguments,
+    check_keys,
     check_plain,
     check_value,
     class_node,
@@ -312,6 +313,8 @@ def _check_class_override(tree: Node, parts: list[str], value: str) -> str | Non
     if section == "model" and path[0] == "method":
         return _check_method_override(arguments, f"{section}.method", path[1:], value)
     annotation = argument_type(cls, path[0])
+    if len(path) == 1:
+        check_keys(cls, path[0], value, section)
     if not classes_in(annotation) or len(path) > 1:
         _check_data(path[1:], value, annotation if len(path) == 1 else Any, place)
         return value

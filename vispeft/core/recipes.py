@@ -11,7 +11,7 @@ from typing import Any, Literal
 from vispeft.core.sites import View
 from vispeft.errors import ConfigError
 
-__all__ = ["FEW_IMAGES", "FGVC", "SMALLEST_WIDTH", "VTAB", "Recipe", "choose_recipe"]
+__all__ = ["FEW_IMAGES", "FGVC", "MULTI_TASK", "SMALLEST_WIDTH", "VTAB", "Recipe", "choose_recipe"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,12 @@ FGVC = Recipe(
     weight_decay=5e-2,
     source="FGVC on all images: AdamW, batch 64, 100 epochs, rates from 2e-4 to 2e-3 by data set (V-PETL c188fad)",
 )
+MULTI_TASK = Recipe(
+    lr=1e-4,
+    weight_decay=1e-4,
+    source="Adam, as in the multi-task code the authors build on; their own settings were not found",
+)
+"""Recipe of the methods of arXiv 2210.03265, for several dense tasks."""
 
 
 def choose_recipe(name: str, recipes: Sequence[Recipe], view: View, n_images: int) -> Recipe:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from vispeft.data.randomness import seeded
 from vispeft.data.splitting import check_drawing, cross_validation, hold_out, share_of_rest
 from vispeft.errors import ConfigError, DataError, check_object, counted, printable
 
-__all__ = ["ImageSplit", "ListedData"]
+__all__ = ["ImageSplit", "ListedData", "PixelSplit"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,51 @@ class ImageSplit(BatchSplit):
             return self._plain(image)
         with seeded(self._seed, epoch, index):
             return self._train(image)
+
+
+Prepare = Callable[[Tensor, Any], tuple[Tensor, Any]]
+"""Transform of an image and its labels."""
+
+
+class PixelSplit(BatchSplit):
+    """A split that reads each image and its labels of pixels on access; a subclass reads and stacks the labels."""
+
+    def __init__(self, listed: ListedSplit, prepare: Prepare, seed: int = 0) -> None:
+        """Store the parts that batches are built from.
+
+        Args:
+            listed: Images and labels.
+            prepare: Transform of an image and its labels, with separate random numbers.
+            seed: Seed of the random numbers.
+        """
+        self.listed, self.source, self.targets = listed, listed.source, listed.targets
+        self._prepare, self._seed = prepare, seed
+
+    def batch(self, indices: list[Index]) -> tuple[Tensor, Any]:
+        """Build a batch of images (B, 3, H, W) and their labels."""
+        images, labels = zip(*(self._one(epoch, index) for epoch, index in indices), strict=True)
+        return torch.stack(images), self.stacked(labels)
+
+    @abstractmethod
+    def read_labels(self, index: int) -> Any:
+        """Read the labels of an image.
+
+        Args:
+            index: Its position in the split.
+        """
+
+    @abstractmethod
+    def stacked(self, labels: Sequence[Any]) -> Any:
+        """Combine the prepared labels of several images.
+
+        Args:
+            labels: Labels of one image each.
+        """
+
+    def _one(self, epoch: int, index: int) -> tuple[Tensor, Any]:
+        image, labels = self.source.read(index), self.read_labels(index)
+        with seeded(self._seed, epoch, index):
+            return self._prepare(image, labels)
 
 
 class ListedData(ImageData):

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vispeft.data.base import BatchSplit, Index
+from vispeft.data.base import Index
 from vispeft.data.by_name import ClassOrder
 from vispeft.data.dense_targets import DenseTarget
 from vispeft.data.joint_tasks import JointTasks, TaskAugmentation
-from vispeft.data.listed import ListedData
+from vispeft.data.listed import ListedData, PixelSplit
 from vispeft.data.listed_tasks import ListedTasks, TaskListing
 from vispeft.data.listing import Published
 from vispeft.data.preprocessing import Preprocessing
-from vispeft.data.randomness import seeded
+from vispeft.data.sources import Source
 from vispeft.errors import ConfigError, DataError, UnknownNameError, check_object
 
 __all__ = ["MultiTaskData", "TaskSplit"]
@@ -27,35 +27,28 @@ Labels = dict[str, Tensor]
 """Labels by task."""
 
 
-class TaskSplit(BatchSplit):
-    """A split that reads its images and labels on access."""
+class TaskSplit(PixelSplit):
+    """A split that reads its images and their labels of each task on access."""
 
-    def __init__(self, listed: ListedTasks, prepare: JointTasks, seed: int = 0) -> None:
-        """Store the parts that batches are built from.
+    listed: ListedTasks
 
-        Args:
-            listed: Images and labels.
-            prepare: Transform of an image and its labels, with separate random numbers.
-            seed: Seed of the random numbers.
-        """
-        self.source, self.labels, self.targets = listed.source, listed.labels, listed.targets
-        self._prepare, self._seed = prepare, seed
+    @property
+    def labels(self) -> Mapping[str, Source]:
+        """Source of the labels of each task."""
+        return self.listed.labels
 
     def __getitem__(self, index: Index | int) -> tuple[Tensor, Labels]:  # type: ignore[override]
         """Return one normalised image (3, H, W) and its labels."""
         images, labels = self.__getitems__([index])
         return images[0], {task: rows[0] for task, rows in cast(Labels, labels).items()}
 
-    def batch(self, indices: list[Index]) -> tuple[Tensor, Labels]:  # type: ignore[override]
-        """Build a batch of images (B, 3, H, W) and labels by task, as `DenseTarget` describes them."""
-        images, labels = zip(*(self._one(epoch, index) for epoch, index in indices), strict=True)
-        return torch.stack(images), {task: torch.stack([one[task] for one in labels]) for task in self.labels}
+    def read_labels(self, index: int) -> Labels:
+        """Read the label of each task (C, H, W) of an image."""
+        return {task: source.read(index) for task, source in self.labels.items()}
 
-    def _one(self, epoch: int, index: int) -> tuple[Tensor, Labels]:
-        image = self.source.read(index)
-        labels = {task: source.read(index) for task, source in self.labels.items()}
-        with seeded(self._seed, epoch, index):
-            return self._prepare(image, labels)
+    def stacked(self, labels: Sequence[Labels]) -> Labels:
+        """Combine labels by task, as `DenseTarget` describes them."""
+        return {task: torch.stack([one[task] for one in labels]) for task in self.labels}
 
 
 class MultiTaskData(ListedData):

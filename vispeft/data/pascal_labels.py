@@ -2,7 +2,7 @@
 
 The MATLAB files are those of PASCAL-Part (Chen et al., CVPR 2014) and PASCAL-Context (Mottaghi et al., CVPR 2014). What
 is made of them is that of the public code (facebookresearch/astmt, ``fblib/dataloaders/pascal_context.py``). They are
-read with scipy, edges are thinned with scikit-image: the extra `multitask`.
+read with scipy: the extra `multitask`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from vispeft.data.formats import PixelError, too_large
 from vispeft.data.images import Reading, read_size
 from vispeft.data.label_files import read_colours, read_shades
 from vispeft.data.masks import IGNORE
+from vispeft.data.thinning import thin
 from vispeft.data.trees import open_regular
 from vispeft.errors import ConfigError
 
-__all__ = ["PARTS", "check_packages", "people_in", "read_edges", "read_normals", "read_parts", "read_saliency"]
+__all__ = ["PARTS", "check_scipy", "people_in", "read_edges", "read_normals", "read_parts", "read_saliency"]
 
 PERSON = 15
 """Category of people in PASCAL VOC."""
@@ -51,28 +52,27 @@ NORMAL_CONTEXTS = (
 """Those of the 459 classes of PASCAL-Context in which normals are kept: whose name is also one of the 894 classes of
 NYUD-v2, on whose images the network that made the normals was trained, without "unknown", and tvmonitor."""
 
-NEEDED = {"human_parts": ("scipy",), "normals": ("scipy",), "edge": ("scipy", "scikit-image")}
-"""Packages that a task needs."""
-MODULES = {"scipy": "scipy", "scikit-image": "skimage"}
+FROM_MATLAB = ("human_parts", "normals", "edge")
+"""Tasks with labels in MATLAB files, which scipy reads."""
 
 
-def check_packages(owner: str, tasks: Iterable[str]) -> None:
-    """Refuse tasks that need packages which are not installed.
+def check_scipy(owner: str, tasks: Iterable[str]) -> None:
+    """Refuse tasks that need scipy where it is not installed.
 
     Args:
         owner: The data module, for messages.
         tasks: The tasks.
 
     Raises:
-        ConfigError: If one is missing.
+        ConfigError: If it is missing.
     """
-    for task in tasks:
-        missing = [name for name in NEEDED.get(task, ()) if importlib.util.find_spec(MODULES[name]) is None]
-        if missing:
-            raise ConfigError(
-                f"{owner} was asked for the task {task!r}, which needs {' and '.join(missing)}, not installed here. "
-                f'Install the extra: pip install "vispeft[multitask]", or leave {task} out of tasks.'
-            )
+    needing = [task for task in tasks if task in FROM_MATLAB]
+    if needing and importlib.util.find_spec("scipy") is None:
+        raise ConfigError(
+            f"{owner} was asked for the task {needing[0]!r}, whose labels are MATLAB files, and scipy, which reads "
+            f'them, is not installed. Install the extra: pip install "vispeft[multitask]", or leave '
+            f"{', '.join(needing)} out of tasks."
+        )
 
 
 def read_saliency(paths: Sequence[str], reading: Reading) -> Tensor:
@@ -110,11 +110,10 @@ def read_edges(paths: Sequence[str], reading: Reading) -> Tensor:
         reading: The limit on pixels.
     """
     from scipy.ndimage import laplace
-    from skimage.morphology import thin
 
     # Pixels beyond the border are mirrored, as by OpenCV's Laplacian.
-    edges = thin(laplace(_contexts(paths[0], reading).astype(np.float64), mode="mirror") != 0)
-    return torch.from_numpy(edges.astype(np.float32))[None]
+    edges = laplace(_contexts(paths[0], reading).astype(np.float64), mode="mirror") != 0
+    return thin(torch.from_numpy(edges)[None]).float()
 
 
 def read_parts(paths: Sequence[str], reading: Reading) -> Tensor:

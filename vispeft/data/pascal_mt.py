@@ -19,7 +19,7 @@ from vispeft.data.palettes import class_table, make_palette
 from vispeft.data.pascal_labels import (
     PARTS,
     PERSON,
-    check_packages,
+    check_scipy,
     people_in,
     read_edges,
     read_normals,
@@ -61,7 +61,7 @@ class PascalMultiTaskData(PublishedSplits, MultiTaskData):
             ConfigError: If a setting is invalid, or a task needs a package that is not installed.
         """
         super().__init__(root=root, augment=augment, **settings)
-        check_packages(type(self).__name__, self.targets)
+        check_scipy(type(self).__name__, self.targets)
 
     @property
     def known_targets(self) -> Mapping[str, DenseTarget]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,49 +12,39 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from vispeft.data.base import BatchSplit, Index
+from vispeft.data.base import Index
 from vispeft.data.folder import find_splits, leave_beside
 from vispeft.data.joint import EvaluationPair, MaskAugmentation, TrainPair
-from vispeft.data.listed import ListedData
+from vispeft.data.listed import ListedData, PixelSplit
 from vispeft.data.listing import Finding, Listing, Published, gather
 from vispeft.data.masks import ListedMasks, MaskCoding, MaskFiles
 from vispeft.data.palettes import ClassTable, Colour, make_palette, read_palette
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.data.published import PublishedSplits
-from vispeft.data.randomness import seeded
-from vispeft.data.sources import FileSource
+from vispeft.data.sources import FileSource, Source
 from vispeft.data.trees import EXTENSIONS, LeftOut, list_folder, walk
 from vispeft.errors import ConfigError, DataError, check_object, counted
 
 __all__ = ["MaskFolderData", "MaskSplit", "PublishedMasks", "SegmentationData", "list_masks"]
 
-Pair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Transform of an image and its mask."""
 
+class MaskSplit(PixelSplit):
+    """A split that reads its images and masks on access; masks of a batch are (B, h, w)."""
 
-class MaskSplit(BatchSplit):
-    """A split that reads its images and masks on access."""
+    listed: ListedMasks
 
-    def __init__(self, listed: ListedMasks, prepare: Pair, seed: int = 0) -> None:
-        """Store the parts that batches are built from.
+    @property
+    def masks(self) -> Source:
+        """Source of the masks."""
+        return self.listed.masks
 
-        Args:
-            listed: Images and masks.
-            prepare: Transform of an image and its mask, with separate random numbers.
-            seed: Seed of the random numbers.
-        """
-        self.source, self.masks, self.targets = listed.source, listed.masks, listed.targets
-        self._prepare, self._seed = prepare, seed
+    def read_labels(self, index: int) -> Tensor:
+        """Read the mask of an image (H, W)."""
+        return self.masks.read(index)
 
-    def batch(self, indices: list[Index]) -> tuple[Tensor, Tensor]:
-        """Build a batch of images (B, 3, H, W) and masks (B, h, w)."""
-        images, masks = zip(*(self._pair(epoch, index) for epoch, index in indices), strict=True)
-        return torch.stack(images), torch.stack(masks)
-
-    def _pair(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        image, mask = self.source.read(index), self.masks.read(index)
-        with seeded(self._seed, epoch, index):
-            return self._prepare(image, mask)
+    def stacked(self, labels: Sequence[Tensor]) -> Tensor:
+        """Combine masks."""
+        return torch.stack(list(labels))
 
 
 class SegmentationData(ListedData):

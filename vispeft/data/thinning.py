@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import reduce
+from operator import or_
 
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ __all__ = ["thin"]
 
 NEIGHBOURS = ((0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1))
 """Rows and columns of x1 to x8: east first, then against the clock."""
+PER_NUMBER = 31
+"""Shapes in the bits of one int32."""
 
 
 def thin(shapes: Tensor) -> Tensor:
@@ -19,7 +23,7 @@ def thin(shapes: Tensor) -> Tensor:
 
     Algorithm of Guo and Hall (Communications of the ACM 32, 1989), in the form of Lam, Lee and Suen (PAMI 14, 1992),
     which MATLAB's ``bwmorph(..., 'thin')`` and scikit-image's ``morphology.thin`` compute too. Pixels beyond the border
-    count as empty.
+    count as empty. Up to `PER_NUMBER` shapes are thinned at the cost of one, as the bits of one number per pixel.
 
     Args:
         shapes: Booleans (B, h, w).
@@ -27,33 +31,50 @@ def thin(shapes: Tensor) -> Tensor:
     Returns:
         Booleans (B, h, w), a subset of the shapes.
     """
-    padded = F.pad(shapes.to(torch.uint8), (1, 1, 1, 1))
-    pixels = padded.flatten()
-    steps = torch.tensor([row * padded.shape[-1] + column for row, column in NEIGHBOURS], device=shapes.device)
-    bits = torch.arange(8, device=shapes.device)
-    tables = [table.to(shapes.device) for table in _deletable()]
-    exposed = F.max_pool2d((padded == 0).float(), 3, stride=1, padding=1).bool() & padded.bool()
-    # Both tables look at a pixel on the rim, and again after a change around it: the cost is that of what is deleted.
-    before = around = exposed.flatten().nonzero().squeeze(1)
-    while len(before) or len(around):
-        places = torch.cat([before, around]).unique()
-        codes = (pixels[places[:, None] + steps].long() << bits).sum(1)
-        deleted = places[tables[0][codes]]
-        pixels[deleted] = 0
-        touched = (deleted[:, None] + steps).flatten()
-        before, around = around, touched[pixels[touched].bool()]
-        before = before[pixels[before].bool()]
-        tables.reverse()
-    return pixels.reshape(padded.shape)[:, 1:-1, 1:-1].bool()
+    return torch.cat([_thin(some) for some in shapes.split(PER_NUMBER)]) if shapes.numel() else shapes.clone()
 
 
-@lru_cache(maxsize=1)
-def _deletable() -> tuple[Tensor, Tensor]:
-    """Tell for each of the 256 surroundings whether the first and the second half of a pass delete the pixel."""
-    bits = ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).bool()
-    x = dict(enumerate([*bits.unbind(1), bits[:, 0]], start=1))  # x1 to x8 of the paper, and x1 again
-    crossings = sum((~x[i] & (x[i + 1] | x[i + 2])).int() for i in (1, 3, 5, 7))
-    pairs = [sum((x[i] | x[i + 1]).int() for i in range(first, first + 7, 2)) for first in (1, 2)]
-    fewest = torch.minimum(*pairs)
-    both = (crossings == 1) & (fewest >= 2) & (fewest <= 3)
-    return both & ~((x[2] | x[3] | ~x[8]) & x[1]), both & ~((x[6] | x[7] | ~x[4]) & x[5])
+def _thin(shapes: Tensor) -> Tensor:
+    """Thin at most `PER_NUMBER` shapes."""
+    packed = F.pad(reduce(or_, (shape.int() << bit for bit, shape in enumerate(shapes))), (1, 1, 1, 1))
+    inside = packed[1:-1, 1:-1]
+    changed = True
+    while changed:
+        changed = False
+        for half in (0, 1):
+            deleted = inside & _deletable(packed, half)
+            inside ^= deleted
+            changed |= bool(deleted.any())
+    return torch.stack([(inside >> bit) & 1 for bit in range(len(shapes))]).bool()
+
+
+def _deletable(packed: Tensor, half: int) -> Tensor:
+    """Find the pixels that half of a pass deletes, by the conditions of Guo and Hall, algorithm A1.
+
+    Args:
+        packed: Shapes as bits (h + 2, w + 2), with an empty rim.
+        half: 0 or 1; the second half has the conditions of the first, turned by half a circle.
+
+    Returns:
+        Bits (h, w); those of empty pixels have no meaning.
+    """
+    height, width = (size - 2 for size in packed.shape)
+    x1, x2, x3, x4, x5, x6, x7, x8 = (
+        packed[1 + row : 1 + row + height, 1 + column : 1 + column + width]
+        for row, column in (NEIGHBOURS[4 * half :] + NEIGHBOURS[: 4 * half])
+    )
+    first = (x1 | x2, x3 | x4, x5 | x6, x7 | x8)
+    second = (x2 | x3, x4 | x5, x6 | x7, x8 | x1)
+    a, b, c, d = (~x & pair for x, pair in zip((x1, x3, x5, x7), second, strict=True))
+    one_crossing = ((a ^ b) & ~(c | d)) | ((c ^ d) & ~(a | b))
+    (two_first, four_first), (two_second, four_second) = _at_least_two(first), _at_least_two(second)
+    two_or_three = two_first & two_second & ~(four_first & four_second)
+    kept = x1 & (x2 | x3 | ~x8)
+    return one_crossing & two_or_three & ~kept
+
+
+def _at_least_two(pairs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Find where at least two of four bits are set, and where all are."""
+    a, b, c, d = pairs
+    both, others = a & b, c & d
+    return both | others | ((a | b) & (c | d)), both & others

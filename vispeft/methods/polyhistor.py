@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 from vispeft.core.fields import Tasks, check_roles_in, check_whole
 from vispeft.core.generated import MakesTensors
 from vispeft.core.method import Method, PlanItem, register
-from vispeft.core.recipes import Recipe
+from vispeft.core.recipes import MULTI_TASK, Recipe
 from vispeft.core.sites import Site, View
 from vispeft.core.units import ParallelUnit, SequentialUnit, SharedUnit, Unit
 from vispeft.errors import ConfigError
@@ -437,13 +437,7 @@ class Polyhistor(Tasks, Method):
 
     name: ClassVar[str] = "polyhistor"
     paper: ClassVar[str] = "https://arxiv.org/abs/2210.03265"
-    recipes: ClassVar[tuple[Recipe, ...]] = (
-        Recipe(
-            lr=1e-4,
-            weight_decay=1e-4,
-            source="Adam, as in the multi-task code the authors build on; their own settings were not found",
-        ),
-    )
+    recipes: ClassVar[tuple[Recipe, ...]] = (MULTI_TASK,)
     default_roles: ClassVar[tuple[str, ...]] = ("mlp",)
 
     def __post_init__(self) -> None:

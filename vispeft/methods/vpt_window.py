@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 
 from vispeft.core.fields import check_whole
 from vispeft.core.method import Method, PlanItem, register
-from vispeft.core.recipes import Recipe
+from vispeft.core.recipes import MULTI_TASK, Recipe
 from vispeft.core.sites import Site, View
 from vispeft.core.units import PrefixUnit
 from vispeft.errors import ConfigError
@@ -63,13 +63,7 @@ class VPTWindow(Method):
 
     name: ClassVar[str] = "vpt_window"
     paper: ClassVar[str] = "https://arxiv.org/abs/2210.03265"
-    recipes: ClassVar[tuple[Recipe, ...]] = (
-        Recipe(
-            lr=1e-4,
-            weight_decay=1e-4,
-            source="Adam, as in the multi-task code the authors build on; their own settings were not found",
-        ),
-    )
+    recipes: ClassVar[tuple[Recipe, ...]] = (MULTI_TASK,)
     default_roles: ClassVar[tuple[str, ...]] = ("attn",)
 
     def __post_init__(self) -> None:

@@ -73,16 +73,17 @@ class Ranking:
         with _full_precision(self.gallery.device):
             gallery = self.similarity.prepare(self.gallery.float())
             copies, firsts = exact_copies(gallery)
-            rows = max(1, BLOCK // (self.similarity.working * len(gallery)))
-            for start in range(0, len(self.queries), rows):
-                place = slice(start, start + rows)
+        rows = max(1, BLOCK // (self.similarity.working * len(gallery)))
+        for start in range(0, len(self.queries), rows):
+            place = slice(start, start + rows)
+            with _full_precision(self.gallery.device):  # not around the yield: the caller has settings of its own
                 scores = self.similarity.scores(self.similarity.prepare(self.queries[place].float()), gallery)
                 if len(copies):
                     scores[:, copies] = scores[:, firsts]
                 if self.own is not None:
                     present = (self.own[place] >= 0).nonzero().flatten()
                     scores[present, self.own[place][present]] = -torch.inf
-                yield place, scores
+            yield place, scores
 
 
 @contextlib.contextmanager

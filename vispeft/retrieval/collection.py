@@ -96,8 +96,9 @@ def collect_split(data: object, split: str) -> Collection:
         )
     data.accept()
     found = data.listing.splits[split]
-    names, classes = data.class_names, data.listing.target in ("class", "embedding")
-    labels = [names[int(target)] for target in found.targets] if classes else [""] * len(found)
+    # Data of metric learning have names for the labels of all splits, not of the training classes alone.
+    names, known = getattr(data, "label_names", data.class_names), data.listing.target in ("class", "embedding")
+    labels = [names[int(target)] for target in found.targets] if known else [""] * len(found)
     return _below(_files(found.source, split), labels)
 
 

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -151,9 +152,11 @@ def table_of(collection: Collection, digests: list[str]) -> bytes:
 
 def _description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
-    if not path.exists():
+    if not os.path.exists(path):  # False also for a name that no file can have
         hint = (
-            " It is unfinished: give the same command to `vispeft embed` again." if (folder / "parts").exists() else ""
+            " It is unfinished: give the same command to `vispeft embed` again."
+            if os.path.exists(folder / "parts")
+            else ""
         )
         raise FileError(f"{folder} is no index: it has no {DESCRIPTION}.{hint} `vispeft embed` makes one.")
     try:

@@ -22,7 +22,7 @@ from vispeft.tasks.dense import EXAMPLES, DenseTask
 from vispeft.tasks.dense_losses import dense_loss
 from vispeft.tasks.dense_outputs import as_targets, decode, finite_images, resized, target_notes
 from vispeft.tasks.task_network import MultiTaskNetwork, OneOutput
-from vispeft.tasks.task_predictions import TaskPredictor
+from vispeft.tasks.task_predictions import TaskPredictor, written_folders
 from vispeft.tasks.task_weights import task_weights
 from vispeft.viz.strips import task_strips
 
@@ -441,6 +441,13 @@ def _check(targets: Mapping[str, DenseTarget], method: Method, shared: bool, set
                 f"A task is called {task!r}, an attribute of PyTorch's modules, which cannot hold it. Choose another "
                 f"name, such as {task + '_1'!r}."
             )
+    folders = written_folders(targets)
+    twice = next((task for task in targets if folders.count(task) > 1), None)
+    if twice is not None:
+        raise ConfigError(
+            f"A task is called {twice!r}, the name of another folder of predictions. Choose another name, such as "
+            f"{twice + '_1'!r}."
+        )
     if shared and getattr(method, "multi_task", False):
         raise ConfigError(f"shared=True was given, and {method.name} knows the tasks itself. Leave it out.")
     inference = settings.get("inference")

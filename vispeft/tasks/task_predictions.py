@@ -20,20 +20,32 @@ from vispeft.tasks.predictions import Prediction
 from vispeft.viz import dense_picture
 from vispeft.viz.strips import palette_of, value_range
 
-__all__ = ["TaskPredictor"]
+__all__ = ["TaskPredictor", "written_folders"]
 
 STRIPS = "strips"
 """Folder of the pictures that show an image beside all predictions."""
+MILLIMETRES = "_mm"
+"""What is added to the name of a task of depth, for the folder of its 16-bit pictures."""
 NUMBERS = ("depth", "values")
 """Kinds whose values are written as they are, as a NumPy array in float32, with a picture."""
+
+
+def written_folders(targets: Mapping[str, DenseTarget]) -> tuple[str, ...]:
+    """Return the folders of predictions: one per task, one more per task of depth, and that of strips.
+
+    Args:
+        targets: Kind of each task.
+    """
+    return (*targets, *(task + MILLIMETRES for task, target in targets.items() if target.kind == "depth"), STRIPS)
 
 
 class TaskPredictor:
     """Predicts all tasks at the size of each image.
 
     Writes a folder per task: PNG of class indices, 8-bit PNG of probabilities (saliency, edge), RGB of normals, and for
-    depth and other values the numbers themselves (``.npy``, float32) and a picture. The table has the pixels of each
-    class, and the mean of other predictions.
+    depth and other values the numbers themselves (``.npy``, float32) and a picture. Depth is also written as 16-bit PNG
+    in millimetres (folder ``TASK_mm``), with 0 where a pixel is not above 0 or beyond 65.535 metres. The table has the
+    pixels of each class, and the mean of other predictions.
     """
 
     table = "predictions.csv"
@@ -55,7 +67,7 @@ class TaskPredictor:
         """
         self._outputs, self._targets = outputs, targets
         self.columns = [column for task, target in targets.items() for column in _columns(task, target)]
-        self.folders: tuple[str, ...] = (*targets, STRIPS)
+        self.folders: tuple[str, ...] = written_folders(targets)
         self.arrays: tuple[str, ...] = tuple(task for task, target in targets.items() if target.kind in NUMBERS)
         output = notes.get("output") or {}
         whole, short_side = output.get("evaluation") == "whole", output.get("short_side")
@@ -80,6 +92,8 @@ class TaskPredictor:
         pictures = {task: self._file(task, found[task], drawn[task]) for task in found}
         strip = torch.cat([image, *drawn.values()], dim=2)
         row = [cell for task, values in found.items() for cell in _cells(self._targets[task], values)]
+        depths = {task: found[task][0] for task, target in self._targets.items() if target.kind == "depth"}
+        pictures |= {task + MILLIMETRES: _millimetres(values) for task, values in depths.items()}
         arrays = {task: found[task][0].numpy().astype(np.float32) for task in self.arrays}
         return Prediction(row, {**pictures, STRIPS: _rgb(strip)}, arrays)
 
@@ -97,6 +111,12 @@ class TaskPredictor:
 
 def _rgb(picture: Tensor) -> Image.Image:
     return Image.fromarray(picture.permute(1, 2, 0).numpy())
+
+
+def _millimetres(depth: Tensor) -> Image.Image:
+    """Write depth (h, w) in metres as millimetres in 16 bits; 0, which stands for none, where they cannot hold it."""
+    whole = (depth.double() * 1000).round()
+    return Image.fromarray(whole.where((whole > 0) & (whole < 2**16), 0).numpy().astype(np.uint16))
 
 
 def _columns(task: str, target: DenseTarget) -> list[str]:

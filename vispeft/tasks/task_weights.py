@@ -105,7 +105,8 @@ class UncertaintyWeights(TaskWeights):
     classifies (classes, saliency, edges) and ``exp(-s) loss / 2 + s / 2`` if it predicts numbers (normals, depth,
     values): equation 10, with the paper's s for stability. Weights, if given, multiply the losses first.
 
-    A loss of exactly zero, as of a batch without a labelled pixel, adds nothing: s would fall without a reason.
+    A loss of exactly zero, as of a batch without a labelled pixel, or of a task whose weight is zero, adds nothing: s
+    would fall without a reason.
 
     `log_variances` need the task's optimiser, without weight decay.
     """
@@ -134,7 +135,8 @@ class UncertaintyWeights(TaskWeights):
             loss: Its loss, a number.
         """
         s = self.log_variances[list(self.targets).index(name)]
-        return (self._scale(name) * (-s).exp() * loss + s / 2).where(loss != 0, 0)
+        scaled = self._scale(name) * loss
+        return ((-s).exp() * scaled + s / 2).where(scaled != 0, 0)
 
     def factors(self) -> dict[str, float]:
         """Return the factor of each task's loss at present, by name."""
