@@ -23,7 +23,7 @@ __all__ = ["TaskBank"]
 class TaskBank(TrainingBank):
     """The tasks of a bank's adapters. The units of the other tasks, and those of all tasks, stay the same objects."""
 
-    _routes: dict[tuple[tuple[str, ...], str | None], Route]
+    _routes: dict[tuple[tuple[str, ...], str | tuple[str, ...] | None], Route]
 
     def add_task(self, task: str, name: str | None = None, *, method: Method | None = None, alone: bool = True) -> None:
         """Add a task to an adapter. The outputs of the other tasks stay as they are, bit for bit.
