@@ -8,7 +8,7 @@
 threads. faiss (extra ``search``) looks for the 1,000 nearest by `IndexFlatIP`, and computes no scores from them. Ours
 and faiss's take turns in one process. ``random`` are vectors without classes, among which few neighbours are relevant;
 in ``clustered`` the nearest ones are, so that MAP@R has more to do. Peak memory is that of a process of its own, above
-the embeddings and the libraries. Writes results/retrieval.json.
+the embeddings and the libraries, and needs Linux. Writes results/retrieval.json.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import vispeft  # noqa: F401  (first: it makes torchvision importable where its library does not fit)
@@ -81,19 +81,23 @@ def recall(indices: Tensor, labels: Tensor) -> dict[str, float]:
     return {f"recall@{k}": float(hits[:, : k + 1].any(1).double().mean()) for k in KS if k < max(KS)}
 
 
-def peak() -> int:
-    """Give the largest resident memory of this process so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def resident(kind: str) -> int:
+    """Give the resident memory of this process in bytes: `VmRSS`, that of now, or `VmHWM`, the largest so far.
+
+    It is read from Linux's /proc: `ru_maxrss` of a new process begins with the peak of the process that started it.
+    """
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(f"{kind}:")).split()[1])
 
 
 def memory(kind: str, args: argparse.Namespace) -> int:
     """Measure the peak above embeddings and libraries, in bytes, in this process."""
     embeddings, labels = make(kind, args.count, args.width)
     measure_ours(embeddings[:50], labels[:50], 50)  # loads what is loaded at the first use
-    before = peak()  # little more than the embeddings themselves
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # sets VmHWM back to VmRSS (man 5 proc)
     measure_ours(embeddings, labels, args.queries)
-    return peak() - before
+    return resident("VmHWM") - before
 
 
 def in_a_process(kind: str, args: argparse.Namespace) -> int:

@@ -24,6 +24,15 @@ def test_copies_are_found():
     assert len(exact_copies(torch.eye(5))[0]) == 0
 
 
+def test_copies_are_told_from_rows_that_differ_in_one_column():
+    rows = torch.zeros(60, 40)
+    rows[:40] += torch.eye(40)
+    rows[40:] = rows[:20]
+    copies, firsts = exact_copies(rows[torch.arange(59, -1, -1)])
+    assert copies.sort().values.tolist() == list(range(40, 60))
+    assert torch.equal(copies - firsts, torch.full((20,), 40))
+
+
 def test_neighbours_leave_the_query_out_and_do_not_depend_on_blocks(monkeypatch):
     rows = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
     rows[20:25] = rows[3].clone()

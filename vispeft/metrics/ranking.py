@@ -17,8 +17,10 @@ __all__ = ["Ranking", "exact_copies", "first_in_order", "nearest"]
 BLOCK = 128 * 2**20
 """Bytes of the scores that are held at once. A ranking needs up to four times as much, for chosen rows and for their
 indices."""
-HASHED = 4096
-"""Rows that are hashed at once."""
+SAMPLED = 8
+"""Columns by which rows that have no copy are told apart, before whole rows are hashed."""
+HASHED = 2**17
+"""Numbers that are hashed at once, so that they stay in the processor's cache."""
 STEP = 0x9E3779B97F4A7C15 - 2**64
 """Odd constant of the hash of rows: 2^64 divided by the golden ratio (Knuth, TAOCP 3, section 6.4), as int64."""
 
@@ -52,8 +54,8 @@ class Ranking:
                     f"The {side} have the shape {tuple(found.shape)} and the type {found.dtype}; embeddings (N, d) of "
                     "floating-point numbers are needed, at least one."
                 )
-            broken = int((~found.isfinite()).any(1).sum())
-            if broken:
+            if not all(edge.isfinite() for edge in found.aminmax()):  # one pass; NaN is passed on
+                broken = int((~found.isfinite()).any(1).sum())
                 raise DataError(
                     f"{broken} of {counted(len(found), 'embedding')} of the {side} are not finite, so they have no "
                     "neighbours. Did the training diverge?"
@@ -109,16 +111,29 @@ def exact_copies(embeddings: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Indices of the copies, and of the first row that each is equal to.
     """
-    factors = torch.arange(1, embeddings.shape[1] + 1, device=embeddings.device) * STEP | 1
-    bits = ((part + 0.0).view(torch.int32).long() for part in embeddings.split(HASHED))  # -0.0 becomes 0.0
-    hashes = torch.cat([(part * factors).sum(1) for part in bits])
+    hashes = _hashes(embeddings[:, :: max(1, embeddings.shape[1] // SAMPLED)])
+    _, inverse, counts = hashes.unique(return_inverse=True, return_counts=True)
+    suspects = (counts[inverse] > 1).nonzero().flatten()  # ascending; none in most sets of embeddings
+    rows = embeddings[suspects]
+    hashes = _hashes(rows)
     order = hashes.argsort(stable=True)
     _, inverse, counts = hashes[order].unique_consecutive(return_inverse=True, return_counts=True)
     firsts = order[counts.cumsum(0) - counts][inverse]
     later = (order != firsts).nonzero().flatten()
     copies, firsts = order[later], firsts[later]
-    equal = (embeddings[copies] == embeddings[firsts]).all(1)
-    return copies[equal], firsts[equal]
+    equal = (rows[copies] == rows[firsts]).all(1)
+    return suspects[copies[equal]], suspects[firsts[equal]]
+
+
+def _hashes(rows: Tensor) -> Tensor:
+    """Compute a number of 64 bits for each row (N, d) of float32: equal rows have equal ones."""
+    factors = torch.arange(1, rows.shape[1] + 1, device=rows.device) * STEP | 1
+    hashes = torch.empty(len(rows), dtype=torch.long, device=rows.device)
+    count = max(1, HASHED // rows.shape[1])
+    for place, part in zip(hashes.split(count), rows.split(count), strict=True):
+        bits = (part + 0.0).view(torch.int32).long()  # -0.0 becomes 0.0
+        torch.sum(bits.mul_(factors), 1, out=place)
+    return hashes
 
 
 def first_in_order(scores: Tensor, count: int) -> Tensor:
