@@ -24,6 +24,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# Threads of both sides that wait for each other sleep: else their waiting counts as processor time on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import vispeft  # noqa: F401  (first: it makes torchvision importable where its library does not fit)
 
 import torch  # isort: skip
