@@ -154,11 +154,11 @@ def _description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     if not os.path.exists(path):  # False also for a name that no file can have
         hint = (
-            " It is unfinished: give the same command to `vispeft embed` again."
+            "It is unfinished: give the same command to `vispeft embed` again."
             if os.path.exists(folder / "parts")
-            else ""
+            else "`vispeft embed` makes one."
         )
-        raise FileError(f"{folder} is no index: it has no {DESCRIPTION}.{hint} `vispeft embed` makes one.")
+        raise FileError(f"{folder} is no index: it has no {DESCRIPTION}. {hint}")
     try:
         found = json.loads(read_regular(path))
         digest = found.pop("digest")
