@@ -146,6 +146,8 @@ def check_value(value: Any, annotation: Any, place: str) -> Any:
         return [check_value(part, inside, place) for part in value]
     if value is None or isinstance(value, (bool, int, float)):
         return value
+    if isinstance(value, Mapping) and get_origin(annotation) in (dict, abc.Mapping):
+        return {key: check_value(part, get_args(annotation)[1], f"{place}.{key}") for key, part in value.items()}
     return _check_object(value, taken, place)
 
 

@@ -16,7 +16,7 @@ from vispeft.data.base import Index
 from vispeft.data.joint import EvaluationPair, MaskAugmentation, TrainPair
 from vispeft.data.listed import ListedData, PixelSplit
 from vispeft.data.listing import Finding, Listing, Published, gather
-from vispeft.data.masks import ListedMasks, MaskCoding, MaskFiles
+from vispeft.data.masks import ListedMasks, MaskCoding, MaskFiles, own_coding
 from vispeft.data.paired_folders import find_places
 from vispeft.data.palettes import ClassTable, Colour, make_palette, read_palette
 from vispeft.data.preprocessing import Preprocessing
@@ -217,19 +217,16 @@ class MaskFolderData(SegmentationData):
         """
         super().__init__(**settings)
         self.root, self.names = Path(root), tuple(class_names)
-        if len(self.names) < 2 or len(set(self.names)) < len(self.names):
-            raise ConfigError(
-                f"MaskFolderData(class_names={list(self.names)}): two or more different names are needed."
-            )
+        self.coding = own_coding(
+            "MaskFolderData",
+            self.names,
+            palette,
+            rgb_masks=rgb_masks,
+            ids=ids,
+            reduce_zero_label=reduce_zero_label,
+        )
         count = len(self.names)
         self._palette = make_palette(count) if palette is None else read_palette(palette, count, "MaskFolderData")
-        if rgb_masks and (palette is None or ids or reduce_zero_label):
-            raise ConfigError(
-                "MaskFolderData(rgb_masks=True) reads masks by the colours of palette, which has to be given, without "
-                "ids and reduce_zero_label."
-            )
-        colours = self._palette if rgb_masks else None
-        self.coding = MaskCoding(num_classes=count, ids=ids, reduce_zero_label=reduce_zero_label, colours=colours)
         self.images, self.masks = images, masks
         self.image_suffix, self.mask_suffix = image_suffix, mask_suffix
 
