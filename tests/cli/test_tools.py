@@ -171,6 +171,7 @@ def test_inspect_prints_the_plan(config, capsys):
         (("vit_tiny_patch16_224", "lora", "--rank=x"), "Expected a <class 'int'>. Got value: x"),
         (("vit_tiny_patch16_224", "lora", "--rank"), "needs a value"),
         (("vit_tiny_patch16_224", "none.yaml"), "could not be read"),
+        (("zoo:swin_tiny", "mtlora"), "Name them: --tasks '[seg, depth]'"),
     ],
 )
 def test_inspect_refuses(run_cli, arguments, message):

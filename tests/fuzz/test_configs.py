@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.fuzz.common import cases, outcome
@@ -116,6 +116,9 @@ def test_data_with_hostile_settings_are_made_or_refused(folder, changes):
 
 @cases(15)
 @given(st.lists(st.tuples(st.sampled_from(TASK), values), min_size=1, max_size=2))
+@example([(("model", "init_args", "lr"), "*a")])  # no YAML at all
+@example([(("model", "init_args", "lr"), "\x00")])
+@example([(("model", "init_args", "lr"), "[")])
 def test_tasks_with_hostile_settings_are_made_or_refused(folder, changes):
     def case():
         building.build_task(changed(changes)["model"], 10, "a.yaml")

@@ -202,6 +202,15 @@ def test_a_method_may_bring_its_criterion():
         make(Bringing(rank=2), memory=16)
 
 
+def test_class_prompts_in_host_memory_need_a_step_after_each_batch():
+    task = make(vispeft.VPTSP(num_tokens=2, bank=True))
+    with pytest.raises(ConfigError, match="accumulate_grad_batches is 2"):
+        fit(task, epochs=1, accumulate_grad_batches=2)
+    before = task.criterion.prompts.bank.clone()
+    fit(task, epochs=1)
+    assert not torch.equal(task.criterion.prompts.bank, before)
+
+
 # ------------------------------------------------------------------ checks
 
 
@@ -280,12 +289,14 @@ def run(folder, stop=None, **settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["memory", "proxies", "own"])
+@pytest.mark.parametrize("kind", ["memory", "proxies", "own", "vptsp", "vptsp_bank"])
 def test_a_training_stopped_in_the_middle_goes_on_as_if_it_had_not(tmp_path, kind):
     settings = {
         "memory": {"loss": "ContrastiveLoss", "miner": "PairMarginMiner", "memory": 20, "ema": 0.5},
         "proxies": {"loss": "SoftTripleLoss"},
         "own": {"method": Bringing(rank=2)},
+        "vptsp": {"method": vispeft.VPTSP(num_tokens=2, state_dropout=0.2)},
+        "vptsp_bank": {"method": vispeft.VPTSP(num_tokens=2, class_tokens=2, class_step=1, bank=True)},
     }[kind]
     run(tmp_path / "whole", **settings)
     for stop in ((0, 1), (2, 2), None):

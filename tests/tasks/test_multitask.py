@@ -16,7 +16,7 @@ from tests.tasks.dense_toy import TARGETS, ToyTasks, squares
 from vispeft.data.dense_targets import IGNORE, DenseTarget
 from vispeft.errors import ConfigError, DataError, FileError, UnknownNameError
 from vispeft.tasks import Inference, MultiTaskDense
-from vispeft.tasks.baselines import mean_score, read_baselines
+from vispeft.tasks.baselines import mean_gain, mean_score, read_baselines
 
 SWIN = {"pretrained": False, "img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 8}
 SWIN |= {"depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2]}
@@ -244,4 +244,18 @@ def test_without_baselines_a_geometric_mean_chooses() -> None:
     assert float(score) == pytest.approx((0.5 / 2.0) ** 0.5)
     better = mean_score({"a": torch.tensor(0.5), "b": torch.tensor(1.9)}, {"a": True, "b": False})
     assert better > score
-    assert torch.isnan(mean_score({"a": torch.tensor(float("nan"))}, {"a": True}))
+
+
+def test_tasks_without_a_labelled_pixel_are_left_out_of_both_means() -> None:
+    higher, baselines = {"a": True, "b": False}, {"a": 0.4, "b": 2.0}
+    nan = torch.tensor(float("nan"))
+    some = {"a": torch.tensor(0.5), "b": nan}
+    assert float(mean_score(some, higher)) == pytest.approx(0.5)
+    assert float(mean_gain(some, baselines, higher)) == pytest.approx(25)
+    both = {"a": torch.tensor(0.5), "b": torch.tensor(1.0)}
+    assert float(mean_gain(both, baselines, higher)) == pytest.approx(37.5)
+    assert torch.isnan(mean_score({"a": nan, "b": nan}, higher))
+    assert torch.isnan(mean_gain({"a": nan, "b": nan}, baselines, higher))
+    boundless = {"a": torch.tensor(0.5), "b": torch.tensor(float("inf"))}
+    assert mean_score(boundless, higher) == 0
+    assert mean_gain(boundless, baselines, higher) == -torch.inf

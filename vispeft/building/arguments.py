@@ -146,6 +146,8 @@ def check_value(value: Any, annotation: Any, place: str) -> Any:
         return [check_value(part, inside, place) for part in value]
     if value is None or isinstance(value, (bool, int, float)):
         return value
+    if isinstance(value, Mapping) and get_origin(annotation) in (dict, abc.Mapping):
+        return {key: check_value(part, get_args(annotation)[1], f"{place}.{key}") for key, part in value.items()}
     return _check_object(value, taken, place)
 
 
@@ -271,7 +273,7 @@ def _check_text(text: str, annotation: Any, place: str) -> None:
 def _check_form(text: str, annotation: Any, place: str) -> None:
     """Refuse a text that is none of the choices, or that stands where a list is needed."""
     kinds = [part for part in _alternatives(annotation) if part is not NoneType]
-    if not kinds or _values_in(text, place) != text or parse_text(text, place) != text:
+    if not kinds or not _stays_text(text, place):
         return
     if all(get_origin(kind) is Literal for kind in kinds):
         choices = [choice for kind in kinds for choice in get_args(kind)]
@@ -279,6 +281,14 @@ def _check_form(text: str, annotation: Any, place: str) -> None:
             raise UnknownNameError("value", text, list(map(str, choices)), f"It was given for {place}.")
     elif all((get_origin(kind) or kind) in _LISTS for kind in kinds):
         raise ConfigError(f"{place} is {text!r}, and a list is needed, such as [{text}].")
+
+
+def _stays_text(text: str, place: str) -> bool:
+    """Whether a parser takes a text for no number, list or keys; one that it cannot read is a text."""
+    try:
+        return bool(parse_text(text, place) == text)
+    except yaml.YAMLError:
+        return True
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ from vispeft.cli.common import console, make_parser
 from vispeft.cli.config_keys import parse_override, split_overrides
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run
+from vispeft.core.fields import Tasks
 from vispeft.core.method import Method
 from vispeft.core.plan import plan
 from vispeft.errors import ConfigError
@@ -23,6 +24,7 @@ __all__ = ["main"]
 EXAMPLE = """example:
   vispeft inspect vit_base_patch16_224 ssf
   vispeft inspect vit_small_patch16_224 lora --rank 4 --roles [attn.qkv]
+  vispeft inspect zoo:swin_tiny mtlora --tasks '[seg, depth]'
   vispeft inspect zoo:vit_tiny classification/digits_ssf
   vispeft inspect runs/digits_ssf/1
 
@@ -47,6 +49,8 @@ def main(argv: Sequence[str]) -> None:
         return
     fields = {key: _value(key, value) for key, value in split_overrides(overrides)}
     method = _method(given.method, fields)
+    if isinstance(method, Tasks) and not method.tasks:
+        raise ConfigError(f"{given.method} adapts to tasks, and none is named. Name them: --tasks '[seg, depth]'.")
     console.print(plan(create_model(given.model, pretrained=False), method))
 
 

@@ -87,12 +87,12 @@ def merge_run(run: Run, out: Path, output: str | None = None) -> dict[str, Any]:
     own, place = task.plain_head(), task.bank.view.head_path
     with torch.inference_mode():
         adapted = task.model(images) if own is None else own(task.model(images).float())
-    report = task.bank.merge(keep_original=False)
+    created = _merge(task, run)
     state = _plain(task.model.state_dict())
     if own is not None:
         state |= _plain({f"{place}.{name}": tensor for name, tensor in own.state_dict().items()})
     architecture, args = _timm_arguments(task, own)
-    error = _check(architecture, args, state, images, adapted, report.created)
+    error = _check(architecture, args, state, images, adapted, created)
     apart = not task.classifies and own is None
     decoder = {name.removeprefix(DECODER): t for name, t in task.head_tensors().items()} if apart else {}
     info = {
@@ -111,8 +111,21 @@ def merge_run(run: Run, out: Path, output: str | None = None) -> dict[str, Any]:
         for path, tensors in {out: state, **({beside: decoder} if decoder else {})}.items():
             place.with_name(path.name).write_bytes(to_bytes(_plain(tensors), metadata={"format": "pt"}))
         write_json(place.with_name(described.name), info)
-        _check(architecture, args, load_file(place), images, adapted, report.created)
+        _check(architecture, args, load_file(place), images, adapted, created)
     return info
+
+
+def _merge(task: AdapterTask, run: Run) -> Any:
+    """Merge the adapter and return the names of the tensors that this created.
+
+    Raises:
+        MergeError: If the method cannot be merged; the message names the command that takes it as it is.
+    """
+    try:
+        return task.bank.merge(keep_original=False).created
+    except MergeError as error:
+        every = " with all of its tasks" if len(task.bank.tasks()) > 1 else ""
+        raise MergeError(f"{error} `vispeft export {run.path} --out FILE` writes the whole model{every}.") from error
 
 
 def _timm_arguments(task: AdapterTask, head: nn.Linear | None) -> tuple[str, dict[str, Any]]:

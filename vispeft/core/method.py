@@ -311,7 +311,8 @@ class Method:
         classes int64 (B,), and images (B, 3, H, W). Its parameters train and its buffers are in training checkpoints,
         with what its modules return from ``get_extra_state``; nothing of it is in the adapter's file. Optional:
         ``proxy_tensors`` names the parameters that the learning rate of proxies is for, ``similarity`` how neighbours
-        are found, and ``watch(optimizer)`` is called once the optimiser exists.
+        are found, ``watch(optimizer)`` is called once the optimiser exists, and ``steps_each_batch`` says that
+        gradients of several batches cannot be summed.
 
         Args:
             model: The adapted backbone, which must not become a child of the criterion.

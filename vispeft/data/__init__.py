@@ -34,6 +34,7 @@ from vispeft.data.scene_tasks import SceneMultiTaskData
 from vispeft.data.scenes import Scene, ScenesData, render_scene
 from vispeft.data.segmentation import MaskFolderData, SegmentationData, list_masks
 from vispeft.data.shards import WebDatasetData
+from vispeft.data.task_folder import TaskFolderData, TaskLabels
 from vispeft.data.torchvision_sets import TorchvisionData
 from vispeft.data.voc import PascalContextData, VOCData
 from vispeft.data.vtab import Vtab1kData
@@ -86,6 +87,8 @@ __all__ = [
     "ScenesData",
     "SegmentationData",
     "TaskAugmentation",
+    "TaskFolderData",
+    "TaskLabels",
     "TorchvisionData",
     "VOCData",
     "Vtab1kData",

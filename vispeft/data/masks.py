@@ -18,7 +18,7 @@ from vispeft.data.facts import ImageFacts, header_facts
 from vispeft.data.formats import PixelError, open_image
 from vispeft.data.images import DEEP, GREY, PLAIN, UNREADABLE, Reading, why
 from vispeft.data.listing import ListedSplit
-from vispeft.data.palettes import Colour
+from vispeft.data.palettes import Colour, read_palette
 from vispeft.data.pixels import (
     grey_values,
     is_wide,
@@ -31,7 +31,16 @@ from vispeft.data.pixels import (
 from vispeft.data.sources import FileSource, JoinedSource, Source
 from vispeft.errors import ConfigError, DataError
 
-__all__ = ["IGNORE", "ListedMasks", "MaskCoding", "MaskFacts", "MaskFiles", "read_codes", "reduce_zero_label"]
+__all__ = [
+    "IGNORE",
+    "ListedMasks",
+    "MaskCoding",
+    "MaskFacts",
+    "MaskFiles",
+    "own_coding",
+    "read_codes",
+    "reduce_zero_label",
+]
 
 IGNORE: int = 255
 """Class of unlabelled pixels, which losses and metrics ignore."""
@@ -250,6 +259,40 @@ class MaskCoding:
         order = keys.argsort()
         near = order[np.searchsorted(keys[order], codes).clip(max=len(keys) - 1)]
         return np.where(keys[near] == codes, near, OUTSIDE).astype(np.int16)
+
+
+def own_coding(
+    owner: str,
+    names: Sequence[str],
+    palette: Sequence[Sequence[int]] | None,
+    *,
+    rgb_masks: bool = False,
+    ids: Mapping[int, int] | None = None,
+    reduce_zero_label: bool = False,
+) -> MaskCoding:
+    """Make the mapping for masks of one's own.
+
+    Args:
+        owner: The object with the settings, for messages.
+        names: Names of the classes.
+        palette: Colour of each class, if it is given.
+        rgb_masks: Whether masks hold these colours.
+        ids: Class by mask value, if they differ.
+        reduce_zero_label: Whether 0 marks unlabelled pixels and classes start at 1.
+
+    Raises:
+        ConfigError: If a setting is invalid.
+    """
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ConfigError(f"{owner}(class_names={list(names)}): two or more different names are needed.")
+    if rgb_masks and (not palette or ids or reduce_zero_label):
+        raise ConfigError(
+            f"{owner}(rgb_masks=True) reads masks by the colours of palette, which has to be given, without ids and "
+            "reduce_zero_label."
+        )
+    known = read_palette(palette, len(names), owner) if palette else None
+    colours = known if rgb_masks else None
+    return MaskCoding(num_classes=len(names), ids=ids, reduce_zero_label=reduce_zero_label, colours=colours)
 
 
 def show_code(code: int, coloured: bool) -> str:

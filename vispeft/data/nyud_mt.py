@@ -7,15 +7,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from vispeft.data.dense_targets import DenseTarget
-from vispeft.data.formats import PixelError
-from vispeft.data.images import Reading
 from vispeft.data.joint_tasks import NYUD_AUGMENTATION, TaskAugmentation
-from vispeft.data.label_files import LabelFiles, read_array
+from vispeft.data.label_decoders import read_binary, read_depth, read_normals
+from vispeft.data.label_files import LabelFiles
 from vispeft.data.listed_tasks import ListedTasks, TaskListing
 from vispeft.data.masks import MaskCoding, MaskFiles
 from vispeft.data.multitask import MultiTaskData
@@ -35,9 +30,6 @@ CLASSES = (
 )
 # fmt: on
 """The 40 classes of Gupta et al. (CVPR 2013)."""
-
-UNIT = 0.05
-"""How far the length of a normal may be from 1; half-precision numbers and interpolation stay well below."""
 
 
 class NyudMultiTaskData(PublishedSplits, MultiTaskData):
@@ -107,59 +99,5 @@ def _labels(place: Path, task: str, stems: Sequence[str]) -> Source:
     return (
         LabelFiles(groups, place, "normals", read_normals)
         if task == "normals"
-        else LabelFiles(groups, place, "edge", read_edges)
+        else LabelFiles(groups, place, "edge", read_binary)
     )
-
-
-def read_depth(paths: Sequence[str], reading: Reading) -> Tensor:
-    """Read depths in metres (1, H, W), 0 for none.
-
-    Args:
-        paths: The file of numpy.
-        reading: The limit on pixels.
-
-    Raises:
-        PixelError: If one is negative.
-    """
-    depth = read_array(paths[0], 1, reading)
-    if depth.min(initial=0) < 0:
-        raise PixelError("unsupported", f"it has {depth.min():g}, and depths are metres from 0, which means none")
-    return _planes(depth)
-
-
-def read_normals(paths: Sequence[str], reading: Reading) -> Tensor:
-    """Read unit normals (3, H, W), zero for none.
-
-    Args:
-        paths: The file of numpy.
-        reading: The limit on pixels.
-
-    Raises:
-        PixelError: If a length is neither 0 nor about 1.
-    """
-    normals = read_array(paths[0], 3, reading)
-    length = np.sqrt((normals**2).sum(-1))
-    wrong = length[(length > 0) & (abs(length - 1) > UNIT)]
-    if len(wrong):
-        raise PixelError("unsupported", f"it has vectors of length {wrong[0]:g}; normals are unit vectors, or zero")
-    return _planes(normals)
-
-
-def read_edges(paths: Sequence[str], reading: Reading) -> Tensor:
-    """Read edges (1, H, W), 0 and 1.
-
-    Args:
-        paths: The file of numpy.
-        reading: The limit on pixels.
-
-    Raises:
-        PixelError: If it has other values.
-    """
-    edges = read_array(paths[0], 1, reading)
-    if not np.isin(edges, (0, 1)).all():
-        raise PixelError("unsupported", f"its values go from {edges.min():g} to {edges.max():g}, and edges are 0 or 1")
-    return _planes(edges)
-
-
-def _planes(values: np.ndarray) -> Tensor:
-    return torch.from_numpy(values).permute(2, 0, 1).contiguous()

@@ -13,17 +13,17 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from vispeft.data.base import Index
-from vispeft.data.folder import find_splits, leave_beside
 from vispeft.data.joint import EvaluationPair, MaskAugmentation, TrainPair
 from vispeft.data.listed import ListedData, PixelSplit
 from vispeft.data.listing import Finding, Listing, Published, gather
-from vispeft.data.masks import ListedMasks, MaskCoding, MaskFiles
+from vispeft.data.masks import ListedMasks, MaskCoding, MaskFiles, own_coding
+from vispeft.data.paired_folders import find_places
 from vispeft.data.palettes import ClassTable, Colour, make_palette, read_palette
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.data.published import PublishedSplits
 from vispeft.data.sources import FileSource, Source
-from vispeft.data.trees import EXTENSIONS, LeftOut, list_folder, walk
-from vispeft.errors import ConfigError, DataError, check_object, counted
+from vispeft.data.trees import EXTENSIONS, LeftOut, walk
+from vispeft.errors import ConfigError, check_object, counted
 
 __all__ = ["MaskFolderData", "MaskSplit", "PublishedMasks", "SegmentationData", "list_masks"]
 
@@ -217,19 +217,16 @@ class MaskFolderData(SegmentationData):
         """
         super().__init__(**settings)
         self.root, self.names = Path(root), tuple(class_names)
-        if len(self.names) < 2 or len(set(self.names)) < len(self.names):
-            raise ConfigError(
-                f"MaskFolderData(class_names={list(self.names)}): two or more different names are needed."
-            )
+        self.coding = own_coding(
+            "MaskFolderData",
+            self.names,
+            palette,
+            rgb_masks=rgb_masks,
+            ids=ids,
+            reduce_zero_label=reduce_zero_label,
+        )
         count = len(self.names)
         self._palette = make_palette(count) if palette is None else read_palette(palette, count, "MaskFolderData")
-        if rgb_masks and (palette is None or ids or reduce_zero_label):
-            raise ConfigError(
-                "MaskFolderData(rgb_masks=True) reads masks by the colours of palette, which has to be given, without "
-                "ids and reduce_zero_label."
-            )
-        colours = self._palette if rgb_masks else None
-        self.coding = MaskCoding(num_classes=count, ids=ids, reduce_zero_label=reduce_zero_label, colours=colours)
         self.images, self.masks = images, masks
         self.image_suffix, self.mask_suffix = image_suffix, mask_suffix
 
@@ -245,7 +242,7 @@ class MaskFolderData(SegmentationData):
             DataError: If there are no such folders, or their names leave open which split is meant.
         """
         left = LeftOut(self.root)
-        places = self._places(left)
+        places = find_places(self.root, self.images, [self.masks], left, "root, images and masks")
         findings: list[Finding] = []
         splits: dict[str, Any] = {}
         for split, (images, masks) in places.items():
@@ -254,47 +251,6 @@ class MaskFolderData(SegmentationData):
         if left:
             findings.append(Finding(left.level, "left-out", left.line()))
         return Listing(str(self.root), self.names, splits, target="mask", findings=findings)
-
-    def _places(self, left: LeftOut) -> dict[str, tuple[str, str]]:
-        """Find the folders of images and masks of each split."""
-        images, masks = str(self.root / self.images), str(self.root / self.masks)
-        if os.path.isdir(images) and os.path.isdir(masks):
-            found = self._inside(images, masks, left)
-        else:
-            found = self._around(left) if os.path.isdir(self.root) else {}
-        if "train" not in found:
-            there = ", ".join(sorted(os.listdir(self.root))[:6]) if os.path.isdir(self.root) else ""
-            raise DataError(
-                f"{self.root} needs the folders {self.images} and {self.masks}, or {self.images}/train and "
-                f"{self.masks}/train, or train/{self.images} and train/{self.masks}; found {there or 'nothing'}. Set "
-                "root, images and masks."
-            )
-        return found
-
-    def _inside(self, images: str, masks: str, left: LeftOut) -> dict[str, tuple[str, str]]:
-        """Find the folders of the splits inside those of images and masks; without any, all is train."""
-        folders, files = list_folder(images, LeftOut(self.root))
-        splits = find_splits(folders, images)
-        if not splits:
-            return {"train": (images, masks)}
-        leave_beside({name: path for name, path in folders.items() if path not in splits.values()}, files, left)
-        names = {os.path.basename(place) for place in splits.values()}
-        if os.path.realpath(images) != os.path.realpath(masks):
-            others, files = list_folder(masks, left)
-            leave_beside({name: path for name, path in others.items() if name not in names}, files, left)
-        # Same folder name for the masks; if it is missing, every mask of the split is reported.
-        return {split: (place, os.path.join(masks, os.path.basename(place))) for split, place in splits.items()}
-
-    def _around(self, left: LeftOut) -> dict[str, tuple[str, str]]:
-        """Find the folders of images and masks inside those of the splits."""
-        folders, files = list_folder(self.root, left)
-        splits = find_splits(folders, self.root)
-        pairs = {name: (os.path.join(p, self.images), os.path.join(p, self.masks)) for name, p in folders.items()}
-        found = {split: pairs[os.path.basename(place)] for split, place in splits.items()}
-        whole = {split: pair for split, pair in found.items() if all(map(os.path.isdir, pair))}
-        read = {splits[split] for split in whole}
-        leave_beside({name: path for name, path in folders.items() if path not in read}, files, left)
-        return whole
 
     def _split(self, images: str, masks: str, left: LeftOut) -> ListedMasks:
         together = os.path.realpath(images) == os.path.realpath(masks)

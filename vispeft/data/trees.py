@@ -21,12 +21,15 @@ __all__ = ["EXTENSIONS", "LeftOut", "is_hidden", "is_image", "list_folder", "ope
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
 """Suffixes of image files."""
 
-Reason = Literal["ending", "mask", "loose", "folder", "again", "special", "closed", "link", "member", "hidden", "other"]
+Reason = Literal[
+    "ending", "mask", "label", "loose", "folder", "again", "special", "closed", "link", "member", "hidden", "other"
+]
 """Why something is left out; a key of `REASONS`."""
 
 REASONS: dict[Reason, tuple[str, str, str]] = {
     "ending": ("file", "files", f"with another ending than {', '.join(EXTENSIONS)}"),
     "mask": ("file", "files", "with another ending than mask_suffix among the masks"),
+    "label": ("file", "files", "with another ending than those of the labels in its folder"),
     "loose": ("image", "images", "outside of the folders that are read"),
     "folder": ("folder", "folders", "beside those that are read"),
     "again": ("link back, or", "links back, or", "to a folder that is read already"),
@@ -41,7 +44,7 @@ REASONS: dict[Reason, tuple[str, str, str]] = {
 
 HARMLESS: tuple[Reason, ...] = ("member", "hidden", "other")
 """Reasons that hardly hide an image that was meant."""
-BY_ENDING: tuple[Reason, ...] = ("ending", "mask", "member")
+BY_ENDING: tuple[Reason, ...] = ("ending", "mask", "label", "member")
 """Reasons with which files are counted by their ending."""
 
 NAMED = 5

@@ -98,6 +98,11 @@ class SemanticProxies(nn.Module):
         own = sum(p.numel() for name, p in self.named_parameters() if name != "prompts.batch")
         return own + (0 if self.prompts is None else self.prompts.elsewhere)
 
+    @property
+    def steps_each_batch(self) -> bool:
+        """Whether the optimiser has to step after every batch, as prompts in host memory need it."""
+        return isinstance(self.prompts, BankedPrompts)
+
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """Let class prompts in host memory follow an optimiser; without effect on others.
 

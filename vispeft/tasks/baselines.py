@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from vispeft.errors import ConfigError, FileError, UnknownNameError
+from vispeft.metrics import delta_m
 
-__all__ = ["Baselines", "mean_score", "read_baselines"]
+__all__ = ["Baselines", "mean_gain", "mean_score", "measured", "read_baselines"]
 
 METRICS = "metrics.json"
 """File of a run with its figures."""
@@ -79,7 +80,7 @@ def mean_score(figures: Mapping[str, Tensor], higher_is_better: Mapping[str, boo
     this the exponential of the mean of their logarithms. So it can choose an epoch where there are no baselines.
 
     Args:
-        figures: The figure that counts by task, from 0; those that are not finite are left out.
+        figures: The figure that counts by task, from 0; see `measured` for those that are NaN.
         higher_is_better: Whether more is better, by task.
 
     Returns:
@@ -87,7 +88,35 @@ def mean_score(figures: Mapping[str, Tensor], higher_is_better: Mapping[str, boo
     """
     logs = [
         value.double().clamp(min=LEAST).log() * (1 if higher_is_better[task] else -1)
-        for task, value in figures.items()
-        if torch.isfinite(value)
+        for task, value in measured(figures).items()
     ]
     return torch.stack(logs).mean().exp().float() if logs else torch.tensor(math.nan)
+
+
+def mean_gain(
+    figures: Mapping[str, Tensor], baselines: Mapping[str, float], higher_is_better: Mapping[str, bool]
+) -> Tensor:
+    """Compute delta m, in percent.
+
+    Args:
+        figures: The figure that counts by task; see `measured` for those that are NaN.
+        baselines: Figure of a single-task model, by task.
+        higher_is_better: Whether more is better, by task.
+
+    Returns:
+        A scalar; NaN if nothing was measured.
+    """
+    values = {task: float(value) for task, value in measured(figures).items()}
+    if not values:
+        return torch.tensor(math.nan)
+    named = ({task: given[task] for task in values} for given in (baselines, higher_is_better))
+    return torch.tensor(delta_m(values, *named))
+
+
+def measured(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out tasks whose figure is NaN, as no pixel of the split has a label; a mean is then one of the others.
+
+    Args:
+        figures: The figure that counts by task.
+    """
+    return {task: value for task, value in figures.items() if not torch.isnan(value)}

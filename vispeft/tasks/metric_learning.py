@@ -370,8 +370,18 @@ class MetricLearning(PartsTask):
         return [group for group in groups if group["params"]]
 
     def configure_optimizers(self) -> Any:
-        """Create the optimiser, and let the criterion know it if it wants to."""
+        """Create the optimiser, and let the criterion know it if it wants to.
+
+        Raises:
+            ConfigError: If gradients of several batches are summed, and the criterion needs a step after each.
+        """
         found = super().configure_optimizers()
+        summed = self.trainer.accumulate_grad_batches
+        if summed > 1 and getattr(self.criterion, "steps_each_batch", False):
+            raise ConfigError(
+                f"trainer.accumulate_grad_batches is {summed}, and class prompts in host memory change after each "
+                "batch. Leave it at 1, or keep them on the device (bank=False)."
+            )
         if hasattr(self.criterion, "watch"):
             self.criterion.watch(cast(Any, found)["optimizer"])
         return found

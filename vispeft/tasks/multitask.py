@@ -15,9 +15,9 @@ from vispeft.core.method import Method
 from vispeft.data.dense_targets import DenseTarget
 from vispeft.errors import ConfigError, DataError, FileError, UnknownNameError, counted
 from vispeft.heads import decoder as make_decoder
-from vispeft.metrics import delta_m, dense_metric, per_class
+from vispeft.metrics import dense_metric, per_class
 from vispeft.storage.files import DECODER
-from vispeft.tasks.baselines import mean_score, read_baselines
+from vispeft.tasks.baselines import mean_gain, mean_score, read_baselines
 from vispeft.tasks.dense import EXAMPLES, DenseTask
 from vispeft.tasks.dense_losses import dense_loss
 from vispeft.tasks.dense_outputs import as_targets, decode, finite_images, resized, target_notes
@@ -349,8 +349,7 @@ class MultiTaskDense(DenseTask):
         higher = {task: bool(self._metric(split, task).higher_is_better) for task in self.targets}
         found["score"] = mean_score(mains, higher)
         if self.baselines:
-            values = {task: float(value) for task, value in mains.items()}
-            found["delta_m"] = torch.tensor(delta_m(values, self.baselines[split], higher))
+            found["delta_m"] = mean_gain(mains, self.baselines[split], higher)
         return found
 
     @property
