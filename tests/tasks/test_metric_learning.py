@@ -206,6 +206,8 @@ def test_class_prompts_in_host_memory_need_a_step_after_each_batch():
     task = make(vispeft.VPTSP(num_tokens=2, bank=True))
     with pytest.raises(ConfigError, match="accumulate_grad_batches is 2"):
         fit(task, epochs=1, accumulate_grad_batches=2)
+    with pytest.raises(ConfigError, match="Leave ema out"):
+        make(vispeft.VPTSP(num_tokens=2, bank=True), ema=0.5)
     before = task.criterion.prompts.bank.clone()
     fit(task, epochs=1)
     assert not torch.equal(task.criterion.prompts.bank, before)

@@ -157,17 +157,16 @@ class BankedPrompts(nn.Module):
         Args:
             classes: Different classes, int64 (U).
         """
-        device = self.batch.device
         if not self.training or not torch.is_grad_enabled():
-            return self._own[classes.cpu()].to(device)
+            return self._own[classes.cpu()].to(self.batch)
         if self.optimizer is None:
             raise ConfigError("Class prompts in host memory train only after watch(optimizer) was called.")
         self.present = classes.cpu()
-        self.batch.data = self._own[self.present].to(device)
+        self.batch.data = self._own[self.present].to(self.batch)
         self.batch.grad = None
         state = self.optimizer.state.get(self.batch, {})
         for name, moment in self.moments.items():
-            state[name] = moment[self.present].to(device)
+            state[name] = moment[self.present].to(self.batch)
         return self.batch
 
     @torch.no_grad()
@@ -175,11 +174,11 @@ class BankedPrompts(nn.Module):
         """Copy the rows of the last batch back, with their optimiser state."""
         if self.present is None or self.optimizer is None:
             return
-        self._own[self.present] = self.batch.detach().cpu()
+        self._own[self.present] = self.batch.detach().to(self.bank)
         for name, value in self.optimizer.state.get(self.batch, {}).items():
             if isinstance(value, Tensor) and value.shape == self.batch.shape:
                 moment = self.moments.setdefault(name, torch.zeros_like(self._own))
-                moment[self.present] = value.cpu()
+                moment[self.present] = value.to(moment)
         self.present = None
 
     @property

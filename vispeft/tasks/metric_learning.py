@@ -122,6 +122,11 @@ class MetricLearning(PartsTask):
         if own is not None and (miner is not None or memory):
             raise ConfigError(f"{method.name} brings its own criterion, without a miner and a memory. Leave them out.")
         self.criterion = self._criterion(loss, miner) if own is None else own
+        if self.ema is not None and getattr(self.criterion, "steps_each_batch", False):
+            raise ConfigError(
+                "MetricLearning(ema=...) averages each trained tensor over the steps, and class prompts in host memory "
+                "have other rows in every step. Leave ema out, or keep them on the device (bank=False)."
+            )
         self.similarity = make_similarity(getattr(self.criterion, "similarity", "cosine"))
         scores = {name: RetrievalScores(tuple(ks), self.similarity, lone) for name in SPLITS}
         self.scores = nn.ModuleDict(scores)
