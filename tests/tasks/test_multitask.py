@@ -260,7 +260,7 @@ def test_baselines_are_figures_or_runs(tmp_path: Path) -> None:
     figures = {"validation": {"depth/rmse": 1.5}, "test": {"depth/rmse": 2.0}}
     (tmp_path / "metrics.json").write_text(json.dumps(figures))
     found = read_baselines({"parts": 0.5, "depth": str(tmp_path)}, mains)
-    assert found == {"validation": {"parts": 0.5, "depth": 1.5}, "test": {"parts": 0.5, "depth": 2.0}}
+    assert found.figures == {"validation": {"parts": 0.5, "depth": 1.5}, "test": {"parts": 0.5, "depth": 2.0}}
     with pytest.raises(FileError, match="does not have parts/miou of the validation split"):
         read_baselines(str(tmp_path), mains)
     for wrong in (0.0, -1.5, float("nan")):
