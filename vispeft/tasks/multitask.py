@@ -63,6 +63,7 @@ class MultiTaskDense(DenseTask):
         targets: dict[str, Any],
         method: Method,
         shared: bool = False,
+        batched: bool = False,
         decoder: str = "hrnet",
         output_norms: bool = False,
         loss_weights: dict[str, float] | None = None,
@@ -78,6 +79,8 @@ class MultiTaskDense(DenseTask):
             method: The adapter.
             shared: Let all tasks use the same units, which a method that knows tasks itself does not do; otherwise any
                 other method has one copy of its units per task.
+            batched: Run all tasks in one pass of a batch that holds the images once per task, where there is one pass
+                per task otherwise; see `vispeft.forward_tasks`. Dropout then draws other random numbers.
             decoder: Name of the decoders; see `vispeft.heads.list_decoders`.
             output_norms: Put a layer norm in front of each decoder, one per task and map, in place of the backbone's
                 last norm, as Polyhistor does.
@@ -93,8 +96,8 @@ class MultiTaskDense(DenseTask):
             settings: Settings of `DenseTask` and `AdapterTask`.
 
         Raises:
-            ConfigError: If a setting is out of range, the decoder is not known or cannot read these maps, or the
-                method changes no map.
+            ConfigError: If a setting is out of range, the decoder is not known or cannot read these maps, the method
+                changes no map, or, with `batched`, has units of a task that act on whole batches.
             UnknownNameError: If weights or baselines name a task that does not exist.
             BackboneError: If the backbone is not supported.
             SiteError: If the method finds no site.
@@ -106,7 +109,7 @@ class MultiTaskDense(DenseTask):
         self.chosen: str | None = None
         _check(self.targets, method, shared, settings)
         super().__init__(method=method, decoder=decoder, num_classes=len(self.targets), **settings)
-        self.shared, self.weighting, self.absent = shared, weighting, absent
+        self.shared, self.batched, self.weighting, self.absent = shared, batched, weighting, absent
         self.losses = nn.ModuleDict({task: dense_loss(target, task) for task, target in self.targets.items()})
         self.task_weights = task_weights(self.targets, weighting, loss_weights)
         self._weighted_by_data = set(self.targets) - set(loss_weights or {}) if weighting == "fixed" else set()
@@ -151,7 +154,8 @@ class MultiTaskDense(DenseTask):
         """
         chosen = list(self.targets) if tasks is None else list(tasks)
         decoders = nn.ModuleDict({task: self.decoders[task] for task in chosen})
-        return MultiTaskNetwork(self.model, self.reader, self.norms, decoders, self.chosen is not None and self._routes)
+        routed = self.chosen is not None and self._routes
+        return MultiTaskNetwork(self.model, self.reader, self.norms, decoders, routed, self.batched)
 
     def maps_network(self) -> nn.Module:
         """Return the backbone with the maps that the decoders read."""
@@ -211,7 +215,9 @@ class MultiTaskDense(DenseTask):
 
     def deployed(self) -> nn.Module:
         """Module to export: normalised images in, outputs by task out, or that of the chosen task."""
-        return self.network() if self.chosen is None else OneOutput(self.network([self.chosen]), self.chosen)
+        network = self.network(None if self.chosen is None else [self.chosen])
+        network.batched = False  # the graph holds a pass per task
+        return network if self.chosen is None else OneOutput(network, self.chosen)
 
     def head_tensors(self) -> dict[str, Tensor]:
         """Tensors of norms and decoders by their names in files, those of the chosen task if there is one."""
