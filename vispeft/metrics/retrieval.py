@@ -19,6 +19,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from vispeft.data.metric_listing import BOTH, GALLERY, QUERY
 from vispeft.errors import ConfigError, DataError
 from vispeft.metrics.ranking import Ranking, first_in_order
 from vispeft.metrics.similarity import Similarity, make_similarity
@@ -28,8 +29,6 @@ __all__ = ["BOTH", "GALLERY", "QUERY", "RetrievalScores", "clustering_scores", "
 
 Lone = Literal["count_as_miss", "drop"]
 """Treatment of queries without a relevant neighbour."""
-BOTH, QUERY, GALLERY = 0, 1, 2
-"""Roles of a sample: query and member of the gallery, query alone, member of the gallery alone."""
 CACHED = 2**20
 """Scores that are compared at once on a CPU, so that the comparison stays in its cache: four times as fast as whole
 blocks, and as narrow columns of them. Fewer take longer where threads wait for each other on a busy machine."""
