@@ -18,6 +18,6 @@ def as_csv(rows: Sequence[Sequence[object]]) -> str:
     text = io.StringIO()
     # Python leaves a carriage return unquoted where lines end without one, and readers take it for the end of a line.
     odd = any("\r" in cell for row in rows for cell in row if isinstance(cell, str))
-    quoting = csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL
-    csv.writer(text, lineterminator="\n", quoting=quoting).writerows(rows)
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL)
+    writer.writerows(rows)
     return text.getvalue()
