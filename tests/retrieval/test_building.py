@@ -1,6 +1,9 @@
+import csv
+import io
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +13,17 @@ from PIL import Image
 from vispeft.data.images import read_image
 from vispeft.errors import ConfigError, DataError, FileError
 from vispeft.metrics import retrieval_scores
-from vispeft.retrieval import Builder, Index, Model, approximate, building, collect, neighbours_of
+from vispeft.retrieval import (
+    Builder,
+    Collection,
+    Index,
+    Model,
+    approximate,
+    building,
+    collect,
+    neighbours_of,
+    search_table,
+)
 from vispeft.storage.locks import InUseError, hold
 
 COLOURS = np.array([[240, 90, 90], [90, 240, 90], [90, 90, 240], [20, 20, 20]])
@@ -195,6 +208,35 @@ def test_without_faiss_the_extra_is_named(images, monkeypatch):
     with pytest.raises(ConfigError, match=r"vispeft\[search\]"):
         builder(images, kind="ivf")
     assert approximate.KINDS[0] == "exact"
+
+
+def test_names_and_labels_may_have_any_characters(images):
+    odd = ["a\rb.png", "a\nb.png", 'a"b,c.png', " d\u2028.png"]
+    for name in odd:
+        Image.new("RGB", (4, 4)).save(images / name, format="PNG")
+    (images / "list.json").write_text(json.dumps({name: f"{name}\r" for name in odd}))
+    found = collect(images / "list.json")
+    index = replace(builder(images), collection=found).build(Embed())
+    assert Index.open(index.place).collection == found
+    table = search_table(neighbours_of(index, found, Embed()(found.paths), 1))
+    rows = list(csv.reader(io.StringIO(table, newline="")))
+    assert [row[0] for row in rows[1:]] == [str(images / name) for name in odd]
+
+
+def test_an_image_that_is_listed_twice_is_embedded_once(images):
+    path = str(collect(images).names[0])
+    (images / "list.txt").write_text(f"{path}\t1\n./{path}\t1\n")
+    assert (collect(images / "list.txt").names, collect(images / "list.txt").labels) == ((Path(path).name,), ("1",))
+    (images / "list.txt").write_text(f"{path}\t1\n./{path}\t2\n")
+    with pytest.raises(DataError, match="has two labels, '1' and '2'"):
+        collect(images / "list.txt")
+
+
+def test_collections_are_joined_as_they_are(images, tmp_path):
+    one, other = collect(images / "class 1"), collect(images)
+    joined = Collection.joined([one, other, one])
+    assert joined.paths == [*one.paths, *other.paths, *one.paths]
+    assert joined.labels == (*one.labels, *other.labels, *one.labels)
 
 
 def test_lists_are_collected_with_their_labels(images):

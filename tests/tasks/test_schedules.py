@@ -11,7 +11,8 @@ from vispeft.tasks.schedules import warmup_decay
 from vispeft.tasks.setting_checks import check_numbers
 from vispeft.tasks.trainer_checks import check_schedule, steps_per_epoch
 
-NUMBERS = {"lr": 0.1, "lr_ends": (0.0, 0.0), "final_lr": None, "schedule_epochs": None}
+NUMBERS = {"lr": 0.1, "lr_ends": (0.0, 0.0), "final_lr": None, "schedule_epochs": None, "weight_decay": 0.0}
+NUMBERS |= {"warmup": 0.0, "layer_decay": 1.0, "ema": 0.0, "num_classes": 2}
 
 
 def two_groups():
@@ -126,5 +127,5 @@ def test_steps_of_an_epoch():
 )
 def test_what_a_schedule_cannot_have_is_refused(settings, told):
     with pytest.raises(ConfigError, match=told):
-        check_numbers(Classification, **{**NUMBERS, **settings})
-    check_numbers(Classification, **{**NUMBERS, "schedule_epochs": 50, "final_lr": 0.1})
+        check_numbers(Classification, {**NUMBERS, **settings})
+    check_numbers(Classification, {**NUMBERS, "schedule_epochs": 50, "final_lr": 0.1})

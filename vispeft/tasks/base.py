@@ -115,28 +115,17 @@ class AdapterTask(LightningModule):
         """
         super().__init__()
         check_object(type(self).__name__, "method", method, Method)
-        check_numbers(
-            type(self),
-            num_classes=num_classes,
-            lr=lr,
-            lr_ends=lr_ends,
-            final_lr=final_lr,
-            schedule_epochs=schedule_epochs,
-            weight_decay=weight_decay,
-            warmup=warmup,
-            layer_decay=layer_decay,
-            ema=ema,
-        )
-        if schedule not in DECAYS:
-            raise ConfigError(f"{type(self).__name__}(schedule={schedule!r}): choose {' or '.join(sorted(DECAYS))}.")
+        self.lr, self.weight_decay, self.warmup, self.num_classes = lr, weight_decay, warmup, num_classes
         self.schedule, self.schedule_epochs, self.final_lr = schedule, schedule_epochs, final_lr
         self.lr_ends, self.decay_tables, self.decay_vectors = tuple(lr_ends), decay_tables, decay_vectors
+        check_numbers(type(self), {**vars(self), "layer_decay": layer_decay, "ema": ema})
+        if schedule not in DECAYS:
+            raise ConfigError(f"{type(self).__name__}(schedule={schedule!r}): choose {' or '.join(sorted(DECAYS))}.")
         self.optimizer = check_optimizer(optimizer, weight_decay)
         taken = sorted({"num_classes", "weights"} & set(backbone_args or {}))
         if taken:
             raise ConfigError(f"backbone_args has {', '.join(taken)}, which {type(self).__name__} takes by that name.")
         self.strict_loading = False  # checkpoints have no frozen tensors; on_load_checkpoint checks the others
-        self.lr, self.weight_decay, self.warmup, self.num_classes = lr, weight_decay, warmup, num_classes
         self.backbone, self.backbone_args, self.weights = backbone, dict(backbone_args or {}), weights
         outputs = num_classes if self.classifies else 0
         self.model: nn.Module = create_model(backbone, num_classes=outputs, weights=weights, **self.backbone_args)
@@ -210,6 +199,14 @@ class AdapterTask(LightningModule):
             Figures by row and column.
         """
         return metrics
+
+    def recall(self, run: str, metrics: Mapping[str, Any]) -> None:
+        """Take from a finished run, which is measured again, what its figures are compared with; by default nothing.
+
+        Args:
+            run: Name of the run, for messages.
+            metrics: Content of its ``metrics.json``.
+        """
 
     def report(self) -> Report:
         """Count the parameters of the adapter, and of a decoder that trains with it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,21 +13,20 @@ from vispeft.errors import ConfigError
 __all__ = ["check_numbers"]
 
 
-def check_numbers(kind: type[Any], **settings: Any) -> None:
+def check_numbers(kind: type[Any], settings: Mapping[str, Any]) -> None:
     """Refuse numbers out of range, and two ends of one schedule.
 
     Args:
         kind: Class of the task.
-        settings: Settings of `AdapterTask` by name: those of the table below and ``num_classes``.
+        settings: Settings of `AdapterTask` by name, at least those of the table below and ``num_classes``.
 
     Raises:
         ConfigError: If one is out of range, or they exclude each other.
     """
     rules = {**_RULES, "num_classes": (f"at least {kind.least_outputs}", lambda value: value >= kind.least_outputs)}
-    for name, value in settings.items():
-        needed, good = rules[name]
-        if not good(value):
-            raise ConfigError(f"{kind.__name__}({name}={value}): {needed} is needed.")
+    for name, (needed, good) in rules.items():
+        if not good(settings[name]):
+            raise ConfigError(f"{kind.__name__}({name}={settings[name]}): {needed} is needed.")
     final, share = settings["final_lr"], settings["lr_ends"][1]
     if final is not None and (share or final > settings["lr"]):
         raise ConfigError(
