@@ -119,9 +119,25 @@ def test_optimiser_groups_of_head_proxies_and_network():
     assert [groups[n]["weight_decay"] for n in ("proxies decay", "decoder decay", "decoder no_decay")] == [0.1, 1e-3, 0]
     count = sum(p.numel() for group in groups.values() for p in group["params"])
     assert count == sum(p.numel() for p in task.own_parameters())
+    task = make(loss="Hist", head_norm="affine", weight_decay=1e-3, decay_vectors=True)
+    assert {group["weight_decay"] for group in task.further_groups()} == {1e-3}
+    assert sum(p.numel() for group in task.further_groups() for p in group["params"]) == count
     report = task.report()
     assert report.trained == sum(p.numel() for _, p in task.trainable_parameters())
     assert report.trained - report.deployed == sum(p.numel() for p in task.criterion.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [{"epochs": 2}, {"epochs": -1, "max_steps": 6}])
+def test_a_schedule_of_more_epochs_than_are_trained(length):
+    task = make(schedule_epochs=5, final_lr=1e-3, warmup=0.0)
+    trainer = fit(task, **length, limit_val_batches=0)
+    assert trainer.global_step == 6  # of three in an epoch
+    fallen = (1 + math.cos(math.pi * 6 / 15)) / 2
+    for group in trainer.optimizers[0].param_groups:
+        assert group["lr"] == pytest.approx(1e-3 + 9e-3 * fallen)
+    with pytest.raises(ConfigError, match=r"15 steps \(schedule_epochs\), and the training has 18"):
+        fit(make(schedule_epochs=5), epochs=6)
 
 
 @pytest.mark.slow

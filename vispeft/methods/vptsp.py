@@ -29,8 +29,8 @@ __all__ = ["VPTSP", "SteppedPrompts"]
 CUB = Recipe(
     lr=5e-3,
     weight_decay=1e-6,
-    source="CUB-200-2011, ViT-S/16: SGD with momentum 0.9, batches of 64 classes x 2 images, proxies at 0.1 "
-    "(Noahsark/ParameterEfficient-DML c7c9416)",
+    source="CUB-200-2011, ViT-S/16: SGD with momentum 0.9, batches of 64 images, 2 of each of 32 classes, proxies at "
+    "0.1 (Noahsark/ParameterEfficient-DML c7c9416)",
 )
 
 

@@ -376,12 +376,11 @@ class MetricLearning(PartsTask):
             (proxies if named is None or name in named else others).append(parameter)
         rate = self.lr if self.proxy_lr is None else self.proxy_lr
         decay = self.weight_decay if self.proxy_weight_decay is None else self.proxy_weight_decay
-        groups = [
+        return [
             *super().further_groups(),
             *self.groups_of("proxies", proxies, rate, decay),
             *self.groups_of("criterion", others, self.lr, self.weight_decay),
         ]
-        return [group for group in groups if group["params"]]
 
     def configure_optimizers(self) -> Any:
         """Create the optimiser, and let the criterion know it if it wants to.
