@@ -1,9 +1,12 @@
 """Losses and miners of metric learning by name, and the criterion made of them."""
 
+import copy
 import logging
+import pickle
 
 import pytest
 import torch
+from pytorch_metric_learning.distances import CosineSimilarity
 from torch import nn
 
 from vispeft.building.known import register_class
@@ -12,6 +15,7 @@ from vispeft.losses import Hist, Hyperbolic, MetricLoss, RecallAtK
 from vispeft.tasks.metric_criterion import MetricCriterion
 from vispeft.tasks.metric_losses import (
     AGEING,
+    BOUNDED,
     list_metric_losses,
     list_miners,
     loss_node,
@@ -162,6 +166,48 @@ def test_parts_that_do_not_fit_together_are_refused_before_the_first_step():
         metric_loss("RankedListLoss", CLASSES, DIM)
     with pytest.raises(ConfigError, match="Hist\\(tau=0\\)"):
         metric_loss("Hist", CLASSES, DIM, tau=0)
+
+
+def test_losses_without_proxies_need_two_images_of_a_class():
+    noise, _ = batch(requires_grad=False)
+    proxies = {name for name in list_metric_losses() if criterion(name).least_per_class == 1}
+    assert proxies == {
+        *("ArcFaceLoss", "CosFaceLoss", "LargeMarginSoftmaxLoss", "NormalizedSoftmaxLoss", "P2SGradLoss"),
+        *("ProxyAnchorLoss", "ProxyNCALoss", "SoftTripleLoss", "SphereFaceLoss", "SubCenterArcFaceLoss"),
+        *("Hist", "Centred"),
+    }
+    for name in proxies:  # one image of each class trains them
+        embeddings = noise[:CLASSES].clone().requires_grad_()
+        criterion(name)(embeddings, torch.arange(CLASSES)).backward()
+        assert embeddings.grad.any(), name
+    assert criterion("MultipleLosses").least_per_class == 2
+    assert criterion("MultipleLosses", losses=["ArcFaceLoss", "Hist"], miners=None).least_per_class == 1
+    assert criterion("MultipleLosses", losses=["ArcFaceLoss", "RecallAtK"], miners=None).least_per_class == 2
+    made = criterion("TripletMarginLoss", memory=24)  # which has the second image
+    assert made.least_per_class == 1
+    losses = [made(noise[place : place + CLASSES], torch.arange(CLASSES)) for place in (0, 4)]
+    assert losses[0] == 0 < losses[1]
+
+
+def test_equal_embeddings_keep_every_loss_and_gradient_finite():
+    labels = torch.arange(CLASSES).repeat_interleave(4)
+    for name in list_metric_losses():
+        points = torch.ones(16, DIM) * torch.tensor([1.0, 1.0, 1.0, -1.0])[labels, None]  # cosines of 1 and -1
+        found = criterion(name)(points.requires_grad_(), labels)
+        found.backward()
+        assert found.isfinite(), name
+        assert points.grad.isfinite().all(), name
+
+
+def test_bounded_cosines_leave_a_loss_what_it_is():
+    for name in BOUNDED:
+        made = criterion(name)
+        embeddings, labels = batch()
+        plain = copy.deepcopy(made)
+        plain.loss.distance = CosineSimilarity()
+        torch.testing.assert_close(made(embeddings, labels), plain(embeddings, labels))
+        again = pickle.loads(pickle.dumps(made))
+        torch.testing.assert_close(again(embeddings, labels), made(embeddings, labels))
 
 
 def test_losses_that_will_break_say_so(caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vispeft.building.classes import argument_names, default_of
 from vispeft.errors import ConfigError, VispeftError
 from vispeft.losses.base import MetricLoss
 from vispeft.tasks.gathering import gather, gather_with_grad
@@ -18,6 +20,8 @@ __all__ = ["MetricCriterion"]
 
 RAW = ("LargeMarginSoftmaxLoss", "SphereFaceLoss")
 """Losses of the library in which the length of an embedding has a meaning."""
+LIBRARY_BASE = "BaseMetricLossFunction"
+"""Base of the losses of the library, which is slow to import."""
 LEAST_MEMORY = 8
 """Smallest memory: two classes with four images each, which are tried before training."""
 
@@ -48,7 +52,8 @@ class MetricCriterion(nn.Module):
         super().__init__()
         self.raw = any(_keeps_length(module) for module in loss.modules())
         self.similarity: str | Mapping[str, Any] = getattr(loss, "similarity", "cosine")
-        self.least_per_class: int = getattr(loss, "least_per_class", 1)
+        self.least_per_class = 1 if memory else max(_least_per_class(module) for module in loss.modules())
+        """Smallest number of images of each class in a batch; a memory has others of them."""
         self.loss, self.miner, self.memory = loss, miner, memory
         if memory:
             self.loss, self.miner = _with_memory(loss, miner, memory, dim), None
@@ -121,6 +126,20 @@ class MetricCriterion(nn.Module):
 def _keeps_length(module: nn.Module) -> bool:
     named = type(module).__name__ in RAW
     return named or isinstance(module, MetricLoss) or getattr(module, "embedding_regularizer", None) is not None
+
+
+def _least_per_class(module: nn.Module) -> int:
+    """Tell how many images of a class a loss compares: two, unless it compares images with proxies of the classes.
+
+    The library's losses without proxies give zero, without a word, where no class has a second image.
+    """
+    if isinstance(module, MetricLoss):
+        return module.least_per_class
+    kind = type(module)
+    if kind.__name__ == "MultipleLosses" or not any(base.__name__ == LIBRARY_BASE for base in kind.__mro__):
+        return 1
+    proxies = "num_classes" in argument_names(kind)
+    return 1 if proxies and default_of(kind, "num_classes") is inspect.Parameter.empty else 2
 
 
 def _hold_tensors(module: nn.Module) -> None:
