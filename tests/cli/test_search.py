@@ -15,6 +15,7 @@ from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run
 from vispeft.data.images import read_image
 from vispeft.data.preprocessing import Preprocessing
+from vispeft.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,12 @@ def test_the_functions_give_what_the_commands_write(digits, index):
     found = vispeft.search(index, digits / "3", count=2)
     assert [entry.label for entry in found] == ["3"] * len(list((digits / "3").iterdir()))
     assert all(len(entry.hits) == 2 and entry.query != entry.hits[0].path for entry in found)
+
+
+def test_settings_of_a_search_are_checked_before_anything_is_embedded(digits, index):
+    for name, value in (("batch_size", 0), ("batch_size", -2), ("batch_size", 1.5), ("count", 0), ("count", "5")):
+        with pytest.raises(ConfigError, match="at least 1"):
+            vispeft.search(index, digits / "3", **{name: value})
 
 
 def test_another_run_and_moved_runs_are_refused(finished, digits, index, run_cli, tmp_path):

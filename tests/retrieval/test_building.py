@@ -1,5 +1,8 @@
+import csv
+import io
 import json
 import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +13,7 @@ from PIL import Image
 from vispeft.data.images import read_image
 from vispeft.errors import ConfigError, DataError, FileError
 from vispeft.metrics import retrieval_scores
-from vispeft.retrieval import Builder, Index, Model, approximate, building, collect, neighbours_of
+from vispeft.retrieval import Builder, Index, Model, approximate, building, collect, neighbours_of, search_table
 from vispeft.storage.locks import InUseError, hold
 
 COLOURS = np.array([[240, 90, 90], [90, 240, 90], [90, 90, 240], [20, 20, 20]])
@@ -170,11 +173,32 @@ def test_neighbours_have_labels_and_leave_the_query_out(images):
     assert [hit.right for hit in found.hits] == [True] * 4
     assert [hit.score for hit in found.hits] == sorted((hit.score for hit in found.hits), reverse=True)
     assert len(neighbours_of(index, queries, Embed()(queries.paths), 99)[0].hits) == 19
-    with pytest.raises(ConfigError, match="at least 1"):
-        neighbours_of(index, queries, Embed()(queries.paths), 0)
+    for wrong in (0, -1, 2.0):
+        with pytest.raises(ConfigError, match=r"--neighbours is .* at least 1"):
+            neighbours_of(index, queries, Embed()(queries.paths), wrong)
     Image.new("RGB", (4, 4), (100, 90, 100)).save(found.hits[0].path)
-    with pytest.raises(FileError, match="have changed since"):
+    with pytest.raises(FileError, match=r"1 neighbour changed \(.*, so .* Embed them again"):
         neighbours_of(index, queries, Embed()(queries.paths), 4)
+    os.remove(found.hits[1].path)
+    with pytest.raises(FileError, match=r"1 neighbour changed .* and 1 neighbour cannot be read any more \("):
+        neighbours_of(index, queries, Embed()(queries.paths), 4)
+    index.collection.root.rename(images.parent / "elsewhere")
+    with pytest.raises(FileError, match=r"4 neighbours cannot be read any more .* put the files back"):
+        neighbours_of(index, queries, Embed()([images.parent / "elsewhere/class 2/2.png"]), 4)
+
+
+def test_names_and_labels_with_any_characters_come_back(images):
+    for number, name in enumerate(["a\rb", "a\nb", "a\r\nb", "\r", 'a"b', "a,b", " ", "\u2028", "#", "'a'"]):
+        folder = images / f"x{name}"
+        folder.mkdir()
+        shutil.copy(images / "class 2/2.png", folder / f"{name}{number}.png")
+    index = builder(images).build(Embed())
+    assert index.collection == collect(images)
+    assert len(index.collection) == 30
+    queries = collect(images / "x\r")
+    found = neighbours_of(index, queries, Embed()(queries.paths), 29)
+    rows = list(csv.DictReader(io.StringIO(search_table(found), newline="")))
+    assert [(row["path"], row["label"]) for row in rows] == [(hit.path, hit.label) for hit in found[0].hits]
 
 
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,8 +19,8 @@ from vispeft.cli.common import console, make_parser
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run, write_text
 from vispeft.data.images import PLAIN, Reading, find_images, read_image
-from vispeft.errors import ConfigError, DataError, FileError, counted, is_utf8, printable
-from vispeft.storage.disk import write_atomically
+from vispeft.errors import ConfigError, DataError, FileError, check_count, counted, is_utf8, printable
+from vispeft.storage.disk import csv_text, write_atomically
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.predictions import Prediction, Predictor
 
@@ -53,8 +52,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--max_pixels", type=int, help="largest number of pixels of an image; default: as trained")
     given = parser.parse_args(list(argv))
     out = Path(given.out)
-    if given.batch_size < 1:
-        raise ConfigError(f"--batch_size is {given.batch_size}; at least 1 is needed.")
+    check_count("--batch_size", given.batch_size)
     run = Run.open(given.run)
     paths = find_images(given.images)
     task, trainer = load_task(run)
@@ -83,9 +81,7 @@ def main(argv: Sequence[str]) -> None:
         written |= {(out / folder / target).with_suffix(".npy"): _npy(array) for folder, array in arrays}
         if written:
             write_atomically(written)
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_text(table, text.getvalue())
+    write_text(table, csv_text(rows))
     console.print(f"{counted(len(paths), 'image')} predicted: {table}", soft_wrap=True)
     if broken:
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""

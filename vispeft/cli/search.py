@@ -13,7 +13,7 @@ from vispeft.cli.embed import Embedder
 from vispeft.cli.predict import check_readable
 from vispeft.cli.runs import Run
 from vispeft.data.images import Reading, read_image
-from vispeft.errors import ConfigError, FileError, counted
+from vispeft.errors import ConfigError, FileError, check_count, counted
 from vispeft.retrieval import Found, Index, collect, neighbours_of, picture_name, search_table
 from vispeft.storage.disk import write_atomically
 from vispeft.viz import Neighbour, NeighbourRow, draw_neighbours
@@ -91,6 +91,8 @@ def search(
             by.
     """
     opened = index if isinstance(index, Index) else Index.open(index)
+    check_count("--neighbours", count)
+    check_count("--batch_size", batch_size)
     given = [queries] if isinstance(queries, str | Path) else queries
     collections = [collect(place) for place in given]
     try:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vispeft.errors import FileError, brief
 from vispeft.retrieval.collection import Collection
-from vispeft.storage.disk import read_regular
+from vispeft.storage.disk import csv_text, read_regular
 
 __all__ = ["DESCRIPTION", "IMAGES", "Index", "Model", "described", "table_of"]
 
@@ -144,10 +144,8 @@ def table_of(collection: Collection, digests: list[str]) -> bytes:
         collection: The images.
         digests: The sha256 of each.
     """
-    text = io.StringIO()
     rows = zip(collection.names, collection.labels, digests, strict=True)
-    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
-    return text.getvalue().encode()
+    return csv_text([COLUMNS, *rows]).encode()
 
 
 def _description(folder: Path) -> dict[str, Any]:
