@@ -217,7 +217,8 @@ def test_class_prompts_in_host_memory_need_a_step_after_each_batch():
 
 
 def test_bad_settings_are_refused():
-    for settings in ({"head_lr": 0}, {"proxy_lr": math.nan}, {"proxy_weight_decay": -1}, {"warm_epochs": -1}):
+    wrong = ({"head_lr": 0}, {"proxy_lr": math.nan}, {"proxy_weight_decay": -1}, {"warm_epochs": -1}, {"dim": 0})
+    for settings in wrong:
         with pytest.raises(ConfigError, match=next(iter(settings))):
             make(**settings)
     known = {"image_size": 16, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}

@@ -160,6 +160,8 @@ def test_what_is_refused_by_name(given, told):
 def test_parts_that_do_not_fit_together_are_refused_before_the_first_step():
     with pytest.raises(ConfigError, match=r"InstanceLoss with the miner PairMarginMiner cannot be computed"):
         criterion("InstanceLoss", miner="PairMarginMiner").check(CLASSES, DIM)
+    with pytest.raises(ConfigError, match="NTXentLoss is nan for a batch of noise"):
+        criterion("NTXentLoss", temperature=0).check(CLASSES, DIM)
     with pytest.raises(ConfigError, match="ProxyNCALoss cannot compare a batch with another one"):
         criterion("ProxyNCALoss", memory=24)
     with pytest.raises(ConfigError, match=r"RankedListLoss\(\) cannot be made"):

@@ -99,7 +99,7 @@ class _Ranks:
 
 
 def _check_settings(ks: Sequence[int], lone: str) -> None:
-    if not ks or any(not isinstance(k, int) or k < 1 for k in ks):
+    if not ks or any(not isinstance(k, int) or isinstance(k, bool) or k < 1 for k in ks):
         raise ConfigError(f"ks={list(ks)}: whole numbers from 1 on are needed, such as (1, 2, 4, 8).")
     if lone not in ("count_as_miss", "drop"):
         raise ConfigError(f"lone={lone!r}: choose 'count_as_miss' or 'drop'.")

@@ -117,7 +117,8 @@ class MetricLearning(PartsTask):
         self.memory, self.warm_epochs, self.clusters = memory, warm_epochs, clusters
         self.parts_lr, self.proxy_lr, self.proxy_weight_decay = head_lr, proxy_lr, proxy_weight_decay
         width = self._width()
-        self.head, fresh = (EmbeddingHead(width, dim or width, norm=head_norm, init=head_init) for _ in range(2))
+        dim = width if dim is None else dim
+        self.head, fresh = (EmbeddingHead(width, dim, norm=head_norm, init=head_init) for _ in range(2))
         own = method.criterion(self.model, fresh, self.num_classes, self.head.dim)
         if own is not None and (miner is not None or memory):
             raise ConfigError(f"{method.name} brings its own criterion, without a miner and a memory. Leave them out.")
