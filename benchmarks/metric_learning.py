@@ -3,13 +3,15 @@
     python benchmarks/metric_learning.py --pilot               # a few steps of each row
     python benchmarks/metric_learning.py --minutes 60          # as much as fits; start again to go on
     python benchmarks/metric_learning.py --rows vptsp lora
+    python benchmarks/metric_learning.py --frozen              # the figures of the backbone as it is
     python benchmarks/metric_learning.py --table               # writes the table into docs/metric_learning.md
 
 Needs ``python benchmarks/assets.py dinov2_vit_s14`` and the three archives of `vispeft.data.EmojiData`. All rows have
-the same images, head, epochs and, but for VPTSP, which brings its own, the same loss. The learning rate of a row is
-chosen once, with seed 0, by R@1 of the validation classes, and so is the epoch; test classes are looked at once per
-run. The three best rows have three seeds, the others one. Each run is a process of its own, so that its peak memory is
-its own, and leaves one JSON in ``results/metric_learning/``; what is there is not run again.
+the same images, head, epochs and loss, but for VPTSP, which brings its own, and for a row that shows another loss.
+The learning rate of a row is chosen once, with seed 0, by R@1 of the validation classes after one epoch; the epoch of
+a run likewise. Test classes are looked at once per run. The three best rows have three seeds, the others one. Backbones
+compute in bfloat16, which takes half the time. Each run is a process of its own, so that its peak memory is its own,
+and leaves one JSON in ``results/metric_learning/``; what is there is not run again.
 """
 
 from __future__ import annotations
@@ -37,13 +39,17 @@ from common import write_section  # noqa: E402
 from vispeft.building.config_files import dump_config  # noqa: E402
 from vispeft.cli.common import quiet_libraries, versions  # noqa: E402
 from vispeft.cli.train import train  # noqa: E402
+from vispeft.data import EmojiData  # noqa: E402
+from vispeft.metrics import RetrievalScores  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "metric_learning"
 PAGE, ASSET = "metric_learning", "dinov2_vit_s14"
-SIZE, DIM, BATCH, EPOCHS, SEEDS = 112, 384, 64, 6, (0, 1, 2)
+SIZE, DIM, BATCH, EPOCHS, SEEDS = 112, 384, 64, 4, (0, 1, 2)
 PROXY_LR, BEST = 5e-2, 3
 """Learning rate of the proxies, and number of rows that get all seeds."""
 MAIN = "recall@1"
+ONE_EPOCH = ["--trainer.max_epochs", "1", "--trainer.limit_test_batches", "1"]
+"""What makes a run to choose a rate by: its figures of test images are not kept."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,10 +64,13 @@ class Row:
     """Fields of the method."""
     rates: tuple[float, ...] = (1e-3, 3e-3)
     """Learning rates that are tried."""
+    loss: str = "MultiSimilarityLoss"
+    """Loss of methods that bring none."""
 
 
 ROWS = {
     "linear": Row(says="linear head", method="linear_probe"),
+    "anchor": Row(says="linear head, Proxy-Anchor", method="linear_probe", loss="ProxyAnchorLoss"),
     "bitfit": Row(says="BitFit", method="bitfit"),
     "lora": Row(says="LoRA, r = 8", method="lora", fields={"rank": 8}),
     "vptsp": Row(says="VPTSP-G", method="vptsp"),
@@ -84,11 +93,13 @@ class Trial:
     """Highest learning rate of adapter and head; the proxies have their own."""
     seed: int
     """Decides start, order and augmentation."""
+    short: bool = False
+    """Whether it is for the choice of the rate: one epoch, no test classes."""
 
     @property
     def path(self) -> Path:
         """Its result."""
-        return RESULTS / f"{self.row}-lr{self.lr:g}-seed{self.seed}.json"
+        return RESULTS / f"{self.row}-lr{self.lr:g}-{'short' if self.short else f'seed{self.seed}'}.json"
 
     def config(self, root: str) -> dict[str, Any]:
         """Return the config of the training.
@@ -106,7 +117,7 @@ class Trial:
                     "backbone_args": {"img_size": SIZE},
                     "weights": str(assets.weights(ASSET)),
                     "method": {"class_path": row.method, "init_args": row.fields},
-                    "loss": "ProxyAnchorLoss",
+                    "loss": row.loss,
                     "dim": DIM,
                     "head_norm": "affine",
                     "lr": self.lr,
@@ -117,7 +128,7 @@ class Trial:
                 "class_path": "vispeft.data.EmojiData",
                 "init_args": {"root": root, "image_size": SIZE, "batch_size": BATCH, "images_per_class": 2},
             },
-            "trainer": {"max_epochs": EPOCHS, "gradient_clip_val": 5.0},
+            "trainer": {"max_epochs": EPOCHS, "gradient_clip_val": 5.0, "precision": "bf16-mixed"},
         }
 
     def run(self, root: str, overrides: list[str]) -> dict[str, Any]:
@@ -136,7 +147,7 @@ class Trial:
         return {
             **dataclasses.asdict(self),
             "validation": metrics["validation"],
-            "test": metrics["test"],
+            **({} if self.short else {"test": metrics["test"]}),
             "parameters": metrics["parameters"],
             "seconds": time.perf_counter() - began,
             "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -145,12 +156,37 @@ class Trial:
         }
 
 
+def frozen(root: str) -> dict[str, Any]:
+    """Measure the features of the backbone as it is.
+
+    Args:
+        root: Folder of the archives.
+    """
+    asset = assets.ASSETS[ASSET]
+    model = vispeft.create_model(asset.architecture, weights=str(assets.weights(ASSET)), img_size=SIZE).eval()
+    data = EmojiData.for_model(model, root=root, image_size=SIZE, batch_size=BATCH)
+    found: dict[str, Any] = {}
+    for split, stage in (("validation", "fit"), ("test", "test")):
+        data.setup(stage)
+        scores = RetrievalScores()
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            for images, labels, roles in data.val_dataloader() if split == "validation" else data.test_dataloader():
+                scores.update(model(images).float(), labels, roles)
+        found[split] = scores.compute()
+    return {**found, "versions": versions()}
+
+
 def best_rate(row: str) -> float | None:
-    """Choose the learning rate of a row by validation with seed 0; None until all were tried."""
-    tried = [Trial(row=row, lr=lr, seed=SEEDS[0]) for lr in ROWS[row].rates]
+    """Choose the learning rate of a row by validation after one epoch; None until all were tried."""
+    tried = list(short_runs(row))
     if not all(trial.path.is_file() for trial in tried):
         return None
     return max(tried, key=lambda trial: read(trial)["validation"][MAIN]).lr
+
+
+def short_runs(row: str) -> Iterator[Trial]:
+    """Iterate over the runs that choose the rate of a row."""
+    return (Trial(row=row, lr=lr, seed=SEEDS[0], short=True) for lr in ROWS[row].rates)
 
 
 def read(trial: Trial) -> dict[str, Any]:
@@ -167,9 +203,12 @@ def finished(row: str) -> list[dict[str, Any]]:
 
 
 def trials(rows: list[str]) -> Iterator[Trial]:
-    """Iterate over the runs in their order: the rates with seed 0, then other seeds of the best rows."""
+    """Iterate over the runs in their order: the rates and seed 0 of each row, then other seeds of the best rows."""
     for row in rows:
-        yield from (Trial(row=row, lr=lr, seed=SEEDS[0]) for lr in ROWS[row].rates)
+        yield from short_runs(row)
+        rate = best_rate(row)
+        if rate is not None:
+            yield Trial(row=row, lr=rate, seed=SEEDS[0])
     scored = {row: found[0]["validation"][MAIN] for row in rows if (found := finished(row))}
     for row in sorted(scored, key=lambda name: -scored[name])[:BEST]:
         rate = best_rate(row)
@@ -181,6 +220,10 @@ def table() -> list[str]:
     """Make the table, rows that were not run included."""
     heads = ["row", "R@1", "MAP@R", "validation R@1", "trained", "deployed", "seconds", "peak MiB", "rate", "seeds"]
     lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    if FROZEN.is_file():
+        found_frozen = json.loads(FROZEN.read_text())
+        cells = [f"{found_frozen[split][key]:.3f}" for split, key in FIGURES]
+        lines.append("| " + " | ".join(["features of the backbone as it is", *cells, "0", *[""] * 5]) + " |")
     for name, row in ROWS.items():
         found = finished(name)
         if not found:
@@ -200,6 +243,7 @@ def table() -> list[str]:
     return lines
 
 
+FROZEN = RESULTS / "frozen.json"
 FIGURES = (("test", MAIN), ("test", "map@r"), ("validation", MAIN))
 
 
@@ -216,15 +260,21 @@ def main() -> None:
     parser.add_argument("--root", default="downloads/npm", help="folder of the archives")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after these")
     parser.add_argument("--pilot", action="store_true", help="a few steps of each row, nothing is kept")
+    parser.add_argument("--frozen", action="store_true", help="measure the features of the backbone as it is")
     parser.add_argument("--table", action="store_true", help="write the table")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.table:
         write_section("metric learning emoji", table(), PAGE)
         return
     quiet_libraries()
+    if given.frozen:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        FROZEN.write_text(json.dumps(frozen(given.root), indent=1) + "\n")
+        return
     if given.one:
-        print(json.dumps(Trial(**json.loads(given.one)).run(given.root, FEW if given.pilot else [])))
+        print(json.dumps(Trial(**json.loads(given.one)).run(given.root, given.overrides)))
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * given.minutes
@@ -233,22 +283,22 @@ def main() -> None:
         if time.monotonic() > end:
             break
         if given.pilot or not trial.path.is_file():
-            carry_out(trial, given.root, given.pilot)
+            carry_out(trial, given.root, FEW if given.pilot else ONE_EPOCH if trial.short else [])
 
 
 FEW = [word for name in ("train", "val", "test") for word in (f"--trainer.limit_{name}_batches", "4")]
 """What makes a pilot short."""
 
 
-def carry_out(trial: Trial, root: str, pilot: bool) -> None:
-    """Run a trial in a process of its own, and keep its result."""
+def carry_out(trial: Trial, root: str, overrides: list[str]) -> None:
+    """Run a trial in a process of its own, and keep its result; that of a pilot is printed alone."""
     command = [sys.executable, __file__, "--root", root, "--one", json.dumps(dataclasses.asdict(trial))]
-    done = subprocess.run([*command, *(["--pilot"] if pilot else [])], stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run([*command, "--", *overrides], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         print(f"{trial.path.stem}: failed with status {done.returncode}", flush=True)
         return
     result = json.loads(done.stdout.strip().splitlines()[-1])
-    if not pilot:
+    if overrides is not FEW:
         trial.path.write_text(json.dumps(result, indent=1) + "\n")
     found = f"validation {result['validation'][MAIN]:.4f}, {result['seconds']:.0f} s, {result['peak_mib']:.0f} MiB"
     print(f"{trial.path.stem}: {found}", flush=True)

@@ -20,14 +20,15 @@ from vispeft.tasks.baselines import mean_gain, mean_score, read_baselines
 
 SWIN = {"pretrained": False, "img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 8}
 SWIN |= {"depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2]}
+VIT = {"pretrained": False, "img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2}
+VIT_SETTINGS = {"backbone": "vit_tiny_patch16_224", "backbone_args": VIT}
 
 
 def make(method: Any = None, **settings: Any) -> MultiTaskDense:
     torch.manual_seed(0)
     defaults: dict[str, Any] = {"targets": TARGETS, "decoder_args": {"channels": [2, 3, 4, 5]}, "lr": 1e-2}
+    defaults |= {"backbone": "swin_tiny_patch4_window7_224", "backbone_args": SWIN}
     return MultiTaskDense(
-        backbone="swin_tiny_patch4_window7_224",
-        backbone_args=SWIN,
         method=method or vispeft.MTLoRA(rank=2, task_rank=1, dropout=0.0),
         **{**defaults, **settings},
     )
@@ -71,14 +72,28 @@ def test_every_task_has_an_output_of_the_images_size(method: vispeft.Method, set
 
 
 @torch.no_grad()
-def test_each_task_of_polyhistor_has_norms_of_its_own() -> None:
-    method = vispeft.Polyhistor(task_dim=5, hidden_dim=8, embed_dim=6, reduction=2)
-    settings = {"decoder": "segformer", "decoder_args": {"channels": 4, "level_norm": False}}
-    task = make(method, output_norms=True, **settings).eval()
+@pytest.mark.parametrize(
+    ("method", "settings", "widths"),
+    [
+        (vispeft.Polyhistor(task_dim=5, hidden_dim=8, embed_dim=6, reduction=2), {}, (8, 16, 32, 64)),
+        (vispeft.Polyhistor(task_dim=5, hidden_dim=8, embed_dim=6, reduction=2), VIT_SETTINGS, (16,) * 4),
+        (vispeft.MTLoRA(rank=2, task_rank=1), VIT_SETTINGS, (16,) * 4),
+        (vispeft.LinearProbe(), {"shared": True}, (8, 16, 32, 64)),
+    ],
+    ids=["polyhistor on swin", "polyhistor on vit", "mtlora on vit", "decoders only"],
+)
+def test_maps_reach_the_norms_of_their_task_without_the_backbones(
+    method: vispeft.Method, settings: dict[str, Any], widths: tuple[int, ...]
+) -> None:
+    settings = {"decoder": "segformer", "decoder_args": {"channels": 4, "level_norm": False}, **settings}
+    targets = {name: TARGETS[name] for name in ("depth", "sal")}
+    task = make(method, output_norms=True, targets=targets, **settings).eval()
     images = torch.randn(2, 3, 32, 32)
-    for p in task.norms.parameters():
+    for p in [*task.norms.parameters(), *task.model.norm.parameters()]:  # the backbone's must not matter
         p.add_(0.3 * torch.randn_like(p))
-    maps, outputs = vispeft.forward_tasks(task.model, images), task(images)
+    outputs = task(images)
+    task.model.norm = torch.nn.Identity()
+    maps = vispeft.forward_tasks(task.model, images, list(targets))
     for name, levels in maps.items():
         normed = []
         for norm, level in zip(task.norms[name], levels, strict=True):  # over channels, as a LayerNorm of rows
@@ -87,7 +102,21 @@ def test_each_task_of_polyhistor_has_norms_of_its_own() -> None:
             normed.append(rows.permute(0, 3, 1, 2))
         wanted = torch.nn.functional.interpolate(task.decoders[name](normed), (32, 32), mode="bilinear")
         assert torch.allclose(outputs[name], wanted, rtol=1e-5, atol=1e-6)
-    assert sum(p.numel() for p in task.norms.parameters()) == 4 * 2 * sum((8, 16, 32, 64))
+    assert sum(p.numel() for p in task.norms.parameters()) == 2 * 2 * sum(widths)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [(vispeft.SSF(roles=("final_norm", "downsample.norm")), {}), (vispeft.NormTuning(), VIT_SETTINGS)],
+    ids=["swin", "vit"],
+)
+def test_units_at_a_norm_that_no_decoder_reads_are_known_by_name(
+    method: vispeft.Method, settings: dict[str, Any]
+) -> None:
+    settings = {"targets": {"sal": TARGETS["sal"]}, "decoder": "segformer", "decoder_args": {"channels": 4}, **settings}
+    unused = make(method, output_norms=True, shared=True, **settings).unused_tensors()
+    assert len(unused) == 2
+    assert all(name.startswith("model.norm.") for name in unused)
 
 
 def test_tensors_without_a_gradient_are_known_by_name() -> None:

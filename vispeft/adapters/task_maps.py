@@ -24,6 +24,7 @@ def forward_tasks(
     taps: Sequence[int] | None = None,
     *,
     batched: bool = False,
+    norm: bool = True,
 ) -> dict[str, list[Tensor]]:
     """Compute the maps that the decoders of several tasks read.
 
@@ -44,6 +45,8 @@ def forward_tasks(
         tasks: The tasks; None takes all that the acting adapters have.
         taps: Stages of a Swin or blocks of a ViT, in rising order; None takes all stages, or the ends of the quarters.
         batched: Run all tasks in one pass, where the method runs once per task; see `AdapterBank.together`.
+        norm: Apply the backbone's last norm to the maps that have it: the last one of a Swin, all of a plain ViT.
+            Decoders with norms of their own in front (Polyhistor) read maps without it.
 
     Returns:
         Maps (B, C, h, w) by task, fine to coarse.
@@ -65,30 +68,30 @@ def forward_tasks(
         raise BackboneError("A features_only model already returns maps. Pass the whole model (num_classes=0).")
     gate = None if is_compiling() else getattr(inner, "gate", None)
     with nullcontext() if gate is None else gate.beside():  # so that all passes are of one state of the model
-        return _maps(inner, images, tasks, taps, batched)
+        return _maps(inner, images, tasks, taps, batched, norm)
 
 
 def _maps(
-    inner: Any, images: Tensor, tasks: Sequence[str] | None, taps: Sequence[int] | None, batched: bool
+    inner: Any, images: Tensor, tasks: Sequence[str] | None, taps: Sequence[int] | None, batched: bool, norm: bool
 ) -> dict[str, list[Tensor]]:
     bank = inner.__dict__.get(BANK)
     wanted = _tasks_of(bank, tasks)
     taps = (describe(inner) if bank is None else bank.view).map_taps(taps)
     if _in_one_pass(bank):
         with nullcontext() if bank.task is None else bank.using(*bank.active):
-            maps: dict[str, list[Tensor]] = inner.task_maps(images, wanted, taps, _behind_merging(bank))
+            maps: dict[str, list[Tensor]] = inner.task_maps(images, wanted, taps, _behind_merging(bank), norm)
             return maps
     if not _known(bank):
-        return dict.fromkeys(wanted, _intermediates(inner, images, taps))
+        return dict.fromkeys(wanted, _intermediates(inner, images, taps, norm))
     if batched:
         with bank.together(wanted):
-            levels = _intermediates(inner, images.repeat(len(wanted), 1, 1, 1), taps)
+            levels = _intermediates(inner, images.repeat(len(wanted), 1, 1, 1), taps, norm)
         parts = [level.chunk(len(wanted)) for level in levels]
         return {task: [part[index] for part in parts] for index, task in enumerate(wanted)}
     found, acting = {}, bank.active  # another thread may choose others between two passes
     for task in wanted:
         with bank.using(*acting, task=task):
-            found[task] = _intermediates(inner, images, taps)
+            found[task] = _intermediates(inner, images, taps, norm)
     return found
 
 
@@ -115,10 +118,16 @@ def map_shapes(model: nn.Module, taps: Sequence[int] | None = None) -> tuple[lis
 class TaskMaps(nn.Module):
     """A backbone as a module that computes the maps of several tasks, such as for `AdapterBank.verify`."""
 
-    def __init__(self, model: nn.Module, tasks: Sequence[str] | None = None, taps: Sequence[int] | None = None) -> None:
-        """Choose tasks and taps; see `forward_tasks`."""
+    def __init__(
+        self,
+        model: nn.Module,
+        tasks: Sequence[str] | None = None,
+        taps: Sequence[int] | None = None,
+        norm: bool = True,
+    ) -> None:
+        """Choose tasks, taps and the last norm; see `forward_tasks`."""
         super().__init__()
-        self.model, self.tasks, self.taps = model, tasks, taps
+        self.model, self.tasks, self.taps, self.norm = model, tasks, taps, norm
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Compute the maps, task by task.
@@ -126,7 +135,7 @@ class TaskMaps(nn.Module):
         Args:
             images: (B, 3, H, W).
         """
-        maps = forward_tasks(self.model, images, self.tasks, self.taps)
+        maps = forward_tasks(self.model, images, self.tasks, self.taps, norm=self.norm)
         return [level for levels in maps.values() for level in levels]
 
 
@@ -173,8 +182,8 @@ def _behind_merging(bank: Any) -> bool:
     return all(found.values())
 
 
-def _intermediates(model: Any, images: Tensor, taps: Sequence[int]) -> list[Tensor]:
+def _intermediates(model: Any, images: Tensor, taps: Sequence[int], norm: bool) -> list[Tensor]:
     found = model.forward_intermediates(
-        images, indices=list(taps), norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True
+        images, indices=list(taps), norm=norm, stop_early=True, output_fmt="NCHW", intermediates_only=True
     )
     return list(found)

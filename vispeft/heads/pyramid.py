@@ -35,6 +35,8 @@ class MapReader(nn.Module):
         taps: Sequence[int] | None = None,
         levels: Literal["taps", "vitdet"] = "taps",
         width: int = 256,
+        *,
+        norm: bool = True,
     ) -> None:
         """Choose the maps to read.
 
@@ -44,6 +46,7 @@ class MapReader(nn.Module):
                 four evenly spaced blocks, or all stages.
             levels: Return the maps unchanged (``taps``), or build a pyramid (``vitdet``).
             width: Channels of each level of a ``vitdet`` pyramid.
+            norm: Apply the backbone's last norm to the maps that have it: the last one of a Swin, all of a plain ViT.
 
         Raises:
             ConfigError: If a tap does not exist, or ``vitdet`` is chosen for a model that already yields a pyramid.
@@ -54,7 +57,7 @@ class MapReader(nn.Module):
             raise BackboneError("A features_only model already returns maps. Pass the whole model (num_classes=0).")
         view = describe(unwrap(model))
         self.taps = view.map_taps(taps)
-        self.side = view.patch_size[0]
+        self.side, self.norm = view.patch_size[0], norm
         widths, strides = _shapes(view, self.taps)
         if levels not in LEVELS:
             raise ConfigError(f"levels={levels!r}: choose 'taps' or 'vitdet'.")
@@ -85,7 +88,8 @@ class MapReader(nn.Module):
             Maps (B, C, h, w) in float32 (or the type of autocast), fine to coarse.
         """
         run = cast(Any, unwrap(model)).forward_intermediates
-        maps = run(images, indices=self.taps, norm=True, stop_early=True, output_fmt="NCHW", intermediates_only=True)
+        asked = {"norm": self.norm, "stop_early": True, "output_fmt": "NCHW", "intermediates_only": True}
+        maps = run(images, indices=self.taps, **asked)
         maps = wide(maps, images)
         if self.levels is None:
             return maps
@@ -113,11 +117,13 @@ class DensePyramid(nn.Module):
         taps: Sequence[int] | None = None,
         levels: Literal["taps", "vitdet"] = "taps",
         width: int = 256,
+        *,
+        norm: bool = True,
     ) -> None:
         """Combine both; see `MapReader` for the arguments."""
         super().__init__()
         self.model = model
-        self.reader = MapReader(model, taps, levels, width)
+        self.reader = MapReader(model, taps, levels, width, norm=norm)
         self.channels, self.strides = self.reader.channels, self.reader.strides
 
     def forward(self, images: Tensor) -> list[Tensor]:

@@ -166,14 +166,15 @@ class PlainModelHost(RunningHost):
         return found if intermediates_only else (self.features(result), found)
 
     def task_maps(
-        self, images: Tensor, tasks: Sequence[str], taps: Sequence[int], merged: bool = True
+        self, images: Tensor, tasks: Sequence[str], taps: Sequence[int], merged: bool = True, norm: bool = True
     ) -> dict[str, list[Tensor]]:
-        """Compute the maps of several tasks in one pass, behind the last norm as those of other methods."""
+        """Compute the maps of several tasks in one pass, by default behind the last norm, as those of other methods."""
         result = self.run(images, taken=frozenset(taps), depth=max(taps) + 1)
         maps: dict[str, list[Tensor]] = {task: [] for task in tasks}
         for tap in taps:
             for task, levels in maps.items():
-                rows = self.norm(result.branched[tap].get(task, result.taps[tap]))
+                rows = result.branched[tap].get(task, result.taps[tap])
+                rows = self.norm(rows) if norm else rows
                 levels.append(self._as_map(rows[:, self.num_prefix_tokens :], images))
         return maps
 

@@ -119,7 +119,7 @@ class RunningHost(ModelHost):
         raise NotImplementedError
 
     def task_maps(
-        self, images: Tensor, tasks: Sequence[str], taps: Sequence[int], merged: bool = True
+        self, images: Tensor, tasks: Sequence[str], taps: Sequence[int], merged: bool = True, norm: bool = True
     ) -> dict[str, list[Tensor]]:
         """Compute the maps of several tasks in one pass, from streams of their names that start inside blocks.
 
@@ -129,6 +129,7 @@ class RunningHost(ModelHost):
             taps: Stages, or blocks of a plain model, in rising order.
             merged: Take the maps behind the patch merging that follows a stage, not those in front of it; without
                 effect on a plain model.
+            norm: Apply the last norm to the maps of a plain model; without effect on one of stages.
 
         Returns:
             Maps (B, C, h, w) by task, in the order of `taps`.

@@ -139,7 +139,7 @@ class StageModelHost(RunningHost):
         return (self.features(result) if result.complete else self.shown(result.streams)), maps
 
     def task_maps(
-        self, images: Tensor, tasks: Sequence[str], taps: Sequence[int], merged: bool = True
+        self, images: Tensor, tasks: Sequence[str], taps: Sequence[int], merged: bool = True, norm: bool = True
     ) -> dict[str, list[Tensor]]:
         """Compute the maps of several tasks in one pass, by default behind the patch merging that follows a stage.
 

@@ -22,6 +22,8 @@ from vispeft.tasks.supervised import check_target
 
 __all__ = ["DenseNetwork", "DenseTask"]
 
+LAST_NORM = "final_norm"
+"""Role of the backbone's last norm, which decoders with norms of their own do not read."""
 EXAMPLES = 4
 """Number of images per split kept for plots."""
 
@@ -198,7 +200,7 @@ class DenseTask(PartsTask, ABC):
     def verify(self) -> None:
         """Check that every trainable tensor of the adapter receives a gradient through the maps that are read."""
         try:
-            self.bank.verify(self.maps_network(), BEHIND_MAPS)
+            self.bank.verify(self.maps_network(), BEHIND_MAPS if self.reader.norm else (*BEHIND_MAPS, LAST_NORM))
         except VerificationError as error:
             found = str(error).partition(". The model does not use")[0]
             raise VerificationError(
@@ -208,7 +210,7 @@ class DenseTask(PartsTask, ABC):
 
     def maps_network(self) -> nn.Module:
         """Return the backbone with the maps that decoders read."""
-        return DensePyramid(self.model, self.reader.taps)
+        return DensePyramid(self.model, self.reader.taps, norm=self.reader.norm)
 
     def probe_size(self) -> tuple[int, int]:
         """Return height and width of a small image that the backbone takes."""

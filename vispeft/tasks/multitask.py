@@ -67,7 +67,8 @@ class MultiTaskDense(DenseTask):
             shared: Let all tasks use the same units, which a method that knows tasks itself does not do; otherwise any
                 other method has one copy of its units per task.
             decoder: Name of the decoders; see `vispeft.heads.list_decoders`.
-            output_norms: Put a layer norm in front of each decoder, one per task and map, as Polyhistor does.
+            output_norms: Put a layer norm in front of each decoder, one per task and map, in place of the backbone's
+                last norm, as Polyhistor does.
             loss_weights: Weight of the losses of some or all tasks. Others have that of the data, or without one that
                 of `vispeft.tasks.task_weights`; under other rules than ``fixed`` they have 1.
             weighting: How weights change: not at all, by a learned uncertainty (arXiv 1705.07115), or by how fast each
@@ -101,6 +102,7 @@ class MultiTaskDense(DenseTask):
         self.baselines = read_baselines(baselines, mains)
         if self.baselines:
             self.monitor = "validation/delta_m"
+        self.reader.norm = not output_norms  # the public code of Polyhistor has the norm of the task alone there
         widths, _ = map_shapes(self.model, self.reader.taps)
         self.norms = nn.ModuleDict(
             {task: nn.ModuleList(map(LayerNorm2d, widths)) for task in (self.targets if output_norms else ())}
@@ -135,7 +137,11 @@ class MultiTaskDense(DenseTask):
 
     def maps_network(self) -> nn.Module:
         """Return the backbone with the maps that the decoders read."""
-        return super().maps_network() if self.shared else TaskMaps(self.model, list(self.targets), self.reader.taps)
+        return (
+            super().maps_network()
+            if self.shared
+            else TaskMaps(self.model, list(self.targets), self.reader.taps, self.reader.norm)
+        )
 
     def unused_tensors(self) -> list[str]:
         """List the trainable tensors that get no gradient in any step, since no decoder reads what they change.

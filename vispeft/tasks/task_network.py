@@ -46,7 +46,7 @@ class MultiTaskNetwork(DenseNetwork):
         if self.routed:
             maps = dict.fromkeys(self.decoders, self.reader(self.model, padded))
         else:
-            maps = forward_tasks(self.model, padded, list(self.decoders), self.reader.taps)
+            maps = forward_tasks(self.model, padded, list(self.decoders), self.reader.taps, norm=self.reader.norm)
         found = {}
         for task, decoder in self.decoders.items():
             levels = wide(maps[task], images)
