@@ -214,6 +214,18 @@ def test_approximate_indices_find_the_neighbours_of_a_small_set(images, kind):
     assert sum(same) >= 95
 
 
+def test_an_approximate_index_gives_as_many_neighbours_as_were_asked_for(images, monkeypatch):
+    pytest.importorskip("faiss")
+    monkeypatch.setattr(approximate, "LEAST", 1)  # 17 lists for 20 images
+    monkeypatch.setattr(approximate, "LEAST_PROBED", 1)
+    index = builder(images, kind="ivf").build(Embed())
+    queries = collect(images / "class 2")
+    embeddings = Embed()(queries.paths)
+    exact = neighbours_of(index, queries, embeddings, 99, exact=True)
+    assert [len(found.hits) for found in exact] == [19] * 5
+    assert neighbours_of(index, queries, embeddings, 99) == exact
+
+
 def test_without_faiss_the_extra_is_named(images, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
     with pytest.raises(ConfigError, match=r"vispeft\[search\]"):

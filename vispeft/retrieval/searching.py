@@ -93,6 +93,9 @@ def _nearest(index: Index, embeddings: Tensor, count: int, own: Tensor, exact: b
     Ranking(queries=embeddings, gallery=gallery, similarity=similarity)  # checks both
     wide = min(count + 1, len(gallery))
     scores, indices = find(index.kind, index.approximate, similarity.prepare(embeddings.float()), wide)
+    few = (indices < 0).any(1)  # lists that were searched, or the part of a graph that was reached, hold too few
+    if few.any():
+        scores[few], indices[few] = nearest(embeddings[few], gallery, wide, similarity)
     scores = scores.masked_fill(indices == own[:, None], -torch.inf)
     order = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
     return scores.gather(1, order), indices.gather(1, order)
