@@ -214,6 +214,13 @@ def test_approximate_indices_find_the_neighbours_of_a_small_set(images, kind):
     assert sum(same) >= 95
 
 
+def test_an_image_that_is_listed_twice_is_refused(images):
+    (images / "list.txt").write_text("class 0/0.png a\nclass 1/1.png b\nclass 0/0.png b\n")
+    with pytest.raises(DataError, match=r"1 image is given more than once \(class 0/0.png\), .* each image once"):
+        Builder(place=images.parent / "index", model=MODEL, run="run", collection=collect(images / "list.txt"))
+    assert not (images.parent / "index").exists()
+
+
 def test_an_approximate_index_gives_as_many_neighbours_as_were_asked_for(images, monkeypatch):
     pytest.importorskip("faiss")
     monkeypatch.setattr(approximate, "LEAST", 1)  # 17 lists for 20 images
