@@ -64,8 +64,8 @@ class Row:
     """Fields of the method."""
     rates: tuple[float, ...] = (1e-3, 3e-3)
     """Learning rates that are tried."""
-    loss: str = "MultiSimilarityLoss"
-    """Loss of methods that bring none."""
+    loss: str | None = "MultiSimilarityLoss"
+    """The loss; None where the method brings its own."""
 
 
 ROWS = {
@@ -73,8 +73,8 @@ ROWS = {
     "anchor": Row(says="linear head, Proxy-Anchor", method="linear_probe", loss="ProxyAnchorLoss"),
     "bitfit": Row(says="BitFit", method="bitfit"),
     "lora": Row(says="LoRA, r = 8", method="lora", fields={"rank": 8}),
-    "vptsp": Row(says="VPTSP-G", method="vptsp"),
-    "vptsp_m": Row(says="VPTSP-M", method="vptsp_m"),
+    "vptsp": Row(says="VPTSP-G", method="vptsp", rates=(3e-4, 1e-3, 3e-3), loss=None),
+    "vptsp_m": Row(says="VPTSP-M", method="vptsp_m", rates=(3e-4, 1e-3, 3e-3), loss=None),
     "ssf": Row(says="SSF", method="ssf"),
     "vpt": Row(says="VPT, 10 prompts", method="vpt"),
     "bi_adaptformer": Row(says="AdaptFormer, 1 bit", method="bi_adaptformer"),
@@ -117,7 +117,7 @@ class Trial:
                     "backbone_args": {"img_size": SIZE},
                     "weights": str(assets.weights(ASSET)),
                     "method": {"class_path": row.method, "init_args": row.fields},
-                    "loss": row.loss,
+                    **({} if row.loss is None else {"loss": row.loss}),
                     "dim": DIM,
                     "head_norm": "affine",
                     "lr": self.lr,

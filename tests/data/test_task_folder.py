@@ -248,3 +248,27 @@ def test_configs_describe_tasks_by_their_fields():
     ):
         with pytest.raises(UnknownNameError, match=says):
             check_arguments(TaskFolderData, {"root": "my_rooms", "labels": labels}, "data")
+
+
+def measured(root, task="depth", check="full", **settings):
+    labels = {name: LABELS[name] for name in settings.pop("known", ("depth", "parts"))}
+    data = ready(TaskFolderData(root=str(root), labels=labels, check=check, image_size=8, test=0.34, **settings))
+    return data.measured_on("test", task)
+
+
+def test_what_figures_are_measured_on_is_known_by_names_and_contents(tmp_path):
+    root, moved = make_folder(tmp_path / "a"), make_folder(tmp_path / "b")
+    found = measured(root)
+    assert {name: found[name] for name in ("data", "size", "images")} == {
+        "data": "TaskFolderData", "size": [8, 8], "images": 1,
+    }  # fmt: skip
+    assert measured(root, tasks=["depth"], batch_size=1, known=("depth",)) == found
+    assert measured(moved) == found
+    assert measured(root, split_seed=1)["names"] != found["names"]
+    assert measured(root, check="fast")["names"] == found["names"]
+    other = measured(root, "parts")
+    assert (other["names"] == found["names"], other["contents"] == found["contents"]) == (True, False)
+    for path in (moved / "depth_mm").rglob("*.png"):
+        save(path, pixels(0, 1600, 65535, kind=np.uint16))
+    assert measured(moved, "parts") == other
+    assert measured(moved)["contents"] != found["contents"]

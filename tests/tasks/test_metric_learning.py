@@ -202,6 +202,13 @@ def test_a_method_may_bring_its_criterion():
         make(Bringing(rank=2), memory=16)
 
 
+def test_a_loss_beside_the_criterion_of_a_method_is_named_in_a_warning(caplog):
+    make(Bringing(rank=2), loss=None)
+    assert "is not used" not in caplog.text
+    make(Bringing(rank=2), loss="TripletMarginLoss")
+    assert "bringing_lora brings its own criterion, and the loss TripletMarginLoss is not used" in caplog.text
+
+
 def test_class_prompts_in_host_memory_need_a_step_after_each_batch():
     task = make(vispeft.VPTSP(num_tokens=2, bank=True))
     with pytest.raises(ConfigError, match="accumulate_grad_batches is 2"):
@@ -217,8 +224,14 @@ def test_class_prompts_in_host_memory_need_a_step_after_each_batch():
 
 
 def test_bad_settings_are_refused():
-    wrong = ({"head_lr": 0}, {"proxy_lr": math.nan}, {"proxy_weight_decay": -1}, {"warm_epochs": -1}, {"dim": 0})
-    for settings in wrong:
+    for settings in (
+        {"head_lr": 0},
+        {"proxy_lr": math.nan},
+        {"proxy_weight_decay": -1},
+        {"warm_epochs": -1},
+        {"memory": 20.5},
+        {"dim": 0},
+    ):
         with pytest.raises(ConfigError, match=next(iter(settings))):
             make(**settings)
     known = {"image_size": 16, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -226,6 +239,10 @@ def test_bad_settings_are_refused():
         make(loss="ContrastiveLoss", memory=8).check_data(ToyMetricData(batch_size=12, **known))
     with pytest.raises(DataError, match="images_per_class to 2 or more"):
         make(loss="RecallAtK").check_data(ToyMetricData(images_per_class=1, **known))
+    with pytest.raises(DataError, match="images_per_class to 2 or more"):
+        make(loss="NTXentLoss").check_data(ToyMetricData(images_per_class=1, **known))
+    make(loss="NTXentLoss", memory=16).check_data(ToyMetricData(images_per_class=1, **known))
+    make().check_data(ToyMetricData(images_per_class=1, **known))
     with pytest.raises(ConfigError, match="at least 8 is needed"):
         make(loss="ContrastiveLoss", memory=4)
     with pytest.raises(DataError, match="MetricLearning"):

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import pickle
 
 import pytest
@@ -170,25 +171,48 @@ def test_parts_that_do_not_fit_together_are_refused_before_the_first_step():
         metric_loss("Hist", CLASSES, DIM, tau=0)
 
 
-def test_losses_without_proxies_need_two_images_of_a_class():
-    noise, _ = batch(requires_grad=False)
-    proxies = {name for name in list_metric_losses() if criterion(name).least_per_class == 1}
-    assert proxies == {
-        *("ArcFaceLoss", "CosFaceLoss", "LargeMarginSoftmaxLoss", "NormalizedSoftmaxLoss", "P2SGradLoss"),
-        *("ProxyAnchorLoss", "ProxyNCALoss", "SoftTripleLoss", "SphereFaceLoss", "SubCenterArcFaceLoss"),
-        *("Hist", "Centred"),
-    }
-    for name in proxies:  # one image of each class trains them
-        embeddings = noise[:CLASSES].clone().requires_grad_()
-        criterion(name)(embeddings, torch.arange(CLASSES)).backward()
-        assert embeddings.grad.any(), name
-    assert criterion("MultipleLosses").least_per_class == 2
-    assert criterion("MultipleLosses", losses=["ArcFaceLoss", "Hist"], miners=None).least_per_class == 1
-    assert criterion("MultipleLosses", losses=["ArcFaceLoss", "RecallAtK"], miners=None).least_per_class == 2
-    made = criterion("TripletMarginLoss", memory=24)  # which has the second image
-    assert made.least_per_class == 1
-    losses = [made(noise[place : place + CLASSES], torch.arange(CLASSES)) for place in (0, 4)]
-    assert losses[0] == 0 < losses[1]
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("RecallAtK", {"ks": [1.5]}),
+        ("RecallAtK", {"ks": [True]}),
+        ("RecallAtK", {"similarity_temperature": math.nan}),
+        ("RecallAtK", {"rank_temperature": math.inf}),
+        ("Hyperbolic", {"curvature": math.nan}),
+        ("Hyperbolic", {"curvature": 0, "clip": -1.0}),
+        ("Hyperbolic", {"temperature": math.nan}),
+        ("Hist", {"tau": math.nan}),
+        ("Hist", {"alpha": math.inf}),
+        ("Hist", {"network_weight": -1.0}),
+    ],
+)
+def test_numbers_out_of_range_are_refused(name, arguments):
+    with pytest.raises(ConfigError, match=rf"^{name}\({list(arguments)[-1]}=.*needed[^.]*\.$|such as \[1, 2, 4\]\.$"):
+        metric_loss(name, CLASSES, DIM, **arguments)
+
+
+def test_a_sum_of_losses_has_the_needs_of_each():
+    made = criterion("MultipleLosses", losses=["Hist", "RecallAtK"], miners=None, weights=None)
+    assert made.least_per_class == 2
+    assert set(made.proxy_tensors) == {"loss.losses.0.means", "loss.losses.0.log_vars"}
+    assert criterion("Hist").proxy_tensors == ("loss.means", "loss.log_vars")
+    assert criterion("ProxyAnchorLoss").proxy_tensors == ("loss.proxies",)
+    curved = {"name": "Hyperbolic", "init_args": {"curvature": 0.2}}
+    made = criterion("MultipleLosses", losses=[curved, {**curved}], miners=None, weights=None)
+    assert made.similarity == {"name": "hyperbolic", "curvature": 0.2, "clip": 2.3}
+    with pytest.raises(ConfigError, match="Hyperbolic by hyperbolic, TripletMarginLoss by cosine"):
+        criterion("MultipleLosses", losses=[curved, "TripletMarginLoss"], miners=None, weights=None)
+
+
+def test_losses_that_compare_images_need_two_of_a_class():
+    for name in list_metric_losses():
+        made, (embeddings, labels) = criterion(name), batch()
+        if made.least_per_class == 1:  # it trains with different classes alone
+            made(embeddings[::4], labels[::4]).backward()
+            assert embeddings.grad.any(), name
+    assert criterion("TripletMarginLoss").least_per_class == criterion("MarginLoss").least_per_class == 2
+    assert criterion("ProxyAnchorLoss").least_per_class == 1
+    assert criterion("ContrastiveLoss", memory=24).least_per_class == 1
 
 
 def test_equal_embeddings_keep_every_loss_and_gradient_finite():

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
-from vispeft.errors import ConfigError, DataError, FileError, brief, check_count, counted
+from vispeft.errors import ConfigError, DataError, FileError, brief, check_count
 from vispeft.metrics.similarity import make_similarity
 from vispeft.retrieval.approximate import build, check_kind
 from vispeft.retrieval.collection import Collection, file_digest
@@ -62,18 +61,11 @@ class Builder:
 
         Raises:
             ConfigError: If one cannot work, or an index is there.
-            DataError: If an image is given twice.
         """
         check_count("--batch_size", self.batch_size)
         if self.dtype not in DTYPES:
             raise ConfigError(f"--dtype {self.dtype}: choose {' or '.join(DTYPES)}.")
         check_kind(self.kind, make_similarity(self.model.similarity))
-        twice = [name for name, count in Counter(self.collection.names).items() if count > 1]
-        if twice:
-            raise DataError(
-                f"{counted(len(twice), 'image is', 'images are')} given more than once ({', '.join(twice[:5])}), and "
-                "would be found as a neighbour of itself. Leave each image once."
-            )
         self._check_place()
 
     def _check_place(self) -> None:

@@ -16,7 +16,7 @@ from vispeft.metrics.similarity import make_similarity
 from vispeft.retrieval.approximate import find
 from vispeft.retrieval.collection import Collection, file_digest
 from vispeft.retrieval.index import Index
-from vispeft.storage.disk import csv_text
+from vispeft.storage.tables import as_csv
 
 __all__ = ["Found", "Hit", "neighbours_of", "picture_name", "search_table"]
 
@@ -133,12 +133,13 @@ def search_table(found: Sequence[Found]) -> str:
     Args:
         found: The neighbours of each query.
     """
-    rows: list[list[object]] = [list(COLUMNS)]
-    for entry in found:
-        for rank, hit in enumerate(entry.hits, start=1):
-            right = "" if hit.right is None else ("yes" if hit.right else "no")
-            rows.append([entry.query, entry.label, rank, hit.path, hit.label, f"{hit.score:.6f}", right])
-    return csv_text(rows)
+    words = {None: "", True: "yes", False: "no"}
+    rows = [
+        [entry.query, entry.label, rank, hit.path, hit.label, f"{hit.score:.6f}", words[hit.right]]
+        for entry in found
+        for rank, hit in enumerate(entry.hits, start=1)
+    ]
+    return as_csv([COLUMNS, *rows])
 
 
 def picture_name(query: str, taken: set[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import os
 import shutil
 import stat
@@ -104,29 +103,6 @@ def write_atomically(files: Mapping[Path, bytes], without: Iterable[Path] = ()) 
                 path.unlink(missing_ok=True)
     finally:
         staged.close()
-
-
-def csv_text(rows: Iterable[Sequence[object]]) -> str:
-    """Write rows as CSV, in lines that end in a line feed.
-
-    Fields with any end of a line in them are quoted, carriage returns too, which `csv.writer` leaves bare where lines
-    end in something else, and no reader takes back.
-
-    Args:
-        rows: The fields of each row.
-    """
-    lines: list[str] = []
-    writer = csv.writer(_Lines(lines))
-    for row in rows:
-        writer.writerow(row)
-    return "".join(line.removesuffix("\r\n") + "\n" for line in lines)
-
-
-class _Lines:
-    """Takes the rows of a `csv.writer`, one after the other."""
-
-    def __init__(self, lines: list[str]) -> None:
-        self.write = lines.append
 
 
 def earlier(path: Path) -> Path:

@@ -201,6 +201,14 @@ class AdapterTask(LightningModule):
         """
         return metrics
 
+    def recall(self, run: str, metrics: Mapping[str, Any]) -> None:
+        """Take from a finished run, which is measured again, what its figures are compared with; by default nothing.
+
+        Args:
+            run: Name of the run, for messages.
+            metrics: Content of its ``metrics.json``.
+        """
+
     def report(self) -> Report:
         """Count the parameters of the adapter, and of a decoder that trains with it."""
         return self.bank.report()

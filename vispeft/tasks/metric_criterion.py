@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,17 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vispeft.building.classes import argument_names, default_of
 from vispeft.errors import ConfigError, VispeftError
 from vispeft.losses.base import MetricLoss
+from vispeft.metrics import make_similarity
 from vispeft.tasks.gathering import gather, gather_with_grad
+from vispeft.tasks.metric_losses import compares_images, is_of_library
 
 __all__ = ["MetricCriterion"]
 
 RAW = ("LargeMarginSoftmaxLoss", "SphereFaceLoss")
 """Losses of the library in which the length of an embedding has a meaning."""
-LIBRARY_BASE = "BaseMetricLossFunction"
-"""Base of the losses of the library, which is slow to import."""
 LEAST_MEMORY = 8
 """Smallest memory: two classes with four images each, which are tried before training."""
 
@@ -47,13 +45,12 @@ class MetricCriterion(nn.Module):
             dim: Width of the embeddings, for the memory.
 
         Raises:
-            ConfigError: If the loss cannot use a memory.
+            ConfigError: If the loss cannot use a memory, or sums losses of different similarities.
         """
         super().__init__()
         self.raw = any(_keeps_length(module) for module in loss.modules())
-        self.similarity: str | Mapping[str, Any] = getattr(loss, "similarity", "cosine")
-        self.least_per_class = 1 if memory else max(_least_per_class(module) for module in loss.modules())
-        """Smallest number of images of each class in a batch; a memory has others of them."""
+        self.similarity = _similarity(loss)
+        self.least_per_class = _least_per_class(loss, memory)
         self.loss, self.miner, self.memory = loss, miner, memory
         if memory:
             self.loss, self.miner = _with_memory(loss, miner, memory, dim), None
@@ -61,10 +58,16 @@ class MetricCriterion(nn.Module):
             _hold_tensors(module)
 
     @property
-    def proxy_tensors(self) -> tuple[str, ...] | None:
-        """Names of the parameters that the proxies' learning rate is for; None for all."""
-        own = getattr(self.loss, "proxy_tensors", None)
-        return None if own is None else tuple(f"loss.{name}" for name in own)
+    def proxy_tensors(self) -> tuple[str, ...]:
+        """Names of the parameters that the proxies' learning rate is for."""
+        others = {
+            id(parameter)
+            for module in self.modules()
+            if isinstance(module, MetricLoss) and module.proxy_tensors is not None
+            for name, parameter in module.named_parameters()
+            if name not in module.proxy_tensors
+        }
+        return tuple(name for name, parameter in self.named_parameters() if id(parameter) not in others)
 
     def forward(self, embeddings: Tensor, labels: Tensor, images: Any = None) -> Tensor:
         """Compute the loss of a batch.
@@ -128,23 +131,30 @@ class MetricCriterion(nn.Module):
         return f"The loss {' '.join(parts)}"
 
 
+def _similarity(loss: nn.Module) -> str | Mapping[str, Any]:
+    """Return the similarity that a loss, and each of those it sums, compares embeddings by."""
+    parts = [part for part in loss.modules() if isinstance(part, MetricLoss) or is_of_library(part)]
+    found = [getattr(part, "similarity", "cosine") for part in parts] or ["cosine"]
+    names = [make_similarity(similarity).to_dict() for similarity in found]
+    if any(name != names[0] for name in names):
+        told = ", ".join(f"{type(part).__name__} by {name['name']}" for part, name in zip(parts, names, strict=True))
+        raise ConfigError(
+            f"{type(loss).__name__} sums losses that compare embeddings differently ({told}), and neighbours are found "
+            "by one similarity. Choose losses of one similarity."
+        )
+    return found[0]
+
+
+def _least_per_class(loss: nn.Module, memory: int) -> int:
+    """Return the smallest number of images of a class in a batch that a loss, and each of those it sums, can use."""
+    own = [part.least_per_class for part in loss.modules() if isinstance(part, MetricLoss)]
+    pairs = not memory and any(map(compares_images, loss.modules()))
+    return max([2 if pairs else 1, *own])
+
+
 def _keeps_length(module: nn.Module) -> bool:
     named = type(module).__name__ in RAW
     return named or isinstance(module, MetricLoss) or getattr(module, "embedding_regularizer", None) is not None
-
-
-def _least_per_class(module: nn.Module) -> int:
-    """Tell how many images of a class a loss compares: two, unless it compares images with proxies of the classes.
-
-    The library's losses without proxies give zero, without a word, where no class has a second image.
-    """
-    if isinstance(module, MetricLoss):
-        return module.least_per_class
-    kind = type(module)
-    if kind.__name__ == "MultipleLosses" or not any(base.__name__ == LIBRARY_BASE for base in kind.__mro__):
-        return 1
-    proxies = "num_classes" in argument_names(kind)
-    return 1 if proxies and default_of(kind, "num_classes") is inspect.Parameter.empty else 2
 
 
 def _hold_tensors(module: nn.Module) -> None:
