@@ -3,6 +3,7 @@
 import pytest
 from rich.console import Console
 
+from vispeft.adapters.report import Report
 from vispeft.cli.evaluation import metrics_table
 from vispeft.cli.folds import folds_table
 
@@ -41,3 +42,23 @@ def test_figures_of_folds_become_rows_too():
     assert all(word in lines[2] for word in ("fold 1", "fold 4", "mean", "deviation"))
     few = {"per_fold": [{"accuracy": 0.5}] * 4, "mean": {"accuracy": 0.5}, "std": {"accuracy": 0.0}}
     assert folds_table(few).rows[3].end_section
+
+
+@pytest.mark.parametrize(
+    ("parts", "shown", "hidden"),
+    [
+        ({}, ("head", "stored bytes", "of them for the head"), ("decoder", "embedding head")),
+        ({"decoder": 7}, ("decoder", "stored bytes, without decoder"), ("head", "of them for the head")),
+        (
+            {"decoder": 7, "criterion": 9},
+            ("embedding head", "criterion (not stored)", "stored bytes, without embedding head"),
+            ("decoder", "of them for the head"),
+        ),
+    ],
+)
+def test_the_table_of_parameters_names_what_lies_behind_the_backbone(parts, shown, hidden):
+    counts = {"trainable": 4, "trainable_head": 2, "backbone": 100, "stored_bytes": 24, "stored_bytes_head": 8}
+    report = Report(adapter="default", method="ssf", family="vit", by_role={"norm1": 4}, **counts, **parts)
+    names = [line.split("│")[1].strip() for line in printed(report) if line.startswith("│")]
+    assert set(shown) <= set(names)
+    assert not set(hidden) & set(names)
