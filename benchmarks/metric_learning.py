@@ -172,7 +172,7 @@ def frozen(root: str) -> dict[str, Any]:
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             for images, labels, roles in data.val_dataloader() if split == "validation" else data.test_dataloader():
                 scores.update(model(images).float(), labels, roles)
-        found[split] = scores.compute()
+        found[split] = {name: float(value) for name, value in scores.compute().items()}
     return {**found, "versions": versions()}
 
 

@@ -16,6 +16,7 @@ from vispeft.cli.runs import Run
 from vispeft.cli.search import DRAWN, _small
 from vispeft.data.images import Reading, read_image
 from vispeft.data.preprocessing import Preprocessing
+from vispeft.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,12 @@ def test_large_images_are_searched_and_drawn_within_a_limit(finished, digits, ru
     assert len(list((tmp_path / "out/pictures").iterdir())) == 3
     assert _small(torch.zeros(3, 30, 900, dtype=torch.uint8)).shape == (3, 13, DRAWN)
     assert _small(torch.zeros(3, 30, 9, dtype=torch.uint8)).shape == (3, 30, 9)
+
+
+def test_settings_of_a_search_are_checked_before_anything_is_embedded(digits, index):
+    for name, value in (("batch_size", 0), ("batch_size", -2), ("batch_size", 1.5), ("count", 0), ("count", "5")):
+        with pytest.raises(ConfigError, match="at least 1"):
+            vispeft.search(index, digits / "3", **{name: value})
 
 
 def test_another_run_and_moved_runs_are_refused(finished, digits, index, run_cli, tmp_path):

@@ -149,6 +149,7 @@ def test_tasks_have_their_weight_and_description(folder):
         ("normals/train/inner/00.png", pixels(128), "three components"),
         ("depth_mm/train/inner/00.png", pixels(7), "grey image of 16 bits without sign, in millimetres"),
         ("depth_mm/train/inner/00.npy", pixels(-1, kind=np.float32), "metres from 0"),
+        ("depth_mm/train/inner/00.npy", pixels(1500, kind=np.uint16), "uint16, as of millimetres; save metres"),
         ("warmth/train/inner/00.npy", pixels(np.inf, kind=np.float32), "not finite"),
         ("warmth/train/inner/00.png", np.zeros((2, 6), np.uint8), "6 x 2 for an image of 6 x 4"),
     ],
@@ -176,6 +177,31 @@ def test_missing_labels_and_tasks_without_any_are_errors(tmp_path):
     assert "1 file with another ending than those of the labels" in found["left-out"].text
     with pytest.raises(DataError, match=r"needs the folders images, depth and sal, or images/train"):
         made(tmp_path / "cold", labels={"depth": TaskLabels(kind="depth"), "sal": LABELS["sal"]}).read()
+
+
+def test_a_label_for_two_images_is_an_error_whatever_its_kind(tmp_path):
+    for task in ("parts", "sal", "depth"):
+        make_folder(tmp_path / task)
+        image = tmp_path / task / "images/train/inner/00.png"
+        Image.open(image).save(image.with_suffix(".jpg"))
+        found = findings(made(tmp_path / task, labels={task: LABELS[task]}))
+        (shared,) = (found[code] for code in ("shared-mask", "shared-label") if code in found)
+        assert shared.level == "error"
+        (place,) = shared.places
+        assert place.endswith("inner/00.png (images/train/inner/00.jpg, images/train/inner/00.png)")
+
+
+def test_depths_that_may_be_millimetres_are_a_warning(tmp_path):
+    make_folder(tmp_path)
+    labels = {"depth": LABELS["depth"]}
+    assert "far-depth" not in findings(made(tmp_path, labels=labels))
+    for name in ("00", "01", "02"):
+        save(tmp_path / f"depth_mm/train/inner/{name}.npy", pixels(0, 4500, kind=np.float32))
+    found = [one for one in made(tmp_path, labels=labels).report().findings if one.code == "far-depth"]
+    assert [one.level for one in found] == ["warning"] * 2  # in train, and in the test images drawn from it
+    assert found[0].text == (
+        "depth: depths in train go up to 4,500 metres; if they are millimetres, divide them by 1000"
+    )
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,10 @@ def test_neighbours_have_labels_and_leave_the_query_out(images):
     with pytest.raises(ConfigError, match="at least 1"):
         neighbours_of(index, queries, Embed()(queries.paths), 0)
     Image.new("RGB", (4, 4), (100, 90, 100)).save(found.hits[0].path)
-    with pytest.raises(FileError, match="have changed since"):
+    with pytest.raises(FileError, match=r"1 neighbour changed \(.*, so .* Embed them again"):
+        neighbours_of(index, queries, Embed()(queries.paths), 4)
+    os.remove(found.hits[1].path)
+    with pytest.raises(FileError, match=r"1 neighbour changed .* and 1 neighbour cannot be read any more \("):
         neighbours_of(index, queries, Embed()(queries.paths), 4)
 
 
@@ -201,6 +204,18 @@ def test_approximate_indices_find_the_neighbours_of_a_small_set(images, kind):
     assert [f.query not in {hit.path for hit in f.hits} for f in fast] == [True] * 20
     same = [len({hit.path for hit in a.hits} & {hit.path for hit in b.hits}) for a, b in zip(fast, exact, strict=True)]
     assert sum(same) >= 95
+
+
+def test_an_approximate_index_gives_as_many_neighbours_as_were_asked_for(images, monkeypatch):
+    pytest.importorskip("faiss")
+    monkeypatch.setattr(approximate, "LEAST", 1)  # 17 lists for 20 images
+    monkeypatch.setattr(approximate, "LEAST_PROBED", 1)
+    index = builder(images, kind="ivf").build(Embed())
+    queries = collect(images / "class 2")
+    embeddings = Embed()(queries.paths)
+    exact = neighbours_of(index, queries, embeddings, 99, exact=True)
+    assert [len(found.hits) for found in exact] == [19] * 5
+    assert neighbours_of(index, queries, embeddings, 99) == exact
 
 
 def test_without_faiss_the_extra_is_named(images, monkeypatch):

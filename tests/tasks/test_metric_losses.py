@@ -1,10 +1,13 @@
 """Losses and miners of metric learning by name, and the criterion made of them."""
 
+import copy
 import logging
 import math
+import pickle
 
 import pytest
 import torch
+from pytorch_metric_learning.distances import CosineSimilarity
 from torch import nn
 
 from vispeft.building.known import register_class
@@ -13,6 +16,7 @@ from vispeft.losses import Hist, Hyperbolic, MetricLoss, RecallAtK
 from vispeft.tasks.metric_criterion import MetricCriterion
 from vispeft.tasks.metric_losses import (
     AGEING,
+    BOUNDED,
     list_metric_losses,
     list_miners,
     loss_node,
@@ -157,6 +161,8 @@ def test_what_is_refused_by_name(given, told):
 def test_parts_that_do_not_fit_together_are_refused_before_the_first_step():
     with pytest.raises(ConfigError, match=r"InstanceLoss with the miner PairMarginMiner cannot be computed"):
         criterion("InstanceLoss", miner="PairMarginMiner").check(CLASSES, DIM)
+    with pytest.raises(ConfigError, match="NTXentLoss is nan for a batch of noise"):
+        criterion("NTXentLoss", temperature=0).check(CLASSES, DIM)
     with pytest.raises(ConfigError, match="ProxyNCALoss cannot compare a batch with another one"):
         criterion("ProxyNCALoss", memory=24)
     with pytest.raises(ConfigError, match=r"RankedListLoss\(\) cannot be made"):
@@ -207,6 +213,27 @@ def test_losses_that_compare_images_need_two_of_a_class():
     assert criterion("TripletMarginLoss").least_per_class == criterion("MarginLoss").least_per_class == 2
     assert criterion("ProxyAnchorLoss").least_per_class == 1
     assert criterion("ContrastiveLoss", memory=24).least_per_class == 1
+
+
+def test_equal_embeddings_keep_every_loss_and_gradient_finite():
+    labels = torch.arange(CLASSES).repeat_interleave(4)
+    for name in list_metric_losses():
+        points = torch.ones(16, DIM) * torch.tensor([1.0, 1.0, 1.0, -1.0])[labels, None]  # cosines of 1 and -1
+        found = criterion(name)(points.requires_grad_(), labels)
+        found.backward()
+        assert found.isfinite(), name
+        assert points.grad.isfinite().all(), name
+
+
+def test_bounded_cosines_leave_a_loss_what_it_is():
+    for name in BOUNDED:
+        made = criterion(name)
+        embeddings, labels = batch()
+        plain = copy.deepcopy(made)
+        plain.loss.distance = CosineSimilarity()
+        torch.testing.assert_close(made(embeddings, labels), plain(embeddings, labels))
+        again = pickle.loads(pickle.dumps(made))
+        torch.testing.assert_close(again(embeddings, labels), made(embeddings, labels))
 
 
 def test_losses_that_will_break_say_so(caplog):

@@ -21,7 +21,7 @@ from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run, write_text
 from vispeft.data.images import PLAIN, Reading, find_images, read_image
 from vispeft.data.threads import in_threads
-from vispeft.errors import ConfigError, DataError, FileError, counted, is_utf8, printable
+from vispeft.errors import ConfigError, DataError, FileError, check_count, counted, is_utf8, printable
 from vispeft.storage.disk import write_atomically
 from vispeft.storage.tables import as_csv
 from vispeft.tasks.base import AdapterTask
@@ -55,8 +55,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--max_pixels", type=int, help="largest number of pixels of an image; default: as trained")
     given = parser.parse_args(list(argv))
     out = Path(given.out)
-    if given.batch_size < 1:
-        raise ConfigError(f"--batch_size is {given.batch_size}; at least 1 is needed.")
+    check_count("--batch_size", given.batch_size)
     run = Run.open(given.run)
     paths = find_images(given.images)
     task, trainer = load_task(run)

@@ -16,7 +16,7 @@ from vispeft.cli.embed import Embedder
 from vispeft.cli.predict import check_readable
 from vispeft.cli.runs import Run
 from vispeft.data.images import Reading, read_image
-from vispeft.errors import ConfigError, FileError, counted
+from vispeft.errors import ConfigError, FileError, check_count, counted
 from vispeft.retrieval import Collection, Found, Index, collect, neighbours_of, picture_name, search_table
 from vispeft.storage.disk import write_atomically
 from vispeft.viz import Neighbour, NeighbourRow, draw_neighbours
@@ -100,6 +100,8 @@ def search(
         FileError: If the index, or an image that was found, was changed, or the run is another than the index was made
             by.
     """
+    check_count("--neighbours", count)
+    check_count("--batch_size", batch_size)
     opened = index if isinstance(index, Index) else Index.open(index)
     given = [queries] if isinstance(queries, str | Path) else queries
     joined = Collection.joined([collect(place) for place in given])

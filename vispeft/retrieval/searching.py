@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vispeft.errors import ConfigError, FileError
+from vispeft.errors import DataError, FileError, check_count, counted
 from vispeft.metrics.ranking import Ranking, nearest
 from vispeft.metrics.similarity import make_similarity
 from vispeft.retrieval.approximate import find
@@ -69,11 +69,10 @@ def neighbours_of(
 
     Raises:
         ConfigError: If the count is out of range.
-        DataError: If embeddings do not fit or are not finite, or an image that was found cannot be read.
-        FileError: If an image that was found has changed since it was embedded.
+        DataError: If embeddings do not fit or are not finite.
+        FileError: If an image that was found has changed since it was embedded, or is gone.
     """
-    if count < 1:
-        raise ConfigError(f"--neighbours is {count}; at least 1 is needed.")
+    check_count("--neighbours", count)
     places = {path: place for place, path in enumerate(map(str, index.collection.paths))}
     own = torch.tensor([places.get(str(path), -1) for path in queries.paths])
     scores, indices = _nearest(index, embeddings, count, own, exact)
@@ -94,6 +93,9 @@ def _nearest(index: Index, embeddings: Tensor, count: int, own: Tensor, exact: b
     Ranking(queries=embeddings, gallery=gallery, similarity=similarity)  # checks both
     wide = min(count + 1, len(gallery))
     scores, indices = find(index.kind, index.approximate, similarity.prepare(embeddings.float()), wide)
+    few = (indices < 0).any(1)  # lists that were searched, or the part of a graph that was reached, hold too few
+    if few.any():
+        scores[few], indices[few] = nearest(embeddings[few], gallery, wide, similarity)
     scores = scores.masked_fill(indices == own[:, None], -torch.inf)
     order = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
     return scores.gather(1, order), indices.gather(1, order)
@@ -106,12 +108,22 @@ def _hit(index: Index, place: int, score: float, label: str) -> Hit:
 
 
 def _check_unchanged(index: Index, places: Sequence[int]) -> None:
-    changed = [p for p in places if file_digest(index.collection.path(p)) != index.digests[p]]
-    if changed:
-        listing = ", ".join(str(index.collection.path(place)) for place in changed[:5])
+    changed, gone = [], []
+    for place in places:
+        path = index.collection.path(place)
+        try:
+            changed += [] if file_digest(path) == index.digests[place] else [str(path)]
+        except DataError:
+            gone.append(str(path))
+    told = [
+        f"{counted(len(paths), 'neighbour')} {what} ({', '.join(paths[:5])})"
+        for paths, what in ((changed, "changed"), (gone, "cannot be read any more"))
+        if paths
+    ]
+    if told:
         raise FileError(
-            f"{len(changed)} of the neighbours have changed since they were embedded ({listing}), so {index.place} no "
-            "longer fits its images. Embed them again."
+            f"Since the images were embedded, {' and '.join(told)}, so {index.place} no longer fits them. Embed them "
+            "again, or put the files back where they were."
         )
 
 

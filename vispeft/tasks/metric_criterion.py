@@ -116,6 +116,11 @@ class MetricCriterion(nn.Module):
                 raise ConfigError(f"{self._told()} cannot be computed: {error or type(error).__name__}.") from error
         if not fine:
             raise ConfigError(f"{self._told()} gives no number that could be minimised. Choose another reducer.")
+        if not found.isfinite():
+            raise ConfigError(
+                f"{self._told()} is {found.item()} for a batch of noise, as it would be in the first step. Look at its "
+                "arguments, such as a temperature or a scale of 0."
+            )
 
     def _told(self) -> str:
         inner = getattr(self.loss, "loss", self.loss)

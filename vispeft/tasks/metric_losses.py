@@ -98,6 +98,9 @@ AGEING = {
     "SphereFaceLoss": "hands tensors to numpy in a way that numpy deprecates",
 }
 """Classes of the library that will fail with later versions of its dependencies, and the reason."""
+BOUNDED = ("HistogramLoss", "TupletMarginLoss")
+"""Losses of the library that fail where a cosine is 1 or, by rounding, beyond, as those of equal images are: the first
+one has no bin for it, and the second one takes the slope of its angle, which is infinite there."""
 
 
 def list_metric_losses() -> list[str]:
@@ -302,12 +305,24 @@ def _made(node: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
     }
     filled = {key: sizes[FILLED[key]] for key in argument_names(cls) if _is_filled(cls, key)}
     try:
-        return cls(**filled, **arguments)
+        made = cls(**filled, **arguments)
     except VispeftError:
         raise
     except (AssertionError, TypeError, ValueError, AttributeError) as error:
         told = ", ".join(f"{key}={value!r}" for key, value in node["init_args"].items())
         raise ConfigError(f"{name}({told}) cannot be made: {error or 'it refuses these arguments'}.") from error
+    return _with_bounded_cosines(made) if name in BOUNDED else made
+
+
+def _with_bounded_cosines(loss: Any) -> Any:
+    """Keep the cosines that a loss computes away from -1 and 1; other distances stay as they are."""
+    from pytorch_metric_learning.distances import CosineSimilarity
+
+    from vispeft.losses.bounded import BoundedCosine
+
+    if type(loss.distance) is CosineSimilarity:
+        loss.distance.__class__ = BoundedCosine
+    return loss
 
 
 def _made_inside(value: Any, sizes: Mapping[str, int]) -> Any:
