@@ -19,6 +19,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from vispeft.core.gate import Gate
+from vispeft.core.generated import FrozenCasts
 from vispeft.core.model_units import QueryUnit, SideUnit, StreamUnit, TokensUnit
 from vispeft.core.streams import Stream
 from vispeft.core.units import (
@@ -174,6 +175,7 @@ class Routing:
         self.traced = self.default
         self.slots = 0
         self.gate = Gate()
+        self.casts = FrozenCasts()
         self._thread = _Thread()
         self._entered: list[_Entered] = []
 
@@ -186,6 +188,7 @@ class Routing:
         self.default = self.traced = state["default"]
         self.slots = state["slots"]
         self.gate = Gate()
+        self.casts = FrozenCasts()
         self._thread = _Thread()
         self._entered = []
 

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vispeft.core.low_rank import Branch, Dropout
 from vispeft.core.route import NOTHING, Acting
 from vispeft.core.units import AffineUnit, DeltaUnit, InputUnit, LayerPass, Unit
 from vispeft.hosts.base import Host
-from vispeft.hosts.functional import affine, low_rank_linear, low_rank_terms
+from vispeft.hosts.functional import affine, frozen_linear, low_rank_linear, low_rank_terms
 from vispeft.hosts.streams import Streams
 
 __all__ = [
@@ -108,8 +107,11 @@ def affine_by(unit: AffineUnit, x: Tensor) -> Tensor:
 
 def terms_of(units: Sequence[DeltaUnit]) -> list[Branch]:
     """List the low-rank terms of units, their gains included."""
-    terms = [(unit.gain, term) for unit in units for term in unit.branches()]
-    return [term if gain is None else dataclasses.replace(term, b=term.b * gain) for gain, term in terms]
+    terms: list[Branch] = []
+    for unit in units:
+        gain, own = unit.gain, unit.branches()
+        terms += own if gain is None else [dataclasses.replace(term, b=term.b * gain) for term in own]
+    return terms
 
 
 def _before(acting: Acting, x: Tensor) -> Tensor:
@@ -133,12 +135,14 @@ class LinearHost(_Foldable):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute (..., out) from (..., in)."""
-        acting = self.acting
-        x = _before(acting, x)
-        branches = terms_of(acting.delta)
+        acting, casts = self.acting, self.routing.casts
+        x = _before(acting, x) if acting.input else x
         weight, bias = self._whole_weight(acting), self.own("bias", acting)
-        out = low_rank_linear(x, weight, bias, branches) if branches else F.linear(x, weight, bias)
-        return _after(acting, x, out)
+        if acting.delta:
+            out = low_rank_linear(x, weight, bias, terms_of(acting.delta), casts)
+        else:
+            out = frozen_linear(x, weight, bias, casts)
+        return _after(acting, x, out) if acting.sequential or acting.affine else out
 
     def split(self, streams: Streams) -> Streams:
         """Run the layer on all streams; branch units read the frozen product as well as the shared output."""
@@ -146,7 +150,7 @@ class LinearHost(_Foldable):
         if not acting.branch:
             return streams.each(self)
         x = _before(acting, streams.tokens)
-        frozen = F.linear(x, self._whole_weight(acting), self.own("bias", acting))
+        frozen = frozen_linear(x, self._whole_weight(acting), self.own("bias", acting), self.routing.casts)
         layer = LayerPass(x, streams.beside, frozen, frozen)
         for term in terms_of(acting.delta):
             between = dataclasses.replace(term, dropout=Dropout(term.dropout.at("hidden"), "hidden"))
