@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ from vispeft.tasks.ema import EMA
 from vispeft.tasks.finite import OutputCount
 from vispeft.tasks.layer_decay import decay_by_layer
 from vispeft.tasks.migration import rename_heads
-from vispeft.tasks.optimizers import check_optimizer, make_optimizer, optimizer_node
+from vispeft.tasks.optimizers import ClipsGradients, check_optimizer, make_optimizer, optimizer_node
 from vispeft.tasks.predictions import Predictor
 from vispeft.tasks.schedules import DECAYS, warmup_decay
 from vispeft.tasks.trainer_checks import check_averaging, check_precision
@@ -36,7 +36,7 @@ from vispeft.tasks.trainer_checks import check_averaging, check_precision
 __all__ = ["AdapterTask"]
 
 
-class AdapterTask(LightningModule):
+class AdapterTask(ClipsGradients):
     """Base of every task: a frozen backbone with an adapter, an optimiser, a warm-up and a decay.
 
     Checkpoints hold the tensors that training changes and nothing of the frozen backbone.
@@ -428,7 +428,7 @@ class AdapterTask(LightningModule):
         groups = self.bank.parameter_groups(self.lr, self.weight_decay, tables=self.decay_tables)
         if self.layer_decay != 1:
             groups = decay_by_layer(unwrap(self.model), groups, self.layer_decay)
-        optimizer = make_optimizer(self.optimizer, [*groups, *self.further_groups()])
+        optimizer = make_optimizer(self.optimizer, [*groups, *self.further_groups()], self.scaled)
         steps: Any = self.trainer.estimated_stepping_batches
         schedule = warmup_decay(optimizer, steps, self.warmup, self.schedule, self.lr_ends)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
