@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["FrozenCasts", "Generated", "MakesTensors"]
+__all__ = ["FrozenCasts", "Generated", "MakesTensors", "steps_taken"]
 
 T = TypeVar("T")
 
@@ -109,7 +109,8 @@ class FrozenCasts:
             bias: The bias, if there is one.
             dtype: The type.
         """
-        if not torch.is_grad_enabled():
+        # Autocast leaves float64 alone.
+        if weight.dtype in (dtype, torch.float64) or not torch.is_grad_enabled():
             return weight, bias
         held = self._held.get(id(weight))
         if held is not None and held.fits(weight, bias, dtype):
@@ -163,6 +164,12 @@ class _Steps:
 
 
 _steps = _Steps()
+
+
+def steps_taken() -> int:
+    """Count the steps of all optimisers, from the first call on."""
+    _steps.watch()
+    return _steps.count
 
 
 def _stamp(sources: tuple[Tensor, ...]) -> tuple[Any, ...] | None:

@@ -232,7 +232,7 @@ def take_off(module: Host) -> HostState:
     """
     kind = host_kind(module)
     attributes = {name: module.__dict__.pop(name) for name in kind.attributes}
-    attributes["routing"].casts.drop()
+    attributes["routing"].forget()
     state = HostState(module, kind, module.computed, attributes, module.adapters)
     plain: Any = module
     del plain.adapters

@@ -18,9 +18,19 @@ from torch import Tensor
 
 from vispeft.core.generated import FrozenCasts
 from vispeft.core.low_rank import DRAWS, Branch, Dropout, dropped_draws
+from vispeft.core.recovery import recoverable
 from vispeft.errors import ConfigError
 
-__all__ = ["affine", "compute_dtype", "frozen_linear", "linear", "low_rank_linear", "low_rank_terms"]
+__all__ = [
+    "affine",
+    "compute_dtype",
+    "frozen_casts",
+    "frozen_linear",
+    "linear",
+    "low_rank_linear",
+    "low_rank_terms",
+    "may_recover",
+]
 
 
 class _Place(NamedTuple):
@@ -85,7 +95,7 @@ def low_rank_linear(
         layout.append(_Place(branch.scale, branch.start, branch.stop, branch.dropout))
         factors += [branch.a, branch.b]
         plain = plain and branch.stop - branch.start == weight.shape[0] and not branch.dropout.share
-    if weight.dtype != dtype and casts is not None and not recorded:
+    if casts is not None and not recorded:
         weight, bias = casts.get(weight, bias, dtype)
     x, weight, bias = _cast(x, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
     # The fused backward pass computes no gradient of the weight; if one is needed, autograd computes it.
@@ -134,12 +144,23 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, casts: FrozenC
     Returns:
         (..., out), in the dtype given by `compute_dtype`.
     """
-    kind = x.device.type
-    # Autocast leaves float64 alone.
-    if torch.is_autocast_enabled(kind) and weight.dtype != torch.float64 and not _leaves_a_graph():
-        dtype = torch.get_autocast_dtype(kind)
-        weight, bias = casts.get(weight, bias, dtype)
+    weight, bias = frozen_casts(x, weight, bias, casts)
     return F.linear(x, weight, bias)
+
+
+def frozen_casts(x: Tensor, weight: Tensor, bias: Tensor | None, casts: FrozenCasts) -> tuple[Tensor, Tensor | None]:
+    """Return the tensors of a layer, under autocast as it would cast them; see `FrozenCasts.get`.
+
+    Args:
+        x: The layer's input, which tells the device.
+        weight: (out, in).
+        bias: (out,) or None.
+        casts: Where casts of frozen tensors are kept.
+    """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and not _leaves_a_graph():
+        return casts.get(weight, bias, torch.get_autocast_dtype(kind))
+    return weight, bias
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -385,41 +406,42 @@ def _written_into(weight: Tensor, layout: Sequence[_Place], factors: Sequence[Te
     return written
 
 
-def affine(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def affine(y: Tensor, scale: Tensor, shift: Tensor, recovers: bool | None = None) -> Tensor:
     """Scale and shift the channels: ``scale * y + shift`` (SSF, arXiv 2210.08823, eq. 3).
 
     Args:
         y: (..., channels).
         scale: (channels,).
         shift: (channels,).
+        recovers: Whether the input can be recovered from the output (`recoverable`); None to look, which waits for the
+            device. Without effect unless `may_recover` holds.
 
     Returns:
         The shape and dtype of `y`.
     """
     if y.dtype == scale.dtype:
-        if _can_recover(y, scale, shift):
-            return cast(Tensor, _Affine.apply(y, scale, shift))
+        if may_recover(y, scale):
+            recovers = bool(recoverable(scale.detach(), shift.detach()).all()) if recovers is None else recovers
+            if recovers:
+                return cast(Tensor, _Affine.apply(y, scale, shift))
         # addcmul saves y and scale only; a product and a sum would also allocate a temporary of y's size.
         return torch.addcmul(shift, y, scale)
     # A scale near one would be rounded coarsely; its difference from one is not.
     return torch.addcmul(y + shift.to(y.dtype), y, (scale - 1).to(y.dtype))
 
 
-RECOVERY = 64
-"""Largest factor by which recovering an affine map's input from its output may amplify rounding errors."""
+def may_recover(y: Tensor, scale: Tensor) -> bool:
+    """Return whether an affine map may keep its output in place of its input: in float32 and in a step that trains it.
 
-
-def _can_recover(y: Tensor, scale: Tensor, shift: Tensor) -> bool:
-    """Return whether an affine map's input can be recovered from its output: in float32, with no scale near zero.
-
-    With ``out`` rounded to ``eps |out|``, ``(out - shift) / scale`` is off by ``eps (|y| + |shift| / |scale|)``.
+    Args:
+        y: The input.
+        scale: The scale.
     """
-    if y.dtype != torch.float32 or not (torch.is_grad_enabled() and scale.requires_grad):
+    if y.dtype != torch.float32 or scale.dtype != torch.float32:
         return False
-    if _leaves_a_graph() or torch.is_autocast_enabled(y.device.type):
+    if not (torch.is_grad_enabled() and scale.requires_grad):
         return False
-    with torch.no_grad():
-        return bool((scale.abs() * RECOVERY >= shift.abs() + 1).all())
+    return not (_leaves_a_graph() or torch.is_autocast_enabled(y.device.type))
 
 
 class _Affine(torch.autograd.Function):
