@@ -209,8 +209,35 @@ def test_settings_that_cannot_work_are_refused_at_once(root, settings, text):
 
 
 def test_a_batch_needs_enough_classes_and_images(root):
-    with pytest.raises(ConfigError, match=r"has 6 classes, and there are 5 training classes\. Make batch_size smaller"):
-        ready(folder(root, batch_size=12))
+    data = folder(root, batch_size=12)
+    text = (
+        "batch_size=12 with images_per_class=2 takes 6 classes, and there are 5 training classes; make batch_size 10 "
+        "or less."
+    )
+    assert codes(data, "warning")["batch-size"] == text
+    assert "batch-size" not in codes(folder(root, batch_size=10), "warning")
+    with pytest.raises(ConfigError, match=f"MetricFolderData: {text}"):
+        ready(data)
+
+
+def test_a_batch_needs_images_where_classes_are_small(tmp_path):
+    painter = Painter()
+    for name in range(6):
+        painter.paint(tmp_path / f"c{name}/0.png")
+    data = folder(tmp_path, batch_size=8, images_per_class=4, validation=None)
+    assert codes(data, "warning")["batch-size"].endswith(
+        "there are 3 training images, fewer than a batch; give more training images."
+    )
+
+
+def test_a_split_of_one_class_measures_nothing_and_is_a_warning(root):
+    found = codes(folder(root), "warning")
+    assert "validation has one class only, so each neighbour is right" in found["one-class-in-validation"]
+    assert "set validation to a larger share of the classes, or to null" in found["one-class-in-validation"]
+    assert "one-class-in-test" not in found
+    assert "one-class-in-validation" not in codes(folder(root, validation=0.3), "warning")
+    found = codes(folder(root, validation=None, test=0.1), "warning")
+    assert found["one-class-in-test"].startswith("test has one class only, so each neighbour is right")
 
 
 def test_every_fault_is_named_at_once(root):
@@ -255,6 +282,20 @@ def test_a_split_in_which_nothing_can_be_found_is_refused(root):
         codes(data, "fact")["lone-images"]
         == "1 image of test alone in their class, which count as misses of recall: 6."
     )
+
+
+def test_a_query_that_is_in_the_gallery_too_is_one_image_and_not_its_own_neighbour(root):
+    train = [f"c{name}/{n}.png {name}" for name in range(4) for n in range(IMAGES)]
+    gallery = [f"c{name}/{n}.png {name}" for name in (6, 7) for n in (0, 1)]
+    data = lists(root, train=train, query=["c6/1.png 6", "c7/2.png 7"], gallery=gallery)
+    assert codes(data) == {}
+    assert "listed twice" not in " ".join(codes(data, "warning").values())
+    test = data.listing.splits["test"]
+    assert names_of(test) == ["c6/1.png", "c7/2.png", "c6/0.png", "c7/0.png", "c7/1.png"]
+    assert test.roles.tolist() == [0, 1, 2, 2, 2]
+    assert [data.label_names[label] for label in test.targets.tolist()] == ["6", "7", "6", "7", "7"]
+    data = lists(root, train=train, query=["c6/1.png 6"], gallery=["c6/1.png 6", *gallery[2:]])
+    assert "No image of test has another one of its class" in codes(data)["no-pairs"]
 
 
 @pytest.mark.parametrize("given", [["query"], ["gallery"], ["test", "query", "gallery"]])

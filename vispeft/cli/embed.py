@@ -19,6 +19,7 @@ from vispeft.cli.predict import check_readable
 from vispeft.cli.runs import Run
 from vispeft.data.images import Reading, read_image
 from vispeft.data.preprocessing import Preprocessing
+from vispeft.data.threads import in_threads
 from vispeft.errors import ConfigError, counted
 from vispeft.retrieval import KINDS, Builder, Collection, Index, Model, collect, collect_split
 from vispeft.tasks.embedding import embed_images, similarity_of
@@ -142,9 +143,14 @@ class Embedder:
         Raises:
             DataError: If one cannot be read.
         """
-        images = torch.stack([self._transform(read_image(path, reading=self.reading)) for path in paths])
+        images = torch.stack([*in_threads(self._image, paths)])
         with torch.inference_mode(), self._trainer.precision_plugin.forward_context():
             return embed_images(self._task, images.to(self._task.device)).cpu()
+
+    def _image(self, path: Path) -> Tensor:
+        """Read an image, normalised (3, H, W)."""
+        found: Tensor = self._transform(read_image(path, reading=self.reading))
+        return found
 
     def all(self, collection: Collection, batch_size: int = 64) -> Tensor:
         """Compute the embeddings (N, d) of a collection.

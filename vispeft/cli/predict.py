@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from vispeft.cli.common import console, make_parser
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run, write_text
 from vispeft.data.images import PLAIN, Reading, find_images, read_image
-from vispeft.errors import ConfigError, DataError, FileError, counted, is_utf8, printable
+from vispeft.data.threads import in_threads
+from vispeft.errors import ConfigError, DataError, FileError, check_count, counted, is_utf8, printable
 from vispeft.storage.disk import write_atomically
+from vispeft.storage.tables import as_csv
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.predictions import Prediction, Predictor
 
@@ -53,8 +55,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--max_pixels", type=int, help="largest number of pixels of an image; default: as trained")
     given = parser.parse_args(list(argv))
     out = Path(given.out)
-    if given.batch_size < 1:
-        raise ConfigError(f"--batch_size is {given.batch_size}; at least 1 is needed.")
+    check_count("--batch_size", given.batch_size)
     run = Run.open(given.run)
     paths = find_images(given.images)
     task, trainer = load_task(run)
@@ -83,9 +84,7 @@ def main(argv: Sequence[str]) -> None:
         written |= {(out / folder / target).with_suffix(".npy"): _npy(array) for folder, array in arrays}
         if written:
             write_atomically(written)
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_text(table, text.getvalue())
+    write_text(table, as_csv(rows))
     console.print(f"{counted(len(paths), 'image')} predicted: {table}", soft_wrap=True)
     if broken:
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
@@ -137,21 +136,25 @@ def check_readable(paths: Sequence[Path], reading: Reading, done: str) -> None:
     Raises:
         DataError: If some cannot be read; the message names them.
     """
-    broken = []
-    for path in track(paths, "reading", console=console, transient=True, disable=not console.is_terminal):
-        if not is_utf8(str(path)):
-            broken.append(f"{printable(str(path))} has a name that is no UTF-8, which the table could not hold")
-            continue
-        try:
-            read_image(path, reading=reading)
-        except DataError as error:
-            broken.append(str(error).removesuffix("."))
-    if broken:
+    found = in_threads(partial(_problem, reading=reading), paths)
+    shown = track(found, "reading", len(paths), console=console, transient=True, disable=not console.is_terminal)
+    if broken := [problem for problem in shown if problem]:
         more = f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise DataError(
             f"{len(broken)} of {counted(len(paths), 'image')} cannot be used: {'; '.join(broken[:5])}{more}. "
             f"Nothing was {done}; mend what is named there, or leave these images out."
         )
+
+
+def _problem(path: Path, reading: Reading) -> str:
+    """Tell why an image cannot be used; empty if it can."""
+    if not is_utf8(str(path)):
+        return f"{printable(str(path))} has a name that is no UTF-8, which the table could not hold"
+    try:
+        read_image(path, reading=reading)
+    except DataError as error:
+        return str(error).removesuffix(".")
+    return ""
 
 
 def _targets(paths: Sequence[Path], root: Path, out: Path, predictor: Predictor) -> list[Path]:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
-from vispeft.errors import ConfigError, DataError, FileError, brief
+from vispeft.errors import ConfigError, DataError, FileError, brief, check_count
 from vispeft.metrics.similarity import make_similarity
 from vispeft.retrieval.approximate import build, check_kind
 from vispeft.retrieval.collection import Collection, file_digest
@@ -62,8 +62,7 @@ class Builder:
         Raises:
             ConfigError: If one cannot work, or an index is there.
         """
-        if self.batch_size < 1:
-            raise ConfigError(f"--batch_size is {self.batch_size}; at least 1 is needed.")
+        check_count("--batch_size", self.batch_size)
         if self.dtype not in DTYPES:
             raise ConfigError(f"--dtype {self.dtype}: choose {' or '.join(DTYPES)}.")
         check_kind(self.kind, make_similarity(self.model.similarity))
