@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import vispeft
+from vispeft.hosts import layers
 from vispeft.hosts.functional import affine
 
 
@@ -91,3 +94,29 @@ def test_a_model_with_a_scale_of_zero_trains_rightly() -> None:
     wanted = torch.autograd.grad(model(images.double()).square().sum(), [p for _, p in bank.trainable_parameters()])
     for (name, _), one, other in zip(bank.trainable_parameters(), found, wanted, strict=True):
         assert (one - other).abs().max() <= 1e-4 * other.abs().max(), name
+
+
+def test_the_device_is_asked_once_a_step_for_all_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of 48 sites of a ViT-L waited for the device in every step."""
+    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=2, num_classes=3)
+    bank = vispeft.attach(model, vispeft.SSF())
+    asked, images = model.train().routing.recoveries, torch.randn(2, 3, 16, 16)
+    taken: list[bool | None] = []
+    monkeypatch.setattr(layers, "affine", lambda *a: taken.append(a[3]) or affine(*a))  # type: ignore[func-returns-value]
+    optimizer = torch.optim.AdamW([p for _, p in bank.trainable_parameters()], 1e-3, fused=True)
+    before = asked.questions
+    for step in range(2):
+        for _ in range(2):
+            model(images).square().sum().backward()
+        assert asked.questions - before == step + 1
+        optimizer.step()
+    assert set(taken) == {True}
+    first, sites = bank.named_tensors()["blocks.0.attn.qkv/ssf.scale"], len(taken) // 4
+    with torch.no_grad():
+        first[1] = 0.0
+    model(images)
+    assert asked.questions - before == 3
+    assert taken[-sites:].count(False) == 1
+    assert len(copy.deepcopy(model).routing.recoveries._held) == 0
+    model.eval()
+    assert len(asked._held) == 0

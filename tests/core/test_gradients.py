@@ -29,7 +29,7 @@ def unfused(model: nn.Module) -> nn.Module:
 # ---------------------------------------------------------------------- verification
 
 
-@pytest.mark.parametrize("depth", [4, 40])
+@pytest.mark.parametrize("depth", [4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40])
 def test_a_ladder_of_any_depth_is_attached(depth: int) -> None:
     """Every gate starts half open, so that what reaches the first rung is halved once a block."""
     model = VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=depth, num_heads=2, num_classes=3)

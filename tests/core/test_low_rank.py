@@ -47,6 +47,42 @@ def test_gradients_agree_with_differences(rows: int, dropout: Dropout) -> None:
     assert torch.autograd.gradgradcheck(compute, tuple(made[name] for name in "xabcd"))
 
 
+def test_terms_on_all_channels_have_right_gradients() -> None:
+    """They are added by PyTorch's own nodes, in place."""
+    made = tensors(4)
+    made["b"] = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+
+    def compute(*values: Tensor) -> Tensor:
+        t = {**made, **dict(zip("xabcd", values, strict=True))}
+        terms = [Branch(t["a"], t["b"], 0.7, 0, 5), Branch(t["c"], t["d"], -1.5, 0, 5)]
+        return low_rank_linear(t["x"].view(2, 2, 6), t["weight"], t["bias"], terms)
+
+    values = tuple(made[name] for name in "xabcd")
+    assert torch.autograd.gradcheck(compute, values)
+    assert torch.autograd.gradgradcheck(compute, values)
+    x, a, b, c, d = values
+    wanted = x @ made["weight"].t() + made["bias"] + 0.7 * x @ a.t() @ b.t() - 1.5 * x @ c.t() @ d.t()
+    assert torch.allclose(compute(*values).flatten(0, 1), wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("start", [0, 1], ids=["all", "slice"])
+def test_gradients_under_autocast_have_the_type_of_the_factors(start: int) -> None:
+    made = {name: value.detach().float() for name, value in tensors(4).items()}
+    x, a = (made[name].requires_grad_() for name in "xa")
+    b = torch.randn(5 - start, 2, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = low_rank_linear(x, made["weight"], made["bias"], [Branch(a, b, 0.5, start, 5)])
+    assert out.dtype == torch.bfloat16
+    exact = x @ made["weight"].t() + torch.nn.functional.pad(0.5 * x @ a.t() @ b.t(), (start, 0))
+    for found, wanted in zip(
+        torch.autograd.grad(out.float().square().sum(), [x, a, b]),
+        torch.autograd.grad((exact + made["bias"]).square().sum(), [x, a, b]),
+        strict=True,
+    ):
+        assert found.dtype == torch.float32
+        assert (found - wanted).abs().max() < 0.03 * wanted.abs().max()
+
+
 def test_gradients_with_a_graph_stop_at_their_layer() -> None:
     """Two layers share their factors, and the second one reads the first one's output."""
     generator = torch.Generator().manual_seed(0)

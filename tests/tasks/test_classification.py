@@ -9,7 +9,7 @@ import vispeft
 from tests.tiny import TINY
 from vispeft.data import DigitsData
 from vispeft.errors import ConfigError, DataError, FileError, TrainingError
-from vispeft.tasks import Classification
+from vispeft.tasks import Classification, callbacks
 
 
 def make(method=None, **settings):
@@ -102,6 +102,17 @@ def test_bf16_and_clipping_train(tmp_path):
     assert run.global_step == 5
 
 
+def test_clipping_works_beside_a_fused_optimiser(tmp_path):
+    """Lightning refuses it under mixed precision, where nothing is scaled in bfloat16."""
+    fused = {"class_path": "AdamW", "init_args": {"fused": True}}
+    weights = []
+    for optimizer in (fused, "AdamW"):
+        seed_everything(0)
+        task, _ = fit(tmp_path, make(optimizer=optimizer), precision="bf16-mixed", gradient_clip_val=1e-3, max_epochs=1)
+        weights.append(torch.cat([p.detach().flatten() for _, p in task.trainable_parameters()]))
+    assert torch.allclose(*weights, atol=1e-6)
+
+
 def test_probabilities():
     task = make().eval()
     scores = task.predict_step(torch.randn(2, 3, 16, 16), 0)
@@ -139,6 +150,28 @@ def test_nan_stops_at_once_and_keeps_the_last_good_checkpoint(tmp_path, where, m
         fit(tmp_path, task, max_epochs=3)
     assert "last.ckpt" in str(caught.value)
     assert all(torch.isfinite(parameter).all() for parameter in task.parameters())
+    kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert kept["global_step"] == 5
+    assert all(torch.isfinite(tensor).all() for tensor in kept["state_dict"].values())
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("loss", r"training loss was not finite at step 8 \(epoch 2\), which was seen after the step.*may have been"),
+        ("gradient", r"Gradients were not finite at step 8 \(epoch 2\).*Weights that are not finite: group 'no_decay'"),
+    ],
+)
+def test_on_a_device_nan_is_seen_a_step_late_and_before_anything_is_saved(tmp_path, where, message, monkeypatch):
+    """A host that asks for each flag at once waits for the device twice a step."""
+    monkeypatch.setattr(callbacks, "_is_far", lambda tensor: True)
+    seed_everything(0)
+    task = Poisoned(backbone="vit_tiny_patch16_224", backbone_args=TINY, num_classes=10, method=vispeft.SSF())
+    task.where = where
+    with pytest.raises(TrainingError, match=message) as caught:
+        fit(tmp_path, task, max_epochs=3)
+    assert "last.ckpt" in str(caught.value)
+    assert task.global_step == 8  # the step was made, and the next one not
     kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert kept["global_step"] == 5
     assert all(torch.isfinite(tensor).all() for tensor in kept["state_dict"].values())

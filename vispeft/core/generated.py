@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["Generated", "MakesTensors"]
+__all__ = ["FrozenCasts", "Generated", "MakesTensors", "steps_taken"]
 
 T = TypeVar("T")
 
@@ -72,6 +72,81 @@ class Generated:
         return made
 
 
+class FrozenCasts:
+    """Frozen tensors in the type that autocast computes in, cast once and not in each step.
+
+    Casts are kept for training alone, that is while gradients are recorded: their bytes (half of the float32 tensors)
+    are those that a training step holds anyway, until its backward pass. An entry is valid for one state of its tensor
+    (storage, version counter, shape); see `Generated` for changes that PyTorch does not count. It keeps the storage
+    alive, so that no new tensor can reuse its address. Copies and pickles are empty.
+    """
+
+    def __init__(self) -> None:
+        """Keep nothing so far."""
+        self._held: dict[int, _Casts] = {}
+
+    def __len__(self) -> int:
+        """Count the casts."""
+        return len(self._held)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenCasts:
+        """Return an empty one: a copied model has tensors of its own."""
+        return FrozenCasts()
+
+    def __reduce__(self) -> tuple[type[FrozenCasts], tuple[()]]:
+        """Pickle as an empty one."""
+        return FrozenCasts, ()
+
+    def drop(self) -> None:
+        """Drop all casts."""
+        self._held.clear()
+
+    def get(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Return the frozen tensors of a layer in a type, or the tensors themselves where nothing is to be kept.
+
+        Args:
+            weight: The weight. If it or the bias trains, the casts belong to the graph.
+            bias: The bias, if there is one.
+            dtype: The type.
+        """
+        # Autocast leaves float64 alone.
+        if weight.dtype in (dtype, torch.float64) or not torch.is_grad_enabled():
+            return weight, bias
+        held = self._held.get(id(weight))
+        if held is not None and held.fits(weight, bias, dtype):
+            return held.made
+        if not (_is_frozen(weight) and (bias is None or _is_frozen(bias))):
+            return weight, bias
+        made = weight.to(dtype), None if bias is None else bias.to(dtype)
+        # A graph that is captured has not computed them yet.
+        if not (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._held[id(weight)] = _Casts(weight, bias, made)
+        return made
+
+
+class _Casts:
+    """The casts of one layer, and the state of the tensors they were made from."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, made: tuple[Tensor, Tensor | None]) -> None:
+        self.weight, self.bias, self.made = _state(weight), None if bias is None else _state(bias), made
+        self.storages = [tensor.untyped_storage() for tensor in (weight, bias) if tensor is not None]
+
+    def fits(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
+        """Return whether the tensors are as they were."""
+        if weight.requires_grad or self.weight != _state(weight) or self.made[0].dtype != dtype:
+            return False
+        return self.bias is None if bias is None else not bias.requires_grad and self.bias == _state(bias)
+
+
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor._version, tensor.shape
+
+
+def _is_frozen(tensor: Tensor) -> bool:
+    """Return whether a tensor is an ordinary one that does not train."""
+    return type(tensor) in (nn.Parameter, Tensor) and not tensor.requires_grad and not tensor.is_inference()
+
+
 class _Steps:
     """A counter of the steps of all optimisers: fused optimisers do not raise the version counters of their tensors."""
 
@@ -89,6 +164,12 @@ class _Steps:
 
 
 _steps = _Steps()
+
+
+def steps_taken() -> int:
+    """Count the steps of all optimisers, from the first call on."""
+    _steps.watch()
+    return _steps.count
 
 
 def _stamp(sources: tuple[Tensor, ...]) -> tuple[Any, ...] | None:

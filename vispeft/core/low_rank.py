@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-__all__ = ["DRAWS", "Branch", "Dropout", "dropped_draws"]
+__all__ = ["DRAWS", "NO_DROPOUT", "Branch", "Dropout", "dropped_draws"]
 
 DRAWS = 2**16
 """Number of values of the 16-bit random number that decides whether dropout drops an entry."""
@@ -39,6 +39,10 @@ class Dropout:
     def kept(self) -> float:
         """The share that is kept, exactly as drawn with 16 bits per entry."""
         return 1 - dropped_draws(self.share) / DRAWS
+
+
+NO_DROPOUT = Dropout()
+"""Nothing is dropped."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from vispeft.core.gate import Gate
+from vispeft.core.generated import FrozenCasts
 from vispeft.core.model_units import QueryUnit, SideUnit, StreamUnit, TokensUnit
+from vispeft.core.recovery import Recoveries
 from vispeft.core.streams import Stream
 from vispeft.core.units import (
     AffineUnit,
@@ -174,6 +176,8 @@ class Routing:
         self.traced = self.default
         self.slots = 0
         self.gate = Gate()
+        self.casts = FrozenCasts()
+        self.recoveries = Recoveries()
         self._thread = _Thread()
         self._entered: list[_Entered] = []
 
@@ -186,6 +190,8 @@ class Routing:
         self.default = self.traced = state["default"]
         self.slots = state["slots"]
         self.gate = Gate()
+        self.casts = FrozenCasts()
+        self.recoveries = Recoveries()
         self._thread = _Thread()
         self._entered = []
 
@@ -203,6 +209,20 @@ class Routing:
         if is_compiling():
             return self.traced
         return self._thread.route or self.default
+
+    def forget(self) -> None:
+        """Drop what is kept of the tensors: casts of frozen ones, and answers about scales."""
+        self.casts.drop()
+        self.recoveries.drop()
+
+    def recovers(self, unit: AffineUnit) -> bool:
+        """Return whether the input of a scale and shift can be recovered from its output; see `Recoveries`.
+
+        Args:
+            unit: The unit.
+        """
+        acting = self.present().hosts.values()
+        return self.recoveries.of(unit, (other for host in acting for other in host.affine))
 
     def set(self, route: Route) -> None:
         """Set the default route: every thread's next forward pass uses it.

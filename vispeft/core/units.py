@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from vispeft.core.low_rank import Branch, Dropout
+from vispeft.core.low_rank import NO_DROPOUT, Branch, Dropout
 from vispeft.core.streams import Stream
 
 __all__ = [
@@ -317,7 +317,7 @@ class DeltaUnit(Unit):
     """First output row the term is added to."""
     stop: int
     """End of these rows, exclusive."""
-    dropout: Dropout = Dropout()
+    dropout: Dropout = NO_DROPOUT
     """Dropout in training mode."""
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -330,7 +330,7 @@ class DeltaUnit(Unit):
 
     def dropped(self) -> Dropout:
         """Return the current dropout: none in evaluation mode."""
-        return self.dropout if self.training else Dropout()
+        return self.dropout if self.training else NO_DROPOUT
 
     def fold_weight(self, weight: Tensor) -> Tensor:
         """Add ``scale * B A`` to the rows."""

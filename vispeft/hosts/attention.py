@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vispeft.core.streams import StreamRule
 from vispeft.core.units import PrefixUnit
 from vispeft.hosts.base import Host
+from vispeft.hosts.functional import frozen_casts
 from vispeft.hosts.streams import Streams, split
 
 __all__ = [
@@ -168,16 +169,32 @@ class AttentionHost(Host):
         Returns:
             (B, Q, inner width).
         """
-        asked = self.project(queries)[0]
+        weight, bias = frozen_casts(queries, self.qkv.weight, self.qkv.bias, self.routing.casts)
+        asked = self.asked(queries, weight, bias)
         heads, count, width = asked.shape[1:]
-        weight = cast(Tensor, self.qkv.weight).to(asked.dtype).view(3, heads, width, -1)
-        keys = _by_head(asked * self.scale, weight[1])
-        scores = _spread(keys, x).flatten(1, 2) @ x.transpose(1, 2).to(asked.dtype)
-        mixed = (scores.softmax(dim=-1) @ x.to(asked.dtype)).unflatten(1, (heads, count))
-        values = _by_head(mixed, weight[2].transpose(1, 2))
-        if self.qkv.bias is not None:
-            values = values + self.qkv.bias.view(3, heads, 1, width)[2].to(values.dtype)
+        x, by_head = x.to(asked.dtype), weight.to(asked.dtype).view(3, heads, width, -1)
+        keys = _by_head(asked * self.scale, by_head[1])
+        scores = _spread(keys, x).flatten(1, 2) @ x.transpose(1, 2)
+        mixed = (scores.softmax(dim=-1) @ x).unflatten(1, (heads, count))
+        values = _by_head(mixed, by_head[2].transpose(1, 2))
+        if bias is not None:
+            values = values + bias.view(3, heads, 1, width)[2].to(values.dtype)
         return _averaged(_side_by_side(values), queries)
+
+    def asked(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute the queries of rows that only read, without their keys and values.
+
+        Args:
+            rows: (B, Q, D).
+            weight: Weight of the fused projection, (3 inner width, D).
+            bias: Its bias, if it has one.
+
+        Returns:
+            (B, heads, Q, width of a head).
+        """
+        inner = weight.shape[0] // 3
+        queries = F.linear(rows, weight[:inner], None if bias is None else bias[:inner])
+        return queries.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def read_streams(self, streams: Streams) -> dict[str, Tensor]:
         """Compute the attention of streams that only read, where `reads_alone` holds; (B, R, D) each."""
@@ -227,6 +244,10 @@ class TokenAttentionHost(AttentionHost):
         """Compute normalised queries, keys and values from (B, N, D)."""
         queries, keys, values = self.in_heads(x)
         return self.q_norm(queries), self.k_norm(keys), values
+
+    def asked(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute normalised queries of rows that only read."""
+        return cast(Tensor, self.q_norm(super().asked(rows, weight, bias)))
 
     def in_heads(self, x: Tensor) -> Heads:
         """Compute queries, keys and values from (B, N, D), before their norms."""

@@ -60,7 +60,7 @@ class Host(nn.Module):
             name: Its name.
             acting: The units that act here, where the caller has looked them up.
         """
-        value = cast("Tensor | None", self.__getattr__(name))
+        value = self._parameters[name] if name in self._parameters else cast("Tensor | None", self.__getattr__(name))
         for unit in (self.acting if acting is None else acting).selection:
             selected = unit.value(name)
             if selected is None:
@@ -232,6 +232,7 @@ def take_off(module: Host) -> HostState:
     """
     kind = host_kind(module)
     attributes = {name: module.__dict__.pop(name) for name in kind.attributes}
+    attributes["routing"].forget()
     state = HostState(module, kind, module.computed, attributes, module.adapters)
     plain: Any = module
     del plain.adapters

@@ -8,16 +8,29 @@ asked for (second derivatives), the backward pass differentiates the plain opera
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from operator import is_not
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vispeft.core.generated import FrozenCasts
 from vispeft.core.low_rank import DRAWS, Branch, Dropout, dropped_draws
+from vispeft.core.recovery import recoverable
 from vispeft.errors import ConfigError
 
-__all__ = ["affine", "compute_dtype", "linear", "low_rank_linear", "low_rank_terms"]
+__all__ = [
+    "affine",
+    "compute_dtype",
+    "frozen_casts",
+    "frozen_linear",
+    "linear",
+    "low_rank_linear",
+    "low_rank_terms",
+    "may_recover",
+]
 
 
 class _Place(NamedTuple):
@@ -27,6 +40,10 @@ class _Place(NamedTuple):
     start: int
     stop: int
     dropout: Dropout
+
+
+_Masks = tuple[Tensor | None, Tensor | None]
+"""Dropout masks of a term, at its input and between its factors."""
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -57,7 +74,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch]) -> Tensor:
+def low_rank_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch], casts: FrozenCasts | None = None
+) -> Tensor:
     """Compute ``x W^T + b`` plus low-rank terms: ``y[rows] += scale * (x A^T) B^T`` (LoRA, arXiv 2106.09685, eq. 3).
 
     Args:
@@ -65,30 +84,100 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: Se
         weight: (out, in), frozen.
         bias: (out,) or None.
         branches: The terms to add; at least one.
+        casts: Where casts of frozen tensors are kept; None to cast at every call.
 
     Returns:
         (..., out), in the dtype given by `compute_dtype`.
     """
-    dtype = compute_dtype(x, weight)
-    x, weight = x.to(dtype), weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
-    factors = [t.to(dtype) for branch in branches for t in (branch.a, branch.b)]
-    layout = tuple(_Place(branch.scale, branch.start, branch.stop, branch.dropout) for branch in branches)
-    with torch.autocast(x.device.type, enabled=False):
-        # The fused backward pass computes no gradient of the weight; if one is needed, autograd computes it.
-        base_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if _leaves_a_graph() or base_trains:
-            return _low_rank_plain(x, weight, bias, layout, factors)
-        # Reshaped outside the function: a view returned from it could not be modified in place, as some timm attention
-        # modules do with the output of their projection.
-        out: Tensor = _LowRankLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, layout, *factors)
-        return out.view(*x.shape[:-1], weight.shape[0])
+    dtype, recorded = compute_dtype(x, weight), _leaves_a_graph()
+    layout, factors, plain = [], [], True
+    for branch in branches:
+        layout.append(_Place(branch.scale, branch.start, branch.stop, branch.dropout))
+        factors += [branch.a, branch.b]
+        plain = plain and branch.stop - branch.start == weight.shape[0] and not branch.dropout.share
+    if casts is not None and not recorded:
+        weight, bias = casts.get(weight, bias, dtype)
+    x, weight, bias = _cast(x, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
+    # The fused backward pass computes no gradient of the weight; if one is needed, autograd computes it.
+    if recorded or weight.requires_grad or (bias is not None and bias.requires_grad):
+        with _without_autocast(x):
+            return _low_rank_plain(x, weight, bias, layout, [_cast(t, dtype) for t in factors])
+    if not plain or _is_folded(x, layout):
+        return cast(Tensor, _LowRankLinear.apply(x, weight, bias, layout, *factors))
+    return _low_rank_in_place(x, weight, bias, layout, factors)
+
+
+def _is_folded(x: Tensor, layout: Sequence[_Place]) -> bool:
+    """Return whether terms are added to a copy of the weight: with more rows than input channels that is cheaper.
+
+    In reduced precision the copy would round them away, and with dropout each row has its own term.
+    """
+    if x.dtype not in (torch.float32, torch.float64) or x.numel() <= x.shape[-1] ** 2:
+        return False
+    return not any(place.dropout.share for place in layout)
+
+
+def _low_rank_in_place(
+    x: Tensor, weight: Tensor, bias: Tensor | None, layout: Sequence[_Place], factors: Sequence[Tensor]
+) -> Tensor:
+    """Add terms to the output of the frozen product, in place.
+
+    Autograd's own nodes take less of the host's time than one in Python, and keep as little.
+    """
+    rows, dtype = _as_rows(x), weight.dtype
+    out = F.linear(rows, weight, bias)
+    used = [factor if factor.dtype == dtype else factor.to(dtype) for factor in factors]
+    for place, a, b in zip(layout, used[::2], used[1::2], strict=True):
+        out.addmm_(F.linear(rows, a), b.t(), alpha=place.scale)
+    return out if x.ndim == 2 else out.view(*x.shape[:-1], weight.shape[0])
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, casts: FrozenCasts) -> Tensor:
+    """Compute ``x W^T + b`` as `F.linear` does, bit for bit; under autocast with the casts that are kept.
+
+    Args:
+        x: (..., in).
+        weight: (out, in).
+        bias: (out,) or None.
+        casts: Where casts of frozen tensors are kept.
+
+    Returns:
+        (..., out), in the dtype given by `compute_dtype`.
+    """
+    weight, bias = frozen_casts(x, weight, bias, casts)
+    return F.linear(x, weight, bias)
+
+
+def frozen_casts(x: Tensor, weight: Tensor, bias: Tensor | None, casts: FrozenCasts) -> tuple[Tensor, Tensor | None]:
+    """Return the tensors of a layer, under autocast as it would cast them; see `FrozenCasts.get`.
+
+    Args:
+        x: The layer's input, which tells the device.
+        weight: (out, in).
+        bias: (out,) or None.
+        casts: Where casts of frozen tensors are kept.
+    """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and not _leaves_a_graph():
+        return casts.get(weight, bias, torch.get_autocast_dtype(kind))
+    return weight, bias
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast a tensor that has another type."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Switch autocast off where it is on: the operands have their types."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _leaves_a_graph() -> bool:
     """Return whether operations are recorded or transformed, so that plain ones are needed."""
     transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or transformed
 
 
 def _low_rank_plain(
@@ -124,77 +213,81 @@ def low_rank_terms(x: Tensor, out: Tensor, branches: Sequence[Branch]) -> Tensor
     Returns:
         (..., out), in the dtype of `out`.
     """
-    factors = [t.to(out.dtype) for branch in branches for t in (branch.a, branch.b)]
+    factors = [_cast(t, out.dtype) for branch in branches for t in (branch.a, branch.b)]
     layout = tuple(_Place(branch.scale, branch.start, branch.stop, branch.dropout) for branch in branches)
-    with torch.autocast(x.device.type, enabled=False):
-        return _with_terms(x.to(out.dtype), out, layout, factors)
+    with _without_autocast(x):
+        return _with_terms(_cast(x, out.dtype), out, layout, factors)
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """The frozen product and all low-rank terms in one autograd node.
+    """The frozen product and all low-rank terms in one autograd node, with dropout, on slices, or folded.
 
     Neither direction allocates a second (rows, out) tensor. Saved for backward are the input, the narrow (rows, rank)
-    projections and the dropout masks (a byte per entry). With more rows than input channels it is cheaper to add the
-    terms to a temporary copy of the weight than to every row. In reduced precision that copy would round them away, and
-    with dropout each row has its own term, so in these cases they are added to the rows.
+    projections and the dropout masks (a byte per entry). See `_is_folded` for the temporary copy of the weight.
+
+    The factors are cast in here, and their gradients cast back, which saves four nodes a term.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layout: tuple[_Place, ...], *factors: Tensor
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layout: Sequence[_Place], *factors: Tensor
     ) -> Tensor:
-        ctx.layout = layout
-        drops = any(place.dropout.share for place in layout)
-        ctx.folds = x.shape[0] > x.shape[1] and x.dtype in (torch.float32, torch.float64) and not drops
-        used = _written_into(weight, layout, factors) if ctx.folds else weight
-        out = _product(x, used, bias)
+        rows, dtype = _as_rows(x), weight.dtype
+        used = [factor if factor.dtype == dtype else factor.to(dtype) for factor in factors]
+        ctx.layout, ctx.casts = layout, any(map(is_not, used, factors))
+        ctx.folds = _is_folded(rows, layout)
+        out = _product(rows, (_written_into(weight, layout, used) if ctx.folds else weight).t(), bias)
         hidden: list[Tensor] = []
         kept: list[Tensor | None] = []
-        for index, (scale, start, stop, dropout) in enumerate(layout):
-            inputs = _kept(x, dropout.at("input"))
-            narrow = _only(x, inputs) @ factors[2 * index].t()
-            between = _kept(narrow, dropout.at("hidden"))
-            # Kept entries are scaled up here, where there are few channels, and not in the input.
-            narrow = _only(narrow, between).div_(dropout.kept)
+        for place, a, b in zip(layout, used[::2], used[1::2], strict=True):
+            if place.dropout.share:
+                narrow, masks = _dropped_narrow(rows, a, place.dropout)
+                kept += masks
+            else:
+                narrow = rows @ a.t()
             hidden.append(narrow)
-            kept += [inputs, between]
             if not ctx.folds:
-                out[:, start:stop].addmm_(narrow, factors[2 * index + 1].t(), alpha=scale)
+                _part(out, place).addmm_(narrow, b.t(), alpha=place.scale)
         # If no first factor trains in this step, the input need not be saved.
-        reads_input = any(ctx.needs_input_grad[4::2])
-        ctx.save_for_backward(x if reads_input else None, weight, *factors, *hidden, *kept)
-        return out
+        read = x if any(ctx.needs_input_grad[4::2]) else None
+        ctx.save_for_backward(read, weight, *factors, *hidden, *(used if ctx.casts else ()), *kept)
+        # No view of `out`, which timm could not modify in place, as some attention modules do with their projection's.
+        return out if x.ndim == 2 else _UNSAFE_VIEW(out, [*x.shape[:-1], out.shape[1]])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, weight, *rest = ctx.saved_tensors
-        count = len(ctx.layout)
-        factors, hidden, kept = rest[: 2 * count], rest[2 * count : 3 * count], rest[3 * count :]
+        layout, needed, count = ctx.layout, ctx.needs_input_grad, len(ctx.layout)
+        factors, hidden, rest = rest[: 2 * count], rest[2 * count : 3 * count], rest[3 * count :]
+        used, kept = (rest[: 2 * count], rest[2 * count :]) if ctx.casts else (factors, rest)
+        masks = _masks(layout, kept)
         if torch.is_grad_enabled():
-            return tuple(_with_graph(ctx, grad, x, weight, factors, kept))
+            return tuple(_with_graph(ctx, grad, x, weight, factors, masks))
+        slopes, rows = _as_rows(grad), None if x is None else _as_rows(x)
         grad_x = None
-        if ctx.needs_input_grad[0]:
-            used = _written_into(weight, ctx.layout, factors) if ctx.folds else weight
-            grad_x = _product(grad, used.t(), None)
-        grad_factors: list[Tensor | None] = []
-        for index, (scale, start, stop, dropout) in enumerate(ctx.layout):
-            a, b = factors[2 * index], factors[2 * index + 1]
-            inputs, between = kept[2 * index], kept[2 * index + 1]
-            part = grad[:, start:stop]
-            needs_a, needs_b = ctx.needs_input_grad[4 + 2 * index], ctx.needs_input_grad[5 + 2 * index]
-            # The operand orders matter: with 8 columns, BLAS is up to 7 times slower on the other transposition.
-            narrow = _only(F.linear(part, b.t().contiguous() * (scale / dropout.kept)), between)
-            grad_factors.append(narrow.t() @ _only(cast(Tensor, x), inputs) if needs_a else None)
-            grad_factors.append((hidden[index].t() @ part).t().mul(scale) if needs_b else None)
+        if needed[0]:
+            grad_x = _product(slopes, _written_into(weight, layout, used) if ctx.folds else weight, None)
+        gradients: list[Tensor | None] = []
+        for index, (place, (inputs, between)) in enumerate(zip(layout, masks, strict=True)):
+            a, b = used[2 * index], used[2 * index + 1]
+            part = _part(slopes, place)
+            narrow = _only(_times_narrow(part, b, place.scale / place.dropout.kept), between)
+            gradients.append(narrow.t() @ _only(rows, inputs) if needed[4 + 2 * index] else None)
+            gradients.append(_outer(part, hidden[index], place.scale) if needed[5 + 2 * index] else None)
             if grad_x is not None and inputs is not None:
                 grad_x += _only(narrow @ a, inputs)
             elif grad_x is not None and not ctx.folds:
                 grad_x.addmm_(narrow, a)
-        return (grad_x, None, None, None, *grad_factors)
+        if grad_x is not None and grad.ndim != 2:
+            grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[1])
+        if ctx.casts:
+            pairs = zip(gradients, factors, strict=True)
+            gradients = [None if slope is None else slope.to(factor.dtype) for slope, factor in pairs]
+        return (grad_x, None, None, None, *gradients)
 
 
 def _with_graph(
-    ctx: Any, grad: Tensor, x: Tensor | None, weight: Tensor, factors: Sequence[Tensor], kept: Sequence[Tensor | None]
+    ctx: Any, grad: Tensor, x: Tensor | None, weight: Tensor, factors: Sequence[Tensor], masks: Sequence[_Masks]
 ) -> list[Tensor | None]:
     """Compute the gradients of a `_LowRankLinear` in plain operations, which record a graph of their own."""
     if x is None and any(ctx.needs_input_grad[4:]):
@@ -203,19 +296,64 @@ def _with_graph(
             "these keep no input for it. Train the first factor too: LoRA(freeze_a=False)."
         )
     # Without a trained factor the gradient of the input does not depend on the input.
-    x = grad.new_zeros(grad.shape[0], weight.shape[1]).requires_grad_() if x is None else x.view_as(x)
+    x = grad.new_zeros(*grad.shape[:-1], weight.shape[1]).requires_grad_() if x is None else x.view_as(x)
     # Views, so that the derivative stops here, also where a factor or the input depends on another one further back.
     factors = [factor.view_as(factor) for factor in factors]
-    out = F.linear(x, weight)
-    for index, (scale, start, stop, dropout) in enumerate(ctx.layout):
-        hidden = F.linear(_only(x, kept[2 * index]), factors[2 * index])
-        term = F.linear(_only(hidden, kept[2 * index + 1]), factors[2 * index + 1]) * (scale / dropout.kept)
+    rows, used = _as_rows(x), [_cast(factor, weight.dtype) for factor in factors]
+    out = F.linear(rows, weight)
+    for index, ((scale, start, stop, dropout), (inputs, between)) in enumerate(zip(ctx.layout, masks, strict=True)):
+        hidden = F.linear(_only(rows, inputs), used[2 * index])
+        term = F.linear(_only(hidden, between), used[2 * index + 1]) * (scale / dropout.kept)
         out = out + F.pad(term, (start, out.shape[-1] - stop))
-    inputs = {0: x, **{4 + index: factor for index, factor in enumerate(factors)}}
-    wanted = [index for index in inputs if ctx.needs_input_grad[index]]
-    found = torch.autograd.grad(out, [inputs[index] for index in wanted], grad, create_graph=True)
+    sources = {0: x, **{4 + index: factor for index, factor in enumerate(factors)}}
+    wanted = [index for index in sources if ctx.needs_input_grad[index]]
+    found = torch.autograd.grad(out, [sources[index] for index in wanted], _as_rows(grad), create_graph=True)
     gradients = dict(zip(wanted, found, strict=True))
     return [gradients.get(index) for index in range(len(ctx.needs_input_grad))]
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """Return (..., channels) as a matrix."""
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _part(out: Tensor, place: _Place) -> Tensor:
+    """Return the columns of a matrix that a term is added to."""
+    return out if place.stop - place.start == out.shape[1] else out[:, place.start : place.stop]
+
+
+def _dropped_narrow(rows: Tensor, a: Tensor, dropout: Dropout) -> tuple[Tensor, _Masks]:
+    """Apply a first factor with its dropout; also return the masks at the input and behind it."""
+    inputs = _kept(rows, dropout.at("input"))
+    narrow = _only(rows, inputs) @ a.t()
+    between = _kept(narrow, dropout.at("hidden"))
+    # Kept entries are scaled up here, where there are few channels, and not in the input.
+    return _only(narrow, between).div_(dropout.kept), (inputs, between)
+
+
+def _masks(layout: Sequence[_Place], kept: Sequence[Tensor | None]) -> list[_Masks]:
+    """Give each term its dropout masks, of those that were kept of the terms with dropout."""
+    if not kept:
+        return [(None, None)] * len(layout)
+    masks = iter(kept)
+    return [(next(masks), next(masks)) if place.dropout.share else (None, None) for place in layout]
+
+
+def _is_tall(rows: Tensor) -> bool:
+    """Return whether operand orders matter: with 8 columns, a CPU's BLAS is up to 7 times slower on the other one."""
+    return rows.device.type == "cpu" and rows.shape[0] >= TALL
+
+
+def _times_narrow(rows: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Compute ``scale * rows B``, (rows, rank)."""
+    b = b if scale == 1 else b * scale
+    return F.linear(rows, b.t().contiguous()) if _is_tall(rows) else rows @ b
+
+
+def _outer(part: Tensor, hidden: Tensor, scale: float) -> Tensor:
+    """Compute ``scale * part^T hidden``, (out, rank)."""
+    product = (hidden.t() @ part).t() if _is_tall(part) else part.t() @ hidden
+    return product if scale == 1 else product.mul_(scale)
 
 
 def _kept(x: Tensor, share: float) -> Tensor | None:
@@ -231,22 +369,29 @@ def _kept(x: Tensor, share: float) -> Tensor | None:
     return (draws >= dropped_draws(share) - DRAWS // 2).view(torch.uint8)
 
 
-def _only(x: Tensor, kept: Tensor | None) -> Tensor:
+def _only(x: Any, kept: Tensor | None) -> Tensor:
     """Apply a dropout mask."""
-    return x if kept is None else x * kept
+    out: Tensor = x if kept is None else x * kept
+    return out
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute ``x W^T + b`` of two matrices outside autograd.
+def _product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute ``x M + b`` of two matrices outside autograd.
 
     In float32 on a CPU this calls oneDNN, as PyTorch does for compiled linear layers: at the sizes of a ViT-S it is
-    faster than `torch.addmm`.
+    faster than `torch.addmm`. Small products take less time than its call.
     """
-    if x.dtype == torch.float32 and x.device.type == "cpu" and _ONEDNN is not None and x.shape[0] > 0:
-        return cast(Tensor, _ONEDNN(x, weight, bias, "none", [], ""))
-    return x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+    large = x.shape[0] * matrix.numel() >= ONEDNN_WORK
+    if large and _ONEDNN is not None and x.dtype == torch.float32 and x.device.type == "cpu":
+        return cast(Tensor, _ONEDNN(x, matrix.t(), bias, "none", [], ""))
+    return x @ matrix if bias is None else torch.addmm(bias, x, matrix)
 
 
+ONEDNN_WORK = 2**22
+"""Products of numbers from which oneDNN's call, 15 microseconds longer, pays."""
+TALL = 64
+"""Rows from which the order of operands matters."""
+_UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
@@ -261,41 +406,42 @@ def _written_into(weight: Tensor, layout: Sequence[_Place], factors: Sequence[Te
     return written
 
 
-def affine(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def affine(y: Tensor, scale: Tensor, shift: Tensor, recovers: bool | None = None) -> Tensor:
     """Scale and shift the channels: ``scale * y + shift`` (SSF, arXiv 2210.08823, eq. 3).
 
     Args:
         y: (..., channels).
         scale: (channels,).
         shift: (channels,).
+        recovers: Whether the input can be recovered from the output (`recoverable`); None to look, which waits for the
+            device. Without effect unless `may_recover` holds.
 
     Returns:
         The shape and dtype of `y`.
     """
     if y.dtype == scale.dtype:
-        if _can_recover(y, scale, shift):
-            return cast(Tensor, _Affine.apply(y, scale, shift))
+        if may_recover(y, scale):
+            recovers = bool(recoverable(scale.detach(), shift.detach()).all()) if recovers is None else recovers
+            if recovers:
+                return cast(Tensor, _Affine.apply(y, scale, shift))
         # addcmul saves y and scale only; a product and a sum would also allocate a temporary of y's size.
         return torch.addcmul(shift, y, scale)
     # A scale near one would be rounded coarsely; its difference from one is not.
     return torch.addcmul(y + shift.to(y.dtype), y, (scale - 1).to(y.dtype))
 
 
-RECOVERY = 64
-"""Largest factor by which recovering an affine map's input from its output may amplify rounding errors."""
+def may_recover(y: Tensor, scale: Tensor) -> bool:
+    """Return whether an affine map may keep its output in place of its input: in float32 and in a step that trains it.
 
-
-def _can_recover(y: Tensor, scale: Tensor, shift: Tensor) -> bool:
-    """Return whether an affine map's input can be recovered from its output: in float32, with no scale near zero.
-
-    With ``out`` rounded to ``eps |out|``, ``(out - shift) / scale`` is off by ``eps (|y| + |shift| / |scale|)``.
+    Args:
+        y: The input.
+        scale: The scale.
     """
-    if y.dtype != torch.float32 or not (torch.is_grad_enabled() and scale.requires_grad):
+    if y.dtype != torch.float32 or scale.dtype != torch.float32:
         return False
-    if _leaves_a_graph() or torch.is_autocast_enabled(y.device.type):
+    if not (torch.is_grad_enabled() and scale.requires_grad):
         return False
-    with torch.no_grad():
-        return bool((scale.abs() * RECOVERY >= shift.abs() + 1).all())
+    return not (_leaves_a_graph() or torch.is_autocast_enabled(y.device.type))
 
 
 class _Affine(torch.autograd.Function):

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vispeft.core.low_rank import Branch, Dropout
-from vispeft.core.route import NOTHING, Acting
+from vispeft.core.route import NOTHING, Acting, Routing
 from vispeft.core.units import AffineUnit, DeltaUnit, InputUnit, LayerPass, Unit
 from vispeft.hosts.base import Host
-from vispeft.hosts.functional import affine, low_rank_linear, low_rank_terms
+from vispeft.hosts.functional import affine, frozen_linear, low_rank_linear, low_rank_terms, may_recover
 from vispeft.hosts.streams import Streams
 
 __all__ = [
@@ -99,17 +98,27 @@ class _Foldable(Host):
         return torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
 
 
-def affine_by(unit: AffineUnit, x: Tensor) -> Tensor:
-    """Scale and shift by a unit, (..., channels)."""
+def affine_by(unit: AffineUnit, x: Tensor, routing: Routing | None = None) -> Tensor:
+    """Scale and shift by a unit, (..., channels).
+
+    Args:
+        unit: The unit.
+        x: The input.
+        routing: The route of the model, which knows whether the input can be recovered; None to ask for this unit.
+    """
     if unit.gain is None:
-        return affine(x, unit.scale, unit.shift)
+        known = routing is not None and may_recover(x, unit.scale)
+        return affine(x, unit.scale, unit.shift, routing.recovers(unit) if routing is not None and known else None)
     return affine(x, 1 + unit.gain * (unit.scale - 1), unit.gain * unit.shift)
 
 
 def terms_of(units: Sequence[DeltaUnit]) -> list[Branch]:
     """List the low-rank terms of units, their gains included."""
-    terms = [(unit.gain, term) for unit in units for term in unit.branches()]
-    return [term if gain is None else dataclasses.replace(term, b=term.b * gain) for gain, term in terms]
+    terms: list[Branch] = []
+    for unit in units:
+        gain, own = unit.gain, unit.branches()
+        terms += own if gain is None else [dataclasses.replace(term, b=term.b * gain) for term in own]
+    return terms
 
 
 def _before(acting: Acting, x: Tensor) -> Tensor:
@@ -119,12 +128,12 @@ def _before(acting: Acting, x: Tensor) -> Tensor:
     return x
 
 
-def _after(acting: Acting, x: Tensor, out: Tensor) -> Tensor:
+def _after(acting: Acting, x: Tensor, out: Tensor, routing: Routing) -> Tensor:
     """Apply the units that act on the output."""
     for following in acting.sequential:
         out = gained(following, out, following.after(x, out))
     for unit in acting.affine:
-        out = affine_by(unit, out)
+        out = affine_by(unit, out, routing)
     return out
 
 
@@ -133,12 +142,14 @@ class LinearHost(_Foldable):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute (..., out) from (..., in)."""
-        acting = self.acting
-        x = _before(acting, x)
-        branches = terms_of(acting.delta)
+        acting, casts = self.acting, self.routing.casts
+        x = _before(acting, x) if acting.input else x
         weight, bias = self._whole_weight(acting), self.own("bias", acting)
-        out = low_rank_linear(x, weight, bias, branches) if branches else F.linear(x, weight, bias)
-        return _after(acting, x, out)
+        if acting.delta:
+            out = low_rank_linear(x, weight, bias, terms_of(acting.delta), casts)
+        else:
+            out = frozen_linear(x, weight, bias, casts)
+        return _after(acting, x, out, self.routing) if acting.sequential or acting.affine else out
 
     def split(self, streams: Streams) -> Streams:
         """Run the layer on all streams; branch units read the frozen product as well as the shared output."""
@@ -146,12 +157,12 @@ class LinearHost(_Foldable):
         if not acting.branch:
             return streams.each(self)
         x = _before(acting, streams.tokens)
-        frozen = F.linear(x, self._whole_weight(acting), self.own("bias", acting))
+        frozen = frozen_linear(x, self._whole_weight(acting), self.own("bias", acting), self.routing.casts)
         layer = LayerPass(x, streams.beside, frozen, frozen)
         for term in terms_of(acting.delta):
             between = dataclasses.replace(term, dropout=Dropout(term.dropout.at("hidden"), "hidden"))
             layer.shared = low_rank_terms(layer.dropped(term.dropout.at("input")), layer.shared, [between])
-        layer.shared = _after(acting, x, layer.shared)
+        layer.shared = _after(acting, x, layer.shared, self.routing)
         beside: dict[str, Tensor] = {}
         for unit in acting.branch:
             beside |= unit.branches(layer)
@@ -322,7 +333,7 @@ class IdentityHost(Host):
     def forward(self, x: Tensor) -> Tensor:
         """Compute the shape of `x`."""
         for unit in self.acting.affine:
-            x = affine_by(unit, x)
+            x = affine_by(unit, x, self.routing)
         return x
 
     def no_plain_form(self) -> str | None:

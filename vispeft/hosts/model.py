@@ -73,6 +73,7 @@ class ModelHost(Host):
         Returns:
             The model.
         """
+        self.routing.forget()
         nn.Module.train(self, mode)
         if mode:
             self._put_to_sleep(self, "")
@@ -140,8 +141,14 @@ class ModelHost(Host):
         with self.gate.alone(self, "get another input size"), self.routing.using(Route()):
             super().set_input_size(img_size, patch_size, *args, **kwargs)  # type: ignore[misc]  # timm's
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Move or cast the model, and forget what is kept of its tensors."""
+        self.routing.forget()
+        return super()._apply(*args, **kwargs)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load tensors, accepting the names of earlier versions."""
+        self.routing.forget()
         self._rename_heads(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ from vispeft.tasks.ema import EMA
 from vispeft.tasks.finite import OutputCount
 from vispeft.tasks.layer_decay import decay_by_layer
 from vispeft.tasks.migration import rename_heads
-from vispeft.tasks.optimizers import check_optimizer, make_optimizer, optimizer_node
+from vispeft.tasks.optimizers import ClipsGradients, check_optimizer, make_optimizer, optimizer_node
 from vispeft.tasks.predictions import Predictor
 from vispeft.tasks.schedules import DECAYS, warmup_decay
 from vispeft.tasks.setting_checks import check_numbers
@@ -36,7 +36,7 @@ from vispeft.tasks.trainer_checks import check_averaging, check_precision, steps
 __all__ = ["AdapterTask"]
 
 
-class AdapterTask(LightningModule):
+class AdapterTask(ClipsGradients):
     """Base of every task: a frozen backbone with an adapter, an optimiser, a warm-up and a decay.
 
     Checkpoints hold the tensors that training changes and nothing of the frozen backbone.
@@ -435,7 +435,7 @@ class AdapterTask(LightningModule):
         groups = self.bank.parameter_groups(self.lr, self.weight_decay, self.decay_tables, self.decay_vectors)
         if self.layer_decay != 1:
             groups = decay_by_layer(unwrap(self.model), groups, self.layer_decay)
-        optimizer = make_optimizer(self.optimizer, [*groups, *self.further_groups()])
+        optimizer = make_optimizer(self.optimizer, [*groups, *self.further_groups()], self.scaled)
         steps: Any = self.trainer.estimated_stepping_batches
         length = None if self.schedule_epochs is None else self.schedule_epochs * steps_per_epoch(self.trainer)
         schedule = warmup_decay(

@@ -66,12 +66,46 @@ class TrainingBatches:
             yield trainer.strategy.batch_to_device(batch)
 
 
-class FiniteGuard(Callback):
-    """Stop training at the first non-finite loss or gradient, before it changes any weight.
+class _Flag:
+    """Whether values of a step were finite, on its way from the device."""
 
-    The weights are then still those of the previous step, and the checkpoints on disk are valid. Outputs of validation
-    and test that are not finite are counted and said.
+    def __init__(self, finite: Tensor, told: str) -> None:
+        """Send the flag to the host, without waiting for it.
+
+        Args:
+            finite: A boolean scalar.
+            told: What was looked at, and the step.
+        """
+        self.told, self._value, self._arrived = told, finite, None
+        if finite.is_cuda:
+            self._value = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> bool:
+        """Wait until it has arrived, and return it."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return bool(self._value)
+
+
+def _is_far(tensor: Tensor) -> bool:
+    """Return whether the host would have to wait for a value of a tensor."""
+    return tensor.device.type != "cpu"
+
+
+class FiniteGuard(Callback):
+    """Stop training at the first non-finite loss or gradient.
+
+    On a CPU this is before it changes any weight, and the weights are those of the previous step. On other devices the
+    host would wait for each step: there the flags of a step are read in the next one, and before anything is saved or
+    validated, so that checkpoints on disk are valid in any case. Outputs of validation and test that are not finite are
+    counted and said.
     """
+
+    def __init__(self) -> None:
+        """Begin without a flag."""
+        self._flags: list[_Flag] = []
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Check the loss.
@@ -79,15 +113,41 @@ class FiniteGuard(Callback):
         Raises:
             TrainingError: If it is not finite.
         """
-        if torch.isfinite(loss).all():
+        self._read(trainer, pl_module)
+        finite = torch.isfinite(loss.detach()).all()
+        if _is_far(finite):
+            self._flags.append(_Flag(finite, f"The training loss was not finite at {_step(trainer)}"))
             return
-        broken = _by_group(trainer, pl_module, lambda parameter: parameter)
-        where = (
-            f"Weights that are not finite: {broken}."
-            if broken
-            else f"All trainable weights are finite; the largest are {_largest(trainer)}."
-        )
+        if finite:
+            return
+        where = _weights(trainer, pl_module)
         raise TrainingError(f"The training loss is {loss.item()} at {_step(trainer)}. {where} {_what_to_do(trainer)}")
+
+    def _read(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the flags that were not waited for.
+
+        Raises:
+            TrainingError: If something was not finite.
+        """
+        flags, self._flags = self._flags, []
+        for flag in flags:
+            if not flag.read():
+                raise TrainingError(
+                    f"{flag.told}, which was seen after the step. {_weights(trainer, pl_module)} "
+                    f"{_what_to_do(trainer, 'Weights may have been updated since.')}"
+                )
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let nothing be saved after a step that was not finite."""
+        self._read(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let nothing be validated after a step that was not finite."""
+        self._read(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let no epoch end with a step that was not finite."""
+        self._read(trainer, pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to count outputs that are not finite."""
@@ -115,21 +175,35 @@ class FiniteGuard(Callback):
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             return  # a float16 scaler overflows by design while it searches its scale, and skips such a step
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not gradients or torch.stack(torch._foreach_norm(gradients)).isfinite().all():
+        if not gradients:
+            return
+        # The largest entry, which is finite where all are: a norm of finite values may overflow.
+        finite = torch.stack(torch._foreach_norm(gradients, torch.inf)).isfinite().all()
+        if _is_far(finite):
+            self._flags.append(_Flag(finite, f"Gradients were not finite at {_step(trainer)}"))
+            return
+        if finite:
             return
         broken = _by_group(trainer, pl_module, lambda parameter: parameter.grad)
-        if broken:  # the norm of finite values may overflow by itself, which is no reason to stop
-            raise TrainingError(f"Gradients are not finite at {_step(trainer)}: {broken}. {_what_to_do(trainer)}")
+        raise TrainingError(f"Gradients are not finite at {_step(trainer)}: {broken}. {_what_to_do(trainer)}")
 
 
 def _step(trainer: Trainer) -> str:
     return f"step {trainer.global_step + 1} (epoch {trainer.current_epoch + 1})"
 
 
-def _what_to_do(trainer: Trainer) -> str:
+def _weights(trainer: Trainer, module: LightningModule) -> str:
+    """Say which weights are not finite, or how large the largest ones are."""
+    broken = _by_group(trainer, module, lambda parameter: parameter)
+    if broken:
+        return f"Weights that are not finite: {broken}."
+    return f"All trainable weights are finite; the largest are {_largest(trainer)}."
+
+
+def _what_to_do(trainer: Trainer, updated: str = "Nothing was updated by this step.") -> str:
     written = str(getattr(trainer.checkpoint_callback, "last_model_path", "") or "")
     kept = f"The last good checkpoint is {written}." if written else "No checkpoint was written before it."
-    return f"Nothing was updated by this step. {kept} Try a lower learning rate, or trainer.gradient_clip_val 1."
+    return f"{updated} {kept} Try a lower learning rate, or trainer.gradient_clip_val 1."
 
 
 def _by_group(trainer: Trainer, module: LightningModule, pick: Callable[[Any], Tensor | None]) -> str:

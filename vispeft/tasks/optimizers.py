@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import nn
 from torch.optim import Optimizer
 
 from vispeft.building.arguments import check_plain
 from vispeft.errors import ConfigError, UnknownNameError
 
-__all__ = ["OPTIMIZERS", "check_optimizer", "make_optimizer", "optimizer_node"]
+__all__ = ["OPTIMIZERS", "ClipsGradients", "check_optimizer", "make_optimizer", "optimizer_node"]
 
 PREFIX = "torch.optim."
 OPTIMIZERS: dict[str, type[Optimizer]] = {
@@ -33,6 +36,8 @@ _UNFIT_ARGUMENTS = {
     "differentiable": "no task computes gradients through a step",
 }
 """Arguments that a task cannot use, and the reason."""
+_FUSED = ("Adam", "AdamW")
+"""Optimisers whose step is one kernel on CUDA, unless their arguments say otherwise."""
 _TAKEN = ("lr", "weight_decay")
 """Arguments that are settings of the task, since learning rate and decay differ by group."""
 
@@ -102,12 +107,13 @@ def check_optimizer(given: Any, weight_decay: float) -> dict[str, Any]:
     return node
 
 
-def make_optimizer(node: Mapping[str, Any], groups: list[dict[str, Any]]) -> Optimizer:
-    """Create an optimiser.
+def make_optimizer(node: Mapping[str, Any], groups: list[dict[str, Any]], scaled: bool = False) -> Optimizer:
+    """Create an optimiser; on CUDA its step is fused where PyTorch can do that.
 
     Args:
         node: As `optimizer_node` returns it.
         groups: Groups with ``params``, ``lr``, ``weight_decay`` and ``name``.
+        scaled: Whether gradients are scaled (16-mixed). Lightning refuses to clip them for a fused step.
 
     Raises:
         ConfigError: If it refuses an argument.
@@ -115,11 +121,52 @@ def make_optimizer(node: Mapping[str, Any], groups: list[dict[str, Any]]) -> Opt
     name = _name(node["class_path"])
     # YAML has lists where torch needs tuples, as for betas.
     arguments: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in node["init_args"].items()}
+    if not scaled and _can_fuse(name, groups, arguments):
+        arguments["fused"] = True
     try:
         return OPTIMIZERS[name](groups, **arguments)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         told = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         raise ConfigError(f"The optimizer {name}({told}) cannot be made: {error}.") from error
+
+
+def _can_fuse(name: str, groups: list[dict[str, Any]], arguments: Mapping[str, Any]) -> bool:
+    """Return whether a fused step is possible and nothing else was asked for."""
+    if name not in _FUSED or "fused" in arguments or "foreach" in arguments:
+        return False
+    return all(p.is_cuda and p.is_floating_point() for group in groups for p in group["params"])
+
+
+class ClipsGradients(LightningModule):
+    """A module whose gradients are clipped beside a fused optimiser too."""
+
+    @property
+    def scaled(self) -> bool:
+        """Whether gradients are scaled, as 16-mixed does."""
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradients.
+
+        Lightning refuses this for every fused optimiser under mixed precision, although only scaled gradients are still
+        to be divided by their scale in its step.
+
+        Args:
+            optimizer: The optimiser.
+            gradient_clip_val: Largest value or norm; None or 0 for no clipping.
+            gradient_clip_algorithm: ``norm`` (default) or ``value``.
+        """
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and not self.scaled:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
 
 def _name(path: str) -> str:
