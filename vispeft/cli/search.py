@@ -10,7 +10,6 @@ from rich.table import Table
 
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.embed import Embedder
-from vispeft.cli.predict import check_readable
 from vispeft.cli.runs import Run
 from vispeft.data.images import Reading, read_image
 from vispeft.errors import ConfigError, FileError, counted
@@ -105,7 +104,6 @@ def search(
             f"{opened.place} was made by another model than {source.path} has: {'; '.join(other)} (in the index). "
             "Scores of embeddings of two models mean nothing. Embed the images again."
         )
-    check_readable([path for collection in collections for path in collection.paths], embedder.reading, "searched for")
     found = []
     for collection in collections:
         embeddings = embedder.all(collection, batch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -58,6 +59,18 @@ class Augmentation:
             raise ConfigError(f"Augmentation(crop_area={self.crop_area}): two shares above 0, up to 1, are needed.")
         if self.rand_augment is not None:
             _rand_augment(self.rand_augment, Preprocessing(size=(8, 8), mean=(0, 0, 0), std=(1, 1, 1)))
+
+    def least(self, preprocessing: Preprocessing) -> tuple[int, int] | None:
+        """Return the height and width that a training image is decoded to at least; None for all of its pixels.
+
+        Args:
+            preprocessing: Preprocessing of every image.
+        """
+        if preprocessing.least is None or self.crop != "resized":
+            return preprocessing.least
+        side = math.sqrt(self.crop_area[0])  # the smallest crop, too, has as many pixels as the backbone sees
+        height, width = (math.ceil(length / side) for length in preprocessing.size)
+        return height, width
 
     @property
     def mixes(self) -> bool:

@@ -20,8 +20,9 @@ from vispeft.data.checks import Report, examine
 from vispeft.data.formats import MAX_PIXELS
 from vispeft.data.images import Reading
 from vispeft.data.listing import PER_PIXEL, Finding, ListedSplit, Listing
-from vispeft.data.preprocessing import Preprocessing
+from vispeft.data.preprocessing import DECODINGS, Preprocessing
 from vispeft.data.randomness import seeded
+from vispeft.data.reading import LeftOut
 from vispeft.data.splitting import check_drawing, cross_validation, hold_out, share_of_rest
 from vispeft.errors import ConfigError, DataError, check_object, counted, printable
 
@@ -55,6 +56,7 @@ class ImageSplit(BatchSplit):
         """
         self.source, self.targets = listed.source, listed.targets
         self._plain = preprocessing.transform()
+        self._least = preprocessing.least if augment is None else augment.least(preprocessing)
         self._train = None if augment is None else TrainTransform(preprocessing, augment)
         self._mixer, self._seed = mixer, seed
 
@@ -68,7 +70,7 @@ class ImageSplit(BatchSplit):
         return images, targets
 
     def _image(self, epoch: int, index: int) -> Tensor:
-        image = self.source.read(index)
+        image = self.source.read(index) if self._least is None else self.source.read_reduced(index, self._least)
         if self._train is None:
             return self._plain(image)
         with seeded(self._seed, epoch, index):
@@ -144,6 +146,7 @@ class ListedData(ImageData):
         transparency: tuple[int, int, int] | None = None,
         value_range: tuple[float, float] | None = None,
         max_pixels: int = MAX_PIXELS,
+        decode: Literal["full", "reduced"] = "full",
         **settings: Any,
     ) -> None:
         """Validate and store the settings.
@@ -161,6 +164,8 @@ class ListedData(ImageData):
             value_range: Values of images of more than 8 bits that become black and white; None takes all values that
                 the file could hold.
             max_pixels: Largest number of pixels of an image or a mask.
+            decode: Decode all pixels of JPEG files (``full``), or fewer where the resizing leaves far fewer anyway
+                (``reduced``), which is faster and changes pixels a little. It is stored with the adapter.
             settings: Settings of `ImageData`.
 
         Raises:
@@ -170,9 +175,13 @@ class ListedData(ImageData):
         name = type(self).__name__
         if check not in ("full", "fast"):
             raise ConfigError(f"{name}(check={check!r}): the choices are full and fast.")
+        if decode not in DECODINGS:
+            raise ConfigError(f"{name}(decode={decode!r}): the choices are {' and '.join(DECODINGS)}.")
         check_object(name, "augment", augment, Augmentation)
         check_drawing(name, validation=validation, test=test, split_seed=split_seed, folds=folds, fold=fold)
         self.check, self.augment = check, augment
+        if decode != "full":
+            self._given["decode"] = decode
         self.validation, self.test, self.split_seed = validation, test, split_seed
         self.folds, self.fold = folds, fold
         self.reading = Reading(transparency=transparency, value_range=value_range, max_pixels=max_pixels)
@@ -268,14 +277,53 @@ class ListedData(ImageData):
         """Refuse data with errors, and log the warnings and what is left out.
 
         Raises:
+            ConfigError: If files cannot be decoded at reduced scale, and that was asked for.
             DataError: If the data cannot be used; the message lists every problem.
         """
+        self._check_decoding()
         report = self.report()
         report.raise_errors()
         for finding in report.findings:
             if finding.level == "warning" or finding.code == "left-out":
                 level = logging.WARNING if finding.level == "warning" else logging.INFO
                 logger.log(level, "%s: %s", printable(self.listing.place), finding.line(3))
+
+    def leave_out_unreadable(self, split: str) -> list[LeftOut]:
+        """Take the images that cannot be read out of all splits, to measure a model on the others.
+
+        Splits that are drawn are drawn before, so that each image stays in its split.
+
+        Args:
+            split: train, validation or test.
+
+        Returns:
+            The images of this split that were taken out.
+        """
+        left_out = []
+        facts = self.report().facts
+        for name, listed in self.listing.splits.items():
+            broken = {index: known for index, known in enumerate(facts[name]) if known.problem}
+            if not broken:
+                continue
+            if name == split:
+                names = {listed.source.name(index): known for index, known in broken.items()}
+                left_out += [
+                    LeftOut(image, f"{image} cannot be read as an image ({known.reason or known.problem}).")
+                    for image, known in names.items()
+                ]
+            kept = [index for index in range(len(listed)) if index not in broken]
+            self.listing.splits[name] = listed.take(torch.tensor(kept, dtype=torch.int64))
+            self._report = None
+        return left_out
+
+    def _check_decoding(self) -> None:
+        if self._given.get("decode", "full") == "full":
+            return
+        name = f"{type(self).__name__}(decode='reduced')"
+        if self.listing.target in PER_PIXEL:
+            raise ConfigError(f"{name}: labels of pixels need all pixels of their images. Leave decode out.")
+        if not all(split.source.reduces for split in self.listing.splits.values()):
+            raise ConfigError(f"{name}: its images are not decoded by vispeft. Leave decode out.")
 
     def identity(self) -> Iterator[bytes]:
         """Yield bytes that identify images and targets of all splits: names, and pixels where they were read."""
