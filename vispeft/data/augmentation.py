@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 from vispeft.data.preprocessing import INTERPOLATIONS, Preprocessing
 from vispeft.errors import ConfigError
 
-__all__ = ["Augmentation", "TrainTransform"]
+__all__ = ["Augmentation", "TrainTransform", "cropped"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,9 @@ class Augmentation:
     """Alpha of cutmix; 0 is off. With both, each batch gets one of them, with equal probability."""
     mix_probability: float = 1.0
     """Probability of mixing a batch."""
+    on_device: bool = False
+    """Whether whole batches are flipped, erased, mixed and normalised on the device that trains, and workers only read,
+    crop and resize. Other random numbers are drawn then; `rand_augment` cannot be used."""
 
     def __post_init__(self) -> None:
         """Validate the fields.
@@ -112,12 +115,7 @@ class TrainTransform:
         Raises:
             ConfigError: If a random crop is configured and would cut off nothing.
         """
-        if augmentation.crop == "random" and preprocessing.crop_pct is None:
-            raise ConfigError(
-                "Augmentation(crop='random') cuts a window out of a larger image, and images are resized to exactly "
-                "the backbone's size. Give the data module crop_pct, such as 0.875, or take crop='resized'."
-            )
-        self._place = _placing(preprocessing, augmentation)
+        self._place = cropped(preprocessing, augmentation)
         self._flip = v2.RandomHorizontalFlip(augmentation.flip) if augmentation.flip else None
         named = augmentation.rand_augment
         self._rand = _rand_augment(named, preprocessing) if named else None
@@ -140,7 +138,21 @@ class TrainTransform:
         return image if self._erase is None else self._erase(image)
 
 
-def _placing(preprocessing: Preprocessing, augmentation: Augmentation) -> v2.Transform:
+def cropped(preprocessing: Preprocessing, augmentation: Augmentation) -> v2.Transform:
+    """Return the transform that crops and resizes a training image, uint8 (3, H, W).
+
+    Args:
+        preprocessing: Preprocessing of every image.
+        augmentation: Augmentation of training images.
+
+    Raises:
+        ConfigError: If a random crop is configured and would cut off nothing.
+    """
+    if augmentation.crop == "random" and preprocessing.crop_pct is None:
+        raise ConfigError(
+            "Augmentation(crop='random') cuts a window out of a larger image, and images are resized to exactly "
+            "the backbone's size. Give the data module crop_pct, such as 0.875, or take crop='resized'."
+        )
     size = list(preprocessing.size)
     if augmentation.crop == "resized":
         mode = INTERPOLATIONS[preprocessing.interpolation]

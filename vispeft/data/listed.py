@@ -6,7 +6,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from timm.data import Mixup
@@ -17,6 +17,7 @@ from vispeft.data.augmentation import Augmentation, TrainTransform
 from vispeft.data.base import BatchSplit, ImageData, Index
 from vispeft.data.by_name import ClassOrder, in_order
 from vispeft.data.checks import Report, examine
+from vispeft.data.device_augmentation import MIX, DeviceAugmentation, UnfinishedBatch
 from vispeft.data.formats import MAX_PIXELS
 from vispeft.data.images import Reading
 from vispeft.data.listing import PER_PIXEL, Finding, ListedSplit, Listing
@@ -29,9 +30,6 @@ from vispeft.errors import ConfigError, DataError, check_object, counted, printa
 __all__ = ["ImageSplit", "ListedData", "PixelSplit"]
 
 logger = logging.getLogger(__name__)
-
-MIX = 0x6D6978
-"""Salt that separates the random numbers of a batch from those of its first image."""
 
 
 class ImageSplit(BatchSplit):
@@ -57,11 +55,19 @@ class ImageSplit(BatchSplit):
         self.source, self.targets = listed.source, listed.targets
         self._plain = preprocessing.transform()
         self._least = preprocessing.least if augment is None else augment.least(preprocessing)
-        self._train = None if augment is None else TrainTransform(preprocessing, augment)
+        device = augment is not None and augment.on_device
+        self._train = None if augment is None or device else TrainTransform(preprocessing, augment)
+        self._device = DeviceAugmentation(preprocessing, augment, mixer, seed) if augment and device else None
         self._mixer, self._seed = mixer, seed
 
-    def batch(self, indices: list[Index]) -> tuple[Tensor, Tensor]:
-        """Build a batch, which depends only on its indices and the seed."""
+    def batch(self, indices: list[Index]) -> Any:
+        """Build a batch, which depends only on its indices and the seed.
+
+        Returns:
+            Images and targets, or an `UnfinishedBatch` for `finish`, if batches are augmented on the device.
+        """
+        if self._device is not None:
+            return self._unfinished(self._device, indices)
         images = torch.stack([self._image(epoch, index) for epoch, index in indices])
         targets = self.targets[torch.tensor([index for _, index in indices])]
         if self._mixer is not None:
@@ -69,8 +75,32 @@ class ImageSplit(BatchSplit):
                 images, targets = self._mixer(images, targets)
         return images, targets
 
+    def finish(self, batch: UnfinishedBatch) -> tuple[Tensor, Tensor]:
+        """Augment a batch on its device.
+
+        Args:
+            batch: The batch, moved to the device.
+        """
+        assert self._device is not None
+        return self._device.finish(batch)
+
+    def _unfinished(self, steps: DeviceAugmentation, indices: list[Index]) -> UnfinishedBatch:
+        images, flips, boxes = [], [], []
+        for epoch, index in indices:
+            image = self._read(index)
+            with seeded(self._seed, epoch, index):
+                images.append(steps.crop(image))
+                flip, box = steps.draw()
+            flips.append(flip)
+            boxes.append(box)
+        targets = self.targets[torch.tensor([index for _, index in indices])]
+        return UnfinishedBatch(torch.stack(images), targets, torch.tensor(flips), torch.tensor(boxes), indices[0])
+
+    def _read(self, index: int) -> Tensor:
+        return self.source.read(index) if self._least is None else self.source.read_reduced(index, self._least)
+
     def _image(self, epoch: int, index: int) -> Tensor:
-        image = self.source.read(index) if self._least is None else self.source.read_reduced(index, self._least)
+        image = self._read(index)
         if self._train is None:
             return self._plain(image)
         with seeded(self._seed, epoch, index):
@@ -180,6 +210,9 @@ class ListedData(ImageData):
         check_object(name, "augment", augment, Augmentation)
         check_drawing(name, validation=validation, test=test, split_seed=split_seed, folds=folds, fold=fold)
         self.check, self.augment = check, augment
+        if augment is not None and augment.on_device:
+            # Not a method: it would stand in the way of the same hook of a user's task.
+            self.on_after_batch_transfer = self.augment_on_device  # type: ignore[method-assign]
         if decode != "full":
             self._given["decode"] = decode
         self.validation, self.test, self.split_seed = validation, test, split_seed
@@ -237,6 +270,20 @@ class ListedData(ImageData):
         if self._report is None:
             self._report = examine(self.listing, full=self.check == "full")
         return self._report
+
+    def augment_on_device(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        """Augment a training batch on its device, where `augment` has ``on_device``.
+
+        A Lightning trainer calls it for every batch. In a loop of your own, call it for each batch of
+        `train_dataloader` that was moved to the device.
+
+        Args:
+            batch: A batch of any split; those of other splits are returned unchanged.
+            dataloader_idx: Number of the loader, which Lightning tells.
+        """
+        if isinstance(batch, UnfinishedBatch):
+            return cast(ImageSplit, self.split("train")).finish(batch)
+        return batch
 
     @property
     def class_names(self) -> tuple[str, ...]:
