@@ -1,10 +1,11 @@
-"""Run the digits, Earth and scenes configs once, and write into their headers what they reach and in what time.
+"""Run the digits, Earth, scenes and emoji configs once, and write into their headers what they reach and in what time.
 
     python benchmarks/config_figures.py [NAME ...]
 
 Without names all of them run; with names, such as earth_lora, the figures of the others are kept. The Earth configs
 need the wheels that their headers name; those of mmsegmentation, the extra mmseg. Writes
-results/config_figures.json after each; the second line of each config is made from it.
+results/config_figures.json after each; the second line of each config is made from it. Pictures that the docs show are
+taken from the last epoch of the run.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, write
+from PIL import Image
 
 from vispeft.cli.train import train
 
@@ -27,6 +29,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 PATTERNS = (
     *("classification/digits_*.yaml", "segmentation/earth_*.yaml", "mmseg/earth_*.py"),
     *("multitask/scenes_*.yaml", "multitask/earth_*.yaml"),
+    "metric_learning/emoji_*.yaml",
 )
 """The configs that are run; their names differ, whatever folder they are in."""
 TOLD = {
@@ -34,10 +37,19 @@ TOLD = {
     "mean_average_precision": "a mean average precision of {:.3f}",
     "r2": "an R² of {:.3f}",
     "miou": "a mean IoU of {:.3f}",
+    "recall@1": "a recall@1 of {:.3f}",
 }
 """The metric that counts, the first there is, and how the header tells it."""
 OF_TASKS = {"miou": "mean IoU", "odsf": "F1", "mean": "degrees", "rmse": "rmse"}
 """How it tells the main figures of several tasks."""
+
+IMAGES, QUALITY, WIDTH = CONFIGS.parent / "docs" / "images", 88, 1100
+PICTURES = {
+    "scenes_mtlora": ("strips_epoch_*.png",),
+    "earth_mtlora": ("strips_epoch_*.png",),
+    "emoji_vptsp": ("neighbours_epoch_*.png", "embeddings_*.png"),
+}
+"""Pictures of validation images that the docs show, by config."""
 
 
 def header(entry: dict[str, float]) -> str:
@@ -87,6 +99,15 @@ def with_mmengine(config: Path, out: Path) -> dict[str, float]:
     }
 
 
+def keep_picture(picture: Path, config: str) -> None:
+    """Keep a picture of a run for the docs, as a JPEG that is not too wide."""
+    IMAGES.mkdir(exist_ok=True)
+    kind = picture.stem.split("_")[0]
+    with Image.open(picture) as opened:
+        opened.thumbnail((WIDTH, 10 * WIDTH))
+        opened.convert("RGB").save(IMAGES / f"{config}_{kind}.jpg", quality=QUALITY)
+
+
 def quiet() -> bool:
     """Tell whether the machine does little else."""
     return os.getloadavg()[0] < (os.cpu_count() or 1) + 1
@@ -104,6 +125,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             run = with_mmengine if config.suffix == ".py" else with_lightning
             entry = run(config, Path(folder) / "run")
+            for pattern in PICTURES.get(config.stem, ()):
+                keep_picture(max((Path(folder) / "run" / "plots").glob(pattern)), config.stem)
         if not (idle and quiet() and entry["threads"] == 2):
             del entry["seconds"]  # the time says more about other work
         results[config.stem] = entry

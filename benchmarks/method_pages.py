@@ -167,7 +167,8 @@ def page(
     if method.multi_task:
         yield from ("Attach it with tasks, and read their maps with `vispeft.forward_tasks`.", "")
     else:
-        yield from ("```bash", f"vispeft train classification/digits --method {name}", "```", "")
+        config = "metric_learning/emoji_vptsp" if brings_criterion(method) else "classification/digits"
+        yield from ("```bash", f"vispeft train {config} --method {name}", "```", "")
     yield from ("## Counts", "", f"Trainable parameters with the default fields{tasks}, without the classifier.", "")
     formula = inspect.cleandoc(cls.parameter_count.__doc__ or "").splitlines()[0]
     yield from (formula, "", "| backbone | by formula | built | acts at |", "|---|--:|--:|---|")
@@ -177,13 +178,19 @@ def page(
         else:
             roles = ", ".join(f"`{role}`" for role in found[2]) or "nothing"
             yield f"| {label} | {found[0]:,} | {found[1]:,} | {roles} |"
-    yield from ("", "## Memory and merging", "", *costs(facts), "", "## What to train it with", "")
-    yield from advice(method, models)
+    yield from ("", "## Memory and merging", "", *costs(facts, brings_criterion(method)), "")
+    yield from ("## What to train it with", "")
+    yield from advice(method, {label: model for label, model in models.items() if not isinstance(counted[label], str)})
     yield from ("", "## Presets", "", *presets(name), "", "## Published results", "", *results(name, published))
     yield from ("", "## Own results", "", *own(name), "")
 
 
-def costs(facts: dict[str, Any] | None) -> Iterator[str]:
+def brings_criterion(method: vispeft.Method) -> bool:
+    """Whether a method has a criterion of its own for metric learning, which passes the backbone a second time."""
+    return type(method).criterion is not vispeft.Method.criterion
+
+
+def costs(facts: dict[str, Any] | None, criterion: bool) -> Iterator[str]:
     """Say what a method costs in memory, and whether it merges."""
     if facts is None:
         yield "Not measured yet."
@@ -199,6 +206,7 @@ def costs(facts: dict[str, Any] | None) -> Iterator[str]:
     yield (
         f"Activations kept for the backward pass: **{share:.2f}** of full fine-tuning ({told}; ViT-Ti/16, 224 pixels, "
         f"{BATCH} images, float32)."
+        + (" In training, the second pass of its criterion keeps about as much again." if criterion else "")
     )
     told = {
         "yes": "exactly, into a plain timm model",

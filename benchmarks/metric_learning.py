@@ -3,6 +3,7 @@
     python benchmarks/metric_learning.py --pilot               # a few steps of each row
     python benchmarks/metric_learning.py --minutes 60          # as much as fits; start again to go on
     python benchmarks/metric_learning.py --rows vptsp lora
+    python benchmarks/metric_learning.py --frozen              # the figures of the backbone as it is
     python benchmarks/metric_learning.py --table               # writes the table into docs/metric_learning.md
 
 Needs ``python benchmarks/assets.py dinov2_vit_s14`` and the three archives of `vispeft.data.EmojiData`. All rows have
@@ -38,6 +39,8 @@ from common import write_section  # noqa: E402
 from vispeft.building.config_files import dump_config  # noqa: E402
 from vispeft.cli.common import quiet_libraries, versions  # noqa: E402
 from vispeft.cli.train import train  # noqa: E402
+from vispeft.data import EmojiData  # noqa: E402
+from vispeft.metrics import RetrievalScores  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "metric_learning"
 PAGE, ASSET = "metric_learning", "dinov2_vit_s14"
@@ -61,8 +64,8 @@ class Row:
     """Fields of the method."""
     rates: tuple[float, ...] = (1e-3, 3e-3)
     """Learning rates that are tried."""
-    loss: str = "MultiSimilarityLoss"
-    """Loss of methods that bring none."""
+    loss: str | None = "MultiSimilarityLoss"
+    """The loss; None where the method brings its own."""
 
 
 ROWS = {
@@ -70,8 +73,8 @@ ROWS = {
     "anchor": Row(says="linear head, Proxy-Anchor", method="linear_probe", loss="ProxyAnchorLoss"),
     "bitfit": Row(says="BitFit", method="bitfit"),
     "lora": Row(says="LoRA, r = 8", method="lora", fields={"rank": 8}),
-    "vptsp": Row(says="VPTSP-G", method="vptsp"),
-    "vptsp_m": Row(says="VPTSP-M", method="vptsp_m"),
+    "vptsp": Row(says="VPTSP-G", method="vptsp", rates=(3e-4, 1e-3, 3e-3), loss=None),
+    "vptsp_m": Row(says="VPTSP-M", method="vptsp_m", rates=(3e-4, 1e-3, 3e-3), loss=None),
     "ssf": Row(says="SSF", method="ssf"),
     "vpt": Row(says="VPT, 10 prompts", method="vpt"),
     "bi_adaptformer": Row(says="AdaptFormer, 1 bit", method="bi_adaptformer"),
@@ -114,7 +117,7 @@ class Trial:
                     "backbone_args": {"img_size": SIZE},
                     "weights": str(assets.weights(ASSET)),
                     "method": {"class_path": row.method, "init_args": row.fields},
-                    "loss": row.loss,
+                    **({} if row.loss is None else {"loss": row.loss}),
                     "dim": DIM,
                     "head_norm": "affine",
                     "lr": self.lr,
@@ -151,6 +154,26 @@ class Trial:
             "threads": torch.get_num_threads(),
             "versions": versions(),
         }
+
+
+def frozen(root: str) -> dict[str, Any]:
+    """Measure the features of the backbone as it is.
+
+    Args:
+        root: Folder of the archives.
+    """
+    asset = assets.ASSETS[ASSET]
+    model = vispeft.create_model(asset.architecture, weights=str(assets.weights(ASSET)), img_size=SIZE).eval()
+    data = EmojiData.for_model(model, root=root, image_size=SIZE, batch_size=BATCH)
+    found: dict[str, Any] = {}
+    for split, stage in (("validation", "fit"), ("test", "test")):
+        data.setup(stage)
+        scores = RetrievalScores()
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            for images, labels, roles in data.val_dataloader() if split == "validation" else data.test_dataloader():
+                scores.update(model(images).float(), labels, roles)
+        found[split] = {name: float(value) for name, value in scores.compute().items()}
+    return {**found, "versions": versions()}
 
 
 def best_rate(row: str) -> float | None:
@@ -197,6 +220,10 @@ def table() -> list[str]:
     """Make the table, rows that were not run included."""
     heads = ["row", "R@1", "MAP@R", "validation R@1", "trained", "deployed", "seconds", "peak MiB", "rate", "seeds"]
     lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    if FROZEN.is_file():
+        found_frozen = json.loads(FROZEN.read_text())
+        cells = [f"{found_frozen[split][key]:.3f}" for split, key in FIGURES]
+        lines.append("| " + " | ".join(["features of the backbone as it is", *cells, "0", *[""] * 5]) + " |")
     for name, row in ROWS.items():
         found = finished(name)
         if not found:
@@ -216,6 +243,7 @@ def table() -> list[str]:
     return lines
 
 
+FROZEN = RESULTS / "frozen.json"
 FIGURES = (("test", MAIN), ("test", "map@r"), ("validation", MAIN))
 
 
@@ -232,6 +260,7 @@ def main() -> None:
     parser.add_argument("--root", default="downloads/npm", help="folder of the archives")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after these")
     parser.add_argument("--pilot", action="store_true", help="a few steps of each row, nothing is kept")
+    parser.add_argument("--frozen", action="store_true", help="measure the features of the backbone as it is")
     parser.add_argument("--table", action="store_true", help="write the table")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
@@ -240,6 +269,10 @@ def main() -> None:
         write_section("metric learning emoji", table(), PAGE)
         return
     quiet_libraries()
+    if given.frozen:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        FROZEN.write_text(json.dumps(frozen(given.root), indent=1) + "\n")
+        return
     if given.one:
         print(json.dumps(Trial(**json.loads(given.one)).run(given.root, given.overrides)))
         return

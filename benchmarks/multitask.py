@@ -8,8 +8,8 @@
 All rows of a data set have the same images, maps, decoders, epochs and optimiser. The learning rate of a row is chosen
 once, with seed 0, by its validation score (`vispeft.tasks.baselines.mean_score`), the best epoch of each run likewise;
 test images are looked at once per seed. The single-task row trains one model per task, and is what delta m compares
-with. Every run leaves one JSON in ``results/multitask/``; what is there is not run again, so two processes may share
-the work by taking different rows.
+with; another column compares with the decoders alone, and has the lowest of the seeds. Every run leaves one JSON in
+``results/multitask/``; what is there is not run again, so two processes may share the work by taking different rows.
 """
 
 from __future__ import annotations
@@ -228,24 +228,31 @@ def gains(result: dict[str, Any], single: dict[str, Any]) -> float:
 
 def table(data: str) -> list[str]:
     """Make the table of a data set, rows that were not run included."""
-    tasks, singles = TASKS[data], finished(data, "single")
+    tasks, singles, decoders = TASKS[data], finished(data, "single"), finished(data, "decoders")
     mains = next((found["main"] for row in ROWS for found in finished(data, row).values()), dict.fromkeys(tasks, ""))
     heads = [f"{task} {mains[task]}{'' if BETTER.get(mains[task], False) else ' (less is better)'}" for task in tasks]
     lines = [
-        "| " + " | ".join(["row", *heads, "delta m %", "trainable", "decoders", "seconds", "seeds"]) + " |",
-        "|---" + "|---:" * (len(tasks) + 5) + "|",
+        "| " + " | ".join(["row", *heads, *COLUMNS]) + " |",
+        "|---" + "|---:" * (len(tasks) + len(COLUMNS)) + "|",
     ]
     for name, row in ROWS.items():
         found = finished(data, name)
         if not found:
-            lines.append(f"| {row.says} |" + " |" * (len(tasks) + 4) + " not run yet |")
+            lines.append(f"| {row.says} |" + " |" * (len(tasks) + len(COLUMNS) - 1) + " not run yet |")
             continue
         cells = [_mean([result["test"][f"{task}/{mains[task]}"] for result in found.values()]) for task in tasks]
-        deltas = [gains(result, singles[seed]) for seed, result in found.items() if seed in singles]
+        deltas, above = (
+            [gains(result, others[seed]) for seed, result in found.items() if seed in others]
+            for others in (singles, decoders)
+        )
+        compared = [_mean(deltas, 1) if deltas else "", f"{min(above):.1f}" if above else ""]
         first = found[min(found)]
         counts = [f"{first['trainable']:,}", f"{first['decoders']:,}", f"{first['seconds']:.0f}", str(len(found))]
-        lines.append("| " + " | ".join([row.says, *cells, _mean(deltas, 1) if deltas else "", *counts]) + " |")
+        lines.append("| " + " | ".join([row.says, *cells, *compared, *counts]) + " |")
     return lines
+
+
+COLUMNS = ("delta m %", "over decoders only % (lowest seed)", "trainable", "decoders", "seconds", "seeds")
 
 
 def _mean(values: list[float], digits: int = 4) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from numbers import Integral
 
 __all__ = [
     "BackboneError",
@@ -20,6 +21,7 @@ __all__ = [
     "VerificationError",
     "VispeftError",
     "brief",
+    "check_count",
     "check_object",
     "counted",
     "is_utf8",
@@ -107,6 +109,20 @@ class DataError(VispeftError):
 
 class TrainingError(VispeftError):
     """Training cannot go on, for example because a loss is not finite."""
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuse what is no whole number from 1 on.
+
+    Args:
+        name: Name of the setting.
+        value: The value that was given.
+
+    Raises:
+        ConfigError: If it is another one.
+    """
+    if not isinstance(value, Integral) or value < 1:
+        raise ConfigError(f"{name} is {value!r}; a whole number, at least 1, is needed.")
 
 
 def near_names(asked: str, known: Iterable[str], at_most: int = 12) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,32 @@ def test_the_run_is_measured_again_to_the_same_figures(run: Path, run_cli: Any) 
     result = run_cli("evaluate", run, "--data.tasks=[sal, depth]")
     assert "parts" in result.err
     assert "there alone" in result.err
+
+
+@pytest.mark.slow
+def test_baselines_are_runs_of_the_same_data_and_may_be_gone_later(run: Path, run_cli: Any, tmp_path: Path) -> None:
+    out, alone = tmp_path / "run", tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(run / "metrics.json", alone)
+    given = ["train", run.parent / "config.yaml", "--code", TOY, "--out", out, f"--model.baselines={alone}"]
+    result = run_cli(*given, "--data.image_size=64")
+    assert result.status == 2
+    assert f"{alone} (depth): images of 32 x 32 pixels there and 64 x 64 here" in result.err
+    assert not out.exists()
+    assert run_cli(*given, "--trainer.max_epochs=1").status == 0
+    shutil.rmtree(alone)
+    for split in ("test", "validation"):
+        result = run_cli("evaluate", out, "--split", split)
+        assert result.status == 0, result.err
+        rows = {line.split("│")[1].strip(): line.split("│")[2:5] for line in result.out.splitlines() if "│" in line}
+        wanted = json.loads((run / "metrics.json").read_text())[split]["depth/rmse"]
+        assert float(rows["depth/rmse"][2]) == pytest.approx(wanted, abs=1e-4)
+        assert rows["delta_m"][0] == rows["delta_m"][1]
+    result = run_cli("evaluate", out, "--data.image_size=64")
+    assert "32 x 32 pixels there and 64 x 64 here" in result.out
+    row = next(line for line in result.out.splitlines() if "│ delta_m" in line)
+    assert not row.split("│")[2].strip()
+    load_task(Run.open(out))
 
 
 @pytest.mark.slow

@@ -13,8 +13,10 @@ from sklearn.datasets import load_digits
 import vispeft
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run
-from vispeft.data.images import read_image
+from vispeft.cli.search import DRAWN, _small
+from vispeft.data.images import Reading, read_image
 from vispeft.data.preprocessing import Preprocessing
+from vispeft.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,29 @@ def test_the_functions_give_what_the_commands_write(digits, index):
     found = vispeft.search(index, digits / "3", count=2)
     assert [entry.label for entry in found] == ["3"] * len(list((digits / "3").iterdir()))
     assert all(len(entry.hits) == 2 and entry.query != entry.hits[0].path for entry in found)
+
+
+def test_large_images_are_searched_and_drawn_within_a_limit(finished, digits, run_cli, tmp_path, monkeypatch):
+    large = tmp_path / "large"
+    large.mkdir()
+    for name, source in (("a", "0/0.png"), ("b", "1/1.png")):
+        Image.open(digits / source).resize((900, 30)).save(large / f"{name}.png")
+    monkeypatch.setattr(Reading, "from_notes", classmethod(lambda cls, notes: Reading(max_pixels=26_000)))
+    index, limit = tmp_path / "index", ("--max_pixels", 27_000)
+    assert "more than max_pixels=26000" in run_cli("embed", finished, large, "--out", index).err
+    assert run_cli("embed", finished, large, "--out", index, *limit).status == 0
+    assert "more than max_pixels=26000" in run_cli("search", index, large).err
+    result = run_cli("search", index, large / "a.png", large, *limit, "--out", tmp_path / "out")
+    assert result.status == 0, result.err
+    assert len(list((tmp_path / "out/pictures").iterdir())) == 3
+    assert _small(torch.zeros(3, 30, 900, dtype=torch.uint8)).shape == (3, 13, DRAWN)
+    assert _small(torch.zeros(3, 30, 9, dtype=torch.uint8)).shape == (3, 30, 9)
+
+
+def test_settings_of_a_search_are_checked_before_anything_is_embedded(digits, index):
+    for name, value in (("batch_size", 0), ("batch_size", -2), ("batch_size", 1.5), ("count", 0), ("count", "5")):
+        with pytest.raises(ConfigError, match="at least 1"):
+            vispeft.search(index, digits / "3", **{name: value})
 
 
 def test_another_run_and_moved_runs_are_refused(finished, digits, index, run_cli, tmp_path):

@@ -16,6 +16,7 @@ from tests.conformance.cells import BACKBONES, Cell
 from vispeft.core.families import describe
 from vispeft.errors import ConfigError, SiteError
 from vispeft.hosts.model import BANK
+from vispeft.proxies.class_prompts import ROW_BY_ROW, BankedPrompts
 from vispeft.proxies.losses import proxy_loss
 from vispeft.proxies.semantic import SemanticProxies
 
@@ -176,6 +177,31 @@ def test_class_prompts_in_host_memory_need_the_optimiser() -> None:
         made.watch(torch.optim.AdamW(made.head.parameters()))
 
 
+@pytest.mark.parametrize("name", ROW_BY_ROW)
+def test_rows_of_a_class_that_is_seen_each_time_are_those_of_an_optimiser_for_it_alone(name: str) -> None:
+    prompts = BankedPrompts((2,), (3, 2, 4)).train()
+    alone = nn.Parameter(prompts.bank[0].clone())
+    extra = {"momentum": 0.9} if name == "SGD" else {}
+    optimizer, other = (
+        getattr(torch.optim, name)(given, lr=0.01, **extra) for given in (prompts.parameters(), [alone])
+    )
+    prompts.watch(optimizer)
+    for classes in ([0, 1], [0, 2], [1, 0], [0]):
+        rows, place = prompts.rows(torch.tensor(classes)), classes.index(0)
+        for by, loss in ((optimizer, rows.pow(3).sum()), (other, alone.pow(3).sum())):
+            by.zero_grad()
+            loss.backward()
+            by.step()
+        assert torch.allclose(prompts.bank[0], alone, rtol=1e-6), place
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "Adagrad", "Rprop", "ASGD"])
+def test_optimisers_whose_state_cannot_be_taken_apart_are_refused(name: str) -> None:
+    prompts = BankedPrompts((2,), (3, 2, 4)).train()
+    with pytest.raises(ConfigError, match=f"{name} keeps a state .* Choose Adadelta"):
+        prompts.watch(getattr(torch.optim, name)(prompts.parameters(), lr=0.01))
+
+
 # ---------------------------------------------------------------------- bad input
 
 
@@ -189,6 +215,9 @@ def test_class_prompts_in_host_memory_need_the_optimiser() -> None:
         {"integrator": "ema"},
         {"pull": "none"},
         {"alpha": 0.0},
+        {"alpha": -32.0},
+        {"margin": float("nan")},
+        {"class_step": 0.5},
         {"blocks": (0,)},
     ],
     ids=str,

@@ -129,6 +129,9 @@ def test_depths_are_divided_by_the_scale_and_stay_metres():
     assert set(scaled.unique().tolist()) == {4.0}  # the row without depths has left the picture
     kept = finish_label(warp_label(flat, "depth", 0.0, 0.5), "depth")
     assert set(kept.unique().tolist()) == {12.0, float(IGNORE)}
+    far = finish_label(torch.tensor([[[0.0, 255.0, 256.0, 254.0]]]), "depth")
+    assert (far == IGNORE).tolist() == [[[True, False, False, False]]]
+    torch.testing.assert_close(far[..., 1:], torch.tensor([[[255.0, 256.0, 254.0]]]), rtol=0, atol=2e-5)
 
 
 def test_borders_are_filled_as_asked():

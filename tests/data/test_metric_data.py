@@ -257,6 +257,20 @@ def test_a_split_in_which_nothing_can_be_found_is_refused(root):
     )
 
 
+def test_a_query_that_is_in_the_gallery_too_is_one_image_and_not_its_own_neighbour(root):
+    train = [f"c{name}/{n}.png {name}" for name in range(4) for n in range(IMAGES)]
+    gallery = [f"c{name}/{n}.png {name}" for name in (6, 7) for n in (0, 1)]
+    data = lists(root, train=train, query=["c6/1.png 6", "c7/2.png 7"], gallery=gallery)
+    assert codes(data) == {}
+    assert "listed twice" not in " ".join(codes(data, "warning").values())
+    test = data.listing.splits["test"]
+    assert names_of(test) == ["c6/1.png", "c7/2.png", "c6/0.png", "c7/0.png", "c7/1.png"]
+    assert test.roles.tolist() == [0, 1, 2, 2, 2]
+    assert [data.label_names[label] for label in test.targets.tolist()] == ["6", "7", "6", "7", "7"]
+    data = lists(root, train=train, query=["c6/1.png 6"], gallery=["c6/1.png 6", *gallery[2:]])
+    assert "No image of test has another one of its class" in codes(data)["no-pairs"]
+
+
 @pytest.mark.parametrize("given", [["query"], ["gallery"], ["test", "query", "gallery"]])
 def test_queries_without_a_gallery_are_refused(root, given):
     with pytest.raises(ConfigError, match="give test_list, or query_list and gallery_list"):

@@ -118,9 +118,10 @@ def test_species_may_come_from_the_tables(tmp_path):
     root = made.make_inaturalist(tmp_path, Painter(), True)
     data = ready(INaturalistMetricData(root=str(root), classes="json", **SMALL))
     assert data.label_names == ("50", "51", "52", "53")
-    (root / "val2018.json").write_text("[1]")
-    with pytest.raises(DataError, match=r"val2018\.json is no table as published"):
-        INaturalistMetricData(root=str(root), classes="json", **SMALL).read()
+    for content in ("[1]", 100_000 * "["):
+        (root / "val2018.json").write_text(content)
+        with pytest.raises(DataError, match=r"val2018\.json is no table as published"):
+            INaturalistMetricData(root=str(root), classes="json", **SMALL).read()
     with pytest.raises(ConfigError, match="folders and json"):
         INaturalistMetricData(root=str(root), classes="names", **SMALL)
 
@@ -157,6 +158,28 @@ def test_damaged_lists_are_named(tmp_path):
     made.write(tmp_path / "inat/Inaturalist_test_set1.txt", "1.jpg")
     with pytest.raises(DataError, match="needs two folders above it"):
         INaturalistMetricData(root=str(tmp_path / "inat"), **SMALL).read()
+
+
+@pytest.mark.parametrize(
+    ("labels", "images", "told"),
+    [
+        (["1 x", "2 2"], ["1 001.A/1.jpg", "2 002.B/1.jpg"], r"image_class_labels.txt:1 has no number .* but 'x'"),
+        (
+            ["1 1", "2 2", "1 2"],
+            ["1 001.A/1.jpg", "2 002.B/1.jpg"],
+            r"image 1 twice, at image_class_labels.txt:1 and",
+        ),
+        (["1 1", "2 2"], ["1 001.A/1.jpg", "1 002.B/1.jpg"], r"the image 1 twice, at images.txt:1 and images.txt:2"),
+        (["1 1", "2 2"], ["1 001.A/1.jpg"], r"images.txt has no image 2, which image_class_labels.txt:2 names"),
+    ],
+)
+def test_lists_of_cub_that_do_not_belong_together_are_refused(tmp_path, labels, images, told):
+    place = tmp_path / "CUB_200_2011"
+    made.write(place / "image_class_labels.txt", *labels)
+    made.write(place / "images.txt", *images)
+    (place / "images").mkdir()
+    with pytest.raises(DataError, match=told):
+        CUBMetricData(root=str(tmp_path), **SMALL).read()
 
 
 def test_validation_classes_follow_the_order_where_the_test_classes_do(roots):

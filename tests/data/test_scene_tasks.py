@@ -33,6 +33,14 @@ def test_scenes_have_five_exact_tasks():
     assert list(data.identity()) != list(ready(make(scene_seed=1)).identity())
 
 
+def test_scenes_are_told_apart_by_what_was_measured():
+    found = ready(make()).measured_on("test", "depth")
+    assert ready(make(tasks=["depth"], batch_size=1)).measured_on("test", "depth") == found
+    assert ready(make(image_size=32)).measured_on("test", "depth") == {**found, "size": [32, 32]}
+    assert ready(make(scene_seed=1)).measured_on("test", "depth")["contents"] != found["contents"]
+    assert ready(make(split_seed=1)).measured_on("test", "depth")["names"] != found["names"]
+
+
 def test_scenes_and_splits_are_those_of_segmentation():
     data, plain = make(), ScenesData(images=10, scene_size=24)
     for name, split in plain.listing.splits.items():

@@ -149,6 +149,7 @@ def test_tasks_have_their_weight_and_description(folder):
         ("normals/train/inner/00.png", pixels(128), "three components"),
         ("depth_mm/train/inner/00.png", pixels(7), "grey image of 16 bits without sign, in millimetres"),
         ("depth_mm/train/inner/00.npy", pixels(-1, kind=np.float32), "metres from 0"),
+        ("depth_mm/train/inner/00.npy", pixels(1500, kind=np.uint16), "uint16, as of millimetres; save metres"),
         ("warmth/train/inner/00.npy", pixels(np.inf, kind=np.float32), "not finite"),
         ("warmth/train/inner/00.png", np.zeros((2, 6), np.uint8), "6 x 2 for an image of 6 x 4"),
     ],
@@ -176,6 +177,31 @@ def test_missing_labels_and_tasks_without_any_are_errors(tmp_path):
     assert "1 file with another ending than those of the labels" in found["left-out"].text
     with pytest.raises(DataError, match=r"needs the folders images, depth and sal, or images/train"):
         made(tmp_path / "cold", labels={"depth": TaskLabels(kind="depth"), "sal": LABELS["sal"]}).read()
+
+
+def test_a_label_for_two_images_is_an_error_whatever_its_kind(tmp_path):
+    for task in ("parts", "sal", "depth"):
+        make_folder(tmp_path / task)
+        image = tmp_path / task / "images/train/inner/00.png"
+        Image.open(image).save(image.with_suffix(".jpg"))
+        found = findings(made(tmp_path / task, labels={task: LABELS[task]}))
+        (shared,) = (found[code] for code in ("shared-mask", "shared-label") if code in found)
+        assert shared.level == "error"
+        (place,) = shared.places
+        assert place.endswith("inner/00.png (images/train/inner/00.jpg, images/train/inner/00.png)")
+
+
+def test_depths_that_may_be_millimetres_are_a_warning(tmp_path):
+    make_folder(tmp_path)
+    labels = {"depth": LABELS["depth"]}
+    assert "far-depth" not in findings(made(tmp_path, labels=labels))
+    for name in ("00", "01", "02"):
+        save(tmp_path / f"depth_mm/train/inner/{name}.npy", pixels(0, 4500, kind=np.float32))
+    found = [one for one in made(tmp_path, labels=labels).report().findings if one.code == "far-depth"]
+    assert [one.level for one in found] == ["warning"] * 2  # in train, and in the test images drawn from it
+    assert found[0].text == (
+        "depth: depths in train go up to 4,500 metres; if they are millimetres, divide them by 1000"
+    )
 
 
 @pytest.mark.parametrize(
@@ -222,3 +248,27 @@ def test_configs_describe_tasks_by_their_fields():
     ):
         with pytest.raises(UnknownNameError, match=says):
             check_arguments(TaskFolderData, {"root": "my_rooms", "labels": labels}, "data")
+
+
+def measured(root, task="depth", check="full", **settings):
+    labels = {name: LABELS[name] for name in settings.pop("known", ("depth", "parts"))}
+    data = ready(TaskFolderData(root=str(root), labels=labels, check=check, image_size=8, test=0.34, **settings))
+    return data.measured_on("test", task)
+
+
+def test_what_figures_are_measured_on_is_known_by_names_and_contents(tmp_path):
+    root, moved = make_folder(tmp_path / "a"), make_folder(tmp_path / "b")
+    found = measured(root)
+    assert {name: found[name] for name in ("data", "size", "images")} == {
+        "data": "TaskFolderData", "size": [8, 8], "images": 1,
+    }  # fmt: skip
+    assert measured(root, tasks=["depth"], batch_size=1, known=("depth",)) == found
+    assert measured(moved) == found
+    assert measured(root, split_seed=1)["names"] != found["names"]
+    assert measured(root, check="fast")["names"] == found["names"]
+    other = measured(root, "parts")
+    assert (other["names"] == found["names"], other["contents"] == found["contents"]) == (True, False)
+    for path in (moved / "depth_mm").rglob("*.png"):
+        save(path, pixels(0, 1600, 65535, kind=np.uint16))
+    assert measured(moved, "parts") == other
+    assert measured(moved)["contents"] != found["contents"]

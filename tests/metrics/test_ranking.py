@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from vispeft.errors import ConfigError
-from vispeft.metrics import Hyperbolic, make_similarity, nearest, ranking
+from vispeft.errors import ConfigError, DataError
+from vispeft.metrics import Cosine, Hyperbolic, Similarity, make_similarity, nearest, ranking
 from vispeft.metrics.ranking import exact_copies, first_in_order
 
 
@@ -64,6 +64,47 @@ def test_similarities_are_written_and_read_as_plain_values():
         similarity = make_similarity(given)
         assert make_similarity(similarity.to_dict()).to_dict() == similarity.to_dict()
     assert make_similarity({"name": "hyperbolic", "clip": 1.0}) == Hyperbolic(clip=1.0)
-    for wrong in ("euclid", {"clip": 1}, {"name": "cosine", "clip": 1}, 3, {"name": "hyperbolic", "curvature": -1}):
+    for wrong in (
+        "euclid",
+        {"clip": 1},
+        {"name": "cosine", "clip": 1},
+        3,
+        {"name": "hyperbolic", "curvature": -1},
+        {"name": []},
+        None,
+    ):
         with pytest.raises(ConfigError):
             make_similarity(wrong)
+
+
+class Manhattan(Similarity):
+    """The negative sum of absolute differences, a similarity of one's own."""
+
+    name = "manhattan"
+
+    def scores(self, queries, gallery):
+        return -torch.cdist(queries, gallery, p=1)
+
+
+class Namesake(Manhattan):
+    """One that takes the name of ours."""
+
+    name = "cosine"
+
+
+def test_a_similarity_of_ones_own_is_read_back_by_its_name():
+    rows = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    found = nearest(rows, rows, 3, make_similarity(Manhattan().to_dict()))[1]
+    assert torch.equal(found, (rows[:, None] - rows).abs().sum(2).argsort(1)[:, :3])
+    assert type(make_similarity("cosine")) is Cosine
+
+
+def test_what_no_neighbours_can_be_found_for_is_refused():
+    rows = torch.eye(4)
+    for count in (0, -1):
+        with pytest.raises(ConfigError, match=f"count={count}"):
+            nearest(rows, rows, count)
+    for own in (torch.arange(3), torch.full((4,), 4), torch.full((4,), -2), torch.zeros(4), torch.eye(4).bool()[0]):
+        with pytest.raises(DataError, match="4 indices of a gallery of 4"):
+            nearest(rows, rows, 2, own=own)
+    assert nearest(rows, rows, 2, own=torch.full((4,), -1))[1][:, 0].tolist() == [0, 1, 2, 3]

@@ -181,12 +181,18 @@ def test_input_that_cannot_work_is_refused():
     for settings in (
         {"ks": ()},
         {"ks": (0,)},
+        {"ks": (1.5,)},
+        {"ks": 1},
         {"lone": "keep"},
         {"similarity": "cosin"},
         {"similarity": {"name": "dot", "c": 1}},
     ):
         with pytest.raises(ConfigError):
             retrieval_scores(embeddings, labels, **settings)
+    assert retrieval_scores(embeddings, labels, ks=torch.tensor([1, 2])).keys() >= {"recall@1", "recall@2"}
+    for arguments, message in (((broken, labels), "not finite"), ((embeddings, labels[:5]), "6 integers")):
+        with pytest.raises(DataError, match=message):
+            clustering_scores(*arguments)
     metric = RetrievalScores()
     with pytest.raises(DataError, match="No embeddings"), pytest.warns(UserWarning, match="before the ``update``"):
         metric.compute()

@@ -1,6 +1,9 @@
+import csv
+import io
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,17 @@ from vispeft.data.images import read_image
 from vispeft.data.reading import FileReader
 from vispeft.errors import ConfigError, DataError, FileError
 from vispeft.metrics import retrieval_scores
-from vispeft.retrieval import Builder, Index, Model, approximate, building, collect, neighbours_of
+from vispeft.retrieval import (
+    Builder,
+    Collection,
+    Index,
+    Model,
+    approximate,
+    building,
+    collect,
+    neighbours_of,
+    search_table,
+)
 from vispeft.storage.locks import InUseError, hold
 
 COLOURS = np.array([[240, 90, 90], [90, 240, 90], [90, 90, 240], [20, 20, 20]])
@@ -184,7 +197,10 @@ def test_neighbours_have_labels_and_leave_the_query_out(images):
     with pytest.raises(ConfigError, match="at least 1"):
         neighbours_of(index, queries, Embed().files(queries.paths), 0)
     Image.new("RGB", (4, 4), (100, 90, 100)).save(found.hits[0].path)
-    with pytest.raises(FileError, match="have changed since"):
+    with pytest.raises(FileError, match=r"1 neighbour changed \(.*, so .* Embed them again"):
+        neighbours_of(index, queries, Embed().files(queries.paths), 4)
+    os.remove(found.hits[1].path)
+    with pytest.raises(FileError, match=r"1 neighbour changed .* and 1 neighbour cannot be read any more \("):
         neighbours_of(index, queries, Embed().files(queries.paths), 4)
 
 
@@ -201,11 +217,52 @@ def test_approximate_indices_find_the_neighbours_of_a_small_set(images, kind):
     assert sum(same) >= 95
 
 
+def test_an_approximate_index_gives_as_many_neighbours_as_were_asked_for(images, monkeypatch):
+    pytest.importorskip("faiss")
+    monkeypatch.setattr(approximate, "LEAST", 1)  # 17 lists for 20 images
+    monkeypatch.setattr(approximate, "LEAST_PROBED", 1)
+    index = build(builder(images, kind="ivf"), Embed())
+    queries = collect(images / "class 2")
+    embeddings = Embed().files(queries.paths)
+    exact = neighbours_of(index, queries, embeddings, 99, exact=True)
+    assert [len(found.hits) for found in exact] == [19] * 5
+    assert neighbours_of(index, queries, embeddings, 99) == exact
+
+
 def test_without_faiss_the_extra_is_named(images, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
     with pytest.raises(ConfigError, match=r"vispeft\[search\]"):
         builder(images, kind="ivf")
     assert approximate.KINDS[0] == "exact"
+
+
+def test_names_and_labels_may_have_any_characters(images):
+    odd = ["a\rb.png", "a\nb.png", 'a"b,c.png', " d\u2028.png"]
+    for name in odd:
+        Image.new("RGB", (4, 4)).save(images / name, format="PNG")
+    (images / "list.json").write_text(json.dumps({name: f"{name}\r" for name in odd}))
+    found = collect(images / "list.json")
+    index = build(replace(builder(images), collection=found), Embed())
+    assert Index.open(index.place).collection == found
+    table = search_table(neighbours_of(index, found, Embed().files(found.paths), 1))
+    rows = list(csv.reader(io.StringIO(table, newline="")))
+    assert [row[0] for row in rows[1:]] == [str(images / name) for name in odd]
+
+
+def test_an_image_that_is_listed_twice_is_embedded_once(images):
+    path = str(collect(images).names[0])
+    (images / "list.txt").write_text(f"{path}\t1\n./{path}\t1\n")
+    assert (collect(images / "list.txt").names, collect(images / "list.txt").labels) == ((Path(path).name,), ("1",))
+    (images / "list.txt").write_text(f"{path}\t1\n./{path}\t2\n")
+    with pytest.raises(DataError, match="has two labels, '1' and '2'"):
+        collect(images / "list.txt")
+
+
+def test_collections_are_joined_as_they_are(images, tmp_path):
+    one, other = collect(images / "class 1"), collect(images)
+    joined = Collection.joined([one, other, one])
+    assert joined.paths == [*one.paths, *other.paths, *one.paths]
+    assert joined.labels == (*one.labels, *other.labels, *one.labels)
 
 
 def test_lists_are_collected_with_their_labels(images):

@@ -119,9 +119,25 @@ def test_optimiser_groups_of_head_proxies_and_network():
     assert [groups[n]["weight_decay"] for n in ("proxies decay", "decoder decay", "decoder no_decay")] == [0.1, 1e-3, 0]
     count = sum(p.numel() for group in groups.values() for p in group["params"])
     assert count == sum(p.numel() for p in task.own_parameters())
+    task = make(loss="Hist", head_norm="affine", weight_decay=1e-3, decay_vectors=True)
+    assert {group["weight_decay"] for group in task.further_groups()} == {1e-3}
+    assert sum(p.numel() for group in task.further_groups() for p in group["params"]) == count
     report = task.report()
     assert report.trained == sum(p.numel() for _, p in task.trainable_parameters())
     assert report.trained - report.deployed == sum(p.numel() for p in task.criterion.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [{"epochs": 2}, {"epochs": -1, "max_steps": 6}])
+def test_a_schedule_of_more_epochs_than_are_trained(length):
+    task = make(schedule_epochs=5, final_lr=1e-3, warmup=0.0)
+    trainer = fit(task, **length, limit_val_batches=0)
+    assert trainer.global_step == 6  # of three in an epoch
+    fallen = (1 + math.cos(math.pi * 6 / 15)) / 2
+    for group in trainer.optimizers[0].param_groups:
+        assert group["lr"] == pytest.approx(1e-3 + 9e-3 * fallen)
+    with pytest.raises(ConfigError, match=r"15 steps \(schedule_epochs\), and the training has 18"):
+        fit(make(schedule_epochs=5), epochs=6)
 
 
 @pytest.mark.slow
@@ -202,6 +218,13 @@ def test_a_method_may_bring_its_criterion():
         make(Bringing(rank=2), memory=16)
 
 
+def test_a_loss_beside_the_criterion_of_a_method_is_named_in_a_warning(caplog):
+    make(Bringing(rank=2), loss=None)
+    assert "is not used" not in caplog.text
+    make(Bringing(rank=2), loss="TripletMarginLoss")
+    assert "bringing_lora brings its own criterion, and the loss TripletMarginLoss is not used" in caplog.text
+
+
 def test_class_prompts_in_host_memory_need_a_step_after_each_batch():
     task = make(vispeft.VPTSP(num_tokens=2, bank=True))
     with pytest.raises(ConfigError, match="accumulate_grad_batches is 2"):
@@ -217,7 +240,14 @@ def test_class_prompts_in_host_memory_need_a_step_after_each_batch():
 
 
 def test_bad_settings_are_refused():
-    for settings in ({"head_lr": 0}, {"proxy_lr": math.nan}, {"proxy_weight_decay": -1}, {"warm_epochs": -1}):
+    for settings in (
+        {"head_lr": 0},
+        {"proxy_lr": math.nan},
+        {"proxy_weight_decay": -1},
+        {"warm_epochs": -1},
+        {"memory": 20.5},
+        {"dim": 0},
+    ):
         with pytest.raises(ConfigError, match=next(iter(settings))):
             make(**settings)
     known = {"image_size": 16, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -225,6 +255,10 @@ def test_bad_settings_are_refused():
         make(loss="ContrastiveLoss", memory=8).check_data(ToyMetricData(batch_size=12, **known))
     with pytest.raises(DataError, match="images_per_class to 2 or more"):
         make(loss="RecallAtK").check_data(ToyMetricData(images_per_class=1, **known))
+    with pytest.raises(DataError, match="images_per_class to 2 or more"):
+        make(loss="NTXentLoss").check_data(ToyMetricData(images_per_class=1, **known))
+    make(loss="NTXentLoss", memory=16).check_data(ToyMetricData(images_per_class=1, **known))
+    make().check_data(ToyMetricData(images_per_class=1, **known))
     with pytest.raises(ConfigError, match="at least 8 is needed"):
         make(loss="ContrastiveLoss", memory=4)
     with pytest.raises(DataError, match="MetricLearning"):

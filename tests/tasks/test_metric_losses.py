@@ -1,9 +1,13 @@
 """Losses and miners of metric learning by name, and the criterion made of them."""
 
+import copy
 import logging
+import math
+import pickle
 
 import pytest
 import torch
+from pytorch_metric_learning.distances import CosineSimilarity
 from torch import nn
 
 from vispeft.building.known import register_class
@@ -12,6 +16,7 @@ from vispeft.losses import Hist, Hyperbolic, MetricLoss, RecallAtK
 from vispeft.tasks.metric_criterion import MetricCriterion
 from vispeft.tasks.metric_losses import (
     AGEING,
+    BOUNDED,
     list_metric_losses,
     list_miners,
     loss_node,
@@ -156,12 +161,79 @@ def test_what_is_refused_by_name(given, told):
 def test_parts_that_do_not_fit_together_are_refused_before_the_first_step():
     with pytest.raises(ConfigError, match=r"InstanceLoss with the miner PairMarginMiner cannot be computed"):
         criterion("InstanceLoss", miner="PairMarginMiner").check(CLASSES, DIM)
+    with pytest.raises(ConfigError, match="NTXentLoss is nan for a batch of noise"):
+        criterion("NTXentLoss", temperature=0).check(CLASSES, DIM)
     with pytest.raises(ConfigError, match="ProxyNCALoss cannot compare a batch with another one"):
         criterion("ProxyNCALoss", memory=24)
     with pytest.raises(ConfigError, match=r"RankedListLoss\(\) cannot be made"):
         metric_loss("RankedListLoss", CLASSES, DIM)
     with pytest.raises(ConfigError, match="Hist\\(tau=0\\)"):
         metric_loss("Hist", CLASSES, DIM, tau=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("RecallAtK", {"ks": [1.5]}),
+        ("RecallAtK", {"ks": [True]}),
+        ("RecallAtK", {"similarity_temperature": math.nan}),
+        ("RecallAtK", {"rank_temperature": math.inf}),
+        ("Hyperbolic", {"curvature": math.nan}),
+        ("Hyperbolic", {"curvature": 0, "clip": -1.0}),
+        ("Hyperbolic", {"temperature": math.nan}),
+        ("Hist", {"tau": math.nan}),
+        ("Hist", {"alpha": math.inf}),
+        ("Hist", {"network_weight": -1.0}),
+    ],
+)
+def test_numbers_out_of_range_are_refused(name, arguments):
+    with pytest.raises(ConfigError, match=rf"^{name}\({list(arguments)[-1]}=.*needed[^.]*\.$|such as \[1, 2, 4\]\.$"):
+        metric_loss(name, CLASSES, DIM, **arguments)
+
+
+def test_a_sum_of_losses_has_the_needs_of_each():
+    made = criterion("MultipleLosses", losses=["Hist", "RecallAtK"], miners=None, weights=None)
+    assert made.least_per_class == 2
+    assert set(made.proxy_tensors) == {"loss.losses.0.means", "loss.losses.0.log_vars"}
+    assert criterion("Hist").proxy_tensors == ("loss.means", "loss.log_vars")
+    assert criterion("ProxyAnchorLoss").proxy_tensors == ("loss.proxies",)
+    curved = {"name": "Hyperbolic", "init_args": {"curvature": 0.2}}
+    made = criterion("MultipleLosses", losses=[curved, {**curved}], miners=None, weights=None)
+    assert made.similarity == {"name": "hyperbolic", "curvature": 0.2, "clip": 2.3}
+    with pytest.raises(ConfigError, match="Hyperbolic by hyperbolic, TripletMarginLoss by cosine"):
+        criterion("MultipleLosses", losses=[curved, "TripletMarginLoss"], miners=None, weights=None)
+
+
+def test_losses_that_compare_images_need_two_of_a_class():
+    for name in list_metric_losses():
+        made, (embeddings, labels) = criterion(name), batch()
+        if made.least_per_class == 1:  # it trains with different classes alone
+            made(embeddings[::4], labels[::4]).backward()
+            assert embeddings.grad.any(), name
+    assert criterion("TripletMarginLoss").least_per_class == criterion("MarginLoss").least_per_class == 2
+    assert criterion("ProxyAnchorLoss").least_per_class == 1
+    assert criterion("ContrastiveLoss", memory=24).least_per_class == 1
+
+
+def test_equal_embeddings_keep_every_loss_and_gradient_finite():
+    labels = torch.arange(CLASSES).repeat_interleave(4)
+    for name in list_metric_losses():
+        points = torch.ones(16, DIM) * torch.tensor([1.0, 1.0, 1.0, -1.0])[labels, None]  # cosines of 1 and -1
+        found = criterion(name)(points.requires_grad_(), labels)
+        found.backward()
+        assert found.isfinite(), name
+        assert points.grad.isfinite().all(), name
+
+
+def test_bounded_cosines_leave_a_loss_what_it_is():
+    for name in BOUNDED:
+        made = criterion(name)
+        embeddings, labels = batch()
+        plain = copy.deepcopy(made)
+        plain.loss.distance = CosineSimilarity()
+        torch.testing.assert_close(made(embeddings, labels), plain(embeddings, labels))
+        again = pickle.loads(pickle.dumps(made))
+        torch.testing.assert_close(again(embeddings, labels), made(embeddings, labels))
 
 
 def test_losses_that_will_break_say_so(caplog):

@@ -119,6 +119,40 @@ def test_units_at_a_norm_that_no_decoder_reads_are_known_by_name(
     assert all(name.startswith("model.norm.") for name in unused)
 
 
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        (vispeft.Polyhistor(task_dim=5, hidden_dim=8, embed_dim=6, reduction=2), VIT_SETTINGS),
+        (vispeft.LoRA(rank=2), {"backbone_args": {**SWIN, "depths": [1, 1], "num_heads": [1, 1]}}),
+    ],
+    ids=["polyhistor", "copies"],
+)
+def test_a_step_of_all_tasks_in_one_batch_is_that_of_one_pass_per_task(
+    method: vispeft.Method, settings: dict[str, Any]
+) -> None:
+    targets = {name: TARGETS[name] for name in ("depth", "sal")}
+    settings = {"decoder": "segformer", "decoder_args": {"channels": 4, "dropout": 0.0}, **settings}
+    task = make(method, targets=targets, batched=True, **settings).train()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, p in task.trainable_parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    images, labels = squares(3, 32, 0)
+    found = []
+    for batched in (True, False):
+        task.batched = batched
+        task.zero_grad()
+        loss = task.training_loss(task(images), labels)
+        loss.backward()
+        tensors = {name: p.grad for name, p in task.trainable_parameters()}
+        found.append({"loss": loss.detach(), **{name: grad for name, grad in tensors.items() if grad is not None}})
+    together, apart = found
+    assert set(together) == set(apart)
+    assert len(apart) > 10
+    for name, wanted in apart.items():
+        assert (together[name] - wanted).abs().max() <= 1e-5 * wanted.abs().max(), name
+
+
 def test_tensors_without_a_gradient_are_known_by_name() -> None:
     task = make()
     unused = task.unused_tensors()
@@ -236,6 +270,7 @@ def test_files_keep_norms_decoders_and_the_description_of_tasks(tmp_path: Path) 
         ({"levels": "vitdet"}, ConfigError, "Leave levels out"),
         ({"inference": Inference(flip=True)}, ConfigError, "Leave inference out"),
         ({"shared": True}, ConfigError, "knows the tasks itself"),
+        ({"method": vispeft.SSF(), "batched": True}, ConfigError, "'ssf' has units of kind 'affine'.*batched=False"),
         ({"decoder_args": {"channels": [2, 3]}}, ConfigError, "there are 4 maps"),
         ({"method": vispeft.VQT()}, ConfigError, "changes the backbone's last feature"),
     ],
@@ -260,7 +295,7 @@ def test_baselines_are_figures_or_runs(tmp_path: Path) -> None:
     figures = {"validation": {"depth/rmse": 1.5}, "test": {"depth/rmse": 2.0}}
     (tmp_path / "metrics.json").write_text(json.dumps(figures))
     found = read_baselines({"parts": 0.5, "depth": str(tmp_path)}, mains)
-    assert found == {"validation": {"parts": 0.5, "depth": 1.5}, "test": {"parts": 0.5, "depth": 2.0}}
+    assert found.figures == {"validation": {"parts": 0.5, "depth": 1.5}, "test": {"parts": 0.5, "depth": 2.0}}
     with pytest.raises(FileError, match="does not have parts/miou of the validation split"):
         read_baselines(str(tmp_path), mains)
     for wrong in (0.0, -1.5, float("nan")):

@@ -122,7 +122,9 @@ class TrainingBank(BankState):
         classifier = {} if head is None else {f"head/{key}": tensor for key, tensor in head.named_parameters()}
         return {**{str(e): e.tensor for e in self._entries[label].tensors()}, **classifier}
 
-    def parameter_groups(self, lr: float, weight_decay: float, tables: bool = False) -> list[dict[str, Any]]:
+    def parameter_groups(
+        self, lr: float, weight_decay: float, tables: bool = False, vectors: bool = False
+    ) -> list[dict[str, Any]]:
         """Sort `trainable_parameters` into optimiser groups.
 
         Tensors of fewer than two dimensions, those a unit exempts and those timm exempts (positions, class tokens)
@@ -132,6 +134,7 @@ class TrainingBank(BankState):
             lr: Learning rate; units may set a multiple of it.
             weight_decay: Weight decay of the tensors that decay.
             tables: Whether those timm exempts decay too, if they have two dimensions or more.
+            vectors: Whether those of fewer than two dimensions decay too, if neither timm nor a unit exempts them.
 
         Returns:
             Groups with ``params``, ``lr``, ``weight_decay`` and ``name``, for ``torch.optim``; none is empty, and there
@@ -148,7 +151,7 @@ class TrainingBank(BankState):
         factors = {id(e.tensor): e.unit.lr_factors.get(e.name, 1.0) for e in entries}
         groups: dict[str, dict[str, Any]] = {}
         for _, parameter in self.trainable_parameters():
-            decays = parameter.ndim > 1 and id(parameter) not in exempt
+            decays = (vectors or parameter.ndim > 1) and id(parameter) not in exempt
             factor = factors.get(id(parameter), 1.0)
             name = ("decay" if decays else "no_decay") + ("" if factor == 1 else f" lr x {factor:g}")
             decay = weight_decay if decays else 0.0

@@ -51,6 +51,7 @@ def main(argv: Sequence[str]) -> None:
     run = Run.open(given.run)
     workers = [] if given.workers is None else [f"--data.num_workers={given.workers}"]
     cli = load_run(run, [*overrides, *workers])
+    cli.model.recall(given.run, run.metrics)
     data = cli.datamodule
     left_out = data.leave_out_unreadable(given.split) if isinstance(data, ListedData) and not given.strict else []
     before = run.figures(given.split)
@@ -80,12 +81,21 @@ def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:
     for key, _ in split_overrides(overrides):
         if key.split(".")[0] not in ("data", "trainer"):
             raise ConfigError(f"--{key}: a finished run takes overrides under data and trainer only.")
-    tree = read_config(run.config)
+    tree = _without_baselines(read_config(run.config))
     tree["trainer"] = kept_settings(tree.get("trainer"))
     cli = RunCLI(run, overrides, tree)
     cli.model.load_adapter(run.adapter)
     cli.model.eval()
     return cli
+
+
+def _without_baselines(tree: Node) -> Node:
+    """Leave out the runs that training was compared with: they may be gone, and ``metrics.json`` has their figures."""
+    model = tree.get("model")
+    settings = model.get("init_args") if isinstance(model, dict) else None
+    if isinstance(settings, dict):
+        settings.pop("baselines", None)
+    return tree
 
 
 class RunCLI(ConfigCLI):
@@ -237,7 +247,7 @@ def load_task(run: Run) -> tuple[AdapterTask, Trainer]:
     Raises:
         BaseMismatchError: If the backbone differs from the adapted one.
     """
-    tree = read_config(run.config)
+    tree = _without_baselines(read_config(run.config))
     tree["trainer"] = kept_settings(tree.get("trainer"))
     # The data need not be known: those of a run may be of a class of the user's own.
     tree = {key: value for key, value in tree.items() if key in ("model", "seed_everything", "trainer")}

@@ -33,7 +33,7 @@ def train_folds(
     out: str | Path | None = None,
     command: str = "",
 ) -> Path:
-    """Train once per fold, with that fold as test split, and summarise the results.
+    """Train once per fold, with that fold as test split, or as validation split of metric learning, and summarise.
 
     The same call continues a stopped one: finished folds are skipped, and an unfinished one is resumed.
 
@@ -122,7 +122,7 @@ def folds_table(figures: Mapping[str, Any]) -> Table:
         figures: One split of the result of `summarise`.
     """
     names = list(figures["mean"])
-    table = Table(title="on the fold that was left out")
+    table = Table(title="test split of each run")
     table.add_column("fold", no_wrap=True)
     for name in names:
         table.add_column(name.replace("_", " "), justify="right")

@@ -15,7 +15,7 @@ from vispeft.cli.reading import add_reading, check_names, end_with, workers_of
 from vispeft.cli.runs import Run
 from vispeft.cli.stopping import Stopped
 from vispeft.data.images import PLAIN, Reading, find_images
-from vispeft.errors import ConfigError
+from vispeft.errors import check_count
 from vispeft.retrieval.collection import file_digest
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.predictions import Prediction, Predictor
@@ -53,8 +53,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time; default 64; for masks one")
     add_reading(parser)
     given = parser.parse_args(list(argv))
-    if given.batch_size < 1:
-        raise ConfigError(f"--batch_size is {given.batch_size}; at least 1 is needed.")
+    check_count("--batch_size", given.batch_size)
     run = Run.open(given.run)
     paths = find_images(given.images)
     task, trainer = load_task(run)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
 import io
 import json
@@ -26,6 +25,7 @@ from vispeft.data.reading import FileReader, LeftOut, ReadBatch
 from vispeft.errors import ConfigError, FileError, counted
 from vispeft.storage.disk import read_regular, write_atomically
 from vispeft.storage.pieces import Pieces
+from vispeft.storage.tables import as_csv, needs_quotes
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.predictions import Prediction, Predictor
 
@@ -246,14 +246,15 @@ class Table:
         """Join the pieces, and say what became of the images; with the table the predictions are finished."""
         left_out: list[LeftOut] = []
         not_finite: list[str] = []
-        count = 0
+        count, quoted = 0, needs_quotes([self._predictor.columns])
         for start in starts:
             piece = self._read(start)
+            quoted = quoted or needs_quotes(piece.rows)
             count += len(piece.rows)
             left_out += piece.left_out
             not_finite += piece.not_finite
-        more = {self.out / LEFT_OUT: _lines([["path", "reason"], *map(list, left_out)])} if left_out else {}
-        write_atomically({**more, self.path: self._joined(starts)})
+        more = {self.out / LEFT_OUT: as_csv([["path", "reason"], *left_out]).encode()} if left_out else {}
+        write_atomically({**more, self.path: self._joined(starts, quoted)})
         self._pieces.clear()
         console.print(f"{counted(count, 'image')} predicted: {self.path}", soft_wrap=True)
         if not_finite:
@@ -269,17 +270,11 @@ class Table:
         found = json.loads(read_regular(self._pieces.path(start)))
         return _Piece(**{**found, "left_out": [LeftOut(*entry) for entry in found["left_out"]]})
 
-    def _joined(self, starts: range) -> Iterator[bytes]:
+    def _joined(self, starts: range, quoted: bool) -> Iterator[bytes]:
         """Yield the table in parts, so that it is never in memory as a whole."""
-        yield _lines([["path", *self._predictor.columns]])
+        yield as_csv([["path", *self._predictor.columns]], quoted).encode()
         for start in starts:
-            yield _lines(self._read(start).rows)
-
-
-def _lines(rows: Sequence[Sequence[str]]) -> bytes:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode()
+            yield as_csv(self._read(start).rows, quoted).encode()
 
 
 def _npy(array: np.ndarray[Any, np.dtype[Any]]) -> bytes:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
 
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.embed import Embedder
 from vispeft.cli.runs import Run
 from vispeft.data.images import Reading, read_image
-from vispeft.errors import ConfigError, FileError, counted
-from vispeft.retrieval import Found, Index, collect, neighbours_of, picture_name, search_table
+from vispeft.errors import ConfigError, FileError, check_count, counted
+from vispeft.retrieval import Collection, Found, Index, collect, neighbours_of, picture_name, search_table
 from vispeft.storage.disk import write_atomically
 from vispeft.viz import Neighbour, NeighbourRow, draw_neighbours
 
@@ -30,6 +33,8 @@ index is left out of its own neighbours."""
 
 SHOWN = 10
 """Queries whose neighbours are printed."""
+DRAWN = 400
+"""Longest side of an image in a picture, in pixels: about twice as many as are shown."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -45,19 +50,22 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", metavar="DIR", help="folder for tables and pictures")
     parser.add_argument("--run", metavar="RUN", help="run directory; by default where it was when the index was made")
     parser.add_argument("--exact", action="store_true", help="compute all scores, also of an index of faiss")
+    parser.add_argument("--max_pixels", type=int, help="largest number of pixels of a query; default: as trained")
     given = parser.parse_args(list(argv))
     out = None if given.out is None else Path(given.out)
     if out is not None:
         _check_empty(out)
     index = Index.open(given.index)
-    found = search(index, given.queries, count=given.neighbours, run=given.run, exact=given.exact)
+    settings = {"count": given.neighbours, "run": given.run, "exact": given.exact, "max_pixels": given.max_pixels}
+    found = search(index, given.queries, **settings)
     for entry in found[:SHOWN]:
         console.print(_table(entry))
     if len(found) > SHOWN:
         rest = "--out writes them" if out is None else "they are in the tables"
         console.print(f"and {len(found) - SHOWN} more queries; {rest}.")
     if out is not None:
-        _write(found, out, Reading(**index.model.reading))
+        # The queries were read within their limit, and the neighbours are the files that were embedded.
+        _write(found, out, Reading(**index.model.reading, max_pixels=sys.maxsize))
         console.print(f"{counted(len(found), 'query', 'queries')}: {out}", soft_wrap=True)
 
 
@@ -69,6 +77,7 @@ def search(
     run: str | Path | None = None,
     batch_size: int = 64,
     exact: bool = False,
+    max_pixels: int | None = None,
 ) -> list[Found]:
     """Find the nearest images of an index for query images.
 
@@ -79,6 +88,7 @@ def search(
         run: Run directory; None for where it was when the index was made.
         batch_size: Queries at a time.
         exact: Whether to compute all scores although the index is one of faiss.
+        max_pixels: Largest number of pixels of a query; None for that of the training.
 
     Returns:
         The neighbours of each query.
@@ -89,26 +99,24 @@ def search(
         FileError: If the index, or an image that was found, was changed, or the run is another than the index was made
             by.
     """
+    check_count("--neighbours", count)
+    check_count("--batch_size", batch_size)
     opened = index if isinstance(index, Index) else Index.open(index)
     given = [queries] if isinstance(queries, str | Path) else queries
-    collections = [collect(place) for place in given]
+    joined = Collection.joined([collect(place) for place in given])
     try:
         source = Run.open(opened.run if run is None else run)
     except FileError as error:
         hint = " Say where the run is now by --run." if run is None else ""
         raise FileError(f"{opened.place} was made by {opened.run}. {error}{hint}") from error
-    embedder = Embedder(source)
+    embedder = Embedder(source, max_pixels)
     other = embedder.model.differences(opened.model)
     if other:
         raise FileError(
             f"{opened.place} was made by another model than {source.path} has: {'; '.join(other)} (in the index). "
             "Scores of embeddings of two models mean nothing. Embed the images again."
         )
-    found = []
-    for collection in collections:
-        embeddings = embedder.all(collection, batch_size)
-        found += neighbours_of(opened, collection, embeddings, count, exact)
-    return found
+    return neighbours_of(opened, joined, embedder.all(joined, batch_size), count, exact)
 
 
 def _check_empty(out: Path) -> None:
@@ -135,11 +143,20 @@ def _write(found: Sequence[Found], out: Path, reading: Reading) -> None:
     taken: set[str] = set()
     for entry in found:
         neighbours = [
-            Neighbour(image=read_image(hit.path, reading=reading), score=hit.score, right=hit.right)
+            Neighbour(image=_small(read_image(hit.path, reading=reading)), score=hit.score, right=hit.right)
             for hit in entry.hits
         ]
         title = entry.label or Path(entry.query).stem
-        row = NeighbourRow(image=read_image(entry.query, reading=reading), title=title, neighbours=neighbours)
+        row = NeighbourRow(image=_small(read_image(entry.query, reading=reading)), title=title, neighbours=neighbours)
         draw_neighbours([row], out / "pictures" / picture_name(entry.query, taken))
     text = json.dumps([entry.to_dict() for entry in found], indent=1, ensure_ascii=False)
     write_atomically({out / "neighbours.csv": search_table(found).encode(), out / "neighbours.json": text.encode()})
+
+
+def _small(image: Tensor) -> Tensor:
+    """Shrink an image (3, H, W), uint8, whose longer side is longer than the picture can show."""
+    shrink = DRAWN / max(image.shape[1:])
+    if shrink >= 1:
+        return image
+    size = [max(1, round(side * shrink)) for side in image.shape[1:]]
+    return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]

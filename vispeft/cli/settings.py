@@ -192,6 +192,7 @@ def check_room(place: Path, task: AdapterTask) -> None:
         FileError: If it has not.
     """
     trained = sum(p.numel() * p.element_size() for _, p in task.trainable_parameters())
+    trained = max(trained, 4 * task.report().trained)  # class prompts in host memory are no parameters
     needed = COPIES * trained + LOGS
     there = next((folder for folder in (place, *place.absolute().parents) if os.path.isdir(folder)), Path())
     free = shutil.disk_usage(there).free

@@ -45,6 +45,7 @@ from vispeft.tasks.callbacks import EpochPictures, progress_bar
 from vispeft.tasks.checkpoints import Found, RunCheckpoints, SealedCheckpointIO, find_checkpoint, read_checkpoint
 from vispeft.tasks.feature_cache import cache_features
 from vispeft.tasks.logs import RunLog
+from vispeft.tasks.trainer_checks import check_schedule
 
 __all__ = ["finish", "main", "resume", "train"]
 
@@ -336,6 +337,7 @@ def _prepared(cli: ConfigCLI) -> ConfigCLI:
     check_settings(cli.trainer_settings)
     check_processes(cli.trainer)
     check_last(cli.trainer_settings, data)
+    check_schedule(task.schedule_epochs, cli.trainer_settings.get("max_epochs"))
     if isinstance(data, ImageData):
         data.fit_to(task.preprocessing)
         data.setup()

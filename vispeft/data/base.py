@@ -291,6 +291,22 @@ class ImageData(LightningDataModule, ABC):
             raise DataError(f"{type(self).__name__} has no {name!r} split loaded. Call setup(), or use for_model.")
         return self._splits[name]
 
+    def measured_on(self, split: str, task: str) -> dict[str, Any]:
+        """Describe what figures of a split are measured on, for a comparison with those of another run.
+
+        Args:
+            split: train, validation or test.
+            task: The task whose labels count, of several; subclasses add digests of what they know.
+
+        Returns:
+            Values for JSON: the class of the data, height and width of the images, and their number.
+
+        Raises:
+            DataError: If the splits are not loaded yet.
+        """
+        images = len(self.split(split))  # type: ignore[arg-type]
+        return {"data": type(self).__name__, "size": list(self.preprocessing.size), "images": images}
+
     def replace_splits(self, splits: Mapping[str, Dataset[Any]]) -> None:
         """Replace the splits by others of the same images in the same order, such as cached features.
 

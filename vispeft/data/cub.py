@@ -45,13 +45,27 @@ class CUBMetricData(PublishedMetricData):
         return self.published_listing(in_halves(found))
 
 
+def _by_number(path: Path) -> dict[str, tuple[str, str]]:
+    """Return the place of each line and its second column, by the number of the image."""
+    found: dict[str, tuple[str, str]] = {}
+    for where, (image, value) in read_rows(path, 2):
+        if image in found:
+            raise DataError(f"{path} has the image {image} twice, at {found[image][0]} and {where}. Unpack it again.")
+        found[image] = (where, value)
+    return found
+
+
 def _from_lists(place: Path) -> Listing:
     """Join the two lists by the numbers of the images."""
-    labels = {image: int(label) for _, (image, label) in read_rows(place / LISTS[1], 2)}
-    listed = read_rows(place / LISTS[0], 2)
-    if lacking := [where for where, (image, _) in listed if image not in labels]:
+    paths, labels = (_by_number(place / name) for name in LISTS[:2])
+    for image, (where, label) in labels.items():
+        if not label.isdecimal():
+            raise DataError(f"{place}: {where} has no number as its class, but {label!r}. Unpack the archive again.")
+        if image not in paths:
+            raise DataError(f"{place / LISTS[0]} has no image {image}, which {where} names. Unpack the archive again.")
+    if lacking := [where for image, (where, _) in paths.items() if image not in labels]:
         raise DataError(f"{place / LISTS[1]} has no class for the image of {lacking[0]}. Unpack the archive again.")
-    entries = [Entry(path, labels[image], where) for where, (image, path) in listed]
+    entries = [Entry(path, int(labels[image][1]), where) for image, (where, path) in paths.items()]
     names = {entry.label: entry.name.partition("/")[0] for entry in entries}
     found = list_splits(str(place), {"train": entries}, place / LISTS[2], renumber=True)
     return replace(found, class_names=tuple(names[int(label)] for label in found.class_names))

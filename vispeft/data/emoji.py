@@ -175,7 +175,7 @@ def _characters(content: bytes, archive: Path) -> dict[str, tuple[str, str]]:
             for entry in json.loads(content)
             if entry["category"] not in LEFT_OUT
         }
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{archive} has no readable table {TABLE} ({error}). Take the version named here.") from error
     # They become names of folders.
     if wrong := [code for code in found if not CODES.fullmatch(code)]:

@@ -78,6 +78,6 @@ def _categories(root: Path) -> dict[str, int]:
             table = json.loads(read_text(root / name))
             paths = {image["id"]: image["file_name"] for image in table["images"]}
             found |= {paths[one["image_id"]]: int(one["category_id"]) for one in table["annotations"]}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{root / name} is no table as published ({error!r}). Fetch it again.") from error
     return found

@@ -43,6 +43,8 @@ __all__ = [
     "warp_label",
 ]
 
+BESIDE_IGNORE = IGNORE + 2**-16
+"""Depth in metres that stands for one of exactly `IGNORE`, which has a label: the next number in float32."""
 SHORTEST = 1e-6
 """Length below which an interpolated normal has no direction."""
 
@@ -271,7 +273,8 @@ def finish_label(label: Tensor, kind: TargetKind, blank: bool = False) -> Tensor
         length = label.norm(dim=0, keepdim=True)
         return torch.where(length > SHORTEST, label / length.clamp(min=SHORTEST), torch.tensor(float(IGNORE))).float()
     if kind == "depth":
-        return label.float().masked_fill(label <= 0, IGNORE)
+        metres = label.float().masked_fill(label == IGNORE, BESIDE_IGNORE)
+        return metres.masked_fill(label <= 0, IGNORE)
     return label.float()
 
 

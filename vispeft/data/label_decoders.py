@@ -75,11 +75,11 @@ def read_depth(paths: Sequence[str], reading: Reading) -> Tensor:
         reading: The limit on pixels.
 
     Raises:
-        PixelError: If one is negative, or an image has not 16 bits.
+        PixelError: If one is negative, an array holds whole numbers, or an image has not 16 bits.
     """
     if not _is_array(paths[0]):
         return _planes(_words(paths[0], reading).astype(np.float32)[..., None] / MILLIMETRES)
-    depth = read_array(paths[0], 1, reading)
+    depth = read_array(paths[0], 1, reading, "as of millimetres; save metres, as floating-point numbers")
     if depth.min(initial=0) < 0:
         raise PixelError("unsupported", f"it has {depth.min():g}, and depths are metres from 0, which means none")
     return _planes(depth)

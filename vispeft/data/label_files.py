@@ -252,13 +252,14 @@ def read_colours(path: str, reading: Reading = PLAIN) -> np.ndarray:
         return rgb_pixels(image, path, replace(reading, transparency=None, value_range=None))
 
 
-def read_array(path: str, channels: int, reading: Reading = PLAIN) -> np.ndarray:
+def read_array(path: str, channels: int, reading: Reading = PLAIN, whole: str = "") -> np.ndarray:
     """Read a file of numpy.
 
     Args:
         path: Its file, which ends in ``.npy``.
         channels: Number of values per pixel; of one, the last axis may be missing.
         reading: The limit on pixels.
+        whole: Reason for which whole numbers are refused; empty if they are not.
 
     Returns:
         float32 (H, W, channels), without infinite values and NaN.
@@ -275,6 +276,8 @@ def read_array(path: str, channels: int, reading: Reading = PLAIN) -> np.ndarray
             "unsupported", f"its array is {values.dtype.name} {values.shape}, and numbers {wanted} are needed"
         )
     size = values.shape[1], values.shape[0]
+    if whole and values.dtype.kind != "f":
+        raise PixelError("unsupported", f"its numbers are {values.dtype.name}, {whole}", size)
     if size[0] * size[1] > reading.max_pixels:
         raise too_large(size, reading.max_pixels)
     if not np.isfinite(values).all():

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from vispeft.data.facts import ImageFacts
 from vispeft.data.listing import Finding, Listing, gather
 from vispeft.data.masks import IGNORE, ListedMasks, MaskFacts, show_code
-from vispeft.data.pixel_checks import problem_findings
+from vispeft.data.pixel_checks import problem_findings, shared_findings
 from vispeft.data.pixels import QUARTER_TURNS
 from vispeft.errors import counted
 
@@ -91,15 +91,10 @@ def _files(listing: Listing) -> list[Finding]:
 
 
 def _shared(listing: Listing) -> list[Finding]:
-    """Find masks that belong to two images of a split, such as a.jpg and a.png."""
-    shared = []
-    for split in mask_splits(listing).values():
-        owners: dict[str, set[str]] = defaultdict(set)
-        for index in range(len(split)):
-            owners[split.masks.name(index)].add(split.source.name(index))
-        shared += [f"{mask} ({', '.join(sorted(names))})" for mask, names in owners.items() if len(names) > 1]
-    text = f"{counted(len(shared), 'mask')} for more than one image; leave one of the images"
-    return gather("error", {("shared-mask", text): shared})
+    """Find masks that belong to two images."""
+    splits = mask_splits(listing).values()
+    pairs = ((split.masks.name(index), split.source.name(index)) for split in splits for index in range(len(split)))
+    return shared_findings(pairs, "mask")
 
 
 def _sizes(listing: Listing, facts: Mapping[str, list[ImageFacts]]) -> list[Finding]:

@@ -96,7 +96,7 @@ def check_batches(listing: RetrievalListing, batch_size: int) -> str:
     images = len(listing.splits["train"])
     if batch_size > per_class * classes:
         return (
-            f"a batch of {batch_size} with {per_class} images per class has {batch_size // per_class} classes, and "
-            f"there are {classes} training classes"
+            f"a batch of {batch_size} with {counted(per_class, 'image')} per class has {batch_size // per_class} "
+            f"classes, and there are {classes} training classes"
         )
     return f"there are {counted(images, 'training image')}, fewer than a batch" if images < batch_size else ""

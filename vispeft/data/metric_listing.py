@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vispeft.data.listing import ListedSplit, Listing
-from vispeft.data.sources import JoinedSource, Source
+from vispeft.data.sources import FileSource, JoinedSource, Source
 
 __all__ = ["BOTH", "GALLERY", "QUERY", "ListedRoles", "RetrievalListing", "numbered", "roles_of"]
 
@@ -36,14 +36,19 @@ class ListedRoles(ListedSplit):
 
     @classmethod
     def of(cls, queries: ListedSplit, gallery: ListedSplit) -> ListedRoles:
-        """Join queries and gallery, in this order.
+        """Join queries and gallery, in this order; a file in both, with one class, becomes one image that is both.
 
         Args:
             queries: Images that ask.
             gallery: Images that are searched; their classes have the numbers of those of the queries.
         """
-        roles = torch.cat([torch.full((len(queries),), QUERY), torch.full((len(gallery),), GALLERY)])
-        joined = queries.join(gallery)
+        places = {file: index for index, file in enumerate(_files(queries))}
+        again = {index: places[file] for index, file in enumerate(_files(gallery)) if file in places}
+        rest = torch.tensor([index for index in range(len(gallery)) if index not in again], dtype=torch.long)
+        roles = torch.full((len(queries) + len(rest),), GALLERY)
+        roles[: len(queries)] = QUERY
+        roles[list(again.values())] = BOTH
+        joined = queries.join(gallery.take(rest))
         return cls(joined.source, joined.targets, roles)
 
     def take(self, indices: Tensor) -> ListedRoles:
@@ -54,6 +59,12 @@ class ListedRoles(ListedSplit):
         """Append the images of another split."""
         targets, roles = torch.cat([self.targets, other.targets]), torch.cat([self.roles, roles_of(other)])
         return ListedRoles(JoinedSource([self.source, other.source]), targets, roles)
+
+
+def _files(split: ListedSplit) -> list[tuple[str, int]]:
+    """Return path and class of each image; none where images are no files."""
+    paths = split.source.paths if isinstance(split.source, FileSource) else []
+    return list(zip(paths, split.targets.tolist(), strict=False))
 
 
 def roles_of(split: ListedSplit) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -211,9 +212,32 @@ class MultiTaskData(ListedData):
             **{name: TaskSplit(listed[name], evaluate) for name in ("validation", "test")},
         }
 
+    def measured_on(self, split: str, task: str) -> dict[str, Any]:
+        """Describe images and labels of a task; see `ImageData`.
+
+        Returns:
+            Also digests of the images' names (``names``), and of all pixels and labels (``contents``; None where only
+            headers were read, as with ``check: fast``).
+        """
+        listed = cast(ListedTasks, self.listing.splits[split])
+        names = [listed.source.name(index) for index in range(len(listed))]
+        read = list(self._digests(split, listed, task))
+        known = all(image and label for image, label in read)
+        found = {"names": _digest(names), "contents": _digest(map(str, read)) if known else None}
+        return {**super().measured_on(split, task), **found}
+
+    def _digests(self, split: str, listed: ListedTasks, task: str) -> Iterator[tuple[str, str]]:
+        """Yield the digests of each image and of its label; empty ones where they were not read."""
+        pairs = zip(self.report().facts[split], listed.label_facts(task, full=False), strict=True)
+        return ((image.digest, label.digest) for image, label in pairs)
+
     def identity(self) -> Iterator[bytes]:
         """Yield bytes that identify the images and labels of all splits."""
         yield from super().identity()
         for name, split in self.listing.splits.items():
             for index in range(len(split)):
                 yield f"{name} labels {' '.join(self._tasks)} {split.label(index)}\n".encode()
+
+
+def _digest(texts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(texts).encode(errors="surrogateescape")).hexdigest()[:16]

@@ -9,7 +9,7 @@ from vispeft.data.facts import ImageFacts
 from vispeft.data.listing import Finding, Listing, gather
 from vispeft.errors import counted
 
-__all__ = ["check_pixels", "problem_findings"]
+__all__ = ["check_pixels", "problem_findings", "shared_findings"]
 
 PROBLEMS = {
     "missing": ("missing-file", "{n} listed and not there; check paths and root"),
@@ -83,6 +83,21 @@ def problem_findings(named: Iterable[tuple[str, ImageFacts]], kinds: Mapping[str
         for problem, (code, text) in kinds.items()
     }
     return gather("error", found)
+
+
+def shared_findings(pairs: Iterable[tuple[str, str]], what: str) -> list[Finding]:
+    """Find files that are the label of two images, such as a.jpg and a.png, of which one may be drawn for the test.
+
+    Args:
+        pairs: Names of label and image, of all splits.
+        what: Word for the labels, such as mask.
+    """
+    owners: dict[str, set[str]] = defaultdict(set)
+    for label, image in pairs:
+        owners[label].add(image)
+    shared = [f"{label} ({', '.join(sorted(names))})" for label, names in owners.items() if len(names) > 1]
+    text = f"{counted(len(shared), what)} for more than one image; leave one of the images"
+    return gather("error", {(f"shared-{what}", text): shared})
 
 
 def _modes(usable: Named, total: int) -> list[Finding]:

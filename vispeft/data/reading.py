@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vispeft.data.images import PLAIN, Reading, read_image
+from vispeft.data.threads import in_threads
 from vispeft.data.trees import open_regular
 from vispeft.errors import ConfigError, DataError
 
@@ -71,7 +72,7 @@ class FileReader:
     least: tuple[int, int] | None = None
     """Height and width that are needed, for JPEG files decoded at reduced scale; None decodes all pixels."""
     workers: int = 0
-    """Processes that read; 0 reads in this one."""
+    """Processes that read; 0 reads in this one, by several threads."""
     mark: Literal["state", "digest"] = "state"
     """What notices a change of a file: its size and time, or the sha256 of its bytes, which are read once for both."""
     device: torch.device | None = None
@@ -178,7 +179,9 @@ class _Groups(Dataset[ReadBatch]):
         return len(self.groups)
 
     def __getitem__(self, index: int) -> ReadBatch:
-        found, marks = zip(*map(self.reader.read, self.groups[index]), strict=True)
+        paths = self.groups[index]
+        read = self.reader.read
+        found, marks = zip(*(map(read, paths) if self.reader.workers else in_threads(read, paths)), strict=True)
         kept = [position for position, image in enumerate(found) if not isinstance(image, LeftOut)]
         left_out = [image for image in found if isinstance(image, LeftOut)]
         images = _joined([found[position] for position in kept], packed=self.reader.workers > 0)

@@ -11,7 +11,7 @@ from vispeft.data.listed_tasks import TaskListing, mask_listings, task_splits
 from vispeft.data.listing import Finding, gather
 from vispeft.data.mask_checks import check_masks
 from vispeft.data.masks import IGNORE, MaskFacts
-from vispeft.data.pixel_checks import problem_findings
+from vispeft.data.pixel_checks import problem_findings, shared_findings
 from vispeft.errors import counted
 
 __all__ = ["TaskFigures", "check_tasks", "named", "task_figures"]
@@ -26,6 +26,8 @@ PROBLEMS = {
 """Code and text of each problem of a label; masks of classes have their own in `mask_checks`."""
 UNLABELLED = ("mask-unlabelled", "label-unlabelled")
 """Codes of findings about images without a labelled pixel."""
+FARTHEST = 1000
+"""Depth in metres beyond which labels may be millimetres; that of streets ends at 80 m, of rooms at 10 m."""
 
 
 def check_tasks(listing: TaskListing, facts: Mapping[str, list[ImageFacts]], full: bool) -> list[Finding]:
@@ -84,6 +86,9 @@ def _without_files(listing: TaskListing, task: str) -> Finding | None:
 def _check_labels(listing: TaskListing, task: str, facts: Mapping[str, list[ImageFacts]], full: bool) -> list[Finding]:
     """Check the labels of a task of another kind than classes."""
     errors = problem_findings(((name, known) for _, _, name, known in _all(listing, task)), PROBLEMS)
+    splits = task_splits(listing).values()
+    pairs = ((split.labels[task].name(at), split.source.name(at)) for split in splits for at in range(len(split)))
+    errors += shared_findings(pairs, "label")
     sizes: list[str] = []
     for split, index, name, known in _all(listing, task):
         image = facts[split][index]
@@ -95,7 +100,7 @@ def _check_labels(listing: TaskListing, task: str, facts: Mapping[str, list[Imag
 
 
 def _unlabelled(listing: TaskListing, task: str) -> list[Finding]:
-    """Find labels without a labelled pixel, and saliency and edges that are never 1."""
+    """Find labels without a labelled pixel, saliency and edges that are never 1, and depths of another unit."""
     found: list[Finding] = []
     for name, split in task_splits(listing).items():
         known = [facts for facts in split.label_facts(task, full=False) if not facts.problem]
@@ -109,6 +114,10 @@ def _unlabelled(listing: TaskListing, task: str) -> list[Finding]:
         elif blank:
             text = f"{counted(len(blank), 'label')} in {name} without a labelled pixel"
             found.append(Finding("warning", "label-unlabelled", text, tuple(blank)))
+        far = max((facts.most for facts in known if isinstance(facts, LabelFacts)), default=0.0)
+        if listing.targets[task].kind == "depth" and far > FARTHEST:
+            text = f"Depths in {name} go up to {far:,.0f} metres; if they are millimetres, divide them by 1000"
+            found.append(Finding("warning", "far-depth", text))
         binary = listing.targets[task].kind in ("saliency", "edge")
         if binary and known and not any(isinstance(facts, LabelFacts) and facts.total for facts in known):
             found.append(Finding("error", "never-one", f"No pixel of {name} is 1, so there is nothing to find"))

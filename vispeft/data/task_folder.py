@@ -131,7 +131,7 @@ class TaskFolderData(MultiTaskData):
     * saliency, edge: images of 0 and white, or of 0, 1 and 255 for no label (``zero_one``); arrays of the latter;
     * normals: unit vectors with the components right, down and towards the camera; arrays (H, W, 3) with zero for none,
       or images of (n + 1) / 2 * 255 with grey or black for none;
-    * depth: arrays of metres, or images of 16 bits in millimetres, with 0 for none;
+    * depth: arrays of metres (floating-point numbers), or images of 16 bits in millimetres, with 0 for none;
     * values: arrays with 255 for no label, or grey images, whose shares of white are the values.
     """
 

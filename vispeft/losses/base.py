@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vispeft.errors import DataError
+from vispeft.errors import ConfigError, DataError
 
-__all__ = ["MetricLoss", "by_class"]
+__all__ = ["MetricLoss", "by_class", "check_positive"]
 
 
 class MetricLoss(nn.Module, ABC):
@@ -43,6 +44,21 @@ class MetricLoss(nn.Module, ABC):
         Returns:
             A scalar.
         """
+
+
+def check_positive(loss: str, **values: float) -> None:
+    """Refuse settings of a loss that are not finite numbers above 0.
+
+    Args:
+        loss: Name of the loss, for the message.
+        values: The settings by name.
+
+    Raises:
+        ConfigError: If one is zero, negative, infinite or NaN.
+    """
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{loss}({name}={value}): a finite number above 0 is needed.")
 
 
 def by_class(embeddings: Tensor, labels: Tensor) -> Tensor:

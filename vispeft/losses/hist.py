@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vispeft.errors import ConfigError
-from vispeft.losses.base import MetricLoss
+from vispeft.losses.base import MetricLoss, check_positive
 
 __all__ = ["Hist"]
 
@@ -52,9 +53,9 @@ class Hist(MetricLoss):
             ConfigError: If a number is out of range.
         """
         super().__init__()
-        for name, value in (("tau", tau), ("alpha", alpha), ("hidden", hidden)):
-            if value <= 0:
-                raise ConfigError(f"Hist({name}={value}): a number above 0 is needed.")
+        check_positive("Hist", tau=tau, alpha=alpha, hidden=hidden)
+        if not 0 <= network_weight < math.inf:
+            raise ConfigError(f"Hist(network_weight={network_weight}): a finite number from 0 on is needed.")
         self.tau, self.alpha, self.network_weight = tau, alpha, network_weight
         self.means = nn.Parameter(torch.empty(num_classes, embedding_size))
         self.log_vars = nn.Parameter(torch.empty(num_classes, embedding_size))

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vispeft.errors import ConfigError
-from vispeft.losses.base import MetricLoss, by_class
+from vispeft.losses.base import MetricLoss, by_class, check_positive
 from vispeft.metrics.similarity import Hyperbolic as HyperbolicSimilarity
 
 __all__ = ["Hyperbolic"]
@@ -49,11 +48,9 @@ class Hyperbolic(MetricLoss):
         """
         super().__init__()
         temperature = (0.2 if curvature else 0.1) if temperature is None else temperature
-        if curvature < 0 or temperature <= 0:
-            raise ConfigError(
-                f"Hyperbolic(curvature={curvature}, temperature={temperature}): a curvature from 0 and a temperature "
-                "above 0 are needed."
-            )
+        check_positive("Hyperbolic", clip=clip, temperature=temperature)
+        if curvature:
+            check_positive("Hyperbolic", curvature=curvature)
         self.temperature = temperature
         self.space = HyperbolicSimilarity(curvature=curvature, clip=clip) if curvature else None
 

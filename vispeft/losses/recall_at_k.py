@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vispeft.errors import ConfigError
-from vispeft.losses.base import MetricLoss
+from vispeft.losses.base import MetricLoss, check_positive
 
 __all__ = ["RecallAtK"]
 
@@ -46,18 +46,12 @@ class RecallAtK(MetricLoss):
             ConfigError: If one is out of range.
         """
         super().__init__()
-        if not ks or min(ks) < 1:
+        if not ks or any(type(k) is not int or k < 1 for k in ks):
             raise ConfigError(f"RecallAtK(ks={list(ks)}): whole numbers from 1 on are needed, such as [1, 2, 4].")
-        if min(similarity_temperature, rank_temperature) <= 0:
-            raise ConfigError(
-                f"RecallAtK(similarity_temperature={similarity_temperature}, rank_temperature={rank_temperature}): "
-                "numbers above 0 are needed."
-            )
-        self.ks, self.similarity_temperature, self.rank_temperature = (
-            tuple(ks),
-            similarity_temperature,
-            rank_temperature,
-        )
+        settings = {"similarity_temperature": similarity_temperature, "rank_temperature": rank_temperature}
+        check_positive("RecallAtK", **settings)
+        self.ks = tuple(ks)
+        self.similarity_temperature, self.rank_temperature = similarity_temperature, rank_temperature
 
     def forward(self, embeddings: Tensor, labels: Tensor, indices_tuple: Any = None) -> Tensor:
         """Compute the loss of a batch; zero where no class has two images.

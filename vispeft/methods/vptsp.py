@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from vispeft.core.fields import check_factor, check_share, check_whole
+from vispeft.core.fields import check_share, check_whole
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import Recipe
 from vispeft.core.sites import View
@@ -29,8 +29,8 @@ __all__ = ["VPTSP", "SteppedPrompts"]
 CUB = Recipe(
     lr=5e-3,
     weight_decay=1e-6,
-    source="CUB-200-2011, ViT-S/16: SGD with momentum 0.9, batches of 64 classes x 2 images, proxies at 0.1 "
-    "(Noahsark/ParameterEfficient-DML c7c9416)",
+    source="CUB-200-2011, ViT-S/16: SGD with momentum 0.9, batches of 64 images, 2 of each of 32 classes, proxies at "
+    "0.1 (Noahsark/ParameterEfficient-DML c7c9416)",
 )
 
 
@@ -127,10 +127,13 @@ class VPTSP(Method):
         super().__post_init__()
         check_whole(self, "num_tokens", "depth", "class_depth")
         check_share(self, "keep", "state_dropout")
-        check_factor(self, "alpha")
         for field in ("step", "class_tokens", "class_step"):
-            if (value := getattr(self, field)) < 0:
-                raise ConfigError(f"VPTSP({field}={value}): a number from 0 on is needed.")
+            if not isinstance(value := getattr(self, field), int) or value < 0:
+                raise ConfigError(f"VPTSP({field}={value}): a whole number from 0 on is needed.")
+        if not 0 < self.alpha < math.inf:
+            raise ConfigError(f"VPTSP(alpha={self.alpha}): a finite number above 0 is needed.")
+        if not math.isfinite(self.margin):
+            raise ConfigError(f"VPTSP(margin={self.margin}): a finite number is needed.")
         if not 0 <= self.learned_share <= 1:
             raise ConfigError(f"VPTSP(learned_share={self.learned_share}): a share from 0 to 1 is needed.")
         if self.roles not in (None, ("tokens",)) or self.blocks is not None:

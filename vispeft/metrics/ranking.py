@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vispeft.errors import DataError, counted
+from vispeft.errors import ConfigError, DataError, counted
 from vispeft.metrics.similarity import Similarity, make_similarity
 
 __all__ = ["Ranking", "exact_copies", "first_in_order", "nearest"]
 
 BLOCK = 128 * 2**20
-"""Bytes of the scores that are held at once. A ranking needs up to four times as much, for chosen rows and for their
-indices."""
+"""Bytes of the scores that are held at once. A ranking with few classes needs seven times as much, for the indices and
+scores of the relevant ones; with many small classes, twice as much."""
 SAMPLED = 8
 """Columns by which rows that have no copy are told apart, before whole rows are hashed."""
 HASHED = 2**17
@@ -46,7 +46,7 @@ class Ranking:
         """Check the embeddings.
 
         Raises:
-            DataError: If they have no rows, do not fit, or are not finite.
+            DataError: If they have no rows, do not fit, or are not finite, or `own` has other indices.
         """
         for side, found in (("queries", self.queries), ("gallery", self.gallery)):
             if found.ndim != 2 or not found.is_floating_point() or not found.numel():
@@ -64,6 +64,16 @@ class Ranking:
             raise DataError(
                 f"Queries have {self.queries.shape[1]} dimensions and the gallery has {self.gallery.shape[1]}. "
                 "Were they embedded by the same model?"
+            )
+        if self.own is not None:
+            self._check_own(self.own)
+
+    def _check_own(self, own: Tensor) -> None:
+        whole = not (own.is_floating_point() or own.is_complex() or own.dtype == torch.bool)
+        if own.shape != self.queries.shape[:1] or not whole or own.min() < -1 or own.max() >= len(self.gallery):
+            raise DataError(
+                f"own has the shape {tuple(own.shape)} and the type {own.dtype}; {len(self.queries)} indices of a "
+                f"gallery of {len(self.gallery)} are needed, -1 for a query that is not there."
             )
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
@@ -177,8 +187,11 @@ def nearest(
         neighbour with the score -inf where the gallery has no other.
 
     Raises:
-        DataError: If embeddings do not fit or are not finite.
+        ConfigError: If the count is below 1.
+        DataError: If embeddings do not fit or are not finite, or `own` has other indices.
     """
+    if count < 1:
+        raise ConfigError(f"nearest(count={count}): at least one neighbour is needed.")
     ranking = Ranking(queries=queries, gallery=gallery, own=own, similarity=make_similarity(similarity))
     count = min(count, len(gallery))
     values, indices = [], []

@@ -9,6 +9,7 @@ counted, which takes the same time for any K.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from vispeft.data.metric_listing import BOTH, GALLERY, QUERY
 from vispeft.errors import ConfigError, DataError
 from vispeft.metrics.ranking import Ranking, first_in_order
 from vispeft.metrics.similarity import Similarity, make_similarity
@@ -27,8 +29,6 @@ __all__ = ["BOTH", "GALLERY", "QUERY", "RetrievalScores", "clustering_scores", "
 
 Lone = Literal["count_as_miss", "drop"]
 """Treatment of queries without a relevant neighbour."""
-BOTH, QUERY, GALLERY = 0, 1, 2
-"""Roles of a sample: query and member of the gallery, query alone, member of the gallery alone."""
 CACHED = 2**20
 """Scores that are compared at once on a CPU, so that the comparison stays in its cache: four times as fast as whole
 blocks, and as narrow columns of them. Fewer take longer where threads wait for each other on a busy machine."""
@@ -69,8 +69,7 @@ def retrieval_scores(
         ConfigError: If settings cannot work, or labels of the gallery are missing.
         DataError: If embeddings or labels do not fit, or are not finite.
     """
-    _check_settings(ks, lone)
-    own = None
+    ks, own = _checked(ks, lone), None
     if gallery is None and gallery_labels is None:
         gallery, gallery_labels = queries, labels
         own = torch.arange(len(queries), device=queries.device)
@@ -98,11 +97,17 @@ class _Ranks:
     """Share of relevant ones among the first R."""
 
 
-def _check_settings(ks: Sequence[int], lone: str) -> None:
-    if not ks or any(not isinstance(k, int) or k < 1 for k in ks):
-        raise ConfigError(f"ks={list(ks)}: whole numbers from 1 on are needed, such as (1, 2, 4, 8).")
+def _checked(ks: Sequence[int], lone: str) -> tuple[int, ...]:
+    """Return the K, once each, if the settings can work."""
+    try:
+        found = tuple(dict.fromkeys(operator.index(k) for k in ks))
+    except TypeError:
+        found = ()
+    if not found or min(found) < 1:
+        raise ConfigError(f"ks={ks!r}: whole numbers from 1 on are needed, such as (1, 2, 4, 8).")
     if lone not in ("count_as_miss", "drop"):
         raise ConfigError(f"lone={lone!r}: choose 'count_as_miss' or 'drop'.")
+    return found
 
 
 def _figures(ranks: _Ranks, ks: Sequence[int], lone: Lone, ties: bool) -> dict[str, float]:
@@ -115,7 +120,7 @@ def _figures(ranks: _Ranks, ks: Sequence[int], lone: Lone, ties: bool) -> dict[s
         return float(values.mean()) if len(values) else math.nan
 
     found = {}
-    for k in dict.fromkeys(ks):
+    for k in ks:
         found[f"recall@{k}"] = mean(ranks.first <= k)
         if ties:
             found |= {f"recall@{k}_low": mean(ranks.high <= k), f"recall@{k}_high": mean(ranks.low <= k)}
@@ -124,14 +129,18 @@ def _figures(ranks: _Ranks, ks: Sequence[int], lone: Lone, ties: bool) -> dict[s
     return found | {"queries": float(len(met)), "lone_queries": float((~met).sum())}
 
 
+def _check_labels(side: str, labels: Tensor, rows: Tensor) -> None:
+    if labels.shape != rows.shape[:1] or labels.is_floating_point() or labels.is_complex():
+        raise DataError(
+            f"The labels of the {side} have the shape {tuple(labels.shape)} and the type {labels.dtype}; "
+            f"{len(rows)} integers are needed."
+        )
+
+
 def _ranks(ranking: Ranking, labels: Tensor, gallery_labels: Tensor) -> _Ranks:
     """Rank relevant neighbours, block by block."""
-    for side, found, rows in (("queries", labels, ranking.queries), ("gallery", gallery_labels, ranking.gallery)):
-        if found.shape != rows.shape[:1] or found.is_floating_point() or found.is_complex():
-            raise DataError(
-                f"The labels of the {side} have the shape {tuple(found.shape)} and the type {found.dtype}; "
-                f"{len(rows)} integers are needed."
-            )
+    _check_labels("queries", labels, ranking.queries)
+    _check_labels("gallery", gallery_labels, ranking.gallery)
     device = ranking.gallery.device
     _, numbers = torch.cat([labels.to(device).long(), gallery_labels.to(device).long()]).unique(return_inverse=True)
     labels, gallery_labels = numbers[: len(labels)], numbers[len(labels) :]
@@ -230,11 +239,17 @@ def clustering_scores(
     Returns:
         ``nmi``, normalised mutual information by the arithmetic mean, from 0 to 1, and ``ami``, adjusted for chance, at
         most 1.
+
+    Raises:
+        DataError: If embeddings or labels do not fit, or are not finite.
     """
     from sklearn.cluster import KMeans
     from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
-    points = make_similarity(similarity).prepare(embeddings.float()).cpu().numpy()
+    chosen = make_similarity(similarity)
+    Ranking(queries=embeddings, gallery=embeddings, similarity=chosen)  # checks them
+    _check_labels("embeddings", labels, embeddings)
+    points = chosen.prepare(embeddings.detach().float()).cpu().numpy()
     _, classes = labels.cpu().unique(return_inverse=True)
     clusters = KMeans(int(classes.max()) + 1, n_init=1, random_state=seed).fit_predict(points)
     scores = {"nmi": normalized_mutual_info_score, "ami": adjusted_mutual_info_score}
@@ -280,8 +295,7 @@ class RetrievalScores(Metric):
             ConfigError: If settings cannot work.
         """
         super().__init__(**settings)
-        _check_settings(ks, lone)
-        self.ks, self.lone, self.ties, self.clusters = tuple(ks), lone, ties, clusters
+        self.ks, self.lone, self.ties, self.clusters = _checked(ks, lone), lone, ties, clusters
         self.similarity = make_similarity(similarity)
         for name in ("embeddings", "labels", "roles", "index"):
             self.add_state(name, [], dist_reduce_fx="cat")

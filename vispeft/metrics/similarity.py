@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from vispeft.errors import ConfigError, UnknownNameError, check_object
+from vispeft.errors import ConfigError, UnknownNameError
 from vispeft.metrics.sums import sum_type
 
 __all__ = ["Cosine", "Dot", "Hyperbolic", "Similarity", "make_similarity"]
@@ -134,11 +135,20 @@ class Hyperbolic(Similarity):
         return {"name": self.name, **asdict(self)}
 
 
-_CLASSES: dict[str, type[Similarity]] = {cls.name: cls for cls in (Cosine, Dot, Hyperbolic)}
+def _classes(base: type[Similarity] = Similarity) -> dict[str, type[Similarity]]:
+    """Return all imported similarities by name: ours, and then those of one's own."""
+    found: dict[str, type[Similarity]] = {}
+    for cls in base.__subclasses__():
+        if not inspect.isabstract(cls) and isinstance(name := getattr(cls, "name", None), str):
+            found.setdefault(name, cls)
+        found = {**_classes(cls), **found}
+    return found
 
 
 def make_similarity(given: str | Mapping[str, Any] | Similarity) -> Similarity:
     """Create a similarity.
+
+    One of your own is found by its ``name`` once its module is imported.
 
     Args:
         given: A name (``cosine``, ``dot``, ``hyperbolic``), the values of `Similarity.to_dict`, or a similarity.
@@ -150,12 +160,13 @@ def make_similarity(given: str | Mapping[str, Any] | Similarity) -> Similarity:
         given = {"name": given}
     if isinstance(given, Mapping):
         settings = dict(given)
-        name = settings.pop("name", None)
-        if name not in _CLASSES:
-            raise UnknownNameError("similarity", str(name), _CLASSES)
+        name, classes = str(settings.pop("name", None)), _classes()
+        if name not in classes:
+            raise UnknownNameError("similarity", name, classes)
         try:
-            return _CLASSES[name](**settings)
+            return classes[name](**settings)
         except TypeError as error:
             raise ConfigError(f"The similarity {name} does not take {settings} ({error}).") from error
-    check_object("retrieval", "similarity", given, Similarity)
+    if not isinstance(given, Similarity):
+        raise ConfigError(f"similarity={given!r}: choose {', '.join(_classes())}, or give a Similarity.")
     return given

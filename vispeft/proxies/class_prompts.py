@@ -15,6 +15,11 @@ from vispeft.errors import ConfigError
 __all__ = ["BankedPrompts", "ClassPrompts", "ClassTokens", "SteppedTokens"]
 
 
+ROW_BY_ROW = ("Adadelta", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD")
+"""Optimisers of ``torch.optim`` whose state has a number for each entry of a parameter, all 0 at the start. So the rows
+of a class can be taken out of it and put back."""
+
+
 class SteppedTokens(TokensUnit):
     """Tokens of the first blocks, whose number may differ; each block replaces those of the block before."""
 
@@ -142,8 +147,13 @@ class BankedPrompts(nn.Module):
             optimizer: The optimiser that trains `batch`.
 
         Raises:
-            ConfigError: If it does not train it.
+            ConfigError: If it does not train it, or its state cannot be kept row by row.
         """
+        if not isinstance(optimizer, tuple(getattr(torch.optim, name) for name in ROW_BY_ROW)):
+            raise ConfigError(
+                f"{type(optimizer).__name__} keeps a state that cannot be taken apart by classes, as class prompts in "
+                f"host memory need it. Choose {', '.join(ROW_BY_ROW)}, or keep them on the device (bank=False)."
+            )
         if not any(p is self.batch for group in optimizer.param_groups for p in group["params"]):
             raise ConfigError(
                 "The optimiser does not train the class prompts. Give it the parameters of the criterion too."

@@ -5,14 +5,33 @@ Formulas follow the public code of VPTSP, Noahsark/ParameterEfficient-DML at c7c
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["GatedIntegrator", "MomentumIntegrator"]
+__all__ = ["GatedIntegrator", "Integrator", "MomentumIntegrator"]
 
 
-class MomentumIntegrator(nn.Module):
+class Integrator(nn.Module, ABC):
+    """Folds the vectors of a batch into the running state of their classes."""
+
+    @abstractmethod
+    def forward(self, state: Tensor, vectors: Tensor, owners: Tensor) -> Tensor:
+        """Compute the new state of the classes in a batch.
+
+        Args:
+            state: State of these classes (U, d).
+            vectors: Vectors of the samples (B, d).
+            owners: Row of `state` of each sample, int64 (B).
+
+        Returns:
+            (U, d), not normalised.
+        """
+
+
+class MomentumIntegrator(Integrator):
     """Moving average (VPTSP-M): ``h' = keep h + (1 - keep) mean of the class in the batch``."""
 
     def __init__(self, keep: float) -> None:
@@ -25,28 +44,19 @@ class MomentumIntegrator(nn.Module):
         self.keep = keep
 
     def forward(self, state: Tensor, vectors: Tensor, owners: Tensor) -> Tensor:
-        """Compute the new state of the classes in a batch.
-
-        Args:
-            state: State of these classes (U, d).
-            vectors: Vectors of the samples (B, d).
-            owners: Row of `state` of each sample, int64 (B).
-
-        Returns:
-            (U, d), not normalised.
-        """
+        """Compute the average of the old state and the mean of each class."""
         sums = torch.zeros_like(state).index_add(0, owners, vectors)
         counts = torch.bincount(owners, minlength=len(state)).to(state)
         return self.keep * state + (1 - self.keep) * sums / counts.unsqueeze(1)
 
 
-class GatedIntegrator(nn.Module):
+class GatedIntegrator(Integrator):
     """Gated recurrent unit over the samples of a class in the order of the batch (VPTSP-G).
 
     ``z = sigmoid(p W_iz + h W_hz + b_iz)``, ``r = sigmoid(p W_ir + h W_hr + b_ir)``,
     ``n = act(p W_in + r * (h W_hn) + b_in)``, ``h' = (1 - z) * n + z * h``, with dropout behind. The released
-    configurations use a ReLU as ``act``, a usual unit has a tanh. Nothing reads ``W_ia``: the public code has it, and
-    counts and stores it.
+    configurations have a ReLU as ``act``, and a standard unit has a tanh. ``W_ia`` is not used: the public code has it
+    too, and its parameter counts include it.
     """
 
     def __init__(self, dim: int, candidate: str, dropout: float) -> None:
@@ -79,16 +89,7 @@ class GatedIntegrator(nn.Module):
         return F.dropout((1 - keep) * new + keep * state, self.dropout, self.training)
 
     def forward(self, state: Tensor, vectors: Tensor, owners: Tensor) -> Tensor:
-        """Compute the new state of the classes in a batch; a class with more samples takes more steps.
-
-        Args:
-            state: State of these classes (U, d).
-            vectors: Vectors of the samples (B, d).
-            owners: Row of `state` of each sample, int64 (B).
-
-        Returns:
-            (U, d), not normalised.
-        """
+        """Run the unit over the samples of each class in turn; a class with more samples takes more steps."""
         turns = _turns(owners, len(state))
         for turn in range(int(turns.max()) + 1):
             now = (turns == turn).nonzero().flatten()

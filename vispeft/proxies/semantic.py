@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vispeft.proxies.class_prompts import BankedPrompts, ClassPrompts, ClassTokens
-from vispeft.proxies.integrators import GatedIntegrator, MomentumIntegrator
+from vispeft.proxies.integrators import GatedIntegrator, Integrator, MomentumIntegrator
 from vispeft.proxies.losses import Pull, proxy_loss
 
 __all__ = ["Proxies", "ProxySettings", "SemanticProxies"]
@@ -168,7 +168,7 @@ class SemanticProxies(nn.Module):
         return tokens
 
 
-def _integrator(settings: ProxySettings, dim: int) -> nn.Module:
+def _integrator(settings: ProxySettings, dim: int) -> Integrator:
     if settings.integrator == "momentum":
         return MomentumIntegrator(settings.keep)
     return GatedIntegrator(dim, "relu" if settings.integrator == "gru_relu" else "tanh", settings.dropout)

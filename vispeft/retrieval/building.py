@@ -15,7 +15,7 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from vispeft.data.reading import LeftOut, ReadBatch
-from vispeft.errors import ConfigError, DataError, FileError, counted
+from vispeft.errors import ConfigError, DataError, FileError, check_count, counted
 from vispeft.metrics.similarity import make_similarity
 from vispeft.retrieval.approximate import build, check_kind
 from vispeft.retrieval.collection import Collection
@@ -80,8 +80,7 @@ class Builder:
         Raises:
             ConfigError: If one cannot work, or an index is there.
         """
-        if self.batch_size < 1:
-            raise ConfigError(f"--batch_size is {self.batch_size}; at least 1 is needed.")
+        check_count("--batch_size", self.batch_size)
         if self.dtype not in DTYPES:
             raise ConfigError(f"--dtype {self.dtype}: choose {' or '.join(DTYPES)}.")
         check_kind(self.kind, make_similarity(self.model.similarity))
@@ -144,10 +143,11 @@ class Builder:
         try:
             with safe_open(path, "pt") as file:
                 file.get_tensor("embeddings")
-                marks = json.loads(file.metadata()["images"])
+                marks, left_out = (json.loads(file.metadata()[key]) for key in ("images", "left_out"))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return False
-        return bool(marks == [read.mark_of(str(path)) for path in files])
+        # What could not be read is tried again: another limit on pixels may hold now.
+        return not left_out and bool(marks == [read.mark_of(str(path)) for path in files])
 
     def _embedded(self, found: Tensor, names: Sequence[str]) -> Tensor:
         found = found.float().cpu()

@@ -55,6 +55,16 @@ class Collection:
         """The files."""
         return [self.root / name for name in self.names]
 
+    @classmethod
+    def joined(cls, parts: Sequence[Collection]) -> Collection:
+        """Put collections behind each other, with whole paths as names.
+
+        Args:
+            parts: The collections.
+        """
+        names = tuple(str(path) for part in parts for path in part.paths)
+        return cls(Path(), names, tuple(label for part in parts for label in part.labels))
+
 
 def collect(place: str | Path) -> Collection:
     """List the images of a folder with its subfolders as labels, of a list with its labels, or one image.
@@ -121,10 +131,19 @@ def _files(source: Source, split: str) -> list[Path]:
 
 
 def _below(paths: Sequence[Path], labels: Sequence[str]) -> Collection:
-    """Name files by their paths below their common folder."""
-    full = [os.path.join(os.path.realpath(path.parent), path.name) for path in paths]
-    root = Path(os.path.commonpath([os.path.dirname(path) for path in full]))
-    return Collection(root, tuple(Path(path).relative_to(root).as_posix() for path in full), tuple(labels))
+    """Name files by their paths below their common folder, each once.
+
+    Raises:
+        DataError: If a file is given twice, with different labels.
+    """
+    found: dict[str, str] = {}
+    for path, label in zip(paths, labels, strict=True):
+        full = os.path.join(os.path.realpath(path.parent), path.name)
+        if found.setdefault(full, label) != label:
+            raise DataError(f"{path} has two labels, {found[full]!r} and {label!r}; leave one of the two lines out.")
+    root = Path(os.path.commonpath([os.path.dirname(path) for path in found]))
+    names = tuple(Path(path).relative_to(root).as_posix() for path in found)
+    return Collection(root, names, tuple(found.values()))
 
 
 def file_digest(path: Path) -> str:

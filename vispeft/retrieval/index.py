@@ -19,6 +19,7 @@ from torch import Tensor
 from vispeft.errors import FileError, brief
 from vispeft.retrieval.collection import Collection
 from vispeft.storage.disk import read_regular
+from vispeft.storage.tables import as_csv
 
 __all__ = ["DESCRIPTION", "IMAGES", "Index", "Model", "described", "table_of"]
 
@@ -89,7 +90,7 @@ class Index:
         folder = Path(place)
         described = _description(folder)
         contents = {name: _checked(folder / name, sha) for name, sha in described["files"].items()}
-        rows = list(csv.reader(io.StringIO(contents[IMAGES].decode())))[1:]
+        rows = list(csv.reader(io.StringIO(contents[IMAGES].decode(), newline="")))[1:]
         shards = [tensors_from_bytes(contents[name])["embeddings"] for name in described["shards"]]
         embeddings = torch.cat(shards)
         if len(embeddings) != len(rows):
@@ -144,10 +145,7 @@ def table_of(collection: Collection, digests: list[str]) -> bytes:
         collection: The images.
         digests: The sha256 of each.
     """
-    text = io.StringIO()
-    rows = zip(collection.names, collection.labels, digests, strict=True)
-    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
-    return text.getvalue().encode()
+    return as_csv([COLUMNS, *zip(collection.names, collection.labels, digests, strict=True)]).encode()
 
 
 def _description(folder: Path) -> dict[str, Any]:

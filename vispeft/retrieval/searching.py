@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vispeft.errors import ConfigError, FileError
+from vispeft.errors import DataError, FileError, check_count, counted
 from vispeft.metrics.ranking import Ranking, nearest
 from vispeft.metrics.similarity import make_similarity
 from vispeft.retrieval.approximate import find
 from vispeft.retrieval.collection import Collection, file_digest
 from vispeft.retrieval.index import Index
+from vispeft.storage.tables import as_csv
 
 __all__ = ["Found", "Hit", "neighbours_of", "picture_name", "search_table"]
 
@@ -70,11 +69,10 @@ def neighbours_of(
 
     Raises:
         ConfigError: If the count is out of range.
-        DataError: If embeddings do not fit or are not finite, or an image that was found cannot be read.
-        FileError: If an image that was found has changed since it was embedded.
+        DataError: If embeddings do not fit or are not finite.
+        FileError: If an image that was found has changed since it was embedded, or is gone.
     """
-    if count < 1:
-        raise ConfigError(f"--neighbours is {count}; at least 1 is needed.")
+    check_count("--neighbours", count)
     places = {path: place for place, path in enumerate(map(str, index.collection.paths))}
     own = torch.tensor([places.get(str(path), -1) for path in queries.paths])
     scores, indices = _nearest(index, embeddings, count, own, exact)
@@ -95,6 +93,9 @@ def _nearest(index: Index, embeddings: Tensor, count: int, own: Tensor, exact: b
     Ranking(queries=embeddings, gallery=gallery, similarity=similarity)  # checks both
     wide = min(count + 1, len(gallery))
     scores, indices = find(index.kind, index.approximate, similarity.prepare(embeddings.float()), wide)
+    few = (indices < 0).any(1)  # lists that were searched, or the part of a graph that was reached, hold too few
+    if few.any():
+        scores[few], indices[few] = nearest(embeddings[few], gallery, wide, similarity)
     scores = scores.masked_fill(indices == own[:, None], -torch.inf)
     order = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
     return scores.gather(1, order), indices.gather(1, order)
@@ -107,12 +108,22 @@ def _hit(index: Index, place: int, score: float, label: str) -> Hit:
 
 
 def _check_unchanged(index: Index, places: Sequence[int]) -> None:
-    changed = [p for p in places if file_digest(index.collection.path(p)) != index.digests[p]]
-    if changed:
-        listing = ", ".join(str(index.collection.path(place)) for place in changed[:5])
+    changed, gone = [], []
+    for place in places:
+        path = index.collection.path(place)
+        try:
+            changed += [] if file_digest(path) == index.digests[place] else [str(path)]
+        except DataError:
+            gone.append(str(path))
+    told = [
+        f"{counted(len(paths), 'neighbour')} {what} ({', '.join(paths[:5])})"
+        for paths, what in ((changed, "changed"), (gone, "cannot be read any more"))
+        if paths
+    ]
+    if told:
         raise FileError(
-            f"{len(changed)} of the neighbours have changed since they were embedded ({listing}), so {index.place} no "
-            "longer fits its images. Embed them again."
+            f"Since the images were embedded, {' and '.join(told)}, so {index.place} no longer fits them. Embed them "
+            "again, or put the files back where they were."
         )
 
 
@@ -122,14 +133,13 @@ def search_table(found: Sequence[Found]) -> str:
     Args:
         found: The neighbours of each query.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for entry in found:
-        for rank, hit in enumerate(entry.hits, start=1):
-            right = "" if hit.right is None else ("yes" if hit.right else "no")
-            writer.writerow([entry.query, entry.label, rank, hit.path, hit.label, f"{hit.score:.6f}", right])
-    return text.getvalue()
+    words = {None: "", True: "yes", False: "no"}
+    rows = [
+        [entry.query, entry.label, rank, hit.path, hit.label, f"{hit.score:.6f}", words[hit.right]]
+        for entry in found
+        for rank, hit in enumerate(entry.hits, start=1)
+    ]
+    return as_csv([COLUMNS, *rows])
 
 
 def picture_name(query: str, taken: set[str]) -> str:

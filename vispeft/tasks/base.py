@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -31,7 +30,8 @@ from vispeft.tasks.migration import rename_heads
 from vispeft.tasks.optimizers import check_optimizer, make_optimizer, optimizer_node
 from vispeft.tasks.predictions import Predictor
 from vispeft.tasks.schedules import DECAYS, warmup_decay
-from vispeft.tasks.trainer_checks import check_averaging, check_precision
+from vispeft.tasks.setting_checks import check_numbers
+from vispeft.tasks.trainer_checks import check_averaging, check_precision, steps_per_epoch
 
 __all__ = ["AdapterTask"]
 
@@ -74,8 +74,11 @@ class AdapterTask(LightningModule):
         ema: float = 0.0,
         base_dtype: Literal["float32", "bfloat16"] = "float32",
         schedule: Literal["cosine", "poly"] = "cosine",
+        schedule_epochs: int | None = None,
         lr_ends: tuple[float, float] = (0.0, 0.0),
+        final_lr: float | None = None,
         decay_tables: bool = False,
+        decay_vectors: bool = False,
         optimizer: str | dict[str, Any] = "AdamW",
     ) -> None:
         """Create the backbone, attach the adapter and verify it.
@@ -87,15 +90,20 @@ class AdapterTask(LightningModule):
             backbone_args: Further arguments for ``timm.create_model``, such as ``pretrained`` or ``img_size``.
             weights: File with the backbone's weights, instead of pretrained ones.
             lr: Highest learning rate.
-            weight_decay: Weight decay of matrices; vectors have none.
+            weight_decay: Weight decay of matrices; vectors have none, unless `decay_vectors` is set.
             warmup: Fraction of all steps in which the learning rate rises.
             layer_decay: Learning rate of a layer relative to the next one, for methods that train the backbone.
             ema: Decay of the exponential moving average of the trained tensors, which is then validated and saved; 0
                 for none.
             base_dtype: Type of the frozen backbone; adapter and head are float32 in any case.
             schedule: How the learning rate falls after the warm-up: half a cosine, or a polynomial of power 0.9.
-            lr_ends: Learning rates at the start of the warm-up and at the end of the training, relative to `lr`.
+            schedule_epochs: Epochs from the start of the training to the end of the decay, at least as many as are
+                trained; a longer decay is cut off by the end of the training. None for the length of the training.
+            lr_ends: Learning rates at the start of the warm-up and at the end of the decay, relative to `lr`.
+            final_lr: Learning rate of all parameters at the end of the decay, instead of a share of each one's own in
+                `lr_ends`.
             decay_tables: Let position embeddings and tables of relative positions decay too, which timm exempts.
+            decay_vectors: Let biases, gains of norms and other vectors decay too.
             optimizer: An optimiser of ``torch.optim``: its name, or ``class_path`` (the name) with ``init_args``, such
                 as ``momentum``. Learning rate and weight decay are `lr` and `weight_decay`.
 
@@ -107,26 +115,17 @@ class AdapterTask(LightningModule):
         """
         super().__init__()
         check_object(type(self).__name__, "method", method, Method)
-        for name, value, good in (
-            ("lr", lr, 0 < lr <= _LARGEST),
-            ("lr_ends", lr_ends, len(lr_ends) == 2 and all(0 <= end <= 1 for end in lr_ends)),
-            ("weight_decay", weight_decay, weight_decay >= 0 and math.isfinite(weight_decay)),
-            ("warmup", warmup, 0 <= warmup < 1),
-            ("layer_decay", layer_decay, 0 < layer_decay <= 1),
-            ("ema", ema, 0 <= ema < 1),
-            ("num_classes", num_classes, num_classes >= self.least_outputs),
-        ):
-            if not good:
-                raise ConfigError(f"{type(self).__name__}({name}={value}): {_NEEDED[name].format(self)} is needed.")
+        self.lr, self.weight_decay, self.warmup, self.num_classes = lr, weight_decay, warmup, num_classes
+        self.schedule, self.schedule_epochs, self.final_lr = schedule, schedule_epochs, final_lr
+        self.lr_ends, self.decay_tables, self.decay_vectors = tuple(lr_ends), decay_tables, decay_vectors
+        check_numbers(type(self), {**vars(self), "layer_decay": layer_decay, "ema": ema})
         if schedule not in DECAYS:
             raise ConfigError(f"{type(self).__name__}(schedule={schedule!r}): choose {' or '.join(sorted(DECAYS))}.")
-        self.schedule, self.lr_ends, self.decay_tables = schedule, tuple(lr_ends), decay_tables
         self.optimizer = check_optimizer(optimizer, weight_decay)
         taken = sorted({"num_classes", "weights"} & set(backbone_args or {}))
         if taken:
             raise ConfigError(f"backbone_args has {', '.join(taken)}, which {type(self).__name__} takes by that name.")
         self.strict_loading = False  # checkpoints have no frozen tensors; on_load_checkpoint checks the others
-        self.lr, self.weight_decay, self.warmup, self.num_classes = lr, weight_decay, warmup, num_classes
         self.backbone, self.backbone_args, self.weights = backbone, dict(backbone_args or {}), weights
         outputs = num_classes if self.classifies else 0
         self.model: nn.Module = create_model(backbone, num_classes=outputs, weights=weights, **self.backbone_args)
@@ -200,6 +199,14 @@ class AdapterTask(LightningModule):
             Figures by row and column.
         """
         return metrics
+
+    def recall(self, run: str, metrics: Mapping[str, Any]) -> None:
+        """Take from a finished run, which is measured again, what its figures are compared with; by default nothing.
+
+        Args:
+            run: Name of the run, for messages.
+            metrics: Content of its ``metrics.json``.
+        """
 
     def report(self) -> Report:
         """Count the parameters of the adapter, and of a decoder that trains with it."""
@@ -425,12 +432,15 @@ class AdapterTask(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Create the optimiser over the groups of adapter and task, and its schedule."""
-        groups = self.bank.parameter_groups(self.lr, self.weight_decay, tables=self.decay_tables)
+        groups = self.bank.parameter_groups(self.lr, self.weight_decay, self.decay_tables, self.decay_vectors)
         if self.layer_decay != 1:
             groups = decay_by_layer(unwrap(self.model), groups, self.layer_decay)
         optimizer = make_optimizer(self.optimizer, [*groups, *self.further_groups()])
         steps: Any = self.trainer.estimated_stepping_batches
-        schedule = warmup_decay(optimizer, steps, self.warmup, self.schedule, self.lr_ends)
+        length = None if self.schedule_epochs is None else self.schedule_epochs * steps_per_epoch(self.trainer)
+        schedule = warmup_decay(
+            optimizer, steps, self.warmup, self.schedule, self.lr_ends, length=length, final_lr=self.final_lr
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def further_groups(self) -> list[dict[str, Any]]:
@@ -584,16 +594,3 @@ class AdapterTask(LightningModule):
     def _renamed(self, tensors: Mapping[str, Tensor], needed: set[str]) -> dict[str, Tensor]:
         active = self.bank.active
         return rename_heads(tensors, self.bank.view.head_path, active[-1], needed) if active else dict(tensors)
-
-
-_LARGEST = torch.finfo(torch.float32).max
-"""Largest learning rate that an optimiser can multiply float32 tensors with."""
-_NEEDED = {
-    "lr": "a number above 0 that float32 can hold",
-    "lr_ends": "two shares of lr, each from 0 to 1,",
-    "weight_decay": "a finite number from 0",
-    "layer_decay": "a share above 0, at most 1,",
-    "ema": "a decay from 0 up to, not including, 1,",
-    "warmup": "a share of all steps, from 0 up to, not including, 1,",
-    "num_classes": "at least {0.least_outputs}",
-}

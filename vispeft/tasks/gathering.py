@@ -19,26 +19,24 @@ def gather(values: Tensor) -> Tensor:
     Returns:
         (sum of B, ...), in the order of the processes; `values` itself in one process.
     """
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return values
-    return torch.cat(_parts(values.detach()))
+    return torch.cat(_parts(values.detach())) if _several() else values
 
 
 def gather_with_grad(values: Tensor) -> Tensor:
-    """Concatenate a tensor of all processes so that each gets the gradient of its own rows.
+    """Do what `gather` does, and give each process the gradient of its own rows.
 
     The gradient of a row is the sum over all processes, as each of them computes the loss of the whole. Averaged over
     the processes, as data-parallel training does, the gradients of the weights are those of one process with all rows.
 
     Args:
-        values: (B, ...), with the same further dimensions in every process.
-
-    Returns:
-        (sum of B, ...), in the order of the processes; `values` itself in one process.
+        values: As for `gather`.
     """
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return values
-    return cast(Tensor, _Gather.apply(values))
+    return cast(Tensor, _Gather.apply(values)) if _several() else values
+
+
+def _several() -> bool:
+    """Whether there is a group of processes."""
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def _parts(values: Tensor) -> list[Tensor]:

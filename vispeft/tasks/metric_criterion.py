@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 from vispeft.errors import ConfigError, VispeftError
 from vispeft.losses.base import MetricLoss
+from vispeft.metrics import make_similarity
 from vispeft.tasks.gathering import gather, gather_with_grad
+from vispeft.tasks.metric_losses import compares_images, is_of_library
 
 __all__ = ["MetricCriterion"]
 
@@ -43,12 +45,12 @@ class MetricCriterion(nn.Module):
             dim: Width of the embeddings, for the memory.
 
         Raises:
-            ConfigError: If the loss cannot use a memory.
+            ConfigError: If the loss cannot use a memory, or sums losses of different similarities.
         """
         super().__init__()
         self.raw = any(_keeps_length(module) for module in loss.modules())
-        self.similarity: str | Mapping[str, Any] = getattr(loss, "similarity", "cosine")
-        self.least_per_class: int = getattr(loss, "least_per_class", 1)
+        self.similarity = _similarity(loss)
+        self.least_per_class = _least_per_class(loss, memory)
         self.loss, self.miner, self.memory = loss, miner, memory
         if memory:
             self.loss, self.miner = _with_memory(loss, miner, memory, dim), None
@@ -56,10 +58,16 @@ class MetricCriterion(nn.Module):
             _hold_tensors(module)
 
     @property
-    def proxy_tensors(self) -> tuple[str, ...] | None:
-        """Names of the parameters that the proxies' learning rate is for; None for all."""
-        own = getattr(self.loss, "proxy_tensors", None)
-        return None if own is None else tuple(f"loss.{name}" for name in own)
+    def proxy_tensors(self) -> tuple[str, ...]:
+        """Names of the parameters that the proxies' learning rate is for."""
+        others = {
+            id(parameter)
+            for module in self.modules()
+            if isinstance(module, MetricLoss) and module.proxy_tensors is not None
+            for name, parameter in module.named_parameters()
+            if name not in module.proxy_tensors
+        }
+        return tuple(name for name, parameter in self.named_parameters() if id(parameter) not in others)
 
     def forward(self, embeddings: Tensor, labels: Tensor, images: Any = None) -> Tensor:
         """Compute the loss of a batch.
@@ -108,6 +116,11 @@ class MetricCriterion(nn.Module):
                 raise ConfigError(f"{self._told()} cannot be computed: {error or type(error).__name__}.") from error
         if not fine:
             raise ConfigError(f"{self._told()} gives no number that could be minimised. Choose another reducer.")
+        if not found.isfinite():
+            raise ConfigError(
+                f"{self._told()} is {found.item()} for a batch of noise, as it would be in the first step. Look at its "
+                "arguments, such as a temperature or a scale of 0."
+            )
 
     def _told(self) -> str:
         inner = getattr(self.loss, "loss", self.loss)
@@ -116,6 +129,27 @@ class MetricCriterion(nn.Module):
         parts += [] if miner is None else [f"with the miner {type(miner).__name__}"]
         parts += [f"and a memory of {self.memory}"] if self.memory else []
         return f"The loss {' '.join(parts)}"
+
+
+def _similarity(loss: nn.Module) -> str | Mapping[str, Any]:
+    """Return the similarity that a loss, and each of those it sums, compares embeddings by."""
+    parts = [part for part in loss.modules() if isinstance(part, MetricLoss) or is_of_library(part)]
+    found = [getattr(part, "similarity", "cosine") for part in parts] or ["cosine"]
+    names = [make_similarity(similarity).to_dict() for similarity in found]
+    if any(name != names[0] for name in names):
+        told = ", ".join(f"{type(part).__name__} by {name['name']}" for part, name in zip(parts, names, strict=True))
+        raise ConfigError(
+            f"{type(loss).__name__} sums losses that compare embeddings differently ({told}), and neighbours are found "
+            "by one similarity. Choose losses of one similarity."
+        )
+    return found[0]
+
+
+def _least_per_class(loss: nn.Module, memory: int) -> int:
+    """Return the smallest number of images of a class in a batch that a loss, and each of those it sums, can use."""
+    own = [part.least_per_class for part in loss.modules() if isinstance(part, MetricLoss)]
+    pairs = not memory and any(map(compares_images, loss.modules()))
+    return max([2 if pairs else 1, *own])
 
 
 def _keeps_length(module: nn.Module) -> bool:

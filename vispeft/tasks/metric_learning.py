@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,10 @@ from vispeft.viz import draw_neighbours
 
 __all__ = ["MetricLearning"]
 
+logger = logging.getLogger(__name__)
+
+PROXY_ANCHOR = "ProxyAnchorLoss"
+"""The loss, if none is named."""
 SPLITS = ("validation", "test")
 COUNTS = ("queries", "lone_queries")
 """Figures that are numbers of images."""
@@ -55,7 +60,7 @@ class MetricLearning(PartsTask):
         self,
         *,
         method: Method,
-        loss: str | dict[str, Any] = "ProxyAnchorLoss",
+        loss: str | dict[str, Any] | None = None,
         miner: str | dict[str, Any] | None = None,
         memory: int = 0,
         dim: int | None = None,
@@ -75,8 +80,8 @@ class MetricLearning(PartsTask):
         Args:
             method: The adapter.
             loss: A class of ``pytorch_metric_learning.losses`` or `vispeft.losses`: its name, or ``name`` with
-                ``init_args``. Number of classes and width of the embeddings are filled in. Not used where
-                the method has a criterion.
+                ``init_args``. Number of classes and width of the embeddings are filled in. None takes Proxy-Anchor, or
+                the criterion of a method that brings one, which is used in place of any loss.
             miner: A class of ``pytorch_metric_learning.miners``, in the same form; None for all pairs.
             memory: Number of embeddings of earlier batches that a batch is compared with (cross-batch memory, arXiv
                 1912.06798); 0 for none.
@@ -106,22 +111,26 @@ class MetricLearning(PartsTask):
         for name, value in (("head_lr", head_lr), ("proxy_lr", proxy_lr)):
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"MetricLearning({name}={value}): a finite number above 0 is needed.")
-        for name, value in (
-            ("proxy_weight_decay", proxy_weight_decay),
-            ("warm_epochs", warm_epochs),
-            ("memory", memory),
-        ):
-            if value is not None and not 0 <= value < float("inf"):
-                raise ConfigError(f"MetricLearning({name}={value}): a finite number from 0 on is needed.")
+        if proxy_weight_decay is not None and not 0 <= proxy_weight_decay < float("inf"):
+            raise ConfigError(
+                f"MetricLearning(proxy_weight_decay={proxy_weight_decay}): a finite number from 0 on is needed."
+            )
+        for name, value in (("warm_epochs", warm_epochs), ("memory", memory)):
+            if not isinstance(value, int) or value < 0:
+                raise ConfigError(f"MetricLearning({name}={value}): a whole number from 0 on is needed.")
         super().__init__(method=method, **settings)
         self.memory, self.warm_epochs, self.clusters = memory, warm_epochs, clusters
         self.parts_lr, self.proxy_lr, self.proxy_weight_decay = head_lr, proxy_lr, proxy_weight_decay
         width = self._width()
-        self.head, fresh = (EmbeddingHead(width, dim or width, norm=head_norm, init=head_init) for _ in range(2))
+        dim = width if dim is None else dim
+        self.head, fresh = (EmbeddingHead(width, dim, norm=head_norm, init=head_init) for _ in range(2))
         own = method.criterion(self.model, fresh, self.num_classes, self.head.dim)
         if own is not None and (miner is not None or memory):
             raise ConfigError(f"{method.name} brings its own criterion, without a miner and a memory. Leave them out.")
-        self.criterion = self._criterion(loss, miner) if own is None else own
+        if own is not None and loss is not None:  # a config for all methods may name one
+            name = loss_node(loss)["name"].rpartition(".")[2]
+            logger.warning("%s brings its own criterion, and the loss %s is not used.", method.name, name)
+        self.criterion = self._criterion(PROXY_ANCHOR if loss is None else loss, miner) if own is None else own
         if self.ema is not None and getattr(self.criterion, "steps_each_batch", False):
             raise ConfigError(
                 "MetricLearning(ema=...) averages each trained tensor over the steps, and class prompts in host memory "
@@ -367,12 +376,11 @@ class MetricLearning(PartsTask):
             (proxies if named is None or name in named else others).append(parameter)
         rate = self.lr if self.proxy_lr is None else self.proxy_lr
         decay = self.weight_decay if self.proxy_weight_decay is None else self.proxy_weight_decay
-        groups = [
+        return [
             *super().further_groups(),
             *self.groups_of("proxies", proxies, rate, decay),
             *self.groups_of("criterion", others, self.lr, self.weight_decay),
         ]
-        return [group for group in groups if group["params"]]
 
     def configure_optimizers(self) -> Any:
         """Create the optimiser, and let the criterion know it if it wants to.

@@ -24,10 +24,19 @@ import vispeft.losses  # noqa: F401 - so that its classes are found by name
 from vispeft.building.arguments import check_plain
 from vispeft.building.classes import argument_names, default_of, find_class, import_class
 from vispeft.building.known import known_classes
-from vispeft.errors import ConfigError, UnknownNameError
+from vispeft.errors import ConfigError, UnknownNameError, VispeftError
 from vispeft.losses.base import MetricLoss
 
-__all__ = ["list_metric_losses", "list_miners", "loss_node", "metric_loss", "metric_miner", "miner_node"]
+__all__ = [
+    "compares_images",
+    "is_of_library",
+    "list_metric_losses",
+    "list_miners",
+    "loss_node",
+    "metric_loss",
+    "metric_miner",
+    "miner_node",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +98,9 @@ AGEING = {
     "SphereFaceLoss": "hands tensors to numpy in a way that numpy deprecates",
 }
 """Classes of the library that will fail with later versions of its dependencies, and the reason."""
+BOUNDED = ("HistogramLoss", "TupletMarginLoss")
+"""Losses of the library that fail where a cosine is 1 or, by rounding, beyond, as those of equal images are: the first
+one has no bin for it, and the second one takes the slope of its angle, which is infinite there."""
 
 
 def list_metric_losses() -> list[str]:
@@ -101,8 +113,28 @@ def list_miners() -> list[str]:
     return sorted(_classes("miner"))
 
 
-def loss_node(given: Any) -> dict[str, Any]:
-    """Check the loss of a config, and expand it.
+def is_of_library(module: nn.Module) -> bool:
+    """Whether a module is a loss of the library, and not a sum of several.
+
+    Args:
+        module: Any module.
+    """
+    return type(module).__name__ != "MultipleLosses" and type(module) in _classes("loss").values()
+
+
+def compares_images(module: nn.Module) -> bool:
+    """Whether a module is a loss of the library that compares images with each other, and not with trained classes.
+
+    Without two images of a class in a batch, nearly all of these are 0 and have no gradient.
+
+    Args:
+        module: Any module.
+    """
+    return is_of_library(module) and not _is_filled(type(module), "num_classes")
+
+
+def loss_node(given: Any) -> dict[str, Any] | None:
+    """Check the loss of a config, and expand it; None for none.
 
     Args:
         given: A name such as ``ProxyAnchorLoss`` or ``RecallAtK``, or ``name`` (or ``class_path``) with ``init_args``.
@@ -114,7 +146,7 @@ def loss_node(given: Any) -> dict[str, Any]:
         UnknownNameError: If a class, a key or an argument does not exist.
         ConfigError: If a class cannot be used, or an argument is decided elsewhere.
     """
-    return _node(given, "loss", "loss")
+    return None if given is None else _node(given, "loss", "loss")
 
 
 def miner_node(given: Any) -> dict[str, Any] | None:
@@ -148,7 +180,7 @@ def metric_loss(name: str | Mapping[str, Any], num_classes: int, dim: int, **arg
     """
     node = {"name": name} if isinstance(name, str) else name
     node = {**node, "init_args": {**(node.get("init_args") or {}), **arguments}}
-    made: nn.Module = _made(loss_node(node), {"num_classes": num_classes, "dim": dim})
+    made: nn.Module = _made(_node(node, "loss", "loss"), {"num_classes": num_classes, "dim": dim})
     return made
 
 
@@ -258,8 +290,8 @@ def _is_node(value: Mapping[str, Any]) -> bool:
 
 
 def _is_filled(cls: type, name: str) -> bool:
-    """Whether an argument is decided by data and head: one of these names, without a default."""
-    return name in FILLED and default_of(cls, name) is inspect.Parameter.empty
+    """Whether a class has an argument that data and head decide: one of these names, without a default."""
+    return name in FILLED and name in argument_names(cls) and default_of(cls, name) is inspect.Parameter.empty
 
 
 def _made(node: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
@@ -273,10 +305,24 @@ def _made(node: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
     }
     filled = {key: sizes[FILLED[key]] for key in argument_names(cls) if _is_filled(cls, key)}
     try:
-        return cls(**filled, **arguments)
+        made = cls(**filled, **arguments)
+    except VispeftError:
+        raise
     except (AssertionError, TypeError, ValueError, AttributeError) as error:
         told = ", ".join(f"{key}={value!r}" for key, value in node["init_args"].items())
         raise ConfigError(f"{name}({told}) cannot be made: {error or 'it refuses these arguments'}.") from error
+    return _with_bounded_cosines(made) if name in BOUNDED else made
+
+
+def _with_bounded_cosines(loss: Any) -> Any:
+    """Keep the cosines that a loss computes away from -1 and 1; other distances stay as they are."""
+    from pytorch_metric_learning.distances import CosineSimilarity
+
+    from vispeft.losses.bounded import BoundedCosine
+
+    if type(loss.distance) is CosineSimilarity:
+        loss.distance.__class__ = BoundedCosine
+    return loss
 
 
 def _made_inside(value: Any, sizes: Mapping[str, int]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -17,7 +18,16 @@ from vispeft.errors import ConfigError, DataError, FileError, UnknownNameError, 
 from vispeft.heads import decoder as make_decoder
 from vispeft.metrics import dense_metric, per_class
 from vispeft.storage.files import DECODER
-from vispeft.tasks.baselines import mean_gain, mean_score, read_baselines
+from vispeft.tasks.baselines import (
+    MEASURED_ON,
+    Baselines,
+    Facts,
+    compared,
+    mean_gain,
+    mean_score,
+    measured,
+    read_baselines,
+)
 from vispeft.tasks.dense import EXAMPLES, DenseTask
 from vispeft.tasks.dense_losses import dense_loss
 from vispeft.tasks.dense_outputs import as_targets, decode, finite_images, resized, target_notes
@@ -27,6 +37,8 @@ from vispeft.tasks.task_weights import task_weights
 from vispeft.viz.strips import task_strips
 
 __all__ = ["MultiTaskDense"]
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("validation", "test")
 
@@ -51,6 +63,7 @@ class MultiTaskDense(DenseTask):
         targets: dict[str, Any],
         method: Method,
         shared: bool = False,
+        batched: bool = False,
         decoder: str = "hrnet",
         output_norms: bool = False,
         loss_weights: dict[str, float] | None = None,
@@ -66,6 +79,8 @@ class MultiTaskDense(DenseTask):
             method: The adapter.
             shared: Let all tasks use the same units, which a method that knows tasks itself does not do; otherwise any
                 other method has one copy of its units per task.
+            batched: Run all tasks in one pass of a batch that holds the images once per task, where there is one pass
+                per task otherwise; see `vispeft.forward_tasks`. Dropout then draws other random numbers.
             decoder: Name of the decoders; see `vispeft.heads.list_decoders`.
             output_norms: Put a layer norm in front of each decoder, one per task and map, in place of the backbone's
                 last norm, as Polyhistor does.
@@ -76,12 +91,13 @@ class MultiTaskDense(DenseTask):
             absent: How a class that occurs in no label and no prediction counts in a mean IoU: as zero (``zero``, as in
                 the public codes of both papers), or not at all (``skip``).
             baselines: Figure of a single-task model by task, or the directory of a run that measured the task; or one
-                run that measured all of them. Delta m compares with these.
+                run that measured all of them. Delta m compares with these. A run has to have measured the same images
+                and labels; a figure counts as it is.
             settings: Settings of `DenseTask` and `AdapterTask`.
 
         Raises:
-            ConfigError: If a setting is out of range, the decoder is not known or cannot read these maps, or the
-                method changes no map.
+            ConfigError: If a setting is out of range, the decoder is not known or cannot read these maps, the method
+                changes no map, or, with `batched`, has units of a task that act on whole batches.
             UnknownNameError: If weights or baselines name a task that does not exist.
             BackboneError: If the backbone is not supported.
             SiteError: If the method finds no site.
@@ -93,13 +109,18 @@ class MultiTaskDense(DenseTask):
         self.chosen: str | None = None
         _check(self.targets, method, shared, settings)
         super().__init__(method=method, decoder=decoder, num_classes=len(self.targets), **settings)
-        self.shared, self.weighting, self.absent = shared, weighting, absent
+        self.shared, self.batched, self.weighting, self.absent = shared, batched, weighting, absent
         self.losses = nn.ModuleDict({task: dense_loss(target, task) for task, target in self.targets.items()})
         self.task_weights = task_weights(self.targets, weighting, loss_weights)
         self._weighted_by_data = set(self.targets) - set(loss_weights or {}) if weighting == "fixed" else set()
         self.metrics = nn.ModuleDict({split: self._metrics() for split in SPLITS})
         mains = {task: self._metric("test", task).main for task in self.targets}
         self.baselines = read_baselines(baselines, mains)
+        self._seen: dict[str, int] = {}
+        """Number of images that were measured, by split."""
+        self._left_out: dict[str, list[str]] = {}
+        """Tasks without a figure, by split."""
+        self._told: set[str] = set()
         if self.baselines:
             self.monitor = "validation/delta_m"
         self.reader.norm = not output_norms  # the public code of Polyhistor has the norm of the task alone there
@@ -133,7 +154,8 @@ class MultiTaskDense(DenseTask):
         """
         chosen = list(self.targets) if tasks is None else list(tasks)
         decoders = nn.ModuleDict({task: self.decoders[task] for task in chosen})
-        return MultiTaskNetwork(self.model, self.reader, self.norms, decoders, self.chosen is not None and self._routes)
+        routed = self.chosen is not None and self._routes
+        return MultiTaskNetwork(self.model, self.reader, self.norms, decoders, routed, self.batched)
 
     def maps_network(self) -> nn.Module:
         """Return the backbone with the maps that the decoders read."""
@@ -193,7 +215,9 @@ class MultiTaskDense(DenseTask):
 
     def deployed(self) -> nn.Module:
         """Module to export: normalised images in, outputs by task out, or that of the chosen task."""
-        return self.network() if self.chosen is None else OneOutput(self.network([self.chosen]), self.chosen)
+        network = self.network(None if self.chosen is None else [self.chosen])
+        network.batched = False  # the graph holds a pass per task
+        return network if self.chosen is None else OneOutput(network, self.chosen)
 
     def head_tensors(self) -> dict[str, Tensor]:
         """Tensors of norms and decoders by their names in files, those of the chosen task if there is one."""
@@ -261,6 +285,39 @@ class MultiTaskDense(DenseTask):
             task: float(weights[task]) for task in self.targets if task in weights and task in self._weighted_by_data
         }
         self.task_weights.weights.update(taken)
+
+    def check_data(self, data: Any) -> None:
+        """Check that data fit the task and the model, and that baselines were measured on them.
+
+        Raises:
+            DataError: If targets, image sizes or batch size do not fit, or a baseline is of other images or labels.
+        """
+        super().check_data(data)
+        if self.baselines.runs:
+            self.baselines, said = compared(self.baselines, self._measured_on(data))
+            for text in said:
+                self._tell(text)
+
+    def _measured_on(self, data: Any) -> dict[str, dict[str, Facts]]:
+        """Describe what each task is measured on, by split; empty where the data do not say."""
+        if not hasattr(data, "measured_on"):
+            return {}
+        rule = {task: {"absent": self.absent} if t.kind == "classes" else {} for task, t in self.targets.items()}
+        return {
+            task: {split: {**data.measured_on(split, task), **own} for split in SPLITS} for task, own in rule.items()
+        }
+
+    def _tell(self, text: str) -> None:
+        """Log a warning once."""
+        if text not in self._told:
+            logger.warning("%s", text)
+        self._told.add(text)
+
+    def recall(self, run: str, metrics: Mapping[str, Any]) -> None:
+        """Take the baselines of a finished run from its ``metrics.json``."""
+        found = Baselines.recall(run, metrics)
+        if all(set(self.targets) <= set(found.of(split)) for split in SPLITS):
+            self.baselines = found
 
     # ------------------------------------------------------------------ steps
 
@@ -355,7 +412,13 @@ class MultiTaskDense(DenseTask):
         higher = {task: bool(self._metric(split, task).higher_is_better) for task in self.targets}
         found["score"] = mean_score(mains, higher)
         if self.baselines:
-            found["delta_m"] = mean_gain(mains, self.baselines[split], higher)
+            found["delta_m"] = mean_gain(mains, self.baselines.of(split), higher)
+        self._seen[split] = self.outputs_seen.images
+        left = self._left_out[split] = [task for task in mains if task not in measured(mains)]
+        if 0 < len(left) < len(mains):
+            means = "score and delta_m are means" if self.baselines else "score is a mean"
+            others = counted(len(mains) - len(left), "other task")
+            self._tell(f"No pixel of the {split} split has a label of {', '.join(left)}: {means} over {others}.")
         return found
 
     @property
@@ -372,9 +435,21 @@ class MultiTaskDense(DenseTask):
         rows: dict[str, dict[str, Any]] = {
             name: {column: found.get(name) for column, found in metrics.items()} for name in chosen
         }
-        for task, value in self.baselines.get("test", {}).items():
+        for task, value in self.baselines.of("validation" if list(self._seen) == ["validation"] else "test").items():
             rows[f"{task}/{self._metric('test', task).main}"]["baseline"] = value
-        return rows
+        left = self._left_out_of(metrics)
+        return {
+            f"{name} ({left})" if left and name in ("score", "delta_m") else name: row for name, row in rows.items()
+        }
+
+    def _left_out_of(self, metrics: Mapping[str, Mapping[str, Any]]) -> str:
+        """Say which tasks the means of each column leave out."""
+        mains = {task: f"{task}/{self._metric('test', task).main}" for task in self.targets}
+        left = {
+            column: [t for t, main in mains.items() if found.get(main) is None] for column, found in metrics.items()
+        }
+        some = {column: tasks for column, tasks in left.items() if 0 < len(tasks) < len(mains)}
+        return "; ".join(f"{column} without {', '.join(tasks)}" for column, tasks in some.items())
 
     def details(self, split: str, outputs: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Any]:
         """Tell IoU by class, which figure of each task counts, and the baselines, for ``metrics.json``."""
@@ -386,7 +461,17 @@ class MultiTaskDense(DenseTask):
             for task, target in self.targets.items()
             if target.kind == "classes"
         }
-        return {"main_figures": mains, "baselines": self.baselines or None, "test_iou": by_class}
+        found = {"main_figures": mains, "baselines": self.baselines.figures or None, "left_out": self._left_out}
+        return {**found, MEASURED_ON: self._facts(), "test_iou": by_class}
+
+    def _facts(self) -> dict[str, dict[str, Facts]]:
+        """Describe what each task was measured on, by split, and say where that was a part of the split."""
+        found = self._measured_on(self.shown_data())
+        for by_split in found.values():
+            for split, facts in by_split.items():
+                if self._seen.get(split, facts["images"]) < facts["images"]:
+                    by_split[split] = {**facts, "measured": self._seen[split]}
+        return found
 
     # ------------------------------------------------------------------ pictures
 

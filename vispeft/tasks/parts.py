@@ -40,29 +40,30 @@ class PartsTask(AdapterTask, ABC):
     # ------------------------------------------------------------------ training
 
     def further_groups(self) -> list[dict[str, Any]]:
-        """Return optimiser groups of these modules: matrices decay, vectors do not."""
+        """Return optimiser groups of these modules: matrices decay, vectors only with `decay_vectors`."""
         trained = [p for part in self.parts().values() for p in part.parameters()]
         lr = self.lr if self.parts_lr is None else self.parts_lr
         return self.groups_of("decoder", trained, lr, self.weight_decay)
 
     def groups_of(self, name: str, trained: list[nn.Parameter], lr: float, decay: float) -> list[dict[str, Any]]:
-        """Sort tensors into a group with and one without weight decay.
+        """Sort tensors into a group with and one without weight decay; none is empty.
 
         Args:
             name: Name of the groups, in front of ``decay`` and ``no_decay``.
             trained: The tensors.
             lr: Their learning rate.
-            decay: Weight decay of matrices; vectors have none.
+            decay: Weight decay of matrices, and with `decay_vectors` of vectors.
         """
-        return [
+        groups = [
             {
-                "params": [p for p in trained if (p.ndim > 1) == decays],
+                "params": [p for p in trained if (p.ndim > 1 or self.decay_vectors) == decays],
                 "lr": lr,
                 "weight_decay": decay if decays else 0.0,
                 "name": f"{name} {'decay' if decays else 'no_decay'}",
             }
             for decays in (True, False)
         ]
+        return [group for group in groups if group["params"]]
 
     # ------------------------------------------------------------------ pictures
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -44,7 +45,7 @@ def warmup_factor(
 
     Args:
         step: The step, counted from zero.
-        steps: Steps of the whole training.
+        steps: Steps from the start of the training to the end of the decay.
         warmup_steps: Steps of the warm-up.
         decay: A key of `DECAYS`.
         ends: Fractions at the start of the warm-up and at the end of the decay, from 0 to 1.
@@ -59,7 +60,14 @@ def warmup_factor(
 
 
 def warmup_decay(
-    optimizer: Optimizer, steps: int, warmup: float, decay: str, ends: tuple[float, float] = (0.0, 0.0)
+    optimizer: Optimizer,
+    steps: int,
+    warmup: float,
+    decay: str,
+    ends: tuple[float, float] = (0.0, 0.0),
+    *,
+    length: int | None = None,
+    final_lr: float | None = None,
 ) -> LambdaLR:
     """Create the schedule of an optimiser, to be stepped after each of its steps.
 
@@ -69,9 +77,14 @@ def warmup_decay(
         warmup: Fraction of the steps in which the rate rises, from 0 up to, not including, 1.
         decay: A key of `DECAYS`.
         ends: Fractions of the highest rate at the start of the warm-up and at the end of the decay, from 0 to 1.
+        length: Steps from the start of the training to the end of the decay, at least `steps`; None for `steps`. A
+            longer decay is cut off by the end of the training.
+        final_lr: Learning rate of all groups at the end of the decay, at most that of each; None takes the fraction in
+            `ends`.
 
     Raises:
-        ConfigError: If the training has no end, or the warm-up leaves nothing of it.
+        ConfigError: If the training has no end, the warm-up leaves nothing of it, the decay ends before it, or a rate
+            would rise to its end.
     """
     if not math.isfinite(steps) or steps < 1:
         raise ConfigError(
@@ -80,8 +93,32 @@ def warmup_decay(
         )
     if not 0 <= warmup < 1:
         raise ConfigError(f"warmup is {warmup}; give a share of all steps, from 0 up to, not including, 1.")
-    factor = partial(warmup_factor, steps=int(steps), warmup_steps=round(warmup * steps), decay=decay, ends=ends)
-    return LambdaLR(optimizer, factor)
+    if length is not None and length < steps:
+        raise ConfigError(
+            f"The schedule has {counted(length, 'step')} (schedule_epochs), and the training has {steps}. Make the "
+            "schedule as long as the training or longer, or leave schedule_epochs out."
+        )
+    factors = [
+        partial(
+            warmup_factor,
+            steps=int(steps if length is None else length),
+            warmup_steps=round(warmup * steps),
+            decay=decay,
+            ends=(ends[0], ends[1] if final_lr is None else _share(final_lr, group)),
+        )
+        for group in optimizer.param_groups
+    ]
+    return LambdaLR(optimizer, factors)
+
+
+def _share(final_lr: float, group: dict[str, Any]) -> float:
+    """Return the final learning rate as a fraction of the highest one of a group."""
+    if final_lr > group["lr"]:
+        raise ConfigError(
+            f"final_lr is {final_lr:g}, and the highest learning rate of the group {group.get('name', '')!r} is "
+            f"{group['lr']:g}. Make final_lr smaller, or give the share lr_ends."
+        )
+    return final_lr / float(group["lr"])
 
 
 def warmup_cosine(optimizer: Optimizer, steps: int, warmup: float) -> LambdaLR:

@@ -23,6 +23,7 @@ class MultiTaskNetwork(DenseNetwork):
         norms: nn.ModuleDict,
         decoders: nn.ModuleDict,
         routed: bool = False,
+        batched: bool = False,
     ) -> None:
         """Combine the parts.
 
@@ -32,9 +33,10 @@ class MultiTaskNetwork(DenseNetwork):
             norms: Norms of the maps by task, one for each map; empty without norms.
             decoders: A decoder by task; those of some tasks leave the others out.
             routed: Whether the route of the model has chosen the task already, as a merged model needs it.
+            batched: Run all tasks in one pass; see `forward_tasks`.
         """
         super().__init__(model, reader)
-        self.norms, self.decoders, self.routed = norms, decoders, routed
+        self.norms, self.decoders, self.routed, self.batched = norms, decoders, routed, batched
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Compute outputs (B, K, H, W) by task, resized bilinearly to the images.
@@ -46,7 +48,8 @@ class MultiTaskNetwork(DenseNetwork):
         if self.routed:
             maps = dict.fromkeys(self.decoders, self.reader(self.model, padded))
         else:
-            maps = forward_tasks(self.model, padded, list(self.decoders), self.reader.taps, norm=self.reader.norm)
+            asked = {"batched": self.batched, "norm": self.reader.norm}
+            maps = forward_tasks(self.model, padded, list(self.decoders), self.reader.taps, **asked)
         found = {}
         for task, decoder in self.decoders.items():
             levels = wide(maps[task], images)
