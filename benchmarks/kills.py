@@ -1,4 +1,4 @@
-"""Kill training, merge, export and feature cache before each of their file operations, and look at what is left.
+"""Kill jobs that write files before each of their file operations, and look at what is left.
 
     python benchmarks/kills.py                             # start again to go on
     python benchmarks/kills.py --only merge --minutes 10
@@ -44,8 +44,8 @@ from vispeft.storage.files import JSON_FILE, read_adapter
 from vispeft.tasks.checkpoints import read_checkpoint
 
 FOLDER = "kills"
-RANDOM = {"train": 16, "more": 8, "cache": 8, "merge": 4, "export": 4}
-"""Number of kills at random moments, by job: 40 together."""
+RANDOM = {"train": 16, "more": 8, "cache": 8, "merge": 4, "export": 4, "predict": 4}
+"""Number of kills at random moments, by job: 44 together."""
 SHORT = ("--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1")
 SSF = """
 model:
@@ -88,6 +88,7 @@ class Job:
 JOBS = (
     Job("merge", ("merge", "done", "--out", "out.safetensors"), reads_done=True),
     Job("export", ("export", "done", "--format", "export", "--out", "out.pt2"), reads_done=True),
+    Job("predict", ("predict", "done", "images", "--out", "out", "--batch_size", "2"), reads_done=True),
     Job("train", ("train", "ssf.yaml", *SHORT, "--out", "run"), run="run"),
     Job("more", ("train", "--resume", "done", "--trainer.max_epochs", "3"), run="done", reads_done=True),
     Job("cache", ("train", "probe.yaml", *SHORT, "--cache_features=kept", "--out", "run"), run="run"),
@@ -325,6 +326,9 @@ def prepare(place: Path) -> tuple[Path, Path]:
     bare.mkdir()
     (bare / "ssf.yaml").write_text(SSF)
     (bare / "probe.yaml").write_text(PROBE)
+    (bare / "images").mkdir()
+    for number in range(5):
+        Image.new("RGB", (20, 20), (50 * number, 90, 200)).save(bare / "images" / f"{number}.png")
     shutil.copytree(bare, finished)
     ended = run_job(finished, ("train", "ssf.yaml", *SHORT, "--out", "done"))
     if ended.status:

@@ -43,6 +43,14 @@ def test_features_killed_before_their_folder_has_its_name(folders, tmp_path):
     assert trial.unreadable == trial.unequal == []
 
 
+@pytest.mark.parametrize("operation", ["os.rename out/unfinished/parts/.000000002", "os.rename out/.predictions.csv"])
+def test_predictions_killed_before_a_piece_and_before_the_table(folders, tmp_path, operation):
+    scene = Scene(JOB["predict"], tmp_path, folders[1])
+    trial = scene.trial(moment(scene, operation))
+    assert trial.killed
+    assert trial.unreadable == trial.unequal == []
+
+
 def test_an_unreadable_file_and_a_leftover_would_be_seen(folders, tmp_path, monkeypatch):
     scene = Scene(JOB["merge"], tmp_path, folders[1])
     assert scene.ended.operations[0] == "open .out.safetensors.lock"

@@ -28,7 +28,10 @@ def call(tool, *argv):
     out, err = io.StringIO(), io.StringIO()
     # rich asks for the width of the terminal; a wide one keeps messages on one line
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = run_tool(TOOLS[tool].main, [str(argument) for argument in argv])
+        try:
+            status = run_tool(TOOLS[tool].main, [str(argument) for argument in argv])
+        except SystemExit as ended:
+            status = ended.code
     return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
 
 

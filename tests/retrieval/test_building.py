@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from vispeft.data.images import read_image
+from vispeft.data.reading import FileReader
 from vispeft.errors import ConfigError, DataError, FileError
 from vispeft.metrics import retrieval_scores
 from vispeft.retrieval import (
@@ -36,11 +37,14 @@ class Embed:
     def __init__(self, stop=None):
         self.seen, self.stop = 0, stop
 
-    def __call__(self, paths):
+    def __call__(self, images):
         if self.stop is not None and self.seen >= self.stop:
             raise KeyboardInterrupt
-        self.seen += len(paths)
-        return torch.stack([read_image(path).float().mean((1, 2)) - 100 for path in paths])
+        self.seen += len(images)
+        return torch.stack([image.float().mean((1, 2)) - 100 for image in images])
+
+    def files(self, paths):
+        return self([read_image(path) for path in paths])
 
 
 @pytest.fixture
@@ -59,16 +63,23 @@ def builder(images, place="index", **settings):
     return Builder(place=place, model=MODEL, run="run", collection=collect(images), batch_size=6, **settings)
 
 
+READER = FileReader(mark="digest")
+
+
+def build(builder, embed, reader=READER):
+    return builder.build(reader, embed).index
+
+
 def names(place):
     return sorted(path.name for path in place.iterdir())
 
 
 def test_an_index_holds_images_labels_and_embeddings(images):
-    index = builder(images).build(Embed())
+    index = build(builder(images), Embed())
     assert names(index.place) == ["embeddings-00000.safetensors", "images.csv", "index.json"]
     assert index.collection == collect(images)
     assert set(index.collection.labels) == {f"class {number}" for number in range(4)}
-    torch.testing.assert_close(index.embeddings, Embed()(index.collection.paths), rtol=0, atol=0)
+    torch.testing.assert_close(index.embeddings, Embed().files(index.collection.paths), rtol=0, atol=0)
     assert index.model == MODEL
     _, labels = np.unique(index.collection.labels, return_inverse=True)
     assert retrieval_scores(index.embeddings, torch.from_numpy(labels), ks=[1])["recall@1"] == 1
@@ -76,33 +87,33 @@ def test_an_index_holds_images_labels_and_embeddings(images):
 
 def test_shards_and_halves_change_nothing_but_the_rounding(images, monkeypatch):
     monkeypatch.setattr(building, "SHARD", 200)
-    whole = builder(images).build(Embed())
+    whole = build(builder(images), Embed())
     assert "embeddings-00001.safetensors" in names(whole.place)
-    half = builder(images, "half", dtype="float16").build(Embed())
+    half = build(builder(images, "half", dtype="float16"), Embed())
     assert half.embeddings.dtype == torch.float16
     assert torch.equal(whole.embeddings.half(), half.embeddings)
 
 
 @pytest.mark.parametrize("kill", [False, True])
 def test_a_build_that_stops_in_the_middle_goes_on_behind_its_last_batch(images, kill):
-    wanted = builder(images, "whole").build(Embed()).embeddings
+    wanted = build(builder(images, "whole"), Embed()).embeddings
     if kill:
         child = os.fork()
         if child == 0:
             torch.set_num_threads(1)
             try:
-                builder(images).build(Embed(stop=12))
+                build(builder(images), Embed(stop=12))
             finally:
                 os._exit(9)  # without any clearing up: the lock stays, too
         os.waitpid(child, 0)
     else:
         with pytest.raises(KeyboardInterrupt):
-            builder(images).build(Embed(stop=12))
+            build(builder(images), Embed(stop=12))
     with pytest.raises(FileError, match="unfinished"):
         Index.open(images.parent / "index")
     (images.parent / "index/parts/.000000012.safetensors.part").write_bytes(b"half")
     embed = Embed()
-    index = builder(images).build(embed)
+    index = build(builder(images), embed)
     assert embed.seen == 20 - 12
     assert torch.equal(index.embeddings, wanted)
     assert names(index.place) == ["embeddings-00000.safetensors", "images.csv", "index.json"]
@@ -110,27 +121,27 @@ def test_a_build_that_stops_in_the_middle_goes_on_behind_its_last_batch(images, 
 
 def test_batches_of_images_that_changed_meanwhile_are_embedded_again(images):
     with pytest.raises(KeyboardInterrupt):
-        builder(images).build(Embed(stop=12))
+        build(builder(images), Embed(stop=12))
     first = collect(images).paths[0]
     Image.new("RGB", (4, 4), (1, 2, 3)).save(first)
     part = images.parent / "index/parts/000000006.safetensors"
     part.write_bytes(part.read_bytes()[:-8])
     embed = Embed()
-    index = builder(images).build(embed)
+    index = build(builder(images), embed)
     assert embed.seen == 20
     assert index.embeddings[0].tolist() == [-99, -98, -97]
 
 
 def test_a_directory_that_holds_something_else_is_refused(images, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        builder(images).build(Embed(stop=12))
+        build(builder(images), Embed(stop=12))
     other = replace(MODEL, adapter="b" * 64)
     for settings in ({"dtype": "float16"}, {"model": other}, {"batch_size": 5}):
         with pytest.raises(ConfigError, match="unfinished index of another"):
-            replace(builder(images), **settings).build(Embed())
+            build(replace(builder(images), **settings), Embed())
     with hold(tmp_path / "index/.lock", "it"), pytest.raises(InUseError):
-        builder(images).build(Embed())
-    builder(images).build(Embed())
+        build(builder(images), Embed())
+    build(builder(images), Embed())
     with pytest.raises(ConfigError, match="finished index"):
         builder(images)
     (tmp_path / "full").mkdir()
@@ -151,14 +162,14 @@ def test_values_that_cannot_work_are_refused(images):
         with pytest.raises(ConfigError, match=message):
             replace(builder(images), **settings)
     with pytest.raises(DataError, match="not finite in float16"):
-        builder(images, dtype="float16").build(lambda paths: torch.full((len(paths), 2), 1e6))
+        build(builder(images, dtype="float16"), lambda paths: torch.full((len(paths), 2), 1e6))
     with pytest.raises(DataError, match=r"\.png are not finite\. "):
-        builder(images, "other").build(lambda paths: torch.full((len(paths), 2), torch.nan))
+        build(builder(images, "other"), lambda paths: torch.full((len(paths), 2), torch.nan))
 
 
 @pytest.mark.parametrize("name", ["images.csv", "embeddings-00000.safetensors", "index.json"])
 def test_an_index_that_was_edited_is_refused(images, name):
-    index = builder(images).build(Embed())
+    index = build(builder(images), Embed())
     path = index.place / name
     content = path.read_bytes()
     if name == "index.json":
@@ -175,31 +186,31 @@ def test_an_index_that_was_edited_is_refused(images, name):
 
 
 def test_neighbours_have_labels_and_leave_the_query_out(images):
-    index = builder(images).build(Embed())
+    index = build(builder(images), Embed())
     queries = collect(images / "class 2/2.png")
-    found = neighbours_of(index, queries, Embed()(queries.paths), 4)[0]
+    found = neighbours_of(index, queries, Embed().files(queries.paths), 4)[0]
     assert found.label == "class 2"
     assert found.query not in [hit.path for hit in found.hits]
     assert [hit.right for hit in found.hits] == [True] * 4
     assert [hit.score for hit in found.hits] == sorted((hit.score for hit in found.hits), reverse=True)
-    assert len(neighbours_of(index, queries, Embed()(queries.paths), 99)[0].hits) == 19
+    assert len(neighbours_of(index, queries, Embed().files(queries.paths), 99)[0].hits) == 19
     with pytest.raises(ConfigError, match="at least 1"):
-        neighbours_of(index, queries, Embed()(queries.paths), 0)
+        neighbours_of(index, queries, Embed().files(queries.paths), 0)
     Image.new("RGB", (4, 4), (100, 90, 100)).save(found.hits[0].path)
     with pytest.raises(FileError, match=r"1 neighbour changed \(.*, so .* Embed them again"):
-        neighbours_of(index, queries, Embed()(queries.paths), 4)
+        neighbours_of(index, queries, Embed().files(queries.paths), 4)
     os.remove(found.hits[1].path)
     with pytest.raises(FileError, match=r"1 neighbour changed .* and 1 neighbour cannot be read any more \("):
-        neighbours_of(index, queries, Embed()(queries.paths), 4)
+        neighbours_of(index, queries, Embed().files(queries.paths), 4)
 
 
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
 def test_approximate_indices_find_the_neighbours_of_a_small_set(images, kind):
     pytest.importorskip("faiss")
-    index = builder(images, kind=kind).build(Embed())
+    index = build(builder(images, kind=kind), Embed())
     assert f"{kind}.faiss" in names(index.place)
     queries = collect(images)
-    embeddings = Embed()(queries.paths)
+    embeddings = Embed().files(queries.paths)
     fast, exact = (neighbours_of(index, queries, embeddings, 5, exact=exact) for exact in (False, True))
     assert [f.query not in {hit.path for hit in f.hits} for f in fast] == [True] * 20
     same = [len({hit.path for hit in a.hits} & {hit.path for hit in b.hits}) for a, b in zip(fast, exact, strict=True)]
@@ -210,9 +221,9 @@ def test_an_approximate_index_gives_as_many_neighbours_as_were_asked_for(images,
     pytest.importorskip("faiss")
     monkeypatch.setattr(approximate, "LEAST", 1)  # 17 lists for 20 images
     monkeypatch.setattr(approximate, "LEAST_PROBED", 1)
-    index = builder(images, kind="ivf").build(Embed())
+    index = build(builder(images, kind="ivf"), Embed())
     queries = collect(images / "class 2")
-    embeddings = Embed()(queries.paths)
+    embeddings = Embed().files(queries.paths)
     exact = neighbours_of(index, queries, embeddings, 99, exact=True)
     assert [len(found.hits) for found in exact] == [19] * 5
     assert neighbours_of(index, queries, embeddings, 99) == exact
@@ -231,9 +242,9 @@ def test_names_and_labels_may_have_any_characters(images):
         Image.new("RGB", (4, 4)).save(images / name, format="PNG")
     (images / "list.json").write_text(json.dumps({name: f"{name}\r" for name in odd}))
     found = collect(images / "list.json")
-    index = replace(builder(images), collection=found).build(Embed())
+    index = build(replace(builder(images), collection=found), Embed())
     assert Index.open(index.place).collection == found
-    table = search_table(neighbours_of(index, found, Embed()(found.paths), 1))
+    table = search_table(neighbours_of(index, found, Embed().files(found.paths), 1))
     rows = list(csv.reader(io.StringIO(table, newline="")))
     assert [row[0] for row in rows[1:]] == [str(images / name) for name in odd]
 

@@ -55,11 +55,14 @@ EXAMPLE = """example:
   vispeft doctor CUB_200_2011 --kind fgvc --dataset cub
   vispeft doctor classification/folder --data.root my_photos
   vispeft doctor my_masks --class_names '[road, house]'
+  vispeft doctor runs/folder/1 --speed
 
 DATA is a folder with one folder per class, a folder with train.txt, val.txt and test.txt (or .csv, .tsv, .json), one
 such list, a task of VTAB-1k, tar shards in quotation marks, folders of images and masks, VOCdevkit,
 ADEChallengeData2016, the folder of Cityscapes, PASCAL_MT, NYUD_MT, or a config, whose data are checked. Further
-settings of its data module follow as --name value. The exit status is 1 when there is an error."""
+settings of its data module follow as --name value. The exit status is 1 when there is an error. With --speed, DATA is a
+config or a run: images are read as its training does, for ten seconds, and some steps are trained on one batch, to say
+which of both waits for the other."""
 
 DENSE: dict[str, type[ListedData]] = {
     "pascal_mt": PascalMultiTaskData,
@@ -107,7 +110,16 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--kind", choices=KINDS, default="auto", help="kind of DATA; default: determined from its content"
     )
+    parser.add_argument(
+        "--speed", action="store_true", help="measure how fast images are read, and how fast trained on"
+    )
     given, overrides = parser.parse_known_args(list(argv))
+    if given.speed:
+        from vispeft.cli.speed import measure_speed  # needs the tasks, which the other pages do without
+
+        for line in measure_speed(given.data, overrides).lines():
+            console.print(line, soft_wrap=True)
+        return
     try:
         data = open_data(given.data, given.kind, overrides)
         report = data.report()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -15,16 +16,19 @@ from torch import Tensor
 
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.evaluate import header_of, load_run, load_task
-from vispeft.cli.predict import check_readable
+from vispeft.cli.reading import add_reading, check_names, end_with, workers_of
 from vispeft.cli.runs import Run
-from vispeft.data.images import Reading, read_image
+from vispeft.data.images import Reading
+from vispeft.data.listed import ListedData
 from vispeft.data.preprocessing import Preprocessing
-from vispeft.data.threads import in_threads
-from vispeft.errors import ConfigError, counted
-from vispeft.retrieval import KINDS, Builder, Collection, Index, Model, collect, collect_split
+from vispeft.data.reading import FileReader, LeftOut
+from vispeft.errors import ConfigError, counted, printable
+from vispeft.retrieval import KINDS, Builder, Built, Collection, Index, Model, collect, collect_split
 from vispeft.tasks.embedding import embed_images, similarity_of
 
 __all__ = ["Embedder", "embed", "main"]
+
+logger = logging.getLogger(__name__)
 
 EXAMPLE = """example:
   vispeft embed runs/digits_ssf/1 my_images --out index
@@ -34,7 +38,8 @@ EXAMPLE = """example:
 
 IMAGES is a folder (its subfolders are labels), a list with a path and a label per line, a JSON file from path to label,
 or one image. A run of metric learning gives the outputs of its head; any other run gives the pooled features of its
-adapted backbone. A command that was stopped goes on behind its last batch when it is given again."""
+adapted backbone. A command that was stopped goes on behind its last batch when it is given again. Images that cannot be
+read are left out of the index and listed at the end, and the exit status is 1; --strict stops at the first."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -42,6 +47,9 @@ def main(argv: Sequence[str]) -> None:
 
     Args:
         argv: Arguments without the program's name.
+
+    Raises:
+        SystemExit: With status 1, if images could not be read.
     """
     parser = make_parser("embed", "Embed images with a finished run, and make an index of them.", EXAMPLE)
     parser.add_argument("run", metavar="RUN", help="run directory")
@@ -51,12 +59,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--index", choices=KINDS, default="exact", help="ivf and hnsw need the extra search")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="type of stored embeddings")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time; default 64")
-    parser.add_argument("--max_pixels", type=int, help="largest number of pixels of an image; default: as trained")
+    add_reading(parser)
     given = vars(parser.parse_args(list(argv)))
     images, split, kind = given.pop("images"), given.pop("split"), given.pop("index")
-    index = embed(given.pop("run"), images, given.pop("out"), split=split, kind=kind, **given)
+    index, left_out = _embedded(given.pop("run"), images, given.pop("out"), split=split, kind=kind, **given)
     width = index.embeddings.shape[1]
     console.print(f"{counted(len(index.collection), 'image')}, {width} dimensions: {index.place}", soft_wrap=True)
+    end_with(left_out)
 
 
 def embed(
@@ -69,6 +78,8 @@ def embed(
     dtype: str = "float32",
     batch_size: int = 64,
     max_pixels: int | None = None,
+    workers: int | None = None,
+    strict: bool = True,
 ) -> Index:
     """Embed images with a finished run, and make an index of them.
 
@@ -81,39 +92,65 @@ def embed(
         dtype: Type of the stored embeddings: float32, or float16 for half the size.
         batch_size: Images at a time.
         max_pixels: Largest number of pixels of an image; None for that of the training.
+        workers: Processes that read images; 0 reads in this one; None takes the number of the run's data.
+        strict: Whether the first image that cannot be read is an error; else such images are left out and logged.
 
     Raises:
         ConfigError: If settings cannot work, or the directory holds something else.
-        DataError: If images cannot be read, or their embeddings are not finite.
+        DataError: If an image cannot be read, with `strict`, or none can; or if an embedding is not finite.
         FileError: If the run cannot be read, or files cannot be written.
     """
+    settings: dict[str, Any] = {"split": split, "kind": kind, "dtype": dtype, "batch_size": batch_size}
+    index, left_out = _embedded(run, images, out, **settings, max_pixels=max_pixels, workers=workers, strict=strict)
+    for entry in left_out:
+        logger.warning("%s It is not in the index.", printable(entry.reason))
+    return index
+
+
+def _embedded(
+    run: str | Path,
+    images: str | Path | None,
+    out: str | Path,
+    *,
+    split: str | None,
+    max_pixels: int | None,
+    workers: int | None,
+    strict: bool,
+    **settings: Any,
+) -> Built:
+    """Make an index; see `embed`. The settings are those of the builder."""
     if (images is None) == (split is None):
         raise ConfigError("Give either IMAGES or --split, which takes the images of the run's data.")
     opened = Run.open(run)
-    found = collect(images) if images is not None else collect_split(load_run(opened).datamodule, str(split))
-    embedder = Embedder(opened, max_pixels)
-    builder = Builder(
-        place=Path(out),
-        model=embedder.model,
-        run=os.path.realpath(opened.path),
-        collection=found,
-        batch_size=batch_size,
-        dtype=dtype,
-        kind=kind,
-    )
-    check_readable(found.paths, embedder.reading, "embedded")
-    return builder.build(embedder, partial(_shown, "embedding"))
+    known: list[LeftOut] = []
+    if images is None:
+        data = load_run(opened).datamodule
+        if isinstance(data, ListedData) and not strict:
+            known = data.leave_out_unreadable(str(split))
+        found = collect_split(data, str(split))
+    else:
+        found = collect(images)
+    embedder = Embedder(opened, max_pixels, workers, strict)
+    place = os.path.realpath(opened.path)
+    builder = Builder(place=Path(out), model=embedder.model, run=place, collection=found, **settings)
+    check_names(found.paths, "embedded")
+    index, left_out = builder.build(embedder.reader, embedder, partial(_shown, "embedding"))
+    return Built(index, [*known, *left_out])
 
 
 class Embedder:
-    """Computes embeddings of image files with a finished run."""
+    """Computes embeddings of images with a finished run."""
 
-    def __init__(self, run: Run, max_pixels: int | None = None) -> None:
+    def __init__(
+        self, run: Run, max_pixels: int | None = None, workers: int | None = None, strict: bool = True
+    ) -> None:
         """Load the run.
 
         Args:
             run: The run.
             max_pixels: Largest number of pixels of an image; None for that of the training.
+            workers: Processes that read images; None for the number of the run's data.
+            strict: Whether the first image that cannot be read is an error.
 
         Raises:
             BaseMismatchError: If the backbone differs from the adapted one.
@@ -122,35 +159,35 @@ class Embedder:
         self._task, self._trainer = load_task(run)
         notes = self._task.bank.notes()
         preprocessing = Preprocessing.from_dict(notes["preprocessing"])
-        self.reading = Reading.from_notes(notes)
+        reading = Reading.from_notes(notes)
         self.model = Model(
             adapter=str(header_of(run)["digest"]),
             preprocessing=preprocessing.to_dict(),
-            reading={key: value for key, value in self.reading.notes().items() if key != "max_pixels"},
+            reading={key: value for key, value in reading.notes().items() if key != "max_pixels"},
             similarity=similarity_of(self._task).to_dict(),
         )
         if max_pixels is not None:
-            self.reading = replace(self.reading, max_pixels=max_pixels)
-        self._transform = preprocessing.transform()
-        self._task.to(self._trainer.strategy.root_device).eval()
+            reading = replace(reading, max_pixels=max_pixels)
+        device = self._trainer.strategy.root_device
+        self.reader = FileReader(
+            prepare=preprocessing.transform(),
+            reading=reading,
+            least=preprocessing.least,
+            workers=workers_of(run) if workers is None else workers,
+            mark="digest",
+            device=device,
+            strict=strict,
+        )
+        self._task.to(device).eval()
 
-    def __call__(self, paths: Sequence[Path]) -> Tensor:
-        """Compute the embeddings (B, d) of files, on the CPU.
+    def __call__(self, images: Tensor) -> Tensor:
+        """Compute the embeddings (B, d) of prepared images (B, 3, H, W), on the CPU.
 
         Args:
-            paths: The files.
-
-        Raises:
-            DataError: If one cannot be read.
+            images: The images.
         """
-        images = torch.stack([*in_threads(self._image, paths)])
         with torch.inference_mode(), self._trainer.precision_plugin.forward_context():
-            return embed_images(self._task, images.to(self._task.device)).cpu()
-
-    def _image(self, path: Path) -> Tensor:
-        """Read an image, normalised (3, H, W)."""
-        found: Tensor = self._transform(read_image(path, reading=self.reading))
-        return found
+            return embed_images(self._task, images.to(self._task.device, non_blocking=True)).cpu()
 
     def all(self, collection: Collection, batch_size: int = 64) -> Tensor:
         """Compute the embeddings (N, d) of a collection.
@@ -158,9 +195,13 @@ class Embedder:
         Args:
             collection: The images.
             batch_size: Images at a time.
+
+        Raises:
+            DataError: If one cannot be read.
         """
-        starts = _shown("embedding", range(0, len(collection), batch_size))
-        return torch.cat([self(collection.paths[start : start + batch_size]) for start in starts])
+        starts = range(0, len(collection), batch_size)
+        batches = self.reader.batches([collection.paths[start : start + batch_size] for start in starts])
+        return torch.cat([self(batch.images) for _, batch in zip(_shown("embedding", starts), batches, strict=True)])
 
 
 def _shown(what: str, steps: Sequence[int]) -> Iterable[Any]:

@@ -14,6 +14,7 @@ from vispeft.cli.common import console, make_parser
 from vispeft.cli.config import ConfigCLI, build_task
 from vispeft.cli.config_keys import check_tree, split_overrides
 from vispeft.cli.evaluation import evaluate, evaluation_trainer, kept_settings, metrics_table, tell_if_partial
+from vispeft.cli.reading import add_workers, end_with
 from vispeft.cli.runs import Run
 from vispeft.data.by_name import ClassOrder, names_of
 from vispeft.data.listed import ListedData
@@ -28,7 +29,9 @@ EXAMPLE = """example:
   vispeft evaluate runs/digits_ssf/1
   vispeft evaluate runs/digits_ssf/1 --split validation --data.batch_size 256
 
-Keys under data and trainer can be overridden; the model is the one that was trained."""
+Keys under data and trainer can be overridden; the model is the one that was trained. Images that cannot be read are
+left out of the figures and listed at the end, and the exit status is 1; --strict stops instead. --data.check=fast looks
+at the headers of files alone before each image is read, where images are not known from the training."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -36,20 +39,28 @@ def main(argv: Sequence[str]) -> None:
 
     Args:
         argv: Arguments without the program's name.
+
+    Raises:
+        SystemExit: With status 1, if images could not be read.
     """
     parser = make_parser("evaluate", "Measure a finished run again, from its files.", EXAMPLE)
     parser.add_argument("run", metavar="RUN", help="run directory; it comes first")
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="default test")
+    add_workers(parser)
     given, overrides = parser.parse_known_args(list(argv))
     run = Run.open(given.run)
-    cli = load_run(run, overrides)
+    workers = [] if given.workers is None else [f"--data.num_workers={given.workers}"]
+    cli = load_run(run, [*overrides, *workers])
     cli.model.recall(given.run, run.metrics)
+    data = cli.datamodule
+    left_out = data.leave_out_unreadable(given.split) if isinstance(data, ListedData) and not given.strict else []
     before = run.figures(given.split)
     measured = evaluate(cli.trainer, cli.model, cli.datamodule, given.split)
     tell_if_partial(cli.trainer, given.split)
     rows = {"measured now": measured, "metrics.json": before}
     console.print(f"{given.run}, {given.split} split", soft_wrap=True)
     console.print(metrics_table(cli.model.shown(rows)))
+    end_with(left_out)
 
 
 def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.embed import Embedder
-from vispeft.cli.predict import check_readable
 from vispeft.cli.runs import Run
 from vispeft.data.images import Reading, read_image
 from vispeft.errors import ConfigError, FileError, check_count, counted
@@ -117,7 +116,6 @@ def search(
             f"{opened.place} was made by another model than {source.path} has: {'; '.join(other)} (in the index). "
             "Scores of embeddings of two models mean nothing. Embed the images again."
         )
-    check_readable(joined.paths, embedder.reading, "searched for")
     return neighbours_of(opened, joined, embedder.all(joined, batch_size), count, exact)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 from vispeft.data.preprocessing import INTERPOLATIONS, Preprocessing
 from vispeft.errors import ConfigError
 
-__all__ = ["Augmentation", "TrainTransform"]
+__all__ = ["Augmentation", "TrainTransform", "cropped"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,9 @@ class Augmentation:
     """Alpha of cutmix; 0 is off. With both, each batch gets one of them, with equal probability."""
     mix_probability: float = 1.0
     """Probability of mixing a batch."""
+    on_device: bool = False
+    """Whether whole batches are flipped, erased, mixed and normalised on the device that trains, and workers only read,
+    crop and resize. Other random numbers are drawn then; `rand_augment` cannot be used."""
 
     def __post_init__(self) -> None:
         """Validate the fields.
@@ -58,6 +62,18 @@ class Augmentation:
             raise ConfigError(f"Augmentation(crop_area={self.crop_area}): two shares above 0, up to 1, are needed.")
         if self.rand_augment is not None:
             _rand_augment(self.rand_augment, Preprocessing(size=(8, 8), mean=(0, 0, 0), std=(1, 1, 1)))
+
+    def least(self, preprocessing: Preprocessing) -> tuple[int, int] | None:
+        """Return the height and width that a training image is decoded to at least; None for all of its pixels.
+
+        Args:
+            preprocessing: Preprocessing of every image.
+        """
+        if preprocessing.least is None or self.crop != "resized":
+            return preprocessing.least
+        side = math.sqrt(self.crop_area[0])  # the smallest crop, too, has as many pixels as the backbone sees
+        height, width = (math.ceil(length / side) for length in preprocessing.size)
+        return height, width
 
     @property
     def mixes(self) -> bool:
@@ -99,12 +115,7 @@ class TrainTransform:
         Raises:
             ConfigError: If a random crop is configured and would cut off nothing.
         """
-        if augmentation.crop == "random" and preprocessing.crop_pct is None:
-            raise ConfigError(
-                "Augmentation(crop='random') cuts a window out of a larger image, and images are resized to exactly "
-                "the backbone's size. Give the data module crop_pct, such as 0.875, or take crop='resized'."
-            )
-        self._place = _placing(preprocessing, augmentation)
+        self._place = cropped(preprocessing, augmentation)
         self._flip = v2.RandomHorizontalFlip(augmentation.flip) if augmentation.flip else None
         named = augmentation.rand_augment
         self._rand = _rand_augment(named, preprocessing) if named else None
@@ -127,7 +138,21 @@ class TrainTransform:
         return image if self._erase is None else self._erase(image)
 
 
-def _placing(preprocessing: Preprocessing, augmentation: Augmentation) -> v2.Transform:
+def cropped(preprocessing: Preprocessing, augmentation: Augmentation) -> v2.Transform:
+    """Return the transform that crops and resizes a training image, uint8 (3, H, W).
+
+    Args:
+        preprocessing: Preprocessing of every image.
+        augmentation: Augmentation of training images.
+
+    Raises:
+        ConfigError: If a random crop is configured and would cut off nothing.
+    """
+    if augmentation.crop == "random" and preprocessing.crop_pct is None:
+        raise ConfigError(
+            "Augmentation(crop='random') cuts a window out of a larger image, and images are resized to exactly "
+            "the backbone's size. Give the data module crop_pct, such as 0.875, or take crop='resized'."
+        )
     size = list(preprocessing.size)
     if augmentation.crop == "resized":
         mode = INTERPOLATIONS[preprocessing.interpolation]

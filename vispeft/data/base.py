@@ -82,8 +82,8 @@ class BatchSplit(Dataset[tuple[Tensor, Tensor]], ABC):
 
     def __getitem__(self, index: Index | int) -> tuple[Tensor, Tensor]:
         """Return one normalised image (3, H, W) and its target."""
-        images, targets = self.__getitems__([index])
-        return images[0], targets[0]
+        batch = self.__getitems__([index])
+        return batch[0][0], batch[1][0]
 
     def __getitems__(self, indices: Sequence[Index | int]) -> tuple[Tensor, Tensor]:
         """Return normalised images (B, 3, H, W) and their targets; the data loader calls this."""
@@ -399,6 +399,7 @@ class ImageData(LightningDataModule, ABC):
         return self.batch_size
 
     def _loader(self, split: Dataset[Any], sampler: Sampler[Index] | None = None) -> DataLoader[Any]:
+        on_gpu = self._on_gpu()
         return DataLoader(
             split,
             batch_size=self._batch_of(split, sampler),
@@ -406,10 +407,18 @@ class ImageData(LightningDataModule, ABC):
             drop_last=self.drop_last and sampler is not None,
             num_workers=self.num_workers,
             collate_fn=_keep if isinstance(split, BatchSplit) else None,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=on_gpu,
+            # On a CPU the workers of one split would take the cores of another's.
+            persistent_workers=on_gpu and self.num_workers > 0,
             # Seeds the workers and keeps the loader from drawing from the training run's global generator.
             generator=torch.Generator().manual_seed(draw_seed(self.seed)),
         )
+
+    def _on_gpu(self) -> bool:
+        """Whether batches go to a GPU; without a trainer, whether there is one."""
+        if self.trainer is None:
+            return torch.cuda.is_available()
+        return bool(self.trainer.strategy.root_device.type == "cuda")
 
 
 def _keep(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -48,6 +48,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+REDUCING_GAP = 2
+"""How many times as large as needed a JPEG is at least after it was decoded at reduced scale: the default of Pillow's
+`Image.thumbnail`, which calls the result very close to that of all pixels."""
 DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 """Pillow's modes of grey values of more than 8 bits."""
 GREY = ("1", "L", "LA", "La", *DEEP)
@@ -151,7 +154,12 @@ PLAIN = Reading()
 """The default settings."""
 
 
-def read_image(file: str | Path | BinaryIO, name: str | None = None, reading: Reading = PLAIN) -> Tensor:
+def read_image(
+    file: str | Path | BinaryIO,
+    name: str | None = None,
+    reading: Reading = PLAIN,
+    least: tuple[int, int] | None = None,
+) -> Tensor:
     """Read an image as RGB, rotated upright according to its metadata.
 
     Grey values are repeated, values of more than 8 bits scaled to 8 bits, CMYK is converted, and transparency is
@@ -161,6 +169,8 @@ def read_image(file: str | Path | BinaryIO, name: str | None = None, reading: Re
         file: A path, or an open file.
         name: Its name in messages; by default its path.
         reading: The settings.
+        least: Height and width that are needed; a JPEG may then be decoded to a half, a quarter or an eighth of its
+            sides, as long as `REDUCING_GAP` times as much is left. None decodes all pixels.
 
     Returns:
         uint8 values (3, H, W).
@@ -170,10 +180,19 @@ def read_image(file: str | Path | BinaryIO, name: str | None = None, reading: Re
     """
     try:
         with open_image(file, reading.max_pixels) as image:
+            if least is not None:
+                _reduce(image, least)
             pixels = rgb_pixels(image, file, reading)
     except UNREADABLE as error:
         raise DataError(f"{name or file} cannot be read as an image ({why(error)}).") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _reduce(image: ImageFile, least: tuple[int, int]) -> None:
+    """Have a JPEG decoded at reduced scale; other formats stay as they are."""
+    if image.format in ("JPEG", "MPO"):
+        height, width = reversed(least) if exif_orientation(image) in QUARTER_TURNS else least
+        image.draft(None, (width * REDUCING_GAP, height * REDUCING_GAP))
 
 
 def read_size(file: str | Path | BinaryIO, reading: Reading = PLAIN) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from timm.data import Mixup
@@ -17,20 +17,19 @@ from vispeft.data.augmentation import Augmentation, TrainTransform
 from vispeft.data.base import BatchSplit, ImageData, Index
 from vispeft.data.by_name import ClassOrder, in_order
 from vispeft.data.checks import Report, examine
+from vispeft.data.device_augmentation import MIX, DeviceAugmentation, UnfinishedBatch
 from vispeft.data.formats import MAX_PIXELS
 from vispeft.data.images import Reading
 from vispeft.data.listing import PER_PIXEL, Finding, ListedSplit, Listing
-from vispeft.data.preprocessing import Preprocessing
+from vispeft.data.preprocessing import DECODINGS, Preprocessing
 from vispeft.data.randomness import seeded
+from vispeft.data.reading import LeftOut
 from vispeft.data.splitting import check_drawing, cross_validation, hold_out, share_of_rest
 from vispeft.errors import ConfigError, DataError, check_object, counted, printable
 
 __all__ = ["ImageSplit", "ListedData", "PixelSplit"]
 
 logger = logging.getLogger(__name__)
-
-MIX = 0x6D6978
-"""Salt that separates the random numbers of a batch from those of its first image."""
 
 
 class ImageSplit(BatchSplit):
@@ -55,11 +54,20 @@ class ImageSplit(BatchSplit):
         """
         self.source, self.targets = listed.source, listed.targets
         self._plain = preprocessing.transform()
-        self._train = None if augment is None else TrainTransform(preprocessing, augment)
+        self._least = preprocessing.least if augment is None else augment.least(preprocessing)
+        device = augment is not None and augment.on_device
+        self._train = None if augment is None or device else TrainTransform(preprocessing, augment)
+        self._device = DeviceAugmentation(preprocessing, augment, mixer, seed) if augment and device else None
         self._mixer, self._seed = mixer, seed
 
-    def batch(self, indices: list[Index]) -> tuple[Tensor, Tensor]:
-        """Build a batch, which depends only on its indices and the seed."""
+    def batch(self, indices: list[Index]) -> Any:
+        """Build a batch, which depends only on its indices and the seed.
+
+        Returns:
+            Images and targets, or an `UnfinishedBatch` for `finish`, if batches are augmented on the device.
+        """
+        if self._device is not None:
+            return self._unfinished(self._device, indices)
         images = torch.stack([self._image(epoch, index) for epoch, index in indices])
         targets = self.targets[torch.tensor([index for _, index in indices])]
         if self._mixer is not None:
@@ -67,8 +75,32 @@ class ImageSplit(BatchSplit):
                 images, targets = self._mixer(images, targets)
         return images, targets
 
+    def finish(self, batch: UnfinishedBatch) -> tuple[Tensor, Tensor]:
+        """Augment a batch on its device.
+
+        Args:
+            batch: The batch, moved to the device.
+        """
+        assert self._device is not None
+        return self._device.finish(batch)
+
+    def _unfinished(self, steps: DeviceAugmentation, indices: list[Index]) -> UnfinishedBatch:
+        images, flips, boxes = [], [], []
+        for epoch, index in indices:
+            image = self._read(index)
+            with seeded(self._seed, epoch, index):
+                images.append(steps.crop(image))
+                flip, box = steps.draw()
+            flips.append(flip)
+            boxes.append(box)
+        targets = self.targets[torch.tensor([index for _, index in indices])]
+        return UnfinishedBatch(torch.stack(images), targets, torch.tensor(flips), torch.tensor(boxes), indices[0])
+
+    def _read(self, index: int) -> Tensor:
+        return self.source.read(index) if self._least is None else self.source.read_reduced(index, self._least)
+
     def _image(self, epoch: int, index: int) -> Tensor:
-        image = self.source.read(index)
+        image = self._read(index)
         if self._train is None:
             return self._plain(image)
         with seeded(self._seed, epoch, index):
@@ -144,6 +176,7 @@ class ListedData(ImageData):
         transparency: tuple[int, int, int] | None = None,
         value_range: tuple[float, float] | None = None,
         max_pixels: int = MAX_PIXELS,
+        decode: Literal["full", "reduced"] = "full",
         **settings: Any,
     ) -> None:
         """Validate and store the settings.
@@ -161,6 +194,8 @@ class ListedData(ImageData):
             value_range: Values of images of more than 8 bits that become black and white; None takes all values that
                 the file could hold.
             max_pixels: Largest number of pixels of an image or a mask.
+            decode: Decode all pixels of JPEG files (``full``), or fewer where the resizing leaves far fewer anyway
+                (``reduced``), which is faster and changes pixels a little. It is stored with the adapter.
             settings: Settings of `ImageData`.
 
         Raises:
@@ -170,9 +205,16 @@ class ListedData(ImageData):
         name = type(self).__name__
         if check not in ("full", "fast"):
             raise ConfigError(f"{name}(check={check!r}): the choices are full and fast.")
+        if decode not in DECODINGS:
+            raise ConfigError(f"{name}(decode={decode!r}): the choices are {' and '.join(DECODINGS)}.")
         check_object(name, "augment", augment, Augmentation)
         check_drawing(name, validation=validation, test=test, split_seed=split_seed, folds=folds, fold=fold)
         self.check, self.augment = check, augment
+        if augment is not None and augment.on_device:
+            # Not a method: it would stand in the way of the same hook of a user's task.
+            self.on_after_batch_transfer = self.augment_on_device  # type: ignore[method-assign]
+        if decode != "full":
+            self._given["decode"] = decode
         self.validation, self.test, self.split_seed = validation, test, split_seed
         self.folds, self.fold = folds, fold
         self.reading = Reading(transparency=transparency, value_range=value_range, max_pixels=max_pixels)
@@ -229,6 +271,20 @@ class ListedData(ImageData):
             self._report = examine(self.listing, full=self.check == "full")
         return self._report
 
+    def augment_on_device(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        """Augment a training batch on its device, where `augment` has ``on_device``.
+
+        A Lightning trainer calls it for every batch. In a loop of your own, call it for each batch of
+        `train_dataloader` that was moved to the device.
+
+        Args:
+            batch: A batch of any split; those of other splits are returned unchanged.
+            dataloader_idx: Number of the loader, which Lightning tells.
+        """
+        if isinstance(batch, UnfinishedBatch):
+            return cast(ImageSplit, self.split("train")).finish(batch)
+        return batch
+
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes in the order of the targets, or of the numbers.
@@ -268,14 +324,53 @@ class ListedData(ImageData):
         """Refuse data with errors, and log the warnings and what is left out.
 
         Raises:
+            ConfigError: If files cannot be decoded at reduced scale, and that was asked for.
             DataError: If the data cannot be used; the message lists every problem.
         """
+        self._check_decoding()
         report = self.report()
         report.raise_errors()
         for finding in report.findings:
             if finding.level == "warning" or finding.code == "left-out":
                 level = logging.WARNING if finding.level == "warning" else logging.INFO
                 logger.log(level, "%s: %s", printable(self.listing.place), finding.line(3))
+
+    def leave_out_unreadable(self, split: str) -> list[LeftOut]:
+        """Take the images that cannot be read out of all splits, to measure a model on the others.
+
+        Splits that are drawn are drawn before, so that each image stays in its split.
+
+        Args:
+            split: train, validation or test.
+
+        Returns:
+            The images of this split that were taken out.
+        """
+        left_out = []
+        facts = self.report().facts
+        for name, listed in self.listing.splits.items():
+            broken = {index: known for index, known in enumerate(facts[name]) if known.problem}
+            if not broken:
+                continue
+            if name == split:
+                names = {listed.source.name(index): known for index, known in broken.items()}
+                left_out += [
+                    LeftOut(image, f"{image} cannot be read as an image ({known.reason or known.problem}).")
+                    for image, known in names.items()
+                ]
+            kept = [index for index in range(len(listed)) if index not in broken]
+            self.listing.splits[name] = listed.take(torch.tensor(kept, dtype=torch.int64))
+            self._report = None
+        return left_out
+
+    def _check_decoding(self) -> None:
+        if self._given.get("decode", "full") == "full":
+            return
+        name = f"{type(self).__name__}(decode='reduced')"
+        if self.listing.target in PER_PIXEL:
+            raise ConfigError(f"{name}: labels of pixels need all pixels of their images. Leave decode out.")
+        if not all(split.source.reduces for split in self.listing.splits.values()):
+            raise ConfigError(f"{name}: its images are not decoded by vispeft. Leave decode out.")
 
     def identity(self) -> Iterator[bytes]:
         """Yield bytes that identify images and targets of all splits: names, and pixels where they were read."""

@@ -17,7 +17,7 @@ from vispeft.core.families import unwrap
 from vispeft.errors import DataError, counted
 from vispeft.storage.form import FormError, check_notes
 
-__all__ = ["INTERPOLATIONS", "Preprocessing"]
+__all__ = ["DECODINGS", "INTERPOLATIONS", "Preprocessing"]
 
 INTERPOLATIONS = {
     "nearest": v2.InterpolationMode.NEAREST,
@@ -25,6 +25,9 @@ INTERPOLATIONS = {
     "bicubic": v2.InterpolationMode.BICUBIC,
 }
 """Interpolations that can resize tensors, by their name in timm's configurations."""
+
+DECODINGS = ("full", "reduced")
+"""Ways to decode a JPEG file: all of its pixels, or fewer where the resizing leaves far fewer anyway."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,9 @@ class Preprocessing:
     """Interpolation of the resizing: nearest, bilinear or bicubic."""
     crop_pct: float | None = None
     """Fraction of a proportionally resized image that the centre crop keeps; None stretches the whole image."""
+    decode: str = "full"
+    """How JPEG files are decoded: ``full``, or ``reduced`` to a half, a quarter or an eighth of each side, as far as at
+    least twice the size that they are resized to is left. Pixels differ a little from those of ``full``."""
 
     def __post_init__(self) -> None:
         """Validate the fields.
@@ -66,6 +72,8 @@ class Preprocessing:
             )
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
             raise DataError(f"crop_pct is {self.crop_pct}; give a share above 0, up to 1, or None.")
+        if self.decode not in DECODINGS:
+            raise DataError(f"decode is {self.decode!r}; the choices are {' and '.join(DECODINGS)}.")
         try:
             check_notes({"preprocessing": self.to_dict()})
         except FormError as error:
@@ -122,22 +130,34 @@ class Preprocessing:
             std=tuple(values["std"]),
             interpolation=values["interpolation"],
             crop_pct=values.get("crop_pct"),
+            decode=values.get("decode", "full"),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values under timm's names, with ``crop_pct`` only if it is set."""
+        """Return plain values under timm's names, with ``crop_pct`` and ``decode`` only if they are set."""
         values = {
             "input_size": [3, *self.size],
             "mean": list(self.mean),
             "std": list(self.std),
             "interpolation": self.interpolation,
         }
-        return values if self.crop_pct is None else {**values, "crop_pct": self.crop_pct}
+        cropped = {} if self.crop_pct is None else {"crop_pct": self.crop_pct}
+        return {**values, **cropped, **({} if self.decode == "full" else {"decode": self.decode})}
+
+    @property
+    def covered(self) -> tuple[int, int]:
+        """Height and width that an image is resized to, or covers, before its centre is cropped."""
+        share = self.crop_pct or 1.0
+        return int(self.size[0] / share), int(self.size[1] / share)
+
+    @property
+    def least(self) -> tuple[int, int] | None:
+        """Height and width that an image is decoded to at least; None for all of its pixels."""
+        return None if self.decode == "full" else self.covered
 
     def scale(self) -> v2.Transform:
         """Return the proportional resizing whose centre `resize` crops."""
-        share = self.crop_pct or 1.0
-        return _Cover([int(length / share) for length in self.size], INTERPOLATIONS[self.interpolation])
+        return _Cover(list(self.covered), INTERPOLATIONS[self.interpolation])
 
     def resize(self) -> v2.Transform:
         """Return the resizing only, for uint8 tensors (..., H, W)."""

@@ -60,6 +60,20 @@ class Source(ABC):
             DataError: If it cannot be read; the message names it.
         """
 
+    @property
+    def reduces(self) -> bool:
+        """Whether JPEG files are decoded at reduced scale by `read_reduced`."""
+        return False
+
+    def read_reduced(self, index: int, least: tuple[int, int] | None) -> Tensor:
+        """Read an image as `read` does, but a JPEG file at reduced scale.
+
+        Args:
+            index: Its position.
+            least: Height and width that are needed; None for all pixels.
+        """
+        return self.read(index)
+
     @abstractmethod
     def facts(self, full: bool) -> list[ImageFacts]:
         """Inspect every image.
@@ -96,7 +110,16 @@ class FileSource(Source):
 
     def read(self, index: int) -> Tensor:
         """Read a file."""
-        return read_image(self.paths[index], reading=self.reading)
+        return self.read_reduced(index, None)
+
+    @property
+    def reduces(self) -> bool:
+        """Files are decoded here."""
+        return True
+
+    def read_reduced(self, index: int, least: tuple[int, int] | None) -> Tensor:
+        """Read a file, a JPEG at reduced scale."""
+        return read_image(self.paths[index], reading=self.reading, least=least)
 
     def take(self, indices: Sequence[int]) -> FileSource:
         """Return a source of some of the files."""
@@ -150,11 +173,20 @@ class ShardSource(Source):
 
     def read(self, index: int) -> Tensor:
         """Read an image from its shard."""
+        return self.read_reduced(index, None)
+
+    @property
+    def reduces(self) -> bool:
+        """Files are decoded here."""
+        return True
+
+    def read_reduced(self, index: int, least: tuple[int, int] | None) -> Tensor:
+        """Read an image from its shard, a JPEG at reduced scale."""
         try:
             content = self._content(index)
         except OSError as error:
             raise DataError(f"{self.name(index)} cannot be read ({error.strerror or error}).") from error
-        return read_image(io.BytesIO(content), self.name(index), self.reading)
+        return read_image(io.BytesIO(content), self.name(index), self.reading, least)
 
     def take(self, indices: Sequence[int]) -> ShardSource:
         """Return a source of some of the images."""
@@ -274,6 +306,16 @@ class JoinedSource(Source):
         """Read an image from its source."""
         part, position = self.indices[index]
         return self.parts[part].read(position)
+
+    @property
+    def reduces(self) -> bool:
+        """Whether every source does."""
+        return all(part.reduces for part in self.parts)
+
+    def read_reduced(self, index: int, least: tuple[int, int] | None) -> Tensor:
+        """Read an image from its source, a JPEG at reduced scale."""
+        part, position = self.indices[index]
+        return self.parts[part].read_reduced(position, least)
 
     def take(self, indices: Sequence[int]) -> JoinedSource:
         """Return a source of some of the images."""

@@ -1,7 +1,7 @@
 """Indices of embedded images: collecting, storing and searching them."""
 
 from vispeft.retrieval.approximate import KINDS
-from vispeft.retrieval.building import Builder
+from vispeft.retrieval.building import Builder, Built
 from vispeft.retrieval.collection import Collection, collect, collect_split
 from vispeft.retrieval.index import Index, Model
 from vispeft.retrieval.searching import Found, Hit, neighbours_of, picture_name, search_table
@@ -9,6 +9,7 @@ from vispeft.retrieval.searching import Found, Hit, neighbours_of, picture_name,
 __all__ = [
     "KINDS",
     "Builder",
+    "Built",
     "Collection",
     "Found",
     "Hit",

@@ -2,35 +2,53 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
-from vispeft.errors import ConfigError, DataError, FileError, brief, check_count
+from vispeft.data.reading import LeftOut, ReadBatch
+from vispeft.errors import ConfigError, DataError, FileError, check_count, counted
 from vispeft.metrics.similarity import make_similarity
 from vispeft.retrieval.approximate import build, check_kind
-from vispeft.retrieval.collection import Collection, file_digest
+from vispeft.retrieval.collection import Collection
 from vispeft.retrieval.index import DESCRIPTION, IMAGES, Index, Model, described, table_of
-from vispeft.storage.disk import read_regular, write_atomically
-from vispeft.storage.leftovers import remove_partial
-from vispeft.storage.locks import hold
+from vispeft.storage.disk import write_atomically
+from vispeft.storage.pieces import PARTS, PLAN, Pieces
 
-__all__ = ["Builder"]
+__all__ = ["Builder", "Built"]
 
-PARTS, PLAN = "parts", "plan.json"
 SHARD = 2**28
 """Largest size in bytes of one file of embeddings."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+class Read(Protocol):
+    """What reads the files; see `vispeft.data.reading.FileReader`."""
+
+    def batches(self, groups: Sequence[Sequence[Path]]) -> Iterator[ReadBatch]:
+        """Read groups of files, in order."""
+        ...
+
+    def mark_of(self, path: str) -> str:
+        """Return the mark of a file."""
+        ...
+
+
+class Built(NamedTuple):
+    """A finished index."""
+
+    index: Index
+    """The index."""
+    left_out: list[LeftOut]
+    """Images that could not be read and are not in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,52 +93,38 @@ class Builder:
             return
         except OSError as error:
             raise FileError(f"--out is {self.place}, where nothing can be written ({error.strerror}).") from error
+        if DESCRIPTION in found:
+            self._pieces().clear_behind_a_kill()
         self._refuse_finished()
-        if found and PLAN not in found:
+        if found not in ([], [PARTS]) and PLAN not in found:  # the pieces' folder is made before the plan
             raise ConfigError(f"{self.place} is not empty (found {', '.join(found[:4])}). Choose another --out.")
 
-    def build(self, embed: Callable[[list[Path]], Tensor], progress: Callable[..., Any] = iter) -> Index:
-        """Embed what is not embedded yet, and write the index.
+    def build(self, read: Read, embed: Callable[[Any], Tensor], progress: Callable[..., Any] = iter) -> Built:
+        """Embed what is not embedded yet, and write the index of the images that could be read.
 
         Args:
-            embed: Computes embeddings (B, d) of files.
+            read: Reader of the files, whose marks are digests.
+            embed: Computes embeddings (B, d) of images as they were read.
             progress: Passes on the starts of the batches, and may show them.
 
         Raises:
             ConfigError: If the directory holds an unfinished index of other images or another model.
-            DataError: If an image cannot be read, or its embedding is not finite.
+            DataError: If no image can be read, or an embedding is not finite.
             FileError: If files cannot be written, or another process builds the same index.
         """
-        with self._held():
-            self._begin()
-            digests: list[str] = []
-            for start in progress(range(0, len(self.collection), self.batch_size)):
-                paths = self.collection.paths[start : start + self.batch_size]
-                now = [file_digest(path) for path in paths]
-                digests += now
-                if self._kept(start) != now:
-                    self._write_part(start, self._embedded(embed, paths), now)
-            self._finish(digests)
-        return Index.open(self.place)
+        pieces = self._pieces()
+        with pieces.held(self._refuse_finished, IMAGES, DESCRIPTION, ".safetensors", ".faiss"):
+            paths, starts = self.collection.paths, range(0, len(self.collection), self.batch_size)
+            groups = {start: paths[start : start + self.batch_size] for start in starts}
+            missing = [start for start in starts if not self._is_kept(pieces.path(start), groups[start], read)]
+            batches = read.batches([groups[start] for start in missing])
+            for start, batch in zip(progress(missing), batches, strict=True):
+                names = [str(groups[start][position]) for position in batch.kept]
+                pieces.write(start, _packed(batch, self._embedded(embed(batch.images), names) if names else None))
+            left_out = self._finish(pieces, starts)
+        return Built(Index.open(self.place), left_out)
 
-    @contextlib.contextmanager
-    def _held(self) -> Iterator[None]:
-        try:
-            (self.place / PARTS).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise FileError(f"--out is {self.place}, where nothing can be written ({error.strerror}).") from error
-        with hold(self.place / ".lock", f"The index {self.place}"):
-            self._refuse_finished()  # another process may have finished it meanwhile
-            remove_partial(self.place, PLAN, IMAGES, DESCRIPTION, ".safetensors", ".faiss")
-            remove_partial(self.place / PARTS, ".safetensors")
-            yield
-
-    def _refuse_finished(self) -> None:
-        if (self.place / DESCRIPTION).exists():
-            raise ConfigError(f"{self.place} holds a finished index, which is not overwritten. Choose another --out.")
-
-    def _begin(self) -> None:
-        """Write the plan, or compare it with that of the build before."""
+    def _pieces(self) -> Pieces:
         names = hashlib.sha256(json.dumps([self.collection.names, self.collection.labels]).encode()).hexdigest()
         plan = {
             "model": asdict(self.model),
@@ -128,38 +132,27 @@ class Builder:
             "batch_size": self.batch_size,
             "dtype": self.dtype,
         }
-        path = self.place / PLAN
-        if not path.exists():
-            write_atomically({path: json.dumps(plan, indent=1).encode()})
-            return
-        try:
-            before = json.loads(read_regular(path))
-            other = [key for key in plan if before.get(key) != plan[key]]
-        except (OSError, ValueError, AttributeError) as error:
-            raise FileError(f"{path} cannot be read: {brief(error)} Choose another --out.") from error
-        if other:
-            raise ConfigError(
-                f"{self.place} holds an unfinished index of another {' and another '.join(other)}. Give the settings "
-                "of that build to go on with it, or choose another --out."
-            )
+        return Pieces(place=self.place, what="index", plan=plan, ending=".safetensors")
 
-    def _part(self, start: int) -> Path:
-        return self.place / PARTS / f"{start:09d}.safetensors"
+    def _refuse_finished(self) -> None:
+        if (self.place / DESCRIPTION).exists():
+            raise ConfigError(f"{self.place} holds a finished index, which is not overwritten. Choose another --out.")
 
-    def _kept(self, start: int) -> list[str] | None:
-        """Return the digests of the images of a batch that was written; None if there is none that can be read."""
-        path = self._part(start)
+    def _is_kept(self, path: Path, files: Sequence[Path], read: Read) -> bool:
+        """Whether a batch was written whole, of the files as they are now."""
         try:
             with safe_open(path, "pt") as file:
                 file.get_tensor("embeddings")
-                return list(json.loads(file.metadata()["images"]))
+                marks, left_out = (json.loads(file.metadata()[key]) for key in ("images", "left_out"))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-            return None
+            return False
+        # What could not be read is tried again: another limit on pixels may hold now.
+        return not left_out and bool(marks == [read.mark_of(str(path)) for path in files])
 
-    def _embedded(self, embed: Callable[[list[Path]], Tensor], paths: list[Path]) -> Tensor:
-        found = embed(paths).float().cpu()
+    def _embedded(self, found: Tensor, names: Sequence[str]) -> Tensor:
+        found = found.float().cpu()
         stored = found.to(DTYPES[self.dtype])
-        broken = [str(path) for path, row in zip(paths, stored, strict=True) if not row.isfinite().all()]
+        broken = [name for name, row in zip(names, stored, strict=True) if not row.isfinite().all()]
         if broken:
             hint = "" if not found.isfinite().all() else " in float16; leave --dtype out"
             raise DataError(
@@ -167,32 +160,47 @@ class Builder:
             )
         return stored
 
-    def _write_part(self, start: int, embeddings: Tensor, digests: list[str]) -> None:
-        content = tensors_to_bytes({"embeddings": embeddings.contiguous()}, {"images": json.dumps(digests)})
-        write_atomically({self._part(start): content})
-
-    def _finish(self, digests: list[str]) -> None:
+    def _finish(self, pieces: Pieces, starts: range) -> list[LeftOut]:
         """Join the batches in shards, and describe them; with the description the index is finished."""
         shards: dict[str, str] = {}
         held: list[Tensor] = []
         vectors: list[Tensor] = []
-        starts = range(0, len(self.collection), self.batch_size)
+        kept: list[int] = []
+        digests: list[str] = []
+        left_out: list[LeftOut] = []
         for start in starts:
-            with safe_open(self._part(start), "pt") as file:
-                held.append(file.get_tensor("embeddings"))
-            if start == starts[-1] or sum(part.nbytes for part in held) + held[-1].nbytes > SHARD:
+            with safe_open(pieces.path(start), "pt") as file:
+                notes = {key: json.loads(value) for key, value in file.metadata().items()}
+                held += [file.get_tensor("embeddings")] if notes["kept"] else []
+            kept += [start + position for position in notes["kept"]]
+            digests += [notes["images"][position] for position in notes["kept"]]
+            left_out += [LeftOut(*entry) for entry in notes["left_out"]]
+            if held and (start == starts[-1] or sum(part.nbytes for part in held) + held[-1].nbytes > SHARD):
                 joined = torch.cat(held)
                 name, content = f"embeddings-{len(shards):05d}.safetensors", tensors_to_bytes({"embeddings": joined})
                 write_atomically({self.place / name: content})
                 shards[name] = hashlib.sha256(content).hexdigest()
                 vectors += [] if self.kind == "exact" else [joined.float()]
                 held = []
-        files = {IMAGES: table_of(self.collection, digests)}
+        if not kept:
+            pieces.clear()
+            raise DataError(f"None of {counted(len(self.collection), 'image')} can be used: {left_out[0].reason}")
+        collection = self.collection.take(kept)
+        files = {IMAGES: table_of(collection, digests)}
         if vectors:
             prepared = make_similarity(self.model.similarity).prepare(torch.cat(vectors))
             files[f"{self.kind}.faiss"] = build(self.kind, prepared)
-        description = described(self.model, self.run, self.collection, self.kind, files, shards)
+        description = described(self.model, self.run, collection, self.kind, files, shards)
         contents = {self.place / name: content for name, content in files.items()}
         write_atomically({**contents, self.place / DESCRIPTION: json.dumps(description, indent=1).encode()})
-        shutil.rmtree(self.place / PARTS, ignore_errors=True)
-        (self.place / PLAN).unlink(missing_ok=True)
+        pieces.clear()
+        return left_out
+
+
+def _packed(batch: ReadBatch, embeddings: Tensor | None) -> bytes:
+    """Make the file of a batch: its embeddings, and what is known about its images."""
+    found = torch.empty(0) if embeddings is None else embeddings
+    notes = {"images": batch.marks, "kept": batch.kept, "left_out": batch.left_out}
+    return tensors_to_bytes(
+        {"embeddings": found.contiguous()}, {key: json.dumps(value) for key, value in notes.items()}
+    )

@@ -41,6 +41,15 @@ class Collection:
         """
         return self.root / self.names[index]
 
+    def take(self, indices: Sequence[int]) -> Collection:
+        """Select some of the images.
+
+        Args:
+            indices: Their positions.
+        """
+        names, labels = (tuple(column[index] for index in indices) for column in (self.names, self.labels))
+        return Collection(self.root, names, labels)
+
     @property
     def paths(self) -> list[Path]:
         """The files."""

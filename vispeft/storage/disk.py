@@ -59,7 +59,7 @@ def _kind(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "device")
 
 
-def write_atomically(files: Mapping[Path, bytes], without: Iterable[Path] = ()) -> None:
+def write_atomically(files: Mapping[Path, bytes | Iterable[bytes]], without: Iterable[Path] = ()) -> None:
     """Write several files, all or none.
 
     All contents are written beside their targets (``.NAME.part``) before the first one is renamed, and the earlier
@@ -67,7 +67,7 @@ def write_atomically(files: Mapping[Path, bytes], without: Iterable[Path] = ()) 
     earlier files, and the next call for the same files undoes or finishes the interrupted one.
 
     Args:
-        files: Contents by path, renamed in this order. With the last one the new files count.
+        files: Contents by path, each whole or in parts, renamed in this order. With the last one the new files count.
         without: Files beside them that do not exist afterwards.
 
     Raises:
@@ -127,14 +127,14 @@ class _Staged:
         self.handles: list[int] = []
         self.renamed: set[Path] = set()
 
-    def add(self, path: Path, content: bytes) -> None:
+    def add(self, path: Path, content: bytes | Iterable[bytes]) -> None:
         """Write the content of one target."""
         handle = _open_part(_part(path))
         self.files.append(path)
         self.handles.append(handle)
         os.ftruncate(handle, 0)
         with open(handle, "wb", closefd=False) as file:
-            file.write(content)
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
         os.fsync(handle)
         if hasattr(os, "fchmod"):  # not on Windows before Python 3.13

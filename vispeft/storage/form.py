@@ -262,6 +262,7 @@ _PREPROCESSING = _record(
         "size": _listed(_whole(1, 2**20), at_least=2, at_most=2),
         "interpolation": _text,
         "crop_pct": _optional(_number(1e-3, 1)),
+        "decode": _text,
     },
 )
 _OUTPUT = _record(

@@ -269,7 +269,7 @@ class MetricLearning(PartsTask):
     def predictor(self) -> ScorePredictor:
         """Create the predictor of images: the entries of the embedding of each."""
         return ScorePredictor(
-            lambda images: self.predict_step(images.to(self.device), 0),
+            lambda images: self.predict_step(images.to(self.device, non_blocking=True), 0),
             lambda values: [f"{value:.7g}" for value in values.tolist()],
             [f"e{number}" for number in range(self.head.dim)],
             self.bank.notes(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from vispeft.errors import DataError, counted
 from vispeft.tasks.inference import Inference
 from vispeft.viz import lay_over
 
-__all__ = ["MaskPredictor", "Prediction", "Predictor", "ScorePredictor"]
+__all__ = ["MaskPredictor", "Prediction", "Predictor", "PreparedBeside", "ScorePredictor"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,13 @@ class Prediction:
 
 
 class Predictor(Protocol):
-    """How a task predicts images; `AdapterTask.predictor` makes one."""
+    """How a task predicts images; `AdapterTask.predictor` makes one.
+
+    A predictor may also have ``prepare``, a function of one image that runs where images are read, in a worker process
+    and once per image; it must not hold the model. Its results are then given to ``predict_prepared`` instead of images
+    to the predictor itself: stacked where they are tensors of floats of one shape, else as a list. With ``least``, a
+    height and a width, JPEG files may be decoded at reduced scale.
+    """
 
     table: str
     """File name of the table, ending in ``.csv``."""
@@ -74,6 +81,28 @@ class Predictor(Protocol):
         ...
 
 
+class PreparedBeside:
+    """Prepares images for dense tasks, and gives each beside its own pixels, in whose size it is predicted."""
+
+    def __init__(self, preprocessing: Preprocessing, whole: bool, short_side: int | None) -> None:
+        """Store the steps; see `EvaluationPair`.
+
+        Args:
+            preprocessing: Source of size, interpolation, mean and standard deviation.
+            whole: Whether to keep the image's aspect ratio.
+            short_side: With `whole`, the shorter side of the result in pixels; None keeps the image's size.
+        """
+        self.pair = EvaluationPair(preprocessing, whole, short_side)
+
+    def __call__(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return an image, uint8 (3, H, W), and the prepared one (3, h, w).
+
+        Args:
+            image: The image.
+        """
+        return image, self.pair(image, torch.zeros(image.shape[-2:], dtype=torch.uint8))[0]
+
+
 class ScorePredictor:
     """Predicts one row of values for each image: a class, labels, or numbers."""
 
@@ -97,14 +126,24 @@ class ScorePredictor:
             notes: Notes of the adapter, which say how images are prepared.
         """
         self._predict, self._row, self.columns = predict, row, columns
-        self._transform = Preprocessing.from_dict(notes["preprocessing"]).transform()
+        preprocessing = Preprocessing.from_dict(notes["preprocessing"])
+        self.prepare: Callable[[Tensor], Tensor] = preprocessing.transform()
+        self.least = preprocessing.least
 
     def check(self, paths: Sequence[Path], reading: Reading = PLAIN) -> None:
         """Accept all: images of any size are resized."""
 
     def __call__(self, images: Sequence[Tensor]) -> list[Prediction]:
         """Predict images."""
-        values = self._predict(torch.stack([self._transform(image) for image in images])).cpu()
+        return self.predict_prepared(torch.stack([self.prepare(image) for image in images]))
+
+    def predict_prepared(self, images: Tensor) -> list[Prediction]:
+        """Predict prepared images.
+
+        Args:
+            images: Normalised images (B, 3, H, W).
+        """
+        values = self._predict(images).cpu()
         nothing = Prediction([""] * len(self.columns), finite=False)
         return [Prediction(self._row(row)) if row.isfinite().all() else nothing for row in values]
 
@@ -135,10 +174,10 @@ class MaskPredictor:
         self._predict, self._inference, self.columns = predict, inference, list(names)
         self._colours = [tuple(colour) for colour in output.get("palette") or make_palette(len(names))]
         whole, short_side = output.get("evaluation") == "whole", output.get("short_side")
-        self._prepare = EvaluationPair(Preprocessing.from_dict(notes["preprocessing"]), whole, short_side)
+        self.prepare = PreparedBeside(Preprocessing.from_dict(notes["preprocessing"]), whole, short_side)
 
     def check(self, paths: Sequence[Path], reading: Reading = PLAIN) -> None:
-        """Find images smaller than the sliding window.
+        """Find images smaller than the sliding window; those that cannot be read are left to the reading.
 
         Raises:
             DataError: If there are any.
@@ -148,8 +187,9 @@ class MaskPredictor:
             return
         small = []
         for path in paths:
-            if min(self._prepare.size_of(*read_size(path, reading))) < window:
-                small.append(str(path))
+            with contextlib.suppress(DataError):
+                if min(self.prepare.pair.size_of(*read_size(path, reading))) < window:
+                    small.append(str(path))
         if small:
             raise DataError(
                 f"{len(small)} of {counted(len(paths), 'image')} {'is' if len(small) == 1 else 'are'} smaller than the "
@@ -159,11 +199,18 @@ class MaskPredictor:
 
     def __call__(self, images: Sequence[Tensor]) -> list[Prediction]:
         """Predict images one by one, since their sizes differ."""
-        return [self._one(image) for image in images]
+        return self.predict_prepared([self.prepare(image) for image in images])
 
-    def _one(self, image: Tensor) -> Prediction:
+    def predict_prepared(self, images: Sequence[tuple[Tensor, Tensor]]) -> list[Prediction]:
+        """Predict images one by one.
+
+        Args:
+            images: Results of `prepare`.
+        """
+        return [self._one(image, prepared) for image, prepared in images]
+
+    def _one(self, image: Tensor, prepared: Tensor) -> Prediction:
         size = tuple(image.shape[-2:])
-        prepared, _ = self._prepare(image, torch.zeros(size, dtype=torch.uint8))
         mask = self._predict(prepared[None], size)[0].cpu()
         overlay = Image.fromarray(lay_over(image, mask, self._colours).permute(1, 2, 0).numpy())
         labelled = mask[mask != IGNORE]

@@ -251,7 +251,7 @@ class SupervisedTask(AdapterTask, ABC):
         """Create the predictor of images: one row of values for each."""
         names = self.class_names()
         return ScorePredictor(
-            lambda images: self.predict_step(images.to(self.device), 0),
+            lambda images: self.predict_step(images.to(self.device, non_blocking=True), 0),
             lambda values: self.row(values, names),
             self.columns(names),
             self.bank.notes(),

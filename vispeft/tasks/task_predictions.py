@@ -13,10 +13,9 @@ from torch import Tensor
 
 from vispeft.data.dense_targets import DenseTarget
 from vispeft.data.images import PLAIN, Reading
-from vispeft.data.joint import EvaluationPair
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.tasks.dense_outputs import decode
-from vispeft.tasks.predictions import Prediction
+from vispeft.tasks.predictions import Prediction, PreparedBeside
 from vispeft.viz import dense_picture
 from vispeft.viz.strips import palette_of, value_range
 
@@ -71,18 +70,25 @@ class TaskPredictor:
         self.arrays: tuple[str, ...] = tuple(task for task, target in targets.items() if target.kind in NUMBERS)
         output = notes.get("output") or {}
         whole, short_side = output.get("evaluation") == "whole", output.get("short_side")
-        self._prepare = EvaluationPair(Preprocessing.from_dict(notes["preprocessing"]), whole, short_side)
+        self.prepare = PreparedBeside(Preprocessing.from_dict(notes["preprocessing"]), whole, short_side)
 
     def check(self, paths: Sequence[Path], reading: Reading = PLAIN) -> None:
         """Accept all: images of any size are predicted whole."""
 
     def __call__(self, images: Sequence[Tensor]) -> list[Prediction]:
         """Predict images one by one, since their sizes differ."""
-        return [self._one(image) for image in images]
+        return self.predict_prepared([self.prepare(image) for image in images])
 
-    def _one(self, image: Tensor) -> Prediction:
+    def predict_prepared(self, images: Sequence[tuple[Tensor, Tensor]]) -> list[Prediction]:
+        """Predict images one by one.
+
+        Args:
+            images: Results of `prepare`.
+        """
+        return [self._one(image, prepared) for image, prepared in images]
+
+    def _one(self, image: Tensor, prepared: Tensor) -> Prediction:
         size = tuple(image.shape[-2:])
-        prepared, _ = self._prepare(image, torch.zeros(size, dtype=torch.uint8))
         outputs = {task: values[0].float() for task, values in self._outputs(prepared[None], size).items()}
         if not all(values.isfinite().all() for values in outputs.values()):
             return Prediction([""] * len(self.columns), finite=False)
