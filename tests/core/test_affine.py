@@ -11,7 +11,7 @@ from torch import Tensor
 
 import vispeft
 from vispeft.hosts import layers
-from vispeft.hosts.functional import affine
+from vispeft.hosts.affine import affine
 
 
 def tensors(scale_values: float | None = None, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -12,8 +12,8 @@ import vispeft
 from tests.conformance.cells import Cell, move
 from vispeft.core.low_rank import Branch, Dropout
 from vispeft.errors import ConfigError
-from vispeft.hosts import functional
-from vispeft.hosts.functional import low_rank_linear
+from vispeft.hosts import low_rank
+from vispeft.hosts.low_rank import low_rank_linear
 
 PLACES = ["input", "hidden"]
 KEPT = 1 - round(0.4 * 2**16) / 2**16
@@ -148,14 +148,14 @@ def test_a_share_next_to_one_stays_finite(place: Any) -> None:
 @pytest.mark.parametrize("place", PLACES)
 def test_what_is_dropped_is_dropped_from_one_term_only(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made, drawn = tensors(9), []
-    draw = functional._kept
+    draw = low_rank._kept
 
     def recorded(x: Tensor, share: float) -> Tensor | None:
         kept = draw(x, share)
         drawn.extend([] if kept is None else [kept])
         return kept
 
-    monkeypatch.setattr(functional, "_kept", recorded)
+    monkeypatch.setattr(low_rank, "_kept", recorded)
     out = two_terms(made, Dropout(0.4, place))
     (kept,) = drawn
     assert 0 < kept.double().mean() < 1
@@ -170,14 +170,14 @@ def test_what_is_dropped_is_dropped_from_one_term_only(place: Any, monkeypatch: 
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.999])
 def test_the_share_that_is_dropped(share: float) -> None:
     torch.manual_seed(0)
-    kept = functional._kept(torch.empty(1001, 999), share)
+    kept = low_rank._kept(torch.empty(1001, 999), share)
     assert kept is not None
     assert kept.shape == (1001, 999)
     assert set(kept.unique().tolist()) == {0, 1}
     for part in (kept, kept[:, 0], kept.flatten()[3::4]):
         spread = (share * (1 - share) / part.numel()) ** 0.5
         assert abs(1 - part.double().mean() - share) < 5 * spread + 2**-16
-    assert functional._kept(torch.empty(3), 0.0) is None
+    assert low_rank._kept(torch.empty(3), 0.0) is None
 
 
 @pytest.mark.parametrize("place", PLACES)

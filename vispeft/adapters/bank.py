@@ -180,6 +180,7 @@ class AdapterBank(FileBank, TaskBank, HookBank):
             self._entries[name] = entry
             try:
                 place_units(entry, name, self._model, self.view, self._routing)
+                self._place_memory()
                 yield entry
             except BaseException:  # also an interrupt, in the middle of the verification
                 self.detach(name)
@@ -251,6 +252,7 @@ class AdapterBank(FileBank, TaskBank, HookBank):
         self._heads.drop(name)
         del self._entries[name]
         self._routes.clear()
+        self._place_memory()
         self._wake()
         self._close_if_empty()
 

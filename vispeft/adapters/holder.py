@@ -16,6 +16,7 @@ from vispeft.core.plan import Plan
 from vispeft.core.route import Routing
 from vispeft.core.units import Unit
 from vispeft.errors import ConfigError, MergeError, UnknownNameError
+from vispeft.hosts.base import Host
 from vispeft.hosts.model import BANK
 from vispeft.storage.fingerprint import base_tensors, fingerprint
 
@@ -38,6 +39,8 @@ class BankState:
         self._entries: dict[str, Entry] = {}
         self._routing = Routing()
         self._merged: Merged | None = None
+        self._lean: list[Host] = []
+        """The hosts of `place_memory`."""
         self._heads = HeadRack(model, self.view.head_path, self._routing)
 
     @property

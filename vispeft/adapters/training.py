@@ -9,10 +9,14 @@ from torch import nn
 
 from vispeft.adapters.entry import Entry
 from vispeft.adapters.holder import BankState
+from vispeft.adapters.memory import place_memory
 from vispeft.adapters.report import Report
 from vispeft.adapters.task_maps import TaskMaps
 from vispeft.adapters.verify import Probe, find_dead
+from vispeft.core.origin import MEMORY, Memory
 from vispeft.core.route import Route
+from vispeft.errors import UnknownNameError
+from vispeft.hosts.base import Host, take_off
 from vispeft.hosts.model import HEADS, ModelHost
 
 __all__ = ["TrainingBank"]
@@ -24,6 +28,33 @@ class TrainingBank(BankState):
     def route(self, names: tuple[str, ...], task: str | None) -> Route:
         """Return the route of a choice of adapters."""
         raise NotImplementedError
+
+    @property
+    def memory(self) -> Memory:
+        """How much a training step keeps for its backward pass, with equal gradients.
+
+        ``plain`` keeps what PyTorch keeps. ``lean``, the default, computes the outputs of norms and activations in
+        front of adapted layers again. ``leaner`` also computes the first layers of MLPs again, which takes about a
+        ninth of a step of full fine-tuning more. A compiled model ignores the choice: the compiler decides by
+        ``torch._functorch.config.activation_memory_budget``.
+        """
+        return self._routing.memory
+
+    @memory.setter
+    def memory(self, memory: Memory) -> None:
+        if memory not in MEMORY:
+            raise UnknownNameError("memory", memory, MEMORY)
+        self._check_unmerged("choose how much a step keeps")
+        self._routing.memory = memory
+        self._place_memory()
+
+    def _place_memory(self) -> None:
+        """Make the hosts that the choice of memory needs, and take off those it does not need any more."""
+        before, self._lean = self._lean, place_memory(self._model, self.view, self._routing, self._entries.values())
+        kept = {id(host) for host in self._lean}
+        for host in before:
+            if id(host) not in kept and isinstance(host, Host) and not host.adapters:
+                take_off(host)
 
     def freeze(self, name: str) -> None:
         """Exclude an adapter and its classifier from training; it may still act.

@@ -109,12 +109,15 @@ class FrozenCasts:
             bias: The bias, if there is one.
             dtype: The type.
         """
+        held = self._held.get(id(weight))
+        if held is not None and held.dtype is dtype and torch.is_grad_enabled():
+            # Written out, since every layer asks in every step.
+            same = held.version == weight._version and held.pointer == weight.data_ptr() and not weight.requires_grad
+            if same and (held.bias is None if bias is None else held.fits(bias)):
+                return held.made
         # Autocast leaves float64 alone.
         if weight.dtype in (dtype, torch.float64) or not torch.is_grad_enabled():
             return weight, bias
-        held = self._held.get(id(weight))
-        if held is not None and held.fits(weight, bias, dtype):
-            return held.made
         if not (_is_frozen(weight) and (bias is None or _is_frozen(bias))):
             return weight, bias
         made = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -128,18 +131,13 @@ class _Casts:
     """The casts of one layer, and the state of the tensors they were made from."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, made: tuple[Tensor, Tensor | None]) -> None:
-        self.weight, self.bias, self.made = _state(weight), None if bias is None else _state(bias), made
+        self.made, self.dtype, self.pointer, self.version = made, made[0].dtype, weight.data_ptr(), weight._version
+        self.bias = None if bias is None else (bias.data_ptr(), bias._version)
         self.storages = [tensor.untyped_storage() for tensor in (weight, bias) if tensor is not None]
 
-    def fits(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
-        """Return whether the tensors are as they were."""
-        if weight.requires_grad or self.weight != _state(weight) or self.made[0].dtype != dtype:
-            return False
-        return self.bias is None if bias is None else not bias.requires_grad and self.bias == _state(bias)
-
-
-def _state(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor._version, tensor.shape
+    def fits(self, bias: Tensor) -> bool:
+        """Return whether a bias is as it was."""
+        return self.bias == (bias.data_ptr(), bias._version) and not bias.requires_grad
 
 
 def _is_frozen(tensor: Tensor) -> bool:

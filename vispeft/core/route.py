@@ -21,6 +21,7 @@ from torch.compiler import is_compiling
 from vispeft.core.gate import Gate
 from vispeft.core.generated import FrozenCasts
 from vispeft.core.model_units import QueryUnit, SideUnit, StreamUnit, TokensUnit
+from vispeft.core.origin import Memory
 from vispeft.core.recovery import Recoveries
 from vispeft.core.streams import Stream
 from vispeft.core.units import (
@@ -68,10 +69,12 @@ class Acting(NamedTuple):
     """Whether a unit here treats the tokens as an image; at the host of the model, whether one in any block does."""
     starting: tuple[Stream, ...] = ()
     """At the host of the model: the streams that start inside blocks."""
+    lone: DeltaUnit | None = None
+    """The low-rank term, where it is all that acts here."""
 
     def units(self) -> Iterator[Unit]:
         """Iterate over all units, kind by kind."""
-        kinds: Any = self[: len(self) - 3]
+        kinds: Any = self[: len(self) - 4]
         for kind in kinds:
             yield from kind
 
@@ -92,7 +95,9 @@ def acting(units: Iterable[Unit], carries: bool = False, grid: bool = False, sta
     kinds: dict[str, tuple[Any, ...]] = {}
     for unit in units:
         kinds[unit.kind] = (*kinds.get(unit.kind, ()), unit)
-    return Acting(**kinds, carries=carries, grid=grid, starting=tuple(starting))
+    (first, *others) = kinds.get("delta", ()) or (None,)
+    lone = first if len(kinds) == 1 and not others and first is not None and first.is_one_term else None
+    return Acting(**kinds, carries=carries, grid=grid, starting=tuple(starting), lone=lone)
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,17 +183,20 @@ class Routing:
         self.gate = Gate()
         self.casts = FrozenCasts()
         self.recoveries = Recoveries()
+        self.memory: Memory = "lean"
+        """How much the backward pass keeps, see `MEMORY`."""
         self._thread = _Thread()
         self._entered: list[_Entered] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the routes of threads."""
-        return {"default": self.default, "slots": self.slots}
+        return {"default": self.default, "slots": self.slots, "memory": self.memory}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the default route."""
         self.default = self.traced = state["default"]
         self.slots = state["slots"]
+        self.memory = state.get("memory", "lean")
         self.gate = Gate()
         self.casts = FrozenCasts()
         self.recoveries = Recoveries()

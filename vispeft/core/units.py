@@ -328,6 +328,11 @@ class DeltaUnit(Unit):
         """Return the low-rank terms of this forward pass, one or several."""
         return [Branch(*self.factors(), self.scale, self.start, self.stop, self.dropped())]
 
+    @property
+    def is_one_term(self) -> bool:
+        """Whether the unit is one term of its factors."""
+        return type(self).branches is DeltaUnit.branches
+
     def dropped(self) -> Dropout:
         """Return the current dropout: none in evaluation mode."""
         return self.dropout if self.training else NO_DROPOUT

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from vispeft.core.gate import plain_class, waits_for_changes
 from vispeft.core.route import NOTHING, Acting, Routing, keeps_route
@@ -51,7 +52,10 @@ class Host(nn.Module):
     @property
     def acting(self) -> Acting:
         """The units that act here under the route of the calling thread."""
-        return self.routing.present().hosts.get(self.slot, NOTHING)
+        routing = self.routing
+        # As `Routing.present`, without the call.
+        route = routing.traced if is_compiling() else routing._thread.route or routing.default
+        return route.hosts.get(self.slot, NOTHING)
 
     def own(self, name: str, acting: Acting | None = None) -> Tensor | None:
         """Return a tensor of the base module, or its replacement by an acting selection unit.

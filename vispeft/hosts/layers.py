@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from vispeft.core.low_rank import Branch, Dropout
+from vispeft.core.origin import Origin, note_origin
 from vispeft.core.route import NOTHING, Acting, Routing
 from vispeft.core.units import AffineUnit, DeltaUnit, InputUnit, LayerPass, Unit
+from vispeft.hosts.affine import affine, may_recover
 from vispeft.hosts.base import Host
-from vispeft.hosts.functional import affine, frozen_linear, low_rank_linear, low_rank_terms, may_recover
+from vispeft.hosts.functional import computes_again, frozen_linear
+from vispeft.hosts.low_rank import low_rank_linear, low_rank_terms, term_linear
 from vispeft.hosts.streams import Streams
 
 __all__ = [
@@ -143,12 +147,16 @@ class LinearHost(_Foldable):
     def forward(self, x: Tensor) -> Tensor:
         """Compute (..., out) from (..., in)."""
         acting, casts = self.acting, self.routing.casts
+        if acting.lone is not None:
+            term = term_linear(x, self, acting.lone, casts, self.routing.memory == "leaner")
+            if term is not None:
+                return term
         x = _before(acting, x) if acting.input else x
         weight, bias = self._whole_weight(acting), self.own("bias", acting)
         if acting.delta:
             out = low_rank_linear(x, weight, bias, terms_of(acting.delta), casts)
         else:
-            out = frozen_linear(x, weight, bias, casts)
+            out = frozen_linear(x, weight, bias, casts, acting is NOTHING and self.routing.memory == "leaner")
         return _after(acting, x, out, self.routing) if acting.sequential or acting.affine else out
 
     def split(self, streams: Streams) -> Streams:
@@ -294,11 +302,31 @@ class ConvHost(_Foldable):
         return None if written is None else written.view(-1, *value.shape[1:])
 
 
+def _norm_again(shape: Sequence[int], eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Compute a norm as the forward pass did, whatever autocast does now."""
+    return cast(Tensor, torch.native_layer_norm(x, shape, weight, bias, eps)[0])
+
+
 class NormHost(_Foldable):
     """An adapted norm: scale and shift are merged into weight and bias on read.
 
-    The backward pass then needs no activation but the norm's own input.
+    The backward pass then needs no activation but the norm's own input. Where nothing acts here, it stands in
+    front of an adapted layer, which keeps the norm's input too, in place of its output.
     """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the shape of `x`."""
+        out: Tensor = super().forward(x)
+        # Under autocast a norm in reduced precision returns float32, and outside of it, later, it would not.
+        notes = self.routing.memory != "plain" and out.dtype == x.dtype and computes_again(x)
+        if not notes or self.acting is not NOTHING or not isinstance(self, nn.LayerNorm) or self.fast():
+            return out
+        compute = partial(_norm_again, self.normalized_shape, self.eps)
+        return note_origin(out, Origin(compute, (x, self._parameters["weight"], self._parameters["bias"])))
+
+    def fast(self) -> bool:
+        """Return whether timm computes the norm in another way, with less precision."""
+        return bool(getattr(self, "_fast_norm", False))
 
     def missing(self, name: str, live: Sequence[Unit]) -> Tensor | None:
         """Create the neutral tensor if the base has none."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from vispeft.core.route import Acting
 from vispeft.core.units import AffineUnit, DeltaUnit, InputUnit, ParallelUnit, SequentialUnit, Unit
 from vispeft.errors import ConfigError
 from vispeft.hosts.base import Host, host_kind
-from vispeft.hosts.functional import low_rank_terms
 from vispeft.hosts.layers import LinearHost, affine_by, gained, terms_of
+from vispeft.hosts.low_rank import low_rank_terms
 
 __all__ = ["sliced", "unsliceable"]
 
@@ -66,10 +66,12 @@ def sliced(actings: Sequence[Acting]) -> Acting:
         else:
             changed[kind] = tuple(_together(kind, units) for units in zip(*lists, strict=True))
     # A layer computes terms, sequential units, scales and shifts in this order; one kind has a form for parts.
+    alike = not changed
     delta, affine = changed.pop("delta", ()), changed.pop("affine", ())
     following = (*delta, *changed.pop("sequential", first.sequential), *affine)
     return first._replace(
-        **changed,
+        **cast("dict[str, Any]", changed),
+        lone=first.lone if alike else None,
         sequential=following,
         delta=() if delta else first.delta,
         affine=() if affine else first.affine,

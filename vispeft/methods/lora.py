@@ -93,6 +93,8 @@ class LowRank(Factored, DeltaUnit):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A (rank, in) and B (rows, rank)."""
+        if self.bits == 32:
+            return self.A, self.B
         return self.matrix("A"), self.matrix("B")
 
 

@@ -25,7 +25,7 @@ from vispeft.core.sites import Site, View
 from vispeft.core.streams import Stream, TaskStream
 from vispeft.core.units import BranchUnit, LayerPass
 from vispeft.errors import ConfigError, SiteError
-from vispeft.hosts.functional import low_rank_terms
+from vispeft.hosts.low_rank import low_rank_terms
 from vispeft.methods.lora import Factored, Factors, LowRank
 
 __all__ = ["MTLoRA", "SharedPair", "TaskPair", "TaskSum"]

@@ -1,0 +1,54 @@
+"""The host of an activation: its output, or the input too, is computed again in the backward pass."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from vispeft.core.origin import ORIGIN, Origin, SharedOrigin, note_origin
+from vispeft.core.route import NOTHING
+from vispeft.hosts.base import Host
+from vispeft.hosts.functional import computes_again
+
+__all__ = ["ELEMENTWISE", "ActivationHost"]
+
+ELEMENTWISE = frozenset({"GELU", "GELUTanh", "QuickGELU", "SiLU", "Swish"})
+"""Activations whose backward pass reads the input, so that it is kept anyway."""
+
+
+class ActivationHost(Host):
+    """An activation of an MLP, element by element and without tensors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the shape of `x`."""
+        memory = self.routing.memory
+        if memory == "plain" or not computes_again(x) or self.acting is not NOTHING:
+            return cast(Tensor, super().forward(x))
+        compute = partial(self.replaces.forward, self)
+        origin = x.__dict__.get(ORIGIN)
+        if not isinstance(origin, SharedOrigin):
+            return note_origin(compute(x), Origin(compute, (x,)))
+        out = cast(Tensor, _Activation.apply(x, origin, compute, *origin.tensors))
+        return note_origin(out, Origin(compute, (), origin))
+
+
+class _Activation(torch.autograd.Function):
+    """An activation that keeps what its input is computed from, in place of the input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, origin: SharedOrigin, compute: Any, *tensors: Tensor | None) -> Tensor:
+        ctx.origin, ctx.compute = origin, compute
+        ctx.save_for_backward(*tensors)
+        return cast(Tensor, compute(x))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, twice = ctx.origin.last(ctx.saved_tensors), torch.is_grad_enabled()
+        with torch.enable_grad():
+            x = x if twice else x.detach().requires_grad_()
+            out = ctx.compute(x)
+        slope = torch.autograd.grad(out, x, grad, create_graph=twice)[0]
+        return (slope, *[None] * (len(ctx.needs_input_grad) - 1))

@@ -1,0 +1,72 @@
+"""Scale and shift of channels, with a backward pass that keeps the output in place of the input."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from vispeft.core.recovery import recoverable
+from vispeft.hosts.functional import leaves_a_graph
+
+__all__ = ["affine", "may_recover"]
+
+
+def affine(y: Tensor, scale: Tensor, shift: Tensor, recovers: bool | None = None) -> Tensor:
+    """Scale and shift the channels: ``scale * y + shift`` (SSF, arXiv 2210.08823, eq. 3).
+
+    Args:
+        y: (..., channels).
+        scale: (channels,).
+        shift: (channels,).
+        recovers: Whether the input can be recovered from the output (`recoverable`); None to look, which waits for the
+            device. Without effect unless `may_recover` holds.
+
+    Returns:
+        The shape and dtype of `y`.
+    """
+    if y.dtype == scale.dtype:
+        if may_recover(y, scale):
+            recovers = bool(recoverable(scale.detach(), shift.detach()).all()) if recovers is None else recovers
+            if recovers:
+                return cast(Tensor, _Affine.apply(y, scale, shift))
+        # addcmul saves y and scale only; a product and a sum would also allocate a temporary of y's size.
+        return torch.addcmul(shift, y, scale)
+    # A scale near one would be rounded coarsely; its difference from one is not.
+    return torch.addcmul(y + shift.to(y.dtype), y, (scale - 1).to(y.dtype))
+
+
+def may_recover(y: Tensor, scale: Tensor) -> bool:
+    """Return whether an affine map may keep its output in place of its input: in float32 and in a step that trains it.
+
+    Args:
+        y: The input.
+        scale: The scale.
+    """
+    if y.dtype != torch.float32 or scale.dtype != torch.float32:
+        return False
+    if not (torch.is_grad_enabled() and scale.requires_grad):
+        return False
+    return not (leaves_a_graph() or torch.is_autocast_enabled(y.device.type))
+
+
+class _Affine(torch.autograd.Function):
+    """Scale and shift, saving the output instead of the input: the next layer usually saves the output anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        out = torch.addcmul(shift, y, scale)
+        ctx.save_for_backward(out, scale, shift)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        # Plain operations on inputs and output alone, so that autograd can differentiate them again.
+        out, scale, shift = ctx.saved_tensors
+        rows = tuple(range(grad.ndim - 1))
+        total = grad.sum(rows) if rows else grad
+        product = (grad * out).sum(rows) if rows else grad * out
+        # The sum over rows of grad * (out - shift) / scale, without allocating the difference.
+        grad_scale = (product - shift * total) / scale if ctx.needs_input_grad[1] else None
+        return grad * scale if ctx.needs_input_grad[0] else None, grad_scale, total
