@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from vispeft.adapters.archive import FileBank
+from vispeft.adapters.compiling import CompilingBank
 from vispeft.adapters.entry import Entry
 from vispeft.adapters.heads import own_head
 from vispeft.adapters.hooks import HookBank
@@ -41,7 +42,7 @@ _users: WeakKeyDictionary[AdapterBank, int] = WeakKeyDictionary()
 """Number of calls that are adding an adapter to a bank."""
 
 
-class AdapterBank(FileBank, TaskBank, HookBank):
+class AdapterBank(FileBank, TaskBank, HookBank, CompilingBank):
     """All adapters of one model.
 
     Get one from `attach` or `load`. The model stays a timm model in use; the bank is only needed to manage the
@@ -181,6 +182,7 @@ class AdapterBank(FileBank, TaskBank, HookBank):
             try:
                 place_units(entry, name, self._model, self.view, self._routing)
                 self._place_memory()
+                self._place_compiled()
                 yield entry
             except BaseException:  # also an interrupt, in the middle of the verification
                 self.detach(name)
@@ -253,6 +255,7 @@ class AdapterBank(FileBank, TaskBank, HookBank):
         del self._entries[name]
         self._routes.clear()
         self._place_memory()
+        self._place_compiled()
         self._wake()
         self._close_if_empty()
 
@@ -493,6 +496,7 @@ class AdapterBank(FileBank, TaskBank, HookBank):
             )
         merged = merge_model(self._model, self.view, partial)
         self._merged = merged
+        self._routing.compiled = ()
         for name in names:
             self._entries[name].merge_error = merged.report.max_error
         for parameter in self._model.parameters():
@@ -533,6 +537,8 @@ class AdapterBank(FileBank, TaskBank, HookBank):
             for placed in entry.placed:
                 placed.unit.to(reference.device)  # the model may have been moved since
         self._merged = None
+        self._place_memory()
+        self._place_compiled()
         for name, entry in self._entries.items():
             self._declare(entry, name)
         self._wake()

@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from vispeft.adapters.compiling import Compile
 from vispeft.building.classes import import_class
 from vispeft.building.config_files import Node, dump_config, parse_text, read_config
 from vispeft.building.parsing import MODE, parser_errors
@@ -21,6 +22,7 @@ from vispeft.cli.config_keys import Override, check_config, check_override, chec
 from vispeft.cli.evaluation import evaluation_trainer
 from vispeft.cli.trainer_settings import TrainerSettings
 from vispeft.core.method import Method
+from vispeft.core.origin import Memory
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.checkpoints import Cadence
 from vispeft.tasks.supervised import check_target
@@ -83,6 +85,10 @@ class ConfigCLI(LightningCLI):
         parser.add_class_arguments(Cadence, "checkpoints")
         told = "compute the outputs of a frozen backbone once: true, or the folder where they are kept"
         parser.add_argument("--cache_features", type=bool | str | None, default=False, help=told)
+        told = "how much is kept for the backward pass, with equal gradients"
+        parser.add_argument("--memory", type=Memory, default="lean", help=told)
+        told = "what torch.compile compiles: each block in place, the model as a whole, or nothing"
+        parser.add_argument("--compile", type=Compile, default="off", help=told)
 
     def _sized_by(self, data: Any, name: str) -> Any:
         """Return an argument of the task that the data decide, after checking that both are of the same kind.

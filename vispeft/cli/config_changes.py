@@ -15,7 +15,7 @@ __all__ = ["differing", "is_free", "told", "without_free"]
 
 FREE = re.compile(
     r"trainer\.(accelerator|devices|enable_progress_bar|profiler)(\..*)?|data\.(init_args\.)?num_workers"
-    r"|checkpoints\..*"
+    r"|checkpoints\..*|memory"
 )
 """Keys that may change when a run is resumed, as none affects the result."""
 

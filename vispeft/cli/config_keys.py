@@ -36,7 +36,7 @@ from vispeft.tasks.migration import MOVED, without_moved
 
 __all__ = ["Override", "as_list", "check_config", "check_override", "check_tree", "parse_override", "split_overrides"]
 
-TOP_KEYS = ("seed_everything", "init", "trainer", "model", "data", "checkpoints", "cache_features")
+TOP_KEYS = ("seed_everything", "init", "trainer", "model", "data", "checkpoints", "cache_features", "memory", "compile")
 LINKED = {"model.num_classes": "the data", "model.targets": "the data", "data.seed": "seed_everything"}
 """Arguments determined by another part of the config, with that part."""
 BASES: dict[str, tuple[type, str]] = {"model": (AdapterTask, "task"), "data": (LightningDataModule, "data module")}

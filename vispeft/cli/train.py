@@ -18,6 +18,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from vispeft.adapters.compiling import Compile
 from vispeft.building.config_files import Node, read_config
 from vispeft.cli import runs
 from vispeft.cli.common import console, make_parser, one_line
@@ -41,6 +42,7 @@ from vispeft.cli.stopping import disk_is_full, tell_how_to_go_on
 from vispeft.data.base import ImageData
 from vispeft.errors import ConfigError, FileError, TrainingError
 from vispeft.resources import find_config
+from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.callbacks import EpochPictures, progress_bar
 from vispeft.tasks.checkpoints import Found, RunCheckpoints, SealedCheckpointIO, find_checkpoint, read_checkpoint
 from vispeft.tasks.feature_cache import cache_features
@@ -345,12 +347,23 @@ def _prepared(cli: ConfigCLI) -> ConfigCLI:
     if cli.config["init"] is not None:
         said = start_from(task, cli.config["init"], task.output_names(data))
         console.print(said, soft_wrap=True)
+    task.bank.memory = cli.config["memory"]
     kept = cli.config["cache_features"]
     if kept not in (False, None):
         cache_features(task, data, cli.trainer, None if kept is True else kept)
     rehearse_test(task, data, cli.trainer_settings)
     rehearse_stopping(task, data, cli.trainer_settings)
+    _compile(task, cli.config["compile"], cli.trainer)
     return cli
+
+
+def _compile(task: AdapterTask, mode: Compile, trainer: Trainer) -> None:
+    """Compile the model, or say in one line why it runs as it is."""
+    if mode == "off":
+        return
+    reason = task.bank.compile(mode, device=trainer.strategy.root_device)
+    if reason is not None:
+        console.print(f"compile: {mode} has no effect: {reason}.", soft_wrap=True)
 
 
 def _carry_out(place: Path, cli: ConfigCLI, trainer: Trainer, found: Found | None, began: float) -> None:

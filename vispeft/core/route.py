@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
@@ -185,6 +185,8 @@ class Routing:
         self.recoveries = Recoveries()
         self.memory: Memory = "lean"
         """How much the backward pass keeps, see `MEMORY`."""
+        self.compiled: Sequence[Any] = ()
+        """The hosts inside compiled blocks; each is told what acts at it, so that equal blocks share a graph."""
         self._thread = _Thread()
         self._entered: list[_Entered] = []
 
@@ -200,6 +202,7 @@ class Routing:
         self.gate = Gate()
         self.casts = FrozenCasts()
         self.recoveries = Recoveries()
+        self.compiled = ()
         self._thread = _Thread()
         self._entered = []
 
@@ -238,7 +241,18 @@ class Routing:
         Args:
             route: The route.
         """
-        self.default = self.traced = route
+        self.default = route
+        self.trace(route)
+
+    def trace(self, route: Route) -> None:
+        """Let compiled graphs use a route.
+
+        Args:
+            route: The route.
+        """
+        self.traced = route
+        for host in self.compiled:
+            host.acts_compiled = route.hosts.get(host.slot, NOTHING)
 
     @property
     def is_overridden(self) -> bool:
@@ -278,7 +292,8 @@ class Routing:
         entered = _Entered(route, thread.route, block)
         thread.entered.append(entered)
         self._entered.append(entered)
-        thread.route = self.traced = route
+        thread.route = route
+        self.trace(route)
 
     def _leave(self, block: _Block) -> None:
         """Leave a block of the calling thread; compiled graphs follow the last one that is still open.
@@ -299,7 +314,7 @@ class Routing:
             thread.entered[places[-1]].before = left.before
         else:
             thread.route = left.before
-        self.traced = self._entered[-1].route if self._entered else self.default
+        self.trace(self._entered[-1].route if self._entered else self.default)
 
     def refresh(self, made_again: Callable[[Route], Route]) -> None:
         """Rebuild routes that refer to removed objects, such as a replaced classifier.
@@ -312,7 +327,8 @@ class Routing:
         for entered in thread.entered:
             entered.route, entered.before = made_again(entered.route), entered.before and made_again(entered.before)
         if thread.route is not None:
-            thread.route = self.traced = made_again(thread.route)
+            thread.route = made_again(thread.route)
+            self.trace(thread.route)
 
 
 def keeps_route(method: F) -> F:

@@ -25,7 +25,11 @@ from vispeft.core.route import NOTHING, Acting, Routing, keeps_route
 from vispeft.core.units import SelectionUnit
 from vispeft.errors import SiteError
 
-__all__ = ["Host", "HostState", "ensure_host", "host_class", "host_kind", "put_back", "take_off"]
+__all__ = ["COMPILED", "Host", "HostState", "ensure_host", "host_class", "host_kind", "put_back", "take_off"]
+
+
+COMPILED = "acts_compiled"
+"""Attribute of a host that only the compiled model has, not its copies."""
 
 
 class Host(nn.Module):
@@ -44,6 +48,8 @@ class Host(nn.Module):
     replaces: type[nn.Module]
     """The class the host replaces."""
     computed: tuple[str, ...]
+    acts_compiled: Acting | None = None
+    """What acts here in compiled blocks; a slot's number would be a constant of the graph, which no other block has."""
     attributes: ClassVar[dict[str, Any]] = {"routing": None, "slot": 0, "carried": frozenset()}
     """Plain attributes a host adds to its module, with their start values."""
     whole: ClassVar[tuple[str, ...]] = ()
@@ -53,9 +59,11 @@ class Host(nn.Module):
     def acting(self) -> Acting:
         """The units that act here under the route of the calling thread."""
         routing = self.routing
+        if is_compiling():
+            told = self.acts_compiled
+            return routing.traced.hosts.get(self.slot, NOTHING) if told is None else told
         # As `Routing.present`, without the call.
-        route = routing.traced if is_compiling() else routing._thread.route or routing.default
-        return route.hosts.get(self.slot, NOTHING)
+        return (routing._thread.route or routing.default).hosts.get(self.slot, NOTHING)
 
     def own(self, name: str, acting: Acting | None = None) -> Tensor | None:
         """Return a tensor of the base module, or its replacement by an acting selection unit.
@@ -130,7 +138,8 @@ class Host(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle by the base class, since host classes are made at run time."""
-        return _restore, (host_kind(self), self.replaces, self.computed), self.__dict__
+        state = {name: value for name, value in self.__dict__.items() if name != COMPILED}
+        return _restore, (host_kind(self), self.replaces, self.computed), state
 
 
 def _reader(name: str) -> Callable[[Host], Tensor | None]:
@@ -237,6 +246,7 @@ def take_off(module: Host) -> HostState:
     kind = host_kind(module)
     attributes = {name: module.__dict__.pop(name) for name in kind.attributes}
     attributes["routing"].forget()
+    module.__dict__.pop(COMPILED, None)
     state = HostState(module, kind, module.computed, attributes, module.adapters)
     plain: Any = module
     del plain.adapters

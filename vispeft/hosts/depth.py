@@ -17,7 +17,8 @@ class DropPathHost(Host):
         """Zero the branch of randomly dropped images and scale up that of the others, (B, ...)."""
         units = [unit for unit in self.acting.depth if unit.training]
         if not units:
-            return super().forward(x)  # timm's
+            # The rate of a frozen path would be a constant of a compiled block, which no other block has.
+            return super().forward(x) if self.training else x  # timm's
         rate = units[0].rate
         for unit in units[1:]:
             rate = torch.maximum(rate, unit.rate)

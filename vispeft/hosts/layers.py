@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from vispeft.core.low_rank import Branch, Dropout
 from vispeft.core.origin import Origin, note_origin
@@ -147,7 +148,7 @@ class LinearHost(_Foldable):
     def forward(self, x: Tensor) -> Tensor:
         """Compute (..., out) from (..., in)."""
         acting, casts = self.acting, self.routing.casts
-        if acting.lone is not None:
+        if acting.lone is not None and not is_compiling():
             term = term_linear(x, self, acting.lone, casts, self.routing.memory == "leaner")
             if term is not None:
                 return term
@@ -304,7 +305,7 @@ class ConvHost(_Foldable):
 
 def _norm_again(shape: Sequence[int], eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """Compute a norm as the forward pass did, whatever autocast does now."""
-    return cast(Tensor, torch.native_layer_norm(x, shape, weight, bias, eps)[0])
+    return torch.native_layer_norm(x, shape, weight, bias, eps)[0]
 
 
 class NormHost(_Foldable):

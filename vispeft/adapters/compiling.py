@@ -1,0 +1,166 @@
+"""Compiling the blocks of a model in place, so that one graph serves all equal blocks."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Hashable
+from typing import Any, Literal
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from vispeft.adapters.holder import BankState
+from vispeft.core.families import base_class
+from vispeft.errors import UnknownNameError
+from vispeft.hosts.base import COMPILED, Host, ensure_host, host_class, host_kind, take_off
+from vispeft.hosts.depth import DropPathHost
+
+__all__ = ["COMPILE", "Compile", "CompilingBank", "cannot_compile"]
+
+Compile = Literal["off", "blocks", "model"]
+COMPILE: tuple[Compile, ...] = ("off", "blocks", "model")
+"""What is compiled: nothing, each block in place, or the model as a whole."""
+
+
+def cannot_compile(device: torch.device, backend: str = "inductor") -> str | None:
+    """Return why a model cannot be compiled here; None if it can.
+
+    Args:
+        device: The device of the model.
+        backend: The compiler.
+    """
+    if backend != "inductor":
+        return None
+    if device.type == "mps":
+        return "torch.compile does not support Apple's GPUs well enough"
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
+        return "there is no C++ compiler; install one, such as g++"
+    if device.type == "cuda" and sys.platform == "win32":
+        return "Triton, which torch.compile needs on a GPU, has no build for Windows"
+    return None
+
+
+class _Compiled:
+    """What a call of a compiled block runs."""
+
+    def __init__(self, block: nn.Module, graph: Callable[..., Any]) -> None:
+        self.block, self.graph = block, graph
+
+    def __call__(self, x: Tensor, *args: Any, **arguments: Any) -> Any:
+        if not x.requires_grad and torch.is_grad_enabled() and _trains(self.block):
+            # The first block that trains would need a graph of its own, for an input without a gradient.
+            x = x.detach().requires_grad_()
+        return self.graph(self.block, x, *args, **arguments)
+
+
+def _trains(block: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in block.parameters())
+
+
+def _graph(number: int, options: dict[str, Any]) -> Callable[..., Any]:
+    """Make the compiled call of one kind of block, with graphs of its own."""
+
+    def run(block: nn.Module, x: Tensor, *args: Any, **arguments: Any) -> Any:
+        return block._call_impl(x, *args, **arguments)
+
+    # Graphs are kept by code object.
+    run.__code__ = run.__code__.replace(co_name=f"block_{number}")
+    return torch.compile(run, fullgraph=True, dynamic=False, **options)
+
+
+def _kind(block: nn.Module) -> Hashable:
+    """Return what two blocks have in common that share a graph."""
+    shapes = tuple(tuple(p.shape) for name, p in block.named_parameters() if "adapters." not in name)
+    return base_class(block), shapes, str(getattr(block, "shift_size", None))
+
+
+class CompilingBank(BankState):
+    """The compiled blocks of a model."""
+
+    def __init__(self, outer: nn.Module) -> None:
+        """Compile nothing."""
+        super().__init__(outer)
+        self._compiled: Compile = "off"
+        self._paths: list[nn.Module] = []
+        self._evened: list[nn.Module] = []
+
+    def compile(self, mode: Compile = "blocks", *, device: torch.device | None = None, **options: Any) -> str | None:
+        """Compile the model in place, by default block by block: seconds instead of minutes, and equal blocks share.
+
+        State-dict keys stay. Later changes act: other adapters, merging, activation checkpointing. Copies and unpickled
+        models are not compiled. For several processes: attach, compile, wrap.
+
+        Args:
+            mode: ``blocks``, ``model`` for the model as a whole, or ``off`` to undo it.
+            device: The device it will run on; None for the one it is on.
+            **options: Further arguments of `torch.compile`, such as ``backend``.
+
+        Returns:
+            Why the model cannot be compiled here and runs as before; None if it is compiled.
+
+        Raises:
+            UnknownNameError: If there is no such mode.
+        """
+        if mode not in COMPILE:
+            raise UnknownNameError("mode", mode, COMPILE)
+        device = next(self._model.parameters()).device if device is None else device
+        reason = None if mode == "off" else cannot_compile(device, options.get("backend", "inductor"))
+        self._compiled = "off" if reason else mode
+        self._model._compiled_call_impl = None
+        blocks = [self._model.get_submodule(site.path) for site in self.view.at("block")]
+        graphs: dict[Hashable, Callable[..., Any]] = {}
+        for block in blocks:
+            block._compiled_call_impl = None
+            if self._compiled == "blocks":
+                kind = _kind(block)
+                graph = graphs[kind] = graphs.get(kind) or _graph(len(graphs), options)
+                block._compiled_call_impl = _Compiled(block, graph)
+        if self._compiled == "model":
+            self._model.compile(**options)
+        self._place_compiled()
+        return reason
+
+    def _place_compiled(self) -> None:
+        """Tell all hosts inside compiled blocks what acts at them, and make equal blocks equal."""
+        routing, active = self._routing, self._compiled == "blocks" and bool(self._entries)
+        for host in routing.compiled:
+            host.__dict__.pop(COMPILED, None)
+        paths = [self._model.get_submodule(path) for paths in self.view.drop_path_paths for path in paths]
+        if active:
+            self._even(paths)
+        else:
+            self._undo_even()
+        hosts = [module for module in self._model.modules() if isinstance(module, Host)]
+        routing.compiled = hosts if active else ()
+        routing.trace(routing.present())
+        if not self._entries and self._compiled != "off":
+            self.compile("off")
+
+    def _even(self, paths: list[nn.Module]) -> None:
+        """Give all blocks a drop path of one class: in the first block, whose rate is zero, timm has an identity."""
+        if any(base_class(path) is DropPath for path in paths):
+            for path in paths:
+                if base_class(path) is nn.Identity:
+                    path.__dict__.update(drop_prob=0.0, scale_by_keep=True)
+                    _rebase(path, DropPath)
+                    self._evened.append(path)
+        for path in paths:
+            ensure_host(path, DropPathHost, routing=self._routing)
+        self._paths = paths
+
+    def _undo_even(self) -> None:
+        """Undo `_even`."""
+        for path in self._paths:
+            if isinstance(path, Host) and not path.adapters:
+                take_off(path)
+        for path in self._evened:
+            _rebase(path, nn.Identity)
+            del path.__dict__["drop_prob"], path.__dict__["scale_by_keep"]
+        self._paths, self._evened = [], []
+
+
+def _rebase(module: nn.Module, base: type[nn.Module]) -> None:
+    """Change the class of a module, or the one that its host replaces."""
+    module.__class__ = host_class(host_kind(module), base, module.computed) if isinstance(module, Host) else base
