@@ -41,6 +41,7 @@ from tests.conformance.cells import (
     unit_names,
 )
 from vispeft.adapters.bank import AdapterBank
+from vispeft.core.origin import MEMORY
 from vispeft.errors import FileError, MergeError, SiteError, VispeftError
 from vispeft.hosts.base import Host
 
@@ -255,6 +256,25 @@ def test_equal_gradients_under_checkpointing(cell: Cell) -> None:
         torch.stack([out.square().sum() for out in outputs]).sum().backward()
         results.append([*(out.detach() for out in outputs), *(p.grad for _, p in bank.trainable_parameters())])
     assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("cell", params(CELLS, slow=lambda c: is_second_form(c) or c.backbone not in ("vit", "swin")))
+def test_lean_and_leaner_give_the_gradients_of_plain(cell: Cell) -> None:
+    model, images = cell.model(), cell.images()
+    bank = cell.attach(model)
+    model.train()
+    results = []
+    for memory in MEMORY:
+        bank.memory = memory
+        model.zero_grad()
+        torch.manual_seed(4)  # methods with dropout draw alike
+        outputs = outputs_of(model, images)
+        torch.stack([out.square().sum() for out in outputs]).sum().backward()
+        results.append([*(out.detach() for out in outputs), *(p.grad for _, p in bank.trainable_parameters())])
+    plain = results[0]
+    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(plain, result, strict=True))
+    bank.detach("default")
+    assert plain_classes(model)
 
 
 @torch.no_grad()

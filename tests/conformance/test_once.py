@@ -10,6 +10,7 @@ import io
 import os
 import pickle
 import socket
+from collections import Counter
 
 import pytest
 import torch
@@ -81,6 +82,34 @@ def test_compiled_whole_and_attached_afterwards(cell: Cell) -> None:
     if cell.key in PLAIN_FIRST:
         with bank.disabled(), torch.no_grad():
             assert torch.allclose(compiled(images), model(images), atol=1e-5)
+
+
+@pytest.mark.parametrize("cell", params(ONCE, slow=lambda cell: cell.key not in PLAIN_FIRST))
+def test_compiled_by_block(cell: Cell) -> None:
+    torch._dynamo.reset()
+    model, images = small(cell), cell.images()
+    bank = cell.attach(model)
+    results, graphs = [], Counter[str]()
+
+    def count(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs["made"] += 1
+        return graph.forward
+
+    for backend in (None, count):
+        if backend is not None:
+            bank.compile(backend=backend)
+        model.zero_grad()
+        output = model(images)
+        output.square().sum().backward()
+        results.append((output.detach(), [p.grad.clone() for _, p in bank.trainable_parameters()]))
+    (wanted, gradients), (found, compiled_gradients) = results
+    assert graphs["made"] > 0
+    assert torch.allclose(found, wanted, atol=1e-5)
+    pairs = zip(gradients, compiled_gradients, strict=True)
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in pairs)
+    made = graphs["made"]
+    model(images)
+    assert graphs["made"] == made
 
 
 @torch.no_grad()

@@ -272,14 +272,15 @@ class _TermLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *factors, a, b, narrow = ctx.saved_tensors[:6]
-        read, kinds, scale, origin = ctx.saved_tensors[6:], ctx.kinds, ctx.term.scale, ctx.term.origin
+        # Asked for once: each time would unpack them again.
+        weight, own_a, own_b, a, b, narrow, *read = ctx.saved_tensors
+        kinds, scale, origin = ctx.kinds, ctx.term.scale, ctx.term.origin
         dtype, shape = weight.dtype, grad.shape
         x = None if not read else read[0] if origin is None else origin.again(read)
         if torch.is_grad_enabled():
             ctx.layout = [_Place(scale, 0, weight.shape[0], NO_DROPOUT)]
             x = x if x is None else x.view(*shape[:-1], -1)
-            grad_x, *gradients = _with_graph(ctx, grad, x, weight, factors, [(None, None)])
+            grad_x, *gradients = _with_graph(ctx, grad, x, weight, (own_a, own_b), [(None, None)])
             return grad_x, None, *gradients
         slopes = grad if len(shape) == 2 else grad.reshape(-1, shape[-1])
         needs_x, _, needs_a, needs_b = ctx.needs_input_grad

@@ -1,0 +1,135 @@
+"""Compiling block by block: one graph for all equal blocks, and later changes act."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+import vispeft
+from vispeft.adapters import compiling
+from vispeft.errors import UnknownNameError
+
+
+class Counter:
+    """A compiler that runs graphs as they are, and counts them."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, _: Any) -> Any:
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.fixture
+def counter() -> Counter:
+    torch._dynamo.reset()
+    return Counter()
+
+
+def base(depth: int = 3) -> VisionTransformer:
+    torch.manual_seed(0)
+    return VisionTransformer(
+        img_size=32, patch_size=16, embed_dim=32, depth=depth, num_heads=2, num_classes=4, drop_path_rate=0.2
+    )
+
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def step(model: nn.Module, images: Tensor = IMAGES) -> Tensor:
+    model.zero_grad()
+    out: Tensor = model(images)
+    out.square().sum().backward()
+    return out.detach()
+
+
+def test_one_graph_serves_all_blocks_and_equal_adapters(counter: Counter) -> None:
+    model = base()
+    keys = [type(module) for module in model.modules()]
+    bank = vispeft.attach(model, vispeft.LoRA(rank=2), name="one", verify=False)
+    vispeft.attach(model, vispeft.LoRA(rank=2), name="two", verify=False)
+    for name in ("one", "two"):
+        for tensor in bank.named_tensors(name).values():
+            nn.init.normal_(tensor, std=0.1)
+    model.train()
+    wanted = {}
+    for name in ("one", "two"):
+        bank.set_active(name)
+        wanted[name] = step(model)
+    names = list(model.state_dict())
+    assert bank.compile(backend=counter) is None
+    assert list(model.state_dict()) == names
+    for name in ("one", "two", "one"):  # other tensors of equal structure need no other graph
+        bank.set_active(name)
+        assert torch.allclose(step(model), wanted[name], atol=1e-6)
+        with bank.using("two"):
+            assert torch.allclose(step(model), wanted["two"], atol=1e-6)
+    assert counter.graphs == 1
+    model.eval()
+    with torch.no_grad():
+        model(IMAGES)
+    assert counter.graphs == 2
+    copied = copy.deepcopy(model)
+    assert torch.allclose(copied(IMAGES), model(IMAGES), atol=1e-6)
+    assert all(block._compiled_call_impl is None for block in copied.blocks)
+    bank.detach("one")
+    bank.detach("two")
+    assert [type(module) for module in model.modules()] == keys
+    assert all(block._compiled_call_impl is None for block in model.blocks)
+
+
+def test_changes_after_compiling_act(counter: Counter) -> None:
+    model = base(2)
+    bank = vispeft.attach(model, vispeft.LoRA(rank=2), verify=False)
+    for _, parameter in bank.trainable_parameters():
+        nn.init.normal_(parameter, std=0.1)
+    bank.compile(backend=counter)
+    before = step(model)
+    vispeft.attach(model, vispeft.SSF(), name="other", verify=False)
+    other = step(model)
+    bank.set_active("default")
+    assert torch.allclose(step(model), before, atol=1e-6)
+    bank.merge()
+    model.eval()  # timm's own drop path would act
+    with torch.no_grad():
+        assert torch.allclose(model(IMAGES), before, atol=1e-5)
+    bank.unmerge()
+    model.train()
+    model.set_grad_checkpointing(True)
+    assert torch.allclose(step(model), before, atol=1e-6)
+    model.set_grad_checkpointing(False)
+    bank.memory = "plain"
+    bank.set_active("other")
+    assert torch.allclose(step(model), other, atol=1e-6)
+    bank.compile("off")
+    made = counter.graphs
+    assert torch.allclose(step(model), other, atol=1e-6)
+    assert counter.graphs == made
+
+
+def test_drop_path_of_an_adapter_is_no_constant_of_the_graph(counter: Counter) -> None:
+    model = base()
+    bank = vispeft.attach(model, vispeft.SSF(drop_path=0.2), verify=False)
+    bank.compile(backend=counter)
+    model.train()
+    step(model)
+    assert counter.graphs == 1
+
+
+def test_what_cannot_be_compiled_runs_and_says_why(counter: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = base(1)
+    bank = vispeft.attach(model, vispeft.LoRA(rank=2), verify=False)
+    with pytest.raises(UnknownNameError, match="blocks"):
+        bank.compile("block")
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+    reason = bank.compile()
+    assert reason is not None
+    assert "C++ compiler" in reason
+    step(model)
+    assert compiling.cannot_compile(torch.device("mps")) is not None

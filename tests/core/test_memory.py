@@ -1,0 +1,156 @@
+"""How much a step keeps for its backward pass: less by default, least on request, with the gradients of plain."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+import vispeft
+from vispeft.core.origin import MEMORY
+from vispeft.errors import UnknownNameError
+from vispeft.hosts import low_rank
+
+ALL = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+def base() -> VisionTransformer:
+    torch.manual_seed(0)
+    return VisionTransformer(img_size=64, patch_size=16, embed_dim=64, depth=4, num_heads=2, num_classes=10)
+
+
+def adapted(memory: str, method: vispeft.Method | None = None) -> tuple[nn.Module, vispeft.AdapterBank]:
+    model = base()
+    bank = vispeft.attach(model, method or vispeft.LoRA(rank=2, roles=ALL))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for _, parameter in bank.trainable_parameters():
+            parameter.normal_(std=0.1)
+    bank.memory = memory
+    return model.train(), bank
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+
+
+def kept(model: nn.Module, images: Tensor, run: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """Run a forward pass; also count the bytes of the storages that it keeps, without parameters and images."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = run()
+    for tensor in (images, *model.parameters()):
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    return out, sum(storages.values())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_lora_keeps_less_and_gives_the_same_gradients_bit_for_bit(images: Tensor, autocast: bool) -> None:
+    full = base()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        _, of_full = kept(full, images, lambda: full(images))
+    shares, gradients = {}, {}
+    for memory in MEMORY:
+        model, bank = adapted(memory)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out, found = kept(model, images, lambda model=model: model(images))
+        out.float().square().sum().backward()
+        shares[memory] = found / of_full
+        gradients[memory] = [p.grad for _, p in bank.trainable_parameters()]
+    for memory in ("lean", "leaner"):
+        assert all(torch.equal(a, b) for a, b in zip(gradients["plain"], gradients[memory], strict=True))
+    if not autocast:  # the floors in units of the width are 16, 10 and 6 per token and block
+        assert shares["plain"] > 0.95
+        assert shares["lean"] < 0.67
+        assert shares["leaner"] < 0.43
+    assert shares["plain"] > shares["lean"] > shares["leaner"]
+
+
+def test_first_layers_of_frozen_mlps_are_computed_again_too(images: Tensor) -> None:
+    shares = {}
+    for memory in ("lean", "leaner"):
+        model, _ = adapted(memory, vispeft.VPT(num_tokens=1))
+        shares[memory] = kept(model, images, lambda model=model: model(images))[1]
+    assert shares["leaner"] < 0.75 * shares["lean"]
+
+
+def test_a_first_layer_is_computed_again_once_for_both_of_its_readers(
+    images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = adapted("leaner")
+    computed, plain = [], low_rank._with_term
+
+    def counted(rows: Tensor, weight: Tensor, *args: Any) -> Any:
+        computed.append(weight.shape)
+        return plain(rows, weight, *args)
+
+    monkeypatch.setattr(low_rank, "_with_term", counted)
+    loss = model(images).square().sum()
+    assert len(computed) == 4 * len(model.blocks)
+    computed.clear()
+    loss.backward()
+    assert computed == [model.blocks[0].mlp.fc1.weight.shape] * len(model.blocks)
+
+
+def test_a_second_derivative_and_checkpointing(images: Tensor) -> None:
+    found = []
+    for memory in MEMORY:
+        model, bank = adapted(memory)
+        for block in model.blocks:
+            block.attn.fused_attn = False  # the fused one has no second derivative
+        parameters = [p for _, p in bank.trainable_parameters()]
+        slopes = torch.autograd.grad(model(images).square().sum(), parameters, create_graph=True)
+        torch.stack([slope.square().sum() for slope in slopes]).sum().backward()
+        second = [p.grad.clone() for p in parameters]
+        model.zero_grad()
+        model.set_grad_checkpointing(True)
+        model(images).square().sum().backward()
+        found.append([*second, *(p.grad for p in parameters)])
+    pairs = [pair for other in found[1:] for pair in zip(found[0], other, strict=True)]
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6 * float(a.abs().max())) for a, b in pairs)
+
+
+def test_one_graph_may_go_backward_twice(images: Tensor) -> None:
+    model, bank = adapted("leaner")
+    loss = model(images).square().sum()
+    loss.backward(retain_graph=True)
+    first = [p.grad.clone() for _, p in bank.trainable_parameters()]
+    model.zero_grad()
+    loss.backward()
+    assert all(torch.equal(a, p.grad) for a, (_, p) in zip(first, bank.trainable_parameters(), strict=True))
+
+
+def test_the_choice_can_change_and_leaves_no_trace(images: Tensor) -> None:
+    model, bank = adapted("leaner")
+    assert bank.memory == "leaner"
+    assert copy.deepcopy(model)(images).equal(model(images))
+    keys = list(model.state_dict())
+    bank.memory = "plain"
+    assert type(model.blocks[0].mlp.act) is nn.GELU
+    assert list(model.state_dict()) == keys
+    bank.memory = "lean"
+    bank.merge()
+    assert type(model.blocks[0].mlp.act) is nn.GELU
+    bank.unmerge()
+    bank.detach("default")
+    fresh = base()
+    assert [type(a) for a in model.modules()] == [type(b) for b in fresh.modules()]
+
+
+def test_an_unknown_choice_is_refused() -> None:
+    _, bank = adapted("lean")
+    with pytest.raises(UnknownNameError, match="leaner"):
+        bank.memory = "leanest"
+    assert bank.memory == "lean"
