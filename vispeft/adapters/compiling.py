@@ -20,6 +20,8 @@ from vispeft.hosts.depth import DropPathHost
 __all__ = ["COMPILE", "Compile", "CompilingBank", "cannot_compile"]
 
 Compile = Literal["off", "blocks", "model"]
+GRAPHS = 64
+"""Graphs of one kind of block that PyTorch is let make, by default 8: other batch sizes and adapters have their own."""
 COMPILE: tuple[Compile, ...] = ("off", "blocks", "model")
 """What is compiled: nothing, each block in place, or the model as a whole."""
 
@@ -108,6 +110,8 @@ class CompilingBank(BankState):
         device = next(self._model.parameters()).device if device is None else device
         reason = None if mode == "off" else cannot_compile(device, options.get("backend", "inductor"))
         self._compiled = "off" if reason else mode
+        if self._compiled != "off":
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
         self._model._compiled_call_impl = None
         blocks = [self._model.get_submodule(site.path) for site in self.view.at("block")]
         graphs: dict[Hashable, Callable[..., Any]] = {}

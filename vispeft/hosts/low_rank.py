@@ -68,7 +68,9 @@ def low_rank_linear(
     if recorded or weight.requires_grad or (bias is not None and bias.requires_grad):
         with without_autocast(x):
             return _low_rank_plain(cast_to(x, dtype), weight, bias, layout, [cast_to(t, dtype) for t in factors])
-    return cast(Tensor, _LowRankLinear.apply(x, weight, bias, layout, x.__dict__.get(ORIGIN), *factors))
+    origin = x.__dict__.get(ORIGIN)
+    x = cast_to(x, dtype) if origin is None else x  # what is kept must belong to the graph, for second derivatives
+    return cast(Tensor, _LowRankLinear.apply(x, weight, bias, layout, origin, *factors))
 
 
 def term_linear(x: Tensor, layer: nn.Module, unit: DeltaUnit, casts: FrozenCasts, noted: bool = False) -> Tensor | None:
@@ -99,8 +101,9 @@ def term_linear(x: Tensor, layer: nn.Module, unit: DeltaUnit, casts: FrozenCasts
         if weight.dtype is not dtype:
             weight, bias = casts.get(weight, bias, dtype)
             weight, bias = cast_to(weight, dtype), None if bias is None else cast_to(bias, dtype)
-    term = _Term(weight, bias, unit.scale, x.__dict__.get(ORIGIN))
-    out: Tensor = _apply_term(x, term, a, b)
+    origin = x.__dict__.get(ORIGIN)
+    kept = cast_to(x, weight.dtype) if origin is None else x  # must belong to the graph, for second derivatives
+    out: Tensor = _apply_term(kept, _Term(weight, bias, unit.scale, origin), a, b)
     if noted:
         note_origin(out, origin_behind(x, partial(_term_again, unit.scale), (weight, bias, a, b)))
     return out
@@ -196,7 +199,7 @@ class _LowRankLinear(torch.autograd.Function):
         ctx.origin = origin if reads else None
         read: tuple[Tensor | None, ...] = (None,)
         if reads:
-            read = (x if rows.dtype == x.dtype else rows,) if origin is None else origin.tensors
+            read = (x,) if origin is None else origin.tensors
         ctx.save_for_backward(weight, *factors, *hidden, *(used if ctx.casts else ()), *read, *kept)
         # No view of `out`, which timm could not modify in place, as some attention modules do with their projection's.
         return out if x.ndim == 2 else _UNSAFE_VIEW(out, [*x.shape[:-1], out.shape[1]])
@@ -266,7 +269,7 @@ class _TermLinear(torch.autograd.Function):
             a, b = a.to(dtype), b.to(dtype)
         out, narrow = _with_term(rows, weight, bias, a, b, scale)
         ctx.term, ctx.kinds = term, kinds
-        read = (rows,) if origin is None else origin.tensors
+        read = (x,) if origin is None else origin.tensors
         ctx.save_for_backward(weight, *factors, a, b, narrow, *(read if ctx.needs_input_grad[2] else ()))
         return out if len(shape) == 2 else _UNSAFE_VIEW(out, (*shape[:-1], out.shape[1]))
 
@@ -279,7 +282,6 @@ class _TermLinear(torch.autograd.Function):
         x = None if not read else read[0] if origin is None else origin.again(read)
         if torch.is_grad_enabled():
             ctx.layout = [_Place(scale, 0, weight.shape[0], NO_DROPOUT)]
-            x = x if x is None else x.view(*shape[:-1], -1)
             grad_x, *gradients = _with_graph(ctx, grad, x, weight, (own_a, own_b), [(None, None)])
             return grad_x, None, *gradients
         slopes = grad if len(shape) == 2 else grad.reshape(-1, shape[-1])
