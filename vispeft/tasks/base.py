@@ -52,6 +52,8 @@ class AdapterTask(LightningModule):
     """Results of an evaluation step that are collected over all images, for `details` and `draw_results`."""
     classifies: ClassVar[bool] = True
     """Whether the outputs are those of the backbone's classifier; otherwise the task has a decoder."""
+    head_name: ClassVar[str] = "classifier"
+    """Noun for what turns features into outputs, for messages; its last word is in the names of files."""
     by_class: ClassVar[bool] = True
     """Whether the outputs belong to the classes of the data; otherwise data of any classes can be measured."""
     ordered: ClassVar[bool] = True

@@ -52,6 +52,7 @@ class MetricLearning(PartsTask):
 
     target: ClassVar[str] = "embedding"
     monitor = "validation/map@r"
+    head_name: ClassVar[str] = "embedding head"
     by_class: ClassVar[bool] = False
     kept_outputs: ClassVar[tuple[str, ...]] = ("embeddings", "labels", "roles")
     part_forms = {**PartsTask.part_forms, "loss": loss_node, "miner": miner_node}
