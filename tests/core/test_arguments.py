@@ -46,7 +46,7 @@ GOOD: dict[str, list[Any]] = {
     "sizes": [3, (1, 2), [1], torch.tensor([1, 2])],
     "table": [None, {}],
     "on": [True, 0, np.bool_(1)],
-    "kind": ["c", 5],
+    "kind": ["a", "c"],
     "other": ["anything"],
     "unknown": [object()],
 }
@@ -65,6 +65,7 @@ BAD = {
     ("sizes", "12"): r"a whole number or a list of whole numbers is needed\.",
     ("sizes", (1, 2.5)): r"a whole number or a list of whole numbers is needed\.",
     ("table", "a" * 200): r"Below\(table='a{59}\.\.\.\): a dictionary or None is needed\.",
+    ("kind", 5): r"Below\(kind=5\): 'a' or 'b' is needed\.",
     ("on", "yes"): r"true or false is needed\.",
 }
 
@@ -99,6 +100,13 @@ def model():
         (lambda: vispeft.create_model(NAME, weights=5), r"weights=5\): a text or a path or None is needed"),
         (lambda: vispeft.create_model(NAME, num_classes=2.5, **TINY), r"num_classes=2\.5\): a whole number or None"),
         (lambda: vispeft.create_model(NAME, num_classes=-1, **TINY), r"num_classes=-1\): at least 1"),
+        (
+            lambda: vispeft.create_model(NAME, **{**TINY, "img_size": -1}),
+            r"timm cannot make .* with .*img_size=-1",
+        ),
+        (lambda: vispeft.create_model(NAME, **{**TINY, "num_heads": 5}), r"timm cannot make .* with .*num_heads=5"),
+        (lambda: vispeft.method(None), r"method\(name=None\): a text is needed"),
+        (lambda: vispeft.plan(model(), "lora"), "plan was given 'lora' as method"),
         (lambda: vispeft.load(None, "adapter"), "None was given as model"),
         (lambda: vispeft.load(model(), None), r"load\(path=None\): a text or a path is needed"),
         (lambda: vispeft.attach(model(), vispeft.SSF(), name=5), r"attach\(name=5\): a text is needed"),
@@ -115,7 +123,7 @@ def model():
         (lambda: ImageListData(train_list="a.txt", names="abc"), r"names='abc'\): a list of texts or None"),
         (lambda: WebDatasetData(train_shards=5), r"WebDatasetData\(train_shards=5\): a text is needed"),
     ],
-    ids=range(19),
+    ids=range(23),
 )
 def test_calls_of_a_script(call, told):
     with pytest.raises(ConfigError, match=told):
@@ -137,18 +145,16 @@ def test_calls_of_a_script(call, told):
         ({"lone": "x"}, "choose 'count_as_miss' or 'drop'"),
         ({"head_norm": "batch"}, "choose 'none', 'affine', 'plain'"),
         ({"backbone_args": "a"}, r"backbone_args='a'\): a dictionary or None is needed"),
+        ({"class_weights": 5}, r"class_weights=5\): a list of numbers or 'balanced' or None is needed"),
         ({"base_dtype": "float16"}, r"base_dtype=float16\): float32 or bfloat16 is needed"),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_settings_of_a_task_are_refused_before_its_backbone_is_made(settings, told, monkeypatch):
     def make(*_, **__):
         raise AssertionError("the backbone was made")
 
     monkeypatch.setattr("vispeft.tasks.base.create_model", make)
+    task, own = (Classification, {}) if "class_weights" in settings else (MetricLearning, {"dim": 8})
     with pytest.raises(ConfigError, match=told):
-        MetricLearning(**{"backbone": NAME, "method": vispeft.LoRA(), "num_classes": 3, "dim": 8, **settings})
-    common = {key: value for key, value in settings.items() if key in ("num_classes", "lr", "backbone_args")}
-    if common:
-        with pytest.raises(ConfigError, match=r"^Classification"):
-            Classification(**{"backbone": NAME, "method": vispeft.LoRA(), "num_classes": 3, **common})
+        task(**{"backbone": NAME, "method": vispeft.LoRA(), "num_classes": 3, **own, **settings})

@@ -57,6 +57,15 @@ class TrainCLI(ConfigCLI):
         """
         return dict(self.config[section].as_dict())
 
+    def create(self) -> None:
+        """Create the data, check them, and create the task and a trainer that only evaluates.
+
+        Raises:
+            VispeftError: If one of them refuses its settings, or the data cannot be used.
+        """
+        super().create()
+        check_last(self.settings("trainer"), self.datamodule)  # again, for a task that the data do not size
+
     def _sized_by(self, data: Any, name: str) -> Any:
         """Return what sizes the task, after checking the data, which are made before it."""
         found = super()._sized_by(data, name)

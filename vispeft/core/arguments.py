@@ -12,7 +12,7 @@ from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
 from types import SimpleNamespace, UnionType
-from typing import Any, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from vispeft.errors import ConfigError
 
@@ -111,6 +111,8 @@ def _fits(value: Any, kind: Any) -> bool:
             return False
         items = _items(kind)
         return not isinstance(value, (list, tuple)) or not items or all(any(_fits(v, k) for k in items) for v in value)
+    if get_origin(kind) is Literal:  # which of its values it may be, a class says itself
+        return any(isinstance(value, type(choice)) for choice in get_args(kind))
     kind = get_origin(kind) or kind
     if kind not in _ONE:
         return True
@@ -130,4 +132,6 @@ def _word(kind: Any) -> str:
     if _is_list(kind):
         items = [_MANY[item] for item in dict.fromkeys(_items(kind)) if item in _MANY]
         return f"a list of {' or '.join(items)}" if items else "a list"
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
     return _ONE.get(get_origin(kind) or kind, str(kind))
