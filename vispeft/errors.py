@@ -24,6 +24,7 @@ __all__ = [
     "check_count",
     "check_object",
     "counted",
+    "is_misspelt",
     "is_utf8",
     "near_names",
     "printable",
@@ -139,12 +140,25 @@ def near_names(asked: str, known: Iterable[str], at_most: int = 12) -> str:
     names = sorted(set(known))
     near = [name for name in names if name.lower() == asked.lower()]
     near = near or difflib.get_close_matches(asked, names, n=3, cutoff=0.5)
+    if not near:
+        lowered = {name.lower(): name for name in names}
+        near = [lowered[name] for name in difflib.get_close_matches(asked.lower(), lowered, n=3, cutoff=0.5)]
     if near:
         return f"Did you mean {' or '.join(repr(n) for n in near)}?"
     if not names:
         return "There are none here."
     more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
     return f"Known: {', '.join(names[:at_most])}{more}."
+
+
+def is_misspelt(asked: str, known: Iterable[str]) -> bool:
+    """Return whether a name is so near to a known one that nothing else can have been meant.
+
+    Args:
+        asked: The name that was given.
+        known: Every accepted name.
+    """
+    return bool(difflib.get_close_matches(asked.lower(), [name.lower() for name in known], n=1, cutoff=_MISSPELT))
 
 
 def brief(error: BaseException | None, at_most: int = 400) -> str:
@@ -207,6 +221,9 @@ def printable_lines(text: str) -> str:
     return "".join(part if part in ("\n", "\t") else printable(part) for part in re.split(r"([\n\t])", text))
 
 
+_MISSPELT = 0.75
+"""Share of letters in order that a misspelt name has in common with the right one (difflib's ratio): one wrong letter
+of four, or two letters of six that changed places."""
 CONTROL = "\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"
 """Characters, as a range of a regular expression, that no name has: ends of lines among them, and halves of others."""
 _OBEYED = re.compile(f"[{CONTROL}\u202a-\u202e\u2066-\u2069]")

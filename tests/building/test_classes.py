@@ -50,6 +50,12 @@ def test_other_names_are_refused(name, error, message):
     assert message in str(refused.value)
 
 
+@pytest.mark.parametrize("name", ["LoRa", "lora", "Lora2", "AdaptFromer", "prest_two", "vispeft.SFS"])
+def test_a_misspelt_name_is_answered_by_near_names_alone(name):
+    with pytest.raises(UnknownNameError, match=r"^Unknown method '[^']*'\. Did you mean [^?]*\?$"):
+        find_class(name, Method, kind="method", place="model.method", known=["preset_two"])
+
+
 def test_no_module_is_imported_to_find_a_class():
     before = set(sys.modules)
     for name in ("antigravity.x", "this.Method", "a b", "", ".", "x" * 300, "vispeft.SSF.x", "os.system"):

@@ -16,7 +16,7 @@ from vispeft.cli import evaluation
 from vispeft.cli import main as command_line
 from vispeft.cli.common import quiet_libraries
 from vispeft.cli.main import COMMANDS, command, main
-from vispeft.resources import config_names
+from vispeft.resources import config_names, package_version
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("lightning", "numpy", "timm", "torch", "torchvision")
@@ -82,6 +82,16 @@ def test_version(capsys, monkeypatch):
     monkeypatch.setattr(command_line, "package_version", lambda: "9.8")
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == "vispeft 9.8\n"
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "vispeft", "--version"], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"vispeft {package_version()}\n"
+    done = subprocess.run([sys.executable, "-m", "vispeft", "trian"], capture_output=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 2
 
 
 def test_scripts_run_from_anywhere(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import onnxruntime
@@ -13,11 +14,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.tiny import TINY
-from vispeft.cli import train
+from vispeft.cli import merge, train
 from vispeft.cli.config import ConfigCLI
 from vispeft.cli.evaluate import load_run, load_task
+from vispeft.cli.evaluation import row_name
 from vispeft.cli.runs import Run
 from vispeft.cli.start import start_from
+from vispeft.data import MetricFolderData
+from vispeft.errors import ConfigError
+from vispeft.tasks import base
 
 CLASSES, IMAGES = 12, 4
 
@@ -115,6 +120,41 @@ def test_what_is_refused_before_a_run_directory_is_made(place, run_cli):
         assert not (place / "refused").exists()
 
 
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["--data.root", "nowhere"], "nowhere"),
+        (["--data.batch_size=64"], "batch_size"),
+        (["--data.validation=null", "--trainer.check_val_every_n_epoch=2", "--trainer.max_epochs=3"], "the last epoch"),
+        (["--data.root", "DAMAGED"], "c00/0.png"),
+    ],
+    ids=["folder", "batch", "epochs", "damage"],
+)
+def test_data_are_checked_before_the_backbone_is_made(place, run_cli, tmp_path, monkeypatch, overrides, told):
+    def make(*_, **__):
+        raise AssertionError("the backbone was made")
+
+    monkeypatch.setattr(base, "create_model", make)
+    if "DAMAGED" in overrides:
+        shutil.copytree(place / "images", tmp_path / "images")
+        (tmp_path / "images/c00/0.png").write_bytes((place / "images/c00/0.png").read_bytes()[:100])
+        overrides = ["--data.root", tmp_path / "images"]
+    result = run_cli("train", config_of(place), "--out", tmp_path / "run", *overrides)
+    assert result.status == 2
+    assert told in result.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_that_shows_the_test_images_is_named_by_them(place, capsys):
+    settings = {"root": str(place / "images"), "batch_size": 8, "images_per_class": 2}
+    data = MetricFolderData(validation=None, **settings)
+    train._tell_repeated(data)
+    assert capsys.readouterr().out.startswith("Validation shows the test images, since there are none for it alone.")
+    assert [row_name(data, split) for split in ("validation", "test")] == ["validation (test images)", "test"]
+    train._tell_repeated(MetricFolderData(**settings))
+    assert capsys.readouterr().out == ""
+
+
 # ------------------------------------------------------------------ a run
 
 
@@ -168,11 +208,34 @@ def test_a_merged_model_is_timms_and_gives_the_embedding(run, run_cli, tmp_path)
         plain = torch.nn.functional.normalize(model(images), dim=1)
     torch.testing.assert_close(plain, wanted, rtol=1e-4, atol=1e-5)
     assert info["decoder_file"] is None
+    assert info["head_file"] is None
     result = run_cli("export", run, "--out", tmp_path / "model.onnx")
     assert result.status == 0, result.err
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     [exported] = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     torch.testing.assert_close(torch.from_numpy(exported), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_with_a_norm_lies_beside_the_merged_model_under_its_own_name(place, tmp_path, monkeypatch):
+    task = ConfigCLI(config_of(place, head_norm="affine", loss="ContrastiveLoss", proxy_lr=None), []).model.eval()
+    task.bank.annotate(class_names=["a"], preprocessing=task.preprocessing.to_dict(), output=task.output(), metrics={})
+    task.save_adapter(tmp_path / "run/adapter")
+    monkeypatch.setattr(merge, "load_task", lambda _: (task, None))
+    (tmp_path / "b.head.safetensors").touch()
+    with pytest.raises(ConfigError, match=r"b\.head\.safetensors exists already"):
+        merge.merge_run(Run(tmp_path / "run", {}), tmp_path / "b.safetensors")
+    images = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        wanted = task(images)
+    about = merge.merge_run(Run(tmp_path / "run", {}), tmp_path / "a.safetensors")
+    assert about["head_file"] == about["decoder_file"] == "a.head.safetensors"
+    model = timm.create_model(about["architecture"], **about["args"]).eval()
+    model.load_state_dict(load_file(tmp_path / "a.safetensors"))
+    head = {name.removeprefix("head."): tensor for name, tensor in load_file(tmp_path / about["head_file"]).items()}
+    with torch.no_grad():
+        features = torch.nn.functional.layer_norm(model(images), (32,), head["norm.weight"], head["norm.bias"])
+        plain = torch.nn.functional.linear(features, head["proj.weight"], head["proj.bias"])
+    torch.testing.assert_close(torch.nn.functional.normalize(plain), wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -198,6 +261,6 @@ def test_a_run_is_gone_on_with_and_finished_early(run, place, run_cli, monkeypat
 def test_a_start_from_an_adapter_of_other_classes_keeps_the_head(place, run):
     task = ConfigCLI(config_of(place), []).model
     said = start_from(task, str(run / "adapter"), ("other", "classes"))
-    assert "with its decoder" in said
+    assert said.endswith(", with its embedding head.")
     saved = load_file(run / "adapter/head.safetensors")
     assert torch.equal(task.head.proj.weight, saved["decoder/head.proj.weight"])

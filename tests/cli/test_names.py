@@ -47,4 +47,4 @@ def test_a_name_that_is_too_long_is_refused_in_one_sentence(run_cli, config, mon
 )
 def test_names_that_no_adapter_can_hold_are_refused_before_the_training(names, told):
     with pytest.raises(DataError, match=told):
-        check_names(names, "", None)
+        check_names(names)

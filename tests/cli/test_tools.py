@@ -77,12 +77,12 @@ def test_predict_classifies_a_folder(finished, run_cli, images, tmp_path):
 def test_predict_says_what_it_leaves_out(finished, run_cli, images, tmp_path):
     for path in images.glob("*.png"):
         path.unlink()
-    (images / "a.jfif").write_bytes(b"x")
+    (images / "a.heic").write_bytes(b"x")
     (images / "more/._4.png").write_bytes(b"\0\5\x16\7")
     result = run_cli("predict", finished, images, "--out", tmp_path / "out")
     assert result.status == 0, result.err
     assert "Left out: 1 file with another ending than" in result.out
-    assert "(1 .jfif: a.jfif); 1 hidden entry (more/._4.png)." in result.out
+    assert "(1 .heic: a.heic); 1 hidden entry (more/._4.png)." in result.out
     assert "1 image predicted: " in result.out
 
 

@@ -52,6 +52,17 @@ def test_every_ending_has_its_format():
     assert {known[ending] for ending in EXTENSIONS} <= set(FORMATS)
 
 
+@pytest.mark.parametrize("name", ["a.jfif", "B.JFIF", "c.jpe", "d.jp2"])
+def test_rarer_endings_of_formats_that_are_read_are_images(name, tmp_path):
+    kind = "JPEG2000" if name.endswith("jp2") else "JPEG"
+    if kind == "JPEG2000" and not features.check("jpg_2000"):
+        pytest.skip("This Pillow was built without OpenJPEG.")
+    Image.new("RGB", (8, 8)).save(tmp_path / name, kind)
+    (tmp_path / "notes.txt").touch()
+    assert find_images(tmp_path) == [tmp_path / name]
+    assert read_image(tmp_path / name).shape == (3, 8, 8)
+
+
 def test_no_image_and_no_mask_starts_ghostscript(tmp_path, eps, started):
     path = tmp_path / "photo.png"
     path.write_bytes(eps)

@@ -73,7 +73,9 @@ def test_without_validation_classes_the_last_epoch_is_the_result(root):
     assert data.num_classes == 6
     assert names_of(data.listing.splits["validation"]) == names_of(data.listing.splits["test"])
     assert "the last is the result" in codes(data, "fact")["chosen-epoch"]
+    assert [data.listing.repeated_by(name) for name in ("validation", "test")] == ["test", None]
     assert folder(root).validation_chooses
+    assert folder(root).listing.repeated_by("validation") is None
 
 
 def test_folds_of_mlrc_are_quarters_of_the_training_classes_in_their_order(root):

@@ -63,6 +63,7 @@ def test_batches_have_the_form_that_the_targets_describe(nyud):
         torch.testing.assert_close(labels["normals"].norm(dim=1)[known.all(1)], torch.ones(int(known[:, 0].sum())))
     assert [len(data.split(name)) for name in ("train", "validation", "test")] == [3, 2, 2]
     assert data.validation_chooses is False
+    assert data.listing.repeated_by("validation") == "test"
 
 
 def test_tasks_are_those_that_were_asked_for_or_those_of_a_model(nyud):
@@ -302,7 +303,7 @@ def test_masks_of_the_wrong_type_are_refused(tmp_path):
     [
         ({"tasks": []}, "one or more different tasks"),
         ({"tasks": ["depth", "depth"]}, "one or more different tasks"),
-        ({"tasks": "depth"}, "a list of names"),
+        ({"tasks": "depth"}, "a list of texts"),
         ({"crop_pct": 0.9}, "leave it out"),
         ({"augment": {"flip": 1}}, "TaskAugmentation"),
         ({"protocol": "best"}, "final and tune"),

@@ -45,6 +45,7 @@ def test_every_vtab_task_is_read(vtab, task):
     final = ready(Vtab1kData(root=str(vtab), task=task, batch_size=2))
     assert final.num_classes == classes
     assert [len(final.split(name)) for name in ("train", "validation", "test")] == [classes + 3, 3, classes]
+    assert final.listing.repeated_by("validation") == "train"
     tune = ready(Vtab1kData(root=str(vtab), task=task, protocol="tune", batch_size=2))
     # The test images stay unseen while rates are chosen.
     assert [len(tune.split(name)) for name in ("train", "validation", "test")] == [classes, 3, 3]

@@ -258,6 +258,7 @@ def test_voc(tmp_path):
     assert data.class_names[15] == "person"
     assert data.palette[15] == (192, 128, 128)
     assert not data.validation_chooses
+    assert data.listing.repeated_by("validation") == "test"
     path = root / "VOCdevkit/VOC2012/SegmentationClass/2008_000001.png"
     assert data.split("test")[0][1].tolist() == np.asarray(Image.open(path)).tolist()
     texts = [finding.text for finding in data.report().of("warning")]

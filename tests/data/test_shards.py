@@ -60,7 +60,7 @@ def test_hidden_members_are_no_images_and_all_others_are_named(tmp_path):
             ("a/._0.png", tarfile.REGTYPE),
             ("a/.trash/0.png", tarfile.REGTYPE),
             ("__MACOSX/a/0.png", tarfile.REGTYPE),
-            ("a/0.jfif", tarfile.REGTYPE),
+            ("a/0.heic", tarfile.REGTYPE),
             ("a/9.png", tarfile.SYMTYPE),
         ):
             entry = tarfile.TarInfo(name)
@@ -71,7 +71,7 @@ def test_hidden_members_are_no_images_and_all_others_are_named(tmp_path):
     line = next(finding.line() for finding in listing.findings if finding.code == "left-out")
     assert line == (
         "Left out: 1 link or device in shards (a.tar:a/9.png); 1 member of shards with other endings than images and "
-        "labels (1 .jfif: a.tar:a/0.jfif); 3 hidden entries (a.tar:__MACOSX/a/0.png, a.tar:a/._0.png, "
+        "labels (1 .heic: a.tar:a/0.heic); 3 hidden entries (a.tar:__MACOSX/a/0.png, a.tar:a/._0.png, "
         "a.tar:a/.trash/0.png)."
     )
 

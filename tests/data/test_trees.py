@@ -107,13 +107,13 @@ def test_links_that_branch_at_every_step_are_read_once(tmp_path):
 
 def test_other_endings_and_special_files_are_named(tmp_path, reader):
     root = paint(tmp_path / "photos", *many("cat", "dog"))
-    for name in ("cat/b.jfif", "cat/c.avif", "cat/notes", "dog/d.jfif"):
+    for name in ("cat/b.heic", "cat/c.avif", "cat/notes", "dog/d.heic"):
         (root / name).write_bytes(b"x")
     os.mkfifo(root / "dog/pipe.png")
     names, line = read(reader, root)
     assert names == sorted(many("cat", "dog"))
     assert "4 files with another ending than .bmp, " in line
-    assert "(2 .jfif, 1 .avif, 1 without ending: cat/b.jfif, cat/c.avif, cat/notes, dog/d.jfif)" in line
+    assert "(2 .heic, 1 .avif, 1 without ending: cat/b.heic, cat/c.avif, cat/notes, dog/d.heic)" in line
     assert "1 pipe or device (dog/pipe.png)" in line
 
 
@@ -142,14 +142,14 @@ def test_a_folder_that_cannot_be_opened_is_named(tmp_path, reader, monkeypatch):
 
 def test_predict_and_train_log_the_line(tmp_path, caplog, monkeypatch):
     root = paint(tmp_path / "photos", *many("cat", "dog", count=9))
-    (root / "cat/b.jfif").touch()
+    (root / "cat/b.heic").touch()
     monkeypatch.setattr(logging.getLogger("vispeft"), "propagate", True)
     line = "Left out: 1 file with another ending than "
     with caplog.at_level(logging.INFO, logger="vispeft"):
         find_images(root)
     assert line in caplog.text
     caplog.clear()
-    (root / "cat/b.jfif").rename(root / "cat/.b.png")
+    (root / "cat/b.heic").rename(root / "cat/.b.png")
     with caplog.at_level(logging.INFO, logger="vispeft"):
         ImageFolderData(root=str(root)).accept()
     assert "Left out: 1 hidden entry (cat/.b.png)." in caplog.text

@@ -158,6 +158,24 @@ def test_what_is_refused_by_name(given, told):
         loss_node(given)
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("ProxyAnchorLos", "Unknown loss 'ProxyAnchorLos'. Did you mean 'ProxyAnchorLoss'"),
+        ("proxyanchorloss", "Unknown loss 'proxyanchorloss'. Did you mean 'ProxyAnchorLoss'?"),
+        ("RecalAtK", "Unknown loss 'RecalAtK'. Did you mean 'RecallAtK'?"),
+        ("pytorch_metric_learning.losses.ArcFaceLos", "Did you mean 'pytorch_metric_learning.losses.ArcFaceLoss'"),
+        ("vispeft.losses.Hst", "Did you mean 'vispeft.losses.Hist'"),
+    ],
+)
+def test_a_misspelt_loss_is_answered_by_near_names_alone(given, told):
+    with pytest.raises(UnknownNameError) as refused:
+        loss_node(given)
+    assert str(refused.value).startswith("Unknown loss")
+    assert told in str(refused.value)
+    assert str(refused.value).endswith("?")
+
+
 def test_parts_that_do_not_fit_together_are_refused_before_the_first_step():
     with pytest.raises(ConfigError, match=r"InstanceLoss with the miner PairMarginMiner cannot be computed"):
         criterion("InstanceLoss", miner="PairMarginMiner").check(CLASSES, DIM)

@@ -4,7 +4,9 @@ import torch
 from PIL import Image
 
 from vispeft.errors import ConfigError, DataError
-from vispeft.viz import Neighbour, NeighbourRow, draw_neighbours, embedding_plot, projection
+from vispeft.metrics import make_similarity
+from vispeft.tasks.metric_pictures import Retrieved, neighbour_rows
+from vispeft.viz import Neighbour, NeighbourRow, draw_neighbours, embedding_plot, neighbours, projection
 
 
 def image(value, size=(20, 30)):
@@ -35,6 +37,30 @@ def test_right_and_wrong_neighbours_are_framed_and_unknown_ones_are_not(tmp_path
     assert not has(draw(None, None), GREEN)
     with pytest.raises(DataError, match="no query"):
         draw_neighbours([], tmp_path / "none.png")
+
+
+def test_wrong_neighbours_are_named(tmp_path, monkeypatch):
+    found = [
+        Neighbour(image=image(120), score=0.9, right=True, title="mug"),
+        Neighbour(image=image(120), score=0.8, right=False, title="a $cup_ whose name is longer than its picture"),
+        Neighbour(image=image(120), score=0.7, right=None, title="bowl"),
+        Neighbour(image=image(120), score=0.6, right=False),
+    ]
+    figures = []
+    monkeypatch.setattr(neighbours, "save", lambda figure, path: figures.append(figure))
+    draw_neighbours([NeighbourRow(image=image(200), title="mug", neighbours=found)], tmp_path / "a.png")
+    titles = [place.get_title() for place in figures[0].axes]
+    assert titles == ["mug", "0.900", "0.800\na $cup_ whos…its picture", "0.700\nbowl", "0.600"]
+
+
+@pytest.mark.parametrize("names", [None, ["cup", "mug"]])
+def test_rows_of_a_split_name_the_class_of_each_neighbour(names):
+    vectors, labels = torch.tensor([[1.0, 0], [0.8, 0.6], [0.9, 0.4]]), torch.tensor([0, 1, 0])
+    found = Retrieved(vectors, labels, torch.zeros(3, dtype=torch.long), make_similarity("cosine"))
+    first, *_ = neighbour_rows(found, lambda index: image(index), names)
+    zero, one = ("0", "1") if names is None else names
+    assert first.title == zero
+    assert [(n.title, n.right) for n in first.neighbours] == [(zero, True), (one, False)]
 
 
 @pytest.mark.parametrize(("method", "most"), [("pca", 30), ("tsne", 2000)])

@@ -15,6 +15,7 @@ from vispeft.adapters.entry import Entry
 from vispeft.adapters.fitting import CutModel, check_planned, method_of, tasks_of, warn_of_channels
 from vispeft.adapters.heads import LowBitHead, own_head
 from vispeft.adapters.holder import BankState
+from vispeft.core.arguments import check_arguments
 from vispeft.core.method import Method
 from vispeft.core.units import Unit
 from vispeft.errors import BaseMismatchError, ConfigError, FileError, UnknownNameError
@@ -227,6 +228,7 @@ class FileBank(BankState):
         Raises:
             ConfigError: If a note cannot be written to a file, or class names and outputs are not of one number.
         """
+        check_arguments(FileBank.annotate, {"class_names": class_names, "metrics": metrics, "output": output})
         label = self._label(name)
         given: dict[str, Any] = {"class_names": None if class_names is None else list(class_names)}
         for key, value in (("preprocessing", preprocessing), ("metrics", metrics), ("output", output)):
@@ -271,6 +273,7 @@ class FileBank(BankState):
             FileError: If it cannot be written; then the earlier files are unchanged.
             ConfigError: If the classifier was replaced by hand, or has another number of outputs than class names.
         """
+        check_arguments(FileBank.save, {"path": path, "name": name})
         self._heads.check_place()
         label = self._label(name)
         entry = self._entries[label]

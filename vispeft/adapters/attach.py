@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from vispeft.adapters.bank import AdapterBank
+from vispeft.core.arguments import check_arguments
 from vispeft.core.method import Method
 
 __all__ = ["attach", "load"]
@@ -47,6 +48,7 @@ def attach(
         >>> model = timm.create_model("vit_base_patch16_224", num_classes=100)
         >>> bank = vispeft.attach(model, vispeft.SSF())
     """
+    check_arguments(attach, {"name": name})
     with AdapterBank.opened(model) as bank:
         bank.add(method, name, tasks, verify)
     return bank
@@ -67,9 +69,11 @@ def load(
         The model's bank.
 
     Raises:
+        ConfigError: If the model is none, the path or the name is no text, or the name is taken.
         FileError: If a file is missing, truncated or altered.
         BaseMismatchError: If the adapter was trained on another backbone.
     """
+    check_arguments(load, {"path": path, "name": name})
     with AdapterBank.opened(model) as bank:
         bank.load(path, name, allow_base_mismatch)
     return bank

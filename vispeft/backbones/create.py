@@ -14,6 +14,7 @@ from vispeft.backbones.request import Request, resolve
 from vispeft.backbones.swin import AnySizeSwinBlock, make_any_size
 from vispeft.backbones.swinv2 import AnySizeSwinV2Block
 from vispeft.backbones.weights import build_from_file
+from vispeft.core.arguments import check_arguments
 from vispeft.errors import ConfigError
 
 __all__ = ["create_model"]
@@ -53,13 +54,17 @@ def create_model(
         UnknownNameError: If timm or the zoo has no such model; near names are listed.
         BackboneError: If weights do not fit or are not available, or the family cannot accept images of any size.
         FileError: If the weight file is missing, damaged or altered.
-        ConfigError: If arguments contradict each other.
+        ConfigError: If an argument is of the wrong kind, or arguments contradict each other.
 
     Example:
         >>> model = create_model("vit_tiny_patch16_224", pretrained=False, num_classes=10)
         >>> model.num_classes
         10
     """
+    given = {"pretrained": pretrained, "num_classes": num_classes, "weights": weights, "flexible_size": flexible_size}
+    check_arguments(create_model, {"name": name, **given})
+    if num_classes is not None and num_classes < 0:
+        raise ConfigError(f"create_model(num_classes={num_classes}): at least 1 is needed, or 0 for no classifier.")
     if weights is not None and not pretrained:
         raise ConfigError("weights= was given together with pretrained=False. Drop one: a file is there to be loaded.")
     source: dict[str, Any] = {"name": name, "args": _recorded(timm_args, num_classes, flexible_size, pretrained)}

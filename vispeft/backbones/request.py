@@ -13,7 +13,7 @@ import timm
 from torch import nn
 
 from vispeft.core.families import supported_names
-from vispeft.errors import BackboneError, ConfigError, FileError, UnknownNameError
+from vispeft.errors import BackboneError, ConfigError, FileError, UnknownNameError, brief
 from vispeft.zoo.backbones import ZooBackbone, read_zoo_backbone
 
 __all__ = ["Request", "resolve"]
@@ -60,7 +60,7 @@ class Request:
             The model.
 
         Raises:
-            ConfigError: If the model does not accept a given argument.
+            ConfigError: If the model does not accept a given argument, or cannot be made with its value.
         """
         given = dict(self.arguments)
         if self.num_classes is not None:
@@ -69,10 +69,15 @@ class Request:
             return timm.create_model(
                 self.architecture, pretrained=pretrained, pretrained_cfg_overlay=dict(self.overlay) or None, **given
             )
-        except TypeError as error:
+        except (TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
             unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
             if unknown is None or unknown[2] not in given:
-                raise
+                if pretrained or not given:  # the weights may be the cause
+                    raise
+                told = ", ".join(f"{name}={value!r}" for name, value in given.items())
+                raise ConfigError(
+                    f"timm cannot make {self.architecture} with {told}: {brief(error)} Correct these arguments."
+                ) from error
             raise ConfigError(
                 f"{self.architecture} was asked for with {unknown[2]}={given[unknown[2]]!r}, but timm's {unknown[1]} "
                 "takes no such argument. Drop it, or correct its name after timm's documentation of that class."

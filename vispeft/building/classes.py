@@ -11,7 +11,7 @@ from typing import Any
 from vispeft.building.known import OWN, REFUSED, import_paths, known_classes
 from vispeft.core.fields import field_hint
 from vispeft.core.providers import extra_methods
-from vispeft.errors import ConfigError, UnknownNameError
+from vispeft.errors import ConfigError, UnknownNameError, is_misspelt
 
 __all__ = ["argument_names", "check_argument", "class_path", "default_of", "find_class", "import_class"]
 
@@ -84,7 +84,8 @@ def find_class(name: str, base: type, *, kind: str, place: str, known: Iterable[
         raise ConfigError(f"{place} names {name}, which is no {kind} (no subclass of {base.__name__}).")
     own = name.partition(".")[0] in (OWN, name)
     near = [class_path(cls) for cls in found] if "." in name else [*known, *(cls.__name__ for cls in found)]
-    raise UnknownNameError(kind, name, near, "" if own and "." in name else HOW)
+    clear = own if "." in name else is_misspelt(name, near)
+    raise UnknownNameError(kind, name, near, "" if clear else HOW)
 
 
 def _import_extras(name: str) -> None:

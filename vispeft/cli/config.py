@@ -40,7 +40,9 @@ class ConfigCLI(LightningCLI):
     also fixes the order of the data.
     """
 
-    def __init__(self, config: Path, overrides: Sequence[str], *, tree: Node | None = None) -> None:
+    def __init__(
+        self, config: Path, overrides: Sequence[str], *, tree: Node | None = None, create: bool = True
+    ) -> None:
         """Read a config and create all its objects.
 
         Its trainer only evaluates; the settings for the training trainer are in `trainer_settings`.
@@ -49,12 +51,14 @@ class ConfigCLI(LightningCLI):
             config: The YAML file.
             overrides: Arguments such as ``--model.lr 1e-3`` or ``--print_config``.
             tree: Its values, where they are known or changed already; changed in place.
+            create: Whether to create the objects; otherwise `create` does.
 
         Raises:
             FileError: If the file is missing or not YAML.
             ConfigError: If a key is unknown, or a value has the wrong type or is out of range.
         """
         self.trainer_settings: dict[str, Any] = {}
+        self._source = str(config)
         tree = read_config(config) if tree is None else tree
         tokens = check_config(tree, split_overrides(overrides), str(config))
         _set_up_parser()
@@ -74,6 +78,20 @@ class ConfigCLI(LightningCLI):
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
             )
+        if create:
+            self.create()
+
+    def create(self) -> None:
+        """Create the data, then the task, then a trainer that only evaluates.
+
+        Raises:
+            VispeftError: If one of them refuses its settings.
+        """
+        with parser_errors(self._source):
+            super().instantiate_classes()
+
+    def instantiate_classes(self) -> None:
+        """Leave it to `create`, which Lightning does not know."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link arguments to the part of the config that determines them."""

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from rich.table import Table
 from torch import Tensor
 
+from vispeft.data.listed import ListedData
 from vispeft.errors import ConfigError, counted
 from vispeft.tasks.base import AdapterTask
 
@@ -28,6 +29,7 @@ __all__ = [
     "kept_settings",
     "measure",
     "metrics_table",
+    "row_name",
     "tell_if_partial",
 ]
 
@@ -127,6 +129,17 @@ def evaluate(
         name.removeprefix(f"{split}/"): value if measured and math.isfinite(value) else None
         for name, value in results.items()
     }
+
+
+def row_name(data: Any, split: str) -> str:
+    """Name a split in a table of figures; one that shows the images of another split is named by them.
+
+    Args:
+        data: The data module.
+        split: validation or test.
+    """
+    other = data.listing.repeated_by(split) if isinstance(data, ListedData) else None
+    return split if other is None else f"{split} ({other} images)"
 
 
 def tell_if_partial(trainer: Any, split: str) -> None:

@@ -17,7 +17,7 @@ from vispeft.cli.common import console, make_parser, versions
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run, write_json
 from vispeft.errors import ConfigError, ExportError, counted
-from vispeft.interop.export import INPUT, TOLERANCE, Difference, check, export_onnx, export_program
+from vispeft.interop.export import INPUT, TOLERANCE, Difference, check, check_onnx, export_onnx, export_program
 from vispeft.interop.staging import check_free, staged
 from vispeft.tasks.base import AdapterTask
 
@@ -132,6 +132,8 @@ def main(argv: Sequence[str]) -> None:
             raise ConfigError(f"--{option} is {value}; at least 1 is needed.")
     run = Run.open(given.run)
     check_free(out, *_beside(out))
+    if given.format == "onnx":
+        check_onnx()
     task, _ = load_task(run)
     if given.task is not None:
         task.choose(given.task)

@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from vispeft.cli import runs
 from vispeft.cli.common import console, versions
 from vispeft.cli.config import ConfigCLI
-from vispeft.cli.evaluation import Measured, class_table, measure, metrics_table
+from vispeft.cli.evaluation import Measured, class_table, measure, metrics_table, row_name
 from vispeft.cli.stopping import disk_is_full
 from vispeft.errors import TrainingError, brief, counted
 from vispeft.storage.files import ADAPTER_FILE, HEAD_FILE, JSON_FILE
@@ -134,6 +134,7 @@ def _show(cli: ConfigCLI, metrics: dict[str, Any]) -> None:
     measured = metrics["validation"].get(cli.model.monitor.partition("/")[2]) is not None
     chosen = "Best" if measured and getattr(cli.datamodule, "validation_chooses", True) else "Last"
     console.print(f"{chosen} of {counted(metrics['epochs'], 'epoch')}: epoch {metrics['best_epoch']}")
-    console.print(metrics_table(cli.model.shown({split: metrics[split] for split in ("validation", "test")})))
+    rows = {row_name(cli.datamodule, split): metrics[split] for split in ("validation", "test")}
+    console.print(metrics_table(cli.model.shown(rows)))
     if (by_class := class_table(metrics)) is not None:
         console.print(by_class)

@@ -27,6 +27,7 @@ from vispeft.data.preprocessing import Preprocessing
 from vispeft.errors import BaseMismatchError, ConfigError, FileError
 from vispeft.interop.binary import BINARY_SOURCES, load_binary
 from vispeft.interop.official import find_source, list_sources, load_official
+from vispeft.storage.places import check_folder
 
 __all__ = ["import_official", "main", "read_checkpoint"]
 
@@ -71,6 +72,7 @@ def main(argv: Sequence[str]) -> None:
     place, file, hyper = Path(given.out), Path(given.file), _pairs(given.hyper)
     if os.path.isdir(place) and any(place.iterdir()):
         raise ConfigError(f"--out is {given.out!r}, which is not empty, and nothing is overwritten. Choose another.")
+    check_folder(place, "--out")
     if not os.path.isfile(file):
         raise FileError(f"There is no file {given.file!r} to import.")
     model = create_model(given.model, weights=given.weights).eval()

@@ -25,6 +25,8 @@ from vispeft.tasks.base import AdapterTask
 
 __all__ = ["main", "merge_run"]
 
+BESIDE = ("decoder", "head")
+"""Middle part of the name of a file beside the model: what is in it."""
 EXAMPLE = """example:
   vispeft merge runs/digits_ssf/1 --out digits.safetensors
 
@@ -34,7 +36,7 @@ Writes digits.safetensors, a plain timm state dict, and digits.json, with the ar
 
 Of a segmentation run that is the backbone; map reader and decoder go into digits.decoder.safetensors beside it, and
 `vispeft export` writes all of it as one program. Of a metric learning run the classifier is the head of the embeddings;
-one with a layer norm goes into digits.decoder.safetensors too. Divide embeddings by their length."""
+one with a layer norm goes into digits.head.safetensors. Divide embeddings by their length."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -57,7 +59,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def merge_run(run: Run, out: Path, output: str | None = None) -> dict[str, Any]:
-    """Merge a run's adapter, write the model, and check the files; a decoder gets a file of its own.
+    """Merge a run's adapter, write the model, and check the files.
+
+    A decoder, or an embedding head with a norm, gets a file of its own.
 
     Args:
         run: The run.
@@ -75,8 +79,8 @@ def merge_run(run: Run, out: Path, output: str | None = None) -> dict[str, Any]:
     """
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out is {str(out)!r}; the name should end in .safetensors.")
-    described, beside = out.with_suffix(".json"), out.with_suffix(".decoder.safetensors")
-    check_free(out, described, beside)
+    described = out.with_suffix(".json")
+    check_free(out, described, *(out.with_suffix(f".{kind}.safetensors") for kind in BESIDE))
     task, _ = load_task(run)
     if output is not None:
         task.choose(output)
@@ -94,11 +98,14 @@ def merge_run(run: Run, out: Path, output: str | None = None) -> dict[str, Any]:
     architecture, args = _timm_arguments(task, own)
     error = _check(architecture, args, state, images, adapted, created)
     apart = not task.classifies and own is None
-    decoder = {name.removeprefix(DECODER): t for name, t in task.head_tensors().items()} if apart else {}
+    head = {name.removeprefix(DECODER): t for name, t in task.head_tensors().items()} if apart else {}
+    kind = task.head_name.split()[-1]
+    beside = out.with_suffix(f".{kind}.safetensors")
     info = {
         "architecture": architecture,
         "args": args,
-        "decoder_file": beside.name if decoder else None,
+        "head_file": beside.name if head and kind == "head" else None,
+        "decoder_file": beside.name if head else None,  # its name for a head, too, in files of earlier versions
         "class_names": source["class_names"],
         "preprocessing": source["preprocessing"],
         "output": source["output"],
@@ -108,7 +115,7 @@ def merge_run(run: Run, out: Path, output: str | None = None) -> dict[str, Any]:
         "versions": versions(),
     }
     with staged(out, described, beside) as place:
-        for path, tensors in {out: state, **({beside: decoder} if decoder else {})}.items():
+        for path, tensors in {out: state, **({beside: head} if head else {})}.items():
             place.with_name(path.name).write_bytes(to_bytes(_plain(tensors), metadata={"format": "pt"}))
         write_json(place.with_name(described.name), info)
         _check(architecture, args, load_file(place), images, adapted, created)

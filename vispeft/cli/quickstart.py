@@ -25,6 +25,7 @@ from vispeft.core.families import unwrap
 from vispeft.data.base import EpochSampler, ImageData
 from vispeft.errors import ConfigError, MergeError
 from vispeft.resources import find_config
+from vispeft.storage.places import check_folder
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.schedules import warmup_cosine
 
@@ -55,6 +56,10 @@ def main(argv: Sequence[str]) -> None:
     given = parser.parse_args(list(argv))
     if given.seeds < 1:
         raise ConfigError(f"--seeds is {given.seeds}; at least 1 is needed.")
+    if given.json:
+        check_folder(Path(given.json).parent, "The folder of --json")
+        if os.path.isdir(given.json):
+            raise ConfigError(f"--json is {given.json!r}, which is a folder. Name a file.")
     place = runs.claim(given.out, Path("quickstart"))
     results = [compare(seed, place) for seed in range(given.seeds)]
     for result in results:

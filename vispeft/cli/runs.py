@@ -18,6 +18,7 @@ from vispeft.storage.form import shown
 from vispeft.storage.header import strict_values
 from vispeft.storage.leftovers import finish_save, remove_partial
 from vispeft.storage.locks import clear, hold
+from vispeft.storage.places import check_folder
 from vispeft.zoo.adapters import ADAPTER
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Run",
     "begin",
     "begun",
+    "check_claim",
     "check_empty",
     "claim",
     "clear_lock",
@@ -74,6 +76,23 @@ def claim(out: str | Path | None, config: Path) -> Path:
     except OSError as error:
         raise FileError(f"The run directory {out or 'runs'} could not be made ({error.strerror}).") from error
     return place
+
+
+def check_claim(out: str | Path | None, config: Path) -> None:
+    """Refuse what `claim` would refuse, before the work. Nothing is made.
+
+    Args:
+        out: The requested directory; None for a number under ``runs/<config name>``.
+        config: The run's config.
+
+    Raises:
+        ConfigError: If it is not empty.
+        FileError: If it cannot be made.
+    """
+    place = Path("runs") / config.stem if out is None else Path(out)
+    check_folder(place, "The run directory")
+    if out is not None and os.path.isdir(place):
+        check_empty(place)
 
 
 def check_empty(place: Path) -> None:

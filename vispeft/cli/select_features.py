@@ -15,6 +15,7 @@ from vispeft.core.method import method_from_dict
 from vispeft.errors import ConfigError
 from vispeft.methods.vqt import VQT, select_features
 from vispeft.storage.files import JSON_FILE, read_adapter
+from vispeft.storage.places import check_folder
 
 __all__ = ["main", "select"]
 
@@ -64,13 +65,14 @@ def select(run: Run, scored: Run, keep: float, out: Path) -> AdapterBank:
         raise ConfigError(f"--keep {keep}: a share above 0 and below 1 is needed.")
     if (out / JSON_FILE).exists():
         raise ConfigError(f"{out} holds an adapter already and is not overwritten. Choose another --out.")
-    task, _ = load_task(run)
-    method = task.bank.plan().method
+    check_folder(out, "The adapter's directory")
+    (own, _, _), (header, _, head) = read_adapter(run.adapter), read_adapter(scored.adapter)
+    method = method_from_dict(own["method"])
     if not isinstance(method, VQT) or method.keep < 1:
         raise ConfigError(f"{run.path} is no run of VQT with all features, so there is nothing to select.")
-    header, _, head = read_adapter(scored.adapter)
     if header["method"]["name"] != method.name or not method.is_like(method_from_dict(header["method"])):
         raise ConfigError(f"{scored.path} is a run of another method or other fields than {run.path}.")
+    task, _ = load_task(run)
     chosen = dataclasses.replace(method, keep=keep)
     units = task.bank.state_dict()
     for name in task.bank.names:

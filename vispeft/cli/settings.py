@@ -12,7 +12,6 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from vispeft.cli.config_keys import as_list
@@ -30,6 +29,7 @@ __all__ = [
     "check_processes",
     "check_room",
     "check_settings",
+    "check_text",
     "rehearse_stopping",
     "rehearse_test",
 ]
@@ -45,12 +45,12 @@ def check_settings(settings: dict[str, Any]) -> None:
     """Refuse settings of the trainer with which a run could not be finished.
 
     Args:
-        settings: The section ``trainer``.
+        settings: The section ``trainer``, as it was read.
 
     Raises:
         ConfigError: If there is one.
     """
-    if settings.get("logger") not in (None, True) and not isinstance(settings["logger"], (list, Logger)):
+    if settings.get("logger") is False:
         raise ConfigError("trainer.logger is off, and a run directory always keeps its logs. Leave it out.")
     for name in ("fast_dev_run", "barebones"):
         if settings.get(name):
@@ -134,7 +134,7 @@ def check_last(settings: dict[str, Any], data: Any) -> None:
     """Check that the last epoch is validated where it is the one to keep.
 
     Args:
-        settings: The section ``trainer``.
+        settings: The section ``trainer``, as it was read.
         data: The data module.
 
     Raises:
@@ -149,17 +149,31 @@ def check_last(settings: dict[str, Any], data: Any) -> None:
         )
 
 
-def check_names(class_names: tuple[str, ...], config: str, place: object) -> None:
-    """Check that everything a run writes down can be written: UTF-8, and class names that a file may hold.
+def check_text(config: str, place: object) -> None:
+    """Check that config and run directory can be written down: they are UTF-8.
 
     Args:
-        class_names: Names of the outputs.
         config: The whole config, as text.
         place: The run directory; None for one that is numbered.
 
     Raises:
-        DataError: If a class name is not, occurs twice, or has control characters.
-        ConfigError: If the config or the directory's name is not.
+        ConfigError: If one of them is not.
+    """
+    bad = [line.strip() for line in config.splitlines() if not is_utf8(line)]
+    if bad:
+        raise ConfigError(f"The config is no UTF-8 in {bad[0]!r}, and could not be written. Give another name.")
+    if place is not None and not is_utf8(str(place)):
+        raise ConfigError(f"--out is {str(place)!r}, which is no UTF-8. Give another name.")
+
+
+def check_names(class_names: tuple[str, ...]) -> None:
+    """Check that an adapter's file may hold the class names.
+
+    Args:
+        class_names: Names of the outputs.
+
+    Raises:
+        DataError: If one is no UTF-8, occurs twice, or has control characters.
     """
     for name in class_names:
         if not is_utf8(name):
@@ -174,11 +188,6 @@ def check_names(class_names: tuple[str, ...], config: str, place: object) -> Non
             f"The data were listed, and class_names{error} An adapter's file cannot hold such names. Rename the "
             "folders, or the labels in the list."
         ) from error
-    bad = [line.strip() for line in config.splitlines() if not is_utf8(line)]
-    if bad:
-        raise ConfigError(f"The config is no UTF-8 in {bad[0]!r}, and could not be written. Give another name.")
-    if place is not None and not is_utf8(str(place)):
-        raise ConfigError(f"--out is {str(place)!r}, which is no UTF-8. Give another name.")
 
 
 def check_room(place: Path, task: AdapterTask) -> None:

@@ -13,7 +13,7 @@ from vispeft.storage.fingerprint import check_fingerprint
 from vispeft.tasks.base import AdapterTask
 from vispeft.zoo.adapters import find_adapter
 
-__all__ = ["start_from"]
+__all__ = ["check_source", "start_from"]
 
 
 def start_from(task: AdapterTask, source: str, class_names: Sequence[str]) -> str:
@@ -34,7 +34,7 @@ def start_from(task: AdapterTask, source: str, class_names: Sequence[str]) -> st
     method = task.bank.plan().method
     _check_method(method, header["method"], source)
     check_fingerprint(header["backbone"]["fingerprint"], unwrap(task.model), task.bank.view)
-    names, word = list(header["class_names"] or []), "classifier" if task.classifies else "decoder"
+    names, word = list(header["class_names"] or []), task.head_name
     fits = {key: t.shape for key, t in task.head_tensors().items()} == {key: t.shape for key, t in head.items()}
     own, saved = task.output(), header["output"] or {}
     same_maps = _read_alike(own.get("decoder"), saved.get("decoder"))
@@ -56,17 +56,36 @@ def start_from(task: AdapterTask, source: str, class_names: Sequence[str]) -> st
     return f"Started from {source}; the {word} is a fresh one ({why})."
 
 
+def check_source(source: str, method: type[Method]) -> None:
+    """Refuse an adapter that cannot be read, or is of another method, before there is a task.
+
+    Args:
+        source: Location of the saved adapter; see `find_adapter`.
+        method: Class of the method that is to train.
+
+    Raises:
+        ConfigError: If the adapter is of another method.
+        FileError: If it is missing or damaged.
+    """
+    header, _, _ = read_adapter(find_adapter(source))
+    _check_name(method, header["method"], source)
+
+
 def _read_alike(own: Mapping[str, Any] | None, saved: Mapping[str, Any] | None) -> bool:
     """Whether two decoders, as far as both are described, have the same kind and read the same maps."""
     return own is None or saved is None or all(own[key] == saved.get(key) for key in ("name", "taps", "levels"))
 
 
-def _check_method(own: Method, saved: dict[str, Any], source: str) -> None:
+def _check_name(own: Method | type[Method], saved: Mapping[str, Any], source: str) -> None:
     if own.name != saved["name"]:
         raise ConfigError(
             f"{source} is an adapter of the method {saved['name']}, and this run trains {own.name}. "
             f"Give --method {saved['name']}, or another adapter."
         )
+
+
+def _check_method(own: Method, saved: dict[str, Any], source: str) -> None:
+    _check_name(own, saved, source)
     there = method_from_dict(saved)
     if own.is_like(there):
         return

@@ -25,21 +25,15 @@ from vispeft.cli.common import console, make_parser, one_line
 from vispeft.cli.config import ConfigCLI
 from vispeft.cli.config_changes import differing, is_free, told, without_free
 from vispeft.cli.config_keys import as_list, split_overrides
+from vispeft.cli.early import TrainCLI
 from vispeft.cli.finish import finish_run
 from vispeft.cli.folds import train_folds
 from vispeft.cli.own_code import load_code
-from vispeft.cli.settings import (
-    check_last,
-    check_names,
-    check_processes,
-    check_room,
-    check_settings,
-    rehearse_stopping,
-    rehearse_test,
-)
+from vispeft.cli.settings import check_names, check_room, check_text, rehearse_stopping, rehearse_test
 from vispeft.cli.start import start_from
 from vispeft.cli.stopping import disk_is_full, tell_how_to_go_on
 from vispeft.data.base import ImageData
+from vispeft.data.listed import ListedData
 from vispeft.errors import ConfigError, FileError, TrainingError
 from vispeft.resources import find_config
 from vispeft.tasks.base import AdapterTask
@@ -47,7 +41,6 @@ from vispeft.tasks.callbacks import EpochPictures, progress_bar
 from vispeft.tasks.checkpoints import Found, RunCheckpoints, SealedCheckpointIO, find_checkpoint, read_checkpoint
 from vispeft.tasks.feature_cache import cache_features
 from vispeft.tasks.logs import RunLog
-from vispeft.tasks.trainer_checks import check_schedule
 
 __all__ = ["finish", "main", "resume", "train"]
 
@@ -167,8 +160,11 @@ def train(config: Path, overrides: Sequence[str] = (), *, out: str | Path | None
         VispeftError: If the arguments are invalid, or training cannot continue.
     """
     began = time.perf_counter()
-    cli = _prepared(ConfigCLI(config, overrides))
-    check_names(cli.model.output_names(cli.datamodule), cli.resolved(), out)
+    cli = TrainCLI(config, overrides)
+    check_text(cli.resolved(), out)
+    runs.check_claim(out, config)
+    _prepare(cli)
+    check_names(cli.model.output_names(cli.datamodule))
     check_room(Path(out) if out is not None else Path("runs"), cli.model)
     made = out is None or not os.path.lexists(out)
     place = runs.claim(out, config)
@@ -219,12 +215,12 @@ def resume(run: str | Path, config: Path | None = None, overrides: Sequence[str]
     if runs.finished(place) and config is None and not changed:
         return _say_finished(place)  # before its data are looked at, which may be gone by now
     with runs.held(place), tell_how_to_go_on(place):
-        cli = ConfigCLI(config or place / runs.CONFIG, overrides)
+        cli = TrainCLI(config or place / runs.CONFIG, overrides)
         more = _asks_for_more(place, cli, MORE in changed)
         if runs.finished(place) and not more:
             return _say_finished(place)
-        _prepared(cli)
         found = _found(place, cli)
+        _prepare(cli)
         if more:
             # In this order: killed in between, the run counts as finished, and the same command goes on.
             runs.begin(place, cli.resolved(), runs.command_of(place))
@@ -254,14 +250,14 @@ def finish(run: str | Path) -> Path:
     if runs.finished(place):
         return _say_finished(place)
     with runs.held(place), tell_how_to_go_on(place):
-        cli = ConfigCLI(place / runs.CONFIG, [])
-        _prepared(cli)
+        cli = TrainCLI(place / runs.CONFIG, [])
         found = _found(place, cli)
         if found is None or found.state["best"] is None:
             raise TrainingError(
                 f"No epoch of {place} has been measured and kept yet, so there is no best one to make an adapter of. "
                 f"Go on by vispeft train --resume {place}"
             )
+        _prepare(cli)
         trainer = _trainer(place, cli, found)
         cast(RunCheckpoints, trainer.checkpoint_callback).take_over(found.state, found.path.name)
         _check_measured(cli.datamodule, found)
@@ -317,7 +313,7 @@ def _asks_for_more(place: Path, cli: ConfigCLI, given: bool) -> bool:
         ConfigError: If a key that could change the result differs.
     """
     other = differing(cli, read_config(place / runs.CONFIG))
-    wanted = cli.trainer_settings["max_epochs"]
+    wanted = cli.config["trainer"]["max_epochs"]
     if (runs.finished(place) and given and list(other) in ([], [MORE])) and wanted is not None:
         done = runs.Run.open(place).number("epochs")
         if wanted > done:
@@ -333,16 +329,14 @@ def _asks_for_more(place: Path, cli: ConfigCLI, given: bool) -> bool:
     return False
 
 
-def _prepared(cli: ConfigCLI) -> ConfigCLI:
-    """Run all checks possible before training, and initialise the adapter."""
+def _prepare(cli: TrainCLI) -> None:
+    """Make the objects of a config, run all further checks possible before training, and initialise the adapter."""
+    cli.create()
     task, data = cli.model, cli.datamodule
-    check_settings(cli.trainer_settings)
-    check_processes(cli.trainer)
-    check_last(cli.trainer_settings, data)
-    check_schedule(task.schedule_epochs, cli.trainer_settings.get("max_epochs"))
     if isinstance(data, ImageData):
         data.fit_to(task.preprocessing)
         data.setup()
+    _tell_repeated(data)
     task.check_data(data)
     if cli.config["init"] is not None:
         said = start_from(task, cli.config["init"], task.output_names(data))
@@ -354,7 +348,17 @@ def _prepared(cli: ConfigCLI) -> ConfigCLI:
     rehearse_test(task, data, cli.trainer_settings)
     rehearse_stopping(task, data, cli.trainer_settings)
     _compile(task, cli.config["compile"], cli.trainer)
-    return cli
+
+
+def _tell_repeated(data: Any) -> None:
+    """Say which images validation shows where the data have none for it alone."""
+    other = data.listing.repeated_by("validation") if isinstance(data, ListedData) else None
+    if other is not None:
+        console.print(
+            f"Validation shows the {other} images, since there are none for it alone. It chooses nothing: the last "
+            "epoch is the result.",
+            soft_wrap=True,
+        )
 
 
 def _compile(task: AdapterTask, mode: Compile, trainer: Trainer) -> None:

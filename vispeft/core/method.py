@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vispeft.core.arguments import check_arguments
 from vispeft.core.families import describe
 from vispeft.core.fields import check_choices, check_fields, check_types, named_fields
 from vispeft.core.providers import extra_methods, fill
@@ -473,6 +474,7 @@ def method(name: str, **fields: Any) -> Method:
     Example:
         >>> vispeft.method("lora", rank=4)
     """
+    check_arguments(method, {"name": name})
     fill("methods")
     if name not in _METHODS and name in extra_methods():
         importlib.import_module(extra_methods()[name])

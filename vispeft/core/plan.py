@@ -96,6 +96,11 @@ def make_plan(method: Method, model: nn.Module, tasks: Sequence[str] | None = No
     """
     if tasks is not None:
         check_task_names(tasks, f"attach(..., tasks={tasks!r})")
+    if not isinstance(method, Method):
+        raise ConfigError(
+            f"plan was given {method!r} as method; give a configuration such as vispeft.SSF(), or "
+            "vispeft.method('ssf')."
+        )
     view, method = describe(model), method.for_tasks(tasks)
     items = tuple(method.items(view, unwrap(model)))
     _check_lenders(method, items)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
+from vispeft.core.arguments import ChecksArguments
 from vispeft.data.listing import Target
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.data.randomness import draw_seed, seeded
@@ -136,7 +137,7 @@ class MemorySplit(BatchSplit):
             return self.augment(image)
 
 
-class ImageData(LightningDataModule, ABC):
+class ImageData(ChecksArguments, LightningDataModule, ABC):
     """Base of all data modules.
 
     Size, mean, standard deviation and interpolation come from the backbone unless they are given: under a Lightning

@@ -122,7 +122,8 @@ def draw_emoji(root: Path) -> Path:
     missing = [package for package, archive, _ in VENDORS.values() if not (root / archive).is_file()]
     if missing:
         raise DataError(
-            f"{str(root)!r} lacks the archives of {', '.join(missing)}. Fetch them: npm pack --pack-destination {root} "
+            f"{str(root)!r} lacks the archives of {', '.join(missing)}. Fetch them: mkdir -p {root}; npm pack "
+            f"--pack-destination {root} "
             f"{' '.join(missing)}"
         )
     parts = [f"{SCHEMA}".encode()]

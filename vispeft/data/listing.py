@@ -139,6 +139,20 @@ class Listing:
         """Whether there is an error among the findings, or a class whose name cannot be saved."""
         return bool(self.unwritable) or any(finding.level == "error" for finding in self.findings)
 
+    def repeated_by(self, name: str) -> str | None:
+        """Return the split whose images another one shows by protocol, where it has none of its own.
+
+        Args:
+            name: The other one.
+
+        Returns:
+            ``test`` or ``train``; None for a split with images of its own.
+        """
+        if name not in self.repeats:
+            return None
+        named = {key: {split.source.name(i) for i in range(len(split))} for key, split in self.splits.items()}
+        return next((key for key in ("test", "train") if named[name] <= named.get(key, set())), None)
+
     @property
     def unwritable(self) -> list[str]:
         """Names of classes that are empty, or no text in UTF-8."""

@@ -202,12 +202,20 @@ class MetricData(ListedData):
             ConfigError: If there are not enough classes or images for a batch.
         """
         self.accept()
-        if problem := self._problem_of_batches(self._retrieval):
-            raise ConfigError(f"{type(self).__name__}: {problem}.")
+        self.check_batches()
         augment = self.augment if self.augment != Augmentation() else None
         splits = self.listing.splits
         evaluated = {name: RetrievalSplit(splits[name], preprocessing) for name in ("validation", "test")}
         return {"train": ImageSplit(splits["train"], preprocessing, augment, seed=self.seed), **evaluated}
+
+    def check_batches(self) -> None:
+        """Refuse a batch size that the training classes cannot fill.
+
+        Raises:
+            ConfigError: If they cannot.
+        """
+        if problem := self._problem_of_batches(self._retrieval):
+            raise ConfigError(f"{type(self).__name__}: {problem}.")
 
     def _problem_of_batches(self, listing: Listing) -> str:
         """Tell why batches of this size cannot be drawn; empty if they can."""

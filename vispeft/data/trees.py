@@ -18,8 +18,24 @@ from vispeft.errors import counted, printable
 
 __all__ = ["EXTENSIONS", "LeftOut", "is_hidden", "is_image", "list_folder", "open_regular", "walk"]
 
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
-"""Suffixes of image files."""
+EXTENSIONS = (
+    ".bmp",
+    ".gif",
+    ".jfif",
+    ".jp2",
+    ".jpe",
+    ".jpeg",
+    ".jpg",
+    ".pbm",
+    ".pgm",
+    ".png",
+    ".pnm",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
+"""Suffixes of image files; browsers on Windows save JPEG as ``.jfif``."""
 
 Reason = Literal[
     "ending", "mask", "label", "loose", "folder", "again", "special", "closed", "link", "member", "hidden", "other"

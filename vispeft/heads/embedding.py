@@ -6,6 +6,7 @@ from typing import Literal, cast, get_args
 
 from torch import Tensor, nn
 
+from vispeft.core.arguments import check_arguments
 from vispeft.errors import ConfigError
 
 __all__ = ["EmbeddingHead", "Init", "Norm"]
@@ -41,11 +42,7 @@ class EmbeddingHead(nn.Module):
             ConfigError: If a number is out of range, or a name is unknown.
         """
         super().__init__()
-        if dim < 1:
-            raise ConfigError(f"EmbeddingHead(dim={dim}): at least 1 is needed.")
-        for name, given, known in (("norm", norm, get_args(Norm)), ("init", init, get_args(Init))):
-            if given not in known:
-                raise ConfigError(f"EmbeddingHead({name}={given!r}): choose {', '.join(map(repr, known))}.")
+        self.check(width, dim, norm, init)
         self.width, self.dim, self.norm_kind = width, dim, norm
         affine = norm == "affine"
         self.norm = nn.Identity() if norm == "none" else nn.LayerNorm(width, eps=EPS, elementwise_affine=affine)
@@ -53,6 +50,26 @@ class EmbeddingHead(nn.Module):
         if init != "default":
             (nn.init.orthogonal_ if init == "orthogonal" else nn.init.xavier_uniform_)(self.proj.weight)
             nn.init.zeros_(self.proj.bias)
+
+    @staticmethod
+    def check(width: int, dim: int, norm: str, init: str) -> None:
+        """Refuse arguments that cannot work, before there is a backbone.
+
+        Args:
+            width: Number of features.
+            dim: Width of the embeddings.
+            norm: Layer norm in front.
+            init: Start of the weight.
+
+        Raises:
+            ConfigError: If a number is out of range, or a name is unknown.
+        """
+        check_arguments(EmbeddingHead, {"width": width, "dim": dim})
+        if dim < 1:
+            raise ConfigError(f"EmbeddingHead(dim={dim}): at least 1 is needed.")
+        for name, given, known in (("norm", norm, get_args(Norm)), ("init", init, get_args(Init))):
+            if given not in known:
+                raise ConfigError(f"EmbeddingHead({name}={given!r}): choose {', '.join(map(repr, known))}.")
 
     def forward(self, features: Tensor) -> Tensor:
         """Compute embeddings (B, dim), in the weights' type.

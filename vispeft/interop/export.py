@@ -29,7 +29,7 @@ from vispeft.errors import ConfigError, ExportError, FileError
 from vispeft.interop.staging import staged
 from vispeft.storage.header import strict_values
 
-__all__ = ["INPUT", "OUTPUT", "TOLERANCE", "Difference", "check", "export_onnx", "export_program"]
+__all__ = ["INPUT", "OUTPUT", "TOLERANCE", "Difference", "check", "check_onnx", "export_onnx", "export_program"]
 
 logger = logging.getLogger(__name__)
 
@@ -210,6 +210,15 @@ def export_onnx(
         )
         exported.save(place)
     return Path(path)
+
+
+def check_onnx() -> None:
+    """Check that everything is installed by which an ONNX file is written and compared with the model.
+
+    Raises:
+        ConfigError: If the extra is not.
+    """
+    _extra("onnx", "onnxscript", "onnxruntime")
 
 
 def check(model: nn.Module, exported: ExportedProgram | str | Path, batches: Iterable[Tensor]) -> Difference:

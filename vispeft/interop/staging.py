@@ -13,6 +13,7 @@ from pathlib import Path
 
 from vispeft.errors import ConfigError, FileError
 from vispeft.storage.locks import InUseError, hold
+from vispeft.storage.places import check_folder
 
 __all__ = ["check_free", "staged"]
 
@@ -67,7 +68,8 @@ def check_free(path: Path, *others: Path) -> None:
     Raises:
         ConfigError: If one of them exists.
         InUseError: If another process writes the same file.
-        FileError: If there can be no such file, for example because the name is too long.
+        FileError: If there can be no such file, for example because the name is too long, or a file stands where its
+            folder should.
     """
     try:
         left = _folder(path).exists() or _lock(path).exists()
@@ -76,6 +78,7 @@ def check_free(path: Path, *others: Path) -> None:
     if left:
         with _locked(path):
             _undo(path)
+    check_folder(path.parent, "The folder")
     _refuse_existing(path, *others)
 
 

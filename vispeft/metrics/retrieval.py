@@ -25,7 +25,7 @@ from vispeft.metrics.ranking import Ranking, first_in_order
 from vispeft.metrics.similarity import Similarity, make_similarity
 from vispeft.metrics.sums import sum_type
 
-__all__ = ["BOTH", "GALLERY", "QUERY", "RetrievalScores", "clustering_scores", "retrieval_scores"]
+__all__ = ["BOTH", "GALLERY", "QUERY", "RetrievalScores", "check_figures", "clustering_scores", "retrieval_scores"]
 
 Lone = Literal["count_as_miss", "drop"]
 """Treatment of queries without a relevant neighbour."""
@@ -69,7 +69,7 @@ def retrieval_scores(
         ConfigError: If settings cannot work, or labels of the gallery are missing.
         DataError: If embeddings or labels do not fit, or are not finite.
     """
-    ks, own = _checked(ks, lone), None
+    ks, own = check_figures(ks, lone), None
     if gallery is None and gallery_labels is None:
         gallery, gallery_labels = queries, labels
         own = torch.arange(len(queries), device=queries.device)
@@ -97,8 +97,16 @@ class _Ranks:
     """Share of relevant ones among the first R."""
 
 
-def _checked(ks: Sequence[int], lone: str) -> tuple[int, ...]:
-    """Return the K, once each, if the settings can work."""
+def check_figures(ks: Sequence[int], lone: str) -> tuple[int, ...]:
+    """Return the K, once each, if the settings of the figures can work.
+
+    Args:
+        ks: The K of R@K.
+        lone: How to treat queries without a relevant neighbour.
+
+    Raises:
+        ConfigError: If they cannot.
+    """
     try:
         found = tuple(dict.fromkeys(operator.index(k) for k in ks))
     except TypeError:
@@ -295,7 +303,7 @@ class RetrievalScores(Metric):
             ConfigError: If settings cannot work.
         """
         super().__init__(**settings)
-        self.ks, self.lone, self.ties, self.clusters = _checked(ks, lone), lone, ties, clusters
+        self.ks, self.lone, self.ties, self.clusters = check_figures(ks, lone), lone, ties, clusters
         self.similarity = make_similarity(similarity)
         for name in ("embeddings", "labels", "roles", "index"):
             self.add_state(name, [], dist_reduce_fx="cat")

@@ -15,6 +15,7 @@ from vispeft.adapters.attach import attach, load
 from vispeft.adapters.bank import AdapterBank
 from vispeft.adapters.report import Report
 from vispeft.backbones.create import create_model
+from vispeft.core.arguments import ChecksArguments
 from vispeft.core.families import unwrap
 from vispeft.core.method import Method
 from vispeft.data.by_name import names_of
@@ -36,7 +37,7 @@ from vispeft.tasks.trainer_checks import check_averaging, check_precision, steps
 __all__ = ["AdapterTask"]
 
 
-class AdapterTask(ClipsGradients):
+class AdapterTask(ChecksArguments, ClipsGradients):
     """Base of every task: a frozen backbone with an adapter, an optimiser, a warm-up and a decay.
 
     Checkpoints hold the tensors that training changes and nothing of the frozen backbone.
@@ -52,6 +53,8 @@ class AdapterTask(ClipsGradients):
     """Results of an evaluation step that are collected over all images, for `details` and `draw_results`."""
     classifies: ClassVar[bool] = True
     """Whether the outputs are those of the backbone's classifier; otherwise the task has a decoder."""
+    head_name: ClassVar[str] = "classifier"
+    """Noun for what turns features into outputs, for messages; its last word is in the names of files."""
     by_class: ClassVar[bool] = True
     """Whether the outputs belong to the classes of the data; otherwise data of any classes can be measured."""
     ordered: ClassVar[bool] = True
@@ -118,7 +121,7 @@ class AdapterTask(ClipsGradients):
         self.lr, self.weight_decay, self.warmup, self.num_classes = lr, weight_decay, warmup, num_classes
         self.schedule, self.schedule_epochs, self.final_lr = schedule, schedule_epochs, final_lr
         self.lr_ends, self.decay_tables, self.decay_vectors = tuple(lr_ends), decay_tables, decay_vectors
-        check_numbers(type(self), {**vars(self), "layer_decay": layer_decay, "ema": ema})
+        check_numbers(type(self), {**vars(self), "layer_decay": layer_decay, "ema": ema, "base_dtype": base_dtype})
         if schedule not in DECAYS:
             raise ConfigError(f"{type(self).__name__}(schedule={schedule!r}): choose {' or '.join(sorted(DECAYS))}.")
         self.optimizer = check_optimizer(optimizer, weight_decay)

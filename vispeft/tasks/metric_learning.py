@@ -17,7 +17,7 @@ from vispeft.data.base import ImageData
 from vispeft.errors import ConfigError, DataError, check_object, counted
 from vispeft.heads.embedding import EmbeddingHead, Init, Norm
 from vispeft.metrics import RetrievalScores, make_similarity
-from vispeft.metrics.retrieval import GALLERY, QUERY, clustering_scores
+from vispeft.metrics.retrieval import GALLERY, QUERY, check_figures, clustering_scores
 from vispeft.tasks.metric_criterion import MetricCriterion
 from vispeft.tasks.metric_losses import loss_node, metric_loss, metric_miner, miner_node
 from vispeft.tasks.metric_outputs import EmbeddingNetwork, ExtraState, embedding_of
@@ -52,6 +52,7 @@ class MetricLearning(PartsTask):
 
     target: ClassVar[str] = "embedding"
     monitor = "validation/map@r"
+    head_name: ClassVar[str] = "embedding head"
     by_class: ClassVar[bool] = False
     kept_outputs: ClassVar[tuple[str, ...]] = ("embeddings", "labels", "roles")
     part_forms = {**PartsTask.part_forms, "loss": loss_node, "miner": miner_node}
@@ -118,6 +119,8 @@ class MetricLearning(PartsTask):
         for name, value in (("warm_epochs", warm_epochs), ("memory", memory)):
             if not isinstance(value, int) or value < 0:
                 raise ConfigError(f"MetricLearning({name}={value}): a whole number from 0 on is needed.")
+        EmbeddingHead.check(1, 1 if dim is None else dim, head_norm, head_init)
+        check_figures(ks, lone)
         super().__init__(method=method, **settings)
         self.memory, self.warm_epochs, self.clusters = memory, warm_epochs, clusters
         self.parts_lr, self.proxy_lr, self.proxy_weight_decay = head_lr, proxy_lr, proxy_weight_decay

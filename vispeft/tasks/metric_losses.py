@@ -221,6 +221,8 @@ def _find(path: str, kind: str, place: str) -> type:
             return found[name]
         if name in REFUSED:
             raise ConfigError(f"{place} names {path}, which cannot be used: {REFUSED[name]}.")
+    if path.startswith(prefix):
+        raise UnknownNameError(kind, path, [prefix + known for known in found])
     if kind == "loss":
         cls: type = import_class(find_class(path, MetricLoss, kind="loss", place=place, known=found))
         return cls

@@ -58,15 +58,18 @@ def neighbour_rows(
     scores, indices = nearest(vectors[chosen], vectors[gallery], NEIGHBOURS, found.similarity, places[chosen])
     rows = []
     for query, values, order in zip(chosen.tolist(), scores.tolist(), gallery[indices].tolist(), strict=True):
-        label = int(found.labels[query])
+        own, *others = (int(found.labels[index]) for index in (query, *order))
         shown = [
-            Neighbour(image=image(index), score=score, right=int(found.labels[index]) == label)
-            for score, index in zip(values, order, strict=True)
+            Neighbour(image=image(index), score=score, right=label == own, title=_name(label, names))
+            for score, index, label in zip(values, order, others, strict=True)
             if index != query
         ]
-        title = str(label) if names is None else names[label]
-        rows.append(NeighbourRow(image=image(query), title=title, neighbours=shown))
+        rows.append(NeighbourRow(image=image(query), title=_name(own, names), neighbours=shown))
     return rows
+
+
+def _name(label: int, names: Sequence[str] | None) -> str:
+    return str(label) if names is None else names[label]
 
 
 def draw_classes(vectors: Tensor, labels: Tensor, names: Sequence[str] | None, path: Path) -> None:

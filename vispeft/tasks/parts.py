@@ -25,6 +25,7 @@ class PartsTask(AdapterTask, ABC):
     """
 
     classifies: ClassVar[bool] = False
+    head_name: ClassVar[str] = "decoder"
     parts_lr: float | None = None
     """Highest learning rate of these modules; None for that of the adapter."""
 

@@ -49,6 +49,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda value: value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1),
     ),
     "weight_decay": ("a finite number from 0", lambda value: 0 <= value < math.inf),
+    "base_dtype": ("float32 or bfloat16", lambda value: value in ("float32", "bfloat16")),
     "layer_decay": ("a share above 0, at most 1,", lambda value: 0 < value <= 1),
     "ema": ("a decay from 0 up to, not including, 1,", lambda value: 0 <= value < 1),
     "warmup": ("a share of all steps, from 0 up to, not including, 1,", lambda value: 0 <= value < 1),

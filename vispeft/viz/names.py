@@ -37,7 +37,7 @@ def settings_for(names: Sequence[str], **further: Any) -> dict[str, Any]:
     return {**SETTINGS, **more, "font.family": [*matplotlib.rcParams["font.family"], *fonts]}
 
 
-def drawn_names(names: Sequence[str]) -> list[str]:
+def drawn_names(names: Sequence[str], longest: int = _LONGEST) -> list[str]:
     """Return names as a picture shows them.
 
     Control characters are escaped, the middle of long names is left out, and an empty name is said to be empty. Where
@@ -45,18 +45,19 @@ def drawn_names(names: Sequence[str]) -> list[str]:
 
     Args:
         names: Names of all classes, in their order.
+        longest: Letters of a name above which its middle is left out.
     """
     _, missing = _fonts(_letters(names))
     lost = [name for name in names if missing & set(name)]
     if lost:
         _say_lost(tuple(lost))
-    return [f"#{index}" if missing & set(name) else _short(name) for index, name in enumerate(names)]
+    return [f"#{index}" if missing & set(name) else _short(name, longest) for index, name in enumerate(names)]
 
 
-def _short(name: str) -> str:
+def _short(name: str, longest: int) -> str:
     shown = " ".join(printable(_visible(name)).split()) or "(empty)"
-    if len(shown) > _LONGEST:
-        half = _LONGEST // 2
+    if len(shown) > longest:
+        half = longest // 2
         shown = f"{shown[:half]}…{shown[-half + 1 :]}"
     return f" {shown}" if shown.startswith("_") else shown  # matplotlib leaves out labels that start with it
 

@@ -20,6 +20,8 @@ __all__ = ["Neighbour", "NeighbourRow", "draw_neighbours"]
 
 _PANEL = 1.3
 """Width and height of one image in inches."""
+_LETTERS = 24
+"""Letters of a name that fit over an image."""
 _FRAMES = {True: "#009E73", False: COLOURS["validation"]}
 """Green and orange-red of Okabe and Ito; a wrong one has a dashed frame as well."""
 _STYLES = {True: "-", False: (0, (3, 1.5))}
@@ -35,6 +37,8 @@ class Neighbour:
     """Its score, the larger the more similar."""
     right: bool | None = None
     """Whether it has the query's label; None if a label is not known."""
+    title: str = ""
+    """Name of its class, which is drawn unless it is the query's; empty for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +54,9 @@ class NeighbourRow:
 
 
 def draw_neighbours(rows: Sequence[NeighbourRow], path: str | Path) -> Path:
-    """Draw a row for each query: the query, then its neighbours with their scores; right ones and wrong ones framed.
+    """Draw a row for each query: the query, then its neighbours with their scores.
+
+    Right ones and wrong ones are framed, and the names of the wrong ones stand below their scores.
 
     Args:
         rows: The queries; sizes of images may differ.
@@ -66,18 +72,22 @@ def draw_neighbours(rows: Sequence[NeighbourRow], path: str | Path) -> Path:
     if not rows:
         raise DataError("There is no query whose neighbours could be drawn.")
     columns = 1 + max(len(row.neighbours) for row in rows)
-    titles = [row.title for row in rows]
+    wrong = [n.title for row in rows for n in row.neighbours if _is_named(n)]
+    titles = list(dict.fromkeys([*(row.title for row in rows), *wrong]))
+    drawn = dict(zip(titles, drawn_names(titles, _LETTERS), strict=True))
     known = sorted({n.right for row in rows for n in row.neighbours if n.right is not None}, reverse=True)
     with matplotlib.rc_context(settings_for(titles, axes_grid=False)):
-        height = (_PANEL + 0.25) * len(rows) + (0.35 if known else 0.1)
+        above = 0.37 if wrong else 0.25  # two lines or one
+        height = (_PANEL + above) * len(rows) + (0.35 if known else 0.1)
         figure = Figure(figsize=(max(_PANEL * columns, 2.5), height), layout="constrained")
         grid = figure.subplots(len(rows), columns, squeeze=False)
-        for places, row, title in zip(grid, rows, drawn_names(titles), strict=True):
+        for places, row in zip(grid, rows, strict=True):
             for place in places:
                 place.axis("off")
-            _show(places[0], row.image, title)
+            _show(places[0], row.image, drawn[row.title])
             for place, neighbour in zip(places[1:], row.neighbours, strict=False):
-                _show(place, neighbour.image, f"{neighbour.score:.3f}")
+                name = f"\n{drawn[neighbour.title]}" if _is_named(neighbour) else ""
+                _show(place, neighbour.image, f"{neighbour.score:.3f}{name}")
                 if neighbour.right is not None:
                     _frame(place, neighbour.right)
         if known:
@@ -94,6 +104,10 @@ def draw_neighbours(rows: Sequence[NeighbourRow], path: str | Path) -> Path:
             ]
             figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8)
         return save(figure, path)
+
+
+def _is_named(neighbour: Neighbour) -> bool:
+    return neighbour.right is not True and neighbour.title != ""
 
 
 def _show(place: Axes, image: Tensor, title: str) -> None:
