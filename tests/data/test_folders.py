@@ -77,7 +77,7 @@ def test_too_few_images_for_a_split_are_refused(tmp_path):
 def test_folders_that_cannot_work_are_refused(tmp_path):
     with pytest.raises(DataError, match="There is no folder"):
         ready(ImageFolderData(root=str(tmp_path / "none")))
-    with pytest.raises(DataError, match="has no class folders; found nothing"):
+    with pytest.raises(DataError, match=r"has no class folders\. Nothing is in it\. Each class"):
         ready(ImageFolderData(root=str(tmp_path)))
     folder(tmp_path, val__a=1)
     with pytest.raises(DataError, match="no folder train to learn from"):

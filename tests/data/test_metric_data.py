@@ -209,8 +209,35 @@ def test_settings_that_cannot_work_are_refused_at_once(root, settings, text):
 
 
 def test_a_batch_needs_enough_classes_and_images(root):
-    with pytest.raises(ConfigError, match=r"has 6 classes, and there are 5 training classes\. Make batch_size smaller"):
-        ready(folder(root, batch_size=12))
+    data = folder(root, batch_size=12)
+    text = (
+        "batch_size=12 with images_per_class=2 takes 6 classes, and there are 5 training classes; make batch_size 10 "
+        "or less."
+    )
+    assert codes(data, "warning")["batch-size"] == text
+    assert "batch-size" not in codes(folder(root, batch_size=10), "warning")
+    with pytest.raises(ConfigError, match=f"MetricFolderData: {text}"):
+        ready(data)
+
+
+def test_a_batch_needs_images_where_classes_are_small(tmp_path):
+    painter = Painter()
+    for name in range(6):
+        painter.paint(tmp_path / f"c{name}/0.png")
+    data = folder(tmp_path, batch_size=8, images_per_class=4, validation=None)
+    assert codes(data, "warning")["batch-size"].endswith(
+        "there are 3 training images, fewer than a batch; give more training images."
+    )
+
+
+def test_a_split_of_one_class_measures_nothing_and_is_a_warning(root):
+    found = codes(folder(root), "warning")
+    assert "validation has one class only, so each neighbour is right" in found["one-class-in-validation"]
+    assert "set validation to a larger share of the classes, or to null" in found["one-class-in-validation"]
+    assert "one-class-in-test" not in found
+    assert "one-class-in-validation" not in codes(folder(root, validation=0.3), "warning")
+    found = codes(folder(root, validation=None, test=0.1), "warning")
+    assert found["one-class-in-test"].startswith("test has one class only, so each neighbour is right")
 
 
 def test_every_fault_is_named_at_once(root):

@@ -230,7 +230,7 @@ def test_folders_beside_splits_are_a_warning(tmp_path):
 
 def test_split_names_that_may_be_classes_say_so(tmp_path):
     root = paint(tmp_path / "vehicles", *many("bus", "car", "train"))
-    with pytest.raises(DataError, match=r"no class folders; .*If train is a class, rename it \(beside it: bus, car\)"):
+    with pytest.raises(DataError, match=r"no class folders. .*If train is a class, rename it \(beside it: bus, car\)"):
         classes(root)
     for folders, rest in ((("control", "test"), "control"), (("broken", "valid"), "broken")):
         root = paint(tmp_path / rest, *many(*folders))

@@ -69,13 +69,17 @@ class Report:
             table.add_row(Text(role), f"{count:,}", f"{count / max(1, self.backbone):.3%}")
         table.add_section()
         table.add_row("all roles", f"{self.trainable:,}", f"{self.share:.3%}")
-        name, further = ("head", self.trainable_head) if self.decoder is None else ("decoder", self.decoder)
+        behind = "decoder" if self.criterion is None else "embedding head"
+        name, further = ("head", self.trainable_head) if self.decoder is None else (behind, self.decoder)
         table.add_row(name, f"{further:,}", "")
         if self.criterion is not None:
             table.add_row("criterion (not stored)", f"{self.criterion:,}", "")
         table.add_row("backbone (frozen)", f"{self.backbone:,}", "")
-        table.add_row("stored bytes", f"{self.stored_bytes:,}", "")
-        table.add_row("of them for the head", f"{self.stored_bytes_head:,}", "")
+        if self.decoder is None:
+            table.add_row("stored bytes", f"{self.stored_bytes:,}", "")
+            table.add_row("of them for the head", f"{self.stored_bytes_head:,}", "")
+        else:
+            table.add_row(f"stored bytes, without {name}", f"{self.stored_bytes:,}", "")
         yield table
 
     def __str__(self) -> str:

@@ -204,20 +204,41 @@ def measure(trainer: Trainer, task: AdapterTask, data: LightningDataModule) -> M
     return Measured(metrics, details, seconds, kept)
 
 
-def metrics_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
+def metrics_table(rows: Mapping[str, Mapping[str, Any]], title: str | None = None) -> Table:
     """Format metrics as a table; a figure that was not measured, None, stays empty.
+
+    The figures are columns, or rows where the columns would not fit into `NARROW` characters and the rows would.
 
     Args:
         rows: Metrics by row name.
+        title: A line above the table.
     """
     names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
-    table = Table()
+    shown = {label: {_spaced(name): figure(metrics.get(name)) for name in names} for label, metrics in rows.items()}
+    turned = {_spaced(name): {label: shown[label][_spaced(name)] for label in rows} for name in names}
+    if _width(shown) > NARROW >= _width(turned):
+        shown = turned
+    table = Table(title=title)
     table.add_column("", overflow="fold", max_width=LONGEST_NAME)
-    for name in names:
-        table.add_column(name.replace("_", " "), justify="right")
-    for label, metrics in rows.items():
-        table.add_row(label, *(figure(metrics.get(name)) for name in names))
+    for column in next(iter(shown.values()), {}):
+        table.add_column(column, justify="right")
+    for label, cells in shown.items():
+        table.add_row(label, *cells.values())
     return table
+
+
+def _spaced(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _width(rows: Mapping[str, Mapping[str, str]]) -> int:
+    """Count the characters of a table's lines; each column has three around it, and one is at the end."""
+    columns = {name: [name] for name in next(iter(rows.values()), {})}
+    for cells in rows.values():
+        for name, cell in cells.items():
+            columns[name].append(cell)
+    first = min(LONGEST_NAME, max(map(len, rows), default=0))
+    return first + sum(max(map(len, column)) for column in columns.values()) + 3 * (len(columns) + 1) + 1
 
 
 def figure(value: float | None) -> str:
@@ -249,6 +270,8 @@ def class_table(metrics: Mapping[str, Any]) -> Table | None:
     return metrics_table({name: {figure: values.get(name) for figure, values in columns.items()} for name in names})
 
 
+NARROW = 80
+"""Characters of a line in a terminal of ordinary width."""
 LONGEST_NAME = 40
 """Width of a printed table's first column, in letters; longer names take several lines."""
 MOST_CLASSES = 200

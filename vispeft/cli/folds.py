@@ -13,7 +13,7 @@ from rich.table import Table
 from vispeft.cli import runs
 from vispeft.cli.common import console
 from vispeft.cli.config_keys import split_overrides
-from vispeft.cli.evaluation import figure
+from vispeft.cli.evaluation import metrics_table
 from vispeft.errors import ConfigError, UnknownNameError
 
 __all__ = ["FOLDS", "Train", "folds_table", "summarise", "train_folds"]
@@ -121,14 +121,8 @@ def folds_table(figures: Mapping[str, Any]) -> Table:
     Args:
         figures: One split of the result of `summarise`.
     """
-    names = list(figures["mean"])
-    table = Table(title="test split of each run")
-    table.add_column("fold", no_wrap=True)
-    for name in names:
-        table.add_column(name.replace("_", " "), justify="right")
-    for number, row in enumerate(figures["per_fold"], start=1):
-        table.add_row(str(number), *(figure(row[name]) for name in names))
-    table.add_section()
-    for label, key in (("mean", "mean"), ("deviation", "std")):
-        table.add_row(label, *(figure(figures[key][name]) for name in names))
+    rows = {f"fold {number}": row for number, row in enumerate(figures["per_fold"], start=1)}
+    table = metrics_table({**rows, "mean": figures["mean"], "deviation": figures["std"]}, "test split of each run")
+    if table.row_count == len(rows) + 2:
+        table.rows[len(rows) - 1].end_section = True
     return table

