@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.embed import Embedder
+from vispeft.cli.reading import check_names
 from vispeft.cli.runs import Run
 from vispeft.data.images import Reading, read_image
 from vispeft.errors import ConfigError, FileError, check_count, counted
@@ -104,6 +105,7 @@ def search(
     opened = index if isinstance(index, Index) else Index.open(index)
     given = [queries] if isinstance(queries, str | Path) else queries
     joined = Collection.joined([collect(place) for place in given])
+    check_names(joined.paths, "searched for")
     try:
         source = Run.open(opened.run if run is None else run)
     except FileError as error:
