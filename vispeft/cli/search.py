@@ -111,7 +111,7 @@ def search(
     except FileError as error:
         hint = " Say where the run is now by --run." if run is None else ""
         raise FileError(f"{opened.place} was made by {opened.run}. {error}{hint}") from error
-    embedder = Embedder(source, max_pixels)
+    embedder = Embedder(source, max_pixels, workers=0)  # queries are few, and processes take time to start
     other = embedder.model.differences(opened.model)
     if other:
         raise FileError(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vispeft.data.images import PLAIN, Reading, read_image
+from vispeft.data.images import PLAIN, Reading, read_image, why
 from vispeft.data.threads import in_threads
 from vispeft.data.trees import open_regular
 from vispeft.errors import ConfigError, DataError
@@ -182,8 +182,8 @@ def _content(path: str) -> bytes:
     try:
         with open_regular(path) as file:
             return file.read()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except (OSError, ValueError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or why(error)
         raise DataError(f"{path} cannot be read as an image ({reason}).") from error
 
 
