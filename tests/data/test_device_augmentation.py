@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 
 from vispeft.data import Augmentation, ImageFolderData, Preprocessing, read_image
@@ -12,14 +13,14 @@ from vispeft.errors import ConfigError
 SMALL = Preprocessing(size=(12, 16), mean=(0.4, 0.5, 0.6), std=(0.2,) * 3)
 
 
-@pytest.fixture
-def root(tmp_path):
-    random = np.random.default_rng(0)
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    random, place = np.random.default_rng(0), tmp_path_factory.mktemp("photos")
     for number in range(24):
-        folder = tmp_path / "photos" / f"class {number % 2}"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = place / f"class {number % 2}"
+        folder.mkdir(exist_ok=True)
         Image.fromarray(random.integers(0, 256, (14, 20, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-    return tmp_path / "photos"
+    return place
 
 
 def data_of(root, **settings):
@@ -64,6 +65,57 @@ def test_batches_depend_on_seed_epoch_and_index_alone(root):
     assert first[0][1].shape == (4, 2)  # shares of both classes
     assert not torch.equal(first[0][0], later[0][0])
     assert not torch.equal(first[0][0], other[0][0])
+
+
+class Kept(LightningModule):
+    """Keeps the batches that a trainer gives it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.trained, self.validated = torch.nn.Parameter(torch.zeros(())), [], []
+
+    def training_step(self, batch):
+        self.trained.append(batch)
+        return self.weight * 0.0
+
+    def validation_step(self, batch):
+        self.validated.append(batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_a_trainer_augments_training_batches_and_no_others(root, tmp_path):
+    settings = {"augment": {"crop": "resized", "flip": 0.5, "erase": 0.5, "mixup": 0.8}}
+    kept, quiet = Kept(), ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        num_sanity_val_steps=0,
+        **dict.fromkeys(quiet, False),
+    )
+    trainer.fit(kept, datamodule=data_of(root, **settings))
+    wanted = data_of(root, **settings)
+    expected = {"trained": epoch(wanted), "validated": [*wanted.val_dataloader()]}
+    for name, batches in expected.items():
+        for one, two in zip(getattr(kept, name), batches, strict=True):
+            assert torch.equal(one[0], two[0])
+            assert torch.equal(one[1], two[1])
+
+
+def test_later_batches_need_no_number_from_the_processor(root, monkeypatch):
+    data = data_of(root, augment={"flip": 0.5, "erase": 0.5, "mixup": 0.8})
+    first, second = (data.split("train").batch([(0, at + index) for index in range(4)]) for at in (0, 4))
+    data.augment_on_device(first)
+
+    def refused(*arguments, **settings):
+        raise AssertionError("a copy to the device, which waits for all of its work")
+
+    for name in ("tensor", "as_tensor", "from_numpy"):
+        monkeypatch.setattr(torch, name, refused)
+    images, _ = data.augment_on_device(second)
+    assert images.dtype == torch.float32
 
 
 def test_erased_rectangles_hold_noise_of_the_asked_size():

@@ -3,6 +3,8 @@
 import hashlib
 import io
 import os
+import pickle
+import signal
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ from vispeft.data import ImageFolderData, Preprocessing, read_image
 from vispeft.data.augmentation import Augmentation
 from vispeft.data.images import REDUCING_GAP
 from vispeft.data.listed import ImageSplit
-from vispeft.data.reading import FileReader, file_state
+from vispeft.data.reading import FileReader, file_state, watched
 from vispeft.errors import ConfigError, DataError
+from vispeft.tasks.predictions import PreparedBeside
 
 PREPARED = Preprocessing(size=(6, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
 
@@ -30,8 +33,10 @@ def files(tmp_path):
     return [paths[:4], paths[4:]]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("mark", ["state", "digest"])
+@pytest.mark.parametrize(
+    ("workers", "mark"),
+    [(0, "state"), (0, "digest"), (2, "digest"), pytest.param(2, "state", marks=pytest.mark.slow)],
+)
 def test_batches_are_equal_wherever_they_are_read(files, workers, mark):
     before = torch.random.get_rng_state()
     prepared, raw = (FileReader(prepare=one, workers=workers, mark=mark) for one in (PREPARED.transform(), None))
@@ -64,6 +69,44 @@ def test_files_that_cannot_be_opened_are_left_out_with_a_reason(files, tmp_path)
         FileReader(workers=-1)
 
 
+def fail(image):
+    raise RuntimeError("no image of mine")
+
+
+def die(image):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_ended_is_told_apart_from_an_error_inside_of_one(files):
+    with pytest.raises(DataError, match=r"was ended from outside .*--workers 1\?"), watched(1):
+        list(FileReader(prepare=die, workers=1).batches(files))
+    with pytest.raises(RuntimeError, match="no image of mine"), watched(1):
+        list(FileReader(prepare=fail, workers=1).batches(files))
+
+
+def test_the_end_of_a_worker_is_told_wherever_it_is_noticed():
+    ended = "DataLoader worker (pid 7) is killed by signal: Killed. "
+    with (
+        pytest.raises(DataError, match=r"ended from outside \(DataLoader .* Killed\.\)\. .* --workers 3\?"),
+        watched(3),
+    ):
+        raise RuntimeError(ended)
+    for error in (RuntimeError("Caught RuntimeError in DataLoader worker process 0."), ValueError(ended)):
+        with pytest.raises(type(error)) as found, watched(3):
+            raise error
+        assert found.value is error
+
+
+def test_readers_can_be_sent_to_workers_that_are_not_forked(files):
+    beside = PreparedBeside(PREPARED, whole=True, short_side=8)
+    for prepare in (None, PREPARED.transform(), beside):
+        (batch,) = pickle.loads(pickle.dumps(FileReader(prepare=prepare))).batches(files[1:])
+        (wanted,) = FileReader(prepare=prepare).batches(files[1:])
+        for one, two in zip(batch.images, wanted.images, strict=True):
+            assert all(map(torch.equal, one, two))
+
+
 def jpeg(width, height, orientation=1):
     ramp = np.linspace(0, 255, width * height).reshape(height, width, 1)
     noise = np.random.default_rng(0).normal(0, 12, (height, width, 3))
@@ -88,7 +131,7 @@ def test_reduced_pixels_lie_near_those_of_the_whole_image():
     full, reduced = (
         Preprocessing(size=(16, 20), mean=(0,) * 3, std=(1,) * 3, decode=way) for way in ("full", "reduced")
     )
-    content = jpeg(640, 480)
+    content = jpeg(320, 240)
     one, other = (p.resize()(read_image(content, "it", least=p.least)).float() for p in (full, reduced))
     assert 0 < (one - other).abs().mean() < 1.5
     png = io.BytesIO()

@@ -137,7 +137,7 @@ def test_a_directory_that_holds_something_else_is_refused(images, tmp_path):
         build(builder(images), Embed(stop=12))
     other = replace(MODEL, adapter="b" * 64)
     for settings in ({"dtype": "float16"}, {"model": other}, {"batch_size": 5}):
-        with pytest.raises(ConfigError, match="unfinished index of another"):
+        with pytest.raises(ConfigError, match=r"unfinished index, which was begun with other settings \("):
             build(replace(builder(images), **settings), Embed())
     with hold(tmp_path / "index/.lock", "it"), pytest.raises(InUseError):
         build(builder(images), Embed())

@@ -62,7 +62,7 @@ such list, a task of VTAB-1k, tar shards in quotation marks, folders of images a
 ADEChallengeData2016, the folder of Cityscapes, PASCAL_MT, NYUD_MT, or a config, whose data are checked. Further
 settings of its data module follow as --name value. The exit status is 1 when there is an error. With --speed, DATA is a
 config or a run: images are read as its training does, for ten seconds, and some steps are trained on one batch, to say
-which of both waits for the other."""
+which of the two waits for the other."""
 
 DENSE: dict[str, type[ListedData]] = {
     "pascal_mt": PascalMultiTaskData,

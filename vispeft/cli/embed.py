@@ -16,12 +16,12 @@ from torch import Tensor
 
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.evaluate import header_of, load_run, load_task
-from vispeft.cli.reading import add_reading, check_names, end_with, workers_of
+from vispeft.cli.reading import add_reading, check_names, end_with, goes_on, workers_of
 from vispeft.cli.runs import Run
 from vispeft.data.images import Reading
 from vispeft.data.listed import ListedData
 from vispeft.data.preprocessing import Preprocessing
-from vispeft.data.reading import FileReader, LeftOut
+from vispeft.data.reading import BrokenImage, FileReader, watched
 from vispeft.errors import ConfigError, counted, printable
 from vispeft.retrieval import KINDS, Builder, Built, Collection, Index, Model, collect, collect_split
 from vispeft.tasks.embedding import embed_images, similarity_of
@@ -122,7 +122,7 @@ def _embedded(
     if (images is None) == (split is None):
         raise ConfigError("Give either IMAGES or --split, which takes the images of the run's data.")
     opened = Run.open(run)
-    known: list[LeftOut] = []
+    known: list[BrokenImage] = []
     if images is None:
         data = load_run(opened).datamodule
         if isinstance(data, ListedData) and not strict:
@@ -134,7 +134,8 @@ def _embedded(
     place = os.path.realpath(opened.path)
     builder = Builder(place=Path(out), model=embedder.model, run=place, collection=found, **settings)
     check_names(found.paths, "embedded")
-    index, left_out = builder.build(embedder.reader, embedder, partial(_shown, "embedding"))
+    with goes_on(), watched(embedder.reader.workers):
+        index, left_out = builder.build(embedder.reader, embedder, partial(_shown, "embedding"))
     return Built(index, [*known, *left_out])
 
 
@@ -201,7 +202,9 @@ class Embedder:
         """
         starts = range(0, len(collection), batch_size)
         batches = self.reader.batches([collection.paths[start : start + batch_size] for start in starts])
-        return torch.cat([self(batch.images) for _, batch in zip(_shown("embedding", starts), batches, strict=True)])
+        with watched(self.reader.workers):
+            found = [self(batch.images) for _, batch in zip(_shown("embedding", starts), batches, strict=True)]
+        return torch.cat(found)
 
 
 def _shown(what: str, steps: Sequence[int]) -> Iterable[Any]:

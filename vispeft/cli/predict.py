@@ -11,9 +11,8 @@ from lightning.pytorch import Trainer
 from vispeft.cli.common import make_parser
 from vispeft.cli.evaluate import header_of, load_task
 from vispeft.cli.prediction_table import Table, Work, listing_digest
-from vispeft.cli.reading import add_reading, check_names, end_with, workers_of
+from vispeft.cli.reading import add_reading, check_names, end_with, goes_on, workers_of
 from vispeft.cli.runs import Run
-from vispeft.cli.stopping import Stopped
 from vispeft.data.images import PLAIN, Reading, find_images
 from vispeft.errors import check_count
 from vispeft.retrieval.collection import file_digest
@@ -73,11 +72,9 @@ def main(argv: Sequence[str]) -> None:
     table = Table(Path(given.out), predictor, plan)
     targets = table.targets(paths, Path(given.images))
     predictor.check(paths, reading)
-    try:
-        end_with(table.fill(work, paths, targets, given.batch_size))
-    except Stopped as stopped:
-        stopped.hint = "The same command goes on behind the last batch."
-        raise
+    with goes_on():
+        left_out = table.fill(work, paths, targets, given.batch_size)
+    end_with(left_out)
 
 
 def predict(

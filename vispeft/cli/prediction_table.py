@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,9 +22,10 @@ from rich.progress import track
 
 from vispeft.cli.common import console
 from vispeft.data.images import PLAIN, Reading
-from vispeft.data.reading import FileReader, LeftOut, ReadBatch
+from vispeft.data.reading import BrokenImage, FileReader, ReadBatch, watched
 from vispeft.errors import ConfigError, FileError, counted
 from vispeft.storage.disk import read_regular, write_atomically
+from vispeft.storage.leftovers import remove_partial
 from vispeft.storage.pieces import Pieces
 from vispeft.storage.tables import as_csv, needs_quotes
 from vispeft.tasks.base import AdapterTask
@@ -33,8 +35,8 @@ __all__ = ["LEFT_OUT", "UNFINISHED", "Table", "Work", "listing_digest"]
 
 UNFINISHED, LEFT_OUT = "unfinished", "left_out.csv"
 """Folder of the rows until the last one is there, and the table of images that could not be read."""
-
-
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""First characters of cells that spreadsheets compute (OWASP, CSV Injection)."""
 NAMED = 5
 """Largest number of images without finite outputs that are named."""
 
@@ -47,7 +49,7 @@ def listing_digest(paths: Sequence[Path]) -> str:
     """
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(f"{path}\n".encode())
+        digest.update(f"{path}\0".encode())
     return digest.hexdigest()
 
 
@@ -59,16 +61,21 @@ class _Piece:
     """Rows of the table."""
     images: list[str] = field(default_factory=list)
     """Mark of each image when it was read."""
-    left_out: list[LeftOut] = field(default_factory=list)
+    left_out: list[BrokenImage] = field(default_factory=list)
     """Images that could not be read."""
     not_finite: list[str] = field(default_factory=list)
     """Images whose outputs are not finite."""
 
     def add(self, path: Path, prediction: Prediction) -> None:
         """Add the row of an image."""
-        self.rows.append([str(path), *prediction.row])
+        self.rows.append([_no_formula(str(path)), *prediction.row])
         if not prediction.finite:
             self.not_finite.append(str(path))
+
+
+def _no_formula(text: str) -> str:
+    """Return a path, or a sentence that begins with one, so that no spreadsheet takes it for a formula."""
+    return f".{os.sep}{text}" if text.startswith(FORMULA) else text
 
 
 class Work:
@@ -158,7 +165,8 @@ class Table:
             self._pieces.place.rmdir()
 
     def _refuse_finished(self) -> None:
-        for path in (self.path, self.out / LEFT_OUT):
+        # The other table of this work may stand there, if the work was killed between both.
+        for path in (self.path,) if self._pieces.begun else (self.path, self.out / LEFT_OUT):
             if path.exists():
                 raise ConfigError(f"{path} exists already and is not overwritten. Choose another --out.")
 
@@ -174,23 +182,26 @@ class Table:
         """
         base = root if root.is_dir() else root.parent
         targets = [path.relative_to(base).with_suffix(".png") for path in paths]
-        folders = self._predictor.folders
-        if not folders:
+        if not self._predictor.folders:
             return targets
         twice = [target for target, count in Counter(targets).items() if count > 1]
         if twice:
             raise ConfigError(
                 f"Two images would be written to {twice[0]}: only their endings differ. Rename one of them."
             )
-        arrays: tuple[str, ...] = getattr(self._predictor, "arrays", ())
-        there = (self.out / folder / target for target in targets for folder in folders)
-        more = ((self.out / folder / target).with_suffix(".npy") for target in targets for folder in arrays)
-        found = None if self._pieces.begun else next((path for path in (*there, *more) if path.exists()), None)
-        if found is not None:
-            raise ConfigError(f"{found} exists already and is not overwritten. Choose another --out.")
+        for path in () if self._pieces.begun else (path for target in targets for path in self._pictures(target)):
+            if path.exists():
+                raise ConfigError(f"{path} exists already and is not overwritten. Choose another --out.")
         return targets
 
-    def fill(self, work: Work, paths: Sequence[Path], targets: Sequence[Path], batch_size: int) -> list[LeftOut]:
+    def _pictures(self, target: Path) -> Iterator[Path]:
+        """Yield all files that may be written for an image."""
+        for folder in self._predictor.folders:
+            yield self.out / folder / target
+        for folder in getattr(self._predictor, "arrays", ()):
+            yield (self.out / folder / target).with_suffix(".npy")
+
+    def fill(self, work: Work, paths: Sequence[Path], targets: Sequence[Path], batch_size: int) -> list[BrokenImage]:
         """Predict what is not predicted yet, and write the table.
 
         Args:
@@ -210,7 +221,8 @@ class Table:
         count = min(batch_size, work.at_once or batch_size)
         size = batch_size // count * count
         starts = range(0, len(paths), size)
-        with self._pieces.held(self._refuse_finished):
+        with self._pieces.held(self._refuse_finished), watched(work.reader.workers):
+            remove_partial(self.out, self.path.name, LEFT_OUT)
             missing = [at for at in starts if not self._is_kept(at, paths[at : at + size], work)]
             groups = {at: range(at, min(at + size, len(paths)), count) for at in missing}
             batches = work.reader.batches([paths[at : at + count] for group in groups.values() for at in group])
@@ -221,6 +233,8 @@ class Table:
                     for at, prediction in zip(kept, work(batch), strict=True):
                         piece.add(paths[at], prediction)
                         self._write_pictures(targets[at], prediction)
+                    for at in set(range(first, first + len(batch.marks))).difference(kept):
+                        self._remove_pictures(targets[at])
                     piece.images += batch.marks
                     piece.left_out += batch.left_out
                 self._pieces.write(start, json.dumps(asdict(piece)).encode())
@@ -231,8 +245,10 @@ class Table:
     def _is_kept(self, start: int, files: Sequence[Path], work: Work) -> bool:
         """Whether a piece was written, of the files as they are now."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            marks = json.loads(read_regular(self._pieces.path(start)))["images"]
-            return bool(marks == [work.reader.mark_of(str(path)) for path in files])
+            found = json.loads(read_regular(self._pieces.path(start)))
+            # What could not be read is tried again: it may be allowed now, or be there again.
+            marks = [work.reader.mark_of(str(path)) for path in files]
+            return bool(found["images"] == marks and not found["left_out"])
         return False
 
     def _write_pictures(self, target: Path, prediction: Prediction) -> None:
@@ -242,9 +258,14 @@ class Table:
         if written:
             write_atomically(written)
 
-    def _finish(self, starts: range) -> list[LeftOut]:
+    def _remove_pictures(self, target: Path) -> None:
+        """Remove the pictures of an image that was broken after they were written, before a kill."""
+        for path in self._pictures(target):
+            path.unlink(missing_ok=True)
+
+    def _finish(self, starts: range) -> list[BrokenImage]:
         """Join the pieces, and say what became of the images; with the table the predictions are finished."""
-        left_out: list[LeftOut] = []
+        left_out: list[BrokenImage] = []
         not_finite: list[str] = []
         count, quoted = 0, needs_quotes([self._predictor.columns])
         for start in starts:
@@ -253,7 +274,9 @@ class Table:
             count += len(piece.rows)
             left_out += piece.left_out
             not_finite += piece.not_finite
-        more = {self.out / LEFT_OUT: as_csv([["path", "reason"], *left_out]).encode()} if left_out else {}
+        broken = [["path", "reason"], *(map(_no_formula, entry) for entry in left_out)]
+        more = {self.out / LEFT_OUT: as_csv([list(row) for row in broken]).encode()} if left_out else {}
+        (self.out / LEFT_OUT).unlink(missing_ok=True)  # of an earlier start that was killed between both tables
         write_atomically({**more, self.path: self._joined(starts, quoted)})
         self._pieces.clear()
         console.print(f"{counted(count, 'image')} predicted: {self.path}", soft_wrap=True)
@@ -268,7 +291,7 @@ class Table:
 
     def _read(self, start: int) -> _Piece:
         found = json.loads(read_regular(self._pieces.path(start)))
-        return _Piece(**{**found, "left_out": [LeftOut(*entry) for entry in found["left_out"]]})
+        return _Piece(**{**found, "left_out": [BrokenImage(*entry) for entry in found["left_out"]]})
 
     def _joined(self, starts: range, quoted: bool) -> Iterator[bytes]:
         """Yield the table in parts, so that it is never in memory as a whole."""

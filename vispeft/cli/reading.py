@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vispeft.building.config_files import read_config
 from vispeft.cli.common import console
 from vispeft.cli.runs import Run
-from vispeft.data.reading import LeftOut
+from vispeft.cli.stopping import Stopped
+from vispeft.data.reading import BrokenImage
 from vispeft.errors import DataError, counted, is_utf8, printable
 
-__all__ = ["NAMED", "add_reading", "add_workers", "check_names", "end_with", "workers_of"]
+__all__ = ["NAMED", "add_reading", "add_workers", "check_names", "end_with", "goes_on", "workers_of"]
 
 NAMED = 20
 """Largest number of images that are named at the end."""
@@ -70,7 +72,17 @@ def check_names(paths: Sequence[Path], done: str) -> None:
         )
 
 
-def end_with(left_out: Sequence[LeftOut]) -> None:
+@contextlib.contextmanager
+def goes_on() -> Iterator[None]:
+    """Add to the message of a stop how the work is gone on with."""
+    try:
+        yield
+    except Stopped as stopped:
+        stopped.hint = "The same command goes on behind the last batch."
+        raise
+
+
+def end_with(left_out: Sequence[BrokenImage]) -> None:
     """List the images that could not be read, and end the command with status 1 if there are some.
 
     Args:

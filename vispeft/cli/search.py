@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.embed import Embedder
+from vispeft.cli.reading import check_names
 from vispeft.cli.runs import Run
 from vispeft.data.images import Reading, read_image
 from vispeft.errors import ConfigError, FileError, check_count, counted
@@ -104,12 +105,13 @@ def search(
     opened = index if isinstance(index, Index) else Index.open(index)
     given = [queries] if isinstance(queries, str | Path) else queries
     joined = Collection.joined([collect(place) for place in given])
+    check_names(joined.paths, "searched for")
     try:
         source = Run.open(opened.run if run is None else run)
     except FileError as error:
         hint = " Say where the run is now by --run." if run is None else ""
         raise FileError(f"{opened.place} was made by {opened.run}. {error}{hint}") from error
-    embedder = Embedder(source, max_pixels)
+    embedder = Embedder(source, max_pixels, workers=0)  # queries are few, and processes take time to start
     other = embedder.model.differences(opened.model)
     if other:
         raise FileError(

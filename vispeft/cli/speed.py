@@ -106,7 +106,7 @@ def _config(place: str) -> Path:
         return path
     if place in config_names():
         return find_config(place)
-    raise ConfigError(f"--speed measures the data and the model of a config or of a run, and {place} is none of both.")
+    raise ConfigError(f"--speed measures the data and the model of a config or of a run, and {place} is neither.")
 
 
 def _images(batch: Any) -> int:

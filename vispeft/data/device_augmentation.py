@@ -9,6 +9,7 @@ import torch
 from timm.data import Mixup
 from torch import Tensor
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 from vispeft.data.augmentation import Augmentation, cropped
 from vispeft.data.preprocessing import Preprocessing
@@ -65,7 +66,8 @@ class DeviceAugmentation:
             )
         self.crop: v2.Transform = cropped(preprocessing, augmentation)
         self._augmentation, self._size = augmentation, preprocessing.size
-        self._normalise, self._mixer, self._seed = preprocessing.normalise(), mixer, seed
+        self._preprocessing, self._mixer, self._seed = preprocessing, mixer, seed
+        self._moments: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def draw(self) -> tuple[bool, list[int]]:
         """Draw whether an image is flipped, and the rectangle that is erased, from the global generator."""
@@ -85,7 +87,7 @@ class DeviceAugmentation:
         return [0, 0, 0, 0]
 
     def finish(self, batch: UnfinishedBatch) -> tuple[Tensor, Tensor]:
-        """Flip, normalise, erase and mix a batch, on its device and without waiting for it.
+        """Flip, normalise, erase and mix a batch, on its device and, from the second batch on, without waiting for it.
 
         Args:
             batch: The batch.
@@ -96,13 +98,22 @@ class DeviceAugmentation:
         images, targets = batch.images, batch.targets
         if self._augmentation.flip:
             images = torch.where(batch.flips.view(-1, 1, 1, 1), images.flip(-1), images)
-        images = self._normalise(images)
+        images = self._normalised(images)
         if self._augmentation.erase:
             images = torch.where(self._inside(batch.boxes), self._noise(images, batch.key), images)
         if self._mixer is not None:
             with seeded(self._seed, MIX, *batch.key):
                 images, targets = self._mixer(images, targets)
         return images, targets
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """Compute `Preprocessing.normalise` of uint8 images, which would copy mean and deviation for each batch."""
+        if images.device not in self._moments:
+            moments = (self._preprocessing.mean, self._preprocessing.std)
+            mean, std = (torch.tensor(part, device=images.device).view(-1, 1, 1) for part in moments)
+            self._moments[images.device] = mean, std
+        mean, std = self._moments[images.device]
+        return F.to_dtype(images, torch.float32, scale=True).sub_(mean).div_(std)
 
     def _inside(self, boxes: Tensor) -> Tensor:
         """Mark the pixels (B, 1, H, W) inside of the rectangles."""

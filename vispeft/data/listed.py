@@ -23,7 +23,7 @@ from vispeft.data.images import Reading
 from vispeft.data.listing import PER_PIXEL, Finding, ListedSplit, Listing
 from vispeft.data.preprocessing import DECODINGS, Preprocessing
 from vispeft.data.randomness import seeded
-from vispeft.data.reading import LeftOut
+from vispeft.data.reading import BrokenImage
 from vispeft.data.splitting import check_drawing, cross_validation, hold_out, share_of_rest
 from vispeft.errors import ConfigError, DataError, check_object, counted, printable
 
@@ -335,7 +335,7 @@ class ListedData(ImageData):
                 level = logging.WARNING if finding.level == "warning" else logging.INFO
                 logger.log(level, "%s: %s", printable(self.listing.place), finding.line(3))
 
-    def leave_out_unreadable(self, split: str) -> list[LeftOut]:
+    def leave_out_unreadable(self, split: str) -> list[BrokenImage]:
         """Take the images that cannot be read out of all splits, to measure a model on the others.
 
         Splits that are drawn are drawn before, so that each image stays in its split.
@@ -355,7 +355,7 @@ class ListedData(ImageData):
             if name == split:
                 names = {listed.source.name(index): known for index, known in broken.items()}
                 left_out += [
-                    LeftOut(image, f"{image} cannot be read as an image ({known.reason or known.problem}).")
+                    BrokenImage(image, f"{image} cannot be read as an image ({known.reason or known.problem}).")
                     for image, known in names.items()
                 ]
             kept = [index for index in range(len(listed)) if index not in broken]

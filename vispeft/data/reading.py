@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import math
@@ -15,18 +16,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vispeft.data.images import PLAIN, Reading, read_image
+from vispeft.data.images import PLAIN, Reading, read_image, why
 from vispeft.data.threads import in_threads
 from vispeft.data.trees import open_regular
 from vispeft.errors import ConfigError, DataError
 
-__all__ = ["FileReader", "LeftOut", "ReadBatch", "file_state"]
+__all__ = ["BrokenImage", "FileReader", "ReadBatch", "file_state", "watched"]
 
 AHEAD = 2
 """Batches that each worker reads ahead: PyTorch's default."""
+ENDED = "DataLoader worker (pid"
+"""Text of PyTorch's error for a worker that was ended; an error inside of a worker has another one."""
 
 
-class LeftOut(NamedTuple):
+class BrokenImage(NamedTuple):
     """An image that could not be read."""
 
     path: str
@@ -44,7 +47,7 @@ class ReadBatch(NamedTuple):
     """Their positions in the batch."""
     marks: list[str]
     """Mark of each file of the batch by which a change of its content is noticed."""
-    left_out: list[LeftOut]
+    left_out: list[BrokenImage]
     """The other files."""
 
 
@@ -59,6 +62,29 @@ def file_state(path: str) -> str:
     except (OSError, ValueError):
         return ""
     return f"{found.st_size} {found.st_mtime_ns}"
+
+
+@contextlib.contextmanager
+def watched(workers: int) -> Iterator[None]:
+    """Say what happened when a worker was ended from outside, while a block of code uses `FileReader.batches`.
+
+    PyTorch raises RuntimeError in whatever the main process is doing then, so the whole block is watched.
+
+    Args:
+        workers: Number of workers.
+
+    Raises:
+        DataError: If a worker was ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if ENDED not in str(error):
+            raise
+        raise DataError(
+            f"A process that reads images was ended from outside ({str(error).strip()}). Is there enough memory, "
+            f"shared memory too, for --workers {workers}? Fewer workers need less."
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +125,7 @@ class FileReader:
             One batch per group.
 
         Raises:
-            DataError: If a file cannot be read, with `strict`; or if a worker was ended from outside.
+            DataError: If a file cannot be read, with `strict`.
         """
         loader = DataLoader(
             _Groups([list(map(os.fspath, group)) for group in groups], self),
@@ -110,18 +136,10 @@ class FileReader:
             generator=torch.Generator(),  # or the loader would draw from the global one
             pin_memory=self.device is not None and self.device.type == "cuda",
         )
-        try:
-            for images, kept, marks, left_out in loader:
-                if left_out and self.strict:
-                    raise DataError(left_out[0].reason)
-                yield ReadBatch(images.unpacked() if isinstance(images, _Packed) else images, kept, marks, left_out)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DataError(
-                f"A process that reads images was ended from outside ({error}). Is there memory enough for --workers "
-                f"{self.workers}? Fewer take less."
-            ) from error
+        for images, kept, marks, left_out in loader:
+            if left_out and self.strict:
+                raise DataError(left_out[0].reason)
+            yield ReadBatch(images.unpacked() if isinstance(images, _Packed) else images, kept, marks, left_out)
 
     def mark_of(self, path: str) -> str:
         """Return the mark of a file without reading it as an image; empty if it cannot be read.
@@ -144,7 +162,7 @@ class FileReader:
             path: The file.
 
         Returns:
-            The prepared image, or a `LeftOut`; and the file's mark.
+            The prepared image, or a `BrokenImage`; and the file's mark.
         """
         mark = ""
         try:
@@ -157,15 +175,15 @@ class FileReader:
                 image = read_image(io.BytesIO(content), path, self.reading, self.least)
             return image if self.prepare is None else self.prepare(image), mark
         except DataError as error:
-            return LeftOut(path, str(error)), mark
+            return BrokenImage(path, str(error)), mark
 
 
 def _content(path: str) -> bytes:
     try:
         with open_regular(path) as file:
             return file.read()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except (OSError, ValueError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or why(error)
         raise DataError(f"{path} cannot be read as an image ({reason}).") from error
 
 
@@ -182,8 +200,8 @@ class _Groups(Dataset[ReadBatch]):
         paths = self.groups[index]
         read = self.reader.read
         found, marks = zip(*(map(read, paths) if self.reader.workers else in_threads(read, paths)), strict=True)
-        kept = [position for position, image in enumerate(found) if not isinstance(image, LeftOut)]
-        left_out = [image for image in found if isinstance(image, LeftOut)]
+        kept = [position for position, image in enumerate(found) if not isinstance(image, BrokenImage)]
+        left_out = [image for image in found if isinstance(image, BrokenImage)]
         images = _joined([found[position] for position in kept], packed=self.reader.workers > 0)
         return ReadBatch(images, kept, list(marks), left_out)
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
-from vispeft.data.reading import LeftOut, ReadBatch
+from vispeft.data.reading import BrokenImage, ReadBatch
 from vispeft.errors import ConfigError, DataError, FileError, check_count, counted
 from vispeft.metrics.similarity import make_similarity
 from vispeft.retrieval.approximate import build, check_kind
@@ -47,7 +47,7 @@ class Built(NamedTuple):
 
     index: Index
     """The index."""
-    left_out: list[LeftOut]
+    left_out: list[BrokenImage]
     """Images that could not be read and are not in it."""
 
 
@@ -160,21 +160,21 @@ class Builder:
             )
         return stored
 
-    def _finish(self, pieces: Pieces, starts: range) -> list[LeftOut]:
+    def _finish(self, pieces: Pieces, starts: range) -> list[BrokenImage]:
         """Join the batches in shards, and describe them; with the description the index is finished."""
         shards: dict[str, str] = {}
         held: list[Tensor] = []
         vectors: list[Tensor] = []
         kept: list[int] = []
         digests: list[str] = []
-        left_out: list[LeftOut] = []
+        left_out: list[BrokenImage] = []
         for start in starts:
             with safe_open(pieces.path(start), "pt") as file:
                 notes = {key: json.loads(value) for key, value in file.metadata().items()}
                 held += [file.get_tensor("embeddings")] if notes["kept"] else []
             kept += [start + position for position in notes["kept"]]
             digests += [notes["images"][position] for position in notes["kept"]]
-            left_out += [LeftOut(*entry) for entry in notes["left_out"]]
+            left_out += [BrokenImage(*entry) for entry in notes["left_out"]]
             if held and (start == starts[-1] or sum(part.nbytes for part in held) + held[-1].nbytes > SHARD):
                 joined = torch.cat(held)
                 name, content = f"embeddings-{len(shards):05d}.safetensors", tensors_to_bytes({"embeddings": joined})

@@ -13,7 +13,7 @@ from typing import Any
 from vispeft.errors import ConfigError, FileError, brief
 from vispeft.storage.disk import read_regular, write_atomically
 from vispeft.storage.leftovers import remove_partial
-from vispeft.storage.locks import clear, hold
+from vispeft.storage.locks import hold
 
 __all__ = ["PARTS", "PLAN", "Pieces"]
 
@@ -33,7 +33,7 @@ class Pieces:
     what: str
     """Noun for the work, for messages."""
     plan: Mapping[str, Any]
-    """Everything the pieces depend on, as values of JSON; a folder of another plan is not gone on with."""
+    """Everything the pieces depend on, as values of JSON; pieces of another plan are not gone on with."""
     ending: str
     """Ending of a piece's file, with its dot."""
 
@@ -46,36 +46,44 @@ class Pieces:
             endings: Ends of the names of further files that are written in the folder.
 
         Raises:
-            ConfigError: If the folder holds unfinished work of another plan.
+            ConfigError: If the folder holds pieces of another plan.
             FileError: If it cannot be written, or another process works in it.
         """
         try:
             (self.place / PARTS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise FileError(f"--out is {self.place}, where nothing can be written ({error.strerror}).") from error
-        with hold(self.place / ".lock", f"The {self.what} {self.place}"):
+        with self._locked():
             finished()
             remove_partial(self.place, PLAN, *endings)
             remove_partial(self.place / PARTS, self.ending)
             self._begin()
             yield
 
+    def _locked(self) -> contextlib.AbstractContextManager[bool]:
+        return hold(self.place / ".lock", f"The {self.what} {self.place}")
+
     def _begin(self) -> None:
-        """Write the plan, or compare it with that of the work before."""
-        path = self.place / PLAN
-        if not path.exists():
-            write_atomically({path: json.dumps(self.plan, indent=1).encode()})
+        """Write the plan, or compare it with that of the pieces that are there."""
+        if not self.begun or not any(path.suffix == self.ending for path in (self.place / PARTS).iterdir()):
+            write_atomically({self.place / PLAN: json.dumps(self.plan, indent=1).encode()})
             return
-        try:
-            before = json.loads(read_regular(path))
-            other = [key for key in self.plan if before.get(key) != self.plan[key]]
-        except (OSError, ValueError, AttributeError) as error:
-            raise FileError(f"{path} cannot be read: {brief(error)} Choose another --out.") from error
+        other = self._differences()
         if other:
             raise ConfigError(
-                f"{self.place} holds an unfinished {self.what} of another {' and another '.join(other)}. Give the "
-                "settings of that one to go on with it, or choose another --out."
+                f"{self.place} holds an unfinished {self.what}, which was begun with other settings "
+                f"({', '.join(other)}). Repeat the first command to go on with it; otherwise choose another --out, or "
+                "remove the folder."
             )
+
+    def _differences(self) -> list[str]:
+        """Name what differs in the plan of the work before."""
+        path = self.place / PLAN
+        try:
+            before = json.loads(read_regular(path))
+            return [key for key in self.plan if before.get(key) != self.plan[key]]
+        except (OSError, ValueError, AttributeError) as error:
+            raise FileError(f"{path} cannot be read: {brief(error)} Choose another --out.") from error
 
     @property
     def begun(self) -> bool:
@@ -108,7 +116,10 @@ class Pieces:
         (self.place / PLAN).unlink(missing_ok=True)
 
     def clear_behind_a_kill(self) -> None:
-        """Remove what a process left that was killed when the work was finished and `clear` was not."""
-        if self.begun:
-            self.clear()
-        clear(self.place / ".lock")
+        """Remove what a process left that was killed when the work was finished and `clear` was not.
+
+        Pieces of other work, and those that another process is writing, stay.
+        """
+        with contextlib.suppress(FileError), self._locked():
+            if not self.begun or not self._differences():
+                self.clear()
