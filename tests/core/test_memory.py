@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -155,3 +156,11 @@ def test_an_unknown_choice_is_refused() -> None:
     with pytest.raises(UnknownNameError, match="leaner"):
         bank.memory = "leanest"
     assert bank.memory == "lean"
+
+
+def test_gated_mlps_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=1, num_classes=2)
+    bank = vispeft.attach(model, vispeft.LoRA(rank=2), verify=False)
+    bank.memory = "leaner"
+    assert "1 activation" in caplog.text
+    assert "blocks.0.mlp.act" in caplog.text

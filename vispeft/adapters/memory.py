@@ -10,12 +10,12 @@ from vispeft.adapters.entry import Entry
 from vispeft.core.families import base_class
 from vispeft.core.origin import Memory
 from vispeft.core.route import Routing
-from vispeft.core.sites import View
+from vispeft.core.sites import Site, View
 from vispeft.hosts.activations import ELEMENTWISE, ActivationHost
 from vispeft.hosts.base import Host, ensure_host
 from vispeft.hosts.layers import LinearHost, NormHost
 
-__all__ = ["place_memory"]
+__all__ = ["left_alone", "place_memory"]
 
 
 def place_memory(model: nn.Module, view: View, routing: Routing, entries: Iterable[Entry]) -> list[Host]:
@@ -45,17 +45,32 @@ def _wanted(model: nn.Module, view: View, memory: Memory, entries: list[Entry]) 
             served = memory == "leaner" and site.role == "norm2" and site.consumers
             if served or reading.intersection(site.consumers):
                 yield site.path, NormHost
-        elif site.role == "mlp.act" and base_class(model.get_submodule(site.path)).__name__ in ELEMENTWISE:
-            first, second = (f"{site.path.rpartition('.')[0]}.{name}" for name in ("fc1", "fc2"))
-            if memory == "leaner" and _is_plain(view, first):
-                yield first, LinearHost
-                yield site.path, ActivationHost
-            elif second in reading:
+        elif site.role == "mlp.act" and _is_served(model, view, site):
+            if memory == "leaner":
+                yield _beside(site, "fc1"), LinearHost
+            if memory == "leaner" or _beside(site, "fc2") in reading:
                 yield site.path, ActivationHost
 
 
-def _is_plain(view: View, path: str) -> bool:
-    """Return whether a first layer is followed by the activation alone."""
-    return any(site.path == path and site.role == "mlp.fc1" for site in view.sites) and not any(
-        site.path == path and site.rows is not None for site in view.sites
-    )
+def left_alone(model: nn.Module, view: View) -> list[str]:
+    """List the activations of MLPs that ``leaner`` does not serve: of gated MLPs, and unusual ones.
+
+    Args:
+        model: The timm model.
+        view: Its description.
+    """
+    return [site.path for site in view.at("mlp.act") if not _is_served(model, view, site)]
+
+
+def _is_served(model: nn.Module, view: View, site: Site) -> bool:
+    """Return whether an activation is element by element, and follows one whole layer alone."""
+    if base_class(model.get_submodule(site.path)).__name__ not in ELEMENTWISE:
+        return False
+    first = _beside(site, "fc1")
+    roles = [found.role for found in view.sites if found.path == first]
+    return roles == ["mlp.fc1"]
+
+
+def _beside(site: Site, name: str) -> str:
+    """Return the path of a layer of the same MLP."""
+    return f"{site.path.rpartition('.')[0]}.{name}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -9,17 +10,19 @@ from torch import nn
 
 from vispeft.adapters.entry import Entry
 from vispeft.adapters.holder import BankState
-from vispeft.adapters.memory import place_memory
+from vispeft.adapters.memory import left_alone, place_memory
 from vispeft.adapters.report import Report
 from vispeft.adapters.task_maps import TaskMaps
 from vispeft.adapters.verify import Probe, find_dead
 from vispeft.core.origin import MEMORY, Memory
 from vispeft.core.route import Route
-from vispeft.errors import UnknownNameError
+from vispeft.errors import UnknownNameError, counted
 from vispeft.hosts.base import Host, take_off
 from vispeft.hosts.model import HEADS, ModelHost
 
 __all__ = ["TrainingBank"]
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingBank(BankState):
@@ -47,6 +50,14 @@ class TrainingBank(BankState):
         self._check_unmerged("choose how much a step keeps")
         self._routing.memory = memory
         self._place_memory()
+        left = left_alone(self._model, self.view) if memory == "leaner" else []
+        if left:
+            logger.warning(
+                "memory='leaner' leaves %s as they are, which are gated or unusual: %s%s.",
+                counted(len(left), "activation"),
+                ", ".join(left[:3]),
+                " ..." if len(left) > 3 else "",
+            )
 
     def _place_memory(self) -> None:
         """Make the hosts that the choice of memory needs, and take off those it does not need any more."""

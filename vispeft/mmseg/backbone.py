@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, Literal
 
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 
 from vispeft.adapters.attach import attach, load
 from vispeft.adapters.bank import AdapterBank
+from vispeft.adapters.compiling import Compile
 from vispeft.backbones.create import create_model
 from vispeft.building.methods import build_method, method_node
 from vispeft.core.method import Method
+from vispeft.core.origin import Memory
 from vispeft.errors import ConfigError, FileError, VerificationError
 from vispeft.heads.pyramid import BEHIND_MAPS, MapReader
 from vispeft.hosts.model import ModelHost
@@ -25,6 +28,8 @@ from vispeft.tasks.inference import padded_to
 from vispeft.zoo.adapters import find_adapter
 
 __all__ = ["BASE_KEY", "VispeftBackbone"]
+
+logger = logging.getLogger(__name__)
 
 BASE_KEY = "base_fingerprint"
 """Entry of a checkpoint without frozen tensors that identifies them: bytes of JSON."""
@@ -55,6 +60,8 @@ class VispeftBackbone(BaseModule):
         weights: str | None = None,
         model_args: Mapping[str, Any] | None = None,
         with_cp: bool = False,
+        memory: Memory = "lean",
+        compile: Compile = "off",
         init_cfg: None = None,
     ) -> None:
         """Create the model, attach or load the adapter, and verify that it trains through the maps.
@@ -72,6 +79,8 @@ class VispeftBackbone(BaseModule):
             weights: File with the model's weights, instead of those timm would fetch.
             model_args: Further arguments of ``timm.create_model``, such as ``img_size`` or ``drop_path_rate``.
             with_cp: Whether to compute activations again in the backward pass, which saves memory.
+            memory: How much is kept for the backward pass, with equal gradients; see `AdapterBank.memory`.
+            compile: What `torch.compile` compiles of an adapted model; see `AdapterBank.compile`.
             init_cfg: For mmengine's sake; must be None.
 
         Raises:
@@ -112,6 +121,12 @@ class VispeftBackbone(BaseModule):
         self._verify()
         if peft is not None and levels == "vitdet" and "load" in peft:
             _load_reader(self.reader, str(peft["load"]))
+        if self.bank is not None:
+            self.bank.memory = memory
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            reason = self.bank.compile(compile, device=device)
+            if reason is not None:
+                logger.warning("compile=%r has no effect: %s.", compile, reason)
         if with_cp:
             self.model.set_grad_checkpointing()  # type: ignore[operator]  # timm's
 
