@@ -12,6 +12,7 @@ from vispeft.building.methods import build_method, method_node
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.config_keys import parse_override, split_overrides
 from vispeft.cli.evaluate import load_task
+from vispeft.cli.memory import estimate_memory
 from vispeft.cli.runs import Run
 from vispeft.core.fields import Tasks
 from vispeft.core.method import Method
@@ -27,6 +28,8 @@ EXAMPLE = """example:
   vispeft inspect zoo:swin_tiny mtlora --tasks '[seg, depth]'
   vispeft inspect zoo:vit_tiny classification/digits_ssf
   vispeft inspect runs/digits_ssf/1
+  vispeft inspect classification/digits_lora --memory
+  vispeft inspect classification/digits_lora --memory leaner --data.batch_size 256
 
 Fields of the method follow as --field value. The backbone's weights are not needed. Of a finished run the plan of its
 adapter is printed, and its counts, with those of a decoder."""
@@ -43,7 +46,17 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "method", metavar="METHOD|CONFIG", nargs="?", help="name of a method, or a config that has one; none with a run"
     )
+    parser.add_argument(
+        "--memory",
+        nargs="?",
+        const="",
+        metavar="plain|lean|leaner",
+        help="estimate the memory of a training step of a config, with its choice of memory or another one",
+    )
     given, overrides = parser.parse_known_args(list(argv))
+    if given.memory is not None:
+        _estimate(given.model, given.method, given.memory, overrides)
+        return
     if given.method is None:
         _inspect_run(given.model, overrides)
         return
@@ -52,6 +65,15 @@ def main(argv: Sequence[str]) -> None:
     if isinstance(method, Tasks) and not method.tasks:
         raise ConfigError(f"{given.method} adapts to tasks, and none is named. Name them: --tasks '[seg, depth]'.")
     console.print(plan(create_model(given.model, pretrained=False), method))
+
+
+def _estimate(config: str, method: str | None, memory: str, overrides: Sequence[str]) -> None:
+    """Print the memory of a training step."""
+    if method is not None:
+        raise ConfigError(f"--memory takes a config alone, and {method} was given too. Set it by --model.method.")
+    found = estimate_memory(config, [*(["--memory", memory] if memory else []), *overrides])
+    console.print(found.table())
+    console.print(found.fits(), soft_wrap=True)
 
 
 def _inspect_run(place: str, overrides: Sequence[str]) -> None:

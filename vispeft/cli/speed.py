@@ -23,12 +23,21 @@ from vispeft.data.reading import AHEAD
 from vispeft.errors import ConfigError, counted
 from vispeft.resources import config_names, find_config
 
-__all__ = ["Speed", "measure_speed"]
+__all__ = ["QUIET", "OneBatch", "Speed", "images_of", "measure_speed"]
 
 SECONDS = 10.0
 """Seconds for which images are read."""
 STEPS, WARMUP = 12, 3
 """Training steps on one batch, and those of them that are not timed: the first ones take memory and choose kernels."""
+QUIET: dict[str, Any] = {
+    "limit_val_batches": 0,
+    "num_sanity_val_steps": 0,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""Settings of a trainer that runs training steps alone."""
 STEP_SETTINGS = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 """Settings of the trainer that change what a step costs, beside those of an evaluation."""
 
@@ -95,7 +104,7 @@ def measure_speed(place: str, overrides: Sequence[str] = (), seconds: float | No
     batch, read = _reading(data, SECONDS if seconds is None else seconds)
     steps, device = _steps(cli, batch)
     workers = getattr(data, "num_workers", 0)
-    return Speed(read=read, needed=_images(batch) / steps, workers=workers, device=device, batch=_images(batch))
+    return Speed(read=read, needed=images_of(batch) / steps, workers=workers, device=device, batch=images_of(batch))
 
 
 def _config(place: str) -> Path:
@@ -109,7 +118,12 @@ def _config(place: str) -> Path:
     raise ConfigError(f"--speed measures the data and the model of a config or of a run, and {place} is neither.")
 
 
-def _images(batch: Any) -> int:
+def images_of(batch: Any) -> int:
+    """Count the images of a batch.
+
+    Args:
+        batch: The batch of any data module.
+    """
     images = batch["image"] if isinstance(batch, Mapping) else batch[0]
     return len(images)
 
@@ -125,7 +139,7 @@ def _reading(data: LightningDataModule, seconds: float) -> tuple[Any, float]:
     first, images, began = None, 0, time.perf_counter()
     for number, batch in enumerate(loader):
         first = batch if first is None else first
-        images += _images(batch)
+        images += images_of(batch)
         if number + 1 == skipped:
             images, began = 0, time.perf_counter()
         elif time.perf_counter() - began > seconds:
@@ -133,17 +147,25 @@ def _reading(data: LightningDataModule, seconds: float) -> tuple[Any, float]:
     return first, images / (time.perf_counter() - began)
 
 
-class _Repeated:
-    """A loader of one batch, several times; Lightning would take a list for several loaders."""
+class OneBatch:
+    """A loader of one batch, once or several times; Lightning would take a list for several loaders."""
 
-    def __init__(self, batch: Any) -> None:
-        self.batch = batch
+    def __init__(self, batch: Any, times: int) -> None:
+        """Store the batch.
+
+        Args:
+            batch: The batch.
+            times: How often it comes.
+        """
+        self.batch, self.times = batch, times
 
     def __len__(self) -> int:
-        return STEPS
+        """Count the batches."""
+        return self.times
 
     def __iter__(self) -> Iterator[Any]:
-        return itertools.repeat(self.batch, STEPS)
+        """Iterate over them."""
+        return itertools.repeat(self.batch, self.times)
 
 
 class _Clock(Callback):
@@ -162,18 +184,14 @@ class _Clock(Callback):
 def _steps(cli: ConfigCLI, batch: Any) -> tuple[float, str]:
     """Train for some steps on one batch, and return the median seconds of a step, and the device."""
     data, clock = cli.datamodule, _Clock()
-    data.train_dataloader = lambda: _Repeated(batch)  # type: ignore[method-assign]
+    data.train_dataloader = lambda: OneBatch(batch, STEPS)  # type: ignore[method-assign]
     settings = {key: value for key, value in cli.trainer_settings.items() if key in STEP_SETTINGS}
     trainer = Trainer(
-        **kept_settings({**cli.trainer_settings, "limit_val_batches": 0}),
+        **{key: value for key, value in kept_settings(cli.trainer_settings).items() if key not in QUIET},
         **settings,
         max_epochs=1,
-        num_sanity_val_steps=0,
         callbacks=[clock],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     trainer.fit(cli.model, datamodule=data)
     seconds = [after - before for before, after in itertools.pairwise(clock.began[WARMUP:])]
