@@ -13,7 +13,14 @@ from vispeft.building.parsing import parser_errors
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.config import ConfigCLI, build_task
 from vispeft.cli.config_keys import check_tree, split_overrides
-from vispeft.cli.evaluation import evaluate, evaluation_trainer, kept_settings, metrics_table, tell_if_partial
+from vispeft.cli.evaluation import (
+    evaluate,
+    evaluation_trainer,
+    kept_settings,
+    metrics_table,
+    row_name,
+    tell_if_partial,
+)
 from vispeft.cli.reading import add_workers, end_with
 from vispeft.cli.runs import Run
 from vispeft.data.by_name import ClassOrder, names_of
@@ -58,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
     measured = evaluate(cli.trainer, cli.model, cli.datamodule, given.split)
     tell_if_partial(cli.trainer, given.split)
     rows = {"measured now": measured, "metrics.json": before}
-    console.print(f"{given.run}, {given.split} split", soft_wrap=True)
+    console.print(f"{given.run}, {row_name(cli.datamodule, given.split)} split", soft_wrap=True)
     console.print(metrics_table(cli.model.shown(rows)))
     end_with(left_out)
 

@@ -145,7 +145,9 @@ def _write(found: Sequence[Found], out: Path, reading: Reading) -> None:
     taken: set[str] = set()
     for entry in found:
         neighbours = [
-            Neighbour(image=_small(read_image(hit.path, reading=reading)), score=hit.score, right=hit.right)
+            Neighbour(
+                image=_small(read_image(hit.path, reading=reading)), score=hit.score, right=hit.right, title=hit.label
+            )
             for hit in entry.hits
         ]
         title = entry.label or Path(entry.query).stem
