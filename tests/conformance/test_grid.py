@@ -272,7 +272,11 @@ def test_lean_and_leaner_give_the_gradients_of_plain(cell: Cell) -> None:
         torch.stack([out.square().sum() for out in outputs]).sum().backward()
         results.append([*(out.detach() for out in outputs), *(p.grad for _, p in bank.trainable_parameters())])
     plain = results[0]
-    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(plain, result, strict=True))
+    for result in results[1:]:
+        # Of scales the input is recovered from the output, which rounds otherwise.
+        assert all(
+            torch.allclose(a, b, rtol=1e-4, atol=1e-6 * b.abs().max()) for a, b in zip(result, plain, strict=True)
+        )
     bank.detach("default")
     assert plain_classes(model)
 

@@ -158,6 +158,22 @@ def test_an_unknown_choice_is_refused() -> None:
     assert bank.memory == "lean"
 
 
+def test_scale_and_shift_keep_less_too(images: Tensor) -> None:
+    shares, gradients = {}, {}
+    for memory in MEMORY:
+        model, bank = adapted(memory, vispeft.SSF())
+        with torch.no_grad():
+            for _, parameter in bank.trainable_parameters():
+                parameter.add_(1)
+        out, shares[memory] = kept(model, images, lambda model=model: model(images))
+        out.square().sum().backward()
+        gradients[memory] = [p.grad for _, p in bank.trainable_parameters()]
+    # Of 16, 11 and 18 in units of the width per token and block, and as much again for the patch embedding's weight.
+    assert shares["lean"] < 0.66 * shares["plain"]
+    pairs = zip(gradients["plain"], gradients["lean"], strict=True)
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * a.abs().max()) for a, b in pairs)
+
+
 def test_gated_mlps_are_named(caplog: pytest.LogCaptureFixture) -> None:
     model = timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=1, num_classes=2)
     bank = vispeft.attach(model, vispeft.LoRA(rank=2), verify=False)

@@ -15,7 +15,7 @@ from vispeft.core.low_rank import Branch, Dropout
 from vispeft.core.origin import Origin, note_origin
 from vispeft.core.route import NOTHING, Acting, Routing
 from vispeft.core.units import AffineUnit, DeltaUnit, InputUnit, LayerPass, Unit
-from vispeft.hosts.affine import affine, may_recover
+from vispeft.hosts.affine import affine, affine_linear, may_recover
 from vispeft.hosts.base import Host
 from vispeft.hosts.functional import computes_again, frozen_linear
 from vispeft.hosts.low_rank import low_rank_linear, low_rank_terms, term_linear
@@ -112,8 +112,10 @@ def affine_by(unit: AffineUnit, x: Tensor, routing: Routing | None = None) -> Te
         routing: The route of the model, which knows whether the input can be recovered; None to ask for this unit.
     """
     if unit.gain is None:
-        known = routing is not None and may_recover(x, unit.scale)
-        return affine(x, unit.scale, unit.shift, routing.recovers(unit) if routing is not None and known else None)
+        recovers = None
+        if routing is not None and may_recover(x, unit.scale):
+            recovers = routing.memory != "plain" and routing.recovers(unit)
+        return affine(x, unit.scale, unit.shift, recovers)
     return affine(x, 1 + unit.gain * (unit.scale - 1), unit.gain * unit.shift)
 
 
@@ -154,11 +156,22 @@ class LinearHost(_Foldable):
                 return term
         x = _before(acting, x) if acting.input else x
         weight, bias = self._whole_weight(acting), self.own("bias", acting)
+        if acting.affine and self._keeps_input(x, weight, bias, acting):
+            return affine_linear(x, weight, bias, acting.affine[0].scale, acting.affine[0].shift)
         if acting.delta:
             out = low_rank_linear(x, weight, bias, terms_of(acting.delta), casts)
         else:
             out = frozen_linear(x, weight, bias, casts, acting is NOTHING and self.routing.memory == "leaner")
         return _after(acting, x, out, self.routing) if acting.sequential or acting.affine else out
+
+    def _keeps_input(self, x: Tensor, weight: Tensor, bias: Tensor | None, acting: Acting) -> bool:
+        """Return whether `affine_linear` serves: for one scale and shift behind a frozen square layer."""
+        if self.routing.memory == "plain" or weight.shape[0] != weight.shape[1] or weight.requires_grad:
+            return False
+        if len(acting.affine) > 1 or acting.delta or acting.sequential or (bias is not None and bias.requires_grad):
+            return False
+        unit = acting.affine[0]
+        return unit.gain is None and weight.dtype == torch.float32 and may_recover(x, unit.scale)
 
     def split(self, streams: Streams) -> Streams:
         """Run the layer on all streams; branch units read the frozen product as well as the shared output."""
