@@ -219,7 +219,7 @@ def test_what_is_no_name_and_no_model_is_refused(model: nn.Module) -> None:
     """These ended in a TypeError, an AttributeError or a KeyError."""
     bank = vispeft.attach(model, vispeft.SSF())
     for wrong in (3, None):
-        with pytest.raises(ConfigError, match=f"to be called {wrong}"):
+        with pytest.raises(ConfigError, match=rf"attach\(name={wrong}\): a text is needed"):
             vispeft.attach(model, vispeft.SSF(), name=wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="asked for by 1; names are text"):
         bank.set_active([1])  # type: ignore[list-item]

@@ -68,7 +68,7 @@ def test_lists_of_yaml_become_tuples():
         ({"class_path": "SGD", "init_args": 3}, "arguments of SGD by name"),
         ({"class_path": "SGD", "args": {}}, r"optimizer\.args'.*optimizer\.init_args"),
         ({"name": "SGD"}, "give a name such as SGD"),
-        (7, "give a name such as SGD"),
+        (7, r"optimizer=7\): a text or a dictionary is needed"),
         ("Rprop", r"Rprop has no weight decay, and weight_decay is 0\.05"),
     ],
 )

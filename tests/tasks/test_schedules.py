@@ -12,7 +12,7 @@ from vispeft.tasks.setting_checks import check_numbers
 from vispeft.tasks.trainer_checks import check_schedule, steps_per_epoch
 
 NUMBERS = {"lr": 0.1, "lr_ends": (0.0, 0.0), "final_lr": None, "schedule_epochs": None, "weight_decay": 0.0}
-NUMBERS |= {"warmup": 0.0, "layer_decay": 1.0, "ema": 0.0, "num_classes": 2}
+NUMBERS |= {"base_dtype": "float32", "warmup": 0.0, "layer_decay": 1.0, "ema": 0.0, "num_classes": 2}
 
 
 def two_groups():

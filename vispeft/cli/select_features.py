@@ -8,7 +8,9 @@ from pathlib import Path
 
 from vispeft.adapters.attach import attach
 from vispeft.adapters.bank import AdapterBank
+from vispeft.building.config_files import read_config
 from vispeft.cli.common import console, make_parser
+from vispeft.cli.config_keys import check_config
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run
 from vispeft.core.method import method_from_dict
@@ -66,6 +68,8 @@ def select(run: Run, scored: Run, keep: float, out: Path) -> AdapterBank:
     if (out / JSON_FILE).exists():
         raise ConfigError(f"{out} holds an adapter already and is not overwritten. Choose another --out.")
     check_folder(out, "The adapter's directory")
+    for one in (run, scored):
+        check_config(read_config(one.config), [], str(one.config))
     (own, _, _), (header, _, head) = read_adapter(run.adapter), read_adapter(scored.adapter)
     method = method_from_dict(own["method"])
     if not isinstance(method, VQT) or method.keep < 1:
