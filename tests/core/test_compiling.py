@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 import vispeft
 from vispeft.adapters import compiling
-from vispeft.errors import UnknownNameError
+from vispeft.errors import ConfigError, MergeError, UnknownNameError
 
 
 class Counter:
@@ -111,6 +113,66 @@ def test_changes_after_compiling_act(counter: Counter) -> None:
     made = counter.graphs
     assert torch.allclose(step(model), other, atol=1e-6)
     assert counter.graphs == made
+
+
+def test_a_merged_model_is_plain_and_copies_are_not_compiled(counter: Counter) -> None:
+    model, plain = base(2), base(2)
+    classes = [type(module) for module in plain.modules()]
+    bank = vispeft.attach(model, vispeft.LoRA(rank=2), verify=False)
+    bank.compile(backend=counter)
+    bank.merge()
+    assert [type(module) for module in model.modules()] == classes
+    with pytest.raises(MergeError, match="compile it"):
+        bank.compile(backend=counter)
+    bank.unmerge()
+    before = step(model)
+    made = counter.graphs
+    assert made > 0
+    with pytest.raises(ConfigError, match="fullgraph"):
+        bank.compile(fullgraph=False)
+    bank.compile("model", backend=counter)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            assert torch.allclose(copied(IMAGES), before, atol=1e-6)
+            for parameter in copied.parameters():
+                parameter.zero_()
+            assert not copied(IMAGES).any()
+    bank.compile("off")
+    bank.detach("default")
+    assert [type(module) for module in model.modules()] == classes
+
+
+def test_a_thread_with_adapters_of_its_own_and_hooks_run_as_they_are(counter: Counter) -> None:
+    model = base(2)
+    bank = vispeft.attach(model, vispeft.LoRA(rank=2), name="one", verify=False)
+    vispeft.attach(model, vispeft.LoRA(rank=2), name="two", verify=False)
+    for name in ("one", "two"):
+        for tensor in bank.named_tensors(name).values():
+            nn.init.normal_(tensor, std=0.1)
+    wanted = {}
+    for name in ("one", "two"):
+        with bank.using(name), torch.no_grad():
+            wanted[name] = model(IMAGES)
+    bank.compile(backend=counter)
+    entered, turn, found = threading.Barrier(2), threading.Lock(), {}
+
+    def run(name: str) -> None:
+        with bank.using(name), torch.no_grad():
+            entered.wait()
+            with turn:
+                found[name] = model(IMAGES)
+            entered.wait()
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in wanted]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.allclose(found[name], wanted[name], atol=1e-6) for name in wanted)
+    seen = []
+    model.blocks[1].register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    step(model)
+    assert len(seen) == 1
 
 
 def test_drop_path_of_an_adapter_is_no_constant_of_the_graph(counter: Counter) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -172,6 +175,76 @@ def test_scale_and_shift_keep_less_too(images: Tensor) -> None:
     assert shares["lean"] < 0.66 * shares["plain"]
     pairs = zip(gradients["plain"], gradients["lean"], strict=True)
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * a.abs().max()) for a, b in pairs)
+
+
+def test_nothing_outlives_the_backward_pass(images: Tensor) -> None:
+    for memory in MEMORY:
+        model, _ = adapted(memory)
+        alive: list[weakref.ref[Tensor]] = []
+        for block in model.blocks:
+            block.norm2.register_forward_pre_hook(lambda module, args, alive=alive: alive.append(weakref.ref(args[0])))
+        loss = model(images).square().sum()
+        loss.backward()
+        gc.collect()
+        assert len(alive) == len(model.blocks)
+        assert not any(ref() is not None for ref in alive)
+        assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("path", ["norm1", "mlp.act", "mlp.fc1"])
+def test_an_output_changed_in_place_by_a_hook_is_kept_as_it_is(images: Tensor, path: str) -> None:
+    gradients = {}
+    for memory in MEMORY:
+        model, bank = adapted(memory)
+        model.blocks[1].get_submodule(path).register_forward_hook(lambda module, args, out: out.add_(1))
+        model(images).square().sum().backward()
+        gradients[memory] = [p.grad for _, p in bank.trainable_parameters()]
+    for memory in ("lean", "leaner"):
+        pairs = zip(gradients["plain"], gradients[memory], strict=True)
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6 * a.abs().max()) for a, b in pairs)
+
+
+class Doubled(nn.LayerNorm):
+    """A norm that computes something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("change", [{"norm_layer": Doubled}, {"act_layer": partial(nn.SiLU, inplace=True)}])
+def test_what_cannot_be_computed_again_is_kept(images: Tensor, change: dict[str, Any]) -> None:
+    gradients = {}
+    for memory in MEMORY:
+        torch.manual_seed(0)
+        model = VisionTransformer(img_size=64, embed_dim=64, depth=2, num_heads=2, num_classes=10, **change)
+        bank = vispeft.attach(model, vispeft.LoRA(rank=2, roles=ALL), verify=False)
+        with torch.no_grad():
+            for _, parameter in bank.trainable_parameters():
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(3))
+        bank.memory = memory
+        model(images).square().sum().backward()
+        gradients[memory] = [p.grad for _, p in bank.trainable_parameters()]
+    for memory in ("lean", "leaner"):
+        assert all(torch.equal(a, b) for a, b in zip(gradients["plain"], gradients[memory], strict=True))
+
+
+def test_first_and_second_derivatives_of_one_graph(images: Tensor) -> None:
+    """In float32 and with as many rows as make oneDNN's product worth its call, which has no derivative."""
+    found = []
+    for memory in MEMORY:
+        model, bank = adapted(memory)
+        for block in model.blocks:
+            block.attn.fused_attn = False
+        parameters = [p for _, p in bank.trainable_parameters()]
+        loss = model(images.repeat(8, 1, 1, 1)).square().mean()
+        last = model.blocks[-1].mlp.fc2.get_submodule("adapters")
+        torch.autograd.grad(loss, list(last.parameters()), retain_graph=True)
+        slopes = torch.autograd.grad(loss, parameters, create_graph=True)
+        torch.stack([slope.square().sum() for slope in slopes]).sum().backward()
+        found.append([p.grad for p in parameters])
+    for other in found[1:]:
+        pairs = zip(found[0], other, strict=True)
+        assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max())) for a, b in pairs)
 
 
 def test_gated_mlps_are_named(caplog: pytest.LogCaptureFixture) -> None:

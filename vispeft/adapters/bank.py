@@ -494,9 +494,14 @@ class AdapterBank(FileBank, TaskBank, HookBank, CompilingBank):
                 f"No adapter acts, so there is nothing to merge; attached are {', '.join(self.names)}. Choose with "
                 "set_active(NAME)."
             )
-        merged = merge_model(self._model, self.view, partial)
+        self._remove_compiled()
+        try:
+            merged = merge_model(self._model, self.view, partial)
+        except BaseException:
+            self._set_compiled()
+            self._place_compiled()
+            raise
         self._merged = merged
-        self._routing.compiled = ()
         for name in names:
             self._entries[name].merge_error = merged.report.max_error
         for parameter in self._model.parameters():
@@ -538,6 +543,7 @@ class AdapterBank(FileBank, TaskBank, HookBank, CompilingBank):
                 placed.unit.to(reference.device)  # the model may have been moved since
         self._merged = None
         self._place_memory()
+        self._set_compiled()
         self._place_compiled()
         for name, entry in self._entries.items():
             self._declare(entry, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Hashable
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from vispeft.adapters.holder import BankState
 from vispeft.core.families import base_class
-from vispeft.errors import UnknownNameError
+from vispeft.core.route import Routing
+from vispeft.errors import ConfigError, UnknownNameError
 from vispeft.hosts.base import COMPILED, Host, ensure_host, host_class, host_kind, take_off
 from vispeft.hosts.depth import DropPathHost
 
@@ -37,24 +39,35 @@ def cannot_compile(device: torch.device, backend: str = "inductor") -> str | Non
         return None
     if device.type == "mps":
         return "torch.compile does not support Apple's GPUs well enough"
-    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++", "cl"))):
+    if device.type == "cpu" and not _finds("CXX", "g++", "clang++", "c++", "cl"):
         return "there is no C++ compiler; install one, such as g++"
     if device.type == "cuda" and sys.platform == "win32":
         return "Triton, which torch.compile needs on a GPU, has no build for Windows"
+    if device.type == "cuda" and not _finds("CC", "gcc", "clang", "cc"):
+        return "there is no C compiler, which Triton needs; install one, such as gcc"
     return None
+
+
+def _finds(variable: str, *names: str) -> bool:
+    """Return whether there is a compiler, under its usual names or in the variable for it."""
+    return any(shutil.which(name) for name in (os.environ.get(variable), *names) if name)
 
 
 class _Compiled:
     """What a call of a compiled block runs."""
 
-    def __init__(self, block: nn.Module, graph: Callable[..., Any]) -> None:
-        self.block, self.graph = block, graph
+    def __init__(self, block: nn.Module, graph: Callable[..., Any], routing: Routing) -> None:
+        self.block, self.graph, self.routing = block, graph, routing
 
     def __call__(self, x: Tensor, *args: Any, **arguments: Any) -> Any:
-        if not x.requires_grad and torch.is_grad_enabled() and _trains(self.block):
+        block, routing = self.block, self.routing
+        # Graphs follow the choice made last in any thread, and hooks that come after them are not seen.
+        if routing.present() is not routing.traced or block._forward_hooks or block._forward_pre_hooks:
+            return block._call_impl(x, *args, **arguments)
+        if not x.requires_grad and torch.is_grad_enabled() and _trains(block):
             # The first block that trains would need a graph of its own, for an input without a gradient.
             x = x.detach().requires_grad_()
-        return self.graph(self.block, x, *args, **arguments)
+        return self.graph(block, x, *args, **arguments)
 
 
 def _trains(block: nn.Module) -> bool:
@@ -85,62 +98,80 @@ class CompilingBank(BankState):
         """Compile nothing."""
         super().__init__(outer)
         self._compiled: Compile = "off"
+        self._options: dict[str, Any] = {}
         self._paths: list[nn.Module] = []
         self._evened: list[nn.Module] = []
 
     def compile(self, mode: Compile = "blocks", *, device: torch.device | None = None, **options: Any) -> str | None:
         """Compile the model in place, by default block by block: seconds instead of minutes, and equal blocks share.
 
-        State-dict keys stay. Later changes act: other adapters, merging, activation checkpointing. Copies and unpickled
-        models are not compiled. For several processes: attach, compile, wrap.
+        State-dict keys stay. Later changes act: other adapters, activation checkpointing; a merged model runs as it is
+        until the merge is undone. Copies and unpickled models are not compiled, nor is a model that has lost its last
+        adapter. For several processes: attach, compile, wrap.
 
         Args:
             mode: ``blocks``, ``model`` for the model as a whole, or ``off`` to undo it.
             device: The device it will run on; None for the one it is on.
-            **options: Further arguments of `torch.compile`, such as ``backend``.
+            **options: Further arguments of `torch.compile`, such as ``backend``; blocks are always compiled with
+                ``fullgraph=True`` and ``dynamic=False``.
 
         Returns:
             Why the model cannot be compiled here and runs as before; None if it is compiled.
 
         Raises:
             UnknownNameError: If there is no such mode.
+            ConfigError: If an option is set already.
+            MergeError: If the model is merged.
         """
         if mode not in COMPILE:
             raise UnknownNameError("mode", mode, COMPILE)
+        self._check_unmerged("compile it")
+        fixed = sorted({"fullgraph", "dynamic"} & set(options)) if mode == "blocks" else []
+        if fixed:
+            raise ConfigError(f"bank.compile({fixed[0]}=...): blocks are compiled with a fixed one. Leave it out.")
         device = next(self._model.parameters()).device if device is None else device
         reason = None if mode == "off" else cannot_compile(device, options.get("backend", "inductor"))
-        self._compiled = "off" if reason else mode
+        self._compiled, self._options = ("off" if reason else mode), options
         if self._compiled != "off":
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-        self._model._compiled_call_impl = None
-        blocks = [self._model.get_submodule(site.path) for site in self.view.at("block")]
-        graphs: dict[Hashable, Callable[..., Any]] = {}
-        for block in blocks:
-            block._compiled_call_impl = None
-            if self._compiled == "blocks":
-                kind = _kind(block)
-                graph = graphs[kind] = graphs.get(kind) or _graph(len(graphs), options)
-                block._compiled_call_impl = _Compiled(block, graph)
-        if self._compiled == "model":
-            self._model.compile(**options)
+        self._remove_compiled()
+        self._set_compiled()
         self._place_compiled()
         return reason
 
-    def _place_compiled(self) -> None:
-        """Tell all hosts inside compiled blocks what acts at them, and make equal blocks equal."""
-        routing, active = self._routing, self._compiled == "blocks" and bool(self._entries)
-        for host in routing.compiled:
+    def _set_compiled(self) -> None:
+        """Let calls of the model or of its blocks run compiled."""
+        if self._compiled == "model":
+            self._model.compile(**self._options)
+        graphs: dict[Hashable, Callable[..., Any]] = {}
+        for block in self._blocks() if self._compiled == "blocks" else ():
+            kind = _kind(block)
+            graph = graphs[kind] = graphs.get(kind) or _graph(len(graphs), self._options)
+            block._compiled_call_impl = _Compiled(block, graph, self._routing)
+
+    def _blocks(self) -> list[nn.Module]:
+        return [self._model.get_submodule(site.path) for site in self.view.at("block")]
+
+    def _remove_compiled(self) -> None:
+        """Let the model run as it is, with the classes it had."""
+        for module in (self._model, *self._blocks()):
+            module._compiled_call_impl = None
+        for host in self._routing.compiled:
             host.__dict__.pop(COMPILED, None)
-        paths = [self._model.get_submodule(path) for paths in self.view.drop_path_paths for path in paths]
-        if active:
-            self._even(paths)
-        else:
-            self._undo_even()
-        hosts = [module for module in self._model.modules() if isinstance(module, Host)]
-        routing.compiled = hosts if active else ()
-        routing.trace(routing.present())
-        if not self._entries and self._compiled != "off":
-            self.compile("off")
+        self._routing.compiled = ()
+        self._undo_even()
+
+    def _place_compiled(self) -> None:
+        """Tell all hosts inside compiled blocks what acts at them, and make equal blocks equal; after each change."""
+        if self._compiled != "blocks" or not self._entries:
+            if not self._entries:
+                self._remove_compiled()
+            return
+        for host in self._routing.compiled:
+            host.__dict__.pop(COMPILED, None)
+        self._even([self._model.get_submodule(path) for paths in self.view.drop_path_paths for path in paths])
+        self._routing.compiled = [module for module in self._model.modules() if isinstance(module, Host)]
+        self._routing.trace(self._routing.present())
 
     def _even(self, paths: list[nn.Module]) -> None:
         """Give all blocks a drop path of one class: in the first block, whose rate is zero, timm has an identity."""

@@ -64,7 +64,8 @@ def left_alone(model: nn.Module, view: View) -> list[str]:
 
 def _is_served(model: nn.Module, view: View, site: Site) -> bool:
     """Return whether an activation is element by element, and follows one whole layer alone."""
-    if base_class(model.get_submodule(site.path)).__name__ not in ELEMENTWISE:
+    module = model.get_submodule(site.path)
+    if base_class(module).__name__ not in ELEMENTWISE or getattr(module, "inplace", False):
         return False
     first = _beside(site, "fc1")
     roles = [found.role for found in view.sites if found.path == first]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -23,7 +24,7 @@ from vispeft.tasks.base import AdapterTask
 __all__ = ["MemoryEstimate", "estimate_memory"]
 
 FEW, MORE = 2, 4
-"""Numbers of images of the two steps that are run; what is kept grows in proportion to the images."""
+"""Images of the two steps that are run, of batches that have them; what is kept grows in proportion to the images."""
 CARDS = (8, 16, 24, 40, 80, 141)
 """Memory of common GPUs, GiB."""
 CONTEXT = 0.5
@@ -115,25 +116,25 @@ def estimate_memory(place: str, overrides: Sequence[str] = ()) -> MemoryEstimate
     task.check_data(data)
     task.bank.memory = cli.config["memory"]
     batch = next(iter(data.train_dataloader()))
+    few, more = (FEW, MORE) if images_of(batch) >= MORE else (1, 2)
+    if images_of(batch) < more:
+        raise ConfigError(f"--memory runs 1 and 2 images, and a batch of {place} has one. Give --data.batch_size 2.")
     precision = _on_cpu(cli.trainer_settings.get("precision"))
     counts = {}
-    for number in (FEW, MORE):
-        few = _cut(batch, number)
-        if images_of(few) < number:
-            raise ConfigError(f"--memory runs {MORE} images, and a batch of {place} has {images_of(batch)}.")
-        data.train_dataloader = lambda few=few: OneBatch(few, 1)
+    for number in (few, more):
+        data.train_dataloader = partial(OneBatch, _cut(batch, number), 1)
         trainer = Trainer(accelerator="cpu", devices=1, precision=precision, max_epochs=1, **QUIET)
         counts[number] = _kept(task, trainer, data)
     state = [tensor for group in trainer.optimizers for held in group.state.values() for tensor in held.values()]
-    (few_bytes, _), (more_bytes, more_largest) = counts[FEW], counts[MORE]
-    per_image = (more_bytes - few_bytes) / (MORE - FEW)
+    (few_bytes, _), (more_bytes, more_largest) = counts[few], counts[more]
+    per_image = (more_bytes - few_bytes) / (more - few)
     return MemoryEstimate(
         parameters=_bytes([*task.parameters(), *task.buffers()]),
         gradients=_bytes([p for p in task.parameters() if p.requires_grad]),
         optimizer=_bytes([tensor for tensor in state if isinstance(tensor, Tensor)]),
-        constant=max(0, int(few_bytes - FEW * per_image)),
+        constant=max(0, int(few_bytes - few * per_image)),
         per_image=per_image,
-        temporary=2 * more_largest / MORE,
+        temporary=2 * more_largest / more,
         batch=images_of(batch),
     )
 
@@ -146,7 +147,7 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 def _on_cpu(precision: Any) -> Any:
     """Return the precision with which a CPU keeps as many bytes."""
     told = "32-true" if precision is None else str(precision)
-    return told.replace("16-mixed", "bf16-mixed") if told == "16-mixed" else told
+    return "bf16-mixed" if told == "16-mixed" else told
 
 
 def _cut(batch: Any, number: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import nullcontext
 from typing import Any, TypeVar
@@ -77,7 +78,7 @@ class FrozenCasts:
 
     Casts are kept for training alone, that is while gradients are recorded: their bytes (half of the float32 tensors)
     are those that a training step holds anyway, until its backward pass. An entry is valid for one state of its tensor
-    (storage, version counter, shape); see `Generated` for changes that PyTorch does not count. It keeps the storage
+    (storage, version counter, strides); see `Generated` for changes that PyTorch does not count. It keeps the storage
     alive, so that no new tensor can reuse its address. Copies and pickles are empty.
     """
 
@@ -112,7 +113,7 @@ class FrozenCasts:
         held = self._held.get(id(weight))
         if held is not None and held.dtype is dtype and torch.is_grad_enabled():
             # Written out, since every layer asks in every step.
-            same = held.version == weight._version and held.pointer == weight.data_ptr() and not weight.requires_grad
+            same = held.state == (weight.data_ptr(), weight._version, weight.stride()) and not weight.requires_grad
             if same and (held.bias is None if bias is None else held.fits(bias)):
                 return held.made
         # Autocast leaves float64 alone.
@@ -123,15 +124,22 @@ class FrozenCasts:
         made = weight.to(dtype), None if bias is None else bias.to(dtype)
         # A graph that is captured has not computed them yet.
         if not (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self._held[id(weight)] = _Casts(weight, bias, made)
+            key = id(weight)
+            # Entries of tensors that are gone would pile up where a caller puts new ones in at every call.
+            gone = weakref.ref(weight, lambda _: self._held.pop(key, None))
+            self._held[key] = _Casts(weight, bias, made, gone)
         return made
 
 
 class _Casts:
     """The casts of one layer, and the state of the tensors they were made from."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, made: tuple[Tensor, Tensor | None]) -> None:
-        self.made, self.dtype, self.pointer, self.version = made, made[0].dtype, weight.data_ptr(), weight._version
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, made: tuple[Tensor, Tensor | None], gone: weakref.ref[Tensor]
+    ) -> None:
+        self.gone = gone
+        self.made, self.dtype = made, made[0].dtype
+        self.state = weight.data_ptr(), weight._version, weight.stride()
         self.bias = None if bias is None else (bias.data_ptr(), bias._version)
         self.storages = [tensor.untyped_storage() for tensor in (weight, bias) if tensor is not None]
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from vispeft.core.origin import ORIGIN, Origin, SharedOrigin, note_origin
+from vispeft.core.origin import Origin, SharedOrigin, note_of, note_origin
 from vispeft.core.route import NOTHING
 from vispeft.hosts.base import Host
 from vispeft.hosts.functional import computes_again
@@ -25,14 +25,15 @@ class ActivationHost(Host):
     def forward(self, x: Tensor) -> Tensor:
         """Compute the shape of `x`."""
         memory = self.routing.memory
-        if memory == "plain" or not computes_again(x) or self.acting is not NOTHING:
+        in_place = self.__dict__.get("inplace", False)
+        if memory == "plain" or in_place or not computes_again(x) or self.acting is not NOTHING:
             return cast(Tensor, super().forward(x))
         compute = partial(self.replaces.forward, self)
-        origin = x.__dict__.get(ORIGIN)
-        if not isinstance(origin, SharedOrigin):
-            return note_origin(compute(x), Origin(compute, (x,)))
-        out = cast(Tensor, _Activation.apply(x, origin, compute, *origin.tensors))
-        return note_origin(out, Origin(compute, (), origin))
+        note = note_of(x)
+        if note is None or not isinstance(note.origin, SharedOrigin):
+            return note_origin(compute(x), Origin(compute, 1), (x,))
+        out = cast(Tensor, _Activation.apply(x, note.origin, compute, *note.tensors))
+        return note_origin(out, Origin(compute, 0, note.origin), note.tensors)
 
 
 class _Activation(torch.autograd.Function):

@@ -29,7 +29,9 @@ __all__ = ["COMPILED", "Host", "HostState", "ensure_host", "host_class", "host_k
 
 
 COMPILED = "acts_compiled"
-"""Attribute of a host that only the compiled model has, not its copies."""
+"""Attribute of a host inside compiled blocks: what acts at it."""
+_NOT_COPIED = (COMPILED, "_compiled_call_impl")
+"""Attributes that only the compiled model has, not its copies; the second is PyTorch's."""
 
 
 class Host(nn.Module):
@@ -138,7 +140,7 @@ class Host(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle by the base class, since host classes are made at run time."""
-        state = {name: value for name, value in self.__dict__.items() if name != COMPILED}
+        state = {name: value for name, value in self.__dict__.items() if name not in _NOT_COPIED}
         return _restore, (host_kind(self), self.replaces, self.computed), state
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vispeft.core.generated import FrozenCasts
-from vispeft.core.origin import ORIGIN, SharedOrigin, note_origin
+from vispeft.core.origin import SharedOrigin, note_of, note_origin
 
 __all__ = [
     "cast_to",
@@ -21,8 +21,7 @@ __all__ = [
     "frozen_linear",
     "leaves_a_graph",
     "linear",
-    "linear_origin",
-    "origin_behind",
+    "note_behind",
     "without_autocast",
 ]
 
@@ -71,7 +70,7 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, casts: FrozenC
     weight, bias = frozen_casts(x, weight, bias, casts)
     out = F.linear(x, weight, bias)
     if noted and out.dtype == weight.dtype and not weight.requires_grad and computes_again(x):
-        note_origin(out, linear_origin(x, weight, bias))
+        note_behind(out, x, _linear_again, (weight, bias))
     return out
 
 
@@ -116,21 +115,20 @@ def computes_again(x: Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled() and not leaves_a_graph()
 
 
-def linear_origin(x: Tensor, weight: Tensor, bias: Tensor | None) -> SharedOrigin:
-    """Describe how the output of a frozen linear layer is computed again.
+def note_behind(out: Tensor, x: Tensor, make: Callable[..., Tensor], tensors: tuple[Tensor | None, ...]) -> None:
+    """Note how an output is computed again, from an input or from what that is computed from.
 
     Args:
-        x: (..., in), in the type of the weight or, under autocast, in another one.
-        weight: (out, in), as it was used.
-        bias: (out,) or None.
+        out: The output.
+        x: The input.
+        make: Computes the output from the input and further tensors.
+        tensors: The further tensors, as they were used.
     """
-    return origin_behind(x, _linear_again, (weight, bias))
-
-
-def origin_behind(x: Tensor, make: Callable[..., Tensor], tensors: tuple[Tensor | None, ...]) -> SharedOrigin:
-    """Describe how an output is computed again, from an input or from what that is computed from."""
-    parent = x.__dict__.get(ORIGIN)
-    return SharedOrigin(make, (x, *tensors)) if parent is None else SharedOrigin(make, tensors, parent)
+    note, own = note_of(x), len(tensors)
+    if note is None:
+        note_origin(out, SharedOrigin(make, 1 + own), (x, *tensors))
+    else:
+        note_origin(out, SharedOrigin(make, own, note.origin), (*note.tensors, *tensors))
 
 
 def _linear_again(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
+import timm.layers
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
@@ -316,6 +317,10 @@ class ConvHost(_Foldable):
         return None if written is None else written.view(-1, *value.shape[1:])
 
 
+_LAYER_NORMS = (nn.LayerNorm.forward, timm.layers.LayerNorm.forward)
+"""Forward passes that `_norm_again` repeats; subclasses may compute something else."""
+
+
 def _norm_again(shape: Sequence[int], eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """Compute a norm as the forward pass did, whatever autocast does now."""
     return torch.native_layer_norm(x, shape, weight, bias, eps)[0]
@@ -333,10 +338,10 @@ class NormHost(_Foldable):
         out: Tensor = super().forward(x)
         # Under autocast a norm in reduced precision returns float32, and outside of it, later, it would not.
         notes = self.routing.memory != "plain" and out.dtype == x.dtype and computes_again(x)
-        if not notes or self.acting is not NOTHING or not isinstance(self, nn.LayerNorm) or self.fast():
+        if not notes or self.acting is not NOTHING or self.replaces.forward not in _LAYER_NORMS or self.fast():
             return out
-        compute = partial(_norm_again, self.normalized_shape, self.eps)
-        return note_origin(out, Origin(compute, (x, self._parameters["weight"], self._parameters["bias"])))
+        compute = partial(_norm_again, *cast(Any, (self.normalized_shape, self.eps)))
+        return note_origin(out, Origin(compute, 3), (x, self._parameters["weight"], self._parameters["bias"]))
 
     def fast(self) -> bool:
         """Return whether timm computes the norm in another way, with less precision."""

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from vispeft.core.generated import FrozenCasts
 from vispeft.core.low_rank import DRAWS, NO_DROPOUT, Branch, Dropout, dropped_draws
-from vispeft.core.origin import ORIGIN, Origin, note_origin
+from vispeft.core.origin import Note, note_of
 from vispeft.core.units import DeltaUnit
 from vispeft.errors import ConfigError
-from vispeft.hosts.functional import cast_to, compute_dtype, leaves_a_graph, origin_behind, without_autocast
+from vispeft.hosts.functional import cast_to, compute_dtype, leaves_a_graph, note_behind, without_autocast
 from vispeft.hosts.products import SMALL, add_product, as_rows, outer, product, rows_as, times_narrow
 
 __all__ = ["low_rank_linear", "low_rank_terms", "term_linear"]
@@ -68,9 +68,9 @@ def low_rank_linear(
     if recorded or weight.requires_grad or (bias is not None and bias.requires_grad):
         with without_autocast(x):
             return _low_rank_plain(cast_to(x, dtype), weight, bias, layout, [cast_to(t, dtype) for t in factors])
-    origin = x.__dict__.get(ORIGIN)
-    x = cast_to(x, dtype) if origin is None else x  # what is kept must belong to the graph, for second derivatives
-    return cast(Tensor, _LowRankLinear.apply(x, weight, bias, layout, origin, *factors))
+    note = note_of(x)
+    x = cast_to(x, dtype) if note is None else x  # what is kept must belong to the graph, for second derivatives
+    return cast(Tensor, _LowRankLinear.apply(x, weight, bias, layout, note, *factors))
 
 
 def term_linear(x: Tensor, layer: nn.Module, unit: DeltaUnit, casts: FrozenCasts, noted: bool = False) -> Tensor | None:
@@ -101,11 +101,11 @@ def term_linear(x: Tensor, layer: nn.Module, unit: DeltaUnit, casts: FrozenCasts
         if weight.dtype is not dtype:
             weight, bias = casts.get(weight, bias, dtype)
             weight, bias = cast_to(weight, dtype), None if bias is None else cast_to(bias, dtype)
-    origin = x.__dict__.get(ORIGIN)
-    kept = cast_to(x, weight.dtype) if origin is None else x  # must belong to the graph, for second derivatives
-    out: Tensor = _apply_term(kept, _Term(weight, bias, unit.scale, origin), a, b)
+    note = note_of(x)
+    kept = cast_to(x, weight.dtype) if note is None else x  # must belong to the graph, for second derivatives
+    out: Tensor = _apply_term(kept, _Term(weight, bias, unit.scale, note), a, b)
     if noted:
-        note_origin(out, origin_behind(x, partial(_term_again, unit.scale), (weight, bias, a, b)))
+        note_behind(out, x, partial(_term_again, unit.scale), (weight, bias, a, b))
     return out
 
 
@@ -173,7 +173,7 @@ class _LowRankLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         layout: Sequence[_Place],
-        origin: Origin | None,
+        note: Note | None,
         *factors: Tensor,
     ) -> Tensor:
         dtype = weight.dtype
@@ -196,10 +196,11 @@ class _LowRankLinear(torch.autograd.Function):
                 add_product(_part(out, place), narrow, b.t(), place.scale)
         # If no first factor trains in this step, the input need not be saved.
         reads = any(ctx.needs_input_grad[5::2])
-        ctx.origin = origin if reads else None
+        ctx.origin, ctx.inputs = None, 1
         read: tuple[Tensor | None, ...] = (None,)
         if reads:
-            read = (x,) if origin is None else origin.tensors
+            read = (x,) if note is None else note.tensors
+            ctx.origin, ctx.inputs = None if note is None else note.origin, len(read)
         ctx.save_for_backward(weight, *factors, *hidden, *(used if ctx.casts else ()), *read, *kept)
         # No view of `out`, which timm could not modify in place, as some attention modules do with their projection's.
         return out if x.ndim == 2 else _UNSAFE_VIEW(out, [*x.shape[:-1], out.shape[1]])
@@ -210,10 +211,8 @@ class _LowRankLinear(torch.autograd.Function):
         weight, *rest = ctx.saved_tensors
         factors, hidden, rest = rest[: 2 * count], rest[2 * count : 3 * count], rest[3 * count :]
         used, rest = (rest[: 2 * count], rest[2 * count :]) if ctx.casts else (factors, rest)
-        if ctx.origin is None:
-            x, kept = rest[0], rest[1:]
-        else:
-            x, kept = ctx.origin.again(rest[: len(ctx.origin.tensors)]), rest[len(ctx.origin.tensors) :]
+        read, kept = rest[: ctx.inputs], rest[ctx.inputs :]
+        x = read[0] if ctx.origin is None else ctx.origin.again(read)
         masks = _masks(layout, kept)
         if torch.is_grad_enabled():
             first, *others = _with_graph(ctx, grad, x, weight, factors, masks)
@@ -248,7 +247,7 @@ class _Term(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     scale: float
-    origin: Origin | None
+    note: Note | None
 
 
 class _TermLinear(torch.autograd.Function):
@@ -259,7 +258,7 @@ class _TermLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, term: _Term, a: Tensor, b: Tensor) -> Tensor:
-        weight, bias, scale, origin = term
+        weight, bias, scale, note = term
         dtype, shape, kinds = weight.dtype, x.shape, (x.dtype, a.dtype)
         rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
         if kinds[0] is not dtype:
@@ -268,8 +267,9 @@ class _TermLinear(torch.autograd.Function):
         if kinds[1] is not dtype:
             a, b = a.to(dtype), b.to(dtype)
         out, narrow = _with_term(rows, weight, bias, a, b, scale)
-        ctx.term, ctx.kinds = term, kinds
-        read = (x,) if origin is None else origin.tensors
+        # Not the note, whose tensors would outlive the backward pass.
+        ctx.scale, ctx.origin, ctx.kinds = scale, None if note is None else note.origin, kinds
+        read = (x,) if note is None else note.tensors
         ctx.save_for_backward(weight, *factors, a, b, narrow, *(read if ctx.needs_input_grad[2] else ()))
         return out if len(shape) == 2 else _UNSAFE_VIEW(out, (*shape[:-1], out.shape[1]))
 
@@ -277,7 +277,7 @@ class _TermLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # Asked for once: each time would unpack them again.
         weight, own_a, own_b, a, b, narrow, *read = ctx.saved_tensors
-        kinds, scale, origin = ctx.kinds, ctx.term.scale, ctx.term.origin
+        kinds, scale, origin = ctx.kinds, ctx.scale, ctx.origin
         dtype, shape = weight.dtype, grad.shape
         x = None if not read else read[0] if origin is None else origin.again(read)
         if torch.is_grad_enabled():
@@ -324,6 +324,9 @@ def _with_term(
 def _term_again(scale: float, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     with without_autocast(x):
         rows, factors = rows_as(x, weight.dtype), (cast_to(a, weight.dtype), cast_to(b, weight.dtype))
+        if torch.is_grad_enabled():  # for second derivatives, which oneDNN's product does not have
+            out = torch.addmm(F.linear(rows, weight, bias), F.linear(rows, factors[0]), factors[1].t(), alpha=scale)
+            return out.view(*x.shape[:-1], -1)
         return _with_term(rows, weight, bias, *factors, scale)[0].view(*x.shape[:-1], -1)
 
 

@@ -129,13 +129,18 @@ class FiniteGuard(Callback):
         Raises:
             TrainingError: If something was not finite.
         """
-        flags, self._flags = self._flags, []
-        for flag in flags:
-            if not flag.read():
+        while self._flags:
+            flag = self._flags[0]
+            if not flag.read():  # it stays, so that nothing is saved after the error either
                 raise TrainingError(
                     f"{flag.told}, which was seen after the step. {_weights(trainer, pl_module)} "
                     f"{_what_to_do(trainer, 'Weights may have been updated since.')}"
                 )
+            self._flags.pop(0)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin without a flag."""
+        self._flags.clear()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let nothing be saved after a step that was not finite."""
