@@ -137,6 +137,7 @@ def test_the_optimiser_and_its_rates_are_the_published_ones(name: str) -> None:
         train_dataloader=(),
         num_training_batches=wanted.batches,
         accumulate_grad_batches=1,
+        precision_plugin=None,
     )
     made = task.configure_optimizers()
     optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
