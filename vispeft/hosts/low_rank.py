@@ -251,7 +251,7 @@ class _Term(NamedTuple):
 
 
 class _TermLinear(torch.autograd.Function):
-    """`_LowRankLinear` for one term on all rows without dropout: the common case, in half of the host's time.
+    """`_LowRankLinear` for one term on all rows without dropout: the common case, with fewer calls of Python.
 
     Operations are written out where a function would be called, and small matrices take the fewest operations.
     """

@@ -26,7 +26,7 @@ def as_rows(x: Tensor) -> Tensor:
 
 def rows_as(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return (..., channels) as a matrix of a type."""
-    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    rows = as_rows(x)
     return rows if rows.dtype == dtype else rows.to(dtype)
 
 
