@@ -137,7 +137,7 @@ def near_names(asked: str, known: Iterable[str], at_most: int = 12) -> str:
     Returns:
         One sentence: the near names, or else the first known ones.
     """
-    names = sorted(set(known))
+    asked, names = str(asked), sorted(set(known))  # a script may have given any object
     near = [name for name in names if name.lower() == asked.lower()]
     near = near or difflib.get_close_matches(asked, names, n=3, cutoff=0.5)
     if not near:

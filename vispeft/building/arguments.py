@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import enum
 import importlib.util
+import json
 import os
 import sys
 import typing
@@ -25,7 +26,7 @@ from vispeft.building.annotations import argument_type
 from vispeft.building.classes import argument_names, check_argument, class_path, find_class, import_class
 from vispeft.building.config_files import Node, parse_text
 from vispeft.building.known import known_classes
-from vispeft.errors import ConfigError, UnknownNameError
+from vispeft.errors import ConfigError, UnknownNameError, near_names
 from vispeft.storage.form import shown
 
 __all__ = [
@@ -131,9 +132,10 @@ def check_value(value: Any, annotation: Any, place: str) -> Any:
     taken = classes_in(annotation)
     if not taken:
         check_plain(value, place)
+        value = _checked_choice(value, annotation, place)
         if isinstance(value, str):
             _check_text(value, annotation, place)
-            _check_form(value, annotation, place)
+            _check_list(value, annotation, place)
         return value
     if isinstance(value, str):
         inner = _values_in(value, place)
@@ -270,25 +272,55 @@ def _check_text(text: str, annotation: Any, place: str) -> None:
         raise ConfigError(f"{place} is {text!r}, which is no value for it. Write the number or the list itself.")
 
 
-def _check_form(text: str, annotation: Any, place: str) -> None:
-    """Refuse a text that is none of the choices, or that stands where a list is needed."""
+def _checked_choice(value: Any, annotation: Any, place: str) -> Any:
+    """Return the choice that a value stands for; a value of an annotation without choices stays as it is.
+
+    YAML 1.1 reads the text ``off`` as false, so false stands for the choice ``off``.
+    """
+    kinds = _alternatives(annotation)
+    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    others = [kind for kind in kinds if get_origin(kind) is not Literal and kind is not NoneType]
+    lists = bool(others) and all((get_origin(kind) or kind) in _LISTS for kind in others)
+    if not choices or (others and not lists) or (value is None and NoneType in kinds):
+        return value
+    read = value if not isinstance(value, str) or value in choices else _read(value, place)
+    if any(read == choice and type(read) is type(choice) for choice in choices):
+        return value
+    if (read is None and NoneType in kinds) or (lists and isinstance(read, (list, tuple))):
+        return value
+    for choice in choices:
+        if isinstance(read, bool) and isinstance(choice, str) and _read(choice, place) is read:
+            return choice
+    raise _no_choice(value, [*map(str, choices)], lists, place)
+
+
+def _no_choice(value: Any, names: list[str], lists: bool, place: str) -> UnknownNameError:
+    """Make the error for a value that is none of the choices, and no list where one is taken as well."""
+    written = value if isinstance(value, str) else json.dumps(value)
+    taken = [*names, *["a list"] * lists]
+    listed = near_names(written, names).startswith("Known:")
+    told = "" if listed and not lists else f", which takes {', '.join(taken[:-1])} or {taken[-1]}"
+    return UnknownNameError("value", written, names, f"It was given for {place}{told}.")
+
+
+def _check_list(text: str, annotation: Any, place: str) -> None:
+    """Refuse a text where a list is needed."""
     kinds = [part for part in _alternatives(annotation) if part is not NoneType]
-    if not kinds or not _stays_text(text, place):
-        return
-    if all(get_origin(kind) is Literal for kind in kinds):
-        choices = [choice for kind in kinds for choice in get_args(kind)]
-        if text not in choices:
-            raise UnknownNameError("value", text, list(map(str, choices)), f"It was given for {place}.")
-    elif all((get_origin(kind) or kind) in _LISTS for kind in kinds):
+    if kinds and all((get_origin(kind) or kind) in _LISTS for kind in kinds) and _stays_text(text, place):
         raise ConfigError(f"{place} is {text!r}, and a list is needed, such as [{text}].")
 
 
-def _stays_text(text: str, place: str) -> bool:
-    """Whether a parser takes a text for no number, list or keys; one that it cannot read is a text."""
+def _read(text: str, place: str) -> Any:
+    """Return what a parser takes a text for: a number, a list or keys; one that it cannot read is a text."""
     try:
-        return bool(parse_text(text, place) == text)
+        return parse_text(text, place)
     except yaml.YAMLError:
-        return True
+        return text
+
+
+def _stays_text(text: str, place: str) -> bool:
+    """Whether a parser takes a text for no number, list or keys."""
+    return bool(_read(text, place) == text)
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:

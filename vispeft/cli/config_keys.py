@@ -14,12 +14,12 @@ from lightning.pytorch import LightningDataModule
 import vispeft.data
 import vispeft.methods
 import vispeft.tasks  # noqa: F401 - all three, so that their classes are found by name
+from vispeft.adapters.compiling import Compile
 from vispeft.building.annotations import argument_type
 from vispeft.building.arguments import (
     CLASS_KEYS,
     check_arguments,
     check_keys,
-    check_plain,
     check_value,
     class_node,
     classes_in,
@@ -29,6 +29,7 @@ from vispeft.building.config_files import Node, dump_config, parse_text
 from vispeft.building.methods import method_node
 from vispeft.cli.trainer_settings import TrainerSettings
 from vispeft.core.method import Method
+from vispeft.core.origin import Memory
 from vispeft.errors import ConfigError, UnknownNameError
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.checkpoints import Cadence
@@ -37,6 +38,8 @@ from vispeft.tasks.migration import MOVED, without_moved
 __all__ = ["Override", "as_list", "check_config", "check_override", "check_tree", "parse_override", "split_overrides"]
 
 TOP_KEYS = ("seed_everything", "init", "trainer", "model", "data", "checkpoints", "cache_features", "memory", "compile")
+CHOSEN: dict[str, Any] = {"memory": Memory, "compile": Compile}
+"""Keys of the top level that take one of several choices."""
 LINKED = {"model.num_classes": "the data", "model.targets": "the data", "data.seed": "seed_everything"}
 """Arguments determined by another part of the config, with that part."""
 BASES: dict[str, tuple[type, str]] = {"model": (AdapterTask, "task"), "data": (LightningDataModule, "data module")}
@@ -118,7 +121,7 @@ def check_tree(tree: Node, source: str) -> None:
         if key not in TOP_KEYS:
             raise UnknownNameError("key", str(key), TOP_KEYS, f"It stands in {source}.")
         if key not in (*SETTINGS, *BASES):
-            check_plain(value, str(key))
+            tree[key] = check_value(value, CHOSEN.get(key, Any), str(key))
     _check_seed(tree.get("seed_everything", 0))
     for section, cls in SETTINGS.items():
         if section in tree:
@@ -160,7 +163,7 @@ def check_override(tree: Node, key: str, value: str | None) -> str | None:
     elif parts[0] in BASES:
         checked = _check_class_override(tree, parts, value)
         return None if checked is None else f"--{key}={checked}"
-    check_plain(value, f"--{key}")
+    check_value(value, CHOSEN.get(key, Any), f"--{key}")
     return f"--{key}={value}"
 
 
