@@ -82,11 +82,12 @@ def _save(place: Path, cli: ConfigCLI, figures: dict[str, float | None]) -> None
 def _figures(
     place: Path, cli: ConfigCLI, trainer: Trainer, measured: Measured, best: int, began: float
 ) -> dict[str, Any]:
-    checkpoints = cast(RunCheckpoints, trainer.checkpoint_callback)
+    checkpoints, started = cast(RunCheckpoints, trainer.checkpoint_callback), cli.model.head_start
     files = [place / runs.ADAPTER / name for name in sorted((ADAPTER_FILE, HEAD_FILE, JSON_FILE))]
     return {
         **measured.metrics,
         **measured.details,
+        **({"head_start": started.record} if started is not None and started.record else {}),
         "best_epoch": best + 1,
         "epochs": checkpoints.epochs,
         "steps": checkpoints.steps,
@@ -134,6 +135,12 @@ def _show(cli: ConfigCLI, metrics: dict[str, Any]) -> None:
     measured = metrics["validation"].get(cli.model.monitor.partition("/")[2]) is not None
     chosen = "Best" if measured and getattr(cli.datamodule, "validation_chooses", True) else "Last"
     console.print(f"{chosen} of {counted(metrics['epochs'], 'epoch')}: epoch {metrics['best_epoch']}")
+    if metrics["best_epoch"] == 0:
+        console.print(
+            "No epoch was better on validation than the probe that the head started from. It is kept, with the adapter "
+            "at its start. Try another learning rate (model.lr), or more epochs.",
+            soft_wrap=True,
+        )
     rows = {row_name(cli.datamodule, split): metrics[split] for split in ("validation", "test")}
     console.print(metrics_table(cli.model.shown(rows)))
     if (by_class := class_table(metrics)) is not None:

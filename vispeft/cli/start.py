@@ -43,8 +43,11 @@ def start_from(task: AdapterTask, source: str, class_names: Sequence[str]) -> st
     reason = method.fresh_head()
     kept = bool(head) and fits and same_maps and same_names and reason is None
     task.take(units, head if kept else {})
+    if task.head_start is not None:
+        task.head_start.anew = not kept
     if kept:
-        return f"Started from {source}, with its {word}."
+        unused = "" if task.head_start is None else " It is trained already, so head_start has no effect."
+        return f"Started from {source}, with its {word}.{unused}"
     if reason is not None:
         return f"Started from {source}; the {word} is a fresh one, because {reason}."
     if same_names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from vispeft.data.preprocessing import Preprocessing
 from vispeft.data.randomness import draw_seed, seeded
 from vispeft.errors import ConfigError, DataError, counted
 
-__all__ = ["BatchSplit", "EpochSampler", "ImageData", "MemorySplit"]
+__all__ = ["BatchSplit", "EpochSampler", "ImageData", "MemorySplit", "has_plain"]
 
 Index = tuple[int, int]
 """Epoch and position of an image in its split."""
@@ -90,6 +91,13 @@ class BatchSplit(Dataset[tuple[Tensor, Tensor]], ABC):
         """Return normalised images (B, 3, H, W) and their targets; the data loader calls this."""
         return self.batch([index if isinstance(index, tuple) else (0, index) for index in indices])
 
+    def plain(self) -> BatchSplit:
+        """Return the same images in the same order, prepared as for an evaluation: without random changes.
+
+        A split whose batches depend on the epoch overrides this.
+        """
+        return self
+
     @abstractmethod
     def batch(self, indices: list[Index]) -> tuple[Tensor, Tensor]:
         """Build a batch.
@@ -131,10 +139,25 @@ class MemorySplit(BatchSplit):
             images = torch.stack([self._augmented(image, *pair) for image, pair in zip(images, indices, strict=True)])
         return self._normalise(images), self.targets[order]
 
+    def plain(self) -> MemorySplit:
+        """Return the same images without augmentation."""
+        found = copy.copy(self)
+        found.augment = None
+        return found
+
     def _augmented(self, image: Tensor, epoch: int, index: int) -> Tensor:
         assert self.augment is not None
         with seeded(self.seed, epoch, index):
             return self.augment(image)
+
+
+def has_plain(split: Any) -> bool:
+    """Return whether a split says how its images are without random changes.
+
+    Args:
+        split: The split.
+    """
+    return isinstance(split, BatchSplit) and type(split).plain is not BatchSplit.plain
 
 
 class ImageData(ChecksArguments, LightningDataModule, ABC):
@@ -390,6 +413,15 @@ class ImageData(ChecksArguments, LightningDataModule, ABC):
     def test_dataloader(self) -> DataLoader[Any]:
         """Return the loader of test images, in a fixed order."""
         return self._loader(self.split("test"))
+
+    def plain_dataloader(self, name: str) -> DataLoader[Any]:
+        """Return a loader of a split in its fixed order, with images prepared as for an evaluation.
+
+        Args:
+            name: train, validation or test.
+        """
+        split = self.split(name)
+        return self._loader(split.plain() if isinstance(split, BatchSplit) else split)
 
     def _sampler(self, length: int, start: tuple[int, int]) -> EpochSampler:
         """Return the order of `length` training images, from an epoch and a number of images served in it."""

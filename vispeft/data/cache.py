@@ -59,6 +59,10 @@ class CachedSplit(BatchSplit):
         order = torch.tensor([index for _, index in indices])
         return {name: tensor[order] for name, tensor in self.outputs.items()}, self.targets[order]
 
+    def plain(self) -> CachedSplit:
+        """Return the split itself: its outputs are those of images without augmentation."""
+        return self
+
 
 class OutputFiles:
     """Memory-mapped files of one key, written batch by batch."""

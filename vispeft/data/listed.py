@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -54,7 +55,8 @@ class ImageSplit(BatchSplit):
         """
         self.source, self.targets = listed.source, listed.targets
         self._plain = preprocessing.transform()
-        self._least = preprocessing.least if augment is None else augment.least(preprocessing)
+        self._plain_least = preprocessing.least
+        self._least = self._plain_least if augment is None else augment.least(preprocessing)
         device = augment is not None and augment.on_device
         self._train = None if augment is None or device else TrainTransform(preprocessing, augment)
         self._device = DeviceAugmentation(preprocessing, augment, mixer, seed) if augment and device else None
@@ -74,6 +76,12 @@ class ImageSplit(BatchSplit):
             with seeded(self._seed, MIX, *indices[0]):
                 images, targets = self._mixer(images, targets)
         return images, targets
+
+    def plain(self) -> ImageSplit:
+        """Return the same images without augmentation and mixing."""
+        found = copy.copy(self)
+        found._least, found._train, found._device, found._mixer = self._plain_least, None, None, None
+        return found
 
     def finish(self, batch: UnfinishedBatch) -> tuple[Tensor, Tensor]:
         """Augment a batch on its device.

@@ -6,6 +6,7 @@ from vispeft.tasks.checkpoints import Cadence, RunCheckpoints, SealedCheckpointI
 from vispeft.tasks.classification import Classification
 from vispeft.tasks.dense import DenseTask
 from vispeft.tasks.dense_losses import DenseLoss, dense_loss
+from vispeft.tasks.head_start import HeadStart
 from vispeft.tasks.inference import Inference, predict_masks
 from vispeft.tasks.losses import SegmentationLoss
 from vispeft.tasks.metric_learning import MetricLearning
@@ -27,6 +28,7 @@ __all__ = [
     "DenseLoss",
     "DenseTask",
     "FiniteGuard",
+    "HeadStart",
     "Inference",
     "MetricLearning",
     "MultiLabel",

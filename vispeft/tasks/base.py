@@ -22,10 +22,11 @@ from vispeft.data.by_name import names_of
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.errors import ConfigError, DataError, FileError, check_object, counted
 from vispeft.tasks.callbacks import FiniteGuard, MethodHooks
-from vispeft.tasks.checkpoint_form import check_shapes
+from vispeft.tasks.checkpoint_form import check_output, check_shapes
 from vispeft.tasks.checkpoints import read_checkpoint
-from vispeft.tasks.ema import EMA
+from vispeft.tasks.ema import EMA, check_average
 from vispeft.tasks.finite import OutputCount
+from vispeft.tasks.head_start import HeadStart, check_head_start
 from vispeft.tasks.layer_decay import decay_by_layer
 from vispeft.tasks.migration import rename_heads
 from vispeft.tasks.optimizers import ClipsGradients, check_optimizer, make_optimizer, optimizer_node
@@ -83,6 +84,7 @@ class AdapterTask(ChecksArguments, ClipsGradients):
         decay_tables: bool = False,
         decay_vectors: bool = False,
         optimizer: str | dict[str, Any] = "AdamW",
+        head_start: Literal["probe"] | None = None,
     ) -> None:
         """Create the backbone, attach the adapter and verify it.
 
@@ -109,6 +111,8 @@ class AdapterTask(ChecksArguments, ClipsGradients):
             decay_vectors: Let biases, gains of norms and other vectors decay too.
             optimizer: An optimiser of ``torch.optim``: its name, or ``class_path`` (the name) with ``init_args``, such
                 as ``momentum``. Learning rate and weight decay are `lr` and `weight_decay`.
+            head_start: ``probe`` starts a linear head from a regularised linear model of the features that it sees
+                before the first step; see `vispeft.tasks.HeadStart`. None leaves it at random.
 
         Raises:
             ConfigError: If a number is out of range, or the backbone is unknown.
@@ -125,6 +129,8 @@ class AdapterTask(ChecksArguments, ClipsGradients):
         if schedule not in DECAYS:
             raise ConfigError(f"{type(self).__name__}(schedule={schedule!r}): choose {' or '.join(sorted(DECAYS))}.")
         self.optimizer = check_optimizer(optimizer, weight_decay)
+        check_head_start(self, method, head_start)
+        self.head_start = None if head_start is None else HeadStart()
         taken = sorted({"num_classes", "weights"} & set(backbone_args or {}))
         if taken:
             raise ConfigError(f"backbone_args has {', '.join(taken)}, which {type(self).__name__} takes by that name.")
@@ -252,17 +258,7 @@ class AdapterTask(ChecksArguments, ClipsGradients):
         Raises:
             FileError: If target, or the decoder, are others.
         """
-        own = self.output()
-        kind, wanted = saved.get("target"), own.get("target")
-        if None not in (kind, wanted) and kind != wanted:
-            raise FileError(f"{path} was trained for targets of the kind {kind!r}, and the task has {wanted!r}.")
-        ours, theirs = own.get("decoder"), saved.get("decoder")
-        if ours is None or theirs is None:
-            return
-        other = [key for key in ("name", "taps", "levels") if theirs.get(key, ours[key]) != ours[key]]
-        if other:
-            listing = ", ".join(f"{key} {theirs[key]} there, {ours[key]} here" for key in other)
-            raise FileError(f"{path} was trained with another decoder than the task has: {listing}.")
+        check_output(self.output(), saved, path)
 
     def head_tensors(self) -> dict[str, Tensor]:
         """Tensors of the task's head, by their names in files."""
@@ -499,6 +495,11 @@ class AdapterTask(ChecksArguments, ClipsGradients):
         self.log("train/method_loss", term.detach(), on_step=False, on_epoch=True, batch_size=size)
         return loss + term
 
+    def on_train_start(self) -> None:
+        """Measure the start from a probe, when all callbacks have begun."""
+        if self.head_start is not None:
+            self.head_start.measure(self, self.trainer)
+
     def on_train_epoch_start(self) -> None:
         """Log the learning rate at the start of the epoch."""
         schedule: Any = self.lr_schedulers()
@@ -538,7 +539,8 @@ class AdapterTask(ChecksArguments, ClipsGradients):
     def configure_callbacks(self) -> list[Callback]:
         """Add the hooks and schedules of the methods, the guard against values that are not finite, and the EMA."""
         # Hooks come first: the guard checks the gradients after them, and the EMA starts at the values they set.
-        return [MethodHooks(), *self.bank.callbacks(), FiniteGuard(), *([] if self.ema is None else [self.ema])]
+        own = [part for part in (self.head_start, self.ema) if part is not None]
+        return [MethodHooks(), *self.bank.callbacks(), FiniteGuard(), *own]
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -565,6 +567,8 @@ class AdapterTask(ChecksArguments, ClipsGradients):
         checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name in changed}
         if self.ema is not None:
             checkpoint["average"] = self.ema.state(self)
+        if self.head_start is not None:
+            checkpoint["head_start"] = self.head_start.record
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that a checkpoint has exactly the tensors that training changes, and load its EMA.
@@ -582,16 +586,13 @@ class AdapterTask(ChecksArguments, ClipsGradients):
                 f"{len(found ^ needed)}, first {listing}. Use the method and the backbone it was written with."
             )
         check_shapes(checkpoint["state_dict"], self.state_dict(), "The checkpoint")
-        if (self.ema is not None) != ("average" in checkpoint):
-            raise FileError(
-                f"The checkpoint has {'an' if 'average' in checkpoint else 'no'} EMA of the weights, and this task "
-                f"{'keeps' if self.ema is not None else 'has'} {'one' if self.ema is not None else 'none'}. "
-                "Give the same ema as it was written with."
-            )
+        check_average(self.ema, checkpoint)
         if self.ema is not None:
             averaged = checkpoint["average"]
             averaged["tensors"] = self._renamed(averaged["tensors"], needed)
             self.ema.load_state(averaged)
+        if self.head_start is not None:
+            self.head_start.recall(checkpoint.get("head_start"))
         self.started = True
 
     def _renamed(self, tensors: Mapping[str, Tensor], needed: set[str]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vispeft.errors import FileError
 
-__all__ = ["check_content", "check_shapes", "check_state"]
+__all__ = ["check_content", "check_output", "check_shapes", "check_state"]
 
 _STATE: dict[str, tuple[type, ...]] = {
     "finished": (bool,),
@@ -94,6 +94,29 @@ def check_shapes(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], path:
                 f"{path} holds {name} with the shape {tuple(tensors[name].shape)}, and the task has "
                 f"{tuple(own[name].shape)}. Use the method and the backbone it was written with."
             )
+
+
+def check_output(own: Mapping[str, Any], saved: Mapping[str, Any], path: Any) -> None:
+    """Refuse a file whose outputs are read in another way than a task's.
+
+    Args:
+        own: The task's note on outputs.
+        saved: That of the file; one of earlier versions may be empty.
+        path: Where it is, for the message.
+
+    Raises:
+        FileError: If target, or the decoder, are others.
+    """
+    kind, wanted = saved.get("target"), own.get("target")
+    if None not in (kind, wanted) and kind != wanted:
+        raise FileError(f"{path} was trained for targets of the kind {kind!r}, and the task has {wanted!r}.")
+    ours, theirs = own.get("decoder"), saved.get("decoder")
+    if ours is None or theirs is None:
+        return
+    other = [key for key in ("name", "taps", "levels") if theirs.get(key, ours[key]) != ours[key]]
+    if other:
+        listing = ", ".join(f"{key} {theirs[key]} there, {ours[key]} here" for key in other)
+        raise FileError(f"{path} was trained with another decoder than the task has: {listing}.")
 
 
 def _tensors(values: Any) -> bool:

@@ -32,7 +32,8 @@ from vispeft.errors import ConfigError, FileError, TrainingError
 from vispeft.storage.disk import read_regular, write_atomically
 from vispeft.storage.fingerprint import check_fingerprint, fingerprint
 from vispeft.tasks.checkpoint_form import check_content, check_state
-from vispeft.tasks.logs import RunLog
+from vispeft.tasks.head_start import is_start
+from vispeft.tasks.logs import START, RunLog
 from vispeft.tasks.state import between_steps, put_back, set_random_state, training_state
 
 __all__ = ["Cadence", "Found", "RunCheckpoints", "SealedCheckpointIO", "find_checkpoint", "read_checkpoint"]
@@ -369,23 +370,25 @@ class RunCheckpoints(Checkpoint):
         # If validation images are trained on, their score is meaningless, and the last epoch is kept.
         seen = getattr(pl_module, "outputs_seen", None)
         value = math.nan if seen is not None and seen.broken else float(score)
-        if getattr(trainer.datamodule, "validation_chooses", True) and not self._better(value, trainer):
+        epoch = START if is_start(pl_module) else trainer.current_epoch
+        if getattr(trainer.datamodule, "validation_chooses", True) and not self._better(value, epoch):
             return
-        self._keep(trainer, trainer.current_epoch, value)
+        self._keep(trainer, epoch, value)
 
     def _keep(self, trainer: Trainer, epoch: int, score: float) -> None:
         """Write the present weights as those of the best epoch."""
-        file = f"best-epoch{epoch:03d}-step{trainer.global_step:07d}.ckpt"
+        name = "start" if epoch == START else f"epoch{epoch:03d}"
+        file = f"best-{name}-step{trainer.global_step:07d}.ckpt"
         trainer.save_checkpoint(self.folder / file, weights_only=True)
         self.best = {"file": file, "epoch": epoch, "score": score}
 
-    def _better(self, score: float, trainer: Trainer) -> bool:
+    def _better(self, score: float, epoch: int) -> bool:
         if not math.isfinite(score):
             logger.warning(
                 "%s is %s after epoch %d, which decides nothing: this epoch is not compared with the others.",
                 self.monitor,
                 score,
-                trainer.current_epoch + 1,
+                epoch + 1,
             )
             return False
         if self.best is None or not math.isfinite(self.best["score"]):

@@ -128,6 +128,10 @@ class Classification(SupervisedTask):
         # do.
         return scores.log_softmax(dim=1), targets.argmax(dim=1) if targets.is_floating_point() else targets
 
+    def for_probe(self, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Give targets, and the weights of the training loss."""
+        return targets, self._weights
+
     def take_targets(self, targets: Tensor) -> None:
         """Compute balanced class weights.
 

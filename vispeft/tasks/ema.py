@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -9,7 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-__all__ = ["EMA"]
+from vispeft.errors import FileError
+
+__all__ = ["EMA", "check_average"]
 
 
 class EMA(Callback):
@@ -106,3 +109,21 @@ class EMA(Callback):
         """Leave the average in the model, to be saved."""
         if self._tensors and not self.exchanged:
             self.exchange(pl_module)
+
+
+def check_average(ema: EMA | None, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint with an average that a task does not keep, or without the one that it keeps.
+
+    Args:
+        ema: The average of the task.
+        checkpoint: The content of the checkpoint.
+
+    Raises:
+        FileError: If only one of them has an average.
+    """
+    if (ema is not None) != ("average" in checkpoint):
+        raise FileError(
+            f"The checkpoint has {'an' if 'average' in checkpoint else 'no'} EMA of the weights, and this task "
+            f"{'keeps' if ema is not None else 'has'} {'one' if ema is not None else 'none'}. "
+            "Give the same ema as it was written with."
+        )

@@ -15,9 +15,12 @@ from lightning.pytorch.loggers.csv_logs import CSVLogger, ExperimentWriter
 
 from vispeft.storage.disk import write_atomically
 
-__all__ = ["RunLog"]
+__all__ = ["START", "RunLog"]
 
 logger = logging.getLogger(__name__)
+
+START = -1
+"""Number of the epoch before the first one, which counts as 0 and is shown as 1."""
 
 
 class RunLog(CSVLogger):
@@ -30,6 +33,17 @@ class RunLog(CSVLogger):
             folder: Folder of the run's logs; the table is ``csv/metrics.csv`` in it.
         """
         super().__init__(folder, name="csv", version="")
+        self.at_start = False
+        """Whether values are those before the first step, whose epoch is then written as -1: epochs count from 0."""
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Write values as a row of the table.
+
+        Args:
+            metrics: Values by name.
+            step: Number of steps so far.
+        """
+        super().log_metrics({**metrics, "epoch": START} if self.at_start else metrics, step)
 
     @property
     @rank_zero_experiment

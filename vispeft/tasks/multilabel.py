@@ -133,6 +133,10 @@ class MultiLabel(SupervisedTask):
         """
         return scores.sigmoid(), (targets > 0.5).long()
 
+    def for_probe(self, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Give targets, and the weights of the training loss."""
+        return targets, self._weights
+
     def take_targets(self, targets: Tensor) -> None:
         """Compute balanced weights.
 

@@ -88,6 +88,10 @@ class Regression(SupervisedTask):
             raise DataError(f"Target {equal[0]} is {values[0, equal[0]]:g} on all training images: nothing to learn.")
         self.mean, self.deviation = values.mean(0).float().to(self.device), deviation.float().to(self.device)
 
+    def for_probe(self, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Give standardised targets (N, targets)."""
+        return (_columns(targets) - self.mean.cpu()) / self.deviation.cpu(), None
+
     def training_loss(self, scores: Tensor, targets: Tensor) -> Tensor:
         """Compute the error of standardised targets.
 

@@ -107,6 +107,17 @@ class SupervisedTask(AdapterTask, ABC):
         """
         return scores, targets
 
+    def for_probe(self, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Give what a linear model of the same outputs is fitted to (`vispeft.tasks.HeadStart`).
+
+        Args:
+            targets: Targets of the data, on the CPU.
+
+        Returns:
+            Targets in the form of the outputs, and how much each class or present label counts.
+        """
+        return targets, None
+
     def take_targets(self, targets: Tensor) -> None:
         """Compute figures from the targets of the training split, where `targets_needed` is set.
 
@@ -203,6 +214,8 @@ class SupervisedTask(AdapterTask, ABC):
         if self._trains:
             self._targets_taken = False
         super().setup(stage)
+        if self._trains and self.head_start is not None:
+            self.head_start.check(self, getattr(self.trainer, "datamodule", None))
 
     def _take_from(self, data: Any) -> None:
         targets = train_targets(data)

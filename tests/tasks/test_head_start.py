@@ -1,0 +1,376 @@
+"""A head that starts from a probe: features, choice, epoch 0, resuming, and what is refused."""
+
+import io
+import json
+from contextlib import redirect_stdout
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import vispeft
+from benchmarks.resume_kill import differences
+from tests.cli.conftest import call
+from tests.tiny import CONFIG, TINY
+from vispeft.cli.evaluation import evaluation_trainer
+from vispeft.cli.start import start_from
+from vispeft.data import DigitsData
+from vispeft.errors import ConfigError, DataError, TrainingError
+from vispeft.tasks import (
+    Classification,
+    MetricLearning,
+    MultiLabel,
+    Regression,
+    RunCheckpoints,
+    Segmentation,
+    head_start,
+    probe,
+)
+from vispeft.tasks.callbacks import NarrowProgress
+from vispeft.tasks.checkpoints import read_checkpoint
+from vispeft.tasks.feature_cache import cache_features
+from vispeft.tasks.logs import RunLog
+from vispeft.viz import read_history
+
+SMALL = {"batch_size": 32, "validation": 0.03, "test": 0.94}
+"""53 training and 54 validation images."""
+FEW = (1e3, 10.0, 1.0)
+TASKS = {"class": Classification, "multilabel": MultiLabel, "regression": Regression}
+LOW_BIT = vispeft.AdaptFormer(bits=1, bias=False, head_bits=1)
+BY_RUN = (
+    "--model.head_start=probe",
+    "--data.validation=0.05",
+    "--data.test=0.9",
+    "--data.batch_size=32",
+    "--model.ema=0.5",
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def few_strengths(monkeypatch):
+    for module in (probe, head_start):
+        monkeypatch.setattr(module, "STRENGTHS", FEW)
+
+
+def make(target="class", method=None, args=None, **settings):
+    seed_everything(0)
+    return TASKS[target](
+        backbone="vit_tiny_patch16_224",
+        backbone_args={**TINY, **(args or {})},
+        num_classes={"class": 10, "multilabel": 4, "regression": 1}[target],
+        method=method or vispeft.LoRA(rank=2),
+        **{"head_start": "probe", "lr": 1e-3, **settings},
+    )
+
+
+def fit(task, folder, data=None, **settings):
+    kept = RunCheckpoints(folder / "checkpoints", monitor=task.monitor, mode=task.monitor_mode)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    log = RunLog(folder / "logs")
+    trainer = Trainer(**{**quiet, "max_epochs": 1, "logger": log, "callbacks": [kept], **settings})
+    trainer.fit(task, datamodule=data or DigitsData(target=task.target, **SMALL))
+    return kept, trainer
+
+
+@torch.no_grad()
+def measured(task, data, split="validation"):
+    """Outputs of a split, in evaluation."""
+    training = task.training
+    task.eval()
+    parts = [(task(images).float(), targets) for images, targets in data.plain_dataloader(split)]
+    task.train(training)
+    return torch.cat([part for part, _ in parts]), torch.cat([part for _, part in parts])
+
+
+def first_step(task, seen):
+    """Note the outputs of a task on validation when its first step begins."""
+    step = task.training_step
+
+    def training_step(batch, batch_idx):
+        if not seen:
+            seen.append(measured(task, task.trainer.datamodule))
+        return step(batch, batch_idx)
+
+    task.training_step = training_step
+
+
+@pytest.mark.parametrize("target", TASKS)
+def test_training_starts_from_the_fitted_head_and_has_an_epoch_0(tmp_path, target):
+    task, seen = make(target, args={"drop_rate": 0.5}), []
+    first_step(task, seen)
+    kept, trainer = fit(task, tmp_path)
+    scores, targets = seen[0]
+    record = task.head_start.record
+    assert record["images"] == {"train": 53, "validation": 54}
+    assert record["strength"] in probe.STRENGTHS
+
+    # Fitted to what the head sees: the linear models of the same features, chosen by the task's own figure.
+    fresh = make(target, args={"drop_rate": 0.5})
+    data = trainer.datamodule
+    fresh.check_data(data)
+    model = fresh.model.eval()
+    with torch.no_grad():
+        x, y = (
+            torch.cat(parts)
+            for parts in zip(
+                *[
+                    (model.forward_head(model.forward_features(images), pre_logits=True), labels)
+                    for images, labels in data.plain_dataloader("train")
+                ],
+                strict=True,
+            )
+        )
+    y, weights = fresh.for_probe(y)
+    path = dict(probe.fit_path(target, x, y, task.num_classes, weights=weights))
+    with torch.no_grad():
+        fresh.bank.head().weight.copy_(path[record["strength"]].weight)
+        fresh.bank.head().bias.copy_(path[record["strength"]].bias)
+    torch.testing.assert_close(measured(fresh, data)[0], scores, atol=1e-5, rtol=1e-4)
+
+    metrics = fresh.make_metrics("validation")
+    metrics.update(*fresh.for_metrics(scores, targets))
+    figure = float(metrics.compute()[task.monitor])
+    trainer.logger.save()
+    curve = dict(read_history(tmp_path / "logs/csv/metrics.csv")[task.monitor])
+    assert sorted(curve) == [-1, 0]
+    assert curve[-1] == pytest.approx(figure, abs=1e-6)
+    assert record["validation"][task.monitor.partition("/")[2]] == pytest.approx(figure, abs=1e-6)
+    better = max if task.monitor_mode == "max" else min
+    assert kept.best["score"] == better(curve.values())
+
+
+@pytest.mark.parametrize("method", [vispeft.VPT(num_tokens=2), vispeft.VQT(num_queries=2), vispeft.LST(reduction=2)])
+def test_the_strength_is_that_with_the_best_validation_figure(tmp_path, monkeypatch, method):
+    judged = []
+    judge = head_start._judge
+
+    def noted(task, model, kept):
+        judged.append(judge(task, model, kept))
+        return judged[-1]
+
+    monkeypatch.setattr(head_start, "_judge", noted)
+    task = make(method=method)
+    fit(task, tmp_path, max_steps=1)
+    assert len(judged) == 3
+    assert task.head_start.record["strength"] == probe.STRENGTHS[judged.index(max(judged))]
+    assert task.head_start.record["validation"]["accuracy"] == pytest.approx(max(judged)[0])
+
+
+def test_test_images_are_not_looked_at_and_random_numbers_stay(tmp_path):
+    states = {}
+    for name in (None, "probe"):
+        task, data = make(head_start=name, method=vispeft.VPT(num_tokens=2)), DigitsData(**SMALL)
+        data.test_dataloader = None
+        seen = []
+        step = task.training_step
+        task.training_step = lambda batch, batch_idx, step=step, seen=seen: (
+            seen.append(batch[0]) or step(batch, batch_idx)
+        )
+        fit(task, tmp_path / str(name), data)
+        states[name] = torch.get_rng_state(), seen
+    assert torch.equal(states[None][0], states["probe"][0])
+    assert all(torch.equal(one, other) for one, other in zip(states[None][1], states["probe"][1], strict=True))
+
+
+def test_augmentation_is_left_out_of_the_features(tmp_path):
+    heads = []
+    for augment in (False, True):
+        task = make()
+        step, head = task.training_step, task.bank.head()
+        task.training_step = lambda batch, batch_idx, step=step, head=head: (
+            heads.append(head.weight.detach().clone()) or step(batch, batch_idx)
+        )
+        fit(task, tmp_path / str(augment), DigitsData(augment=augment, **SMALL), max_steps=1)
+    assert torch.equal(heads[0], heads[1])
+
+
+def test_without_a_validation_that_chooses_folds_of_the_training_images_do(tmp_path, monkeypatch):
+    task, data = make(), DigitsData(**SMALL)
+    monkeypatch.setattr(data, "validation_chooses", False)
+    kept, _ = fit(task, tmp_path, data)
+    assert task.head_start.record["chosen_on"] == "5 folds of the training images"
+    assert set(task.head_start.record["images"]) == {"train"}
+    assert kept.best["epoch"] == 0, "the last epoch is kept, whatever validation says"
+
+
+def test_kept_outputs_of_a_frozen_backbone_give_the_same_start(tmp_path):
+    found = []
+    for cached in (False, True):
+        task, data = make(method=vispeft.LinearProbe()), DigitsData(**SMALL)
+        if cached:
+            data.fit_to(task.preprocessing)
+            data.setup()
+            cache_features(task, data, evaluation_trainer(accelerator="cpu"), tmp_path / "kept")
+        fit(task, tmp_path / str(cached), data, max_steps=1)
+        found.append(task.head_start.record)
+    assert found[0] == found[1]
+
+
+def test_a_loaded_adapter_with_another_classifier_keeps_its_units_and_gets_a_fitted_head(tmp_path):
+    source = make(head_start=None)
+    with torch.no_grad():
+        for tensor in source.bank.named_tensors().values():
+            tensor.normal_(std=0.1)
+    source.bank.annotate(class_names=[f"other {index}" for index in range(10)])
+    source.save_adapter(tmp_path / "adapter")
+    task = make()
+    said = start_from(task, str(tmp_path / "adapter"), [str(index) for index in range(10)])
+    assert "the classifier is a fresh one (other classes)" in said
+    seen = []
+    first_step(task, seen)
+    fit(task, tmp_path / "run")
+    assert task.head_start.record["strength"] in FEW
+    assert float((seen[0][0].argmax(1) == seen[0][1]).float().mean()) == pytest.approx(
+        task.head_start.record["validation"]["accuracy"], abs=1e-6
+    )
+    kept = make()
+    said = start_from(kept, str(tmp_path / "adapter"), [f"other {index}" for index in range(10)])
+    assert "It is trained already, so head_start has no effect" in said
+    fit(kept, tmp_path / "kept", max_steps=1)
+    assert kept.head_start.record == {}
+
+
+def test_an_ema_starts_from_the_probe(tmp_path):
+    task, starts = make(ema=0.9), []
+    step = task.training_step
+
+    def training_step(batch, batch_idx):
+        starts.append({name: tensor.clone() for name, tensor in task.ema.average(task).items()})
+        starts.append({name: tensor.detach().clone() for name, tensor in task.trainable_parameters()})
+        return step(batch, batch_idx)
+
+    task.training_step = training_step
+    fit(task, tmp_path, max_steps=1)
+    assert all(torch.equal(starts[0][name], tensor) for name, tensor in starts[1].items())
+
+
+def test_a_second_training_goes_on_from_the_first(tmp_path):
+    task = make()
+    fit(task, tmp_path / "one")
+    before = task.bank.head().weight.detach().clone()
+    task.lr = 1e-12
+    fit(task, tmp_path / "two")
+    torch.testing.assert_close(task.bank.head().weight.detach(), before)
+    assert list(dict(read_history(tmp_path / "two/logs/csv/metrics.csv")[task.monitor])) == [0]
+
+
+def test_progress_is_shown_in_the_bar_of_the_trainer(tmp_path, monkeypatch):
+    bar, counts = NarrowProgress(), []
+    shown = head_start._shown
+
+    def noted(trainer, what, total):
+        counts.append(total)
+        return shown(trainer, what, total)
+
+    monkeypatch.setattr(head_start, "_shown", noted)
+    monkeypatch.setattr(bar, "_stop_progress", lambda: counts.append([t.completed for t in bar.progress.tasks]))
+    task = make()
+    with redirect_stdout(io.StringIO()):
+        fit(task, tmp_path, enable_progress_bar=True, callbacks=[bar, RunCheckpoints(tmp_path, monitor=task.monitor)])
+    assert counts[0] == 2 + 2 + 3, "batches of training and validation, and the models"
+    assert counts[0] in counts[-1]
+
+
+# ------------------------------------------------------------------ runs
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "tiny.yaml").write_text(CONFIG)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (probe, head_start):
+            patch.setattr(module, "STRENGTHS", FEW)
+        result = call("train", folder / "tiny.yaml", *BY_RUN, "--checkpoints.every_n_steps=2", "--out", folder / "run")
+    assert result.status == 0, result.err
+    return folder / "run"
+
+
+class Killed(BaseException):
+    """Ends a process where it stands; nothing handles it."""
+
+
+@pytest.mark.slow
+def test_a_stopped_run_ends_as_one_in_one_go(whole, tmp_path, monkeypatch):
+    step, left = Classification.training_step, [1, 5]
+
+    def stopped(self, batch, batch_idx):
+        if left and self.global_step == left[0]:
+            left.pop(0)
+            raise Killed
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Classification, "training_step", stopped)
+    with pytest.raises(Killed):
+        call("train", whole.parent / "tiny.yaml", *BY_RUN, "--checkpoints.every_n_steps=2", "--out", tmp_path / "run")
+    with pytest.raises(Killed):  # it begins anew, since there is no checkpoint yet
+        call("train", "--resume", tmp_path / "run")
+    assert call("train", "--resume", tmp_path / "run").status == 0
+    assert differences(whole, tmp_path / "run") == []
+    assert json.loads((whole / "metrics.json").read_text())["head_start"]["strength"] in FEW
+
+
+@pytest.mark.slow
+def test_the_start_is_kept_where_no_epoch_is_better(whole, tmp_path):
+    config = whole.parent / "tiny.yaml"
+    result = call("train", config, *BY_RUN, "--model.lr=10", "--model.ema=0", "--out", tmp_path / "run")
+    assert result.status == 0, result.err
+    assert "Best of 2 epochs: epoch 0" in result.out
+    assert "No epoch was better on validation than the probe" in result.out
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["best_epoch"] == 0
+    assert metrics["validation"] == pytest.approx(metrics["head_start"]["validation"])
+    assert (tmp_path / "run/checkpoints/best-start-step0000000.ckpt").is_file()
+    assert (tmp_path / "run/plots/learning_curves.png").is_file()
+    # What is saved is the adapter at its start: as the method draws it.
+    task = make(method=vispeft.SSF(), head_start=None)
+    units = {k: v for k, v in task.bank.state_dict().items() if not k.startswith("head/")}
+    content = read_checkpoint(tmp_path / "run/checkpoints/best-start-step0000000.ckpt")
+    saved = vispeft.storage.files.read_adapter(tmp_path / "run/adapter")[1]
+    assert saved.keys() == units.keys()
+    assert len(content["state_dict"]) == len(units) + 2
+
+
+# ------------------------------------------------------------------ what is refused
+
+
+def refused(cls, **settings):
+    return cls(**{"backbone": "no_such_backbone", "num_classes": 3, "method": vispeft.LoRA(), **settings})
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings", "said"),
+    [
+        (Classification, {"head_start": "best"}, "head_start='best'): choose 'probe'"),
+        (Segmentation, {"decoder": "linear", "head_start": "probe"}, "another head (its decoder)"),
+        (MetricLearning, {"head_start": "probe"}, "another head (its embedding head)"),
+        (Classification, {"head_start": "probe", "method": LOW_BIT}, "has 1 bit per weight"),
+    ],
+)
+def test_heads_that_are_not_linear_are_refused_before_there_is_a_backbone(cls, settings, said):
+    with pytest.raises(ConfigError, match="head_start") as caught:
+        refused(cls, **settings)
+    assert said in str(caught.value)
+
+
+def test_other_classifiers_and_other_data_are_refused_before_a_step(tmp_path):
+    task = make()
+    task.bank.put_head("default", nn.Sequential(nn.Linear(32, 10)))
+    with pytest.raises(ConfigError, match="the classifier is a Sequential"):
+        fit(task, tmp_path / "head")
+    loader = DataLoader(TensorDataset(torch.randn(4, 3, 16, 16), torch.arange(4)), batch_size=2)
+    trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
+    with pytest.raises(DataError, match="no data module of vispeft"):
+        trainer.fit(make(), loader, loader)
+
+
+def test_features_that_are_not_finite_are_told(tmp_path):
+    task = make()
+    with torch.no_grad():
+        task.model.blocks[0].mlp.fc1.bias[0] = torch.nan
+    with pytest.raises(TrainingError, match="features of 53 images of 53 are not finite"):
+        fit(task, tmp_path, num_sanity_val_steps=0)

@@ -1,0 +1,324 @@
+"""The start of a linear head from a probe: a regularised linear model of features that are computed once.
+
+Training from there keeps what the frozen features already tell, and a pass over few images does not have to find it
+again (linear probing, then fine-tuning: Kumar et al., arXiv 2202.10054).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from torch import Tensor, nn
+
+from vispeft.core.method import Method
+from vispeft.data.base import ImageData, has_plain
+from vispeft.data.cache import changes_between_epochs
+from vispeft.data.splitting import cross_validation
+from vispeft.errors import ConfigError, DataError, TrainingError, counted
+from vispeft.tasks.logs import RunLog
+from vispeft.tasks.probe import FITS, STRENGTHS, Affine, fit_path
+from vispeft.tasks.state import random_state, set_random_state
+
+__all__ = ["HeadStart", "check_head_start", "is_start"]
+
+logger = logging.getLogger(__name__)
+
+FOLDS = 5
+"""Parts of the training images that choose a strength where validation must not choose."""
+Advance = Callable[[], None]
+
+
+def check_head_start(task: Any, method: Method, head_start: str | None) -> None:
+    """Refuse a start from a probe that cannot be, before there is a backbone.
+
+    Args:
+        task: The task, or its class.
+        method: The adapter.
+        head_start: The setting.
+
+    Raises:
+        ConfigError: If there is no such start, or the head is not linear.
+    """
+    if head_start is None:
+        return
+    name = f"{getattr(task, '__name__', type(task).__name__)}(head_start={head_start!r})"
+    if head_start != "probe":
+        raise ConfigError(f"{name}: choose 'probe', or None for a head that starts at random.")
+    if not task.classifies or getattr(task, "target", None) not in FITS:
+        raise ConfigError(
+            f"{name}: a probe fits a linear classifier or regression of one feature vector per image, and this task "
+            f"has another head (its {task.head_name}). Leave head_start out."
+        )
+    if method.low_bit_head() != 32:
+        raise ConfigError(
+            f"{name}: the classifier of {method.name} has {counted(method.low_bit_head(), 'bit')} per weight and is "
+            "not linear in its tensors, so that a fitted one would not survive rounding. Leave head_start out."
+        )
+
+
+def is_start(module: LightningModule) -> bool:
+    """Return whether a task is measured before its first step.
+
+    Args:
+        module: The task.
+    """
+    return bool(getattr(getattr(module, "head_start", None), "measuring", False))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the head sees of a split."""
+
+    features: Tensor
+    """float32 (N, width), on the CPU."""
+    targets: Tensor
+    """Targets of the data, on the CPU."""
+
+
+class HeadStart(Callback):
+    """Fit the head of a task before the first step of a fresh training, and measure the task as it then is.
+
+    The features are those that the head sees in evaluation: of images prepared as for an evaluation, through the model
+    with the adapter at its start, behind pooling and norm, without dropout. The strength of the regularisation is the
+    one with the best validation figure; at equal figures that with the smaller loss, then the stronger one. Where the
+    validation images choose nothing, five folds of the training images choose it.
+    """
+
+    def __init__(self) -> None:
+        """Begin with a head that was not fitted."""
+        self.due = False
+        """Whether the head is to be fitted before the next step."""
+        self.done = False
+        """Whether it was fitted, here or before the training was gone on with."""
+        self.anew = False
+        """Whether it is to be fitted although the adapter is a loaded one, whose own head does not fit."""
+        self.measuring = False
+        """Whether the task is validated before its first step."""
+        self.record: dict[str, Any] = {}
+        """Strength, what chose it, numbers of images, and figures of validation; empty before the start."""
+
+    def check(self, task: Any, data: Any) -> None:
+        """Check that head and data allow a probe.
+
+        Args:
+            task: The task.
+            data: The data module of its trainer.
+
+        Raises:
+            ConfigError: If the classifier is not a linear layer.
+            DataError: If training images cannot be had without augmentation.
+        """
+        head = task.bank.head()
+        if not isinstance(head, nn.Linear):
+            raise ConfigError(
+                f"head_start is 'probe', and the classifier is a {type(head).__name__}, which no linear model can "
+                "start. Leave head_start out, or give the adapter a linear one: model.reset_classifier(num_classes)."
+            )
+        if not isinstance(data, ImageData):
+            raise DataError(
+                f"head_start is 'probe', and {type(data).__name__} is no data module of vispeft, so its training "
+                "images cannot be had without augmentation. Leave head_start out, or derive it from ImageData."
+            )
+        split: Any = data.split("train")
+        if not has_plain(split) and changes_between_epochs(split):
+            raise DataError(
+                f"head_start is 'probe', and {type(split).__name__} does not say how its training images are without "
+                "augmentation. Leave head_start out, or give it a method plain; see BatchSplit."
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look whether the head is trained or loaded already, before methods begin."""
+        self.due = not self.done and (self.anew or not cast(Any, pl_module).started)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fit the head, where that is due."""
+        if not self.due:
+            return
+        self.due, self.done = False, True
+        random, began = random_state(), time.perf_counter()
+        try:
+            self.record = _start(cast(Any, pl_module), trainer)
+        finally:
+            set_random_state(random)  # the steps draw the same numbers as without it
+        strength, seconds = self.record["strength"], time.perf_counter() - began
+        logger.info(
+            "The probe took %.1f s; its strength %g is the best on %s", seconds, strength, self.record["chosen_on"]
+        )
+        self.measuring = True
+
+    def measure(self, task: Any, trainer: Trainer) -> None:
+        """Validate the task before its first step, if its head was fitted now; the curves then have an epoch 0.
+
+        Args:
+            task: The task.
+            trainer: Its trainer, when all callbacks have begun.
+        """
+        if not self.measuring:
+            return
+        random, connector = random_state(), trainer._logger_connector
+        first, logs = connector._first_loop_iter, [log for log in trainer.loggers if isinstance(log, RunLog)]
+        for log in logs:
+            log.at_start = True
+        try:
+            trainer.validating = True  # as Lightning does for the validation inside of a training
+            trainer.fit_loop.epoch_loop.val_loop.run()
+        finally:
+            trainer.training = True
+            connector._first_loop_iter, self.measuring = first, False
+            for log in logs:
+                log.at_start = False
+            set_random_state(random)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the figures of the start, before a checkpoint is written."""
+        if not self.measuring:
+            return
+        figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.record["validation"] = {
+            name.partition("/")[2]: value if math.isfinite(value) else None
+            for name, value in figures.items()
+            if name.startswith("validation/")
+        }
+        monitor = cast(Any, pl_module).monitor
+        logger.info("epoch 0  %s %.4f  (the probe, before the first step)", monitor, figures.get(monitor, math.nan))
+
+    def recall(self, record: Any) -> None:
+        """Take over what a checkpoint says of the start.
+
+        Args:
+            record: Its entry; None in checkpoints of earlier versions.
+        """
+        self.done = True
+        self.record = dict(record) if isinstance(record, dict) else {}
+
+
+# ------------------------------------------------------------------ the steps of a start
+
+
+@torch.no_grad()
+def _start(task: Any, trainer: Trainer) -> dict[str, Any]:
+    """Fit the head, copy the result into it, and describe it."""
+    data, head = cast(Any, trainer).datamodule, task.bank.head()
+    chooses = data.validation_chooses and trainer.limit_val_batches != 0
+    loaders = {name: data.plain_dataloader(name) for name in ("train", "validation") if name == "train" or chooses}
+    models = len(STRENGTHS) * (1 if chooses else 1 + FOLDS)
+    logger.info(
+        "Start from a probe: features of %s, then %d linear models of them",
+        " and ".join(f"{len(loader.dataset)} {name} images" for name, loader in loaders.items()),
+        models,
+    )
+    with _shown(trainer, "Start from a probe", sum(map(len, loaders.values())) + models) as advance:
+        kept = {name: _features(task, head, trainer, loader, advance) for name, loader in loaders.items()}
+        path = _path(task, kept["train"], head.bias is not None, advance)
+        if chooses:
+            judged = [_judge(task, model, kept["validation"]) for _, model in path]
+        else:
+            judged = _judge_by_folds(task, kept["train"], head.bias is not None, advance)
+    best = max(range(len(path)), key=lambda index: judged[index])
+    strength, model = path[best]
+    head.weight.copy_(model.weight)
+    if head.bias is not None:
+        head.bias.copy_(model.bias)
+    if trainer.world_size > 1:
+        for parameter in head.parameters():
+            parameter.copy_(trainer.strategy.broadcast(parameter.data))
+    return {
+        "strength": strength,
+        "chosen_on": "validation" if chooses else f"{FOLDS} folds of the training images",
+        "images": {name: len(split.targets) for name, split in kept.items()},
+    }
+
+
+def _features(task: Any, head: nn.Linear, trainer: Trainer, loader: Any, advance: Advance) -> Kept:
+    """Compute what the head sees of the images of a loader."""
+    seen: list[Tensor] = []
+    targets: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().float().cpu()))
+    training = task.training
+    task.eval()
+    try:
+        # Hooks that come after a graph was made are not part of it.
+        with torch.compiler.set_stance("force_eager"), trainer.precision_plugin.forward_context():
+            for batch in loader:
+                images, wanted = trainer.strategy.batch_to_device(batch)[:2]
+                task(images)
+                targets.append(wanted.cpu())
+                advance()
+    finally:
+        hook.remove()
+        task.train(training)
+    features = torch.cat(seen)
+    broken = (~features.isfinite().all(1)).nonzero().flatten().tolist()
+    if broken:
+        raise TrainingError(
+            f"head_start is 'probe', and the features of {counted(len(broken), 'image')} of {len(features)} are not "
+            f"finite, first image {broken[0]} of its split. Look at the images (vispeft doctor), or leave head_start "
+            "out."
+        )
+    return Kept(features, torch.cat(targets))
+
+
+def _path(task: Any, kept: Kept, bias: bool, advance: Advance) -> list[tuple[float, Affine]]:
+    """Fit the linear models of all strengths."""
+    targets, weights = task.for_probe(kept.targets)
+    found = []
+    for pair in fit_path(task.target, kept.features, targets, task.num_classes, weights=weights, bias=bias):
+        found.append(pair)
+        advance()
+    return found
+
+
+def _judge(task: Any, model: Affine, kept: Kept) -> tuple[float, float]:
+    """Measure a model on images as the task does: more is better in both figures, of which the first counts."""
+    return _judge_scores(task, model(kept.features), kept.targets)
+
+
+def _judge_by_folds(task: Any, kept: Kept, bias: bool, advance: Advance) -> list[tuple[float, float]]:
+    """Measure the models of all strengths on training images that they were not fitted to."""
+    count = min(FOLDS, len(kept.targets))
+    scores = torch.zeros(len(STRENGTHS), len(kept.targets), task.num_classes)
+    for fold in range(count):
+        rest, held = cross_validation(kept.targets, count, fold, 0)
+        path = _path(task, Kept(kept.features[rest], kept.targets[rest]), bias, advance)
+        for index, (_, model) in enumerate(path):
+            scores[index, held] = model(kept.features[held])
+    return [_judge_scores(task, found, kept.targets) for found in scores]
+
+
+def _judge_scores(task: Any, scores: Tensor, targets: Tensor) -> tuple[float, float]:
+    scores, targets = scores.to(task.device), targets.to(task.device)
+    metrics = task.make_metrics("validation").to(task.device)
+    metrics.update(*task.for_metrics(scores, targets))
+    loss = float(task.plain_loss(scores, targets))
+    figure = float({"validation/loss": loss, **metrics.compute()}.get(task.monitor, math.nan))
+    more = figure if task.monitor_mode == "max" else -figure
+    return tuple(value if math.isfinite(value) else -math.inf for value in (more, -loss))  # type: ignore[return-value]
+
+
+@contextmanager
+def _shown(trainer: Trainer, what: str, total: int) -> Iterator[Advance]:
+    """Show steps in the trainer's own bar, where it has one of rich: two displays at once are not possible."""
+    bar: Any = trainer.progress_bar_callback
+    if not isinstance(bar, RichProgressBar) or bar.is_disabled or bar.progress is None:
+        yield lambda: None
+        return
+    progress, number = bar.progress, bar._add_task(total, what)
+
+    def advance() -> None:
+        progress.update(number, advance=1)
+        bar.refresh()
+
+    try:
+        yield advance
+    finally:
+        progress.update(number, visible=False)
+        bar.refresh()
