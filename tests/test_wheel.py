@@ -78,7 +78,7 @@ def test_it_holds_the_files_of_the_repository_and_no_others(wheel: Path) -> None
     own = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "vispeft").rglob("*")
-        if path.suffix in (".json", ".py", ".typed")
+        if path.suffix in (".html", ".json", ".py", ".typed")
     }
     data = {
         f"vispeft/{path.relative_to(ROOT).as_posix()}"

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.tiny import CONFIG
-from vispeft.cli import doctor, embed, evaluate, export, inspect, merge, predict, search, select_features, train
+from vispeft.cli import doctor, embed, evaluate, export, inspect, merge, predict, report, search, select_features, train
 from vispeft.cli.common import run_tool
 
 TOOLS = {
@@ -14,6 +14,7 @@ TOOLS = {
     "evaluate": evaluate,
     "predict": predict,
     "embed": embed,
+    "report": report,
     "search": search,
     "merge": merge,
     "export": export,

@@ -345,6 +345,8 @@ class Run:
         if missing:
             numbered = sorted(p.name for p in place.iterdir() if p.name.isdecimal() and (p / METRICS).is_file())
             hint = f" Did you mean {place / numbered[-1]}?" if numbered else ""
+            if CONFIG not in missing:
+                hint = f" To end it: vispeft train --resume {place} goes on, and --finish {place} takes its best epoch."
             raise FileError(f"{place} is no finished run: {', '.join(missing)} is missing.{hint}")
         try:
             metrics = json.loads((place / METRICS).read_text(encoding="utf-8"))
