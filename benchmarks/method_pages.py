@@ -2,6 +2,7 @@
 
     python benchmarks/method_pages.py             # after a change of a method, a preset, or of results
     python benchmarks/method_pages.py --measure   # also measure activations and merging again
+    python benchmarks/method_pages.py --measure adapter_plus mona   # of these methods alone
 
 Texts come from the methods themselves, counts from their formulas and from plans on models without weights, published
 results from ``docs/methods/published.yaml``, and measured figures from JSON files in ``benchmarks/results``.
@@ -15,7 +16,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,20 +76,24 @@ def default(name: str) -> vispeft.Method:
 # ------------------------------------------------------------------------------------------------- measuring
 
 
-def measure() -> dict[str, Any]:
-    """Count kept activations and try to merge, method by method."""
+def measure(chosen: Sequence[str] = ()) -> dict[str, Any]:
+    """Count kept activations and try to merge, method by method.
+
+    Args:
+        chosen: The methods to measure, beside the figures of the others that are on disk; none for all.
+    """
     images = torch.randn(BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     whole = saved_bytes(timm.create_model(MEASURED).train(), images)
-    facts = {}
-    for name in names():
+    facts = json.loads((RESULTS / f"{FACTS}.json").read_text(encoding="utf-8"))["methods"] if chosen else {}
+    for name in chosen or names():
         model = timm.create_model(MEASURED)
         method = default(name)
         vispeft.attach(model, method, verify=False)
         kept = saved_bytes((TaskMaps(model) if method.multi_task else model).train(), images)
         facts[name] = {"activations": kept / whole, "merge": {kind: merges(name, *SMALL[kind]) for kind in SMALL}}
         print(name, facts[name])
-    return {"model": MEASURED, "batch": BATCH, "full_bytes": whole, "methods": facts}
+    return {"model": MEASURED, "batch": BATCH, "full_bytes": whole, "methods": dict(sorted(facts.items()))}
 
 
 def merges(name: str, model: str, arguments: dict[str, Any]) -> str:
@@ -308,9 +313,12 @@ def index(counted: dict[str, dict[str, Counts]], facts: dict[str, Any]) -> Itera
 def main() -> None:
     """Read the command line and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", action="store_true", help="measure activations and merging again")
-    if parser.parse_args().measure or not (RESULTS / f"{FACTS}.json").is_file():
-        write(FACTS, measure())
+    parser.add_argument(
+        "--measure", nargs="*", choices=names(), help="measure activations and merging again, by default of all methods"
+    )
+    chosen = parser.parse_args().measure
+    if chosen is not None or not (RESULTS / f"{FACTS}.json").is_file():
+        write(FACTS, measure(chosen or ()))
     made = pages()
     for file in PAGES.glob("*.md"):
         if file.name not in made:

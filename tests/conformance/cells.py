@@ -88,10 +88,18 @@ METHODS: dict[str, vispeft.Method] = {
     "vpt_window": vispeft.VPTWindow(num_tokens=3),
     "vptsp": vispeft.VPTSP(num_tokens=4, step=1),
     "mtlora": vispeft.MTLoRA(tasks=("seg", "depth"), rank=3, task_rank=2, dropout=0.0),
+    "adapter_plus": vispeft.AdapterPlus(bottleneck=4, unit_drop=0.0),
+    "adapter_plus_inner": vispeft.AdapterPlus(
+        bottleneck=4, position="houlsby", scale=None, layernorm=True, bias=False, start="bert", unit_drop=0.0, bits=8
+    ),
+    "mona": vispeft.Mona(bottleneck=4, dropout=0.0),
 }
 
 
-PARALLEL = ("adapter_parallel", "adaptformer", "adaptformer_1bit", "convpass", "convpass_attn", "polyhistor")
+PARALLEL = (
+    *("adapter_parallel", "adaptformer", "adaptformer_1bit", "convpass", "convpass_attn", "polyhistor"),
+    *("adapter_plus", "adapter_plus_inner", "mona"),
+)
 """Methods with terms beside the branches of a block."""
 
 STORES_MORE = ("lora_fa", "vqt_weighted")
@@ -111,7 +119,7 @@ EXCLUSIVE = (
 )
 """Methods that replace tensors of the base or its output features, so that two of them cannot act at once."""
 
-LINKED = ("vpt", "vqt", "prefix", "mam", "fact", "compacter", "lst", "convpass", "polyhistor_lite")
+LINKED = ("vpt", "vqt", "prefix", "mam", "fact", "compacter", "lst", "convpass", "polyhistor_lite", "mona")
 """Methods, in all their forms, whose blocks need each other: they share tensors, hand on more than tokens, or give the
 patches something that reaches a class token with the next block's attention."""
 DEEP = ("lora_all", "ssf", "ssf_merging")
@@ -333,11 +341,13 @@ SECOND_FORMS = {
     *("ssf_merging", "vpt_shallow", "vqt_weighted", "prefix_mlp", "adapter_parallel", "adaptformer_1bit", "lora_2bit"),
     *("dora", "pissa", "lora_fa", "convpass_attn", "repadapter_attn", "hydra_2bit", "lst_sparse", "fact_tk"),
     *("fact_4bit", "compacter_full", "mtlora", "polyhistor", "polyhistor_lite", "vpt_window"),
+    *("adapter_plus", "adapter_plus_inner", "mona"),
 }
-"""Further settings of a method, and methods for several tasks and those they are compared with, which have tests of
-their own: they run on the main families, and not on the variants of one family as well."""
+"""Further settings of a method, and methods with tests of their own for what is particular to them: they run on the
+main families, and not on the variants of one family as well."""
 
 LEFT = {("polyhistor", "vit"), ("polyhistor_lite", "vit"), ("polyhistor_lite", "swin"), ("vpt_window", "vit")}
+LEFT |= {("adapter_plus_inner", backbone) for backbone in BACKBONES}
 """Cells left to ``make test-slow``: tests of their own have what is particular to them."""
 
 CELLS = [

@@ -62,7 +62,7 @@ class Unit(nn.Module):
     * sequential: changes the output of a linear layer, deltas included;
     * affine: scales and shifts the resulting output;
     * branch: produces streams after a linear layer, beside its shared output;
-    * parallel: adds a term to a branch of a block, computed from that branch's input;
+    * parallel: adds a term to a branch of a block, computed from that branch's input or output, or from their sum;
     * prefix: adds keys and values to an attention;
     * queries: reads the tokens inside the blocks and widens the classifier's input;
     * tokens: adds tokens to the sequence;
@@ -485,8 +485,9 @@ class ParallelUnit(Unit):
 
     place: Literal["attn", "mlp"]
     """The branch it stands beside."""
-    reads: Literal["stream", "normed"]
-    """Its input: the residual stream before the branch, or the output of the branch's norm."""
+    reads: Literal["stream", "normed", "output", "sum"]
+    """Its input: the residual stream before the branch, the output of the branch's norm, the output of the branch (with
+    layer scale and stochastic depth), or the residual stream behind the branch and all terms that do not read it."""
     drops: bool = False
     """Whether stochastic depth applies to it, drawn independently of the branch."""
     needs_grid: bool = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +15,8 @@ __all__ = ["BlockHost"]
 
 class BlockHost(Host):
     """An adapted block: ``x1 = x + attention(x) + terms(x)``, then ``x1 + mlp(x1) + terms(x1)``.
+
+    A term may also read the output of its branch, or the sum behind it.
 
     A family implements the two branches with timm's own submodules, including their norms, layer scales and stochastic
     depth. Without parallel units and streams beside the tokens, every call goes to timm's own forward pass.
@@ -69,33 +70,45 @@ class BlockHost(Host):
             out = super().forward(x, *args, **arguments)
             return out if beside is None else beside._replace(tokens=out)
         streams = Streams(x) if beside is None else beside._replace(tokens=x)
-        added, normed = self.attention_branch(streams, *args, **arguments)
-        streams = streams.plus(added, *self._terms("attn", units, (streams, normed), grid, prefix))
-        added, normed = self.mlp_branch(streams)
-        streams = streams.plus(added, *self._terms("mlp", units, (streams, normed), grid, prefix))
+        place = grid, prefix
+        streams = self._joined("attn", streams, self.attention_branch(streams, *args, **arguments), place)
+        streams = self._joined("mlp", streams, self.mlp_branch(streams), place)
         return streams.tokens if beside is None else streams
 
-    def _terms(
+    def _joined(
         self,
-        place: str,
-        units: tuple[ParallelUnit, ...],
-        readable: tuple[Streams, Streams | None],
-        grid: tuple[int, int] | None,
-        prefix: int,
-    ) -> Iterator[Streams]:
-        """Compute the terms of the units beside one branch, from the stream or from the output of the norm."""
-        stream, normed = readable
-        drop = self.drop_path1 if place == "attn" else self.drop_path2
+        branch: str,
+        stream: Streams,
+        outputs: tuple[Streams, Streams | None],
+        place: tuple[tuple[int, int] | None, int],
+    ) -> Streams:
+        """Add the output of a branch and the terms beside it; those that read the sum follow one after the other."""
+        added, normed = outputs
+        units = [unit for unit in self.acting.parallel if unit.place == branch]
+        readable = {"stream": stream, "normed": normed, "output": added}
+        terms = [self._term(unit, readable[unit.reads], stream, place) for unit in units if unit.reads != "sum"]
+        joined = stream.plus(added, *terms)
         for unit in units:
-            if unit.place == place:
-                read = stream if unit.reads == "stream" else normed
-                assert read is not None, "methods refuse families that normalise after their branches"
-                beside = {name: _alone(unit, x, grid, prefix) for name, x in read.beside.items()}
-                term = Streams(unit.branch(read.tokens, grid, prefix), beside)
-                if unit.gain is not None:
-                    term = term.each(unit.gain.mul)
-                term = term.each(lambda x: x.to(stream.tokens.dtype))
-                yield term.each(drop) if unit.drops else term
+            if unit.reads == "sum":
+                joined = joined.plus(self._term(unit, joined, stream, place))
+        return joined
+
+    def _term(
+        self,
+        unit: ParallelUnit,
+        read: Streams | None,
+        stream: Streams,
+        place: tuple[tuple[int, int] | None, int],
+    ) -> Streams:
+        """Compute the term of a unit from its input, in the type of the residual stream."""
+        assert read is not None, "methods refuse families that normalise after their branches"
+        beside = {name: _alone(unit, x, *place) for name, x in read.beside.items()}
+        term = Streams(unit.branch(read.tokens, *place), beside)
+        if unit.gain is not None:
+            term = term.each(unit.gain.mul)
+        term = term.each(lambda x: x.to(stream.tokens.dtype))
+        drop = self.drop_path1 if unit.place == "attn" else self.drop_path2
+        return term.each(drop) if unit.drops else term
 
     def no_plain_form(self) -> str | None:
         """Return why no plain block is equivalent; None if one is."""

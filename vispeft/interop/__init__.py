@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from vispeft.interop import blocks, lst, mtlora, polyhistor, shared, ssf, unified, vpt, vqt
+from vispeft.interop import beyond, blocks, lst, mtlora, polyhistor, shared, ssf, unified, vpt, vqt
 from vispeft.interop.binary import load_binary
 from vispeft.interop.official import Source, list_sources, load_official, register_source, to_official
 from vispeft.interop.one_task import export_task
@@ -14,6 +14,7 @@ _PEFT = ("PeftMethod", "from_peft", "to_peft")
 __all__ = [  # noqa: PLE0604  (the names of the extra are added by unpacking)
     *_PEFT,
     "Source",
+    "beyond",
     "blocks",
     "export_task",
     "list_sources",

@@ -9,6 +9,7 @@ from vispeft.core.method import Method, list_methods, method, register
 # For type checkers only. A method missing from this list still works; type checkers see its class as `Any`.
 if TYPE_CHECKING:
     from vispeft.methods.adapter import Adapter as Adapter
+    from vispeft.methods.adapter_plus import AdapterPlus as AdapterPlus
     from vispeft.methods.adaptformer import AdaptFormer as AdaptFormer
     from vispeft.methods.bitfit import BitFit as BitFit
     from vispeft.methods.compacter import Compacter as Compacter
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from vispeft.methods.lora import LoRA as LoRA
     from vispeft.methods.lst import LST as LST
     from vispeft.methods.mam import MAM as MAM
+    from vispeft.methods.mona import Mona as Mona
     from vispeft.methods.mtlora import MTLoRA as MTLoRA
     from vispeft.methods.norm_tuning import NormTuning as NormTuning
     from vispeft.methods.polyhistor import Polyhistor as Polyhistor
