@@ -12,7 +12,7 @@ import vispeft
 from tests.conformance.cells import Cell, move
 from vispeft.core.low_rank import Branch, Dropout
 from vispeft.errors import ConfigError
-from vispeft.hosts import low_rank
+from vispeft.hosts import low_rank, masks
 from vispeft.hosts.low_rank import low_rank_linear
 
 PLACES = ["input", "hidden"]
@@ -27,6 +27,10 @@ def tensors(rows: int) -> dict[str, Tensor]:
     for name in "xabcd":
         made[name].requires_grad_()
     return made
+
+
+def whole(source: Tensor, rows: Tensor, columns: int, share: float) -> Tensor:
+    return torch.cat([mask for _, mask in masks.mask_blocks(source, rows, columns, share)])
 
 
 def two_terms(t: dict[str, Tensor], dropout: Dropout) -> Tensor:
@@ -148,36 +152,90 @@ def test_a_share_next_to_one_stays_finite(place: Any) -> None:
 @pytest.mark.parametrize("place", PLACES)
 def test_what_is_dropped_is_dropped_from_one_term_only(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made, drawn = tensors(9), []
-    draw = low_rank._kept
 
-    def recorded(x: Tensor, share: float) -> Tensor | None:
-        kept = draw(x, share)
-        drawn.extend([] if kept is None else [kept])
-        return kept
+    def recorded(rows: Tensor, columns: int, share: float) -> Tensor:
+        drawn.append(whole(masks.mask_source(rows, columns, share), rows, columns, share))
+        return drawn[-1].bool()
 
-    monkeypatch.setattr(low_rank, "_kept", recorded)
+    monkeypatch.setattr(low_rank, "mask_source", recorded)
     out = two_terms(made, Dropout(0.4, place))
     (kept,) = drawn
-    assert 0 < kept.double().mean() < 1
+    assert 0 < kept.mean() < 1
     seen = made["x"] * kept / KEPT if place == "input" else made["x"]
     hidden = seen @ made["a"].t()
     hidden = hidden * kept / KEPT if place == "hidden" else hidden
     expected = made["x"] @ made["weight"].t() + made["bias"] - 1.5 * made["x"] @ made["c"].t() @ made["d"].t()
     expected[:, 1:4] += 0.7 * hidden @ made["b"].t()
     assert torch.allclose(out, expected, rtol=1e-12, atol=1e-12)
+    found, wanted = (torch.autograd.grad(y.square().sum(), [made[name] for name in "xab"]) for y in (out, expected))
+    assert all(torch.allclose(one, other, rtol=1e-11, atol=1e-12) for one, other in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("share", [0.001, 0.1, 0.5, 0.999])
-def test_the_share_that_is_dropped(share: float) -> None:
+class Special(Tensor):
+    """A tensor of a class of its own, whose masks are kept."""
+
+
+@pytest.mark.parametrize(
+    ("share", "dtype", "kind"),
+    [
+        *((share, torch.float32, Tensor) for share in (0.001, 0.1, 0.5, 0.999)),
+        (0.1, torch.bfloat16, Tensor),
+        (0.1, torch.float32, Special),
+    ],
+)
+def test_the_share_that_is_dropped(share: float, dtype: torch.dtype, kind: type[Tensor]) -> None:
     torch.manual_seed(0)
-    kept = low_rank._kept(torch.empty(1001, 999), share)
-    assert kept is not None
-    assert kept.shape == (1001, 999)
+    rows = torch.empty(401, 0, dtype=dtype).as_subclass(kind)
+    source = masks.mask_source(rows, 399, share)
+    assert source.dtype == (torch.int64 if kind is Tensor else torch.bool)
+    kept = whole(source, rows, 399, share)
+    assert kept.dtype == dtype
+    assert torch.equal(kept, whole(source, rows, 399, share))
+    kept = kept.double()
+    assert kept.shape == (401, 399)
     assert set(kept.unique().tolist()) == {0, 1}
     for part in (kept, kept[:, 0], kept.flatten()[3::4]):
         spread = (share * (1 - share) / part.numel()) ** 0.5
-        assert abs(1 - part.double().mean() - share) < 5 * spread + 2**-16
-    assert low_rank._kept(torch.empty(3), 0.0) is None
+        assert abs(1 - part.mean() - share) < 5 * spread + 2**-16
+    # Entries are independent of their neighbours, of those of the next mask, and of those of the next seed.
+    others = [kept.roll(shift, axis) for axis in (0, 1) for shift in (1, 2, 3, 4)]
+    others += [whole(masks.mask_source(rows, 399, share), rows, 399, share).double()]
+    if kind is Tensor:
+        others += [whole(source + 1, rows, 399, share).double()]
+    for other in others:
+        common = ((kept - kept.mean()) * (other - other.mean())).mean() / kept.var()
+        assert abs(common) < 5 * kept.numel() ** -0.5 + 2**-14
+
+
+def test_a_mask_is_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.empty(103, 0)
+    source = masks.mask_source(rows, 7, 0.5)
+    wanted = whole(source, rows, 7, 0.5)
+    monkeypatch.setattr(masks, "BLOCK", 60)
+    assert len(list(masks.mask_blocks(source, rows, 7, 0.5))) == 13
+    assert torch.equal(whole(source, rows, 7, 0.5), wanted)
+    assert whole(source, rows[:0], 7, 0.5).shape == (0, 7)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_masks_are_drawn_again_and_not_kept(place: Any) -> None:
+    made = tensors(900)
+    kept: dict[bool, int] = {}
+    for drops in (False, True):
+        sizes = []
+
+        def pack(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.untyped_storage().nbytes())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = two_terms(made, Dropout(0.4 if drops else 0.0, place))
+        kept[drops] = sum(sizes)
+        # A graph that is kept goes backward again with the same mask, whatever was drawn in between.
+        first = torch.autograd.grad(out.sum(), made["x"], retain_graph=True)[0]
+        torch.rand(3)
+        assert torch.equal(first, torch.autograd.grad(out.sum(), made["x"])[0])
+    assert kept[True] == kept[False] + 8
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vispeft.core.generated import FrozenCasts
-from vispeft.core.low_rank import DRAWS, NO_DROPOUT, Branch, Dropout, dropped_draws
+from vispeft.core.low_rank import NO_DROPOUT, Branch, Dropout
 from vispeft.core.origin import Note, note_of
 from vispeft.core.units import DeltaUnit
 from vispeft.errors import ConfigError
 from vispeft.hosts.functional import cast_to, compute_dtype, leaves_a_graph, note_behind, without_autocast
+from vispeft.hosts.masks import mask_blocks, mask_source, masked
 from vispeft.hosts.products import SMALL, add_product, as_rows, outer, product, rows_as, times_narrow
 
 __all__ = ["low_rank_linear", "low_rank_terms", "term_linear"]
@@ -36,8 +37,6 @@ class _Place(NamedTuple):
     dropout: Dropout
 
 
-_Masks = tuple[Tensor | None, Tensor | None]
-"""Dropout masks of a term, at its input and between its factors."""
 _UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 
 
@@ -160,8 +159,8 @@ class _LowRankLinear(torch.autograd.Function):
     """The frozen product and all low-rank terms in one autograd node.
 
     Neither direction allocates a second (rows, out) tensor. Saved for backward are the input, or what it is computed
-    from (`Origin`), the narrow (rows, rank) projections and the dropout masks (a byte per entry). See `_is_folded` for
-    the temporary copy of the weight.
+    from (`Origin`), the narrow (rows, rank) projections and what dropout masks are drawn from (`mask_source`). See
+    `_is_folded` for the temporary copy of the weight.
 
     Input and factors are cast in here, and their gradients cast back, which saves five nodes.
     """
@@ -184,13 +183,13 @@ class _LowRankLinear(torch.autograd.Function):
         ctx.folds = _is_folded(rows.shape[0], weight) and not any(place.dropout.share for place in layout)
         out = product(rows, (_written_into(weight, layout, used) if ctx.folds else weight).t(), bias)
         hidden: list[Tensor] = []
-        kept: list[Tensor | None] = []
+        sources: list[Tensor] = []
         for place, a, b in zip(layout, used[::2], used[1::2], strict=True):
             if place.dropout.share:
-                narrow, masks = _dropped_narrow(rows, a, place.dropout)
-                kept += masks
+                narrow, source = _dropped_narrow(rows, a, place.dropout)
+                sources.append(source)
             else:
-                narrow = torch.mm(rows, a.t())
+                narrow = product(rows, a.t(), None)
             hidden.append(narrow)
             if not ctx.folds:
                 add_product(_part(out, place), narrow, b.t(), place.scale)
@@ -201,7 +200,7 @@ class _LowRankLinear(torch.autograd.Function):
         if reads:
             read = (x,) if note is None else note.tensors
             ctx.origin, ctx.inputs = None if note is None else note.origin, len(read)
-        ctx.save_for_backward(weight, *factors, *hidden, *(used if ctx.casts else ()), *read, *kept)
+        ctx.save_for_backward(weight, *factors, *hidden, *(used if ctx.casts else ()), *read, *sources)
         # No view of `out`, which timm could not modify in place, as some attention modules do with their projection's.
         return out if x.ndim == 2 else _UNSAFE_VIEW(out, [*x.shape[:-1], out.shape[1]])
 
@@ -211,27 +210,31 @@ class _LowRankLinear(torch.autograd.Function):
         weight, *rest = ctx.saved_tensors
         factors, hidden, rest = rest[: 2 * count], rest[2 * count : 3 * count], rest[3 * count :]
         used, rest = (rest[: 2 * count], rest[2 * count :]) if ctx.casts else (factors, rest)
-        read, kept = rest[: ctx.inputs], rest[ctx.inputs :]
+        read, rest = rest[: ctx.inputs], rest[ctx.inputs :]
         x = read[0] if ctx.origin is None else ctx.origin.again(read)
-        masks = _masks(layout, kept)
+        found = iter(rest)
+        sources = [next(found) if place.dropout.share else None for place in layout]
         if torch.is_grad_enabled():
-            first, *others = _with_graph(ctx, grad, x, weight, factors, masks)
+            first, *others = _with_graph(ctx, grad, x, weight, factors, sources)
             return (first, None, None, None, None, *others)
         slopes, rows = as_rows(grad), None if x is None else rows_as(x, weight.dtype)
         grad_x = None
         if needed[0]:
             grad_x = product(slopes, _written_into(weight, layout, used) if ctx.folds else weight, None)
         gradients: list[Tensor | None] = []
-        for index, (place, (inputs, between)) in enumerate(zip(layout, masks, strict=True)):
+        for index, (place, source) in enumerate(zip(layout, sources, strict=True)):
             a, b = used[2 * index], used[2 * index + 1]
             part = _part(slopes, place)
-            narrow = _only(times_narrow(part, b, place.scale / place.dropout.kept), between)
-            gradients.append(torch.mm(narrow.t(), _only(rows, inputs)) if needed[5 + 2 * index] else None)
+            narrow = times_narrow(part, b, place.scale / place.dropout.kept)
+            wanted = rows if needed[5 + 2 * index] else None
+            if source is not None and place.dropout.place == "input":
+                gradients.append(_dropped_gradients(narrow, a, source, place.dropout.share, wanted, grad_x))
+            else:
+                narrow = narrow if source is None else masked(narrow, source, place.dropout.share)
+                gradients.append(None if wanted is None else torch.mm(narrow.t(), wanted))
+                if grad_x is not None and not ctx.folds:
+                    add_product(grad_x, narrow, a, 1)
             gradients.append(outer(part, hidden[index], place.scale) if needed[6 + 2 * index] else None)
-            if grad_x is not None and inputs is not None:
-                grad_x += _only(narrow @ a, inputs)
-            elif grad_x is not None and not ctx.folds:
-                add_product(grad_x, narrow, a, 1)
         if grad_x is not None:
             grad_x = grad_x if grad.ndim == 2 else grad_x.view(*grad.shape[:-1], grad_x.shape[1])
             grad_x = cast_to(grad_x, ctx.kind)
@@ -282,7 +285,7 @@ class _TermLinear(torch.autograd.Function):
         x = None if not read else read[0] if origin is None else origin.again(read)
         if torch.is_grad_enabled():
             ctx.layout = [_Place(scale, 0, weight.shape[0], NO_DROPOUT)]
-            grad_x, *gradients = _with_graph(ctx, grad, x, weight, (own_a, own_b), [(None, None)])
+            grad_x, *gradients = _with_graph(ctx, grad, x, weight, (own_a, own_b), [None])
             return grad_x, None, *gradients
         slopes = grad if len(shape) == 2 else grad.reshape(-1, shape[-1])
         needs_x, _, needs_a, needs_b = ctx.needs_input_grad
@@ -311,7 +314,7 @@ def _with_term(
     rows: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Compute a layer with one low-rank term, outside autograd; also return the narrow projection."""
-    narrow = torch.mm(rows, a.t())
+    narrow = product(rows, a.t(), None)
     if rows.shape[0] * weight.shape[0] < SMALL:
         return F.linear(rows, weight, bias).add_(torch.mm(narrow, b.t()), alpha=scale), narrow
     if _is_folded(rows.shape[0], weight):
@@ -339,7 +342,12 @@ def _cast_if(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _with_graph(
-    ctx: Any, grad: Tensor, x: Tensor | None, weight: Tensor, factors: Sequence[Tensor], masks: Sequence[_Masks]
+    ctx: Any,
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    factors: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """Compute the gradients of input and factors in plain operations, which record a graph of their own."""
     needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[-len(factors) :]]
@@ -354,9 +362,11 @@ def _with_graph(
     factors = [factor.view_as(factor) for factor in factors]
     rows, used = rows_as(x, weight.dtype), [cast_to(factor, weight.dtype) for factor in factors]
     out = F.linear(rows, weight)
-    for index, ((scale, start, stop, dropout), (inputs, between)) in enumerate(zip(ctx.layout, masks, strict=True)):
-        hidden = F.linear(_only(rows, inputs), used[2 * index])
-        term = F.linear(_only(hidden, between), used[2 * index + 1]) * (scale / dropout.kept)
+    for index, ((scale, start, stop, dropout), source) in enumerate(zip(ctx.layout, masks, strict=True)):
+        entered = rows if source is None or dropout.place != "input" else _dropped(rows, source, dropout.share)
+        hidden = F.linear(entered, used[2 * index])
+        hidden = hidden if source is None or dropout.place != "hidden" else _dropped(hidden, source, dropout.share)
+        term = F.linear(hidden, used[2 * index + 1]) * (scale / dropout.kept)
         out = out + F.pad(term, (start, out.shape[-1] - stop))
     sources = [tensor for tensor, wanted in zip([x, *factors], needed, strict=True) if wanted]
     found = iter(torch.autograd.grad(out, sources, as_rows(grad), create_graph=True))
@@ -368,40 +378,47 @@ def _part(out: Tensor, place: _Place) -> Tensor:
     return out if place.stop - place.start == out.shape[1] else out[:, place.start : place.stop]
 
 
-def _dropped_narrow(rows: Tensor, a: Tensor, dropout: Dropout) -> tuple[Tensor, _Masks]:
-    """Apply a first factor with its dropout; also return the masks at the input and behind it."""
-    inputs = _kept(rows, dropout.at("input"))
-    narrow = _only(rows, inputs) @ a.t()
-    between = _kept(narrow, dropout.at("hidden"))
+def _dropped_narrow(rows: Tensor, a: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:
+    """Apply a first factor with its dropout; also return what its mask is drawn from."""
     # Kept entries are scaled up here, where there are few channels, and not in the input.
-    return _only(narrow, between).div_(dropout.kept), (inputs, between)
+    if dropout.place == "input":
+        source = mask_source(rows, rows.shape[1], dropout.share)
+        blocks = mask_blocks(source, rows, rows.shape[1], dropout.share)
+        parts = [product(rows[part] * mask, a.t(), None) for part, mask in blocks]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).div_(dropout.kept), source
+    narrow = product(rows, a.t(), None)
+    source = mask_source(narrow, narrow.shape[1], dropout.share)
+    return masked(narrow, source, dropout.share).div_(dropout.kept), source
 
 
-def _masks(layout: Sequence[_Place], kept: Sequence[Tensor | None]) -> list[_Masks]:
-    """Give each term its dropout masks, of those that were kept of the terms with dropout."""
-    if not kept:
-        return [(None, None)] * len(layout)
-    masks = iter(kept)
-    return [(next(masks), next(masks)) if place.dropout.share else (None, None) for place in layout]
+def _dropped_gradients(
+    narrow: Tensor, a: Tensor, source: Tensor, share: float, rows: Tensor | None, grad_x: Tensor | None
+) -> Tensor | None:
+    """Compute the gradient of a first factor behind dropout of the input, and add that of the input in place.
 
-
-def _kept(x: Tensor, share: float) -> Tensor | None:
-    """Draw the dropout mask, ones and zeros of a byte each; None if everything is kept.
-
-    Each entry uses 16 random bits. `torch.bernoulli` draws sequentially on a CPU, which takes a fifth of a training
-    step of a ViT-S with dropout before every linear layer.
+    Args:
+        narrow: Gradient of the narrow projection, (rows, rank).
+        a: The first factor, (rank, in).
+        source: What the mask is drawn from.
+        share: Share of entries that were dropped.
+        rows: The input, (rows, in); None if the factor needs no gradient.
+        grad_x: Gradient of the input without this term; None if it is not needed.
     """
-    if not share:
-        return None
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    draws = words.view(torch.int16)[: x.numel()].view(x.shape)
-    return (draws >= dropped_draws(share) - DRAWS // 2).view(torch.uint8)
+    grad_a: Tensor | None = None
+    if rows is None and grad_x is None:
+        return grad_a
+    for part, mask in mask_blocks(source, narrow, a.shape[1], share):
+        if grad_x is not None:
+            grad_x[part].addcmul_(narrow[part] @ a, mask)
+        if rows is not None:
+            own = narrow[part].t() @ mask.mul_(rows[part])
+            grad_a = own if grad_a is None else grad_a.add_(own)
+    return grad_a
 
 
-def _only(x: Any, kept: Tensor | None) -> Tensor:
-    """Apply a dropout mask."""
-    out: Tensor = x if kept is None else x * kept
-    return out
+def _dropped(x: Tensor, source: Tensor, share: float) -> Tensor:
+    """Apply a dropout mask in operations that autograd knows."""
+    return x * masked(torch.ones_like(x, requires_grad=False), source, share)
 
 
 def _written_into(weight: Tensor, layout: Sequence[_Place], factors: Sequence[Tensor]) -> Tensor:
