@@ -85,7 +85,7 @@ def test_compiled_whole_and_attached_afterwards(cell: Cell) -> None:
 
 
 @pytest.mark.parametrize("cell", params(ONCE, slow=lambda cell: cell.key not in PLAIN_FIRST))
-def test_compiled_by_block(cell: Cell) -> None:
+def test_compiled_by_block(cell: Cell, caplog: pytest.LogCaptureFixture) -> None:
     torch._dynamo.reset()
     model, images = small(cell), cell.images()
     bank = cell.attach(model)
@@ -110,6 +110,7 @@ def test_compiled_by_block(cell: Cell) -> None:
     made = graphs["made"]
     model(images)
     assert graphs["made"] == made
+    assert not [record for record in caplog.records if record.name.startswith("vispeft")]  # no block runs as it is
 
 
 @torch.no_grad()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any, Literal
 
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 from vispeft.adapters.holder import BankState
 from vispeft.core.families import base_class
 from vispeft.core.route import Routing
-from vispeft.errors import ConfigError, UnknownNameError
+from vispeft.errors import ConfigError, UnknownNameError, brief
 from vispeft.hosts.base import COMPILED, Host, ensure_host, host_class, host_kind, take_off
 from vispeft.hosts.depth import DropPathHost
 
 __all__ = ["COMPILE", "Compile", "CompilingBank", "cannot_compile"]
+
+logger = logging.getLogger(__name__)
 
 Compile = Literal["off", "blocks", "model"]
 GRAPHS = 64
@@ -56,7 +59,7 @@ def _finds(variable: str, *names: str) -> bool:
 class _Compiled:
     """What a call of a compiled block runs."""
 
-    def __init__(self, block: nn.Module, graph: Callable[..., Any], routing: Routing) -> None:
+    def __init__(self, block: nn.Module, graph: _Graph, routing: Routing) -> None:
         self.block, self.graph, self.routing = block, graph, routing
 
     def __call__(self, x: Tensor, *args: Any, **arguments: Any) -> Any:
@@ -74,15 +77,43 @@ def _trains(block: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in block.parameters())
 
 
-def _graph(number: int, options: dict[str, Any]) -> Callable[..., Any]:
-    """Make the compiled call of one kind of block, with graphs of its own."""
+class _Graph:
+    """The compiled call of one kind of block, with graphs of its own. What cannot be compiled runs as it is."""
 
-    def run(block: nn.Module, x: Tensor, *args: Any, **arguments: Any) -> Any:
+    def __init__(self, number: int, options: dict[str, Any]) -> None:
+        def run(block: nn.Module, x: Tensor, *args: Any, **arguments: Any) -> Any:
+            return block._call_impl(x, *args, **arguments)
+
+        # Graphs are kept by code object.
+        run.__code__ = run.__code__.replace(co_name=f"block_{number}")
+        self.run = torch.compile(run, fullgraph=True, dynamic=False, **options)
+        self.failed = self.warned = False
+
+    def __call__(self, block: nn.Module, x: Tensor, *args: Any, **arguments: Any) -> Any:
+        if not self.failed:
+            try:
+                return self.run(block, x, *args, **arguments)
+            except _errors() as error:  # before the block has run
+                self._warn(error, base_class(block).__name__)
         return block._call_impl(x, *args, **arguments)
 
-    # Graphs are kept by code object.
-    run.__code__ = run.__code__.replace(co_name=f"block_{number}")
-    return torch.compile(run, fullgraph=True, dynamic=False, **options)
+    def _warn(self, error: Exception, name: str) -> None:
+        """Say once why a block runs as it is."""
+        full = isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit)
+        self.failed = self.failed or not full
+        if full and not self.warned:
+            told = "A %s was compiled for %d sizes and adapters already; with further ones it runs as it is."
+            logger.warning(told, name, torch._dynamo.config.recompile_limit)
+        elif not full:
+            logger.warning("A %s cannot be compiled and runs as it is: %s", name, brief(error))
+        self.warned = True
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """List the errors of a compilation; imported when one is raised, since their module takes seconds."""
+    import torch._dynamo.exc as found
+
+    return found.TorchDynamoException, found.FailOnRecompileLimitHit
 
 
 def _kind(block: nn.Module) -> Hashable:
@@ -143,10 +174,10 @@ class CompilingBank(BankState):
         """Let calls of the model or of its blocks run compiled."""
         if self._compiled == "model":
             self._model.compile(**self._options)
-        graphs: dict[Hashable, Callable[..., Any]] = {}
+        graphs: dict[Hashable, _Graph] = {}
         for block in self._blocks() if self._compiled == "blocks" else ():
             kind = _kind(block)
-            graph = graphs[kind] = graphs.get(kind) or _graph(len(graphs), self._options)
+            graph = graphs[kind] = graphs.get(kind) or _Graph(len(graphs), self._options)
             block._compiled_call_impl = _Compiled(block, graph, self._routing)
 
     def _blocks(self) -> list[nn.Module]:
