@@ -19,7 +19,7 @@ from vispeft.storage.header import strict_values
 from vispeft.storage.leftovers import finish_save, remove_partial
 from vispeft.storage.locks import clear, hold
 from vispeft.storage.places import check_folder
-from vispeft.zoo.adapters import ADAPTER
+from vispeft.zoo.adapters import ADAPTER, PREFIX, find_adapter
 
 __all__ = [
     "ADAPTER",
@@ -332,20 +332,29 @@ class Run:
         """Open a finished run.
 
         Args:
-            path: Its directory.
+            path: Its directory; or ``zoo:NAME``, since the folder of an adapter in a zoo has what a run leaves.
 
         Raises:
             FileError: If it is not a finished run, or its figures cannot be read.
+            UnknownNameError: If the zoo has no such adapter.
         """
+        if str(path).startswith(PREFIX):
+            return cls._opened(find_adapter(str(path)))
         place = Path(path)
         if not os.path.isdir(place):
             raise FileError(f"There is no run directory {str(place)!r}; `vispeft train` makes them.")
         refuse_segmentor(place, _listing(place))
-        missing = [name for name in (CONFIG, METRICS, f"{ADAPTER}/{JSON_FILE}") if not os.path.isfile(place / name)]
+        adapter = JSON_FILE if os.path.isfile(place / JSON_FILE) else f"{ADAPTER}/{JSON_FILE}"  # as in a zoo, or below
+        missing = [name for name in (CONFIG, METRICS, adapter) if not os.path.isfile(place / name)]
         if missing:
             numbered = sorted(p.name for p in place.iterdir() if p.name.isdecimal() and (p / METRICS).is_file())
             hint = f" Did you mean {place / numbered[-1]}?" if numbered else ""
             raise FileError(f"{place} is no finished run: {', '.join(missing)} is missing.{hint}")
+        return cls._opened(place)
+
+    @classmethod
+    def _opened(cls, place: Path) -> Run:
+        """Read the figures of a run."""
         try:
             metrics = json.loads((place / METRICS).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
@@ -397,8 +406,8 @@ class Run:
 
     @property
     def adapter(self) -> Path:
-        """The adapter's directory."""
-        return self.path / ADAPTER
+        """The adapter's directory, which in a zoo is that of the run."""
+        return self.path if (self.path / JSON_FILE).is_file() else self.path / ADAPTER
 
 
 def _is_number(value: Any) -> bool:
