@@ -61,7 +61,7 @@ def test_it_is_loaded_by_its_name(own):
 def test_another_backbone_is_refused(own):
     torch.manual_seed(1)
     model = vispeft.create_model("vit_tiny_patch16_224", num_classes=10, **TINY)
-    with pytest.raises(BaseMismatchError, match="other weights|another|weights"):
+    with pytest.raises(BaseMismatchError, match="weights"):
         vispeft.load(model, "zoo:mine")
     assert not any("adapters" in key for key in model.state_dict())
 
@@ -112,8 +112,7 @@ def change(zoo, edit):
     """Change an entry of an index, with right digests."""
     content = json.loads((zoo / INDEX).read_text())
     edit(content["adapters"]["mine"])
-    known = {key: value for key, value in content["adapters"]["mine"].items()}
-    entry = vispeft.zoo.ZooEntry(name="mine", **known)
+    entry = vispeft.zoo.ZooEntry(name="mine", **content["adapters"]["mine"])
     (zoo / INDEX).write_bytes(index_bytes({"mine": entry}))
 
 
@@ -177,6 +176,7 @@ def test_an_index_of_another_form(own):
         return json.dumps(value, indent=1).encode()
 
     entry = content["adapters"]["mine"]
+    elsewhere = {**entry, "files": {"../../x": entry["files"]["CARD.md"]}}
     for says, value in {
         "has schema 2": {**content, "schema": 2},
         "no schema": [1, 2],

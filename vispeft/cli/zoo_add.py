@@ -145,10 +145,10 @@ def _stage(run: Run, folder: Path, facts: dict[str, Any], half: bool) -> None:
         _write_adapter(run.adapter, folder, halved)
         facts["measured_here"] = False
         _write_metrics(run, folder, facts)
-        load_task(Run.open(folder))  # whatever is wrong with the files shows here
         try:
             found = measured(Run.open(folder))
         except DataError as error:
+            load_task(Run.open(folder))  # whatever is wrong with the files themselves shows here
             if halved:
                 continue  # nobody knows what half precision would change
             logger.info("The figures are those of the run, since the data cannot be had here: %s", error)
@@ -179,7 +179,7 @@ def measured(run: Run, overrides: Sequence[str] = ()) -> dict[str, float]:
         figures = evaluate(cli.trainer, cli.model, cli.datamodule, "test")
     except DataError:
         raise
-    except FileError as error:  # of data whose files are missing; the adapter itself was loaded before
+    except FileError as error:  # of data whose files are missing, or of the adapter: `load_task` tells
         raise DataError(str(error)) from error
     return {name: float(value) for name, value in figures.items() if value is not None}
 
