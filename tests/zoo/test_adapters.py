@@ -182,10 +182,7 @@ def test_an_index_of_another_form(own):
         "no schema": [1, 2],
         "digest": {**content, "digest": "0" * 64},
         "is no name": {**content, "adapters": {"../evil": entry}},
-        "that no adapter has": {
-            **content,
-            "adapters": {"a": {**entry, "files": {"../../x": entry["files"]["CARD.md"]}}},
-        },
+        "that no adapter has": {**content, "adapters": {"a": elsewhere}},
         "which every adapter has": {**content, "adapters": {"a": {**entry, "files": {}}}},
         "at most": {
             **content,

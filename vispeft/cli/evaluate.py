@@ -23,6 +23,7 @@ from vispeft.cli.evaluation import (
 )
 from vispeft.cli.reading import add_workers, end_with
 from vispeft.cli.runs import Run
+from vispeft.cli.zoo_trust import try_loading
 from vispeft.data.by_name import ClassOrder, names_of
 from vispeft.data.listed import ListedData
 from vispeft.data.masks import MaskCoding
@@ -88,6 +89,8 @@ def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:
     for key, _ in split_overrides(overrides):
         if key.split(".")[0] not in ("data", "trainer"):
             raise ConfigError(f"--{key}: a finished run takes overrides under data and trainer only.")
+    if run.foreign:
+        try_loading(run.path)
     tree = without_baselines(read_config(run.config))
     tree["trainer"] = kept_settings(tree.get("trainer"))
     cli = RunCLI(run, overrides, tree)
@@ -254,6 +257,8 @@ def load_task(run: Run) -> tuple[AdapterTask, Trainer]:
     Raises:
         BaseMismatchError: If the backbone differs from the adapted one.
     """
+    if run.foreign:
+        try_loading(run.path)
     tree = without_baselines(read_config(run.config))
     tree["trainer"] = kept_settings(tree.get("trainer"))
     # The data need not be known: those of a run may be of a class of the user's own.

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from vispeft.storage.header import strict_values
 from vispeft.storage.leftovers import finish_save, remove_partial
 from vispeft.storage.locks import clear, hold
 from vispeft.storage.places import check_folder
-from vispeft.zoo.adapters import ADAPTER, PREFIX, find_adapter
+from vispeft.zoo.adapters import ADAPTER, PREFIX, find_adapter, find_zoo_adapter
 
 __all__ = [
     "ADAPTER",
@@ -326,6 +326,8 @@ class Run:
     """Its directory."""
     metrics: dict[str, Any]
     """Content of ``metrics.json``."""
+    foreign: bool = False
+    """Whether it was pulled from elsewhere, so that nothing is built from its config unchecked."""
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -339,7 +341,8 @@ class Run:
             UnknownNameError: If the zoo has no such adapter.
         """
         if str(path).startswith(PREFIX):
-            return cls._opened(find_adapter(str(path)))
+            place = find_adapter(str(path))
+            return replace(cls._opened(place), foreign=find_zoo_adapter(place.name).entry.source is not None)
         place = Path(path)
         if not os.path.isdir(place):
             raise FileError(f"There is no run directory {str(place)!r}; `vispeft train` makes them.")

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from vispeft.cli.common import console, make_parser
-from vispeft.errors import ConfigError, counted
+from vispeft.errors import ConfigError, check_count, counted
 from vispeft.zoo.adapters import PREFIX, find_zoo_adapter, list_zoo_adapters
 from vispeft.zoo.folder import own_zoo
 from vispeft.zoo.index import CARD, ZooEntry
@@ -23,9 +23,16 @@ EXAMPLE = """example:
   vispeft zoo verify digits_ssf --metrics
   vispeft zoo add runs/digits_ssf/1 --name my_digits --license MIT
   vispeft zoo remove my_digits
+  vispeft zoo pull OWNER/NAME@COMMIT
+  vispeft zoo pull https://example.org/zoo --adapter shells_lora --name shells
+  vispeft zoo pull /media/stick/zoo --adapter shells_lora
+  vispeft zoo push my_digits OWNER/NAME
+  vispeft zoo push my_digits /media/stick/zoo
 
 An adapter of the zoo is named as zoo:NAME wherever the directory of an adapter or of a run is taken: vispeft.load,
 vispeft predict zoo:digits_ssf IMAGES --out DIR, vispeft evaluate zoo:digits_ssf, vispeft train CONFIG --init zoo:NAME.
+Pulling takes adapters from a folder, an address that begins with https://, or the Hugging Face Hub (HF_ENDPOINT for
+another one; log in by `hf auth login`); VISPEFT_OFFLINE=1 or HF_HUB_OFFLINE=1 forbids the network.
 What is added or pulled goes into vispeft's cache folder (VISPEFT_CACHE), or into the zoo that --zoo names."""
 
 NOT_CHECKED = 1
@@ -74,6 +81,15 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--full_precision", action="store_true", help="store 32 bits also where 16 have the same figures")
     remove = command("remove", "remove an adapter that was added or pulled", _remove)
     remove.add_argument("name", metavar="NAME")
+    fetch = command("pull", "fetch an adapter of others, or again one that was fetched", _pull)
+    fetch.add_argument("source", metavar="SOURCE", help="NAME, OWNER/NAME[@REVISION] of the hub, address, or folder")
+    fetch.add_argument("--adapter", metavar="NAME", help="the adapter, where the source has several")
+    fetch.add_argument("--name", help="its name here; default: the one it has there")
+    fetch.add_argument("--max_bytes", type=int, help="largest size of its files together; default 512 MiB")
+    push = command("push", "send an adapter to a repository of the hub, or to a zoo in a folder", _push)
+    push.add_argument("name", metavar="NAME")
+    push.add_argument("target", metavar="TARGET", help="OWNER/NAME of a repository, or a folder")
+    push.add_argument("--private", action="store_true", help="make the repository a private one, if it is new")
     for made in (add, remove):
         made.add_argument("--zoo", metavar="DIR", help="folder of the zoo; default: in vispeft's cache folder")
     return parser
@@ -176,3 +192,29 @@ def _remove(given: argparse.Namespace) -> None:
 
     remove_adapter(_place(given), given.name.removeprefix(PREFIX))
     console.print(f"zoo:{given.name.removeprefix(PREFIX)} was removed.")
+
+
+# ------------------------------------------------------------------ sharing
+
+
+def _pull(given: argparse.Namespace) -> None:
+    from vispeft.cli.zoo_trust import check_foreign
+    from vispeft.zoo.pull import LARGEST_PULL, Wanted, pull
+
+    if given.max_bytes is not None:
+        check_count("--max_bytes", given.max_bytes)
+    wanted = Wanted(adapter=given.adapter, name=given.name, largest=given.max_bytes or LARGEST_PULL)
+    entry, fetched = pull(given.source, wanted, check_foreign)
+    if not fetched:
+        console.print(f"zoo:{entry.name} is here already, and whole.")
+        return
+    console.print(f"zoo:{entry.name} was pulled from {entry.source}: {entry.size:,} bytes.", soft_wrap=True)
+    console.print(f"`vispeft zoo show {entry.name}` prints its card.")
+
+
+def _push(given: argparse.Namespace) -> None:
+    from vispeft.cli.zoo_push import push_adapter
+
+    adapter = find_zoo_adapter(given.name.removeprefix(PREFIX))
+    where = push_adapter(adapter, given.target, private=given.private)
+    console.print(f"zoo:{adapter.entry.name} was pushed. Others get it by: vispeft zoo pull {where}", soft_wrap=True)

@@ -26,6 +26,7 @@ __all__ = [
     "FILES",
     "INDEX",
     "LARGEST_FILE",
+    "LARGEST_INDEX",
     "METRICS",
     "ZooEntry",
     "check_files",
