@@ -24,6 +24,7 @@ from vispeft.storage.files import DECODER, HEAD, check_tensors, check_values, re
 from vispeft.storage.fingerprint import check_fingerprint, pool_of
 from vispeft.storage.form import FormError, check_notes
 from vispeft.storage.header import adapter_part, backbone_part, plain_values, preprocessing_part, tensor_part
+from vispeft.zoo.adapters import PREFIX, find_adapter
 
 __all__ = ["FileBank"]
 
@@ -311,16 +312,17 @@ class FileBank(BankState):
         """Attach an adapter from a file and make it the only one that acts.
 
         Args:
-            path: The adapter's directory.
+            path: The adapter's directory, or ``zoo:NAME``.
             name: Its name on this model; by default ``default``, or the directory's name if that is taken.
             allow_base_mismatch: Also load it on a base with other weights.
 
         Raises:
             FileError: If a file is missing, truncated or altered.
+            UnknownNameError: If the zoo has no such adapter.
             BaseMismatchError: If it was trained on another backbone.
         """
         self.check_ready("load an adapter")
-        folder = Path(path)
+        folder = find_adapter(path) if isinstance(path, str) and path.startswith(PREFIX) else Path(path)
         label = name or ("default" if "default" not in self._entries else folder.resolve().name)
         header, *encoded = read_encoded(folder, lambda found: self._check_fits(found, allow_base_mismatch))
         units, head = (decode_tensors(tensors, header["tensors"]) for tensors in encoded)

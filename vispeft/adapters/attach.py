@@ -61,7 +61,7 @@ def load(
 
     Args:
         model: The backbone the adapter was trained on; its classifier may have any number of classes.
-        path: The adapter's directory.
+        path: The adapter's directory, or ``zoo:NAME``.
         name: Its name on this model; by default ``default``, or the directory's name if that is taken.
         allow_base_mismatch: Also load it on a base with other weights.
 
@@ -69,7 +69,8 @@ def load(
         The model's bank.
 
     Raises:
-        ConfigError: If the model is none, the path or the name is no text, or the name is taken.
+        ConfigError: If the model is none, the path or the name is no text, the name is taken, or the zoo has no such
+            adapter.
         FileError: If a file is missing, truncated or altered.
         BaseMismatchError: If the adapter was trained on another backbone.
     """

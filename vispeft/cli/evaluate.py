@@ -23,6 +23,7 @@ from vispeft.cli.evaluation import (
 )
 from vispeft.cli.reading import add_workers, end_with
 from vispeft.cli.runs import Run
+from vispeft.cli.zoo_trust import try_loading
 from vispeft.data.by_name import ClassOrder, names_of
 from vispeft.data.listed import ListedData
 from vispeft.data.masks import MaskCoding
@@ -30,7 +31,7 @@ from vispeft.errors import ConfigError, DataError, FileError
 from vispeft.storage.files import JSON_FILE
 from vispeft.tasks.base import AdapterTask
 
-__all__ = ["class_names", "header_of", "load_run", "load_task", "main"]
+__all__ = ["class_names", "header_of", "load_run", "load_task", "main", "without_baselines"]
 
 EXAMPLE = """example:
   vispeft evaluate runs/digits_ssf/1
@@ -88,7 +89,9 @@ def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:
     for key, _ in split_overrides(overrides):
         if key.split(".")[0] not in ("data", "trainer"):
             raise ConfigError(f"--{key}: a finished run takes overrides under data and trainer only.")
-    tree = _without_baselines(read_config(run.config))
+    if run.foreign:
+        try_loading(run.path)
+    tree = without_baselines(read_config(run.config))
     tree["trainer"] = kept_settings(tree.get("trainer"))
     cli = RunCLI(run, overrides, tree)
     cli.model.load_adapter(run.adapter)
@@ -96,7 +99,7 @@ def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:
     return cli
 
 
-def _without_baselines(tree: Node) -> Node:
+def without_baselines(tree: Node) -> Node:
     """Leave out the runs that training was compared with: they may be gone, and ``metrics.json`` has their figures."""
     model = tree.get("model")
     settings = model.get("init_args") if isinstance(model, dict) else None
@@ -254,7 +257,9 @@ def load_task(run: Run) -> tuple[AdapterTask, Trainer]:
     Raises:
         BaseMismatchError: If the backbone differs from the adapted one.
     """
-    tree = _without_baselines(read_config(run.config))
+    if run.foreign:
+        try_loading(run.path)
+    tree = without_baselines(read_config(run.config))
     tree["trainer"] = kept_settings(tree.get("trainer"))
     # The data need not be known: those of a run may be of a class of the user's own.
     tree = {key: value for key, value in tree.items() if key in ("model", "seed_everything", "trainer")}

@@ -27,6 +27,7 @@ COMMANDS = {
     "search": "find the nearest images of an index for query images",
     "select-features": "keep the features of a VQT adapter that matter",
     "train": "train an adapter from a config (--list names the packaged ones)",
+    "zoo": "list, check, add and fetch adapters of the zoo",
 }
 """Commands with their descriptions. Each is `main` of the module of that name, with underscores for hyphens."""
 

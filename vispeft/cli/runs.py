@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from vispeft.storage.header import strict_values
 from vispeft.storage.leftovers import finish_save, remove_partial
 from vispeft.storage.locks import clear, hold
 from vispeft.storage.places import check_folder
-from vispeft.zoo.adapters import ADAPTER
+from vispeft.zoo.adapters import ADAPTER, PREFIX, find_adapter, find_zoo_adapter
 
 __all__ = [
     "ADAPTER",
@@ -326,28 +326,40 @@ class Run:
     """Its directory."""
     metrics: dict[str, Any]
     """Content of ``metrics.json``."""
+    foreign: bool = False
+    """Whether it was pulled from elsewhere, so that nothing is built from its config unchecked."""
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
         """Open a finished run.
 
         Args:
-            path: Its directory.
+            path: Its directory; or ``zoo:NAME``, since the folder of an adapter in a zoo has what a run leaves.
 
         Raises:
             FileError: If it is not a finished run, or its figures cannot be read.
+            UnknownNameError: If the zoo has no such adapter.
         """
+        if str(path).startswith(PREFIX):
+            place = find_adapter(str(path))
+            return replace(cls._opened(place), foreign=find_zoo_adapter(place.name).entry.source is not None)
         place = Path(path)
         if not os.path.isdir(place):
             raise FileError(f"There is no run directory {str(place)!r}; `vispeft train` makes them.")
         refuse_segmentor(place, _listing(place))
-        missing = [name for name in (CONFIG, METRICS, f"{ADAPTER}/{JSON_FILE}") if not os.path.isfile(place / name)]
+        adapter = JSON_FILE if os.path.isfile(place / JSON_FILE) else f"{ADAPTER}/{JSON_FILE}"  # as in a zoo, or below
+        missing = [name for name in (CONFIG, METRICS, adapter) if not os.path.isfile(place / name)]
         if missing:
             numbered = sorted(p.name for p in place.iterdir() if p.name.isdecimal() and (p / METRICS).is_file())
             hint = f" Did you mean {place / numbered[-1]}?" if numbered else ""
             if CONFIG not in missing:
                 hint = f" To end it: vispeft train --resume {place} goes on, and --finish {place} takes its best epoch."
             raise FileError(f"{place} is no finished run: {', '.join(missing)} is missing.{hint}")
+        return cls._opened(place)
+
+    @classmethod
+    def _opened(cls, place: Path) -> Run:
+        """Read the figures of a run."""
         try:
             metrics = json.loads((place / METRICS).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
@@ -399,8 +411,8 @@ class Run:
 
     @property
     def adapter(self) -> Path:
-        """The adapter's directory."""
-        return self.path / ADAPTER
+        """The adapter's directory, which in a zoo is that of the run."""
+        return self.path if (self.path / JSON_FILE).is_file() else self.path / ADAPTER
 
 
 def _is_number(value: Any) -> bool:

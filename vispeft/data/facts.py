@@ -6,14 +6,12 @@ import hashlib
 import json
 import logging
 import math
-import os
 import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar
 
 import numpy as np
@@ -30,8 +28,9 @@ from vispeft.data.pixels import (
     stored_rows,
     stored_size,
 )
+from vispeft.storage.places import cache_folder
 
-__all__ = ["FactStore", "Facts", "ImageFacts", "cache_folder", "header_facts", "limited", "look_at"]
+__all__ = ["FactStore", "Facts", "ImageFacts", "header_facts", "limited", "look_at"]
 
 logger = logging.getLogger(__name__)
 
@@ -189,14 +188,6 @@ def _decoded(file: BinaryIO, image: ImageFile, header: ImageFacts) -> ImageFacts
     if image.mode in ("RGBA", "LA"):
         known = replace(known, transparent=alpha)
     return replace(known, lowest=lowest, highest=highest) if header.deep else known
-
-
-def cache_folder() -> Path:
-    """Return the cache folder: ``VISPEFT_CACHE``, or ``vispeft`` in the user's cache folder."""
-    chosen = os.environ.get("VISPEFT_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vispeft"
 
 
 VERSION = 3

@@ -9,9 +9,9 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from vispeft.data.facts import cache_folder
 from vispeft.errors import FileError
 from vispeft.storage.locks import clear, hold
+from vispeft.storage.places import cache_folder
 
 __all__ = ["make_once"]
 

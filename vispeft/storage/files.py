@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from vispeft.storage import quantize  # noqa: F401  (registers the codecs of a f
 from vispeft.storage.codecs import RAW, decode_tensors, known_codecs
 from vispeft.storage.disk import earlier, read_regular, regular_size, write_atomically
 from vispeft.storage.form import FormError, check_form, shown
+from vispeft.storage.strict_json import named_once, parse_json
 
 __all__ = [
     "ADAPTER_FILE",
@@ -168,24 +167,13 @@ def _is_whole(path: Path) -> bool:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             text = file.read(length) if 8 + length <= size and length < 2**27 else b"null"
-        header: Any = json.loads(text, object_pairs_hook=partial(_named_once, path))
+        header: Any = json.loads(text, object_pairs_hook=lambda pairs: named_once(path, pairs, "in its header"))
         ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
         return bool(8 + length + max(ends, default=0) == size)
     except OSError:
         return True  # the reader says why
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return False
-
-
-def _named_once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a mapping of keys and values, and refuse a key twice: the library takes the last one without a word."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise FileError(
-            f"{path} has the key {shown(twice)} twice in its header. Copy it again from where it came from."
-        )
-    return found
 
 
 def _check_described(
@@ -230,10 +218,7 @@ def read_decoder(folder: str | Path) -> dict[str, Tensor]:
 
 def _parsed(path: Path, content: bytes) -> dict[str, Any]:
     """Read the content of an ``adapter.json`` and check it."""
-    try:
-        header = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{path} is truncated or was altered: it is not valid JSON ({brief(error)})") from error
+    header = parse_json(path, content, finite=False)  # notes of measurements of earlier versions
     if not isinstance(header, dict) or "schema" not in header or "digest" not in header:
         raise FileError(f"{path} is not an adapter's description: it has no schema and no digest.")
     if header["schema"] != SCHEMA:

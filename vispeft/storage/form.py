@@ -1,4 +1,4 @@
-"""The form of ``adapter.json``: one check of everything in it, before anything of it is used.
+"""The form of ``adapter.json`` and of a zoo's index: one check of everything in it, before anything of it is used.
 
 A check takes a value and raises on one that does not fit; the check of its list or mapping adds the place.
 """
@@ -16,7 +16,7 @@ import torch
 
 from vispeft.errors import CONTROL, FileError, printable
 
-__all__ = ["FormError", "check_class_names", "check_form", "check_notes", "escaped", "shown"]
+__all__ = ["FormError", "check_class_names", "check_form", "check_index", "check_notes", "escaped", "shown"]
 
 Check = Callable[[Any], None]
 
@@ -295,6 +295,35 @@ _HEADER = _record(
     },
     {"per_task": _truth, "output": _optional(_OUTPUT)},
 )
+_FIGURES = _mapping(_FINITE)
+_ENTRY = _record(
+    {
+        "task": _text,
+        "data": _text,
+        "needs": _string,
+        "backbone": _text,
+        "method": _text,
+        "figures": _FIGURES,
+        "baseline": _optional(_FIGURES),
+        "trainable": _whole(0, LARGEST),
+        "license": _text,
+        "source": _optional(_text),
+        "files": _mapping(_record({"bytes": _whole(0, LARGEST), "sha256": _sha})),
+    }
+)
+_INDEX = _record({"schema": _whole(1, 2**31), "adapters": _mapping(_ENTRY), "digest": _text})
+
+
+def check_index(index: Any) -> None:
+    """Check the content of a zoo's ``index.json``: every key, its kind and range.
+
+    Args:
+        index: The content.
+
+    Raises:
+        FormError: If something in it is missing, of another kind or out of range.
+    """
+    _INDEX(index)
 
 
 def check_notes(notes: Mapping[str, Any]) -> None:

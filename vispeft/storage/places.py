@@ -1,4 +1,4 @@
-"""Whether something can be written to a place, asked before the work whose result goes there."""
+"""Places on the disk: the cache folder, and whether something can be written, asked before the work."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from pathlib import Path
 
 from vispeft.errors import FileError
 
-__all__ = ["check_folder"]
+__all__ = ["cache_folder", "check_folder"]
+
+
+def cache_folder() -> Path:
+    """Return the cache folder: ``VISPEFT_CACHE``, or ``vispeft`` in the user's cache folder."""
+    chosen = os.environ.get("VISPEFT_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vispeft"
 
 
 def check_folder(path: Path, what: str) -> None:

@@ -19,10 +19,10 @@ from vispeft.core.families import unwrap
 from vispeft.data.augmentation import Augmentation
 from vispeft.data.base import BatchSplit, ImageData
 from vispeft.data.cache import CachedSplit, OutputFiles, OutputStore, changes_between_epochs, split_digest
-from vispeft.data.facts import cache_folder
 from vispeft.data.listing import PER_PIXEL
 from vispeft.errors import ConfigError, DataError
 from vispeft.storage.fingerprint import fingerprint
+from vispeft.storage.places import cache_folder
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.state import random_state, set_random_state
 

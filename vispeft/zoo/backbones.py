@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vispeft.errors import FileError, UnknownNameError
+from vispeft.errors import ConfigError, FileError, UnknownNameError
+from vispeft.zoo.adapters import backbone_names, list_zoo_adapters
 from vispeft.zoo.folder import ZOO_VARIABLE, zoo_folder
 
 __all__ = ["ZooBackbone", "list_zoo_backbones", "read_zoo_backbone"]
@@ -60,7 +61,7 @@ def list_zoo_backbones() -> list[str]:
     Returns:
         Their names, for ``create_model("zoo:NAME")``.
     """
-    return sorted(path.parent.name for path in zoo_folder().glob(f"backbones/*/{CONFIG}"))
+    return backbone_names()
 
 
 def read_zoo_backbone(name: str) -> ZooBackbone:
@@ -75,6 +76,7 @@ def read_zoo_backbone(name: str) -> ZooBackbone:
     Raises:
         FileError: If there are no shipped backbones, or the description is damaged.
         UnknownNameError: If the zoo has no such backbone.
+        ConfigError: If it is the name of an adapter.
     """
     known = list_zoo_backbones()
     place = zoo_folder() / "backbones"
@@ -84,6 +86,7 @@ def read_zoo_backbone(name: str) -> ZooBackbone:
             f"{ZOO_VARIABLE} to use the packaged ones, or point it to a model_zoo folder."
         )
     if name not in known:
+        _refuse_adapter(name)
         raise UnknownNameError("backbone of the zoo", name, known, f"They are in {place}.")
     folder = place / name
     try:
@@ -98,6 +101,25 @@ def read_zoo_backbone(name: str) -> ZooBackbone:
         )
     except (ValueError, KeyError, TypeError) as error:
         raise FileError(f"The config.json of zoo:{name} cannot be used ({error!r}). Restore the file.") from error
+
+
+def _refuse_adapter(name: str) -> None:
+    """Say how an adapter of the zoo is used, where a backbone was asked for.
+
+    Args:
+        name: The name that was asked for.
+
+    Raises:
+        ConfigError: If it is the name of an adapter.
+    """
+    adapter = list_zoo_adapters().get(name)
+    if adapter is not None:
+        base = adapter.entry.backbone
+        raise ConfigError(
+            f"zoo:{name} is an adapter, and a backbone was asked for. Load it on its backbone: "
+            f"vispeft.load(vispeft.create_model({base!r}), 'zoo:{name}'); or vispeft.zoo.create({name!r}) makes both, "
+            "with the head and the preprocessing."
+        )
 
 
 def _overlay(name: str, config: dict[str, Any]) -> dict[str, Any]:

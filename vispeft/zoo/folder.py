@@ -1,4 +1,4 @@
-"""The folder of shipped models."""
+"""The folders of zoos: the one that comes with the package, and the user's own, where adapters of others go."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 from vispeft.resources import resource_folder
+from vispeft.storage.places import cache_folder
 
-__all__ = ["ZOO_VARIABLE", "zoo_folder"]
+__all__ = ["ZOO_VARIABLE", "own_zoo", "zoo_folder"]
 
 ZOO_VARIABLE = "VISPEFT_ZOO"
 """Environment variable with the path of a ``model_zoo`` folder that replaces the packaged one."""
@@ -24,3 +25,8 @@ def zoo_folder() -> Path:
     """
     named = os.environ.get(ZOO_VARIABLE)
     return Path(named).expanduser() if named else resource_folder("model_zoo")
+
+
+def own_zoo() -> Path:
+    """Return the folder of the adapters that a user has added or pulled; it need not exist."""
+    return cache_folder() / "zoo"

@@ -1,0 +1,269 @@
+"""Pulling and pushing: folders, a web server and a hub of this machine; nothing of them is trusted."""
+
+import dataclasses
+import json
+import os
+import shutil
+
+import pytest
+
+import vispeft
+from tests.zoo.server import COMMIT, serving
+from vispeft.cli.zoo_push import model_card
+from vispeft.cli.zoo_trust import check_foreign
+from vispeft.errors import ConfigError, FileError, UnknownNameError
+from vispeft.zoo import find_adapter
+from vispeft.zoo.index import FILES, INDEX, describe_file, read_index, write_index
+from vispeft.zoo.pull import Wanted, pull
+
+
+@pytest.fixture(scope="module")
+def served(made_zoo, tmp_path_factory):
+    """A server with the zoo at /zoo, and as the repository me/shells."""
+    root = tmp_path_factory.mktemp("served")
+    for place in ("zoo", "me/shells"):
+        shutil.copytree(made_zoo, root / place)
+    with serving(root) as server:
+        yield server
+
+
+@pytest.fixture
+def server(served):
+    """The server, as it was made."""
+    served.asked.clear()
+    served.cut, served.more = None, b""
+    return served
+
+
+@pytest.fixture
+def hub(server, monkeypatch):
+    """The server as the hub that the client asks."""
+    monkeypatch.setenv("HF_ENDPOINT", server.address)
+    return server
+
+
+def get(source, **wanted):
+    return pull(str(source), Wanted(**wanted), check_foreign)
+
+
+def left(zoo):
+    return {path.name for path in zoo.iterdir()}
+
+
+def test_from_a_folder(made_zoo, empty):
+    entry, fetched = get(made_zoo)
+    assert fetched
+    assert entry.source == str(made_zoo.resolve())
+    assert left(empty) == {"mine", INDEX}
+    assert find_adapter("zoo:mine") == empty / "mine"
+    assert get(made_zoo) == (entry, False)
+    assert get("mine") == (entry, False)
+    assert get(made_zoo, name="other")[0].name == "other"
+    made = vispeft.zoo.create("other")
+    assert made.entry.source is not None
+    (empty / "mine" / "CARD.md").write_text("changed")
+    assert get("zoo:mine")[1]
+    assert find_adapter("zoo:mine")
+
+
+def test_from_a_web_server(server, empty):
+    entry, fetched = get(f"{server.address}/zoo/")
+    assert fetched
+    assert entry.source == f"{server.address}/zoo"
+    assert find_adapter("zoo:mine") == empty / "mine"
+    assert sorted(path for _, path, _ in server.asked) == sorted(
+        ["/zoo/index.json", *(f"/zoo/mine/{f}" for f in FILES)]
+    )
+
+
+def test_a_download_that_was_cut_goes_on(server, empty):
+    server.cut = 3000
+    with pytest.raises(FileError, match="goes on"):
+        get(f"{server.address}/zoo")
+    assert INDEX not in left(empty)
+    server.asked.clear()
+    get(f"{server.address}/zoo")
+    assert [asked for *_, asked in server.asked if asked] == ["bytes=3000-"]
+    assert find_adapter("zoo:mine")
+    assert left(empty) == {"mine", INDEX}
+
+
+def test_a_server_that_sends_more_or_other_bytes(server, empty, made_zoo):
+    server.more = b"x"
+    with pytest.raises(FileError, match="valid JSON"):
+        get(f"{server.address}/zoo")
+    server.more = b""
+    place = server.root / "zoo" / "mine" / "CARD.md"
+    whole = place.read_bytes()
+    try:
+        place.write_bytes(whole + b"more")
+        with pytest.raises(FileError, match="sends more of"):
+            get(f"{server.address}/zoo")
+        place.write_bytes(whole[:-1] + b"x")
+        with pytest.raises(FileError, match=r"CARD\.md of mine .* is not the one"):
+            get(f"{server.address}/zoo")
+        place.unlink()
+        with pytest.raises(FileError, match="404"):
+            get(f"{server.address}/zoo")
+    finally:
+        place.write_bytes(whole)
+    assert INDEX not in left(empty)
+    get(f"{server.address}/zoo")
+    assert find_adapter("zoo:mine")
+
+
+def test_addresses_that_are_refused(empty, monkeypatch):
+    for address in ("http://example.org/zoo", "file:///etc", "ftp://example.org/zoo"):
+        with pytest.raises(ConfigError, match="https"):
+            get(address)
+    for given in ("nothing here", "a/b/c", "./none", "/none/there"):
+        with pytest.raises(ConfigError, match="is no source"):
+            get(given)
+    with pytest.raises(FileError, match="cannot be reached"):
+        get("http://127.0.0.1:9/zoo")
+    monkeypatch.setenv("VISPEFT_OFFLINE", "1")
+    with pytest.raises(FileError, match="forbids the network"):
+        get("https://example.org/zoo")
+    assert not empty.exists()
+
+
+def test_from_a_hub_and_from_its_cache(hub, empty, monkeypatch):
+    entry, fetched = get("me/shells")
+    assert fetched
+    assert entry.source == f"me/shells@{COMMIT}"
+    assert find_adapter("zoo:mine")
+    assert all(COMMIT in path for method, path, _ in hub.asked if "/resolve/" in path)
+    assert left(empty.parent) == {"zoo", "hub"}
+    shutil.rmtree(empty)
+    hub.asked.clear()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileError, match="Give the commit"):
+        get("me/shells")
+    assert get(f"me/shells@{COMMIT}")[1]
+    assert not hub.asked
+    with pytest.raises(FileError, match="not in the cache"):
+        get(f"me/shells@{'d' * 40}")
+
+
+def test_what_a_hub_refuses(hub, empty, monkeypatch):
+    with pytest.raises(FileError, match="no repository me/none"):
+        get("me/none")
+    with pytest.raises(FileError, match="no such revision"):
+        get("me/shells@other")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(FileError, match="cannot be reached"):
+        get("me/shells")
+
+
+def test_push_to_a_hub(hub, own, zoo_cli):
+    pushed = zoo_cli("push", "mine", "me/pushed")
+    assert pushed.status == 0, pushed.err
+    assert f"me/pushed@{COMMIT}" in pushed.out
+    text = (hub.root / "me" / "pushed" / "README.md").read_text()
+    assert text.startswith("---\nlibrary_name: vispeft\nlicense: mit\n")
+    assert "base_model_relation: adapter" in text
+    assert "base_model: timm/vit_tiny_patch16_224" in text
+    assert text == model_card(read_index(own)["mine"], (own / "mine" / "CARD.md").read_text())
+    assert get("me/pushed", name="again")[0].source == f"me/pushed@{COMMIT}"
+    assert find_adapter("zoo:again")
+
+
+def test_push_to_a_folder(own, zoo_cli, tmp_path):
+    target = tmp_path / "stick"
+    assert zoo_cli("push", "mine", f"{target}/").status == 0
+    assert read_index(target)["mine"].same_content(read_index(own)["mine"])
+    assert "neither" in zoo_cli("push", "mine", "a/b/c").err
+    (own / "mine" / "CARD.md").write_text("changed")
+    assert "truncated or altered" in zoo_cli("push", "mine", f"{target}/").err
+
+
+def test_names_that_are_taken(made_zoo, own, tmp_path, zoo_cli):
+    other = tmp_path / "other"
+    shutil.copytree(made_zoo, other)
+    (other / "mine" / "CARD.md").write_text("another card")
+    relist(other)
+    assert "installed already, with other content" in zoo_cli("pull", other).err
+    assert "ships with the package" in zoo_cli("pull", other, "--name", "vit_tiny").err
+    assert "is no name" in zoo_cli("pull", other, "--name", "../x").err
+    assert zoo_cli("pull", other, "--name", "second").status == 0
+    with pytest.raises(UnknownNameError, match="'mine'"):
+        get(other, adapter="mien")
+    with pytest.raises(FileError, match="at most 1,000"):
+        get(other, name="third", largest=1000)
+    with pytest.raises(ConfigError, match="nothing to pull it from"):
+        get("mine")
+
+
+def relist(zoo, **changes):
+    """Describe all files of a zoo's adapter anew, so that digests are right."""
+    entry = read_index(zoo)["mine"]
+    files = {name: describe_file(zoo / "mine" / name) for name in entry.files}
+    write_index(zoo, {"mine": dataclasses.replace(entry, files=files, **changes)})
+
+
+HOSTILE = {
+    "a wide backbone": ("embed_dim: 32", "embed_dim: 1000000000", "embed_dim"),
+    "a long backbone": ("depth: 2", "depth: 1000000", "depth"),
+    "another argument": ("num_heads: 2", "mlp_ratio: 2", "mlp_ratio"),
+    "weights": ("weights: null", "weights: /etc/passwd", "weights"),
+    "another method": (
+        "class_path: vispeft.SSF",
+        "class_path: vispeft.LoRA\n      init_args:\n        rank: 4",
+        "method",
+    ),
+    "code": ("class_path: vispeft.SSF", "class_path: os.system", "os.system"),
+    "a hub": ("backbone: vit_tiny_patch16_224", "backbone: hf-hub:evil/model", "backbone"),
+    "a huge epoch": ("lr: 0.01", "lr: 1.0e+300", "at most"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_config(case, made_zoo, empty, tmp_path):
+    before, after, says = HOSTILE[case]
+    evil = tmp_path / "evil"
+    shutil.copytree(made_zoo, evil)
+    path = evil / "mine" / "config.yaml"
+    text = path.read_text()
+    if case == "another method":  # with all of its fields left out
+        begin = text.index("    method:")
+        end = text.index("\n    ", text.index("init_args", begin))
+        while text[end + 5] == " ":
+            end = text.index("\n    ", end + 1)
+        text = f"{text[:begin]}    method:\n      class_path: vispeft.LoRA{text[end:]}"
+    assert before in text
+    path.write_text(text.replace(before, after, 1))
+    relist(evil)
+    with pytest.raises((FileError, ConfigError), match=says):
+        get(evil)
+    assert "mine" not in left(empty)
+
+
+def test_links_and_special_files_of_a_folder(made_zoo, empty, tmp_path):
+    evil = tmp_path / "evil"
+    shutil.copytree(made_zoo, evil)
+    card = evil / "mine" / "CARD.md"
+    card.unlink()
+    card.symlink_to("/etc/hostname")
+    with pytest.raises(FileError):
+        get(evil)
+    card.unlink()
+    os.mkfifo(card)
+    with pytest.raises(FileError, match="pipe"):
+        get(evil)
+    (evil / INDEX).unlink()
+    (evil / "config.yaml").touch()
+    with pytest.raises(FileError, match=r"is no zoo.*vispeft zoo add"):
+        get(evil)
+
+
+def test_an_index_that_tells_another_method(made_zoo, empty, tmp_path):
+    evil = tmp_path / "evil"
+    shutil.copytree(made_zoo, evil)
+    relist(evil, method="lora")
+    with pytest.raises(FileError, match="has the method 'lora', and it has 'ssf'"):
+        get(evil)
+    relist(evil, method="ssf")
+    (evil / "mine" / "metrics.json").write_text(json.dumps([1]))
+    relist(evil)
+    with pytest.raises(FileError, match="keys with values"):
+        get(evil)

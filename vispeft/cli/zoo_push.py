@@ -1,0 +1,109 @@
+"""Sending an adapter to the Hugging Face Hub, with a model card, or to a zoo in a folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vispeft.errors import ConfigError
+from vispeft.zoo.adapters import ZooAdapter
+from vispeft.zoo.index import CARD, ZooEntry, read_index, write_index
+from vispeft.zoo.install import held_zoo, put_in_place
+
+__all__ = ["model_card", "push_adapter"]
+
+_TASKS = {
+    "classification": "image-classification",
+    "several labels": "image-classification",
+    "segmentation": "image-segmentation",
+    "retrieval": "image-feature-extraction",
+}
+"""The hub's words for tasks."""
+
+
+def push_adapter(adapter: ZooAdapter, target: str, *, private: bool = False) -> str:
+    """Send an adapter, whose files are compared with their digests before.
+
+    Args:
+        adapter: The adapter.
+        target: OWNER/NAME of a repository of the hub, or a folder (with a slash at its begin or end, or one that
+            exists), which becomes a zoo if it is none.
+        private: Whether a new repository is private.
+
+    Returns:
+        What others give `vispeft zoo pull`.
+
+    Raises:
+        FileError: If a file was changed, or the target cannot be written.
+        ConfigError: If the target has another adapter of this name, or is neither.
+    """
+    adapter.verify()
+    if os.path.isdir(target) or target.startswith(("/", ".")) or target.endswith("/"):
+        _push_to_folder(adapter, Path(target))
+        return f"{target} --adapter {adapter.entry.name}"
+    if target.count("/") != 1:
+        raise ConfigError(f"{target!r} is neither OWNER/NAME of a repository nor a folder, such as ./my_zoo.")
+    from vispeft.zoo.hub import upload  # the hub's client takes a while to import
+
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        shutil.copytree(adapter.folder, folder / adapter.entry.name)
+        write_index(folder, {adapter.entry.name: replace(adapter.entry, source=None)})
+        text = (adapter.folder / CARD).read_text(encoding="utf-8")
+        (folder / "README.md").write_text(model_card(adapter.entry, text), encoding="utf-8")
+        commit = upload(folder, target, f"Add the adapter {adapter.entry.name}", private)
+    return f"{target}@{commit}"
+
+
+def _push_to_folder(adapter: ZooAdapter, zoo: Path) -> None:
+    """Copy an adapter into another zoo."""
+    entry = replace(adapter.entry, source=None)
+    with held_zoo(zoo):
+        listed = read_index(zoo)
+        if entry.name in listed and not listed[entry.name].same_content(entry):
+            raise ConfigError(f"{zoo} has an adapter {entry.name} already, with other content. Choose another folder.")
+        above = zoo / ".adding"
+        shutil.rmtree(above, ignore_errors=True)
+        try:
+            shutil.copytree(adapter.folder, above / entry.name)
+            put_in_place(zoo, above / entry.name, entry)
+        finally:
+            shutil.rmtree(above, ignore_errors=True)
+
+
+def model_card(entry: ZooEntry, card: str) -> str:
+    """Write the page of a repository of the hub: facts for machines, then the card.
+
+    Args:
+        entry: The adapter.
+        card: Its card.
+
+    Returns:
+        Markdown that begins with YAML.
+    """
+    known: dict[str, Any] = {
+        "library_name": "vispeft",
+        "license": entry.license.lower() if entry.license != "not stated" else "unknown",
+        "base_model": _base_model(entry.backbone),
+        "base_model_relation": "adapter",
+        "tags": ["vispeft", "timm", "adapter", entry.method],
+        **_pipeline(entry),
+    }
+    how = f"Get it by `vispeft zoo pull` with the name of this repository, then `vispeft.zoo.create({entry.name!r})`."
+    return f"---\n{yaml.safe_dump(known, sort_keys=False)}---\n\n{card}\n{how}\n"
+
+
+def _pipeline(entry: ZooEntry) -> Mapping[str, str]:
+    return {"pipeline_tag": _TASKS[entry.task]} if entry.task in _TASKS else {}
+
+
+def _base_model(backbone: str) -> str:
+    """Return the repository of a backbone as timm names them; those of this project's zoo have none."""
+    return f"vispeft/{backbone.removeprefix('zoo:')}" if backbone.startswith("zoo:") else f"timm/{backbone}"
