@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from vispeft.building.methods import build_method, method_node
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.config_keys import parse_override, split_overrides
 from vispeft.cli.evaluate import load_task
+from vispeft.cli.inside import plots
 from vispeft.cli.memory import estimate_memory
 from vispeft.cli.runs import Run
 from vispeft.core.fields import Tasks
@@ -30,6 +32,12 @@ EXAMPLE = """example:
   vispeft inspect runs/digits_ssf/1
   vispeft inspect classification/digits_lora --memory
   vispeft inspect classification/digits_lora --memory leaner --data.batch_size 256
+  vispeft inspect runs/digits_ssf/1 --plots inside
+  vispeft inspect runs/digits_ssf/1 --plots inside --images my_images
+
+With --plots a folder gets attention.png (where the class token, or the tokens of a window, look), prompts.png (where
+prompts look), shift.png (how far the adapter moves the output of each block), embeddings.png and embeddings_frozen.png
+(pooled features of test images with and without the adapter), each where it applies.
 
 Fields of the method follow as --field value. The backbone's weights are not needed. Of a finished run the plan of its
 adapter is printed, and its counts, with those of a decoder."""
@@ -53,7 +61,14 @@ def main(argv: Sequence[str]) -> None:
         metavar="plain|lean|leaner",
         help="estimate the memory of a training step of a config, with its choice of memory or another one",
     )
+    parser.add_argument("--plots", metavar="DIR", help="draw what happens inside of the model of a run or a config")
+    parser.add_argument("--images", metavar="IMAGES", help="with --plots: folder of images instead of the run's data")
     given, overrides = parser.parse_known_args(list(argv))
+    if given.plots is not None:
+        _plot(given, overrides)
+        return
+    if given.images is not None:
+        raise ConfigError("--images was given without --plots, which draws them. Add --plots DIR.")
     if given.memory is not None:
         _estimate(given.model, given.method, given.memory, overrides)
         return
@@ -65,6 +80,15 @@ def main(argv: Sequence[str]) -> None:
     if isinstance(method, Tasks) and not method.tasks:
         raise ConfigError(f"{given.method} adapts to tasks, and none is named. Name them: --tasks '[seg, depth]'.")
     console.print(plan(create_model(given.model, pretrained=False), method))
+
+
+def _plot(given: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Draw the inside of a model."""
+    if given.method is not None or given.memory is not None:
+        other = given.method if given.memory is None else "--memory"
+        raise ConfigError(f"--plots takes a run or a config alone, and {other} was given too. Leave it out.")
+    for path in plots(given.model, given.plots, given.images, overrides):
+        console.print(str(path), soft_wrap=True)
 
 
 def _estimate(config: str, method: str | None, memory: str, overrides: Sequence[str]) -> None:
