@@ -205,12 +205,8 @@ HOSTILE = {
     "a wide backbone": ("embed_dim: 32", "embed_dim: 1000000000", "embed_dim"),
     "a long backbone": ("depth: 2", "depth: 1000000", "depth"),
     "another argument": ("num_heads: 2", "mlp_ratio: 2", "mlp_ratio"),
-    "weights": ("weights: null", "weights: /etc/passwd", "weights"),
-    "another method": (
-        "class_path: vispeft.SSF",
-        "class_path: vispeft.LoRA\n      init_args:\n        rank: 4",
-        "method",
-    ),
+    "weights": ("    weights: null", "    weights: /etc/passwd", "file of weights"),
+    "another method": ("patch_merging: false", "patch_merging: true", "names another method"),
     "code": ("class_path: vispeft.SSF", "class_path: os.system", "os.system"),
     "a hub": ("backbone: vit_tiny_patch16_224", "backbone: hf-hub:evil/model", "backbone"),
     "a huge epoch": ("lr: 0.01", "lr: 1.0e+300", "at most"),
@@ -224,12 +220,6 @@ def test_a_hostile_config(case, made_zoo, empty, tmp_path):
     shutil.copytree(made_zoo, evil)
     path = evil / "mine" / "config.yaml"
     text = path.read_text()
-    if case == "another method":  # with all of its fields left out
-        begin = text.index("    method:")
-        end = text.index("\n    ", text.index("init_args", begin))
-        while text[end + 5] == " ":
-            end = text.index("\n    ", end + 1)
-        text = f"{text[:begin]}    method:\n      class_path: vispeft.LoRA{text[end:]}"
     assert before in text
     path.write_text(text.replace(before, after, 1))
     relist(evil)

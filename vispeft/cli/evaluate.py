@@ -92,11 +92,21 @@ def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:
     if run.foreign:
         try_loading(run.path)
     tree = without_baselines(read_config(run.config))
-    tree["trainer"] = kept_settings(tree.get("trainer"))
+    tree["trainer"] = _trainer_settings(run, tree)
     cli = RunCLI(run, overrides, tree)
     cli.model.load_adapter(run.adapter)
     cli.model.eval()
     return cli
+
+
+def _trainer_settings(run: Run, tree: Node) -> Node:
+    """Choose the trainer's settings that affect an evaluation; of a run of others, none that starts processes."""
+    settings = kept_settings(tree.get("trainer"))
+    return {key: value for key, value in settings.items() if not run.foreign or key in _FOREIGN}
+
+
+_FOREIGN = ("precision", "limit_val_batches", "limit_test_batches")
+"""Trainer settings that are taken from a run of others."""
 
 
 def without_baselines(tree: Node) -> Node:
@@ -260,7 +270,7 @@ def load_task(run: Run) -> tuple[AdapterTask, Trainer]:
     if run.foreign:
         try_loading(run.path)
     tree = without_baselines(read_config(run.config))
-    tree["trainer"] = kept_settings(tree.get("trainer"))
+    tree["trainer"] = _trainer_settings(run, tree)
     # The data need not be known: those of a run may be of a class of the user's own.
     tree = {key: value for key, value in tree.items() if key in ("model", "seed_everything", "trainer")}
     check_tree(tree, str(run.config))
