@@ -4,6 +4,7 @@
 #   make test-slow    those
 #   make lint         style, format, types and the order of the packages
 #   make docs         run the code of the README and of docs/
+#   make docs-site    make the documentation a site in site/; a warning is an error
 #   make lock         write requirements.lock anew (LOCK_ARGS=--upgrade takes newer versions)
 
 SHELL := /bin/bash
@@ -25,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # One thread per worker: the workers share the processors.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q
 
-.PHONY: quickstart test test-slow lint docs setup lock clean
+.PHONY: quickstart test test-slow lint docs docs-site setup lock clean
 
 setup: $(READY)
 
@@ -63,8 +64,12 @@ lint: $(READY)
 docs: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/docs
 
+docs-site: $(READY)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 lock:
 	@PYTHON=$(PYTHON) .ci/lock $(TORCH) $(TORCHVISION) $(LOCK_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
