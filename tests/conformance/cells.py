@@ -87,6 +87,14 @@ METHODS: dict[str, vispeft.Method] = {
     ),
     "vpt_window": vispeft.VPTWindow(num_tokens=3),
     "vptsp": vispeft.VPTSP(num_tokens=4, step=1),
+    "bone": vispeft.Bone(rank=6),
+    "bone_mini": vispeft.Bone(rank=3, mini=4, scale=0.5),
+    "bat": vispeft.Bone(rank=2, variant="bat"),
+    "svfit": vispeft.SVFit(),
+    "svfit_few": vispeft.SVFit(rank=9, roles=("attn.q", "mlp.fc2")),
+    "mask": vispeft.Mask(),
+    "sparse": vispeft.Sparse(),
+    "sparse_lift": vispeft.Sparse(budget=0.1, support="lift", principal=2, roles=("patch_embed", *LINEARS)),
     "mtlora": vispeft.MTLoRA(tasks=("seg", "depth"), rank=3, task_rank=2, dropout=0.0),
 }
 
@@ -94,7 +102,7 @@ METHODS: dict[str, vispeft.Method] = {
 PARALLEL = ("adapter_parallel", "adaptformer", "adaptformer_1bit", "convpass", "convpass_attn", "polyhistor")
 """Methods with terms beside the branches of a block."""
 
-STORES_MORE = ("lora_fa", "vqt_weighted")
+STORES_MORE = ("lora_fa", "vqt_weighted", "sparse", "sparse_lift")
 """Methods whose files hold tensors that do not train."""
 
 EXCLUSIVE = (
@@ -333,6 +341,7 @@ SECOND_FORMS = {
     *("ssf_merging", "vpt_shallow", "vqt_weighted", "prefix_mlp", "adapter_parallel", "adaptformer_1bit", "lora_2bit"),
     *("dora", "pissa", "lora_fa", "convpass_attn", "repadapter_attn", "hydra_2bit", "lst_sparse", "fact_tk"),
     *("fact_4bit", "compacter_full", "mtlora", "polyhistor", "polyhistor_lite", "vpt_window"),
+    *("bone_mini", "bat", "svfit_few", "sparse_lift"),
 }
 """Further settings of a method, and methods for several tasks and those they are compared with, which have tests of
 their own: they run on the main families, and not on the variants of one family as well."""
