@@ -158,7 +158,7 @@ def test_positions_beyond_the_weight_are_refused(tmp_path: Path) -> None:
     bank.save(tmp_path)
     fresh = cell.model()
     before = list(fresh.state_dict())
-    with pytest.raises(FileError, match="entry 1000000.*the weight has"):
+    with pytest.raises(FileError, match=r"entry 1000000.*the weight has"):
         vispeft.load(fresh, tmp_path)
     assert list(fresh.state_dict()) == before
 
