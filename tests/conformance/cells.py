@@ -87,6 +87,14 @@ METHODS: dict[str, vispeft.Method] = {
     ),
     "vpt_window": vispeft.VPTWindow(num_tokens=3),
     "vptsp": vispeft.VPTSP(num_tokens=4, step=1),
+    "bone": vispeft.Bone(rank=6),
+    "bone_mini": vispeft.Bone(rank=3, mini=4, scale=0.5),
+    "bat": vispeft.Bone(rank=2, variant="bat"),
+    "svfit": vispeft.SVFit(),
+    "svfit_few": vispeft.SVFit(rank=9, roles=("attn.q", "mlp.fc2")),
+    "mask": vispeft.Mask(),
+    "sparse": vispeft.Sparse(),
+    "sparse_lift": vispeft.Sparse(budget=0.1, support="lift", principal=2, roles=("patch_embed", *LINEARS)),
     "mtlora": vispeft.MTLoRA(tasks=("seg", "depth"), rank=3, task_rank=2, dropout=0.0),
     "adapter_plus": vispeft.AdapterPlus(bottleneck=4, unit_drop=0.0),
     "adapter_plus_inner": vispeft.AdapterPlus(
@@ -102,7 +110,7 @@ PARALLEL = (
 )
 """Methods with terms beside the branches of a block."""
 
-STORES_MORE = ("lora_fa", "vqt_weighted")
+STORES_MORE = ("lora_fa", "vqt_weighted", "sparse", "sparse_lift")
 """Methods whose files hold tensors that do not train."""
 
 EXCLUSIVE = (
@@ -342,6 +350,7 @@ SECOND_FORMS = {
     *("dora", "pissa", "lora_fa", "convpass_attn", "repadapter_attn", "hydra_2bit", "lst_sparse", "fact_tk"),
     *("fact_4bit", "compacter_full", "mtlora", "polyhistor", "polyhistor_lite", "vpt_window"),
     *("adapter_plus", "adapter_plus_inner", "mona"),
+    *("bone_mini", "bat", "svfit_few", "sparse_lift"),
 }
 """Further settings of a method, and methods with tests of their own for what is particular to them: they run on the
 main families, and not on the variants of one family as well."""

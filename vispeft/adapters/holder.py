@@ -44,6 +44,11 @@ class BankState:
         self._heads = HeadRack(model, self.view.head_path, self._routing)
 
     @property
+    def model(self) -> nn.Module:
+        """The timm model."""
+        return self._model
+
+    @property
     def names(self) -> list[str]:
         """Names of all adapters, in the order of attaching."""
         return list(self._entries)

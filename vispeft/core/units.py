@@ -295,8 +295,9 @@ class SharedUnit(Unit):
 class WeightUnit(Unit):
     """A change of a linear layer's full weight, by `Unit.fold_weight`; the unit knows which rows it changes.
 
-    Training computes the gradient of the full weight, which costs as much as full fine-tuning of that layer. Implement
-    low-rank terms as a `DeltaUnit` instead.
+    Training computes the gradient of the full weight, which costs as much as full fine-tuning of that layer. The
+    changed weight is not kept for the backward pass: `fold_weight` is called again there, on a copy of the unit whose
+    tensors are views of its own, and must give the same. Implement low-rank terms as a `DeltaUnit` instead.
     """
 
     kind = "weight"

@@ -15,9 +15,10 @@ from torch.compiler import is_compiling
 from vispeft.core.low_rank import Branch, Dropout
 from vispeft.core.origin import Origin, note_origin
 from vispeft.core.route import NOTHING, Acting, Routing
-from vispeft.core.units import AffineUnit, DeltaUnit, InputUnit, LayerPass, Unit
+from vispeft.core.units import AffineUnit, DeltaUnit, InputUnit, LayerPass, Unit, WeightUnit
 from vispeft.hosts.affine import affine, affine_linear, may_recover
 from vispeft.hosts.base import Host
+from vispeft.hosts.computed import computed_linear
 from vispeft.hosts.functional import computes_again, frozen_linear
 from vispeft.hosts.low_rank import low_rank_linear, low_rank_terms, term_linear
 from vispeft.hosts.streams import Streams
@@ -120,6 +121,14 @@ def affine_by(unit: AffineUnit, x: Tensor, routing: Routing | None = None) -> Te
     return affine(x, 1 + unit.gain * (unit.scale - 1), unit.gain * unit.shift)
 
 
+def _changed(units: Sequence[WeightUnit], weight: Tensor) -> Tensor:
+    """Compute the weight that units change as a whole, in the dtype of the frozen one."""
+    value = weight
+    for unit in units:
+        value = gained(unit, value, unit.fold_weight(value))
+    return value.to(weight.dtype)
+
+
 def terms_of(units: Sequence[DeltaUnit]) -> list[Branch]:
     """List the low-rank terms of units, their gains included."""
     terms: list[Branch] = []
@@ -156,7 +165,10 @@ class LinearHost(_Foldable):
             if term is not None:
                 return term
         x = _before(acting, x) if acting.input else x
-        weight, bias = self._whole_weight(acting), self.own("bias", acting)
+        if acting.weight:
+            out = low_rank_terms(x, self._computed(acting, x), terms_of(acting.delta))
+            return _after(acting, x, out, self.routing)
+        weight, bias = cast(Tensor, self.own("weight", acting)), self.own("bias", acting)
         if acting.affine and self._keeps_input(x, weight, bias, acting):
             return affine_linear(x, weight, bias, acting.affine[0].scale, acting.affine[0].shift)
         if acting.delta:
@@ -180,7 +192,11 @@ class LinearHost(_Foldable):
         if not acting.branch:
             return streams.each(self)
         x = _before(acting, streams.tokens)
-        frozen = frozen_linear(x, self._whole_weight(acting), self.own("bias", acting), self.routing.casts)
+        if acting.weight:
+            frozen = self._computed(acting, x)
+        else:
+            own = cast(Tensor, self.own("weight", acting))
+            frozen = frozen_linear(x, own, self.own("bias", acting), self.routing.casts)
         layer = LayerPass(x, streams.beside, frozen, frozen)
         for term in terms_of(acting.delta):
             between = dataclasses.replace(term, dropout=Dropout(term.dropout.at("hidden"), "hidden"))
@@ -223,18 +239,17 @@ class LinearHost(_Foldable):
         """Return why no plain layer is equivalent; None if one is."""
         return "no plain layer has several outputs" if self.acting.branch else super().no_plain_form()
 
-    def _whole_weight(self, acting: Acting) -> Tensor:
-        """Compute the weight of the product, in the base's dtype."""
-        own = cast(Tensor, self.own("weight", acting))
-        if not acting.weight:
-            return own
-        return cast(Tensor, self.folded("weight", ("weight",), own)).to(own.dtype)
+    def _computed(self, acting: Acting, x: Tensor) -> Tensor:
+        """Compute the product with a weight that units change as a whole, of which no copy is kept."""
+        weight, bias = cast(Tensor, self.own("weight", acting)), self.own("bias", acting)
+        return computed_linear(x, weight, bias, _changed, acting.weight, self.routing.memory != "plain")
 
 
 class ReadLinearHost(LinearHost):
     """A linear layer whose weight the model reads: units are merged into the weight on every read.
 
-    If its owner calls it instead (only low-rank terms act, see `ReaderHost`), it works as a `LinearHost`.
+    If its owner calls it instead (low-rank terms or changes of the weight act, see `ReaderHost`), it works as a
+    `LinearHost`.
     """
 
     folds = COMPOSITION
@@ -248,9 +263,10 @@ class ReadLinearHost(LinearHost):
 class ReaderHost(Host):
     """An attention module that reads ``qkv.weight`` and keeps the biases itself (SwinV2, EVA-02).
 
-    The biases are computed on read from the units of the projection. If only low-rank terms act, which leave the biases
-    unchanged, timm's ``qkv_bias_separate`` makes the module call the projection, whose host adds the terms cheaply. The
-    bias is then added in place after the layer, which would be wrong for other kinds of units.
+    The biases are computed on read from the units of the projection. If only low-rank terms and changes of the weight
+    act, which leave the biases unchanged, timm's ``qkv_bias_separate`` makes the module call the projection, whose host
+    adds the terms cheaply and keeps no changed weight. The bias is then added in place after the layer, which would be
+    wrong for other kinds of units.
     """
 
     qkv: nn.Linear
@@ -261,7 +277,7 @@ class ReaderHost(Host):
         acting = self._projection()
         if acting.affine:
             return False
-        return bool(acting.delta or acting.input) or bool(self.__dict__["qkv_bias_separate"])
+        return bool(acting.delta or acting.input or acting.weight) or bool(self.__dict__["qkv_bias_separate"])
 
     def read(self, name: str) -> Tensor | None:
         """Compute a tensor; a bias of the projection includes the projection's units."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vispeft.methods.adapter_plus import AdapterPlus as AdapterPlus
     from vispeft.methods.adaptformer import AdaptFormer as AdaptFormer
     from vispeft.methods.bitfit import BitFit as BitFit
+    from vispeft.methods.bone import Bone as Bone
     from vispeft.methods.compacter import Compacter as Compacter
     from vispeft.methods.convpass import Convpass as Convpass
     from vispeft.methods.fact import FacT as FacT
@@ -21,13 +22,16 @@ if TYPE_CHECKING:
     from vispeft.methods.lora import LoRA as LoRA
     from vispeft.methods.lst import LST as LST
     from vispeft.methods.mam import MAM as MAM
+    from vispeft.methods.mask import Mask as Mask
     from vispeft.methods.mona import Mona as Mona
     from vispeft.methods.mtlora import MTLoRA as MTLoRA
     from vispeft.methods.norm_tuning import NormTuning as NormTuning
     from vispeft.methods.polyhistor import Polyhistor as Polyhistor
     from vispeft.methods.prefix import Prefix as Prefix
     from vispeft.methods.repadapter import RepAdapter as RepAdapter
+    from vispeft.methods.sparse import Sparse as Sparse
     from vispeft.methods.ssf import SSF as SSF
+    from vispeft.methods.svfit import SVFit as SVFit
     from vispeft.methods.vpt import VPT as VPT
     from vispeft.methods.vpt_window import VPTWindow as VPTWindow
     from vispeft.methods.vptsp import VPTSP as VPTSP

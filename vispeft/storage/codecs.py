@@ -7,6 +7,7 @@ dtype. Names are part of the file format and never change their meaning. Codecs 
 * ``l1-normal-500/<bits>``: a matrix of 1, 2, 4 or 8 bits per weight (`vispeft.storage.quantize`);
 * ``mask``: one bit per entry (`Mask`);
 * ``positions``: increasing whole numbers, as gaps (`Positions`);
+* ``rice``: the same in whole bits, less than a byte per number from a density of 1.1 % on (`Rice`);
 * ``sparse``: the nonzero entries, as positions and values (`Sparse`).
 
 Another package adds its own by `register_codec`. Multi-byte numbers are little-endian.
@@ -29,6 +30,7 @@ __all__ = [
     "Codec",
     "Mask",
     "Positions",
+    "Rice",
     "Sparse",
     "decode_tensors",
     "find_codec",
@@ -158,6 +160,49 @@ class Positions(Codec):
         return found.to(dtype).reshape(shape)
 
 
+class Rice(Codec):
+    """Strictly increasing whole numbers from 0, as gaps in whole bits (Rice, 1979).
+
+    A gap (see `Positions`) is split into its b lowest bits and the rest. Bytes: b, then the lowest bits of all gaps,
+    then the rests, each as that many ones and a zero; bits fill bytes from the highest bit on, each of the two lists
+    padded with zeros. b is the number that takes the fewest bits. Of random numbers this comes within 0.05 bits of the
+    entropy: 8.1 bits per number at a density of 1 %, 7.1 at 2 %, 4.7 at 10 %.
+    """
+
+    name = "rice"
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Encode the numbers, int32 or int64 (count,)."""
+        flat = values.detach().cpu().reshape(-1).to(torch.int64)
+        gaps = flat.diff(prepend=flat.new_tensor([-1])).sub(1)
+        if values.is_floating_point() or bool((gaps < 0).any()):
+            raise ConfigError("Positions are whole numbers from 0 in rising order, each at most once. Sort them first.")
+        low = min(range(32), key=lambda bits: len(gaps) * bits + int((gaps >> bits).sum()))
+        lowest = (gaps[:, None].numpy() >> numpy.arange(low)[::-1]) & 1
+        rests = (gaps >> low).numpy()
+        unary = numpy.ones(int(rests.sum()) + len(rests), numpy.uint8)
+        unary[numpy.cumsum(rests + 1) - 1] = 0
+        parts = [numpy.array([low], numpy.uint8), numpy.packbits(lowest.astype(numpy.uint8)), numpy.packbits(unary)]
+        return torch.from_numpy(numpy.concatenate(parts))
+
+    def decode(self, stored: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Sum up the gaps."""
+        count, content = prod(shape), stored.cpu().numpy()
+        low = int(content[0]) if len(content) else 32
+        split = 1 + -(-count * low // 8)
+        if low > 31 or split > len(content):
+            raise FileError(f"{len(content)} bytes are no {count} positions in whole bits: they are cut off.")
+        lowest = numpy.unpackbits(content[1:split], count=count * low).reshape(count, low).astype(numpy.int64)
+        ends = numpy.flatnonzero(numpy.unpackbits(content[split:]) == 0)
+        # What follows the last end is padding, of less than a byte.
+        last = int(ends[count - 1]) + 1 if 0 < count <= len(ends) else 0
+        if len(ends) < count or len(content) - split != -(-last // 8):
+            raise FileError(f"{len(content)} bytes are no {count} positions in whole bits: their ends do not fit.")
+        rests = numpy.diff(ends[:count], prepend=-1) - 1
+        gaps = (rests.astype(numpy.int64) << low) + lowest @ (1 << numpy.arange(low, dtype=numpy.int64)[::-1])
+        return torch.from_numpy(numpy.cumsum(gaps + 1) - 1).to(dtype).reshape(shape)
+
+
 class Sparse(Codec):
     """The nonzero entries of a tensor: their number, their values, and their positions in row-major order.
 
@@ -222,7 +267,7 @@ def _check_size(name: str, stored: Tensor, needed: int, shape: tuple[int, ...]) 
 
 # ------------------------------------------------------------------ the registry
 
-_CODECS: dict[str, Codec] = {codec.name: codec for codec in (Raw(), Mask(), Positions(), Sparse())}
+_CODECS: dict[str, Codec] = {codec.name: codec for codec in (Raw(), Mask(), Positions(), Rice(), Sparse())}
 
 
 def register_codec(codec: Codec) -> None:

@@ -1,0 +1,263 @@
+"""Methods that change weights: counts, sizes of files, start values, and what they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import vispeft
+from tests.conformance.cells import BACKBONES, Cell
+from vispeft.errors import BackboneError, ConfigError, FileError, SiteError, VispeftError
+from vispeft.methods.mask import THRESHOLD
+from vispeft.methods.sparse import SparseUnit
+from vispeft.storage.codecs import Rice
+
+QP, ALL = ("attn.qkv", "attn.proj"), ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+@pytest.mark.parametrize(
+    ("method", "count"),
+    [
+        (vispeft.Bone(rank=64), 5_308_416),
+        (vispeft.Bone(rank=16), 1_327_104),
+        (vispeft.Bone(rank=16, variant="bat"), 1_327_104),
+        (vispeft.Bone(rank=8, mini=12), 48 * 96),
+        (vispeft.SVFit(rank=768, roles=QP), 18_432),
+        (vispeft.SVFit(), 36_864),
+        (vispeft.Mask(roles=("patch_embed", *QP)), 28_901_376),
+        (vispeft.Sparse(budget="lora:4"), 12 * 4 * (3072 + 1536 + 3840 + 3840)),
+        (vispeft.Sparse(budget="bitfit"), 12 * (2304 + 768 + 3072 + 768)),
+        (vispeft.Sparse(budget=0.01), 12 * (17694 + 5898 + 2 * 23592)),
+    ],
+    ids=str,
+)
+def test_counts_of_a_vit_b(method: vispeft.Method, count: int) -> None:
+    with torch.device("meta"):
+        model = timm.create_model("vit_base_patch16_224")
+    assert vispeft.plan(model, method).trainable == count
+    assert method.parameter_count(vispeft.core.families.describe(model)) == count
+
+
+def test_density_of_lifts_budgets() -> None:
+    with torch.device("meta"):
+        view = vispeft.core.families.describe(timm.create_model("vit_base_patch16_224"))
+    whole = vispeft.Mask(roles=ALL).parameter_count(view)
+    shares = {r: vispeft.Sparse(budget=f"lora:{r}").parameter_count(view) / whole for r in (4, 8, 16, 32, 64)}
+    assert {r: round(100 * share, 1) for r, share in shares.items()} == {4: 0.7, 8: 1.4, 16: 2.8, 32: 5.6, 64: 11.1}
+
+
+REFUSED: list[tuple[str, Any, type[Exception], str]] = [
+    ("vit", lambda: vispeft.Bone(rank=5, variant="bat"), SiteError, "72 x 24.*divisor"),
+    ("vit", lambda: vispeft.Bone(rank=25), SiteError, "fewer columns.*at most 24"),
+    ("vit", lambda: vispeft.Bone(rank=3, mini=5), SiteError, "multiple of mini"),
+    ("vit", lambda: vispeft.Bone(rank=3, mini=5, variant="bat"), ConfigError, "mini form"),
+    ("vit", lambda: vispeft.Bone(roles=("patch_embed",)), SiteError, "linear layers"),
+    ("vit", lambda: vispeft.SVFit(rank=25), SiteError, "no layer has more than 24"),
+    ("vit", lambda: vispeft.SVFit(rank=2, energy=0.5), ConfigError, "Give one"),
+    ("vit", lambda: vispeft.SVFit(energy=1.5), ConfigError, "at most 1"),
+    ("vit", lambda: vispeft.SVFit(roles=("norm1",)), SiteError, "neither"),
+    ("vit", lambda: vispeft.Mask(roles=("norm1",)), SiteError, "neither"),
+    ("vit", lambda: vispeft.Mask(dropout=1.5), ConfigError, "from 0 to 1"),
+    ("vit", lambda: vispeft.Sparse(budget=10**9), ConfigError, "the weights have"),
+    ("vit", lambda: vispeft.Sparse(budget="lora"), ConfigError, "'lora:R'"),
+    ("vit", lambda: vispeft.Sparse(budget=1.0), ConfigError, "share between"),
+    ("vit", lambda: vispeft.Sparse(budget=True), ConfigError, "whole number"),
+    ("vit", lambda: vispeft.Sparse(support="lift", principal=30), SiteError, "24 singular values"),
+    ("vit", lambda: vispeft.Sparse(support="given"), ConfigError, "needs source"),
+    ("vit", lambda: vispeft.Sparse(source="entries.safetensors"), ConfigError, "'given' alone"),
+    ("vit", lambda: vispeft.Sparse(source="nowhere.safetensors", support="given"), FileError, "no safetensors file"),
+]
+
+
+@pytest.mark.parametrize(("backbone", "make", "error", "says"), REFUSED)
+def test_refusals_name_the_reason(backbone: str, make: Any, error: type[Exception], says: str) -> None:
+    model = BACKBONES[backbone].make()
+    before = list(model.state_dict())
+    with pytest.raises(error, match=f"(?s){says}"):
+        vispeft.attach(model, make())
+    assert list(model.state_dict()) == before
+
+
+@pytest.mark.parametrize("method", [vispeft.SVFit(), vispeft.Sparse(support="lift", principal=2)], ids=str)
+def test_weights_that_are_not_finite_have_no_singular_values(method: vispeft.Method) -> None:
+    model = BACKBONES["vit"].make()
+    model.blocks[1].mlp.fc1.weight.data[0, 0] = torch.nan
+    with pytest.raises(BackboneError, match=r"blocks\.1\.mlp\.fc1\.weight.*not finite"):
+        vispeft.attach(model, method)
+
+
+def test_energy_chooses_the_rank_of_each_layer(tmp_path: Path) -> None:
+    cell = Cell("svfit", "swin", short=True)
+    model, images = cell.model(), cell.images()
+    bank = vispeft.attach(model, vispeft.SVFit(energy=0.8))
+    ranks = [len(tensor) for key, tensor in bank.named_tensors().items() if key.endswith("shift")]
+    assert len(set(ranks)) > 1
+    for key, tensor in bank.named_tensors().items():
+        if key.endswith("shift"):
+            values = torch.linalg.svdvals(model.get_submodule(key.split("/")[0])._parameters["weight"].double())
+            kept = values.square().cumsum(0) / values.square().sum()
+            assert kept[len(tensor) - 1] >= 0.8 > (kept[len(tensor) - 2] if len(tensor) > 1 else 0)
+            tensor.data += 0.1
+    bank.save(tmp_path)
+    again = cell.model()
+    vispeft.load(again, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(images), model(images))
+    with pytest.raises(ConfigError, match="no closed count"):
+        vispeft.SVFit(energy=0.8).parameter_count(bank.view)
+
+
+def test_a_mask_takes_one_bit_per_weight(tmp_path: Path) -> None:
+    cell = Cell("mask", "vit")
+    model = cell.model()
+    bank = cell.attach(model)
+    bank.save(tmp_path)
+    stored = load_file(tmp_path / "adapter.safetensors")
+    assert sum(t.nbytes for t in stored.values()) == vispeft.Mask().parameter_count(bank.view) // 8
+    assert {t.dtype for t in stored.values()} == {torch.uint8}
+    masks = {key: t > THRESHOLD for key, t in bank.named_tensors().items() if key.endswith(".M")}
+    assert all(0 < float(mask.float().mean()) < 1 for mask in masks.values())
+    again = cell.model()
+    loaded = vispeft.load(again, tmp_path)
+    assert all(torch.equal(loaded.named_tensors()[key], mask.float()) for key, mask in masks.items())
+
+
+@pytest.mark.parametrize(("share", "most"), [(0.011, 5.0), (0.02, 5.0), (0.1, 4.7), (0.01, 5.05), (0.001, 6.0)])
+def test_bytes_of_a_kept_entry(share: float, most: float) -> None:
+    size = 768 * 768
+    positions = torch.randperm(size, generator=torch.Generator().manual_seed(2))[: int(share * size)].sort().values
+    stored = Rice().encode(positions.int())
+    assert 4 + stored.nbytes / len(positions) <= most
+    assert torch.equal(Rice().decode(stored, tuple(positions.shape), torch.int64), positions)
+
+
+@pytest.mark.parametrize("positions", [[], [0], [7], [0, 1, 2], [3, 2**31 - 1], [5, 6, 10**6]])
+def test_positions_in_whole_bits(positions: list[int]) -> None:
+    given = torch.tensor(positions, dtype=torch.int64)
+    stored = Rice().encode(given)
+    assert torch.equal(Rice().decode(stored, (len(positions),), torch.int64), given)
+    for broken in (stored[:0], stored[:-1], torch.cat([stored, stored.new_tensor([0])])):
+        if len(broken) != 1 or positions:
+            with pytest.raises(FileError):
+                Rice().decode(broken, (len(positions),), torch.int64)
+
+
+def test_positions_beyond_the_weight_are_refused(tmp_path: Path) -> None:
+    cell = Cell("sparse", "vit", short=True)
+    model = cell.model()
+    bank = cell.attach(model)
+    units = [unit for unit in bank.units().values() if isinstance(unit, SparseUnit)]
+    units[0].positions[-1] = 10**6
+    bank.save(tmp_path)
+    fresh = cell.model()
+    before = list(fresh.state_dict())
+    with pytest.raises(FileError, match=r"entry 1000000.*the weight has"):
+        vispeft.load(fresh, tmp_path)
+    assert list(fresh.state_dict()) == before
+
+
+def test_the_largest_entries_are_chosen() -> None:
+    model = Cell("sparse", "vit").model()
+    bank = vispeft.attach(model, vispeft.Sparse(budget=0.05, support="magnitude"))
+    for key, unit in bank.units().items():
+        assert isinstance(unit, SparseUnit)
+        weight = model.get_submodule(key.split("/")[0])._parameters["weight"].flatten().abs()
+        chosen = weight[unit.positions.long()]
+        rest = weight.index_fill(0, unit.positions.long(), 0)
+        assert chosen.min() >= rest.max()
+
+
+def test_gradients_over_the_data_choose_entries() -> None:
+    cell = Cell("sparse", "swin", short=True)
+    model = cell.model()
+    bank = vispeft.attach(model, vispeft.Sparse(budget=30, support="gradient"))
+    loader = [(cell.images(3), torch.tensor([0, 1, 4])), (cell.images(2) * 2, torch.tensor([2, 2]))]
+    bank.start_from(loader)
+    plain = cell.model().train()
+    for images, labels in loader:
+        F.cross_entropy(plain(images), labels, reduction="sum").backward()
+    for key, unit in bank.units().items():
+        assert isinstance(unit, SparseUnit)
+        wanted = plain.get_submodule(key.split("/")[0]).weight.grad.abs().flatten().topk(len(unit.values)).indices
+        assert torch.equal(unit.positions.long(), wanted.sort().values)
+    assert all(tensor.grad is None for _, tensor in bank.trainable_parameters())
+    with pytest.raises(ConfigError, match="Choose another support"):
+        bank.start_from([(cell.images(), {"depth": torch.zeros(2)})])
+    with pytest.raises(ConfigError, match="no backward pass"):
+        bank.start_from([])
+
+
+def test_entries_from_a_file(tmp_path: Path) -> None:
+    model = Cell("sparse", "vit", short=True).model()
+    method = vispeft.Sparse(
+        budget=0.1, support="given", source=str(tmp_path / "entries.safetensors"), roles=("mlp.fc1",)
+    )
+    count = int(0.1 * 24 * 96)
+    save_file({"blocks.0.mlp.fc1": torch.arange(count)}, tmp_path / "entries.safetensors")
+    bank = vispeft.attach(model, method)
+    assert torch.equal(bank.units()["blocks.0.mlp.fc1/sparse"].positions, torch.arange(count).int())
+    bank.save(tmp_path / "adapter")
+    vispeft.load(Cell("sparse", "vit", short=True).model(), tmp_path / "adapter")
+    wrong: list[tuple[dict[str, Tensor], str]] = [
+        ({"blocks.1.mlp.fc1": torch.arange(count)}, "no entries for"),
+        ({"blocks.0.mlp.fc1": torch.arange(count - 1)}, "are needed"),
+        ({"blocks.0.mlp.fc1": torch.zeros(count).long()}, "are needed"),
+        ({"blocks.0.mlp.fc1": torch.arange(count) + 24 * 96}, "whose weight has"),
+    ]
+    for tensors, says in wrong:
+        save_file(tensors, tmp_path / "entries.safetensors")
+        with pytest.raises(VispeftError, match=says):
+            vispeft.attach(Cell("sparse", "vit", short=True).model(), method)
+
+
+def test_gradient_dropout_takes_entries_of_disagreeing_gradients() -> None:
+    cell = Cell("mask", "vit", short=True)
+    images, labels = cell.images(4), torch.tensor([0, 1, 2, 3])
+    grads = {}
+    for share in (0.0, 1.0):
+        model = cell.model()
+        bank = vispeft.attach(model, vispeft.Mask(dropout=share, penalty=1e-4), verify=False)
+        if share:
+            bank.start_from([(images, labels.roll(1))])
+        for scale in (1.0, 1024.0):
+            model.zero_grad()
+            torch.manual_seed(3)
+            output = model(images)
+            term = bank.loss_terms((images, labels), output)
+            assert term is not None
+            ((F.cross_entropy(output, labels) + term) * scale).backward()
+            grads[share, scale] = torch.cat(
+                [(t.grad / scale).flatten() for k, t in bank.named_tensors().items() if k.endswith(".M")]
+            )
+    kept = grads[1.0, 1.0] != 0
+    assert 0.3 < float(kept.float().mean()) < 1
+    assert torch.allclose(grads[1.0, 1.0][kept], grads[0.0, 1.0][kept], rtol=1e-4, atol=1e-9)
+    # A loss that is scaled, as in float16, drops the same entries.
+    assert float((kept != (grads[1.0, 1024.0] != 0)).float().mean()) < 1e-3
+
+
+def test_the_teacher_knows_the_training_images(tmp_path: Path) -> None:
+    cell = Cell("mask", "swin", short=True)
+    images, labels = cell.images(6), torch.tensor([0, 1, 2, 3, 4, 0])
+    model = cell.model()
+    bank = vispeft.attach(model, vispeft.Mask(dropout=0.3))
+    bank.start_from([(images, labels)])
+    teacher = bank.units()[
+        "/teacher" if "/teacher" in bank.units() else next(k for k in bank.units() if "teacher" in k)
+    ]
+    with torch.no_grad(), bank.disabled():
+        features = model.forward_head(model.forward_features(images), pre_logits=True)
+    assert torch.equal(F.linear(features, teacher.weight, teacher.bias).argmax(1), labels)
+    bank.save(tmp_path)
+    vispeft.load(cell.model(num_classes=2), tmp_path)  # nothing of the teacher is in the file
+    with pytest.raises(ConfigError, match="one class number per image"):
+        bank.start_from([(images, torch.rand(6, 5))])
+    with pytest.raises(ConfigError, match="no classes"):
+        vispeft.attach(cell.model(num_classes=0), vispeft.Mask(dropout=0.3))

@@ -1,0 +1,128 @@
+"""Single layers and rules of reference part E against the project's units and functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.parity.test_deltas import BY_STEM, assert_close, site, tolerance
+from tests.parity.test_parity import PRECISIONS, below, read
+from vispeft.core.units import WeightUnit
+from vispeft.methods.mask import MaskUnit, dropped_gradient
+from vispeft.methods.sparse import largest_entries, principal_weights
+from vispeft.methods.svfit import SVFitUnit, rank_for_energy
+
+Tensors = dict[str, Tensor]
+
+
+def cases(meta: dict[str, Any], tensors: Tensors, dtype: torch.dtype) -> dict[str, Tensors]:
+    """Sort the tensors of a file by case, whose name may stand in the middle of theirs."""
+    found: dict[str, Tensors] = {case: {} for case in meta["config"]}
+    for key, tensor in tensors.items():
+        case = next(case for case in found if f"{case}." in f"{key}.")
+        found[case][key.replace(f"{case}.", "", 1)] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return found
+
+
+def check_layer(unit: WeightUnit, case: Tensors, names: dict[str, str], limit: float) -> None:
+    """Compare the output, all gradients and the merged weight of a layer whose weight a unit changes."""
+    x = case["input.x"].clone().requires_grad_()
+    out = F.linear(x, unit.fold_weight(case["weight"]), case["bias"])
+    assert_close("y", out, case["out.y"], limit)
+    (out * case["input.w"]).sum().backward()
+    found: dict[str, Tensor | None] = {f"adapter.{names[k]}": p.grad for k, p in unit.named_parameters()}
+    wanted = below(case, "grad.")
+    found = {**found, "input.x": x.grad}
+    assert set(found) == {name for name in wanted if not name.startswith("norm_penalty")}
+    for name, grad in found.items():
+        assert grad is not None
+        assert_close(f"grad.{name}", grad, wanted[name], limit)
+    if "merged.weight" in case:
+        assert_close("merged", unit.fold_weight(case["weight"]), case["merged.weight"], limit)
+
+
+def svfit(meta: dict[str, Any], tensors: Tensors, dtype: torch.dtype, limit: float) -> None:
+    for name, case in cases(meta, tensors, dtype).items():
+        weight, config = case["weight"], meta["config"][name]
+        unit = SVFitUnit(site(name, *weight.shape), config["r_used"]).to(dtype)
+        unit.prepare(weight)
+        for share, rank in config["rank_for_energy"].items():
+            assert rank_for_energy(weight, float(share)) == rank
+        values = torch.linalg.svdvals(weight.double())
+        assert_close("singular values", values, case["mid.singular_values"], limit)
+        with torch.no_grad():
+            unit.shift.copy_(case["adapter.sigma"].double() - values[: config["r_used"]])
+            assert_close("delta", unit.fold_weight(weight) - weight, case["mid.delta"], limit)
+        check_layer(unit, case, {"shift": "sigma"}, limit)
+
+
+def mask(meta: dict[str, Any], tensors: Tensors, dtype: torch.dtype, limit: float) -> None:
+    case = {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
+    unit = MaskUnit(site("layer", *case["weight"].shape)).to(dtype)
+    with torch.no_grad():
+        unit.M.copy_(case["adapter.mask_real"])
+    assert torch.equal(unit.mask, case["mid.mask"])
+    check_layer(unit, case, {"M": "mask_real"}, limit)
+    unit.M.grad = None
+    norm = unit.M.norm()
+    assert_close("norm_penalty", norm, case["out.norm_penalty"], limit)
+    norm.backward()
+    assert_close("norm_penalty gradient", unit.M.grad, case["grad.norm_penalty.mask_real"], limit)
+    packed = numpy.packbits(unit.file_tensors()["M"].bool().numpy())
+    assert torch.equal(torch.from_numpy(packed), case["out.packed_bits"])
+
+
+def gradient_dropout(meta: dict[str, Any], tensors: Tensors, dtype: torch.dtype, limit: float) -> None:
+    given = {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
+    units = [MaskUnit(site("layer", *given[f"weight.{i}"].shape)).to(dtype) for i in range(2)]
+    for i, unit in enumerate(units):
+        with torch.no_grad():
+            unit.M.copy_(given[f"adapter.mask_real.{i}"])
+    hidden = F.linear(given["input.x"], units[0].fold_weight(given["weight.0"]), given["bias.0"]).relu()
+    logits = F.linear(hidden, units[1].fold_weight(given["weight.1"]), given["bias.1"])
+    ce = F.cross_entropy(logits, given["input.labels"].long())
+    teacher = F.cross_entropy(logits, given["input.teacher_logits"].softmax(1))
+    penalty = sum(unit.M.norm() for unit in units)
+    for name, value in (("logits", logits), ("ce", ce), ("teacher_loss", teacher), ("norm_penalty", penalty)):
+        assert_close(name, value, given[f"out.{name}"], limit)
+    masks = [unit.M for unit in units]
+    others = torch.autograd.grad(teacher, masks, retain_graph=True)
+    for kind, loss in (("plain", ce), ("penalty", ce + meta["config"]["loss_weight"] * penalty)):
+        for i, (own, other) in enumerate(zip(torch.autograd.grad(loss, masks, retain_graph=True), others, strict=True)):
+            assert_close("a", own, given[f"mid.{kind}.a.{i}"], limit)
+            assert_close("b", other, given[f"mid.b.{i}"], limit)
+            for share in meta["config"]["lam"]:
+                used = dropped_gradient(own, other, share, given[f"input.U.{i}"])
+                assert_close("used", used, given[f"grad.used.{kind}.lam{share:g}.{i}"], limit)
+
+
+def lift_mask(meta: dict[str, Any], tensors: Tensors, dtype: torch.dtype, limit: float) -> None:
+    for name, case in cases(meta, tensors, dtype).items():
+        config, weight = meta["config"][name], case["weight"]
+        scores = principal_weights(weight, config["q"])
+        assert_close("approximation", scores, case["mid.approximation"].abs(), limit)
+        found = largest_entries(scores, config["k"])
+        assert torch.equal(found, case["out.indices"].sort().values.long())
+        flags = torch.zeros(weight.numel(), dtype=torch.bool).index_fill_(0, found, True)
+        assert torch.equal(flags.view(weight.shape), case["out.mask"].bool())
+
+
+RULES: dict[str, Callable[..., None]] = {
+    "svfit_linear": svfit,
+    "mask_linear": mask,
+    "mask_gradient_dropout": gradient_dropout,
+    "sparse_lift_mask": lift_mask,
+}
+
+
+@pytest.mark.parametrize("dtype", list(PRECISIONS), ids=list(PRECISIONS.values()))
+@pytest.mark.parametrize("stem", [stem for stem in RULES if stem in BY_STEM])
+def test_rules(stem: str, dtype: torch.dtype) -> None:
+    meta, tensors = read(BY_STEM[stem])
+    RULES[stem](meta, tensors, dtype, tolerance(meta, PRECISIONS[dtype]))
