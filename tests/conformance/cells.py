@@ -101,19 +101,26 @@ METHODS: dict[str, vispeft.Method] = {
         bottleneck=4, position="houlsby", scale=None, layernorm=True, bias=False, start="bert", unit_drop=0.0, bits=8
     ),
     "mona": vispeft.Mona(bottleneck=4, dropout=0.0),
+    "mlae": vispeft.MLAE(rank=3, expert_dropout=0.0),
+    "rein": vispeft.Rein(num_tokens=3, rank=2),
+    "conformer_adapter": vispeft.ConformerAdapter(reduction=6, kernel=4, variant="houlsby"),
 }
 
 
 PARALLEL = (
     *("adapter_parallel", "adaptformer", "adaptformer_1bit", "convpass", "convpass_attn", "polyhistor"),
-    *("adapter_plus", "adapter_plus_inner", "mona"),
+    *("adapter_plus", "adapter_plus_inner", "mona", "rein", "conformer_adapter"),
 )
 """Methods with terms beside the branches of a block."""
 
-STORES_MORE = ("lora_fa", "vqt_weighted", "sparse", "sparse_lift")
+STORES_MORE = ("lora_fa", "vqt_weighted", "sparse", "sparse_lift", "conformer_adapter")
 """Methods whose files hold tensors that do not train."""
 
+BATCH_STATISTICS = ("conformer_adapter",)
+"""Methods that normalise by the batch while they train, and keep running statistics of it."""
+
 EXCLUSIVE = (
+    "conformer_adapter",
     "full",
     "bitfit",
     "norm_tuning",
@@ -128,6 +135,7 @@ EXCLUSIVE = (
 """Methods that replace tensors of the base or its output features, so that two of them cannot act at once."""
 
 LINKED = ("vpt", "vqt", "prefix", "mam", "fact", "compacter", "lst", "convpass", "polyhistor_lite", "mona")
+LINKED += ("rein", "conformer_adapter")
 """Methods, in all their forms, whose blocks need each other: they share tensors, hand on more than tokens, or give the
 patches something that reaches a class token with the next block's attention."""
 DEEP = ("lora_all", "ssf", "ssf_merging")
@@ -239,14 +247,19 @@ NO_MERGING = Refusal("no such site", r"'downsample\.norm'.*no patch merging")
 NO_WHOLE_QKV = Refusal("no such site", r"'attn\.q'.*part of one")
 NO_WHOLE_FC1 = Refusal("no such site", r"'mlp\.fc1_g'.*part of one")
 NO_CLASS_TOKEN = Refusal("no stated form", "reads the class token")
+WIDTHS_DIFFER = Refusal("no stated form", r"blocks of one width.*no stated form")
 NORMS_BEHIND = Refusal("no stated form", r"swinv2.*no stated form|no stated form.*swinv2")
 
 REFUSED: dict[tuple[str, str], Refusal] = {
     **{("ssf_merging", name): NO_MERGING for name in BACKBONES if not name.startswith("swin")},
     **{
         (method, "swinv2"): NORMS_BEHIND
-        for method in ("vpt", "vpt_shallow", "vpt_window", "convpass", "convpass_attn", "lst", "lst_sparse")
+        for method in (
+            *("vpt", "vpt_shallow", "vpt_window", "convpass", "convpass_attn", "lst", "lst_sparse"),
+            "conformer_adapter",
+        )
     },
+    **{("rein", backbone): WIDTHS_DIFFER for backbone in ("swin", "swinv2")},
     **{
         ("vptsp", backbone): NO_CLASS_TOKEN
         for backbone in BACKBONES
@@ -349,8 +362,8 @@ SECOND_FORMS = {
     *("ssf_merging", "vpt_shallow", "vqt_weighted", "prefix_mlp", "adapter_parallel", "adaptformer_1bit", "lora_2bit"),
     *("dora", "pissa", "lora_fa", "convpass_attn", "repadapter_attn", "hydra_2bit", "lst_sparse", "fact_tk"),
     *("fact_4bit", "compacter_full", "mtlora", "polyhistor", "polyhistor_lite", "vpt_window"),
-    *("adapter_plus", "adapter_plus_inner", "mona"),
     *("bone_mini", "bat", "svfit_few", "sparse_lift"),
+    *("adapter_plus", "adapter_plus_inner", "mona", "mlae", "rein", "conformer_adapter"),
 }
 """Further settings of a method, and methods with tests of their own for what is particular to them: they run on the
 main families, and not on the variants of one family as well."""

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import vispeft
-from tests.conformance.cells import MAIN, METHODS, Cell, is_second_form, move, params
+from tests.conformance.cells import BATCH_STATISTICS, MAIN, METHODS, Cell, is_second_form, move, params
 
 ONCE = [
     cell
@@ -163,7 +163,7 @@ def test_two_processes_equal_one() -> None:
     with mp.get_context("spawn").Manager() as manager:
         results = manager.dict()
         mp.spawn(_half_of_the_batch, (port, results), nprocs=2)
-        for cell in ONCE:
+        for cell in (cell for cell in ONCE if cell.method not in BATCH_STATISTICS):  # of half a batch in each process
             alone = _train(cell, cell.images(4), distributed=False)
             for (name, first), (_, second), (_, wanted) in zip(
                 results[0, str(cell)], results[1, str(cell)], alone, strict=True

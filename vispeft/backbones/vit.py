@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from timm.layers import Attention, AttentionPoolLatent, AttentionPoolPrr, PatchEmbed
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -18,8 +19,9 @@ from vispeft.backbones.parts import (
     projection_sites,
     query_key_norm_sites,
 )
-from vispeft.core.families import Family, check_class, parameter_sizes, register_family
+from vispeft.core.families import Family, base_class, check_class, parameter_sizes, register_family
 from vispeft.core.sites import Site, View
+from vispeft.errors import BackboneError
 from vispeft.hosts.attention import TokenAttentionHost, attended
 from vispeft.hosts.block import BlockHost
 from vispeft.hosts.mlp import MLP_HOSTS
@@ -47,15 +49,22 @@ def describe_vit(model: Any) -> View:
         Its view.
 
     Raises:
-        BackboneError: If a block, an attention module, an MLP or the patch embedding is of an unsupported class.
+        BackboneError: If a block, an attention module, an MLP or the patch embedding is of an unsupported class, or the
+            model has two classifiers.
     """
     vit = model
+    if isinstance(vit, VisionTransformerDistilled) and vit.num_classes > 0:
+        raise BackboneError(
+            f"A {base_class(vit).__name__} with {vit.num_classes} classes has two classifiers, one for each of its "
+            "first tokens, and an adapter has one. Create it with num_classes=0, and put a classifier behind its "
+            "features."
+        )
     sites = [*stem_sites(vit)]
     for index, block in enumerate(vit.blocks):
         check_class(f"blocks.{index}", block, (Block,))
         sites += _block_sites(block, f"blocks.{index}", Spot(vit.embed_dim, index))
     sites += tail_sites(vit)
-    return plain_view(vit, "vit", VisionTransformer, sites)
+    return plain_view(vit, "vit", base_class(vit), sites)
 
 
 def plain_view(model: Any, family: str, model_class: type[nn.Module], sites: list[Site]) -> View:
@@ -202,10 +211,10 @@ class VitBlockHost(BlockHost):
 register_family(
     Family(
         name="vit",
-        classes=(VisionTransformer,),
+        classes=(VisionTransformer, VisionTransformerDistilled),
         describe=describe_vit,
         host=VitHost,
         hosts={Block: VitBlockHost, Attention: TokenAttentionHost, **MLP_HOSTS},
-        examples="vit_*, deit_*, deit3_*, DINOv2, CLIP, SigLIP, MAE, AIMv2",
+        examples="vit_*, deit_*, deit3_*, DINOv2, CLIP, SigLIP, MAE, AIMv2, AST",
     )
 )

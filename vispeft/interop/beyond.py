@@ -1,4 +1,8 @@
-"""Tensor names of Adapter+ (visinf/adapter_plus at 191c4ab) and Mona (Leiyi-Hu/mona at 5deeac9)."""
+"""Tensor names of public codes of 2024 and 2025.
+
+Adapter+ (visinf/adapter_plus at 191c4ab), Mona (Leiyi-Hu/mona at 5deeac9), MLAE (jie040109/MLAE at 7452aa4), Rein
+(w1oves/Rein at 7da85bc), conformer adapters (umbertocappellazzo/PETL_AST at 1fe23af).
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,17 @@ from typing import Any
 from torch import Tensor
 
 from vispeft.core.method import Method
+from vispeft.core.plan import Plan
 from vispeft.core.sites import View
 from vispeft.interop.blocks import ending_in, hyper_of, layer_names, placed
 from vispeft.interop.official import Source, register_source
 from vispeft.methods.adapter_plus import AdapterPlus
+from vispeft.methods.conformer_adapter import ConformerAdapter
+from vispeft.methods.mlae import MLAE
 from vispeft.methods.mona import KERNELS, Mona
+from vispeft.methods.rein import Rein
 
-__all__ = ["MONA"]
+__all__ = ["CONFORMER", "MONA"]
 
 
 def _adapter_plus(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], view: View) -> Method:
@@ -64,5 +72,93 @@ MONA = {
 }
 """The authors' name of each tensor of `vispeft.methods.mona.MonaUnit`, within its module."""
 
+
+def _mlae(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], view: View) -> Method:
+    hyper = hyper_of(metadata.get("config", metadata), "mlae", "sites")
+    return MLAE(
+        rank=ending_in(tensors, "lora_A").shape[0],
+        expert_dropout=hyper.get("expert_dropout", 0.5),
+        roles=tuple(hyper["sites"]),
+    )
+
+
+def _named_by_layer(plan: Plan, tensors: Mapping[str, str]) -> dict[str, str]:
+    return {f"{item.key}.{name}": f"{item.site.path}.{tensors[name]}" for item in plan for name in item.shapes()}
+
+
+_MLAE = {"A": "lora_A", "B": "lora_B", "coefficients": "lora_lamda"}
+
+
+def _rein(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], view: View) -> Method:
+    low_rank = tensors.get("learnable_tokens_a")
+    tokens = ending_in(tensors, "learnable_tokens") if low_rank is None else low_rank
+    return Rein(
+        num_tokens=tokens.shape[1],
+        rank=None if low_rank is None else low_rank.shape[2],
+        query=tensors["merge.bias"].shape[0] if "merge.bias" in tensors else None,
+        softmax=metadata.get("config", metadata).get("use_softmax", True),
+    )
+
+
+_REIN = {
+    "scale": "scale",
+    "tokens": "learnable_tokens",
+    "tokens_a": "learnable_tokens_a",
+    "tokens_b": "learnable_tokens_b",
+    **layer_names(value="mlp_token2feat", output="mlp_delta_f", transform="transform", merge="merge"),
+}
+
+
+def _rein_names(plan: Plan) -> dict[str, str]:
+    return {f"{item.key}.{name}": _REIN[name] for item in plan for name in item.shapes()}
+
+
+def _conformer(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], view: View) -> Method:
+    hyper = hyper_of(metadata.get("config", metadata), "conformer", "type", "placement", "reduction_rate")
+    return ConformerAdapter(
+        variant=hyper["type"].lower(),
+        mode=hyper["placement"],
+        residual=hyper.get("apply_residual", False),
+        reduction=hyper["reduction_rate"],
+        kernel=ending_in(tensors, "dwise_conv.weight").shape[-1],
+        train_norms=any("layernorm" in name for name in tensors),
+    )
+
+
+CONFORMER = {
+    **layer_names(down="pwise_conv1", depthwise="dwise_conv", up="pwise_conv2"),
+    "norm_weight": "bnorm.weight",
+    "norm_bias": "bnorm.bias",
+    "mean": "bnorm.running_mean",
+    "variance": "bnorm.running_var",
+}
+_CONFORMER_PLACES = {"conformer_mlp": "adapter_module_FFN", "conformer_attn": "adapter_module_MHSA"}
+_NORMS = {"norm1": "layernorm_before", "norm2": "layernorm_after"}
+
+
+def _conformer_names(plan: Plan) -> dict[str, str]:
+    names = {}
+    for item in plan:
+        if item.unit != "norm":
+            place = f"encoder.layer.{item.site.block}.{_CONFORMER_PLACES[item.unit]}"
+            names |= {f"{item.key}.{ours}": f"{place}.{theirs}" for ours, theirs in CONFORMER.items()}
+            continue
+        inside = item.site.block is not None
+        place = f"encoder.layer.{item.site.block}.{_NORMS[item.site.role]}" if inside else "layernorm"
+        names |= {f"{item.key}.{tensor}": f"{place}.{tensor}" for tensor in item.shapes()}
+    return names
+
+
 register_source(Source("adapter_plus", _adapter_plus, placed(lambda _, unit: unit, _PLUS)))
 register_source(Source("mona", _mona, placed(lambda _, unit: _mona_place(unit), MONA)))
+register_source(Source("mlae", _mlae, lambda plan: _named_by_layer(plan, _MLAE)))
+register_source(Source("rein", _rein, _rein_names))
+register_source(
+    Source(
+        "conformer",
+        _conformer,
+        _conformer_names,
+        trailing=("pwise_conv1.weight", "pwise_conv2.weight"),
+        ignored=(".lnorm.",),
+    )
+)

@@ -41,6 +41,8 @@ class Source:
     """The authors' name of the classifier; None if it is timm's."""
     trailing: tuple[str, ...] = ()
     """Name endings of the tensors that have an additional last axis of length one (1x1 convolutions)."""
+    ignored: tuple[str, ...] = ()
+    """Parts of the names of tensors with which the public code computes nothing."""
 
     def ours(self, name: str, tensor: Tensor) -> Tensor:
         """Convert one of the authors' tensors to our shape."""
@@ -87,6 +89,7 @@ def load_official(
         FileError: If tensors are missing, unknown or of the wrong shape; then the model is unchanged.
     """
     entry = find_source(source)
+    tensors = {name: t for name, t in tensors.items() if not any(part in name for part in entry.ignored)}
     view = describe(unwrap(model))
     method = entry.method(hyper or {}, tensors, view)
     bank = attach(model, method, name=_free_name(model), verify=False)
@@ -132,10 +135,12 @@ def to_official(bank: AdapterBank, source: str, grad: bool = False) -> dict[str,
         raise ConfigError(
             f"{source!r} has no name for {error} of a {method!r} adapter; is it the right source?"
         ) from None
-    parameters = bank.named_tensors(label)
+    parameters, kept = bank.named_tensors(label), bank.state_dict(label)
     out: dict[str, Tensor] = {}
     for own, theirs in names.items():
-        tensor = parameters[own]
+        if grad and own not in parameters and own in kept:
+            continue  # state that does not train
+        tensor = parameters[own] if own in parameters else kept[own]
         if grad and tensor.grad is None:
             raise ConfigError(f"{theirs} has no gradient; call backward() on a loss of the adapted model first.")
         value = tensor.grad if grad else tensor

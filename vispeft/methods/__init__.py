@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vispeft.methods.bitfit import BitFit as BitFit
     from vispeft.methods.bone import Bone as Bone
     from vispeft.methods.compacter import Compacter as Compacter
+    from vispeft.methods.conformer_adapter import ConformerAdapter as ConformerAdapter
     from vispeft.methods.convpass import Convpass as Convpass
     from vispeft.methods.fact import FacT as FacT
     from vispeft.methods.full import Full as Full
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
     from vispeft.methods.lst import LST as LST
     from vispeft.methods.mam import MAM as MAM
     from vispeft.methods.mask import Mask as Mask
+    from vispeft.methods.mlae import MLAE as MLAE
     from vispeft.methods.mona import Mona as Mona
     from vispeft.methods.mtlora import MTLoRA as MTLoRA
     from vispeft.methods.norm_tuning import NormTuning as NormTuning
     from vispeft.methods.polyhistor import Polyhistor as Polyhistor
     from vispeft.methods.prefix import Prefix as Prefix
+    from vispeft.methods.rein import Rein as Rein
     from vispeft.methods.repadapter import RepAdapter as RepAdapter
     from vispeft.methods.sparse import Sparse as Sparse
     from vispeft.methods.ssf import SSF as SSF
