@@ -22,7 +22,17 @@ PAGES = [
     p for p in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))] if p.is_file()
 ]
 NO_RUN = "<!-- no-run -->"
-TRAINS = ("mmseg", "quickstart", "resume", "segmentation")
+TRAINS = (
+    "catalogue",
+    "few_photos",
+    "four_tasks",
+    "mmseg",
+    "quickstart",
+    "resume",
+    "segmentation",
+    "tiles_and_masks",
+    "troubleshooting",
+)
 """Pages whose code trains, which takes longest; they run with the slow tests."""
 FOLDERS = {name.partition("/")[0] for name in config_names()}
 
