@@ -15,7 +15,8 @@ from tests.parity.test_deltas import BY_STEM, assert_close, site, tolerance
 from tests.parity.test_parity import PRECISIONS, below, read
 from vispeft.core.units import WeightUnit
 from vispeft.methods.mask import MaskUnit, dropped_gradient
-from vispeft.methods.sparse import largest_entries, principal_weights
+from vispeft.methods.sparse import SparseUnit, largest_entries, principal_weights
+from vispeft.methods.sparse_schedules import SM3, DropAndRegrow, Samples, SparseAdamW, best_inactive, largest_changes
 from vispeft.methods.svfit import SVFitUnit, rank_for_energy
 
 Tensors = dict[str, Tensor]
@@ -126,3 +127,108 @@ RULES: dict[str, Callable[..., None]] = {
 def test_rules(stem: str, dtype: torch.dtype) -> None:
     meta, tensors = read(BY_STEM[stem])
     RULES[stem](meta, tensors, dtype, tolerance(meta, PRECISIONS[dtype]))
+
+
+def sft_cycle(meta: dict[str, Any], tensors: Tensors, dtype: torch.dtype, limit: float) -> None:
+    """Ten steps of two layers with two reselections, at the steps and with the samples of the public phase counter."""
+    config, t = meta["config"], {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+    shapes = {"0": (20, 12), "2": (10, 20)}
+    units = {n: SparseUnit(site(n, *shape), config["k"][n], "random", 1).to(dtype) for n, shape in shapes.items()}
+    for n, unit in units.items():
+        unit.values.data.copy_(t[f"adapter.values.{n}"])
+        unit.positions.copy_(t[f"before.indices.{n}"])
+    optimizer = SparseAdamW(
+        [unit.values for unit in units.values()],
+        **{key: config[key] for key in ("lr", "betas", "eps", "weight_decay")},
+    )
+    rule = DropAndRegrow(1, 1, config["initial_reselection_rate"], config["reselection_rate_policy"])
+    first = 1
+    for number, event in enumerate([*config["events"], {"after_step": config["steps"], "samples": 0}], 1):
+        samples = {n: Samples(config["k"][n]) for n in units}
+        for step in range(first, event["after_step"] + 1):
+            watched = step > event["after_step"] - event["samples"]
+            for n, unit in units.items():
+                unit.observer = samples[n].add if watched else None
+            hidden = F.linear(t[f"input.x.{step}.0"], units["0"].fold_weight(t["weight.0"]), t["bias.0"]).tanh()
+            out = F.linear(hidden, units["2"].fold_weight(t["weight.2"]), t["bias.2"])
+            assert_close("y", out, t[f"out.y.{step}.0"], limit)
+            optimizer.zero_grad()
+            (out * t[f"input.w.{step}.0"]).sum().backward()
+            for n, unit in units.items():
+                assert_close(f"step{step}.grad", unit.values.grad, t[f"step{step}.grad_values.{n}"], limit)
+            optimizer.step()
+            for n, unit in units.items():
+                assert_close(f"step{step}.values", unit.values, t[f"step{step}.values.{n}"], limit)
+        first = event["after_step"] + 1
+        if "p" not in event:
+            break
+        rule.steps, rule.rounds = event["after_step"], number - 1
+        assert rule.share(config["total_steps"]) == pytest.approx(event["p"])
+        for n, unit in units.items():
+            check_reselection(unit, samples[n], optimizer, rule, below(t, f"reselect{number}."), n, limit)
+
+
+def check_reselection(
+    unit: SparseUnit, samples: Samples, optimizer: Any, rule: DropAndRegrow, wanted: Tensors, n: str, limit: float
+) -> None:
+    assert torch.equal(samples.candidates.sort().values, wanted[f"candidates.{n}"].long())
+    assert samples.samples == int(wanted[f"samples.{n}"][0])
+    before = unit.positions.clone()
+    rule._reselect(unit, samples, optimizer, rule.share(30), 1)
+    changed = before != unit.positions
+    assert torch.equal(before[changed].sort().values, wanted[f"dropped.{n}"])
+    assert torch.equal(unit.positions[changed].sort().values, wanted[f"grown.{n}"])
+    state = optimizer.state[unit.values]
+    found = {"values": unit.values, "age": state["age"], **{k: state[k] for k in ("exp_avg", "exp_avg_sq")}}
+    order, theirs = unit.positions.argsort(), wanted[f"after.indices.{n}"].argsort()
+    assert torch.equal(unit.positions[order], wanted[f"after.indices.{n}"][theirs])
+    for name, value in found.items():
+        assert_close(f"after.{name}", value[order], wanted[f"after.{name}.{n}"][theirs], limit)
+    # Go on in the authors' order of slots, which later steps are stored in.
+    slots = torch.searchsorted(unit.positions[order].contiguous(), wanted[f"after.indices.{n}"])
+    with torch.no_grad():
+        for tensor in (unit.values, unit.positions, *state.values()):
+            tensor.copy_(tensor[order][slots])
+
+
+def sm3(meta: dict[str, Any], tensors: Tensors, dtype: torch.dtype, limit: float) -> None:
+    config, t = meta["config"], {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+    values, positions = torch.nn.Parameter(t["adapter.values"].clone()), t["before.indices"]
+    optimizer = SM3([values], config["lr"], config["eps"], config["weight_decay"])
+    optimizer.bind(values, positions, config["out_features"], config["in_features"])
+    for step in range(1, config["steps"] + 1):
+        values.grad = t[f"input.grad.{step}"]
+        optimizer.step()
+        found = {"values": values, "row": optimizer.state[values]["row"], "col": optimizer.state[values]["column"]}
+        for name, value in found.items():
+            assert_close(f"step{step}.{name}", value, t[f"step{step}.{name}"], limit)
+    growth = best_inactive(positions, values, found["row"], found["col"], config["p"])
+    assert torch.equal(positions[growth.slots].sort().values, t["reselect.dropped"])
+    assert torch.equal(growth.positions.sort().values, t["reselect.grown"].long())
+
+
+def lottery(meta: dict[str, Any], tensors: Tensors, dtype: torch.dtype, limit: float) -> None:
+    after, masks = below(tensors, "input.tuned0."), below(tensors, "out.mask0.")
+    before = {name: below(tensors, "backbone.")[name] for name in masks}
+    found = largest_changes(before, after, meta["config"]["k"])
+    assert all(torch.equal(found[name], mask) for name, mask in masks.items())
+    for name, values in below(tensors, "out.file.").items():
+        if not name.endswith(".values"):
+            continue
+        path = name.removesuffix(".values")
+        entries = tensors[f"out.file.{path}.index_steps"].long().cumsum(0)
+        # Their flat index runs along the first dimension first.
+        change = torch.where(masks[path], after[path] - before[path], 0.0)
+        flat = change.permute(*reversed(range(change.ndim))).flatten()
+        assert torch.equal(flat[entries], values)
+        assert int((flat.abs() > 1e-7).sum()) == len(entries)
+
+
+SCHEDULES = {"sparse_sft_cycle": sft_cycle, "sparse_sft_sm3": sm3, "sparse_lt_sft": lottery}
+
+
+@pytest.mark.parametrize("stem", [stem for stem in SCHEDULES if stem in BY_STEM])
+def test_schedules(stem: str) -> None:
+    """In float64 alone: wrong variants of an optimiser may differ by 5e-6."""
+    meta, tensors = read(BY_STEM[stem])
+    SCHEDULES[stem](meta, tensors, torch.float64, tolerance(meta, "float64"))

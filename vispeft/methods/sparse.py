@@ -19,12 +19,14 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Generator, Tensor, nn
 
-from vispeft.core.fields import DropPath, check_whole
+from vispeft.adapters.schedules import as_callback
+from vispeft.core.fields import DropPath, check_share, check_whole
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import Recipe
 from vispeft.core.sites import Site, View
 from vispeft.core.units import WeightUnit
 from vispeft.errors import ConfigError, FileError, SiteError
+from vispeft.methods.sparse_schedules import SM3, DropAndRegrow, check_optimizer
 from vispeft.methods.svfit import decompose
 
 __all__ = ["Sparse", "SparseUnit", "largest_entries", "principal_weights"]
@@ -174,6 +176,16 @@ class Sparse(DropPath, Method):
     source: str | None = None
     """For ``given``: a safetensors file with the entries of each layer, whole numbers in row-major order by the layer's
     path."""
+    schedule: Literal["fixed", "rigl"] = "fixed"
+    """Whether the entries stay (``fixed``), or go and come while training (``rigl``, SFT's drop and regrow)."""
+    interval: int = 20
+    """For ``rigl``: steps between two replacements (public code)."""
+    accumulate: int = 5
+    """For ``rigl``: steps before a replacement whose gradients choose (public code)."""
+    regrow: float = 0.2
+    """For ``rigl``: share that is replaced, falling to zero over the training; the first time, all that can be."""
+    policy: Literal["linear", "cosine"] = "linear"
+    """For ``rigl``: how the share falls."""
     principal: int = 8
     """For ``lift``: rank of the approximation; 32 to 64 for language models, far below the budget's rank."""
 
@@ -181,12 +193,20 @@ class Sparse(DropPath, Method):
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.13175"
     recipes: ClassVar[tuple[Recipe, ...]] = (TOY,)
     default_roles: ClassVar[tuple[str, ...]] = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-    training_fields: ClassVar[frozenset[str]] = frozenset({"support", "source", "principal"})
+    training_fields: ClassVar[frozenset[str]] = frozenset(
+        {"support", "source", "principal", "schedule", "interval", "accumulate", "regrow", "policy"}
+    )
 
     def __post_init__(self) -> None:
         """Validate the fields."""
         super().__post_init__()
-        check_whole(self, "principal")
+        check_whole(self, "principal", "interval", "accumulate")
+        check_share(self, "regrow")
+        if self.accumulate > self.interval:
+            raise ConfigError(
+                f"Sparse(accumulate={self.accumulate}, interval={self.interval}): gradients are summed between two "
+                "replacements. Take at most the interval."
+            )
         _parse_budget(self.budget)
         if self.source is not None and self.support != "given":
             raise ConfigError(
@@ -252,6 +272,13 @@ class Sparse(DropPath, Method):
             roles=self.roles, blocks=self.blocks, drop_path=self.drop_path, budget=self.budget, support="given"
         )
 
+    def callbacks(self) -> list[Any]:
+        """Create the schedule."""
+        if self.schedule == "fixed":
+            return []
+        rule = DropAndRegrow(self.interval, self.accumulate, self.regrow, self.policy)
+        return [as_callback(_Scheduled(self, rule), f"sparse:{self.budget}:{self.roles}:{self.blocks}")]
+
     def start_from(self, bank: Any, name: str, loader: Iterable[Any]) -> None:
         """Choose the entries with the largest gradient of the loss, summed over the training images.
 
@@ -266,6 +293,60 @@ class Sparse(DropPath, Method):
         sums = dense_gradients(units, lambda: _add_gradients(bank, name, loader))
         for unit, found in zip(units, sums, strict=True):
             unit.positions.copy_(largest_entries(found.abs(), len(unit.values)))
+
+
+class _Scheduled:
+    """Drop and regrow in a task's training."""
+
+    def __init__(self, method: Sparse, rule: DropAndRegrow) -> None:
+        """Store what is scheduled.
+
+        Args:
+            method: The configuration.
+            rule: The rule.
+        """
+        self.method, self.rule = method, rule
+
+    def _units(self, task: Any) -> list[SparseUnit]:
+        names = [name for name in task.bank.names if task.bank.plan(name).method == self.method]
+        units = [unit for name in names if name not in task.bank.frozen for unit in task.bank.units(name).values()]
+        return [unit for unit in units if isinstance(unit, SparseUnit)]
+
+    def begin(self, task: Any, trainer: Any) -> None:
+        """Refuse trainings in which gradients of whole weights cannot be seen, or moments not be set."""
+        optimizer, units = trainer.optimizers[0], self._units(task)
+        reasons = {
+            "a compiled model shows no gradients of whole weights; leave compile out": task.bank.is_compiled,
+            "processes would choose other entries; train with one": trainer.world_size > 1,
+            "gradients are scaled in float16; take bf16-mixed or 32-true": task.scaled,
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise ConfigError(f"Sparse(schedule='rigl') cannot run here: {reason}, or schedule='fixed'.")
+        check_optimizer(optimizer, [unit.values for unit in units])
+        for unit in units if isinstance(optimizer, SM3) else ():
+            optimizer.bind(unit.values, unit.positions, unit.site.out_features, unit.site.columns)
+
+    def before(self, task: Any, trainer: Any) -> None:
+        """Watch gradients where they choose."""
+        self.rule.before_step(self._units(task))
+
+    def after(self, task: Any, trainer: Any) -> None:
+        """Replace entries where it is time to."""
+        total = int(trainer.estimated_stepping_batches)
+        self.rule.after_step(self._units(task), trainer.optimizers[0], total, trainer.accumulate_grad_batches)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed training needs."""
+        return self.rule.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a state.
+
+        Args:
+            state: As from `state`.
+        """
+        self.rule.restore(state)
 
 
 def dense_gradients(units: list[SparseUnit], run: Callable[[], None]) -> list[Tensor]:

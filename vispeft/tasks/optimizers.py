@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from vispeft.building.arguments import check_plain
 from vispeft.errors import ConfigError, UnknownNameError
+from vispeft.methods.sparse_schedules import SM3, SparseAdamW
 
 __all__ = ["OPTIMIZERS", "ClipsGradients", "check_optimizer", "make_optimizer", "optimizer_node"]
 
@@ -23,8 +24,8 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     name: cls
     for name, cls in vars(torch.optim).items()
     if isinstance(cls, type) and issubclass(cls, Optimizer) and cls is not Optimizer
-}
-"""Optimisers by their name in ``torch.optim``."""
+} | {"SM3": SM3, "SparseAdamW": SparseAdamW}
+"""Optimisers by their name in ``torch.optim``, and those of sparse changes."""
 _UNFIT = {
     "LBFGS": "it needs the loss as a closure and has one group of parameters",
     "Muon": "it takes matrices alone, and adapters have vectors too",

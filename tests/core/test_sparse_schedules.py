@@ -1,0 +1,115 @@
+"""Drop and regrow while training, through the callback that a trainer calls."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import vispeft
+from tests.conformance.cells import Cell
+from vispeft.errors import ConfigError
+from vispeft.methods.sparse import SparseUnit
+from vispeft.methods.sparse_schedules import SM3, SparseAdamW
+
+METHOD = vispeft.Sparse(budget=60, schedule="rigl", interval=3, accumulate=2, regrow=0.5, roles=("mlp.fc1", "mlp.fc2"))
+
+
+class Training:
+    """A training without Lightning: what a callback asks of task and trainer, and the steps."""
+
+    def __init__(self, kind: str, method: vispeft.Sparse = METHOD) -> None:
+        self.cell = Cell("sparse", "vit", short=True)
+        self.model = self.cell.model().train()
+        self.bank = vispeft.attach(self.model, method)
+        kinds: dict[str, Any] = {"SM3": SM3, "SparseAdamW": SparseAdamW, "AdamW": torch.optim.AdamW}
+        self.optimizer = (kinds.get(kind) or getattr(torch.optim, kind))(self.bank.parameter_groups(1e-2, 0.0))
+        self.trainer = SimpleNamespace(
+            optimizers=[self.optimizer],
+            world_size=1,
+            global_step=0,
+            estimated_stepping_batches=12,
+            accumulate_grad_batches=1,
+        )
+        self.task = SimpleNamespace(bank=self.bank, scaled=False)
+        (self.callback,) = self.bank.callbacks()
+        self.units = [unit for unit in self.bank.units().values() if isinstance(unit, SparseUnit)]
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.callback.on_train_batch_start(self.trainer, self.task, None, 0)
+            self.optimizer.zero_grad()
+            images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(self.trainer.global_step))
+            F.cross_entropy(self.model(images), torch.arange(4)).backward()
+            self.optimizer.step()
+            self.trainer.global_step += 1
+            self.callback.on_train_batch_end(self.trainer, self.task, None, None, 0)
+
+    def state(self) -> list[torch.Tensor]:
+        return [tensor.clone() for unit in self.units for tensor in (unit.values.detach(), unit.positions)]
+
+
+@pytest.mark.parametrize("kind", ["SparseAdamW", "AdamW", "SM3"])
+def test_entries_go_and_come(kind: str) -> None:
+    training = Training(kind)
+    training.callback.on_train_start(training.trainer, training.task)
+    before = [unit.positions.clone() for unit in training.units]
+    training.steps(2)
+    assert all(torch.equal(a, unit.positions) for a, unit in zip(before, training.units, strict=True))
+    training.steps(1)
+    for old, unit in zip(before, training.units, strict=True):
+        changed = old != unit.positions
+        assert changed.any()
+        assert (unit.values[changed] == 0).all()
+        assert len(unit.positions.unique()) == len(unit.positions)
+        assert unit.observer is None
+    training.steps(1)
+    assert all((unit.values != 0).all() for unit in training.units)
+
+
+@pytest.mark.parametrize("kind", ["SparseAdamW", "AdamW", "SM3"])
+def test_a_resumed_training_goes_on_bit_for_bit(kind: str) -> None:
+    whole = Training(kind)
+    whole.callback.on_train_start(whole.trainer, whole.task)
+    whole.steps(5)
+    saved = whole.bank.state_dict(), whole.optimizer.state_dict(), whole.callback.state_dict()
+    kept = torch.utils._pytree.tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, saved)
+    whole.steps(3)
+    again = Training(kind)
+    again.bank.load_state_dict(kept[0])
+    again.optimizer.load_state_dict(kept[1])
+    again.callback.load_state_dict(kept[2])
+    again.trainer.global_step = 5
+    again.callback.on_train_start(again.trainer, again.task)
+    again.steps(3)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state(), again.state(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "says"),
+    [
+        ("SGD", {}, "cannot in SGD.*SparseAdamW"),
+        ("AdamW", {"world_size": 2}, "train with one"),
+        ("AdamW", {"scaled": True}, "bf16-mixed"),
+        ("AdamW", {"compiled": True}, "leave compile out"),
+    ],
+)
+def test_trainings_that_cannot_be_served_are_refused(kind: str, changes: dict[str, Any], says: str) -> None:
+    training = Training(kind)
+    training.trainer.world_size = changes.get("world_size", 1)
+    training.task.scaled = changes.get("scaled", False)
+    if "compiled" in changes:
+        training.bank.compile(backend="eager")
+    with pytest.raises(ConfigError, match=says):
+        training.callback.on_train_start(training.trainer, training.task)
+
+
+def test_fields_of_a_schedule_are_checked() -> None:
+    assert vispeft.attach(Cell("sparse", "vit", short=True).model(), vispeft.Sparse()).callbacks() == []
+    with pytest.raises(ConfigError, match="at most the interval"):
+        vispeft.Sparse(schedule="rigl", interval=3, accumulate=4)
+    with pytest.raises(ConfigError, match=r"schedule='rig'.*Did you mean 'rigl'"):
+        vispeft.Sparse(schedule="rig")

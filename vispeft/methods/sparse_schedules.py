@@ -1,0 +1,403 @@
+"""Schedules of sparse changes: which entries train may change while they train.
+
+Drop and regrow follows SFT (Ansell et al., arXiv 2401.16405; AlanAnsell/peft at 73b455b): every few steps the entries
+with the smallest changes go, and those with the largest gradients come. Optimisers know the entries: `SparseAdamW` has
+an age for each, `SM3` keeps no moments of entries at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from vispeft.errors import ConfigError
+
+__all__ = ["SM3", "DropAndRegrow", "SparseAdamW"]
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What one reselection replaces."""
+
+    slots: Tensor
+    """Indices into the values whose entries go, int64 (n,)."""
+    positions: Tensor
+    """The entries that come, int64 (n,)."""
+    chosen: Tensor
+    """Indices of these among the candidates, int64 (n,)."""
+
+
+class Samples:
+    """Sums of the gradients of candidate entries."""
+
+    def __init__(self, count: int) -> None:
+        """Start without samples.
+
+        Args:
+            count: Number of candidates.
+        """
+        self.count, self.samples = count, 0
+        self.candidates = self.sums = self.squares = torch.empty(0)
+
+    def add(self, grad: Tensor) -> None:
+        """Add the gradient of a weight; the largest entries of the first one are the candidates.
+
+        Args:
+            grad: Of any shape.
+        """
+        flat = grad.detach().flatten()
+        if not self.samples:
+            self.candidates = flat.abs().topk(self.count).indices
+            self.sums = torch.zeros_like(flat[self.candidates])
+            self.squares = self.sums.clone()
+        found = flat[self.candidates]
+        self.sums = self.sums + found
+        self.squares = self.squares + found.square()
+        self.samples += 1
+
+
+def replace(positions: Tensor, values: Tensor, candidates: Tensor, scores: Tensor, share: float) -> Growth:
+    """Choose the entries that go and come.
+
+    Of the entries with the smallest changes a share goes; of the candidates that do not train then, those with the
+    largest scores come, including ones that just went: these stay as they were. If there are fewer, fewer go.
+
+    Args:
+        positions: Entries that train, (count,).
+        values: Their changes, (count,).
+        candidates: Entries that may come, (m,).
+        scores: Their scores, (m,).
+        share: Share of the entries to replace.
+
+    Returns:
+        What is replaced.
+    """
+    number = int(len(positions) * share)
+    order = values.abs().argsort()
+    staying = positions[order[number:]]
+    free = torch.isin(candidates, staying, invert=True).nonzero().flatten()
+    number = min(number, len(free))
+    slots = order[:number]
+    chosen = free[scores[free].topk(number).indices]
+    goes = torch.isin(positions[slots], candidates[chosen], invert=True)
+    comes = torch.isin(candidates[chosen], positions[slots], invert=True)
+    return Growth(slots[goes], candidates[chosen[comes]].long(), chosen[comes])
+
+
+def best_inactive(positions: Tensor, values: Tensor, row: Tensor, column: Tensor, share: float) -> Growth:
+    """Choose by the accumulators of `SM3`: scores are ``row column^T``, candidates are all entries that do not train.
+
+    Args:
+        positions: Entries that train, (count,).
+        values: Their changes, (count,).
+        row: Accumulator of the rows, (rows,).
+        column: Accumulator of the columns, (columns,).
+        share: Share of the entries to replace.
+    """
+    scores = torch.outer(row, column).flatten()
+    scores[positions.long()] = -1  # below all others, which are not negative
+    idle = (scores >= 0).nonzero().flatten()
+    return replace(positions, values, idle, scores[idle], share)
+
+
+def largest_changes(before: dict[str, Tensor], after: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Find the entries that changed most, over all tensors together (LT-SFT, arXiv 2110.07560).
+
+    Args:
+        before: Tensors by name.
+        after: The same, after training.
+        count: Number of entries.
+
+    Returns:
+        Masks, bool, of the shapes of the tensors: changes not below the count-th largest.
+    """
+    changes = {name: (after[name] - tensor).abs() for name, tensor in before.items()}
+    least = torch.cat([change.flatten() for change in changes.values()]).topk(count).values[-1]
+    return {name: change >= least for name, change in changes.items()}
+
+
+class SparseAdamW(Optimizer):
+    """AdamW with an age for each entry, so that entries that come later are corrected by their own number of steps.
+
+    ``value -= lr * m / (1 - b1^age) / ((sqrt(v) + eps) / sqrt(1 - b2^age))``, then ``value *= 1 - lr * decay``
+    (public code of SFT; ``eps`` stands before the correction, unlike in `torch.optim.AdamW`).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+    ) -> None:
+        """Set the defaults of groups.
+
+        Args:
+            params: Parameters or groups.
+            lr: Learning rate.
+            betas: Decay of the moments.
+            eps: Added to the root of the second moment.
+            weight_decay: Decoupled weight decay.
+        """
+        if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
+            raise ValueError(f"lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step.
+
+        Args:
+            closure: Computes the loss again.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+        return loss
+
+    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state, (b1, b2) = self.state[parameter], group["betas"]
+        if not state:
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            # In float32 whatever the values are: a bfloat16 would not count beyond 256.
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            state["age"] = torch.ones_like(parameter, dtype=wide)
+        first, second, age = state["exp_avg"], state["exp_avg_sq"], state["age"]
+        first.lerp_(grad, 1 - b1)
+        second.mul_(b2).addcmul_(grad, grad, value=1 - b2)
+        size = (second.sqrt() + group["eps"]) / (1 - b2**age).sqrt()
+        parameter.sub_((group["lr"] * (first / (1 - b1**age)) / size).to(parameter.dtype))
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        age.add_(1)
+
+    def regrow(self, parameter: Tensor, slots: Tensor, mean: Tensor, square: Tensor, age: float) -> None:
+        """Set the moments of entries that come, so that they are as if they had trained for `age` steps.
+
+        Args:
+            parameter: The values.
+            slots: Indices of the entries.
+            mean: Means of their gradients.
+            square: Means of the squares.
+            age: Number of steps these are from.
+        """
+        b1, b2 = next(g["betas"] for g in self.param_groups if any(p is parameter for p in g["params"]))
+        state = self.state[parameter]
+        state["exp_avg"][slots] = (mean * (1 - b1**age)).to(state["exp_avg"].dtype)
+        state["exp_avg_sq"][slots] = (square * (1 - b2**age)).to(state["exp_avg_sq"].dtype)
+        state["age"][slots] = age
+
+
+class SM3(Optimizer):
+    """SM3 (Anil et al., NeurIPS 2019, arXiv 1901.11150): one accumulator per row and per column, and no moments.
+
+    ``nu = min(row, column) + g^2``, the accumulators are the running maxima of nu,
+    ``value -= lr * g / sqrt(nu + eps)``, then ``value *= 1 - lr * decay``. The values of a sparse change take those of
+    their weight's rows and columns, after `bind`; other matrices take their own, vectors have one of their own shape.
+    """
+
+    def __init__(self, params: Any, lr: float = 1e-3, eps: float = 1e-8, weight_decay: float = 0.0) -> None:
+        """Set the defaults of groups.
+
+        Args:
+            params: Parameters or groups.
+            lr: Learning rate.
+            eps: Added to the accumulator.
+            weight_decay: Decoupled weight decay.
+        """
+        if not (lr >= 0 and eps >= 0 and weight_decay >= 0):
+            raise ValueError(f"lr={lr}, eps={eps}, weight_decay={weight_decay}")
+        super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
+        self._places: dict[int, tuple[Tensor, int]] = {}
+
+    def bind(self, parameter: Tensor, positions: Tensor, rows: int, columns: int) -> None:
+        """Tell that a parameter is the values of entries of a matrix.
+
+        Args:
+            parameter: The values, (count,).
+            positions: The entries, (count,); read in every step.
+            rows: Rows of the matrix.
+            columns: Columns of the matrix.
+        """
+        self._places[id(parameter)] = positions, columns
+        state = self.state[parameter]
+        if not state:
+            state["row"], state["column"] = parameter.new_zeros(rows), parameter.new_zeros(columns)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step.
+
+        Args:
+            closure: Computes the loss again.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    size = self._accumulated(parameter, parameter.grad).add(group["eps"]).sqrt_()
+                    parameter.sub_(group["lr"] * parameter.grad / size)
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        return loss
+
+    def _accumulated(self, parameter: Tensor, grad: Tensor) -> Tensor:
+        """Update the accumulators, and return nu of each entry."""
+        state = self.state[parameter]
+        if id(parameter) in self._places:
+            positions, columns = self._places[id(parameter)]
+            row, column = positions.long() // columns, positions.long() % columns
+            sums = torch.minimum(state["row"][row], state["column"][column]) + grad.square()
+            state["row"].scatter_reduce_(0, row, sums, "amax")
+            state["column"].scatter_reduce_(0, column, sums, "amax")
+            return sums
+        if parameter.ndim < 2:
+            state.setdefault("sum", torch.zeros_like(parameter)).add_(grad.square())
+            return state["sum"].clone()
+        flat = grad.flatten(1)
+        if not state:
+            state["row"], state["column"] = flat.new_zeros(len(flat)), flat.new_zeros(flat.shape[1])
+        nu = torch.minimum(state["row"][:, None], state["column"]) + flat.square()
+        state["row"], state["column"] = nu.amax(1), nu.amax(0)
+        return nu.view(grad.shape)
+
+
+class DropAndRegrow:
+    """Drop and regrow, called around the steps of a training.
+
+    Every `interval` steps, after the optimiser's step, entries are replaced; in the `accumulate` steps before, the
+    gradients of candidates are summed.
+    """
+
+    def __init__(self, interval: int, accumulate: int, rate: float, policy: Literal["linear", "cosine"]) -> None:
+        """Store the settings.
+
+        Args:
+            interval: Steps between reselections.
+            accumulate: Steps whose gradients choose.
+            rate: Share that is replaced at first; the very first reselection replaces all that it can.
+            policy: How the share falls to zero.
+        """
+        self.interval, self.accumulate, self.rate, self.policy = interval, accumulate, rate, policy
+        self.steps, self.rounds = 0, 0
+        self.samples: list[Samples] = []
+
+    def share(self, total: int) -> float:
+        """Return the share to replace now.
+
+        Args:
+            total: Steps of the whole training.
+        """
+        if not self.rounds:
+            return 1.0
+        done = min(self.steps / max(total, 1), 1.0)
+        return self.rate * (1 - done if self.policy == "linear" else (1 + math.cos(math.pi * done)) / 2)
+
+    def before_step(self, units: list[Any]) -> None:
+        """Watch the gradients of whole weights, where the next step is one whose gradients choose.
+
+        Args:
+            units: The units whose entries change.
+        """
+        left = self.interval - self.steps % self.interval
+        watching = left <= self.accumulate
+        if watching and not self.samples:
+            self.samples = [Samples(len(unit.values)) for unit in units]
+        for unit, samples in zip(units, self.samples, strict=False):
+            unit.observer = samples.add if watching else None
+
+    def after_step(self, units: list[Any], optimizer: Any, total: int, micro_batches: int = 1) -> None:
+        """Count a step of the optimiser, and replace entries where it is time to.
+
+        Args:
+            units: The units whose entries change.
+            optimizer: The optimiser.
+            total: Steps of the whole training.
+            micro_batches: Backward passes of one step.
+        """
+        self.steps += 1
+        if self.steps % self.interval:
+            return
+        for unit, samples in zip(units, self.samples, strict=True):
+            unit.observer = None
+            if samples.samples:
+                self._reselect(unit, samples, optimizer, self.share(total), micro_batches)
+        self.samples, self.rounds = [], self.rounds + 1
+
+    @torch.no_grad()
+    def _reselect(self, unit: Any, samples: Samples, optimizer: Any, share: float, micro_batches: int) -> None:
+        values, positions = unit.values, unit.positions
+        if isinstance(optimizer, SM3):
+            state = optimizer.state[values]
+            growth = best_inactive(positions, values, state["row"], state["column"], share)
+        else:
+            growth = replace(positions, values, samples.candidates, samples.sums.abs(), share)
+        positions[growth.slots] = growth.positions.to(positions.dtype)
+        values[growth.slots] = 0
+        if isinstance(optimizer, SM3):
+            return
+        mean = samples.sums[growth.chosen] / samples.samples
+        square = samples.squares[growth.chosen] / samples.samples
+        regrow = getattr(optimizer, "regrow", None) or _regrow_adam(optimizer)
+        regrow(values, growth.slots, mean, square, samples.samples / micro_batches)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed training needs."""
+        samples = [(s.samples, s.candidates, s.sums, s.squares) for s in self.samples]
+        return {"steps": self.steps, "rounds": self.rounds, "samples": samples}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a state.
+
+        Args:
+            state: As from `state`.
+        """
+        self.steps, self.rounds, self.samples = state["steps"], state["rounds"], []
+        for count, candidates, sums, squares in state["samples"]:
+            samples = Samples(len(candidates))
+            samples.samples, samples.candidates, samples.sums, samples.squares = count, candidates, sums, squares
+            self.samples.append(samples)
+
+
+def _regrow_adam(optimizer: Any) -> Callable[..., None]:
+    """Return what sets the moments of entries of PyTorch's Adam: corrected by its one counter, they are the means."""
+
+    def regrow(parameter: nn.Parameter, slots: Tensor, mean: Tensor, square: Tensor, age: float) -> None:
+        state = optimizer.state[parameter]
+        b1, b2 = next(g["betas"] for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+        step = float(state["step"])
+        state["exp_avg"][slots] = mean.to(state["exp_avg"].dtype) * (1 - b1**step)
+        state["exp_avg_sq"][slots] = square.to(state["exp_avg_sq"].dtype) * (1 - b2**step)
+
+    return regrow
+
+
+def check_optimizer(optimizer: Any, parameters: Iterable[Tensor]) -> None:
+    """Refuse optimisers whose state of an entry is not known.
+
+    Args:
+        optimizer: The optimiser.
+        parameters: The values of sparse changes.
+
+    Raises:
+        ConfigError: If it is another one.
+    """
+    known = (torch.optim.Adam, torch.optim.AdamW, SparseAdamW, SM3)
+    if not isinstance(optimizer, known) or any(group.get("amsgrad") for group in optimizer.param_groups):
+        raise ConfigError(
+            f"Sparse(schedule='rigl') gives entries that come their moments, and cannot in {type(optimizer).__name__}. "
+            "Use Adam, AdamW (without amsgrad), SparseAdamW or SM3, or schedule='fixed'."
+        )
