@@ -1,12 +1,16 @@
 """Cost of four dense tasks on one backbone with MTLoRA: multiply-accumulates, and seconds beside single-task models.
 
     python benchmarks/multitask_cost.py              # Swin-T, 448 pixels, four PASCAL tasks; 2 minutes of one core
+    python benchmarks/multitask_cost.py --steps      # training steps at 224 pixels; a minute of one core
+    python benchmarks/multitask_cost.py --steps --compile     # with compiled blocks too; several minutes
     python benchmarks/multitask_cost.py --table      # writes the table into docs/multitask.md
 
-Writes results/multitask_cost.json. Every model reads the same maps, those behind patch merging, and has an HRNet
-decoder per task. The weights are random: neither figure depends on them. Multiply-accumulates are those of one image in
-matrix products, convolutions and attention, counted by torch's `FlopCounterMode`, which learns two operations here that
-it does not know. Seconds are of the process (CPU time) with one thread, the models in turn, best of several rounds.
+Writes results/multitask_cost.json, and with ``--steps`` results/multitask_steps.json: MTLoRA's forward and backward
+pass for the maps of all tasks, without decoders, beside a pass of LoRA on all linear layers for each task. Otherwise
+every model reads the same maps, those behind patch merging, and has an HRNet decoder per task. The weights are random:
+neither figure depends on them. Multiply-accumulates are those of one image in matrix products, convolutions and
+attention, counted by torch's `FlopCounterMode`, which learns two operations here that it does not know. Seconds are of
+the process (CPU time) with one thread, the models in turn: the best of several rounds, of steps the median.
 """
 
 from __future__ import annotations
@@ -37,6 +41,8 @@ TASKS = {"semseg": 21, "human_parts": 7, "sal": 1, "normals": 3}
 MOST_MACS, MOST_SECONDS = 1.6, 0.45
 """Largest share that four tasks may take: of the plain backbone's multiply-accumulates, decoders included; and of the
 seconds of four single-task models."""
+MOST_STEP, MOST_COMPILED = 0.60, 1.0
+"""Largest shares that MTLoRA's training step may take: of four steps of LoRA; and compiled, of itself."""
 NAMES = {
     "backbone": "plain backbone",
     "unmerged": "MTLoRA, terms as products of their own",
@@ -159,6 +165,46 @@ def passes(size: int, rounds: int) -> dict[str, Any]:
     return alternate({"passes": step(False), "batch": step(True)}, 3 * rounds, warmup=1, clock=time.process_time)
 
 
+def training_step(model: nn.Module, images: Tensor) -> Callable[[], None]:
+    """Make a step: the maps of all tasks, one pass for each task where the method does not branch, and gradients."""
+
+    def run() -> None:
+        maps = vispeft.forward_tasks(model, images)
+        torch.stack([level.square().mean() for own in maps.values() for level in own]).sum().backward()
+        model.zero_grad(set_to_none=True)
+
+    return run
+
+
+def measure_steps(args: argparse.Namespace) -> None:
+    """Time training steps, and write them."""
+    torch.set_num_threads(1)
+    images = torch.randn(1, 3, args.size, args.size)
+    roles = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    methods: dict[str, vispeft.Method] = {
+        "lora": vispeft.LoRA(rank=args.rank, roles=roles),
+        "mtlora": vispeft.MTLoRA(rank=args.rank, drop_path=0.0),
+    }
+    steps = {}
+    for mode in ("off", *(["blocks"] if args.compile else [])):
+        for name, method in methods.items():
+            torch.manual_seed(0)
+            model = swin(args.size).train()
+            bank = vispeft.attach(model, method, tasks=list(TASKS), verify=False)
+            reason = bank.compile(mode)
+            if reason is not None:
+                raise SystemExit(f"The blocks cannot be compiled: {reason}.")
+            steps[name if mode == "off" else f"{name} compiled"] = training_step(model, images)
+    seconds = alternate(steps, args.rounds, warmup=2, clock=time.process_time)
+    shares = {"mtlora": seconds["mtlora"]["median"] / seconds["lora"]["median"]}
+    met = {"mtlora": shares["mtlora"] <= MOST_STEP}
+    if args.compile:
+        shares["compiled"] = seconds["mtlora compiled"]["median"] / seconds["mtlora"]["median"]
+        met["compiled"] = shares["compiled"] <= MOST_COMPILED
+    found = {"arguments": vars(args), "seconds": seconds, "shares": shares, "met": met}
+    print(json.dumps(found, indent=1), write("multitask_steps", found), sep="\n")
+
+
 def table() -> None:
     """Write the table into docs/multitask.md."""
     found = json.loads((RESULTS / "multitask_cost.json").read_text())
@@ -181,21 +227,35 @@ def table() -> None:
         for side, own in found["batched"].items()
     )
     lines[-1] += "."
+    steps = RESULTS / "multitask_steps.json"
+    if steps.is_file():
+        record = json.loads(steps.read_text())
+        side, shares = record["arguments"]["size"], record["shares"]
+        lines += [
+            "",
+            f"A training step of MTLoRA for all maps takes {shares['mtlora']:.2f} of four steps of LoRA on all ",
+        ]
+        lines[-1] += f"linear layers, one for each task ({side} pixels, decoders left out)"
+        lines[-1] += f"; compiled, {shares['compiled']:.2f} of itself." if "compiled" in shares else "."
     write_section("multitask cost", lines, "multitask")
 
 
 def main() -> None:
     """Run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=448)
+    parser.add_argument("--size", type=int, help="pixels; default: 448, with --steps 224")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", action="store_true", help="measure training steps")
+    parser.add_argument("--compile", action="store_true", help="with --steps: measure compiled blocks too")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
+    args.size = args.size or (224 if args.steps else 448)
     if args.table:
         table()
+    elif args.steps:
+        measure_steps(args)
     else:
-        del args.table
         measure(args)
 
 

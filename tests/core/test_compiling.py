@@ -194,4 +194,7 @@ def test_what_cannot_be_compiled_runs_and_says_why(counter: Counter, monkeypatch
     assert reason is not None
     assert "C++ compiler" in reason
     step(model)
-    assert compiling.cannot_compile(torch.device("mps")) is not None
+    said = bank.compile(device=torch.device("mps"))
+    assert said is not None
+    assert "Apple's GPUs" in said
+    assert all(block._compiled_call_impl is None for block in model.blocks)
