@@ -19,7 +19,7 @@ from vispeft.backbones.create import create_model
 from vispeft.building.config_files import Node, read_config
 from vispeft.building.methods import build_method, method_node
 from vispeft.cli.config_keys import check_tree
-from vispeft.errors import ConfigError, FileError
+from vispeft.errors import ConfigError, FileError, brief, printable
 from vispeft.storage.disk import read_regular
 from vispeft.storage.files import read_encoded
 from vispeft.storage.form import shown
@@ -81,22 +81,34 @@ def check_config(path: Path, header: Mapping[str, Any]) -> Node:
         header: Content of its ``adapter.json``.
 
     Returns:
-        The settings of its task.
+        The config.
 
     Raises:
         FileError: If they say different things.
         ConfigError: If it has unknown keys or classes, or asks for what no pulled adapter may.
     """
     tree = read_config(path)
+    try:
+        return _compared(path, tree, header)
+    except ConfigError as error:  # some quote a value of the config on lines of its own
+        raise ConfigError(f"The config of the adapter cannot be used: {printable(brief(error))}") from error
+
+
+def _compared(path: Path, tree: Node, header: Mapping[str, Any]) -> Node:
+    """Check keys, sizes, backbone and method of a config."""
     check_tree(tree, str(path))
     if "model" not in tree or "data" not in tree:
         raise FileError(f"{path} has no sections model and data.")
     settings = tree["model"]["init_args"]
     _check_sizes(settings, "model")
+    if settings.get("method") is None:
+        raise FileError(f"{path} names no method.")
     if settings.get("weights") is not None:
         raise ConfigError(f"{path} names a file of weights, which a pulled adapter may not. Leave weights out.")
     base = header["backbone"]
     for args in (settings.get("backbone_args") or {}, base["args"]):
+        if not isinstance(args, Mapping):
+            raise FileError(f"{path} has backbone_args {shown(args)}; keys with values are needed.")
         _check_backbone(path, args)
     if settings.get("backbone") != base["name"] or ":" in str(base["name"]).removeprefix("zoo:"):
         raise FileError(
@@ -106,7 +118,7 @@ def check_config(path: Path, header: Mapping[str, Any]) -> Node:
     method = build_method(method_node(settings["method"]))
     if not method.file_method().is_like(method_of(header)):
         raise FileError(f"{path} names another method than the adapter's {shown(header['method']['name'])}, or fields.")
-    return settings
+    return tree
 
 
 def _check_sizes(value: Any, place: str) -> None:
@@ -148,6 +160,8 @@ def try_loading(folder: Path) -> None:
         VispeftError: If its units are not those of its method on this backbone, or the backbone is another one.
     """
     header, _, _ = read_encoded(folder)
-    check_config(folder / CONFIG, header)
+    tree = check_config(folder / CONFIG, header)
     base = header["backbone"]
-    load(create_model(base["name"], **base["args"]), folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(tree.get("seed_everything", 0))  # decides about a backbone that is not pretrained
+        load(create_model(base["name"], **base["args"]), folder)
