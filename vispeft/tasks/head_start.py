@@ -235,7 +235,7 @@ def _start(task: Any, trainer: Trainer) -> dict[str, Any]:
     return {
         "strength": strength,
         "chosen_on": "validation" if chooses else f"{FOLDS} folds of the training images",
-        "images": {name: len(split.targets) for name, split in kept.items()},
+        "images": {name: len(loader.dataset) for name, loader in loaders.items()},
     }
 
 
