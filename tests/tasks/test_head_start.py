@@ -16,12 +16,13 @@ from tests.cli.conftest import call
 from tests.tiny import CONFIG, TINY
 from vispeft.cli.evaluation import evaluation_trainer
 from vispeft.cli.start import start_from
-from vispeft.data import DigitsData
+from vispeft.data import DenseTarget, DigitsData, ScenesData
 from vispeft.errors import ConfigError, DataError, TrainingError
 from vispeft.tasks import (
     Classification,
     MetricLearning,
     MultiLabel,
+    MultiTaskDense,
     Regression,
     RunCheckpoints,
     Segmentation,
@@ -38,6 +39,7 @@ SMALL = {"batch_size": 32, "validation": 0.03, "test": 0.94}
 """53 training and 54 validation images."""
 FEW = (1e3, 10.0, 1.0)
 TASKS = {"class": Classification, "multilabel": MultiLabel, "regression": Regression}
+DEPTH = {"depth": DenseTarget(kind="depth")}
 LOW_BIT = vispeft.AdaptFormer(bits=1, bias=False, head_bits=1)
 BY_RUN = (
     "--model.head_start=probe",
@@ -148,8 +150,8 @@ def test_the_strength_is_that_with_the_best_validation_figure(tmp_path, monkeypa
     judged = []
     judge = head_start._judge
 
-    def noted(task, model, kept):
-        judged.append(judge(task, model, kept))
+    def noted(task, scores, targets):
+        judged.append(judge(task, scores, targets))
         return judged[-1]
 
     monkeypatch.setattr(head_start, "_judge", noted)
@@ -275,6 +277,65 @@ def test_progress_is_shown_in_the_bar_of_the_trainer(tmp_path, monkeypatch):
     assert counts[0] in counts[-1]
 
 
+@pytest.mark.parametrize("size", [32, 36])
+def test_a_linear_decoder_starts_from_a_probe_of_cells(tmp_path, size, monkeypatch):
+    monkeypatch.setattr(head_start, "ROWS", 400)
+    seed_everything(0)
+    task = Segmentation(
+        backbone="vit_tiny_patch16_224",
+        backbone_args={**TINY, "img_size": 32},
+        method=vispeft.LoRA(rank=2),
+        num_classes=5,
+        decoder="linear",
+        decoder_args={"dropout": 0.5},
+        head_start="probe",
+        lr=1e-9,
+    )
+    data = ScenesData(images=12, scene_size=48, image_size=size, batch_size=4)
+    kept, seen = [], []
+    starts, step = task.start_from_probe, task.training_step
+
+    def start_from_probe(model, features):
+        kept.append((model, features))
+        starts(model, features)
+
+    def training_step(batch, batch_idx):
+        if not seen:
+            images, masks = next(iter(data.plain_dataloader("train")))
+            maps = task.eval().reader(task.model, task.network().padded(images))
+            joined = torch.cat(list(maps), 1)
+            seen.append((joined, task.decoder(maps), masks, images))
+            task.train()
+        return step(batch, batch_idx)
+
+    task.start_from_probe, task.training_step = start_from_probe, training_step
+    fit(task, tmp_path, data, max_steps=1)
+    (model, features), (joined, scores, _masks, _images) = kept[0], seen[0]
+    cells = joined.shape[-1]
+    assert cells == -(-size // 8)
+    assert len(features) <= 400
+    assert task.head_start.record["validation"]["miou"] == pytest.approx(
+        dict(read_history(tmp_path / "logs/csv/metrics.csv"))["validation/miou"][0][1]
+    )
+    wanted = model(joined.permute(0, 2, 3, 1).flatten(0, 2) / (1 + task.decoder.bn.eps) ** 0.5)
+    torch.testing.assert_close(scores.permute(0, 2, 3, 1).flatten(0, 2), wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_cells_have_the_class_of_the_mask_at_their_centre():
+    task = Segmentation(
+        backbone="vit_tiny_patch16_224", backbone_args=TINY, method=vispeft.SSF(), num_classes=3, decoder="linear"
+    )
+    seen = torch.arange(2 * 9).reshape(2, 1, 3, 3).float()  # 20 x 20 pixels are padded to 24: the third cells reach out
+    masks = torch.zeros(2, 10, 10, dtype=torch.long)  # half the size of the images
+    masks[:, 4:, :4], masks[:, :4, 4:], masks[1, :4, :4] = 1, 2, 255
+    rows, labels = task.probe_rows(seen, torch.zeros(2, 3, 20, 20), masks, 100)
+    # Centres lie at 4, 12 and 20 pixels; 20 is behind the image.
+    assert rows.flatten().tolist() == [0, 1, 3, 4, 10, 12, 13]
+    assert labels.tolist() == [0, 2, 1, 0, 2, 1, 0]
+    rows, labels = task.probe_rows(seen, torch.zeros(2, 3, 20, 20), masks, 2)
+    assert rows.flatten().tolist() == [0, 3, 10, 12]
+
+
 # ------------------------------------------------------------------ runs
 
 
@@ -339,14 +400,16 @@ def test_the_start_is_kept_where_no_epoch_is_better(whole, tmp_path):
 
 
 def refused(cls, **settings):
-    return cls(**{"backbone": "no_such_backbone", "num_classes": 3, "method": vispeft.LoRA(), **settings})
+    sizes = {} if "targets" in settings else {"num_classes": 3}
+    return cls(**{"backbone": "no_such_backbone", "method": vispeft.LoRA(), **sizes, **settings})
 
 
 @pytest.mark.parametrize(
     ("cls", "settings", "said"),
     [
         (Classification, {"head_start": "best"}, "head_start='best'): choose 'probe'"),
-        (Segmentation, {"decoder": "linear", "head_start": "probe"}, "another head (its decoder)"),
+        (Segmentation, {"head_start": "probe"}, "segformer has layers that are not linear"),
+        (MultiTaskDense, {"head_start": "probe", "targets": DEPTH}, "another head (its decoder)"),
         (MetricLearning, {"head_start": "probe"}, "another head (its embedding head)"),
         (Classification, {"head_start": "probe", "method": LOW_BIT}, "has 1 bit per weight"),
     ],
@@ -372,5 +435,5 @@ def test_features_that_are_not_finite_are_told(tmp_path):
     task = make()
     with torch.no_grad():
         task.model.blocks[0].mlp.fc1.bias[0] = torch.nan
-    with pytest.raises(TrainingError, match="features of 53 images of 53 are not finite"):
+    with pytest.raises(TrainingError, match="53 rows of 53 rows of features are not finite"):
         fit(task, tmp_path, num_sanity_val_steps=0)

@@ -132,6 +132,14 @@ class PixelSplit(BatchSplit):
         """
         self.listed, self.source, self.targets = listed, listed.source, listed.targets
         self._prepare, self._seed = prepare, seed
+        self.plainly: Prepare | None = None
+        """Transform of an evaluation, where it is another one."""
+
+    def plain(self) -> PixelSplit:
+        """Return the same images and labels prepared as for an evaluation."""
+        found = copy.copy(self)
+        found._prepare = self.plainly or self._prepare
+        return found
 
     def batch(self, indices: list[Index]) -> tuple[Tensor, Any]:
         """Build a batch of images (B, 3, H, W) and their labels."""

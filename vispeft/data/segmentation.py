@@ -134,10 +134,9 @@ class SegmentationData(ListedData):
         train = TrainPair(preprocessing, self.crops, self.short_side)
         evaluate = EvaluationPair(preprocessing, self.evaluation == "whole", self.short_side)
         listed: Mapping[str, Any] = self.listing.splits
-        return {
-            "train": MaskSplit(listed["train"], train, self.seed),
-            **{name: MaskSplit(listed[name], evaluate) for name in ("validation", "test")},
-        }
+        splits = {"train": MaskSplit(listed["train"], train, self.seed)}
+        splits["train"].plainly = evaluate
+        return {**splits, **{name: MaskSplit(listed[name], evaluate) for name in ("validation", "test")}}
 
     def identity(self) -> Iterator[bytes]:
         """Yield bytes that identify the images and masks of all splits."""

@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 FOLDS = 5
 """Parts of the training images that choose a strength where validation must not choose."""
+ROWS = 20_000
+"""Most rows of features of a split that are kept where an image has several of them, one for each cell of a map."""
 Advance = Callable[[], None]
 
 
@@ -53,12 +55,12 @@ def check_head_start(task: Any, method: Method, head_start: str | None) -> None:
     name = f"{getattr(task, '__name__', type(task).__name__)}(head_start={head_start!r})"
     if head_start != "probe":
         raise ConfigError(f"{name}: choose 'probe', or None for a head that starts at random.")
-    if not task.classifies or getattr(task, "target", None) not in FITS:
+    if getattr(task, "probe_kind", None) not in FITS:
         raise ConfigError(
-            f"{name}: a probe fits a linear classifier or regression of one feature vector per image, and this task "
-            f"has another head (its {task.head_name}). Leave head_start out."
+            f"{name}: a probe fits a linear classifier or regression, and this task has another head (its "
+            f"{task.head_name}). Leave head_start out."
         )
-    if method.low_bit_head() != 32:
+    if task.classifies and method.low_bit_head() != 32:
         raise ConfigError(
             f"{name}: the classifier of {method.name} has {counted(method.low_bit_head(), 'bit')} per weight and is "
             "not linear in its tensors, so that a fitted one would not survive rounding. Leave head_start out."
@@ -79,18 +81,19 @@ class Kept:
     """What the head sees of a split."""
 
     features: Tensor
-    """float32 (N, width), on the CPU."""
+    """float32 (N, width), on the CPU; one row per image, or several."""
     targets: Tensor
-    """Targets of the data, on the CPU."""
+    """Targets of the rows, on the CPU."""
 
 
 class HeadStart(Callback):
     """Fit the head of a task before the first step of a fresh training, and measure the task as it then is.
 
     The features are those that the head sees in evaluation: of images prepared as for an evaluation, through the model
-    with the adapter at its start, behind pooling and norm, without dropout. The strength of the regularisation is the
-    one with the best validation figure; at equal figures that with the smaller loss, then the stronger one. Where the
-    validation images choose nothing, five folds of the training images choose it.
+    with the adapter at its start, behind pooling and norm, without dropout. Of a linear decoder they are those of each
+    cell of its map. The strength of the regularisation is the one with the best validation figure; at equal figures
+    that with the smaller loss, then the stronger one. Where the validation images choose nothing, five folds of the
+    training images choose it.
     """
 
     def __init__(self) -> None:
@@ -117,8 +120,8 @@ class HeadStart(Callback):
             ConfigError: If the classifier is not a linear layer.
             DataError: If training images cannot be had without augmentation.
         """
-        head = task.bank.head()
-        if not isinstance(head, nn.Linear):
+        head = task.probe_layer()
+        if not isinstance(head, nn.Linear | nn.Conv2d):
             raise ConfigError(
                 f"head_start is 'probe', and the classifier is a {type(head).__name__}, which no linear model can "
                 "start. Leave head_start out, or give the adapter a linear one: model.reset_classifier(num_classes)."
@@ -207,7 +210,7 @@ class HeadStart(Callback):
 @torch.no_grad()
 def _start(task: Any, trainer: Trainer) -> dict[str, Any]:
     """Fit the head, copy the result into it, and describe it."""
-    data, head = cast(Any, trainer).datamodule, task.bank.head()
+    data, head = cast(Any, trainer).datamodule, task.probe_layer()
     chooses = data.validation_chooses and trainer.limit_val_batches != 0
     loaders = {name: data.plain_dataloader(name) for name in ("train", "validation") if name == "train" or chooses}
     models = len(STRENGTHS) * (1 if chooses else 1 + FOLDS)
@@ -220,28 +223,27 @@ def _start(task: Any, trainer: Trainer) -> dict[str, Any]:
         kept = {name: _features(task, head, trainer, loader, advance) for name, loader in loaders.items()}
         path = _path(task, kept["train"], head.bias is not None, advance)
         if chooses:
-            judged = [_judge(task, model, kept["validation"]) for _, model in path]
+            judged = [_judge(task, model(kept["validation"].features), kept["validation"].targets) for _, model in path]
         else:
             judged = _judge_by_folds(task, kept["train"], head.bias is not None, advance)
     best = max(range(len(path)), key=lambda index: judged[index])
     strength, model = path[best]
-    head.weight.copy_(model.weight)
-    if head.bias is not None:
-        head.bias.copy_(model.bias)
+    task.start_from_probe(model, kept["train"].features)
     if trainer.world_size > 1:
         for parameter in head.parameters():
             parameter.copy_(trainer.strategy.broadcast(parameter.data))
     return {
         "strength": strength,
         "chosen_on": "validation" if chooses else f"{FOLDS} folds of the training images",
-        "images": {name: len(split.targets) for name, split in kept.items()},
+        "images": {name: len(loader.dataset) for name, loader in loaders.items()},
     }
 
 
-def _features(task: Any, head: nn.Linear, trainer: Trainer, loader: Any, advance: Advance) -> Kept:
+def _features(task: Any, head: nn.Module, trainer: Trainer, loader: Any, advance: Advance) -> Kept:
     """Compute what the head sees of the images of a loader."""
+    rows: list[tuple[Tensor, Tensor]] = []
     seen: list[Tensor] = []
-    targets: list[Tensor] = []
+    most = max(1, ROWS // len(loader.dataset))
     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().float().cpu()))
     training = task.training
     task.eval()
@@ -249,37 +251,32 @@ def _features(task: Any, head: nn.Linear, trainer: Trainer, loader: Any, advance
         # Hooks that come after a graph was made are not part of it.
         with torch.compiler.set_stance("force_eager"), trainer.precision_plugin.forward_context():
             for batch in loader:
-                images, wanted = trainer.strategy.batch_to_device(batch)[:2]
+                images, targets = trainer.strategy.batch_to_device(batch)[:2]
                 task(images)
-                targets.append(wanted.cpu())
+                rows.append(task.probe_rows(seen.pop(), images, targets.cpu(), most))
                 advance()
     finally:
         hook.remove()
         task.train(training)
-    features = torch.cat(seen)
+    features, targets = (torch.cat(parts) for parts in zip(*rows, strict=True))
     broken = (~features.isfinite().all(1)).nonzero().flatten().tolist()
     if broken:
         raise TrainingError(
-            f"head_start is 'probe', and the features of {counted(len(broken), 'image')} of {len(features)} are not "
-            f"finite, first image {broken[0]} of its split. Look at the images (vispeft doctor), or leave head_start "
+            f"head_start is 'probe', and {counted(len(broken), 'row')} of {len(features)} rows of features are not "
+            f"finite, the first one is row {broken[0]}. Look at the images (vispeft doctor), or leave head_start "
             "out."
         )
-    return Kept(features, torch.cat(targets))
+    return Kept(features, targets)
 
 
 def _path(task: Any, kept: Kept, bias: bool, advance: Advance) -> list[tuple[float, Affine]]:
     """Fit the linear models of all strengths."""
     targets, weights = task.for_probe(kept.targets)
     found = []
-    for pair in fit_path(task.target, kept.features, targets, task.num_classes, weights=weights, bias=bias):
+    for pair in fit_path(task.probe_kind, kept.features, targets, task.num_classes, weights=weights, bias=bias):
         found.append(pair)
         advance()
     return found
-
-
-def _judge(task: Any, model: Affine, kept: Kept) -> tuple[float, float]:
-    """Measure a model on images as the task does: more is better in both figures, of which the first counts."""
-    return _judge_scores(task, model(kept.features), kept.targets)
 
 
 def _judge_by_folds(task: Any, kept: Kept, bias: bool, advance: Advance) -> list[tuple[float, float]]:
@@ -291,15 +288,13 @@ def _judge_by_folds(task: Any, kept: Kept, bias: bool, advance: Advance) -> list
         path = _path(task, Kept(kept.features[rest], kept.targets[rest]), bias, advance)
         for index, (_, model) in enumerate(path):
             scores[index, held] = model(kept.features[held])
-    return [_judge_scores(task, found, kept.targets) for found in scores]
+    return [_judge(task, found, kept.targets) for found in scores]
 
 
-def _judge_scores(task: Any, scores: Tensor, targets: Tensor) -> tuple[float, float]:
-    scores, targets = scores.to(task.device), targets.to(task.device)
-    metrics = task.make_metrics("validation").to(task.device)
-    metrics.update(*task.for_metrics(scores, targets))
-    loss = float(task.plain_loss(scores, targets))
-    figure = float({"validation/loss": loss, **metrics.compute()}.get(task.monitor, math.nan))
+def _judge(task: Any, scores: Tensor, targets: Tensor) -> tuple[float, float]:
+    """Measure outputs as the task does: more is better in both figures, of which the first counts."""
+    figures = task.judge_probe(scores.to(task.device), targets.to(task.device))
+    loss, figure = (float(figures.get(name, math.nan)) for name in ("validation/loss", task.monitor))
     more = figure if task.monitor_mode == "max" else -figure
     return tuple(value if math.isfinite(value) else -math.inf for value in (more, -loss))  # type: ignore[return-value]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vispeft.data.masks import IGNORE
+from vispeft.errors import ConfigError
 from vispeft.heads import decoder as make_decoder
 from vispeft.heads.pyramid import MapReader
 from vispeft.metrics import BoundaryF, SegmentationScores, per_class
@@ -18,6 +19,7 @@ from vispeft.tasks.dense import DenseNetwork, DenseTask
 from vispeft.tasks.inference import predict_masks
 from vispeft.tasks.losses import SegmentationLoss
 from vispeft.tasks.predictions import MaskPredictor
+from vispeft.tasks.probe import Affine
 from vispeft.viz import bars, confusion_matrix, overlay_grid
 
 __all__ = ["Segmentation", "SegmentationNetwork"]
@@ -88,6 +90,12 @@ class Segmentation(DenseTask):
             SiteError: If the method finds no site.
             VerificationError: If a trainable tensor receives no gradient through the maps.
         """
+        if settings.get("head_start") is not None and settings.get("decoder", "segformer") != "linear":
+            raise ConfigError(
+                f"Segmentation(head_start={settings['head_start']!r}): a probe starts the decoder linear, and "
+                f"{settings.get('decoder', 'segformer')} has layers that are not linear. Leave head_start out, or take "
+                "decoder: linear."
+            )
         loss = SegmentationLoss(
             losses or {"cross_entropy": 1.0},
             class_weights=class_weights,
@@ -95,6 +103,7 @@ class Segmentation(DenseTask):
             ohem_min_kept=ohem_min_kept,
         )
         super().__init__(**settings)
+        self.absent = absent
         self.decoder = make_decoder(self.decoder_name, self.reader.channels, self.num_classes, **self.decoder_args)
         self.check_maps()
         loss.check(self.num_classes)
@@ -120,6 +129,67 @@ class Segmentation(DenseTask):
         """
         assert isinstance(images, Tensor)
         return cast(Tensor, self.network()(images.to(self.base_dtype))).float()
+
+    # ------------------------------------------------------------------ start from a probe
+
+    probe_kind: ClassVar[str] = "class"
+
+    def setup(self, stage: str) -> None:
+        """Check the trainer's data before the first step, also for a start from a probe."""
+        super().setup(stage)
+        if stage == "fit" and self.head_start is not None:
+            self.head_start.check(self, getattr(self.trainer, "datamodule", None))
+
+    def probe_layer(self) -> nn.Module:
+        """Return the layer whose input linear models are fitted to: that of the scores."""
+        return cast(nn.Module, self.decoder.conv_seg)
+
+    def probe_rows(self, seen: Tensor, images: Tensor, targets: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        """Take cells of the map as rows (N, channels), with the class of the mask at their centres.
+
+        Args:
+            seen: The map (B, channels, h, w), float32 on the CPU.
+            images: The batch (B, 3, H, W).
+            targets: Its masks (B, H', W').
+            most: Most cells of an image, evenly spread over those with a label.
+        """
+        padded = self.network().padded(images)
+        rows, columns = (_centres(seen, padded, images, targets, dim) for dim in (-2, -1))
+        labels = targets[:, rows][:, :, columns]
+        cells = seen[..., : len(rows), : len(columns)].permute(0, 2, 3, 1)
+        found = [
+            (cell[known], label[known])
+            for cell, label in zip(cells, labels, strict=True)
+            for known in [label != IGNORE]
+        ]
+        spread = [(cell[evenly], label[evenly]) for cell, label in found for evenly in [_evenly(len(label), most)]]
+        return torch.cat([cell for cell, _ in spread]), torch.cat([label for _, label in spread])
+
+    def for_probe(self, targets: Tensor) -> tuple[Tensor, None]:
+        """Give the classes of cells, which count alike."""
+        return targets, None
+
+    def judge_probe(self, scores: Tensor, targets: Tensor) -> dict[str, Any]:
+        """Measure scores of cells (N, classes) against their classes: mean IoU, and cross entropy."""
+        measured = SegmentationScores(self.num_classes, absent=self.absent).to(scores.device)
+        measured.update(scores.argmax(1)[None, None], targets[None, None])
+        figures = {f"validation/{name}": value for name, value in measured.compute().items()}
+        return {"validation/loss": nn.functional.cross_entropy(scores, targets), **figures}
+
+    def start_from_probe(self, model: Affine, features: Tensor) -> None:
+        """Write a linear model of cells into batch norm and convolution: the first standardises them.
+
+        Args:
+            model: The model.
+            features: Rows that it was fitted to (N, channels).
+        """
+        norm, layer = cast(nn.BatchNorm2d, self.decoder.bn), cast(Any, self.decoder.conv_seg)
+        before = 1 + norm.eps  # the rows come out of the fresh norm, which divides by the root of this
+        mean, variance = features.mean(0), before * features.var(0, correction=0)
+        norm.running_mean.copy_(mean * before**0.5)  # type: ignore[union-attr]
+        norm.running_var.copy_(variance)  # type: ignore[union-attr]
+        layer.weight.copy_((model.weight * ((variance + norm.eps) / before).sqrt())[..., None, None])
+        layer.bias.copy_(model.bias + model.weight @ mean)
 
     # ------------------------------------------------------------------ steps
 
@@ -214,3 +284,15 @@ class Segmentation(DenseTask):
     def output(self) -> dict[str, Any]:
         """Describe how outputs are read, for the adapter's file."""
         return {**super().output(), "ignore": IGNORE}
+
+
+def _centres(seen: Tensor, padded: Tensor, images: Tensor, masks: Tensor, dim: int) -> Tensor:
+    """Find the pixels of masks at the centres of a map's cells, along one side; cells behind the image are left out."""
+    cells, side, whole = seen.shape[dim], images.shape[dim], padded.shape[dim]
+    places = (torch.arange(cells, dtype=torch.float64) + 0.5) * whole / cells
+    return (places[places < side] * masks.shape[dim] / side).long().clamp(max=masks.shape[dim] - 1)
+
+
+def _evenly(count: int, most: int) -> Tensor:
+    """Choose at most so many of a number of rows, evenly spread."""
+    return torch.arange(count) if count <= most else (torch.arange(most) * count) // most

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 
@@ -17,6 +17,7 @@ from vispeft.errors import DataError
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.finite import finite_rows
 from vispeft.tasks.predictions import ScorePredictor
+from vispeft.tasks.probe import Affine
 
 __all__ = ["Batch", "SupervisedTask", "check_target", "train_targets"]
 
@@ -106,6 +107,49 @@ class SupervisedTask(AdapterTask, ABC):
             targets: Targets of the data.
         """
         return scores, targets
+
+    @property
+    def probe_kind(self) -> str:
+        """Kind of the linear models that may start the head; see `vispeft.tasks.HeadStart`."""
+        return self.target
+
+    def probe_layer(self) -> nn.Module | None:
+        """Return the layer whose input the linear models are fitted to: the classifier."""
+        return self.bank.head()
+
+    def probe_rows(self, seen: Tensor, images: Any, targets: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        """Turn what the layer sees of a batch into rows of features (N, width) and their targets.
+
+        Args:
+            seen: Input of the layer, float32 on the CPU.
+            images: The batch.
+            targets: Its targets, on the CPU.
+            most: Most rows of an image, where there are several.
+        """
+        return seen, targets
+
+    def judge_probe(self, scores: Tensor, targets: Tensor) -> dict[str, Any]:
+        """Measure outputs of a linear model: figures of validation by name, and the loss.
+
+        Args:
+            scores: Outputs (N, outputs).
+            targets: Targets of the data.
+        """
+        metrics = self.make_metrics("validation").to(scores.device)
+        metrics.update(*self.for_metrics(scores, targets))
+        return {"validation/loss": self.plain_loss(scores, targets), **metrics.compute()}
+
+    def start_from_probe(self, model: Affine, features: Tensor) -> None:
+        """Copy a linear model into the classifier.
+
+        Args:
+            model: The model.
+            features: Rows that it was fitted to.
+        """
+        head: Any = self.probe_layer()
+        head.weight.copy_(model.weight)
+        if head.bias is not None:
+            head.bias.copy_(model.bias)
 
     def for_probe(self, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         """Give what a linear model of the same outputs is fitted to (`vispeft.tasks.HeadStart`).
