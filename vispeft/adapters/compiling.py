@@ -133,6 +133,11 @@ class CompilingBank(BankState):
         self._paths: list[nn.Module] = []
         self._evened: list[nn.Module] = []
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the model, or its blocks, run compiled."""
+        return self._compiled != "off"
+
     def compile(self, mode: Compile = "blocks", *, device: torch.device | None = None, **options: Any) -> str | None:
         """Compile the model in place, by default block by block: seconds instead of minutes, and equal blocks share.
 

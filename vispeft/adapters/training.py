@@ -191,12 +191,14 @@ class TrainingBank(BankState):
             if e.name in e.unit.no_decay or ".".join(filter(None, (e.key.split("/", 1)[0], e.name))) in timm_exempts
         }
         factors = {id(e.tensor): e.unit.lr_factors.get(e.name, 1.0) for e in entries}
+        own = {id(e.tensor): e.unit.decays[e.name] for e in entries if e.name in e.unit.decays}
         groups: dict[str, dict[str, Any]] = {}
         for _, parameter in self.trainable_parameters():
             decays = (vectors or parameter.ndim > 1) and id(parameter) not in exempt
             factor = factors.get(id(parameter), 1.0)
             name = ("decay" if decays else "no_decay") + ("" if factor == 1 else f" lr x {factor:g}")
-            decay = weight_decay if decays else 0.0
+            decay = own.get(id(parameter), weight_decay if decays else 0.0)
+            name += f" decay {decay:g}" if id(parameter) in own else ""
             group = groups.setdefault(name, {"params": [], "lr": lr * factor, "weight_decay": decay, "name": name})
             group["params"].append(parameter)
         return list(groups.values())

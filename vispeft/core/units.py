@@ -81,6 +81,8 @@ class Unit(nn.Module):
     """Tensors without weight decay, besides those of fewer than two dimensions."""
     lr_factors: Mapping[str, float] = {}
     """Multipliers of the learning rate, by tensor."""
+    decays: Mapping[str, float] = {}
+    """Weight decay of its own, by tensor, in place of the optimiser's; a schedule may set it."""
     zero_gradient: frozenset[str] = frozenset()
     """Tensors whose gradient is zero by construction, which `verify` accepts."""
     identity_at_start: bool = True

@@ -8,6 +8,7 @@ from vispeft.tasks.dense import DenseTask
 from vispeft.tasks.dense_losses import DenseLoss, dense_loss
 from vispeft.tasks.head_start import HeadStart
 from vispeft.tasks.inference import Inference, predict_masks
+from vispeft.tasks.layer_schedules import LayerSchedule, ProgressiveLayers, TensorDecay
 from vispeft.tasks.losses import SegmentationLoss
 from vispeft.tasks.metric_learning import MetricLearning
 from vispeft.tasks.metric_losses import list_metric_losses, list_miners, metric_loss, metric_miner
@@ -15,6 +16,7 @@ from vispeft.tasks.multilabel import MultiLabel
 from vispeft.tasks.multitask import MultiTaskDense
 from vispeft.tasks.predictions import Prediction, Predictor
 from vispeft.tasks.regression import Regression
+from vispeft.tasks.sampled_layers import SampledLayers
 from vispeft.tasks.schedules import warmup_cosine, warmup_factor
 from vispeft.tasks.segmentation import Segmentation, SegmentationNetwork
 from vispeft.tasks.supervised import SupervisedTask
@@ -30,6 +32,7 @@ __all__ = [
     "FiniteGuard",
     "HeadStart",
     "Inference",
+    "LayerSchedule",
     "MetricLearning",
     "MultiLabel",
     "MultiTaskDense",
@@ -37,14 +40,17 @@ __all__ = [
     "PlainProgress",
     "Prediction",
     "Predictor",
+    "ProgressiveLayers",
     "Regression",
     "RunCheckpoints",
+    "SampledLayers",
     "SealedCheckpointIO",
     "Segmentation",
     "SegmentationLoss",
     "SegmentationNetwork",
     "SupervisedTask",
     "TaskWeights",
+    "TensorDecay",
     "dense_loss",
     "find_checkpoint",
     "list_metric_losses",
