@@ -175,11 +175,6 @@ class CompilingBank(BankState):
         self._place_compiled()
         return reason
 
-    @property
-    def is_compiled(self) -> bool:
-        """Whether the model, or its blocks, run compiled."""
-        return self._compiled != "off"
-
     def _set_compiled(self) -> None:
         """Let calls of the model or of its blocks run compiled."""
         if self._compiled == "model":
