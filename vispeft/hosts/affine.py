@@ -31,7 +31,7 @@ def affine(y: Tensor, scale: Tensor, shift: Tensor, recovers: bool | None = None
         if may_recover(y, scale):
             recovers = bool(recoverable(scale.detach(), shift.detach()).all()) if recovers is None else recovers
             if recovers:
-                return cast(Tensor, _Affine.apply(y, scale, shift))
+                return cast(Tensor, _apply_affine(y, scale, shift))
         # addcmul saves y and scale only; a product and a sum would also allocate a temporary of y's size.
         return torch.addcmul(shift, y, scale)
     # A scale near one would be rounded coarsely; its difference from one is not.
@@ -68,7 +68,7 @@ def affine_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor,
     Returns:
         (..., out).
     """
-    out: Tensor = _AffineLinear.apply(x, weight, bias, scale, shift)
+    out: Tensor = _apply_affine_linear(x, weight, bias, scale, shift)
     return out
 
 
@@ -109,3 +109,8 @@ class _Affine(torch.autograd.Function):
         # The sum over rows of grad * (out - shift) / scale, without allocating the difference.
         grad_scale = (product - shift * total) / scale if ctx.needs_input_grad[1] else None
         return grad * scale if ctx.needs_input_grad[0] else None, grad_scale, total
+
+
+# `Function.apply` without its treatment of functorch's transforms, under which neither is used.
+_apply_affine = super(torch.autograd.Function, _Affine).apply
+_apply_affine_linear = super(torch.autograd.Function, _AffineLinear).apply

@@ -20,6 +20,7 @@ from vispeft.core.streams import StreamRule
 from vispeft.core.units import PrefixUnit
 from vispeft.hosts.base import Host
 from vispeft.hosts.functional import frozen_casts
+from vispeft.hosts.row_attention import Reading, read_rows
 from vispeft.hosts.streams import Streams, split
 
 __all__ = [
@@ -156,11 +157,9 @@ class AttentionHost(Host):
         return plain and all(rows.shape[1] * self.num_heads <= rows.shape[2] for rows in streams.beside.values())
 
     def read_mixed(self, queries: Tensor, x: Tensor) -> Tensor:
-        """Compute the attention of rows to tokens without the tokens' keys and values.
+        """Compute the attention of rows to tokens without the tokens' keys and values, see `read_rows`.
 
-        ``(W_k n + b_k) . q = n . (W_k^T q)`` up to a constant over all tokens, to which softmax is invariant; and since
-        attention weights sum to one, mixing ``W_v n + b_v`` equals ``W_v`` of the mixed ``n``, plus ``b_v``. The
-        backward pass needs no activation of the tokens but ``n``.
+        The backward pass needs no activation of the tokens but their normalised input.
 
         Args:
             queries: (B, Q, D), normalised.
@@ -171,15 +170,10 @@ class AttentionHost(Host):
         """
         weight, bias = frozen_casts(queries, self.qkv.weight, self.qkv.bias, self.routing.casts)
         asked = self.asked(queries, weight, bias)
-        heads, count, width = asked.shape[1:]
+        heads, width = asked.shape[1], asked.shape[3]
         x, by_head = x.to(asked.dtype), weight.to(asked.dtype).view(3, heads, width, -1)
-        keys = _by_head(asked * self.scale, by_head[1])
-        scores = _spread(keys, x).flatten(1, 2) @ x.transpose(1, 2)
-        mixed = (scores.softmax(dim=-1) @ x).unflatten(1, (heads, count))
-        values = _by_head(mixed, by_head[2].transpose(1, 2))
-        if bias is not None:
-            values = values + bias.view(3, heads, 1, width)[2].to(values.dtype)
-        return _averaged(_side_by_side(values), queries)
+        own = None if bias is None else bias.view(3, heads, 1, width)[2].to(asked.dtype)
+        return read_rows(asked, Reading(x, by_head[1], by_head[2], own, self.scale))
 
     def asked(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Compute the queries of rows that only read, without their keys and values.
@@ -346,12 +340,6 @@ def split_heads(joint: Tensor, heads: int) -> Heads:
 def _side_by_side(mixed: Tensor) -> Tensor:
     """Concatenate the heads: (B, heads, N, width of a head) to (B, N, inner width)."""
     return mixed.transpose(1, 2).flatten(2)
-
-
-def _by_head(rows: Tensor, weight: Tensor) -> Tensor:
-    """Multiply rows (B, heads, R, width) by each head's matrix (heads, width, out) without copying the matrices."""
-    joined = rows.transpose(0, 1).flatten(1, 2) @ weight
-    return joined.unflatten(1, (-1, rows.shape[2])).transpose(0, 1)
 
 
 def _own(table: Tensor, like: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def low_rank_linear(
             return _low_rank_plain(cast_to(x, dtype), weight, bias, layout, [cast_to(t, dtype) for t in factors])
     note = note_of(x)
     x = cast_to(x, dtype) if note is None else x  # what is kept must belong to the graph, for second derivatives
-    return cast(Tensor, _LowRankLinear.apply(x, weight, bias, layout, note, *factors))
+    return cast(Tensor, _apply_terms(x, weight, bias, layout, note, *factors))
 
 
 def term_linear(x: Tensor, layer: nn.Module, unit: DeltaUnit, casts: FrozenCasts, noted: bool = False) -> Tensor | None:
@@ -333,8 +333,9 @@ def _term_again(scale: float, x: Tensor, weight: Tensor, bias: Tensor | None, a:
         return _with_term(rows, weight, bias, *factors, scale)[0].view(*x.shape[:-1], -1)
 
 
+# `Function.apply` without its treatment of functorch's transforms, under which terms are computed otherwise.
 _apply_term = super(torch.autograd.Function, _TermLinear).apply
-"""`Function.apply` without its treatment of functorch's transforms, under which the term is computed otherwise."""
+_apply_terms = super(torch.autograd.Function, _LowRankLinear).apply
 
 
 def _cast_if(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -33,7 +33,8 @@ class Streams(NamedTuple):
         Args:
             change: The function.
         """
-        return Streams(change(self.tokens), {name: change(x) for name, x in self.beside.items()}, self.rules)
+        tokens, beside, rules = self
+        return Streams(change(tokens), {name: change(x) for name, x in beside.items()} if beside else _NONE, rules)
 
     def plus(self, added: Streams, *terms: Streams) -> Streams:
         """Add the output of a branch, and further terms, to the residual streams.
@@ -45,6 +46,11 @@ class Streams(NamedTuple):
             added: The output of the branch.
             *terms: Further terms, of some or all streams.
         """
+        if not (self.beside or added.beside):
+            tokens = self.tokens
+            for term in (added, *terms):
+                tokens = tokens + term.tokens
+            return Streams(tokens, _NONE, self.rules)
         passing = {name: x for name, x in self.beside.items() if not any(self.rules[name])}
         starts = {name: self.beside.get(name, self.tokens) for name in added.beside}
         sums = {**passing, **starts}
