@@ -4,6 +4,7 @@
     python benchmarks/train_zoo.py                            # as much as is not there; start again to go on
     python benchmarks/train_zoo.py --minutes 60 --only digits_ssf digits_lora
     python benchmarks/train_zoo.py --fashion /usr/share/datasets/fashion-mnist
+    python benchmarks/train_zoo.py --table                    # writes the table into docs/zoo.md
 
 The linear probes of a data set come first, since the cards compare with them. A run is kept in ``runs/zoo/NAME``, and
 one that was stopped goes on from its last checkpoint; its figures are written to ``results/zoo/NAME.json`` when it is
@@ -35,9 +36,12 @@ import vispeft  # noqa: E402, I001 - first: it makes torchvision importable wher
 
 import torch  # noqa: E402
 
+from common import write_section  # noqa: E402
+
 from vispeft.cli import runs  # noqa: E402
 from vispeft.cli.common import quiet_libraries  # noqa: E402
 from vispeft.cli.train import resume, train  # noqa: E402
+from vispeft.cli.zoo import COLUMNS, zoo_table  # noqa: E402
 from vispeft.cli.zoo_add import Extras, add_run  # noqa: E402
 from vispeft.cli.zoo_facts import gain, main_figures  # noqa: E402
 from vispeft.errors import DataError, VispeftError  # noqa: E402
@@ -232,6 +236,18 @@ def pilot(names: list[str]) -> None:
         print(f"{name}: runs, {time.monotonic() - began:.1f} s {size}", flush=True)
 
 
+def table() -> list[str]:
+    """Make the table of the adapters that ship, of those there are."""
+    numbers = COLUMNS[-3:]
+    lines = [
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "|".join("---:" if column in numbers else "---" for column in COLUMNS) + "|",
+    ]
+    for name, *cells in zoo_table(read_index(ZOO)):
+        lines.append("| " + " | ".join([f"[{name}](../model_zoo/{name}/CARD.md)", *cells]) + " |")
+    return lines
+
+
 def unpack_fashion(folder: Path) -> None:
     """Unpack Fashion-MNIST to where torchvision reads it, unless it is there.
 
@@ -256,7 +272,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--fashion", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--pilot", action="store_true", help="a few steps of each row; nothing is kept")
+    parser.add_argument("--table", action="store_true", help="write the table of all adapters into the docs")
     given = parser.parse_args()
+    if given.table:
+        write_section("zoo", table(), "zoo")
+        return
     torch.set_num_threads(given.threads)
     os.chdir(ROOT)  # the folders in the configs are named from here
     os.environ["VISPEFT_ZOO"] = str(ZOO)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 install_hook()
 provide("families", "vispeft.backbones")
 provide("methods", "vispeft.methods")
+provide("zoo", "vispeft.cli.zoo_models")
 provide_extra("peft", "vispeft.interop.peft")
 
 _HOMES = {

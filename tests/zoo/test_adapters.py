@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import statistics
+import time
 
 import numpy as np
 import pytest
@@ -200,3 +202,23 @@ def test_an_index_of_another_form(own):
     }.items():
         with pytest.raises(FileError, match=says):
             parse_index(path, given)
+
+
+def test_eight_adapters_on_one_backbone():
+    """They cost their own tensors and nothing of the backbone, and are switched in milliseconds."""
+    model = vispeft.create_model("zoo:vit_tiny")
+    base = {tensor.data_ptr() for tensor in model.parameters()}
+    before = sum(tensor.nbytes for tensor in model.state_dict().values())
+    names = [f"adapter{number}" for number in range(8)]
+    for number, name in enumerate(names):
+        method = vispeft.LoRA(rank=4) if number % 2 else vispeft.SSF()
+        bank = vispeft.attach(model, method, name=name, verify=False)
+    own = sum(tensor.nbytes for name in names for tensor in bank.state_dict(name).values())
+    assert sum(tensor.nbytes for tensor in model.state_dict().values()) == before + own
+    assert base <= {tensor.data_ptr() for tensor in model.parameters()}
+    seconds = []
+    for name in names * 4:
+        began = time.process_time()
+        bank.set_active(name)
+        seconds.append(time.process_time() - began)
+    assert statistics.median(seconds) < 0.005

@@ -14,7 +14,7 @@ from vispeft.zoo.adapters import PREFIX, find_zoo_adapter, list_zoo_adapters
 from vispeft.zoo.folder import own_zoo
 from vispeft.zoo.index import CARD, ZooEntry
 
-__all__ = ["main", "zoo_table"]
+__all__ = ["COLUMNS", "main", "zoo_table"]
 
 EXAMPLE = """example:
   vispeft zoo list

@@ -7,13 +7,13 @@ module imports nothing, not even torch.
 from __future__ import annotations
 
 import importlib
-from typing import Literal
+from typing import Any, Literal
 
-__all__ = ["extra_methods", "fill", "provide", "provide_extra"]
+__all__ = ["extra_methods", "fill", "find_provided", "provide", "provide_extra"]
 
-Registry = Literal["families", "methods"]
+Registry = Literal["families", "methods", "zoo"]
 
-_PROVIDERS: dict[Registry, list[str]] = {"families": [], "methods": []}
+_PROVIDERS: dict[Registry, list[str]] = {"families": [], "methods": [], "zoo": []}
 _EXTRAS: dict[str, str] = {}
 """Modules that need an optional dependency, by the method they register."""
 
@@ -39,6 +39,23 @@ def fill(registry: Registry) -> None:
     # Always through the import system: another thread may be in the middle of the first import and hold its lock.
     for module in _PROVIDERS[registry]:
         importlib.import_module(module)
+
+
+def find_provided(registry: Registry, name: str) -> Any:
+    """Find a name in the modules of a registry, for a package that hands out names of higher layers.
+
+    Args:
+        registry: The registry.
+        name: The name.
+
+    Raises:
+        AttributeError: If none of them exports it.
+    """
+    for path in _PROVIDERS[registry]:
+        module = importlib.import_module(path)
+        if name in module.__all__:
+            return getattr(module, name)
+    raise AttributeError(f"no module of {registry!r} exports {name!r}")
 
 
 def provide_extra(method: str, module: str) -> None:
