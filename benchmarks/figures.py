@@ -2,13 +2,13 @@
 
     python benchmarks/figures.py                             # methods by accuracy and bytes, from committed records
     python benchmarks/figures.py --overlay RUN               # tiles of a segmentation run, their labels and predictions
-    python benchmarks/figures.py --neighbours RUN            # queries of a run of metric learning, their neighbours
+    python benchmarks/figures.py --neighbours RUN --rows 3 4 # queries of a run of metric learning, their neighbours
 
 The records are those of ``benchmarks/fewshot.py`` and ``benchmarks/earth.py``. RUN is any finished run; those of the
 figures that are committed were made by
 
     vispeft train segmentation/earth_lora --data.overlapping false --trainer.max_epochs 4
-    vispeft train metric_learning/emoji_lora
+    vispeft train metric_learning/emoji_lora --trainer.max_epochs 2
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import EngFormatter, NullFormatter  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from vispeft.tasks.metric_pictures import QUERIES  # noqa: E402
 from vispeft.viz.style import COLOURS, SETTINGS, as_svg  # noqa: E402
 
 RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
@@ -42,6 +44,8 @@ PANELS = {
 FROZEN = ("linear_probe", "frozen")
 """Methods that leave the backbone as it is, and store a classifier or a decoder alone."""
 SHOWN = {"bi_adaptformer": "adaptformer, 1 bit", "full": "full fine-tuning"}
+LEGEND = 52
+"""Height of the legend below a picture of neighbours in pixels: 0.35 inches (`vispeft.viz.neighbours`)."""
 QUALITY = 88
 """Quality of JPEG."""
 
@@ -51,13 +55,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--overlay", metavar="RUN", type=Path)
     parser.add_argument("--neighbours", metavar="RUN", type=Path)
+    parser.add_argument("--rows", metavar="N", type=int, nargs="+", default=[1, 2], help="queries, counted from 1")
     given = parser.parse_args()
     if given.overlay is None and given.neighbours is None:
         write(IMAGES / "methods_trade_off.svg", as_svg(trade_off()))
     if given.overlay is not None:
         photograph(given.overlay / "plots" / "overlays_test.png", IMAGES / "earth_overlay.jpg")
     if given.neighbours is not None:
-        photograph(given.neighbours / "plots" / "neighbours_test.png", IMAGES / "emoji_neighbours.jpg")
+        found = sorted((given.neighbours / "plots").glob("neighbours_epoch_*.png"))[-1]  # of the validation classes
+        photograph(found, IMAGES / "emoji_neighbours.jpg", given.rows)
 
 
 def write(path: Path, content: bytes) -> None:
@@ -108,10 +114,19 @@ def _draw(axes: Axes, method: str, values: list[float], size: float) -> None:
     axes.annotate(SHOWN.get(method, method), (size, mean), ha="right" if last else "left", **told)
 
 
-def photograph(source: Path, target: Path) -> None:
-    """Keep a picture of a run as JPEG, at most 1,200 pixels wide."""
+def photograph(source: Path, target: Path, rows: Sequence[int] = ()) -> None:
+    """Keep a picture of a run as JPEG, at most 1,200 pixels wide: all of it, or some of its rows above its legend."""
     with Image.open(source) as opened:
         picture = opened.convert("RGB")
+    if rows:
+        height = (picture.height - LEGEND) // QUERIES
+        bands = [*((row - 1) * height for row in rows), picture.height - LEGEND]
+        tops = [number * height for number in range(len(bands))]
+        chosen = Image.new("RGB", (picture.width, tops[-1] + LEGEND), "white")
+        for top, band in zip(tops, bands, strict=True):
+            end = band + (LEGEND if band == bands[-1] else height)
+            chosen.paste(picture.crop((0, band, picture.width, end)), (0, top))
+        picture = chosen
     picture.thumbnail((1200, 2400))
     picture.save(target, "JPEG", quality=QUALITY, optimize=True)
     print(f"{target.relative_to(ROOT)}: {target.stat().st_size:,} bytes")

@@ -6,7 +6,20 @@ from types import SimpleNamespace
 import pytest
 
 from tests.tiny import CONFIG
-from vispeft.cli import doctor, embed, evaluate, export, inspect, merge, predict, report, search, select_features, train
+from vispeft.cli import (
+    demo,
+    doctor,
+    embed,
+    evaluate,
+    export,
+    inspect,
+    merge,
+    predict,
+    report,
+    search,
+    select_features,
+    train,
+)
 from vispeft.cli.common import run_tool
 
 TOOLS = {
@@ -19,6 +32,7 @@ TOOLS = {
     "merge": merge,
     "export": export,
     "inspect": inspect,
+    "demo": demo,
     "doctor": doctor,
     "select_features": select_features,
 }

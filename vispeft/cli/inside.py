@@ -22,7 +22,7 @@ from vispeft.resources import find_config
 from vispeft.tasks.base import AdapterTask
 from vispeft.viz import activation_shift, attention_of, draw_attention, draw_prompts, draw_shift, embedding_plot
 
-__all__ = ["Seen", "draw_inside", "plots"]
+__all__ = ["Seen", "draw_inside", "first_task", "plots"]
 
 SHOWN = 4
 """Images whose attention is drawn."""
@@ -157,7 +157,7 @@ def draw_inside(task: AdapterTask, seen: Seen, folder: Path) -> list[Path]:
     few = seen.images[:SHOWN].to(device, task.base_dtype)
     pictures = seen.pictures(len(few))
     task.eval()
-    with _chosen(task):
+    with first_task(task):
         found = attention_of(model, few)
         drawn = [
             draw_attention(pictures, found, folder / "attention.png"),
@@ -173,9 +173,13 @@ def draw_inside(task: AdapterTask, seen: Seen, folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _chosen(task: AdapterTask) -> Iterator[None]:
-    """Choose the first task of an adapter that has several."""
-    names = task.bank.plan().tasks
+def first_task(task: AdapterTask) -> Iterator[None]:
+    """Choose the first task of the adapter that acts, if it has several.
+
+    Args:
+        task: The task whose adapter acts.
+    """
+    names = task.bank.plan(task.bank.active[-1]).tasks
     if not names:
         yield
         return

@@ -14,6 +14,7 @@ from vispeft.resources import config_names, package_version
 __all__ = ["COMMANDS", "command", "main", "run_command"]
 
 COMMANDS = {
+    "demo": "try adapters in a browser, on images of your own",
     "doctor": "check data before training, on one page",
     "embed": "embed images with a finished run, and make an index of them",
     "evaluate": "measure a finished run again, from its files",

@@ -1,6 +1,6 @@
 """Plots of metrics and predictions, and looks inside of a model."""
 
-from vispeft.viz.attention import Attention, attention_of, draw_attention, draw_prompts
+from vispeft.viz.attention import Attention, attention_of, attention_picture, draw_attention, draw_prompts
 from vispeft.viz.curves import learning_curves, read_history
 from vispeft.viz.matrix import confusion_matrix
 from vispeft.viz.neighbours import Neighbour, NeighbourRow, draw_neighbours
@@ -18,6 +18,7 @@ __all__ = [
     "Shift",
     "activation_shift",
     "attention_of",
+    "attention_picture",
     "bars",
     "colour_mask",
     "confusion_matrix",

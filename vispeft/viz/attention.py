@@ -26,7 +26,7 @@ from vispeft.errors import ConfigError, DataError
 from vispeft.viz.names import drawn_names, settings_for
 from vispeft.viz.style import save
 
-__all__ = ["Attention", "attention_of", "draw_attention", "draw_prompts"]
+__all__ = ["Attention", "attention_of", "attention_picture", "draw_attention", "draw_prompts"]
 
 _PANEL = 1.6
 """Width of one panel in inches."""
@@ -320,11 +320,28 @@ def _draw(
         return save(figure, path)
 
 
-def _panel(place: Any, picture: Tensor, values: Tensor | None) -> None:
-    image = picture.cpu().permute(1, 2, 0).numpy()
-    place.imshow(image)
-    if values is None:
-        return
+def attention_picture(picture: Tensor, values: Tensor) -> Tensor:
+    """Lay attention over an image, from dark, its smallest value, to bright, its largest.
+
+    Args:
+        picture: RGB, uint8 (3, H, W).
+        values: (h, w).
+
+    Returns:
+        RGB, uint8 (3, H, W).
+    """
+    smooth = _resized(values, picture)
+    span = float(smooth.max() - smooth.min())
+    share = (smooth - smooth.min()) / span if span > 0 else torch.zeros_like(smooth)
+    heat = torch.from_numpy(matplotlib.colormaps["inferno"](share.numpy(), bytes=True)[..., :3].copy()).permute(2, 0, 1)
+    return ((1 - _OPACITY) * picture.cpu().float() + _OPACITY * heat.float()).round().to(torch.uint8)
+
+
+def _resized(values: Tensor, picture: Tensor) -> Tensor:
     size = tuple(picture.shape[-2:])
-    smooth = F.interpolate(values[None, None].float(), size, mode="bilinear", align_corners=False)[0, 0]
-    place.imshow(smooth.numpy(), cmap="inferno", alpha=_OPACITY)
+    return F.interpolate(values[None, None].float(), size, mode="bilinear", align_corners=False)[0, 0]
+
+
+def _panel(place: Any, picture: Tensor, values: Tensor | None) -> None:
+    drawn = picture.cpu() if values is None else attention_picture(picture, values)
+    place.imshow(drawn.permute(1, 2, 0).numpy())

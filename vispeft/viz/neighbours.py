@@ -20,7 +20,7 @@ __all__ = ["Neighbour", "NeighbourRow", "draw_neighbours"]
 
 _PANEL = 1.3
 """Width and height of one image in inches."""
-_LETTERS = 24
+_LETTERS = 19
 """Letters of a name that fit over an image."""
 _FRAMES = {True: "#009E73", False: COLOURS["validation"]}
 """Green and orange-red of Okabe and Ito; a wrong one has a dashed frame as well."""
