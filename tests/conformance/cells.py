@@ -95,14 +95,19 @@ METHODS: dict[str, vispeft.Method] = {
     "mask": vispeft.Mask(),
     "sparse": vispeft.Sparse(),
     "sparse_lift": vispeft.Sparse(budget=0.1, support="lift", principal=2, roles=("patch_embed", *LINEARS)),
+    "pst": vispeft.PST(rank=2, mask_rank=3, start="kaiming"),
+    "snell": vispeft.SNELL(dim=4, threshold=0.3),
+    "snella": vispeft.SNELL(dim=4, threshold=0.0, variant="snella"),
+    "mos": vispeft.MoS(rank=3, shards=2, dropout=0.0),
     "mtlora": vispeft.MTLoRA(tasks=("seg", "depth"), rank=3, task_rank=2, dropout=0.0),
+    "ditask": vispeft.DiTASK(tasks=("seg", "depth"), cells=6, task_cells=4),
 }
 
 
 PARALLEL = ("adapter_parallel", "adaptformer", "adaptformer_1bit", "convpass", "convpass_attn", "polyhistor")
 """Methods with terms beside the branches of a block."""
 
-STORES_MORE = ("lora_fa", "vqt_weighted", "sparse", "sparse_lift")
+STORES_MORE = ("lora_fa", "vqt_weighted", "sparse", "sparse_lift", "pst", "mos")
 """Methods whose files hold tensors that do not train."""
 
 EXCLUSIVE = (
@@ -115,6 +120,7 @@ EXCLUSIVE = (
     "vqt",
     "vqt_weighted",
     "mtlora",
+    "ditask",
     "vptsp",
 )
 """Methods that replace tensors of the base or its output features, so that two of them cannot act at once."""
@@ -260,7 +266,7 @@ NO_PLAIN_FORM: dict[tuple[str, str], str] = {
         for b in BACKBONES
     },
     **{(m, b): "network beside it" for m in ("lst", "lst_sparse") for b in BACKBONES},
-    **{("mtlora", b): "several outputs" for b in BACKBONES},
+    **{(m, b): "several outputs" for m in ("mtlora", "ditask") for b in BACKBONES},
     ("ssf", "vit_mae"): "identity here",
     ("ssf", "vit_aimv2"): "identity here",
 }
@@ -341,7 +347,7 @@ SECOND_FORMS = {
     *("ssf_merging", "vpt_shallow", "vqt_weighted", "prefix_mlp", "adapter_parallel", "adaptformer_1bit", "lora_2bit"),
     *("dora", "pissa", "lora_fa", "convpass_attn", "repadapter_attn", "hydra_2bit", "lst_sparse", "fact_tk"),
     *("fact_4bit", "compacter_full", "mtlora", "polyhistor", "polyhistor_lite", "vpt_window"),
-    *("bone_mini", "bat", "svfit_few", "sparse_lift"),
+    *("bone_mini", "bat", "svfit_few", "sparse_lift", "snella", "ditask"),
 }
 """Further settings of a method, and methods for several tasks and those they are compared with, which have tests of
 their own: they run on the main families, and not on the variants of one family as well."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vispeft.methods.bone import Bone as Bone
     from vispeft.methods.compacter import Compacter as Compacter
     from vispeft.methods.convpass import Convpass as Convpass
+    from vispeft.methods.ditask import DiTASK as DiTASK
     from vispeft.methods.fact import FacT as FacT
     from vispeft.methods.full import Full as Full
     from vispeft.methods.hydra import Hydra as Hydra
@@ -22,11 +23,14 @@ if TYPE_CHECKING:
     from vispeft.methods.lst import LST as LST
     from vispeft.methods.mam import MAM as MAM
     from vispeft.methods.mask import Mask as Mask
+    from vispeft.methods.mos import MoS as MoS
     from vispeft.methods.mtlora import MTLoRA as MTLoRA
     from vispeft.methods.norm_tuning import NormTuning as NormTuning
     from vispeft.methods.polyhistor import Polyhistor as Polyhistor
     from vispeft.methods.prefix import Prefix as Prefix
+    from vispeft.methods.pst import PST as PST
     from vispeft.methods.repadapter import RepAdapter as RepAdapter
+    from vispeft.methods.snell import SNELL as SNELL
     from vispeft.methods.sparse import Sparse as Sparse
     from vispeft.methods.ssf import SSF as SSF
     from vispeft.methods.svfit import SVFit as SVFit
