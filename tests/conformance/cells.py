@@ -95,6 +95,10 @@ METHODS: dict[str, vispeft.Method] = {
     "mask": vispeft.Mask(),
     "sparse": vispeft.Sparse(),
     "sparse_lift": vispeft.Sparse(budget=0.1, support="lift", principal=2, roles=("patch_embed", *LINEARS)),
+    "pst": vispeft.PST(rank=2, mask_rank=3, start="kaiming"),
+    "snell": vispeft.SNELL(dim=4, threshold=0.3),
+    "snella": vispeft.SNELL(dim=4, threshold=0.0, variant="snella"),
+    "mos": vispeft.MoS(rank=3, shards=2, dropout=0.0),
     "mtlora": vispeft.MTLoRA(tasks=("seg", "depth"), rank=3, task_rank=2, dropout=0.0),
     "adapter_plus": vispeft.AdapterPlus(bottleneck=4, unit_drop=0.0),
     "adapter_plus_inner": vispeft.AdapterPlus(
@@ -104,6 +108,7 @@ METHODS: dict[str, vispeft.Method] = {
     "mlae": vispeft.MLAE(rank=3, expert_dropout=0.0),
     "rein": vispeft.Rein(num_tokens=3, rank=2),
     "conformer_adapter": vispeft.ConformerAdapter(reduction=6, kernel=4, variant="houlsby"),
+    "ditask": vispeft.DiTASK(tasks=("seg", "depth"), cells=6, task_cells=4),
 }
 
 
@@ -113,7 +118,7 @@ PARALLEL = (
 )
 """Methods with terms beside the branches of a block."""
 
-STORES_MORE = ("lora_fa", "vqt_weighted", "sparse", "sparse_lift", "conformer_adapter")
+STORES_MORE = ("lora_fa", "vqt_weighted", "sparse", "sparse_lift", "pst", "mos", "conformer_adapter")
 """Methods whose files hold tensors that do not train."""
 
 BATCH_STATISTICS = ("conformer_adapter",)
@@ -130,6 +135,7 @@ EXCLUSIVE = (
     "vqt",
     "vqt_weighted",
     "mtlora",
+    "ditask",
     "vptsp",
 )
 """Methods that replace tensors of the base or its output features, so that two of them cannot act at once."""
@@ -281,7 +287,7 @@ NO_PLAIN_FORM: dict[tuple[str, str], str] = {
         for b in BACKBONES
     },
     **{(m, b): "network beside it" for m in ("lst", "lst_sparse") for b in BACKBONES},
-    **{("mtlora", b): "several outputs" for b in BACKBONES},
+    **{(m, b): "several outputs" for m in ("mtlora", "ditask") for b in BACKBONES},
     ("ssf", "vit_mae"): "identity here",
     ("ssf", "vit_aimv2"): "identity here",
 }
@@ -362,7 +368,7 @@ SECOND_FORMS = {
     *("ssf_merging", "vpt_shallow", "vqt_weighted", "prefix_mlp", "adapter_parallel", "adaptformer_1bit", "lora_2bit"),
     *("dora", "pissa", "lora_fa", "convpass_attn", "repadapter_attn", "hydra_2bit", "lst_sparse", "fact_tk"),
     *("fact_4bit", "compacter_full", "mtlora", "polyhistor", "polyhistor_lite", "vpt_window"),
-    *("bone_mini", "bat", "svfit_few", "sparse_lift"),
+    *("bone_mini", "bat", "svfit_few", "sparse_lift", "snella", "ditask"),
     *("adapter_plus", "adapter_plus_inner", "mona", "mlae", "rein", "conformer_adapter"),
 }
 """Further settings of a method, and methods with tests of their own for what is particular to them: they run on the

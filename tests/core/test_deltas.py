@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import vispeft
 from tests.conformance.cells import BACKBONES, Cell
 from vispeft.errors import BackboneError, ConfigError, FileError, SiteError, VispeftError
 from vispeft.methods.mask import THRESHOLD
+from vispeft.methods.pst import sparse_size
 from vispeft.methods.sparse import SparseUnit
 from vispeft.storage.codecs import Rice
 
@@ -35,6 +37,9 @@ QP, ALL = ("attn.qkv", "attn.proj"), ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.f
         (vispeft.Sparse(budget="lora:4"), 12 * 4 * (3072 + 1536 + 3840 + 3840)),
         (vispeft.Sparse(budget="bitfit"), 12 * (2304 + 768 + 3072 + 768)),
         (vispeft.Sparse(budget=0.01), 12 * (17694 + 5898 + 2 * 23592)),
+        (vispeft.PST(), 2_506_752),
+        (vispeft.SNELL(), 2_654_208),
+        (vispeft.MoS(roles=("attn.proj",)), 36_864),
     ],
     ids=str,
 )
@@ -43,6 +48,26 @@ def test_counts_of_a_vit_b(method: vispeft.Method, count: int) -> None:
         model = timm.create_model("vit_base_patch16_224")
     assert vispeft.plan(model, method).trainable == count
     assert method.parameter_count(vispeft.core.families.describe(model)) == count
+
+
+@pytest.mark.parametrize(
+    ("backbone", "snell", "shared", "base"),
+    [
+        ("swin_tiny_patch4_window7_224", 1_271_808, 3_024, 1_599_546),
+        ("swin_base_patch4_window7_224", 3_465_216, 6_048, None),
+    ],
+)
+def test_counts_of_a_swin(backbone: str, snell: int, shared: int, base: int | None) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(backbone, num_classes=0)
+    view = vispeft.core.families.describe(model)
+    assert vispeft.SNELL().parameter_count(view) == vispeft.plan(model, vispeft.SNELL()).trainable == snell
+    tasks = ("seg", "parts", "sal", "normals")
+    trains = dict.fromkeys(("train_patch_embed", "train_norms", "train_rel_pos", "train_merging"), False)
+    maps = vispeft.DiTASK(tasks=tasks, **trains)
+    assert vispeft.plan(model, maps).trainable == maps.parameter_count(view) == shared + 144
+    if base is not None:
+        assert vispeft.DiTASK(tasks=tasks).parameter_count(view) == shared + 144 + base
 
 
 def test_density_of_lifts_budgets() -> None:
@@ -65,6 +90,15 @@ REFUSED: list[tuple[str, Any, type[Exception], str]] = [
     ("vit", lambda: vispeft.SVFit(roles=("norm1",)), SiteError, "neither"),
     ("vit", lambda: vispeft.Mask(roles=("norm1",)), SiteError, "neither"),
     ("vit", lambda: vispeft.Mask(dropout=1.5), ConfigError, "from 0 to 1"),
+    ("vit", lambda: vispeft.PST(rank=30), SiteError, "rank is lower"),
+    ("vit", lambda: vispeft.PST(sparsity=1.0), ConfigError, "share"),
+    ("vit", lambda: vispeft.SNELL(dim=3), ConfigError, "even number"),
+    ("vit", lambda: vispeft.MoS(shards=5), SiteError, "do not divide"),
+    ("vit", lambda: vispeft.MoS(private=3), ConfigError, "from 0 to it"),
+    ("vit", lambda: vispeft.MoS(private=2), ConfigError, "nothing is shared"),
+    ("vit", lambda: vispeft.MoS(rank=1), ConfigError, "leaves some unused"),
+    ("swin", lambda: vispeft.DiTASK(tasks=("a", "b"), cells=1), ConfigError, "at least 2 cells"),
+    ("swin", lambda: vispeft.DiTASK(), ConfigError, "no tasks"),
     ("vit", lambda: vispeft.Sparse(budget=10**9), ConfigError, "the weights have"),
     ("vit", lambda: vispeft.Sparse(budget="lora"), ConfigError, "'lora:R'"),
     ("vit", lambda: vispeft.Sparse(budget=1.0), ConfigError, "share between"),
@@ -112,6 +146,36 @@ def test_energy_chooses_the_rank_of_each_layer(tmp_path: Path) -> None:
         assert torch.equal(again(images), model(images))
     with pytest.raises(ConfigError, match="no closed count"):
         vispeft.SVFit(energy=0.8).parameter_count(bank.view)
+
+
+def test_pruning_follows_the_steps_and_is_kept(tmp_path: Path) -> None:
+    cell = Cell("pst", "vit", short=True)
+    model, images = cell.model(), cell.images()
+    bank = vispeft.attach(model, vispeft.PST(sparsity=0.8, rank=2, mask_rank=2))
+    (callback,) = bank.callbacks()
+    trainer = SimpleNamespace(global_step=0, estimated_stepping_batches=20)
+    shares = []
+    for step in range(20):
+        trainer.global_step = step
+        callback.on_train_batch_start(trainer, SimpleNamespace(bank=bank), None, step)
+        shares.append({round(int(unit.pruned) / unit.size, 2) for unit in bank.units().values()})
+    assert shares[:3] == [{0.0}] * 3
+    assert shares[-5:] == [{0.8}] * 5
+    bank.save(tmp_path)
+    again = cell.model()
+    vispeft.load(again, tmp_path)
+    with torch.no_grad():
+        wanted = model(images)
+        assert torch.equal(again(images), wanted)
+        bank.merge()
+    kept, size = sparse_size(model)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    weights = vispeft.Mask(roles=ALL).parameter_count(bank.view)
+    assert abs(kept - (total - 0.8 * weights)) <= 8
+    assert size < 4 * total - 3 * 0.8 * weights
+    trainer.estimated_stepping_batches = float("inf")
+    with pytest.raises(ConfigError, match="no end"):
+        callback.on_train_start(trainer, None)
 
 
 def test_a_mask_takes_one_bit_per_weight(tmp_path: Path) -> None:

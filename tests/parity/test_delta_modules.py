@@ -11,10 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import vispeft
 from tests.parity.test_deltas import BY_STEM, assert_close, site, tolerance
 from tests.parity.test_parity import PRECISIONS, below, read
-from vispeft.core.units import WeightUnit
+from vispeft.core.units import LayerPass, WeightUnit
+from vispeft.hosts.low_rank import low_rank_linear
+from vispeft.methods.ditask import WarpTask, WarpUnit, warp
 from vispeft.methods.mask import MaskUnit, dropped_gradient
+from vispeft.methods.mos import MoSPool, MoSUnit, _Place
+from vispeft.methods.pst import PSTUnit, _Shape, cubic
+from vispeft.methods.snell import SNELLUnit
 from vispeft.methods.sparse import SparseUnit, largest_entries, principal_weights
 from vispeft.methods.sparse_schedules import SM3, DropAndRegrow, Samples, SparseAdamW, best_inactive, largest_changes
 from vispeft.methods.svfit import SVFitUnit, rank_for_energy
@@ -122,13 +128,6 @@ RULES: dict[str, Callable[..., None]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", list(PRECISIONS), ids=list(PRECISIONS.values()))
-@pytest.mark.parametrize("stem", [stem for stem in RULES if stem in BY_STEM])
-def test_rules(stem: str, dtype: torch.dtype) -> None:
-    meta, tensors = read(BY_STEM[stem])
-    RULES[stem](meta, tensors, dtype, tolerance(meta, PRECISIONS[dtype]))
-
-
 def sft_cycle(meta: dict[str, Any], tensors: Tensors, dtype: torch.dtype, limit: float) -> None:
     """Ten steps of two layers with two reselections, at the steps and with the samples of the public phase counter."""
     config, t = meta["config"], {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
@@ -232,3 +231,175 @@ def test_schedules(stem: str) -> None:
     """In float64 alone: wrong variants of an optimiser may differ by 5e-6."""
     meta, tensors = read(BY_STEM[stem])
     SCHEDULES[stem](meta, tensors, torch.float64, tolerance(meta, "float64"))
+
+
+def pst(meta: dict[str, Any], tensors: Tensors, dtype: torch.dtype, limit: float) -> None:
+    names = {"U": "weight_U", "V": "weight_V", **{n: f"mask_scores_{n}" for n in "ABRC"}}
+    for name, case in cases(meta, tensors, dtype).items():
+        config = meta["config"][name]
+        scales = tuple(config[key] for key in ("beta", "alpha1", "alpha2"))
+        shape = _Shape(config["weight_rank"], config["mask_rank"], scales, "normal")
+        unit = PSTUnit(site(name, *case["weight"].shape), shape).to(dtype)
+        with torch.no_grad():
+            for ours, theirs in names.items():
+                unit.get_parameter(ours).copy_(case[f"adapter.{theirs}"])
+            unit.pruned.fill_(int(config["sparsity"] * unit.size))
+            assert int(unit.pruned) == config["pruned"]
+            scores = unit.scores(unit.changed(case["weight"]))
+            assert_close("scores", scores, case["mid.scores"], limit)
+            assert torch.equal(unit.mask(scores), case["out.mask"].bool())
+        check_layer(unit, case, names, limit)
+
+
+def pst_schedule(meta: dict[str, Any], tensors: Tensors, dtype: torch.dtype, limit: float) -> None:
+    for name, config in meta["config"].items():
+        total = config["total_steps"]
+        ends, shares = ([config[f"{when}_{what}"] for when in ("initial", "final")] for what in ("sparsity", "warmup"))
+        found = torch.tensor([cubic(step, total, tuple(ends), tuple(shares)) for step in range(total + 1)], dtype=dtype)
+        assert_close(name, found, tensors[f"out.{name}.sparsity"], limit)
+
+
+def mos(meta: dict[str, Any], tensors: Tensors, dtype: torch.dtype, limit: float) -> None:
+    config, t = meta["config"], {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+    place = site("layer", config["out_features"], config["in_features"])
+    method = vispeft.MoS(
+        rank=config["r"],
+        equivalent=config["equivalent_rank"],
+        private=config["private_rank"],
+        shards=config["shards_per_vector"],
+        alpha=float(config["alpha"]),
+    )
+    pool = MoSPool(len(t["adapter.pool_A"]), method.shards, place).to(dtype)
+    assert_close("bound", torch.tensor(pool.bound), t["out.init_bound_of_A"], 1e-6)
+    with torch.no_grad():
+        pool.A.copy_(t["adapter.pool_A"])
+        pool.B.copy_(t["adapter.pool_B"])
+    public = (method.equivalent - method.private) * config["blocks"] * method.shards
+    loss = torch.zeros((), dtype=dtype)
+    for k in range(config["blocks"]):
+        unit = MoSUnit(place, _Place(method.rank, method.private, method.shards, public, k), config["scale"], 0.0)
+        unit.borrow(pool)
+        unit.reset(torch.Generator().manual_seed(k))
+        for rows, name in ((unit.rows_a, "A"), (unit.rows_b, "B")):
+            # Private rows are in one order; public ones are a draw without replacement.
+            own = method.private * method.shards
+            wanted = t[f"adapter.index_{name}.{k}"]
+            assert torch.equal(rows[len(rows) - own :].long(), wanted[len(rows) - own :].long())
+            assert len(rows.unique()) == len(rows)
+            rows.copy_(wanted)
+        a, b = unit.factors()
+        assert_close("A", a, t[f"mid.A.{k}"], limit)
+        assert_close("B", b, t[f"mid.B.{k}"], limit)
+        out = low_rank_linear(t[f"input.x.{k}"], t[f"weight.{k}"], t[f"bias.{k}"], unit.branches())
+        assert_close("y", out, t[f"out.y.{k}"], limit)
+        loss = loss + (out * t[f"input.w.{k}"]).sum()
+    loss.backward()
+    assert_close("grad A", pool.A.grad, t["grad.adapter.pool_A"], limit)
+    assert_close("grad B", pool.B.grad, t["grad.adapter.pool_B"], limit)
+
+
+RULES |= {"pst_linear": pst, "pst_schedule": pst_schedule, "mos_linear": mos, "mos_linear_noprivate": mos}
+
+
+@pytest.mark.parametrize("dtype", list(PRECISIONS), ids=list(PRECISIONS.values()))
+@pytest.mark.parametrize("stem", [stem for stem in RULES if stem in BY_STEM])
+def test_rules(stem: str, dtype: torch.dtype) -> None:
+    meta, tensors = read(BY_STEM[stem])
+    RULES[stem](meta, tensors, dtype, tolerance(meta, PRECISIONS[dtype]))
+
+
+def snell(case: dict[str, Any], t: Tensors, limits: tuple[float, float]) -> None:
+    variant = "snella" if "adapter.alpha" in t else "snell"
+    method = vispeft.SNELL(
+        dim=case["q_dim"], threshold=case.get("init_thres", 0.0), variant=variant, norm=case.get("norm_p", 2)
+    )
+    unit = SNELLUnit(site("layer", case["out_features"], case["in_features"]), method).to(t["input.x"].dtype)
+    names = {"inputs": "In_Qs", "outputs": "Out_Qs", **{n: n for n in ("alpha", "beta", "gamma")}}
+    with torch.no_grad():
+        for ours, tensor in unit.named_parameters():
+            tensor.copy_(t[f"adapter.{names[ours]}"])
+        assert_close("dense", unit.dense(), t["out.dense_delta"], limits[0])
+    x = t["input.x"].requires_grad_()
+    delta = unit.fold_weight(torch.zeros_like(t["out.delta"]))
+    assert int((delta != 0).sum()) == case["kept"]
+    assert_close("delta", delta, t["out.delta"], limits[0])
+    out = F.linear(x, delta)
+    assert_close("y", out, t["out.y"], limits[0])
+    (out * t["input.w"]).sum().backward()
+    assert_close("grad x", x.grad, t["grad.input.x"], limits[1])
+    wanted = below(t, "grad.adapter.")
+    assert set(wanted) == {names[ours] for ours, _ in unit.named_parameters()}
+    for ours, tensor in unit.named_parameters():
+        assert_close(ours, tensor.grad, wanted[names[ours]], limits[1])
+
+
+def ditask_layer(case: dict[str, Any], t: Tensors, limits: tuple[float, float]) -> None:
+    cells, dtype = case["cells"], t["input.x"].dtype
+    place = site("layer", case["out_features"], case["in_features"])
+    unit = WarpUnit(place, cells["shared"], "uniform").to(dtype)
+    unit.prepare(t["weight"])
+    assert unit.parts == case["blocks"]
+    unit.theta.data.copy_(t["adapter.lora_shared_A"][0])
+    leaves, x = {"lora_shared_A": unit.theta}, t["input.x"].requires_grad_()
+    inputs = {name: tensor.requires_grad_() for name, tensor in below(t, "input.x_tasks.").items()}
+    weight = unit.fold_weight(t["weight"])
+    assert_close("weight", weight, t["out.weight_shared"], limits[0])
+    assert_close("values", unit.moved(unit.theta)[0], t["mid.singular_new"], limits[0])
+    bias = t.get("bias")  # patch merging has none
+    shared = F.linear(x, weight, bias)
+    outputs = {"shared": shared}
+    for task in case["tasks"] or ():
+        own = WarpTask(cells[task], "uniform", task, bias).to(dtype)
+        own.borrow(unit)
+        own.theta.data.copy_(t[f"adapter.lora_tasks_A.{task}"][0])
+        leaves[f"lora_tasks_A.{task}"] = own.theta
+        outputs[f"task.{task}"] = own.branches(LayerPass(x, inputs, shared, shared))[task]
+    loss = torch.zeros((), dtype=dtype)
+    for name, out in outputs.items():
+        assert_close(name, out, t[f"out.{name}"], limits[0])
+        loss = loss + (out * t[f"input.w.{name}"]).sum()
+    loss.backward()
+    if dtype == torch.float32:
+        return  # gradients of the maps are badly conditioned in float32 (README-F)
+    wanted = below(t, "grad.")
+    found = {**{f"adapter.{n}": leaf.grad[None] for n, leaf in leaves.items()}, "input.x": x.grad}
+    found |= {f"input.x_tasks.{name}": tensor.grad for name, tensor in inputs.items()}
+    assert set(wanted) == set(found)
+    for name, grad in found.items():
+        assert_close(f"grad.{name}", grad, wanted[name], limits[1])
+
+
+FLOAT64, FLOAT32 = (1e-10, 1e-9), (2e-5, 1e-4)
+"""Limits of outputs and gradients, relative to a tensor's largest entry (README-F, "Tolerances")."""
+SINGLE = {"snell_linear": (snell, FLOAT64, FLOAT32), "ditask_linear": (ditask_layer, (1e-10, 1e-7), (1e-4, 0.0))}
+
+
+@pytest.mark.parametrize("dtype", list(PRECISIONS), ids=list(PRECISIONS.values()))
+@pytest.mark.parametrize("stem", [stem for stem in SINGLE if stem in BY_STEM])
+def test_layers_in_several_cases(stem: str, dtype: torch.dtype) -> None:
+    meta, tensors = read(BY_STEM[stem])
+    check, wide, narrow = SINGLE[stem]
+    for name, case in meta["cases"].items():
+        own = below(tensors, f"{name}.")
+        given = {k: v.to(dtype) if v.is_floating_point() else v for k, v in own.items()}
+        check(case, given, wide if dtype == torch.float64 else narrow)
+
+
+@pytest.mark.parametrize("cells", [2, 5, 16, 64])
+def test_warps(cells: int) -> None:
+    if "ditask_cpab" not in BY_STEM:
+        pytest.skip("the folder of reference files has none of the warp")
+    t = below(read(BY_STEM["ditask_cpab"])[1], f"cells{cells}.")
+    theta = t["adapter.theta"][0].double().requires_grad_()
+    grid = torch.linspace(0, 1, t["out.warped_grid"].shape[1], dtype=torch.float64)
+    moved = warp(theta, grid)
+    (moved * t["input.w"][0].double()).sum().backward()
+    assert_close("grid", moved, t["out.warped_grid"][0], 1e-10)
+    assert_close("grad", theta.grad, t["grad.adapter.theta"][0], 1e-7)
+    assert (moved.diff() > 0).all()
+    still = torch.zeros(cells - 1, dtype=torch.float64, requires_grad=True)
+    out = warp(still, grid)
+    assert torch.equal(out, grid)
+    # At the identity the map moves by its velocity, whose derivatives are the columns of the basis.
+    jacobian = torch.autograd.functional.jacobian(lambda x: warp(x, grid), still)
+    assert torch.allclose(jacobian @ theta.detach(), t["out.velocity"][0], atol=1e-12)

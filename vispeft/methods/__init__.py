@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vispeft.methods.compacter import Compacter as Compacter
     from vispeft.methods.conformer_adapter import ConformerAdapter as ConformerAdapter
     from vispeft.methods.convpass import Convpass as Convpass
+    from vispeft.methods.ditask import DiTASK as DiTASK
     from vispeft.methods.fact import FacT as FacT
     from vispeft.methods.full import Full as Full
     from vispeft.methods.hydra import Hydra as Hydra
@@ -26,12 +27,15 @@ if TYPE_CHECKING:
     from vispeft.methods.mask import Mask as Mask
     from vispeft.methods.mlae import MLAE as MLAE
     from vispeft.methods.mona import Mona as Mona
+    from vispeft.methods.mos import MoS as MoS
     from vispeft.methods.mtlora import MTLoRA as MTLoRA
     from vispeft.methods.norm_tuning import NormTuning as NormTuning
     from vispeft.methods.polyhistor import Polyhistor as Polyhistor
     from vispeft.methods.prefix import Prefix as Prefix
+    from vispeft.methods.pst import PST as PST
     from vispeft.methods.rein import Rein as Rein
     from vispeft.methods.repadapter import RepAdapter as RepAdapter
+    from vispeft.methods.snell import SNELL as SNELL
     from vispeft.methods.sparse import Sparse as Sparse
     from vispeft.methods.ssf import SSF as SSF
     from vispeft.methods.svfit import SVFit as SVFit
