@@ -1,6 +1,7 @@
 """Plots of metrics and predictions."""
 
 from vispeft.viz.curves import learning_curves, read_history
+from vispeft.viz.heads import head_map
 from vispeft.viz.matrix import confusion_matrix
 from vispeft.viz.neighbours import Neighbour, NeighbourRow, draw_neighbours
 from vispeft.viz.overlays import colour_mask, lay_over, overlay_grid
@@ -18,6 +19,7 @@ __all__ = [
     "dense_picture",
     "draw_neighbours",
     "embedding_plot",
+    "head_map",
     "lay_over",
     "learning_curves",
     "overlay_grid",
