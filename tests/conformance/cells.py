@@ -107,6 +107,8 @@ METHODS: dict[str, vispeft.Method] = {
     "mona": vispeft.Mona(bottleneck=4, dropout=0.0),
     "mlae": vispeft.MLAE(rank=3, expert_dropout=0.0),
     "rein": vispeft.Rein(num_tokens=3, rank=2),
+    "lofit": vispeft.LoFiT(stage="both"),
+    "lofit_offsets": vispeft.LoFiT(stage="offsets", heads=((0, 1), (0, 0))),
     "conformer_adapter": vispeft.ConformerAdapter(reduction=6, kernel=4, variant="houlsby"),
     "ditask": vispeft.DiTASK(tasks=("seg", "depth"), cells=6, task_cells=4),
 }
@@ -369,13 +371,14 @@ SECOND_FORMS = {
     *("dora", "pissa", "lora_fa", "convpass_attn", "repadapter_attn", "hydra_2bit", "lst_sparse", "fact_tk"),
     *("fact_4bit", "compacter_full", "mtlora", "polyhistor", "polyhistor_lite", "vpt_window"),
     *("bone_mini", "bat", "svfit_few", "sparse_lift", "snella", "ditask"),
-    *("adapter_plus", "adapter_plus_inner", "mona", "mlae", "rein", "conformer_adapter"),
+    *("adapter_plus", "adapter_plus_inner", "mona", "mlae", "rein", "conformer_adapter", "lofit"),
+    "lofit_offsets",
 }
 """Further settings of a method, and methods with tests of their own for what is particular to them: they run on the
 main families, and not on the variants of one family as well."""
 
 LEFT = {("polyhistor", "vit"), ("polyhistor_lite", "vit"), ("polyhistor_lite", "swin"), ("vpt_window", "vit")}
-LEFT |= {("adapter_plus_inner", backbone) for backbone in BACKBONES}
+LEFT |= {(method, backbone) for method in ("adapter_plus_inner", "lofit_offsets") for backbone in BACKBONES}
 """Cells left to ``make test-slow``: tests of their own have what is particular to them."""
 
 CELLS = [

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vispeft.methods.full import Full as Full
     from vispeft.methods.hydra import Hydra as Hydra
     from vispeft.methods.linear_probe import LinearProbe as LinearProbe
+    from vispeft.methods.lofit import LoFiT as LoFiT
     from vispeft.methods.lora import LoRA as LoRA
     from vispeft.methods.lst import LST as LST
     from vispeft.methods.mam import MAM as MAM

@@ -2,6 +2,7 @@
 
 from vispeft.viz.attention import Attention, attention_of, attention_picture, draw_attention, draw_prompts
 from vispeft.viz.curves import learning_curves, read_history
+from vispeft.viz.heads import head_map
 from vispeft.viz.matrix import confusion_matrix
 from vispeft.viz.neighbours import Neighbour, NeighbourRow, draw_neighbours
 from vispeft.viz.overlays import colour_mask, lay_over, overlay_grid
@@ -28,6 +29,7 @@ __all__ = [
     "draw_prompts",
     "draw_shift",
     "embedding_plot",
+    "head_map",
     "lay_over",
     "learning_curves",
     "overlay_grid",
