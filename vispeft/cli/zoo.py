@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
+from rich.filesize import decimal
 from rich.table import Table
 
 from vispeft.cli.common import console, make_parser
@@ -130,18 +132,32 @@ COLUMNS = ("name", "task", "backbone", "method", "on test images", "over probe",
 """Columns of `zoo_table`."""
 
 
+def _table_of(task: str, entries: Sequence[ZooEntry]) -> Table:
+    """Make the table of the adapters of one kind of task, narrow enough for a terminal of 80 columns."""
+    from vispeft.cli.zoo_card import figure_text
+
+    names = list(dict.fromkeys(key for entry in entries for key in entry.figures))
+    measured = f"test {names[0]}" if len(names) == 1 else f"{len(names)} figures each, `vispeft zoo show NAME`"
+    table = Table(title=f"{task} ({measured})", title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.pad_edge, table.padding = False, (0, 1, 0, 0)
+    for column in ("name", "backbone", "method", "test", "over probe", "trainable", "size"):
+        left = column in ("name", "backbone", "method")
+        table.add_column(column, justify="left" if left else "right", no_wrap=column in ("name", "trainable", "size"))
+    for entry in entries:
+        [(name, _, backbone, method, _, gained, trainable, _)] = zoo_table({entry.name: entry})
+        shown = figure_text(*next(iter(entry.figures.items()))).split()[-1] if len(names) == 1 else ""
+        size = decimal(entry.size)
+        table.add_row(name, backbone.removeprefix(PREFIX), method, shown, gained, trainable, size)
+    return table
+
+
 def _list(given: argparse.Namespace) -> None:
     found = {name: adapter.entry for name, adapter in list_zoo_adapters().items()}
     if not found:
         console.print("The zoo has no adapters. `vispeft zoo add` and `vispeft zoo pull` bring some.")
         return
-    table = Table()
-    for column in COLUMNS:
-        numbers = column in ("over probe", "trainable", "bytes")
-        table.add_column(column, justify="right" if numbers else "left", overflow="fold", no_wrap=column == "name")
-    for row in zoo_table(found):
-        table.add_row(*row)
-    console.print(table)
+    for task in sorted({entry.task for entry in found.values()}):
+        console.print(_table_of(task, [entry for entry in found.values() if entry.task == task]))
     console.print("`vispeft zoo show NAME` prints a card; vispeft.zoo.create('NAME') makes a model that predicts.")
 
 

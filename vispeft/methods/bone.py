@@ -27,7 +27,7 @@ __all__ = ["BATUnit", "Bone", "MiSSUnit"]
 TOY = Recipe(
     lr=3e-3,
     weight_decay=0.0,
-    source="own runs on digits with a 4-block ViT: 3e-3 best, 1e-2 unstable; the paper has language models alone",
+    source="a first try: of the order of LoRA's, and unstable above 1e-2; the paper has language models alone",
     fields={"rank": 8},
 )
 

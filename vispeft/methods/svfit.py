@@ -22,7 +22,7 @@ __all__ = ["SVFit", "SVFitUnit", "decompose", "rank_for_energy"]
 TOY = Recipe(
     lr=1e-1,
     weight_decay=0.0,
-    source="own runs on digits with a 4-block ViT: 1e-1 of 1e-2, 3e-2 and 1e-1; singular values are of order 1 to 10",
+    source="a first try: singular values are of order 1 to 10, so they take larger steps than factors",
 )
 
 
