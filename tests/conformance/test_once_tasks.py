@@ -139,4 +139,5 @@ def test_lean_and_leaner_give_the_gradients_of_plain(cell: Cell, step: Step) -> 
 
 def test_every_registered_method_is_in_the_grid() -> None:
     """So that a method that comes later enters these rows, those of one call, and the benchmark of a GPU."""
-    assert {type(method) for method in METHODS.values()} >= set(registered_methods())
+    shipped = {cls for cls in registered_methods() if cls.__module__.startswith("vispeft.methods.")}
+    assert {type(method) for method in METHODS.values()} >= shipped
