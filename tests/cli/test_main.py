@@ -97,11 +97,11 @@ def test_the_package_runs_as_a_module():
 def test_scripts_run_from_anywhere(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VISPEFT_DEBUG")}
     result = subprocess.run(
-        [sys.executable, str(script("inspect")), "vit_tiny_patch16_224", "sff"],
+        [sys.executable, str(script("inspect")), "vit_tiny_patch16_224", "ssff"],
         capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path, env=environment,
     )  # fmt: skip
     assert result.returncode == 2
-    assert result.stderr.startswith("error: Unknown method 'sff'. Did you mean 'ssf'?")
+    assert result.stderr.startswith("error: Unknown method 'ssff'. Did you mean 'ssf'?")
 
 
 def test_train_lists_the_packaged_configs(capsys):

@@ -134,7 +134,7 @@ REFUSED = {
     "unknown section": (["--modle.lr=1"], "Unknown key 'modle.lr'. Did you mean 'model.lr'"),
     "abbreviated key": (["--trainer.max_epoch=1"], "Did you mean 'trainer.max_epochs'"),
     "unknown data key": (["--data.bath_size=1"], "Did you mean 'data.batch_size'"),
-    "unknown method": (["--method", "sff"], "Unknown method 'sff'. Did you mean 'ssf'?"),
+    "unknown method": (["--method", "ssff"], "Unknown method 'ssff'. Did you mean 'ssf'?"),
     "unknown method class": (["--model.method=vispeft.SFF"], "Did you mean 'vispeft.SSF'"),
     "no method": (["--model.method=vispeft.data.DigitsData"], "no method (no subclass of Method)"),
     "unknown field": (["--model.method.patch_mergin=1"], "Did you mean 'model.method.patch_merging'"),

@@ -14,6 +14,7 @@ from tests.tiny import CONFIG
 from vispeft.cli import finish
 from vispeft.cli.config import ConfigCLI
 from vispeft.cli.start import start_from
+from vispeft.cli.zoo_add import Extras, add_run
 from vispeft.storage.files import read_adapter
 from vispeft.tasks import Classification
 from vispeft.zoo.adapters import find_adapter
@@ -198,7 +199,7 @@ def test_a_classifier_for_other_classes_is_not_taken_over(whole, config):
 
 
 def test_an_adapter_of_the_zoo(whole, run_cli, tmp_path, monkeypatch):
-    shutil.copytree(whole / "adapter", tmp_path / "zoo/numbers")
+    add_run(str(whole), "numbers", tmp_path / "zoo", Extras(license="MIT"))
     monkeypatch.setenv("VISPEFT_ZOO", str(tmp_path / "zoo"))
     assert find_adapter("zoo:numbers") == tmp_path / "zoo/numbers"
     assert "Did you mean 'numbers'?" in run_cli("train", whole / "config.yaml", "--init", "zoo:number").err

@@ -96,7 +96,7 @@ METHODS: dict[str, vispeft.Method] = {
     "sparse": vispeft.Sparse(),
     "sparse_lift": vispeft.Sparse(budget=0.1, support="lift", principal=2, roles=("patch_embed", *LINEARS)),
     "pst": vispeft.PST(rank=2, mask_rank=3, start="kaiming"),
-    "snell": vispeft.SNELL(dim=4, threshold=0.3),
+    "snell": vispeft.SNELL(dim=4, threshold=0.3, scale=1.0),
     "snella": vispeft.SNELL(dim=4, threshold=0.0, variant="snella"),
     "mos": vispeft.MoS(rank=3, shards=2, dropout=0.0),
     "mtlora": vispeft.MTLoRA(tasks=("seg", "depth"), rank=3, task_rank=2, dropout=0.0),

@@ -31,7 +31,7 @@ def test_module(name: str, precision: str) -> None:
     with torch.no_grad():
         for ours, tensor in unit.state_dict().items():
             tensor.copy_(own[f"adapter.{CONFORMER[ours]}"].reshape(tensor.shape))
-    x = own["input.x"].to(dtype).requires_grad_()
+    x = own["input.x"].to(dtype, copy=True).requires_grad_()
     out = unit.branch(x, None, 0)
     assert differs(out, own["out.y"]) <= OUTPUT[precision]
     (out * own["input.w"].to(dtype)).sum().backward()

@@ -21,7 +21,7 @@ def test_module(precision: str) -> None:
     with torch.no_grad():
         for name, parameter in unit.named_parameters():
             parameter.copy_(tensors[f"adapter.{MONA[name]}"])
-    x = tensors["input.x"].to(dtype).requires_grad_()
+    x = tensors["input.x"].to(dtype, copy=True).requires_grad_()
     image = x.unflatten(1, meta["config"]["hw"])
     out = (image + unit.branch(image, None, 0)).flatten(1, 2)
     assert differs(out, tensors["out.y"]) <= OUTPUT[precision]

@@ -137,7 +137,7 @@ def adapted(file: str, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Te
 def test_maps_and_gradients_of_a_backbone(file: str, dtype: torch.dtype) -> None:
     meta, tensors, model, bank = adapted(file, dtype)
     tolerance = {torch.float64: 1e-6, torch.float32: 1e-4}[dtype]
-    images = tensors["input"].to(dtype).requires_grad_()
+    images = tensors["input"].to(dtype, copy=True).requires_grad_()
     result = model.run(images)
     found = {}
     for stage, bundle in enumerate([*result.entries[1:], result.streams]):

@@ -53,7 +53,7 @@ def test_losses_and_gradients(dtype: torch.dtype) -> None:
     assert set(cases) == set(meta["cases"])
     losses, targets = {}, {}
     for case in cases:
-        logits = tensors[f"{case}.logits"].to(dtype).requires_grad_()
+        logits = tensors[f"{case}.logits"].to(dtype, copy=True).requires_grad_()
         target = target_of(case, logits.shape[1])
         void = [tensors[f"{case}.void"] > 0] if f"{case}.void" in tensors else []
         loss = loss_of(case, target)(logits, labels_of(tensors[f"{case}.target"], target), *void)

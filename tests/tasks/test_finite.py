@@ -2,7 +2,6 @@
 
 import json
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,7 +78,7 @@ def test_an_epoch_without_a_number_is_never_the_best(tmp_path, caplog):
     checkpoints = RunCheckpoints(tmp_path, monitor="validation/miou")
     kept = []
     for epoch, score in enumerate([NAN, float("inf"), 0.2, NAN, 0.1, float("inf"), 0.3]):
-        if checkpoints._better(score, SimpleNamespace(current_epoch=epoch)):
+        if checkpoints._better(score, epoch):
             checkpoints.best = {"file": "", "epoch": epoch, "score": score}
         kept.append(checkpoints.best and checkpoints.best["epoch"])
     assert kept == [None, None, 2, 2, 2, 2, 6]

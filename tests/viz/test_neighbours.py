@@ -50,7 +50,7 @@ def test_wrong_neighbours_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(neighbours, "save", lambda figure, path: figures.append(figure))
     draw_neighbours([NeighbourRow(image=image(200), title="mug", neighbours=found)], tmp_path / "a.png")
     titles = [place.get_title() for place in figures[0].axes]
-    assert titles == ["mug", "0.900", "0.800\na $cup_ whos…its picture", "0.700\nbowl", "0.600"]
+    assert titles == ["mug", "0.900", "0.800\na $cup_ w… picture", "0.700\nbowl", "0.600"]
 
 
 @pytest.mark.parametrize("names", [None, ["cup", "mug"]])
