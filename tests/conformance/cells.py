@@ -91,7 +91,7 @@ METHODS: dict[str, vispeft.Method] = {
     "bone_mini": vispeft.Bone(rank=3, mini=4, scale=0.5),
     "bat": vispeft.Bone(rank=2, variant="bat"),
     "svfit": vispeft.SVFit(),
-    "svfit_few": vispeft.SVFit(rank=9, roles=("attn.q", "mlp.fc2")),
+    "svfit_few": vispeft.SVFit(rank=9, roles=("attn.q", "attn.proj", "mlp.fc2")),
     "mask": vispeft.Mask(),
     "sparse": vispeft.Sparse(),
     "sparse_lift": vispeft.Sparse(budget=0.1, support="lift", principal=2, roles=("patch_embed", *LINEARS)),

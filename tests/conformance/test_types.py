@@ -30,7 +30,7 @@ def test_float16_with_scaled_gradients(cell: Cell) -> None:
     """A base in float16 keeps adapter and classifier in float32, so that a scaler finds gradients it can unscale."""
     model, images = cell.model(), cell.images()
     first = cell.attach(model)
-    wanted = model(images).detach()
+    wanted = model.train()(images).detach()
     half = cell.model().half()
     bank = cell.attach(half)
     bank.load_state_dict(first.state_dict())

@@ -74,8 +74,8 @@ def test_it_asks_for_nothing_outside(site: Path) -> None:
 def test_own_tiles_with_dinov3_and_lora_are_two_clicks_away(site: Path) -> None:
     """One from the start page, in fact, and the page names the config."""
     links = [address for address, text in Site(site / "index.html").links if "DINOv3" in text and "LoRA" in text]
-    assert "recipes/tiles.html" in links
-    assert "segmentation/folder" in (site / "recipes/tiles.html").read_text(encoding="utf-8")
+    assert "recipes/tiles_and_masks.html" in links
+    assert "segmentation/folder" in (site / "recipes/tiles_and_masks.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from vispeft.core.fields import DropPath, FewBits, check_factor, check_share, check_whole
-from vispeft.core.low_rank import Branch
+from vispeft.core.low_rank import NO_DROPOUT, Branch
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import FGVC, VTAB, Recipe
 from vispeft.core.sites import Site, View
@@ -59,7 +59,7 @@ class ExpertUnit(LowBit, DeltaUnit):
     def branches(self) -> list[Branch]:
         """Return the term of the experts that this forward pass keeps."""
         b = self.matrix("B").t() * self.drawn()
-        return [Branch(self.matrix("A"), b, self.scale, self.start, self.stop)]
+        return [Branch(self.matrix("A"), b, self.scale, self.start, self.stop, NO_DROPOUT)]
 
     def drawn(self) -> Tensor:
         """Return the coefficients (rank,): dropped ones zero, the others divided by the share that is kept.
