@@ -13,9 +13,9 @@ from vispeft.storage.locks import hold
 from vispeft.storage.places import check_folder
 from vispeft.zoo.index import ZooEntry, check_files, read_index, write_index
 
-__all__ = ["held_zoo", "put_in_place", "remove_adapter"]
+__all__ = ["held_zoo", "put_in_place", "remove_adapter", "staged"]
 
-_LOCK = ".lock"
+_LOCK, _STAGE = ".lock", ".adding"
 
 
 @contextlib.contextmanager
@@ -32,6 +32,33 @@ def held_zoo(zoo: Path) -> Iterator[None]:
     zoo.mkdir(parents=True, exist_ok=True)
     with hold(zoo / _LOCK, f"The zoo {zoo}", wait=True):
         yield
+
+
+@contextlib.contextmanager
+def staged(zoo: Path, name: str) -> Iterator[Path]:
+    """Make an empty folder in which an adapter is put together, and remove it at the end; the caller holds the zoo.
+
+    Args:
+        zoo: The zoo's folder.
+        name: The adapter, which is also the folder's name.
+
+    Yields:
+        The folder, on the disk of the zoo.
+
+    Raises:
+        FileError: If it cannot be made.
+    """
+    above = zoo / _STAGE
+    try:
+        if above.exists():  # of a process that was killed
+            shutil.rmtree(above)
+        (above / name).mkdir(parents=True)
+    except OSError as error:
+        raise FileError(f"{above} could not be emptied ({error.strerror or error}). Remove it.") from error
+    try:
+        yield above / name
+    finally:
+        shutil.rmtree(above, ignore_errors=True)
 
 
 def put_in_place(zoo: Path, folder: Path, entry: ZooEntry) -> None:
