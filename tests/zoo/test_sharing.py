@@ -1,12 +1,16 @@
 """What sharing must not do: delete a user's files, or leave a zoo that cannot be read. Nothing is trained or built."""
 
+from urllib.request import Request
+
 import pytest
 
+from vispeft.cli.zoo import zoo_table
 from vispeft.cli.zoo_push import push_adapter
-from vispeft.errors import FileError
+from vispeft.errors import ConfigError, FileError
 from vispeft.zoo.adapters import ZooAdapter
 from vispeft.zoo.index import FILES, INDEX, ZooEntry, describe_file, read_index, write_index
 from vispeft.zoo.install import remove_adapter
+from vispeft.zoo.sources import _SafeRedirects, find_source
 
 
 def make_adapter(zoo, name, card="a card", **changes):
@@ -70,3 +74,55 @@ def test_what_a_killed_process_left_is_replaced(mine, tmp_path):
     assert (target / "mine" / "CARD.md").read_text() == "a card"
     remove_adapter(target, "mine")
     assert {path.name for path in target.iterdir()} == {INDEX}
+
+
+@pytest.mark.parametrize(
+    ("says", "changes"),
+    [
+        ("the figures", {"figures": {}}),
+        ("the baseline", {"baseline": {"miou": 0.5}}),
+        ("the baseline", {"baseline": {"accuracy": 0.5, "miou": 0.5}}),
+        ("the baseline", {"baseline": {}}),
+        ("the baseline", {"baseline": {"accuracy": 0.0}}),
+        ("the baseline", {"baseline": {"accuracy": -0.5}}),
+    ],
+)
+def test_an_index_of_which_no_table_can_be_made(tmp_path, says, changes):
+    with pytest.raises(FileError, match=f"{says} .* of mine"):
+        make_adapter(tmp_path / "zoo", "mine", **changes)
+    assert read_index(tmp_path / "zoo") == {}
+
+
+def test_the_table_has_the_gain_over_the_baseline(tmp_path):
+    adapter = make_adapter(tmp_path / "zoo", "mine", baseline={"accuracy": 0.4})
+    assert zoo_table({"mine": adapter.entry})[0][4:6] == ["accuracy 50.0%", "+25.0 %"]
+
+
+@pytest.mark.parametrize("address", ["https://[::1", "https://a:b/zoo", "https://", "https://a:99999/x", "http://[::1"])
+def test_what_is_no_address(address):
+    with pytest.raises(ConfigError, match="address"):
+        find_source(address)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "allowed"),
+    [
+        ("https://example.org/zoo", "http://127.0.0.1/admin", False),
+        ("https://example.org/zoo", "http://localhost:8080/", False),
+        ("https://example.org/zoo", "https://[::1", False),
+        ("https://example.org/zoo", "file:///etc/passwd", False),
+        ("http://localhost/zoo", "http://example.org/zoo", False),
+        ("https://example.org/zoo", "https://example.net/zoo", True),
+        ("http://localhost/zoo", "http://127.0.0.1/zoo", True),
+        ("http://localhost/zoo", "https://example.org/zoo", True),
+    ],
+)
+def test_where_a_redirection_may_lead(first, second, allowed):
+    def follow():
+        return _SafeRedirects().redirect_request(Request(first), None, 302, "Found", {}, second)
+
+    if allowed:
+        assert follow().full_url == second
+    else:
+        with pytest.raises(ConfigError, match="address"):
+            follow()
