@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from vispeft.cli.zoo import zoo_table
 from vispeft.cli.zoo_trust import check_config
 from vispeft.zoo.index import FILES, INDEX, describe_file, index_bytes, parse_index, read_index
 
@@ -220,8 +221,8 @@ def flipped(content, count, seed):
 
 
 def read_changed(path, content, seed):
-    """Read an index after it was changed."""
-    return parse_index(path, hostile_index(content, seed))
+    """Read an index after it was changed, and make the table of `vispeft zoo list` of it."""
+    return zoo_table(parse_index(path, hostile_index(content, seed)))
 
 
 def config_changed(folder, header, content, seed):

@@ -170,7 +170,12 @@ def test_push_to_a_hub(hub, own, zoo_cli):
 
 def test_push_to_a_folder(own, zoo_cli, tmp_path):
     target = tmp_path / "stick"
+    (own / "mine" / "secret.txt").write_text("not of the adapter")
+    (target / ".adding" / "mine").mkdir(parents=True)  # of a process that was killed
+    (target / ".adding" / "mine" / "half.safetensors").touch()
     assert zoo_cli("push", "mine", f"{target}/").status == 0
+    assert left(target) == {"mine", INDEX}
+    assert left(target / "mine") == set(FILES)
     assert read_index(target)["mine"].same_content(read_index(own)["mine"])
     assert "neither" in zoo_cli("push", "mine", "a/b/c").err
     (own / "mine" / "CARD.md").write_text("changed")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from vispeft.storage.files import dtype_name, read_encoded, write_adapter
 from vispeft.zoo.adapters import backbone_names
 from vispeft.zoo.folder import zoo_folder
 from vispeft.zoo.index import CARD, CONFIG, METRICS, ZooEntry, check_name, describe_file, read_index
-from vispeft.zoo.install import held_zoo, put_in_place
+from vispeft.zoo.install import held_zoo, put_in_place, staged
 
 __all__ = ["Extras", "add_run", "measured"]
 
@@ -79,7 +77,7 @@ def add_run(path: str, name: str, zoo: Path, extras: Extras) -> ZooEntry:
         raise ConfigError(f"zoo:{name} ships with the package, and hides others of its name. Choose another --name.")
     run = Run.open(path)
     facts = _facts(run, name, extras)
-    with held_zoo(zoo), _staging(zoo, name) as folder:
+    with held_zoo(zoo), staged(zoo, name) as folder:
         _stage(run, folder, facts, half=extras.half)
         entry = _entry(folder, name, facts)
         known = read_index(zoo).get(name)
@@ -90,19 +88,6 @@ def add_run(path: str, name: str, zoo: Path, extras: Extras) -> ZooEntry:
             )
         put_in_place(zoo, folder, entry)
     return entry
-
-
-@contextlib.contextmanager
-def _staging(zoo: Path, name: str) -> Iterator[Path]:
-    """Make a folder of the adapter's name beside its place, and remove it at the end."""
-    above = zoo / ".adding"
-    shutil.rmtree(above, ignore_errors=True)
-    folder = above / name
-    try:
-        folder.mkdir(parents=True)
-        yield folder
-    finally:
-        shutil.rmtree(above, ignore_errors=True)
 
 
 def _facts(run: Run, name: str, extras: Extras) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import yaml
 from vispeft.errors import ConfigError
 from vispeft.zoo.adapters import ZooAdapter
 from vispeft.zoo.index import CARD, ZooEntry, read_index, write_index
-from vispeft.zoo.install import held_zoo, put_in_place
+from vispeft.zoo.install import held_zoo, put_in_place, staged
 
 __all__ = ["model_card", "push_adapter"]
 
@@ -54,7 +54,8 @@ def push_adapter(adapter: ZooAdapter, target: str, *, private: bool = False) -> 
 
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        shutil.copytree(adapter.folder, folder / adapter.entry.name)
+        (folder / adapter.entry.name).mkdir()
+        _copy(adapter, folder / adapter.entry.name)
         write_index(folder, {adapter.entry.name: replace(adapter.entry, source=None)})
         text = (adapter.folder / CARD).read_text(encoding="utf-8")
         (folder / "README.md").write_text(model_card(adapter.entry, text), encoding="utf-8")
@@ -65,17 +66,18 @@ def push_adapter(adapter: ZooAdapter, target: str, *, private: bool = False) -> 
 def _push_to_folder(adapter: ZooAdapter, zoo: Path) -> None:
     """Copy an adapter into another zoo."""
     entry = replace(adapter.entry, source=None)
-    with held_zoo(zoo):
+    with held_zoo(zoo), staged(zoo, entry.name) as folder:
         listed = read_index(zoo)
         if entry.name in listed and not listed[entry.name].same_content(entry):
             raise ConfigError(f"{zoo} has an adapter {entry.name} already, with other content. Choose another folder.")
-        above = zoo / ".adding"
-        shutil.rmtree(above, ignore_errors=True)
-        try:
-            shutil.copytree(adapter.folder, above / entry.name)
-            put_in_place(zoo, above / entry.name, entry)
-        finally:
-            shutil.rmtree(above, ignore_errors=True)
+        _copy(adapter, folder)
+        put_in_place(zoo, folder, entry)
+
+
+def _copy(adapter: ZooAdapter, folder: Path) -> None:
+    """Copy the files of an adapter that its index lists, and nothing else that lies beside them."""
+    for name in adapter.entry.files:
+        shutil.copyfile(adapter.folder / name, folder / name)
 
 
 def model_card(entry: ZooEntry, card: str) -> str:

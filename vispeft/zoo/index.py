@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -162,6 +163,7 @@ def _entries(path: Path, index: Mapping[str, Any], content: bytes) -> dict[str, 
     for name, entry in index["adapters"].items():
         check_name(name)
         _check_listed(path, name, entry["files"])
+        _check_figures(path, name, entry)
         known = {key: value for key, value in entry.items() if key in ZooEntry.__dataclass_fields__}
         if len(known) < len(entry):
             raise FileError(f"{path} has the key {shown(min(set(entry) - set(known)))} in {name}, which none has.")
@@ -184,6 +186,20 @@ def _check_listed(path: Path, name: str, files: Mapping[str, Mapping[str, Any]])
     lacking = [file for file in FILES if file != HEAD_FILE and file not in files]
     if lacking:
         raise FileError(f"{path} lists no {lacking[0]} of {name}, which every adapter has.")
+
+
+def _check_figures(path: Path, name: str, entry: Mapping[str, Any]) -> None:
+    """Refuse figures of which no table can be made: none, not finite, or compared with others."""
+    figures, baseline = entry["figures"], entry.get("baseline")
+    if not figures or not all(math.isfinite(value) for value in figures.values()):
+        raise FileError(f"{path} has the figures {shown(figures)} of {name}; at least one, all finite, is needed.")
+    if baseline is None:
+        return
+    if set(baseline) != set(figures) or not all(math.isfinite(value) and value > 0 for value in baseline.values()):
+        raise FileError(
+            f"{path} has the baseline {shown(baseline)} of {name}; finite numbers above 0 are needed, of the "
+            f"same names as its figures ({shown(sorted(figures))})."
+        )
 
 
 def read_index(zoo: Path) -> dict[str, ZooEntry]:

@@ -18,8 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from vispeft.errors import ConfigError, FileError, brief
+from vispeft.errors import ConfigError, FileError, VispeftError, brief
 from vispeft.storage.disk import read_regular
+from vispeft.storage.form import shown
 from vispeft.storage.places import cache_folder
 from vispeft.zoo.index import INDEX, LARGEST_INDEX
 
@@ -134,24 +135,36 @@ class _SafeRedirects(urllib.request.HTTPRedirectHandler):
     """Follow redirections to other web servers, and never from https to less, or to files."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        """Check where a redirection leads."""
-        check_address(newurl)
+        """Check where a redirection leads; a server elsewhere may not lead to those of this machine without https."""
+        check_address(newurl, local=_is_local(req.full_url))
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def check_address(address: str) -> None:
+def check_address(address: str, *, local: bool = True) -> None:
     """Refuse addresses that are not of https, but for servers of this machine.
 
     Args:
         address: The address.
+        local: Whether http is allowed for servers of this machine.
 
     Raises:
-        ConfigError: If it is another one.
+        ConfigError: If it is another one, or no address.
     """
-    parts = urllib.parse.urlsplit(address)
-    if parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in _LOCAL):
+    try:
+        parts = urllib.parse.urlsplit(address)
+        known = bool(parts.hostname) and parts.port != 0  # a port that is no number is an error here
+    except ValueError as error:
+        raise ConfigError(f"{shown(address)} is no address of a web server: {brief(error)}") from error
+    if known and (parts.scheme == "https" or (local and _is_local(address))):
         return
-    raise ConfigError(f"{address} was asked for; adapters are fetched from addresses that begin with https:// alone.")
+    raise ConfigError(
+        f"{shown(address)} was asked for; adapters are fetched from addresses that begin with https:// alone."
+    )
+
+
+def _is_local(address: str) -> bool:
+    parts = urllib.parse.urlsplit(address)
+    return parts.scheme == "http" and parts.hostname in _LOCAL
 
 
 class WebSource:
@@ -210,6 +223,10 @@ class WebSource:
             raise FileError(
                 f"{address} cannot be reached ({brief(error)[:-1]}). Try again later: what was fetched is kept."
             ) from error
+        except ValueError as error:
+            if isinstance(error, VispeftError):
+                raise
+            raise FileError(f"{address} leads to what is no address ({brief(error)[:-1]}).") from error
 
 
 def _starts_at(answer: Any, have: int) -> bool:

@@ -1,0 +1,128 @@
+"""What sharing must not do: delete a user's files, or leave a zoo that cannot be read. Nothing is trained or built."""
+
+from urllib.request import Request
+
+import pytest
+
+from vispeft.cli.zoo import zoo_table
+from vispeft.cli.zoo_push import push_adapter
+from vispeft.errors import ConfigError, FileError
+from vispeft.zoo.adapters import ZooAdapter
+from vispeft.zoo.index import FILES, INDEX, ZooEntry, describe_file, read_index, write_index
+from vispeft.zoo.install import remove_adapter
+from vispeft.zoo.sources import _SafeRedirects, find_source
+
+
+def make_adapter(zoo, name, card="a card", **changes):
+    """Write a zoo with one adapter, whose files have nothing in them but the card, and list it beside others."""
+    (zoo / name).mkdir(parents=True)
+    for file in FILES:
+        (zoo / name / file).write_text(card if file == "CARD.md" else "")
+    given = {"figures": {"accuracy": 0.5}, "baseline": None, **changes}
+    entry = ZooEntry(
+        name=name,
+        task="classification",
+        data="digits",
+        needs="",
+        backbone="vit_tiny_patch16_224",
+        method="ssf",
+        trainable=1,
+        license="MIT",
+        files={file: describe_file(zoo / name / file) for file in sorted(FILES)},
+        **given,
+    )
+    write_index(zoo, {**read_index(zoo), name: entry})
+    return ZooAdapter(entry, zoo)
+
+
+@pytest.fixture
+def mine(tmp_path):
+    return make_adapter(tmp_path / "zoo", "mine")
+
+
+def test_a_folder_that_is_no_adapter_is_kept(mine, tmp_path):
+    runs = tmp_path / "runs"
+    precious = runs / "mine" / "1" / "precious.ckpt"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("weeks of work")
+    with pytest.raises(FileError, match=r"is no adapter of this zoo \(found 1\)"):
+        push_adapter(mine, f"{runs}/")
+    assert precious.read_text() == "weeks of work"
+    assert read_index(runs) == {}
+
+
+def test_a_link_and_a_file_are_kept(mine, tmp_path):
+    target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
+    target.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "CARD.md").write_text("kept")
+    (target / "mine").symlink_to(elsewhere)
+    with pytest.raises(FileError, match="found a link"):
+        push_adapter(mine, f"{target}/")
+    (target / "mine").unlink()
+    (target / "mine").write_text("kept")
+    with pytest.raises(FileError, match="Not a directory"):
+        push_adapter(mine, f"{target}/")
+    assert (target / "mine").read_text() == (elsewhere / "CARD.md").read_text() == "kept"
+
+
+def test_what_a_killed_process_left_is_replaced(mine, tmp_path):
+    target = tmp_path / "target"
+    (target / "mine").mkdir(parents=True)
+    (target / "mine" / "CARD.md").write_text("half a c")
+    push_adapter(mine, f"{target}/")
+    assert (target / "mine" / "CARD.md").read_text() == "a card"
+    remove_adapter(target, "mine")
+    assert {path.name for path in target.iterdir()} == {INDEX}
+
+
+@pytest.mark.parametrize(
+    ("says", "changes"),
+    [
+        ("the figures", {"figures": {}}),
+        ("the baseline", {"baseline": {"miou": 0.5}}),
+        ("the baseline", {"baseline": {"accuracy": 0.5, "miou": 0.5}}),
+        ("the baseline", {"baseline": {}}),
+        ("the baseline", {"baseline": {"accuracy": 0.0}}),
+        ("the baseline", {"baseline": {"accuracy": -0.5}}),
+    ],
+)
+def test_an_index_of_which_no_table_can_be_made(tmp_path, says, changes):
+    with pytest.raises(FileError, match=f"{says} .* of mine"):
+        make_adapter(tmp_path / "zoo", "mine", **changes)
+    assert read_index(tmp_path / "zoo") == {}
+
+
+def test_the_table_has_the_gain_over_the_baseline(tmp_path):
+    adapter = make_adapter(tmp_path / "zoo", "mine", baseline={"accuracy": 0.4})
+    assert zoo_table({"mine": adapter.entry})[0][4:6] == ["accuracy 50.0%", "+25.0 %"]
+
+
+@pytest.mark.parametrize("address", ["https://[::1", "https://a:b/zoo", "https://", "https://a:99999/x", "http://[::1"])
+def test_what_is_no_address(address):
+    with pytest.raises(ConfigError, match="address"):
+        find_source(address)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "allowed"),
+    [
+        ("https://example.org/zoo", "http://127.0.0.1/admin", False),
+        ("https://example.org/zoo", "http://localhost:8080/", False),
+        ("https://example.org/zoo", "https://[::1", False),
+        ("https://example.org/zoo", "file:///etc/passwd", False),
+        ("http://localhost/zoo", "http://example.org/zoo", False),
+        ("https://example.org/zoo", "https://example.net/zoo", True),
+        ("http://localhost/zoo", "http://127.0.0.1/zoo", True),
+        ("http://localhost/zoo", "https://example.org/zoo", True),
+    ],
+)
+def test_where_a_redirection_may_lead(first, second, allowed):
+    def follow():
+        return _SafeRedirects().redirect_request(Request(first), None, 302, "Found", {}, second)
+
+    if allowed:
+        assert follow().full_url == second
+    else:
+        with pytest.raises(ConfigError, match="address"):
+            follow()
