@@ -13,7 +13,8 @@ import vispeft
 from tests.conformance.cells import Cell
 from vispeft.errors import ConfigError
 from vispeft.methods.sparse import SparseUnit
-from vispeft.methods.sparse_schedules import SM3, SparseAdamW
+from vispeft.methods.sparse_schedules import SM3, DropAndRegrow, SparseAdamW
+from vispeft.tasks.ema import EMA
 
 METHOD = vispeft.Sparse(budget=60, schedule="rigl", interval=3, accumulate=2, regrow=0.5, roles=("mlp.fc1", "mlp.fc2"))
 
@@ -34,7 +35,7 @@ class Training:
             estimated_stepping_batches=12,
             accumulate_grad_batches=1,
         )
-        self.task = SimpleNamespace(bank=self.bank, scaled=False)
+        self.task = SimpleNamespace(bank=self.bank, scaled=False, ema=None)
         (self.callback,) = self.bank.callbacks()
         self.units = [unit for unit in self.bank.units().values() if isinstance(unit, SparseUnit)]
 
@@ -70,22 +71,37 @@ def test_entries_go_and_come(kind: str) -> None:
     assert all((unit.values != 0).all() for unit in training.units)
 
 
+@pytest.mark.parametrize("taken", [4, 5])
 @pytest.mark.parametrize("kind", ["SparseAdamW", "AdamW", "SM3"])
-def test_a_resumed_training_goes_on_bit_for_bit(kind: str) -> None:
+def test_a_resumed_training_goes_on_bit_for_bit(kind: str, taken: int) -> None:
+    """From a checkpoint between the start of a batch and its step: the first, or the second, whose gradients choose."""
     whole = Training(kind)
     whole.callback.on_train_start(whole.trainer, whole.task)
-    whole.steps(5)
+    whole.steps(taken)
+    whole.callback.on_train_batch_start(whole.trainer, whole.task, None, 0)
     saved = whole.bank.state_dict(), whole.optimizer.state_dict(), whole.callback.state_dict()
     kept = torch.utils._pytree.tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, saved)
     whole.steps(3)
+    assert whole.callback.state_dict()["rounds"] == (taken + 3) // 3
     again = Training(kind)
     again.bank.load_state_dict(kept[0])
     again.optimizer.load_state_dict(kept[1])
     again.callback.load_state_dict(kept[2])
-    again.trainer.global_step = 5
+    again.trainer.global_step = taken
     again.callback.on_train_start(again.trainer, again.task)
     again.steps(3)
     assert all(torch.equal(a, b) for a, b in zip(whole.state(), again.state(), strict=True))
+
+
+def test_sums_of_a_checkpoint_follow_the_weight_to_its_device() -> None:
+    rule = DropAndRegrow(interval=3, accumulate=2, rate=0.5, policy="linear")
+    rule.restore({"steps": 2, "rounds": 0, "samples": [(2, 1, torch.tensor([0, 3]), torch.ones(2), torch.ones(2))]})
+    unit = SimpleNamespace(values=torch.zeros(2, device="meta"))
+    rule.before_step([unit])
+    unit.observer(torch.ones(2, 2, device="meta"))
+    (samples,) = rule.samples
+    assert {t.device.type for t in (samples.candidates, samples.sums, samples.squares)} == {"meta"}
+    assert (samples.samples, samples.count) == (2, 2)
 
 
 @pytest.mark.parametrize(
@@ -94,13 +110,14 @@ def test_a_resumed_training_goes_on_bit_for_bit(kind: str) -> None:
         ("SGD", {}, "cannot in SGD.*SparseAdamW"),
         ("AdamW", {"world_size": 2}, "train with one"),
         ("AdamW", {"scaled": True}, "bf16-mixed"),
+        ("AdamW", {"ema": EMA(0.9)}, "leave ema out"),
         ("AdamW", {"compiled": True}, "leave compile out"),
     ],
 )
 def test_trainings_that_cannot_be_served_are_refused(kind: str, changes: dict[str, Any], says: str) -> None:
     training = Training(kind)
     training.trainer.world_size = changes.get("world_size", 1)
-    training.task.scaled = changes.get("scaled", False)
+    training.task.scaled, training.task.ema = changes.get("scaled", False), changes.get("ema")
     if "compiled" in changes:
         training.bank.compile(backend="eager")
     with pytest.raises(ConfigError, match=says):

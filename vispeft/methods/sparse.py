@@ -318,6 +318,7 @@ class _Scheduled:
             "a compiled model shows no gradients of whole weights; leave compile out": task.bank.is_compiled,
             "processes would choose other entries; train with one": trainer.world_size > 1,
             "gradients are scaled in float16; take bf16-mixed or 32-true": task.scaled,
+            "an average of the values would mix those of different entries; leave ema out": task.ema is not None,
         }
         for reason, holds in reasons.items():
             if holds:

@@ -61,6 +61,16 @@ class Samples:
         self.squares = self.squares + found.square()
         self.samples += 1
 
+    def move(self, device: torch.device) -> None:
+        """Move to a device: those of a checkpoint are on the CPU.
+
+        Args:
+            device: The device of the weight.
+        """
+        self.candidates, self.sums, self.squares = (
+            tensor.to(device) for tensor in (self.candidates, self.sums, self.squares)
+        )
+
 
 def replace(positions: Tensor, values: Tensor, candidates: Tensor, scores: Tensor, share: float) -> Growth:
     """Choose the entries that go and come.
@@ -317,6 +327,7 @@ class DropAndRegrow:
         if watching and not self.samples:
             self.samples = [Samples(len(unit.values)) for unit in units]
         for unit, samples in zip(units, self.samples, strict=False):
+            samples.move(unit.values.device)
             unit.observer = samples.add if watching else None
 
     def after_step(self, units: list[Any], optimizer: Any, total: int, micro_batches: int = 1) -> None:
@@ -356,7 +367,7 @@ class DropAndRegrow:
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed training needs."""
-        samples = [(s.samples, s.candidates, s.sums, s.squares) for s in self.samples]
+        samples = [(s.count, s.samples, s.candidates, s.sums, s.squares) for s in self.samples]
         return {"steps": self.steps, "rounds": self.rounds, "samples": samples}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -366,9 +377,9 @@ class DropAndRegrow:
             state: As from `state`.
         """
         self.steps, self.rounds, self.samples = state["steps"], state["rounds"], []
-        for count, candidates, sums, squares in state["samples"]:
-            samples = Samples(len(candidates))
-            samples.samples, samples.candidates, samples.sums, samples.squares = count, candidates, sums, squares
+        for count, seen, candidates, sums, squares in state["samples"]:
+            samples = Samples(count)
+            samples.samples, samples.candidates, samples.sums, samples.squares = seen, candidates, sums, squares
             self.samples.append(samples)
 
 
