@@ -93,6 +93,40 @@ def test_a_resumed_training_goes_on_bit_for_bit(kind: str, taken: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole.state(), again.state(), strict=True))
 
 
+def test_sm3_knows_the_entries_of_a_fixed_choice() -> None:
+    training = Training("SM3", vispeft.Sparse(budget=60, roles=("mlp.fc1",)))
+    training.callback.on_train_start(training.trainer, training.task)
+    training.steps(1)
+    for unit in training.units:
+        state, (rows, columns) = training.optimizer.state[unit.values], (unit.site.out_features, unit.site.columns)
+        assert {name: tuple(tensor.shape) for name, tensor in state.items()} == {"row": (rows,), "column": (columns,)}
+        assert unit.values.grad is not None
+        squares = torch.zeros(rows * columns).index_put((unit.positions.long(),), unit.values.grad.square())
+        assert torch.equal(state["row"], squares.view(rows, columns).amax(1))
+
+
+@pytest.mark.parametrize("end", ["on_train_end", "on_exception"])
+def test_nothing_is_watched_after_a_training(end: str) -> None:
+    training = Training("AdamW")
+    training.callback.on_train_start(training.trainer, training.task)
+    training.steps(2)
+    assert all(unit.observer is not None for unit in training.units)
+    getattr(training.callback, end)(training.trainer, training.task, *([] if end == "on_train_end" else [OSError()]))
+    assert all(unit.observer is None for unit in training.units)
+
+
+def test_ages_stay_wide_in_a_resumed_training_of_narrow_values() -> None:
+    values = [torch.zeros(2, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
+    first, again = (SparseAdamW([value]) for value in values)
+    values[0].grad = torch.ones_like(values[0])
+    first.step()
+    first.state[values[0]]["age"].fill_(301)  # a bfloat16 would be 300 or 302
+    again.load_state_dict(first.state_dict())
+    first.step()
+    assert again.state[values[1]]["age"].tolist() == [301, 301]
+    assert again.state[values[1]]["age"].dtype == torch.float32
+
+
 def test_sums_of_a_checkpoint_follow_the_weight_to_its_device() -> None:
     rule = DropAndRegrow(interval=3, accumulate=2, rate=0.5, policy="linear")
     rule.restore({"steps": 2, "rounds": 0, "samples": [(2, 1, torch.tensor([0, 3]), torch.ones(2), torch.ones(2))]})
@@ -125,7 +159,6 @@ def test_trainings_that_cannot_be_served_are_refused(kind: str, changes: dict[st
 
 
 def test_fields_of_a_schedule_are_checked() -> None:
-    assert vispeft.attach(Cell("sparse", "vit", short=True).model(), vispeft.Sparse()).callbacks() == []
     with pytest.raises(ConfigError, match="at most the interval"):
         vispeft.Sparse(schedule="rigl", interval=3, accumulate=4)
     with pytest.raises(ConfigError, match=r"schedule='rig'.*Did you mean 'rigl'"):
