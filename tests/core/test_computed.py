@@ -14,6 +14,7 @@ import vispeft
 from tests.conformance.cells import Cell, move
 from vispeft.core.sites import Site
 from vispeft.hosts.computed import computed_linear
+from vispeft.hosts.layers import gained
 from vispeft.methods.bone import BATUnit
 
 WEIGHTS = ("bat", "dora", "mask", "sparse", "svfit")
@@ -49,6 +50,10 @@ def test_no_copy_of_a_weight_is_kept(method: str, backbone: str) -> None:
 
 def _fold(units: Sequence[BATUnit], weight: Tensor) -> Tensor:
     return units[0].fold_weight(weight)
+
+
+def _fold_gained(units: Sequence[BATUnit], weight: Tensor) -> Tensor:
+    return gained(units[0], weight, units[0].fold_weight(weight))
 
 
 def unit_and_tensors(bias: bool = True) -> tuple[BATUnit, Tensor, Tensor, Tensor | None]:
@@ -91,6 +96,27 @@ def test_a_changed_tensor_is_noticed_before_the_backward_pass() -> None:
         unit.B.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+def test_the_backward_pass_has_the_gain_of_its_forward_pass() -> None:
+    unit, x, weight, shift = unit_and_tensors()
+    found: list[tuple[Tensor, ...]] = []
+    for again in (False, True):
+        unit.gain = torch.tensor(0.5, dtype=torch.float64)
+        out = computed_linear(x, weight, shift, _fold_gained, (unit,), again)
+        unit.gain = torch.tensor(2.0, dtype=torch.float64)
+        found.append(torch.autograd.grad(out.square().sum(), [x, unit.B]))
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_an_empty_batch_has_gradients(create_graph: bool) -> None:
+    unit, _, weight, shift = unit_and_tensors()
+    x = torch.zeros(0, 3, 4, dtype=torch.float64, requires_grad=True)
+    out = computed_linear(x, weight, shift, _fold, (unit,), True)
+    first, slope = torch.autograd.grad(out.sum(), [x, unit.B], create_graph=create_graph)
+    assert first.shape == x.shape
+    assert torch.equal(slope, torch.zeros_like(unit.B))
 
 
 @pytest.mark.parametrize("backbone", ["vit", "swinv2"])

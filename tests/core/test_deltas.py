@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -213,6 +214,23 @@ def test_positions_in_whole_bits(positions: list[int]) -> None:
                 Rice().decode(broken, (len(positions),), torch.int64)
 
 
+def test_a_file_cannot_make_the_decoder_allocate_far_more_than_its_size() -> None:
+    zeros = torch.zeros(4_000_000, dtype=torch.uint8)
+    tracemalloc.start()
+    with pytest.raises(FileError, match="their ends do not fit"):
+        Rice().decode(zeros, (3,), torch.int64)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 4 * len(zeros)
+
+
+@pytest.mark.parametrize("step", [1, 7, 300])
+def test_positions_of_several_blocks(step: int) -> None:
+    positions = torch.arange(0, 40_000 * step, step) + torch.arange(40_000) // 3
+    stored = Rice().encode(positions)
+    assert torch.equal(Rice().decode(stored, (40_000,), torch.int64), positions)
+
+
 def test_positions_beyond_the_weight_are_refused(tmp_path: Path) -> None:
     cell = Cell("sparse", "vit", short=True)
     model = cell.model()
@@ -254,8 +272,16 @@ def test_gradients_over_the_data_choose_entries() -> None:
     assert all(tensor.grad is None for _, tensor in bank.trainable_parameters())
     with pytest.raises(ConfigError, match="Choose another support"):
         bank.start_from([(cell.images(), {"depth": torch.zeros(2)})])
+    with pytest.raises(ConfigError, match="such as values of a regression"):
+        bank.start_from([(cell.images(), torch.full((2, 5), 1.5))])
     with pytest.raises(ConfigError, match="no backward pass"):
         bank.start_from([])
+    found = [unit.positions.clone() for unit in bank.units().values()]
+    for unit in bank.units().values():
+        unit.positions.zero_()
+    bank.compile(backend="eager")
+    bank.start_from(loader)
+    assert all(torch.equal(a, unit.positions) for a, unit in zip(found, bank.units().values(), strict=True))
 
 
 def test_entries_from_a_file(tmp_path: Path) -> None:
@@ -305,6 +331,27 @@ def test_gradient_dropout_takes_entries_of_disagreeing_gradients() -> None:
     assert torch.allclose(grads[1.0, 1.0][kept], grads[0.0, 1.0][kept], rtol=1e-4, atol=1e-9)
     # A loss that is scaled, as in float16, drops the same entries.
     assert float((kept != (grads[1.0, 1024.0] != 0)).float().mean()) < 1e-3
+
+
+def test_gradients_of_some_masks_are_dropped_where_a_schedule_trains_some_blocks() -> None:
+    cell = Cell("mask", "vit", short=True)
+    images, labels = cell.images(4), torch.tensor([0, 1, 2, 3])
+    model = cell.model()
+    bank = vispeft.attach(model, vispeft.Mask(dropout=1.0, penalty=1e-4), verify=False)
+    bank.start_from([(images, labels.roll(1))])
+    masks = [tensor for name, tensor in bank.named_tensors().items() if name.endswith(".M")]
+    for chosen in (masks[:1], []):
+        model.zero_grad()
+        for mask in masks:
+            mask.requires_grad_(any(mask is one for one in chosen))
+        output = model(images)
+        term = bank.loss_terms((images, labels), output)
+        loss = F.cross_entropy(output, labels) + (0 if term is None else term)
+        if chosen:
+            loss.backward()
+            assert masks[0].grad is not None
+            assert masks[0].grad.ne(0).any()
+        assert all(mask.grad is None for mask in masks[len(chosen) :])
 
 
 def test_the_teacher_knows_the_training_images(tmp_path: Path) -> None:

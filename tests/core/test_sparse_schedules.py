@@ -13,7 +13,8 @@ import vispeft
 from tests.conformance.cells import Cell
 from vispeft.errors import ConfigError
 from vispeft.methods.sparse import SparseUnit
-from vispeft.methods.sparse_schedules import SM3, SparseAdamW
+from vispeft.methods.sparse_schedules import SM3, DropAndRegrow, SparseAdamW
+from vispeft.tasks.ema import EMA
 
 METHOD = vispeft.Sparse(budget=60, schedule="rigl", interval=3, accumulate=2, regrow=0.5, roles=("mlp.fc1", "mlp.fc2"))
 
@@ -34,7 +35,7 @@ class Training:
             estimated_stepping_batches=12,
             accumulate_grad_batches=1,
         )
-        self.task = SimpleNamespace(bank=self.bank, scaled=False)
+        self.task = SimpleNamespace(bank=self.bank, scaled=False, ema=None)
         (self.callback,) = self.bank.callbacks()
         self.units = [unit for unit in self.bank.units().values() if isinstance(unit, SparseUnit)]
 
@@ -70,22 +71,71 @@ def test_entries_go_and_come(kind: str) -> None:
     assert all((unit.values != 0).all() for unit in training.units)
 
 
+@pytest.mark.parametrize("taken", [4, 5])
 @pytest.mark.parametrize("kind", ["SparseAdamW", "AdamW", "SM3"])
-def test_a_resumed_training_goes_on_bit_for_bit(kind: str) -> None:
+def test_a_resumed_training_goes_on_bit_for_bit(kind: str, taken: int) -> None:
+    """From a checkpoint between the start of a batch and its step: the first, or the second, whose gradients choose."""
     whole = Training(kind)
     whole.callback.on_train_start(whole.trainer, whole.task)
-    whole.steps(5)
+    whole.steps(taken)
+    whole.callback.on_train_batch_start(whole.trainer, whole.task, None, 0)
     saved = whole.bank.state_dict(), whole.optimizer.state_dict(), whole.callback.state_dict()
     kept = torch.utils._pytree.tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, saved)
     whole.steps(3)
+    assert whole.callback.state_dict()["rounds"] == (taken + 3) // 3
     again = Training(kind)
     again.bank.load_state_dict(kept[0])
     again.optimizer.load_state_dict(kept[1])
     again.callback.load_state_dict(kept[2])
-    again.trainer.global_step = 5
+    again.trainer.global_step = taken
     again.callback.on_train_start(again.trainer, again.task)
     again.steps(3)
     assert all(torch.equal(a, b) for a, b in zip(whole.state(), again.state(), strict=True))
+
+
+def test_sm3_knows_the_entries_of_a_fixed_choice() -> None:
+    training = Training("SM3", vispeft.Sparse(budget=60, roles=("mlp.fc1",)))
+    training.callback.on_train_start(training.trainer, training.task)
+    training.steps(1)
+    for unit in training.units:
+        state, (rows, columns) = training.optimizer.state[unit.values], (unit.site.out_features, unit.site.columns)
+        assert {name: tuple(tensor.shape) for name, tensor in state.items()} == {"row": (rows,), "column": (columns,)}
+        assert unit.values.grad is not None
+        squares = torch.zeros(rows * columns).index_put((unit.positions.long(),), unit.values.grad.square())
+        assert torch.equal(state["row"], squares.view(rows, columns).amax(1))
+
+
+@pytest.mark.parametrize("end", ["on_train_end", "on_exception"])
+def test_nothing_is_watched_after_a_training(end: str) -> None:
+    training = Training("AdamW")
+    training.callback.on_train_start(training.trainer, training.task)
+    training.steps(2)
+    assert all(unit.observer is not None for unit in training.units)
+    getattr(training.callback, end)(training.trainer, training.task, *([] if end == "on_train_end" else [OSError()]))
+    assert all(unit.observer is None for unit in training.units)
+
+
+def test_ages_stay_wide_in_a_resumed_training_of_narrow_values() -> None:
+    values = [torch.zeros(2, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
+    first, again = (SparseAdamW([value]) for value in values)
+    values[0].grad = torch.ones_like(values[0])
+    first.step()
+    first.state[values[0]]["age"].fill_(301)  # a bfloat16 would be 300 or 302
+    again.load_state_dict(first.state_dict())
+    first.step()
+    assert again.state[values[1]]["age"].tolist() == [301, 301]
+    assert again.state[values[1]]["age"].dtype == torch.float32
+
+
+def test_sums_of_a_checkpoint_follow_the_weight_to_its_device() -> None:
+    rule = DropAndRegrow(interval=3, accumulate=2, rate=0.5, policy="linear")
+    rule.restore({"steps": 2, "rounds": 0, "samples": [(2, 1, torch.tensor([0, 3]), torch.ones(2), torch.ones(2))]})
+    unit = SimpleNamespace(values=torch.zeros(2, device="meta"))
+    rule.before_step([unit])
+    unit.observer(torch.ones(2, 2, device="meta"))
+    (samples,) = rule.samples
+    assert {t.device.type for t in (samples.candidates, samples.sums, samples.squares)} == {"meta"}
+    assert (samples.samples, samples.count) == (2, 2)
 
 
 @pytest.mark.parametrize(
@@ -94,13 +144,14 @@ def test_a_resumed_training_goes_on_bit_for_bit(kind: str) -> None:
         ("SGD", {}, "cannot in SGD.*SparseAdamW"),
         ("AdamW", {"world_size": 2}, "train with one"),
         ("AdamW", {"scaled": True}, "bf16-mixed"),
+        ("AdamW", {"ema": EMA(0.9)}, "leave ema out"),
         ("AdamW", {"compiled": True}, "leave compile out"),
     ],
 )
 def test_trainings_that_cannot_be_served_are_refused(kind: str, changes: dict[str, Any], says: str) -> None:
     training = Training(kind)
     training.trainer.world_size = changes.get("world_size", 1)
-    training.task.scaled = changes.get("scaled", False)
+    training.task.scaled, training.task.ema = changes.get("scaled", False), changes.get("ema")
     if "compiled" in changes:
         training.bank.compile(backend="eager")
     with pytest.raises(ConfigError, match=says):
@@ -108,7 +159,6 @@ def test_trainings_that_cannot_be_served_are_refused(kind: str, changes: dict[st
 
 
 def test_fields_of_a_schedule_are_checked() -> None:
-    assert vispeft.attach(Cell("sparse", "vit", short=True).model(), vispeft.Sparse()).callbacks() == []
     with pytest.raises(ConfigError, match="at most the interval"):
         vispeft.Sparse(schedule="rigl", interval=3, accumulate=4)
     with pytest.raises(ConfigError, match=r"schedule='rig'.*Did you mean 'rigl'"):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 __all__ = ["Schedule", "as_callback"]
 
 
-class Schedule(Protocol):
-    """What a method does around the steps of a training."""
+class Schedule:
+    """What a method does around the steps of a training: nothing, where a subclass does not say."""
 
     def begin(self, task: Any, trainer: Any) -> None:
         """Check what the schedule needs, before the first step."""
@@ -19,11 +19,19 @@ class Schedule(Protocol):
     def after(self, task: Any, trainer: Any) -> None:
         """Follow an optimiser's step."""
 
+    def end(self, task: Any) -> None:
+        """Leave the units as a training without the schedule does, also after an error."""
+
     def state(self) -> dict[str, Any]:
         """Return what a resumed training needs."""
+        return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
+        """Continue from a state.
+
+        Args:
+            state: As from `state`.
+        """
 
 
 def as_callback(schedule: Schedule, key: str) -> Any:
@@ -52,6 +60,12 @@ def as_callback(schedule: Schedule, key: str) -> Any:
             if trainer.global_step != self.followed:  # not while gradients are summed
                 self.followed = trainer.global_step
                 schedule.after(pl_module, trainer)
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            schedule.end(pl_module)
+
+        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+            schedule.end(pl_module)
 
         def state_dict(self) -> dict[str, Any]:
             return schedule.state()

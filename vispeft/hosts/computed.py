@@ -78,8 +78,16 @@ def _below(module: nn.Module) -> dict[str, nn.Module]:
     return children if lender is None else {**children, "": lender}
 
 
-def _twin(module: Any, tensors: Iterator[Tensor]) -> Any:
-    """Copy a unit, with other tensors in place of its parameters and everything else shared.
+def _gains(module: nn.Module) -> Iterator[Tensor | None]:
+    """Iterate over the gains of a unit and of the modules that it computes with."""
+    if isinstance(module, Unit):
+        yield module.gain
+    for child in _below(module).values():
+        yield from _gains(child)
+
+
+def _twin(module: Any, tensors: Iterator[Tensor], gains: Iterator[Tensor | None]) -> Any:
+    """Copy a unit, with other tensors in place of its parameters and its gain, and everything else shared.
 
     A derivative then ends at these tensors. At the unit's own it would call the hooks that a user registered on them,
     and tensors put in their place for a forward pass, as by `functional_call`, are gone in its backward pass.
@@ -87,12 +95,15 @@ def _twin(module: Any, tensors: Iterator[Tensor]) -> Any:
     Args:
         module: The unit, or a module of it.
         tensors: The tensors, in the order of `_tensors`.
+        gains: The gains of the forward pass, in the order of `_gains`; a schedule may have set others since.
     """
     twin = object.__new__(type(module))
     own = {name: None if tensor is None else next(tensors) for name, tensor in module._parameters.items()}
-    below = {name: _twin(child, tensors) for name, child in _below(module).items()}
+    buffers = {**module._buffers, "gain": next(gains)} if isinstance(module, Unit) else module._buffers
+    below = {name: _twin(child, tensors, gains) for name, child in _below(module).items()}
     lender = {"_lender": (below.pop(""),)} if "" in below else {}
-    twin.__dict__.update({**module.__dict__, "_parameters": own, "_modules": {**module._modules, **below}, **lender})
+    changed = {"_parameters": own, "_buffers": buffers, "_modules": {**module._modules, **below}, **lender}
+    twin.__dict__.update({**module.__dict__, **changed})
     return twin
 
 
@@ -108,14 +119,15 @@ class _ComputedLinear(torch.autograd.Function):
         trained = any(ctx.needs_input_grad[3:])
         ctx.origin = None if note is None or not trained else note.origin
         read: tuple[Tensor | None, ...] = (x if trained else None,) if ctx.origin is None else cast(Note, note).tensors
-        ctx.count = len(read)
-        ctx.save_for_backward(weight, *read, *sources)
+        gains = [gain for unit in units for gain in _gains(unit)]
+        ctx.count, ctx.gains = len(read), len(gains)
+        ctx.save_for_backward(weight, *read, *gains, *sources)
         return out if x.ndim == 2 else torch.ops.aten._unsafe_view.default(out, [*x.shape[:-1], out.shape[1]])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         weight, *rest = ctx.saved_tensors
-        read, sources = rest[: ctx.count], rest[ctx.count :]
+        read, gains, sources = rest[: ctx.count], iter(rest[ctx.count :][: ctx.gains]), rest[ctx.count + ctx.gains :]
         x = read[0] if ctx.origin is None else ctx.origin.again(read)
         needed, graph = ctx.needs_input_grad[3:], torch.is_grad_enabled()
         with without_autocast(grad):
@@ -124,7 +136,7 @@ class _ComputedLinear(torch.autograd.Function):
                 s.view_as(s) if graph else s.detach().requires_grad_(n) for s, n in zip(sources, needed, strict=True)
             ]
             tensors = iter(used)
-            units = [_twin(unit, tensors) for unit in ctx.units]
+            units = [_twin(unit, tensors, gains) for unit in ctx.units]
             wanted = [tensor for tensor, needs in zip(used, needed, strict=True) if needs]
             with torch.set_grad_enabled(bool(wanted)):
                 made = ctx.fold(units, weight)
@@ -146,7 +158,8 @@ def _once(ctx: Any, grad: Tensor, x: Tensor | None, made: Tensor, wanted: list[T
     """Compute the gradients."""
     rows, first = as_rows(grad), None
     if ctx.needs_input_grad[0]:
-        first = cast_to(product(rows, cast_to(made.detach(), ctx.dtype), None), ctx.kind).view(*grad.shape[:-1], -1)
+        first = cast_to(product(rows, cast_to(made.detach(), ctx.dtype), None), ctx.kind)
+        first = first.view(*grad.shape[:-1], made.shape[1])
     if not wanted:
         return first, ()
     slope = cast_to(rows.t() @ rows_as(cast(Tensor, x), ctx.dtype), made.dtype)

@@ -329,8 +329,8 @@ def _term_again(scale: float, x: Tensor, weight: Tensor, bias: Tensor | None, a:
         rows, factors = rows_as(x, weight.dtype), (cast_to(a, weight.dtype), cast_to(b, weight.dtype))
         if torch.is_grad_enabled():  # for second derivatives, which oneDNN's product does not have
             out = torch.addmm(F.linear(rows, weight, bias), F.linear(rows, factors[0]), factors[1].t(), alpha=scale)
-            return out.view(*x.shape[:-1], -1)
-        return _with_term(rows, weight, bias, *factors, scale)[0].view(*x.shape[:-1], -1)
+            return out.view(*x.shape[:-1], len(weight))
+        return _with_term(rows, weight, bias, *factors, scale)[0].view(*x.shape[:-1], len(weight))
 
 
 # `Function.apply` without its treatment of functorch's transforms, under which terms are computed otherwise.

@@ -260,10 +260,11 @@ class Mask(DropPath, Method):
             name: The adapter.
             step: Batch and output of the step.
         """
-        masks = [unit.M for unit in _masks(bank, name)]
-        term = self.penalty * torch.stack([mask.norm() for mask in masks]).sum() if self.penalty else None
+        # A schedule may let a step train the masks of some blocks alone, or none.
+        masks = [unit.M for unit in _masks(bank, name) if unit.M.requires_grad]
+        term = self.penalty * torch.stack([mask.norm() for mask in masks]).sum() if self.penalty and masks else None
         teacher = _teacher(bank, name)
-        if teacher is None:
+        if teacher is None or not masks:
             return term
         with torch.no_grad():
             told = F.linear(_frozen_features(bank, step.batch[0]), teacher.weight, teacher.bias).softmax(1)

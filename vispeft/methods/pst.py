@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from vispeft.adapters.schedules import as_callback
+from vispeft.adapters.schedules import Schedule, as_callback
 from vispeft.core.fields import DropPath, check_factor, check_share, check_whole
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import Recipe
@@ -199,7 +199,7 @@ class PST(DropPath, Method):
         return [as_callback(_Pruning(self), f"pst:{self.sparsity}:{self.roles}:{self.blocks}")]
 
 
-class _Pruning:
+class _Pruning(Schedule):
     """The schedule of the sparsity in a task's training."""
 
     def __init__(self, method: PST) -> None:
@@ -225,20 +225,6 @@ class _Pruning:
             if task.bank.plan(name).method == self.method and name not in task.bank.frozen:
                 for unit in task.bank.units(name).values():
                     unit.pruned.fill_(int(share * unit.size))
-
-    def after(self, task: Any, trainer: Any) -> None:
-        """Do nothing: what is removed follows from the number of steps."""
-
-    def state(self) -> dict[str, Any]:
-        """Return nothing."""
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Do nothing.
-
-        Args:
-            state: As from `state`.
-        """
 
 
 def sparse_size(model: nn.Module) -> tuple[int, int]:

@@ -1,8 +1,8 @@
-"""Sparse changes of frozen weights: a few entries of each matrix train (SHiRA, APET, LIFT, SFT, LT-SFT, GPS).
+"""Sparse changes of frozen weights: a few entries of each matrix train (SHiRA, APET, LIFT, SFT).
 
 Supports (which entries): ``random`` (SHiRA, arXiv 2406.13175; APET, arXiv 2306.02320), ``magnitude`` and ``gradient``
-(SHiRA), ``lift`` (LIFT, arXiv 2506.00772), ``gps`` (GPS, CVPR 2024, arXiv 2312.10136), ``given``. Schedules: see
-`vispeft.methods.sparse_schedules`.
+(SHiRA), ``lift`` (LIFT, arXiv 2506.00772), ``given`` (read from a file). Schedules: ``fixed`` and ``rigl`` (SFT, see
+`vispeft.methods.sparse_schedules`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Generator, Tensor, nn
 
-from vispeft.adapters.schedules import as_callback
+from vispeft.adapters.schedules import Schedule, as_callback
 from vispeft.core.fields import DropPath, check_share, check_whole
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import Recipe
@@ -273,10 +273,9 @@ class Sparse(DropPath, Method):
 
     def callbacks(self) -> list[Any]:
         """Create the schedule."""
-        if self.schedule == "fixed":
-            return []
         rule = DropAndRegrow(self.interval, self.accumulate, self.regrow, self.policy)
-        return [as_callback(_Scheduled(self, rule), f"sparse:{self.budget}:{self.roles}:{self.blocks}")]
+        schedule = _Bound(self) if self.schedule == "fixed" else _Scheduled(self, rule)
+        return [as_callback(schedule, f"sparse:{self.budget}:{self.roles}:{self.blocks}")]
 
     def start_from(self, bank: Any, name: str, loader: Iterable[Any]) -> None:
         """Choose the entries with the largest gradient of the loss, summed over the training images.
@@ -294,7 +293,30 @@ class Sparse(DropPath, Method):
             unit.positions.copy_(largest_entries(found.abs(), len(unit.values)))
 
 
-class _Scheduled:
+class _Bound(Schedule):
+    """Values that tell `SM3` their entries, in a task's training."""
+
+    def __init__(self, method: Sparse) -> None:
+        """Store the method.
+
+        Args:
+            method: The configuration.
+        """
+        self.method = method
+
+    def _units(self, task: Any) -> list[SparseUnit]:
+        names = [name for name in task.bank.names if task.bank.plan(name).method == self.method]
+        units = [unit for name in names if name not in task.bank.frozen for unit in task.bank.units(name).values()]
+        return [unit for unit in units if isinstance(unit, SparseUnit)]
+
+    def begin(self, task: Any, trainer: Any) -> None:
+        """Tell the optimiser which entries the values belong to."""
+        for optimizer in trainer.optimizers:
+            for unit in self._units(task) if isinstance(optimizer, SM3) else ():
+                optimizer.bind(unit.values, unit.positions, unit.site.out_features, unit.site.columns)
+
+
+class _Scheduled(_Bound):
     """Drop and regrow in a task's training."""
 
     def __init__(self, method: Sparse, rule: DropAndRegrow) -> None:
@@ -304,12 +326,8 @@ class _Scheduled:
             method: The configuration.
             rule: The rule.
         """
-        self.method, self.rule = method, rule
-
-    def _units(self, task: Any) -> list[SparseUnit]:
-        names = [name for name in task.bank.names if task.bank.plan(name).method == self.method]
-        units = [unit for name in names if name not in task.bank.frozen for unit in task.bank.units(name).values()]
-        return [unit for unit in units if isinstance(unit, SparseUnit)]
+        super().__init__(method)
+        self.rule = rule
 
     def begin(self, task: Any, trainer: Any) -> None:
         """Refuse trainings in which gradients of whole weights cannot be seen, or moments not be set."""
@@ -318,13 +336,13 @@ class _Scheduled:
             "a compiled model shows no gradients of whole weights; leave compile out": task.bank.is_compiled,
             "processes would choose other entries; train with one": trainer.world_size > 1,
             "gradients are scaled in float16; take bf16-mixed or 32-true": task.scaled,
+            "an average of the values would mix those of different entries; leave ema out": task.ema is not None,
         }
         for reason, holds in reasons.items():
             if holds:
                 raise ConfigError(f"Sparse(schedule='rigl') cannot run here: {reason}, or schedule='fixed'.")
         check_optimizer(optimizer, [unit.values for unit in units])
-        for unit in units if isinstance(optimizer, SM3) else ():
-            optimizer.bind(unit.values, unit.positions, unit.site.out_features, unit.site.columns)
+        super().begin(task, trainer)
 
     def before(self, task: Any, trainer: Any) -> None:
         """Watch gradients where they choose."""
@@ -334,6 +352,11 @@ class _Scheduled:
         """Replace entries where it is time to."""
         total = int(trainer.estimated_stepping_batches)
         self.rule.after_step(self._units(task), trainer.optimizers[0], total, trainer.accumulate_grad_batches)
+
+    def end(self, task: Any) -> None:
+        """Watch no gradients any more."""
+        for unit in self._units(task):
+            unit.observer = None
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed training needs."""
@@ -385,7 +408,8 @@ def _add_gradients(bank: Any, name: str, loader: Iterable[Any]) -> None:
     parameters = [tensor for _, tensor in bank.trainable_parameters()]
     values = [unit.values for unit in bank.units(name).values() if isinstance(unit, SparseUnit)]
     before = [tensor.grad for tensor in parameters]
-    with torch.enable_grad(), bank.using(name):
+    # A compiled model shows no gradients of whole weights.
+    with torch.enable_grad(), bank.using(name), torch.compiler.set_stance("force_eager"):
         for images, targets in loader:
             torch.autograd.grad(_loss(bank.model(images), targets), values)
     for tensor, grad in zip(parameters, before, strict=True):
@@ -397,11 +421,12 @@ def _loss(output: Tensor, targets: Any) -> Tensor:
     if isinstance(targets, Tensor) and output.ndim == 2:
         if targets.ndim == 1 and targets.dtype == torch.int64:
             return F.cross_entropy(output.float(), targets, reduction="sum")
-        if targets.shape == output.shape:
+        if targets.shape == output.shape and bool(((targets >= 0) & (targets <= 1)).all()):
             return F.binary_cross_entropy_with_logits(output.float(), targets.float(), reduction="sum")
     raise ConfigError(
         "Sparse(support='gradient') computes a loss of class scores before the first step, and the targets are neither "
-        "class numbers nor a row of labels per image. Choose another support."
+        "class numbers nor a row of labels or shares from 0 to 1 per image, such as values of a regression. Choose "
+        "another support."
     )
 
 

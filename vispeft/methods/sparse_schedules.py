@@ -61,6 +61,16 @@ class Samples:
         self.squares = self.squares + found.square()
         self.samples += 1
 
+    def move(self, device: torch.device) -> None:
+        """Move to a device: those of a checkpoint are on the CPU.
+
+        Args:
+            device: The device of the weight.
+        """
+        self.candidates, self.sums, self.squares = (
+            tensor.to(device) for tensor in (self.candidates, self.sums, self.squares)
+        )
+
 
 def replace(positions: Tensor, values: Tensor, candidates: Tensor, scores: Tensor, share: float) -> Growth:
     """Choose the entries that go and come.
@@ -122,7 +132,31 @@ def largest_changes(before: dict[str, Tensor], after: dict[str, Tensor], count: 
     return {name: change >= least for name, change in changes.items()}
 
 
-class SparseAdamW(Optimizer):
+class _ByTensor(Optimizer):
+    """An optimiser that updates one tensor after the other."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step.
+
+        Args:
+            closure: Computes the loss again.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+        return loss
+
+    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        raise NotImplementedError(f"{type(self).__name__} does not implement _update.")
+
+
+class SparseAdamW(_ByTensor):
     """AdamW with an age for each entry, so that entries that come later are corrected by their own number of steps.
 
     ``value -= lr * m / (1 - b1^age) / ((sqrt(v) + eps) / sqrt(1 - b2^age))``, then ``value *= 1 - lr * decay``
@@ -150,30 +184,12 @@ class SparseAdamW(Optimizer):
             raise ValueError(f"lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Take one step.
-
-        Args:
-            closure: Computes the loss again.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
-        return loss
-
     def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state, (b1, b2) = self.state[parameter], group["betas"]
         if not state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
             # In float32 whatever the values are: a bfloat16 would not count beyond 256.
-            wide = torch.promote_types(parameter.dtype, torch.float32)
-            state["age"] = torch.ones_like(parameter, dtype=wide)
+            state["age"] = torch.ones_like(parameter, dtype=_wide(parameter))
         first, second, age = state["exp_avg"], state["exp_avg_sq"], state["age"]
         first.lerp_(grad, 1 - b1)
         second.mul_(b2).addcmul_(grad, grad, value=1 - b2)
@@ -181,6 +197,20 @@ class SparseAdamW(Optimizer):
         parameter.sub_((group["lr"] * (first / (1 - b1**age)) / size).to(parameter.dtype))
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         age.add_(1)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a state, with ages as wide as they were: PyTorch casts them to the values' dtype.
+
+        Args:
+            state_dict: As from `state_dict`.
+        """
+        super().load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        own = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, own, strict=True):
+            if "age" in self.state.get(parameter, {}):
+                age = state_dict["state"][number]["age"]
+                self.state[parameter]["age"] = age.to(parameter.device, _wide(parameter), copy=True)
 
     def regrow(self, parameter: Tensor, slots: Tensor, mean: Tensor, square: Tensor, age: float) -> None:
         """Set the moments of entries that come, so that they are as if they had trained for `age` steps.
@@ -199,7 +229,12 @@ class SparseAdamW(Optimizer):
         state["age"][slots] = age
 
 
-class SM3(Optimizer):
+def _wide(parameter: Tensor) -> torch.dtype:
+    """Return the dtype of ages."""
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+class SM3(_ByTensor):
     """SM3 (Anil et al., NeurIPS 2019, arXiv 1901.11150): one accumulator per row and per column, and no moments.
 
     ``nu = min(row, column) + g^2``, the accumulators are the running maxima of nu,
@@ -235,24 +270,10 @@ class SM3(Optimizer):
         if not state:
             state["row"], state["column"] = parameter.new_zeros(rows), parameter.new_zeros(columns)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Take one step.
-
-        Args:
-            closure: Computes the loss again.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    size = self._accumulated(parameter, parameter.grad).add(group["eps"]).sqrt_()
-                    parameter.sub_(group["lr"] * parameter.grad / size)
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        return loss
+    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        size = self._accumulated(parameter, grad).add(group["eps"]).sqrt_()
+        parameter.sub_(group["lr"] * grad / size)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
 
     def _accumulated(self, parameter: Tensor, grad: Tensor) -> Tensor:
         """Update the accumulators, and return nu of each entry."""
@@ -317,6 +338,7 @@ class DropAndRegrow:
         if watching and not self.samples:
             self.samples = [Samples(len(unit.values)) for unit in units]
         for unit, samples in zip(units, self.samples, strict=False):
+            samples.move(unit.values.device)
             unit.observer = samples.add if watching else None
 
     def after_step(self, units: list[Any], optimizer: Any, total: int, micro_batches: int = 1) -> None:
@@ -356,7 +378,7 @@ class DropAndRegrow:
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed training needs."""
-        samples = [(s.samples, s.candidates, s.sums, s.squares) for s in self.samples]
+        samples = [(s.count, s.samples, s.candidates, s.sums, s.squares) for s in self.samples]
         return {"steps": self.steps, "rounds": self.rounds, "samples": samples}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -366,9 +388,9 @@ class DropAndRegrow:
             state: As from `state`.
         """
         self.steps, self.rounds, self.samples = state["steps"], state["rounds"], []
-        for count, candidates, sums, squares in state["samples"]:
-            samples = Samples(len(candidates))
-            samples.samples, samples.candidates, samples.sums, samples.squares = count, candidates, sums, squares
+        for count, seen, candidates, sums, squares in state["samples"]:
+            samples = Samples(count)
+            samples.samples, samples.candidates, samples.sums, samples.squares = seen, candidates, sums, squares
             self.samples.append(samples)
 
 

@@ -192,15 +192,40 @@ class Rice(Codec):
         split = 1 + -(-count * low // 8)
         if low > 31 or split > len(content):
             raise FileError(f"{len(content)} bytes are no {count} positions in whole bits: they are cut off.")
-        lowest = numpy.unpackbits(content[1:split], count=count * low).reshape(count, low).astype(numpy.int64)
-        ends = numpy.flatnonzero(numpy.unpackbits(content[split:]) == 0)
+        ends = _zeros(content[split:], count)
         # What follows the last end is padding, of less than a byte.
         last = int(ends[count - 1]) + 1 if 0 < count <= len(ends) else 0
         if len(ends) < count or len(content) - split != -(-last // 8):
             raise FileError(f"{len(content)} bytes are no {count} positions in whole bits: their ends do not fit.")
         rests = numpy.diff(ends[:count], prepend=-1) - 1
-        gaps = (rests.astype(numpy.int64) << low) + lowest @ (1 << numpy.arange(low, dtype=numpy.int64)[::-1])
+        gaps = (rests << low) + _numbers(content[1:split], low, count)
         return torch.from_numpy(numpy.cumsum(gaps + 1) - 1).to(dtype).reshape(shape)
+
+
+_BLOCK = 1 << 14
+"""Bytes that are unpacked at once: their bits take eight times, and places of bits 64 times the memory."""
+_ONES = numpy.unpackbits(numpy.arange(256, dtype=numpy.uint8)[:, None], axis=1).sum(1, dtype=numpy.uint8)
+"""The number of ones of each byte."""
+
+
+def _zeros(content: Any, count: int) -> Any:
+    """Find the zeros among the bits of bytes, int64 (zeros,); empty if not `count` and fewer than 8 more are there."""
+    blocks = [content[start : start + _BLOCK] for start in range(0, len(content), _BLOCK)]
+    zeros = 8 * len(content) - sum(int(_ONES[block].sum(dtype=numpy.int64)) for block in blocks)
+    if not count <= zeros < count + 8:
+        return numpy.empty(0, numpy.int64)
+    found = [numpy.flatnonzero(numpy.unpackbits(block) == 0) + 8 * _BLOCK * i for i, block in enumerate(blocks)]
+    return numpy.concatenate([numpy.empty(0, numpy.int64), *found])
+
+
+def _numbers(content: Any, bits: int, count: int) -> Any:
+    """Unpack `count` numbers of some bits each, the highest bit first, int64 (count,)."""
+    numbers, powers = numpy.zeros(count, numpy.int64), 1 << numpy.arange(bits, dtype=numpy.int64)[::-1]
+    for start in range(0, count if bits else 0, _BLOCK):  # eight numbers end with a byte, and so does a block of them
+        size = min(_BLOCK, count - start)
+        some = numpy.unpackbits(content[start * bits // 8 : (start + _BLOCK) * bits // 8], count=size * bits)
+        numbers[start : start + size] = some.reshape(size, bits) @ powers
+    return numbers
 
 
 class Sparse(Codec):
