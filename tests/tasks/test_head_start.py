@@ -431,9 +431,17 @@ def test_other_classifiers_and_other_data_are_refused_before_a_step(tmp_path):
         trainer.fit(make(), loader, loader)
 
 
-def test_features_that_are_not_finite_are_told(tmp_path):
+def test_features_that_are_not_finite_are_told_and_the_next_training_fits_the_head(tmp_path):
     task = make()
+    bias = task.model.blocks[0].mlp.fc1.bias
+    kept = bias.detach().clone()
     with torch.no_grad():
-        task.model.blocks[0].mlp.fc1.bias[0] = torch.nan
+        bias[0] = torch.nan
     with pytest.raises(TrainingError, match="53 rows of 53 rows of features are not finite"):
-        fit(task, tmp_path, num_sanity_val_steps=0)
+        fit(task, tmp_path / "broken", num_sanity_val_steps=0)
+    assert task.head_start.record == {}
+    with torch.no_grad():
+        bias.copy_(kept)
+    fit(task, tmp_path / "mended", max_steps=1)
+    assert task.head_start.record["strength"] in FEW
+    assert list(dict(read_history(tmp_path / "mended/logs/csv/metrics.csv")[task.monitor])) == [-1]

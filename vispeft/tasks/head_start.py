@@ -140,18 +140,19 @@ class HeadStart(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look whether the head is trained or loaded already, before methods begin."""
-        self.due = not self.done and (self.anew or not cast(Any, pl_module).started)
+        # A start that failed is still due: methods have begun by then, and the task looks started.
+        self.due = not self.done and (self.due or self.anew or not cast(Any, pl_module).started)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit the head, where that is due."""
         if not self.due:
             return
-        self.due, self.done = False, True
         random, began = random_state(), time.perf_counter()
         try:
             self.record = _start(cast(Any, pl_module), trainer)
         finally:
             set_random_state(random)  # the steps draw the same numbers as without it
+        self.due, self.done = False, True
         strength, seconds = self.record["strength"], time.perf_counter() - began
         logger.info(
             "The probe took %.1f s; its strength %g is the best on %s", seconds, strength, self.record["chosen_on"]
