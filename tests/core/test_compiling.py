@@ -184,6 +184,32 @@ def test_drop_path_of_an_adapter_is_no_constant_of_the_graph(counter: Counter) -
     assert counter.graphs == 1
 
 
+def test_a_recomputation_leaves_running_statistics_alone(counter: Counter) -> None:
+    method = vispeft.ConformerAdapter(reduction=8, kernel=3)
+    found = {}
+    for compiled in (False, True):
+        for checkpointed in (False, True):
+            model = base(2)
+            bank = vispeft.attach(model, method, verify=False)
+            if compiled:
+                bank.compile(backend=counter)
+            model.set_grad_checkpointing(checkpointed)
+            model.train()
+            for _ in range(2):
+                step(model)
+            buffers = bank.state_dict()
+            gradients = [p.grad for _, p in bank.trainable_parameters() if p.grad is not None]
+            found[compiled, checkpointed] = [
+                *(t for name, t in buffers.items() if name.endswith(("mean", "variance"))),
+                *gradients,
+            ]
+    assert counter.graphs > 0
+    wanted = found.pop((False, False))
+    assert sum(float(tensor.abs().sum()) > 0 for tensor in wanted[:4]) == 4
+    for tensors in found.values():
+        torch.testing.assert_close(tensors, wanted, atol=1e-6, rtol=1e-4)
+
+
 def test_what_cannot_be_compiled_runs_and_says_why(counter: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
     model = base(1)
     bank = vispeft.attach(model, vispeft.LoRA(rank=2), verify=False)

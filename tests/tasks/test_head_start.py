@@ -199,6 +199,40 @@ def test_without_a_validation_that_chooses_folds_of_the_training_images_do(tmp_p
     assert kept.best["epoch"] == 0, "the last epoch is kept, whatever validation says"
 
 
+@pytest.mark.parametrize(
+    ("limits", "images"),
+    [
+        ({}, {"train": 53, "validation": 54}),
+        ({"limit_train_batches": 3, "limit_val_batches": 0.5}, {"train": 24, "validation": 24}),
+        ({"overfit_batches": 2}, {"train": 16, "validation": 16}),
+        ({"fast_dev_run": True}, {"train": 8, "validation": 8}),
+    ],
+)
+def test_the_images_of_a_start_are_those_that_the_trainer_is_limited_to(limits, images):
+    task, data = make(), DigitsData(**{**SMALL, "batch_size": 8})
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = Trainer(**{**quiet, "logger": False, "max_epochs": 1, "accelerator": "cpu", **limits})
+    data.fit_to(task.preprocessing)
+    data.setup("fit")
+    trainer.datamodule = data
+    loaders = {name: head_start._loader(trainer, name) for name in images}
+    assert {name: len(loader.sampler) for name, loader in loaders.items()} == images
+    targets, found = data.split("train").targets, [label for _, labels in loaders["train"] for label in labels]
+    if "overfit_batches" in limits:  # the first ones of the split, in every epoch
+        assert found == targets[:16].tolist()
+
+
+def test_a_start_and_its_training_see_the_same_few_images(tmp_path):
+    task = make(lr=1e-12)
+    seen, step = [], task.training_step
+    task.training_step = lambda batch, batch_idx: seen.append(batch[1]) or step(batch, batch_idx)
+    data = DigitsData(**{**SMALL, "batch_size": 8})
+    fit(task, tmp_path, data, limit_train_batches=2, limit_val_batches=2)
+    assert task.head_start.record["images"] == {"train": 16, "validation": 16}
+    wanted = [labels for _, labels in head_start._loader(task.trainer, "train")]
+    assert torch.equal(torch.cat(seen), torch.cat(wanted))
+
+
 def test_kept_outputs_of_a_frozen_backbone_give_the_same_start(tmp_path):
     found = []
     for cached in (False, True):
@@ -431,9 +465,17 @@ def test_other_classifiers_and_other_data_are_refused_before_a_step(tmp_path):
         trainer.fit(make(), loader, loader)
 
 
-def test_features_that_are_not_finite_are_told(tmp_path):
+def test_features_that_are_not_finite_are_told_and_the_next_training_fits_the_head(tmp_path):
     task = make()
+    bias = task.model.blocks[0].mlp.fc1.bias
+    kept = bias.detach().clone()
     with torch.no_grad():
-        task.model.blocks[0].mlp.fc1.bias[0] = torch.nan
+        bias[0] = torch.nan
     with pytest.raises(TrainingError, match="53 rows of 53 rows of features are not finite"):
-        fit(task, tmp_path, num_sanity_val_steps=0)
+        fit(task, tmp_path / "broken", num_sanity_val_steps=0)
+    assert task.head_start.record == {}
+    with torch.no_grad():
+        bias.copy_(kept)
+    fit(task, tmp_path / "mended", max_steps=1)
+    assert task.head_start.record["strength"] in FEW
+    assert list(dict(read_history(tmp_path / "mended/logs/csv/metrics.csv")[task.monitor])) == [-1]

@@ -211,6 +211,17 @@ def test_a_start_from_data_is_made_once_and_never_over_saved_values(tmp_path, mo
     assert started(resumed, data, monkeypatch) == 0
 
 
+def test_a_start_from_data_that_failed_is_made_by_the_next_training(monkeypatch):
+    def broken(*_):
+        raise ValueError("no start")
+
+    task, data = make("classification")
+    monkeypatch.setattr(Hooked, "start_from", broken)
+    with pytest.raises(ValueError, match="no start"):
+        trainer(max_steps=1).fit(task, datamodule=data)
+    assert started(task, data, monkeypatch) == 1
+
+
 def test_a_start_from_data_leaves_order_and_random_numbers_alone(monkeypatch):
     orders = []
     for reads in (False, True):

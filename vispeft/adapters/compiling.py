@@ -6,7 +6,8 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from vispeft.adapters.holder import BankState
 from vispeft.core.families import base_class
 from vispeft.core.route import Routing
+from vispeft.core.units import Unit
 from vispeft.errors import ConfigError, UnknownNameError, brief
 from vispeft.hosts.base import COMPILED, Host, ensure_host, host_class, host_kind, take_off
 from vispeft.hosts.depth import DropPathHost
@@ -70,7 +72,23 @@ class _Compiled:
         if not x.requires_grad and torch.is_grad_enabled() and _trains(block):
             # The first block that trains would need a graph of its own, for an input without a gradient.
             x = x.detach().requires_grad_()
-        return self.graph(block, x, *args, **arguments)
+        if torch._C._current_graph_task_id() == -1:
+            return self.graph(block, x, *args, **arguments)
+        # Inside a backward pass: the second forward pass of a checkpoint, whose batch was seen in the first one.
+        with _running_restored(block):
+            return self.graph(block, x, *args, **arguments)
+
+
+@contextmanager
+def _running_restored(block: nn.Module) -> Iterator[None]:
+    """Restore on exit what units keep of the batches they see, such as running statistics."""
+    kept = [unit.get_buffer(name) for unit in block.modules() if isinstance(unit, Unit) for name in unit.running]
+    values = [buffer.clone() for buffer in kept]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(kept, values, strict=True):
+            buffer.data.copy_(value)  # no change for autograd, which may have saved the buffer
 
 
 def _trains(block: nn.Module) -> bool:

@@ -85,6 +85,8 @@ class Unit(nn.Module):
     """Weight decay of its own, by tensor, in place of the optimiser's; a schedule may set it."""
     zero_gradient: frozenset[str] = frozenset()
     """Tensors whose gradient is zero by construction, which `verify` accepts."""
+    running: ClassVar[tuple[str, ...]] = ()
+    """Buffers that a forward pass in training mode writes, such as running statistics of the batches."""
     identity_at_start: bool = True
     """Whether a new unit leaves the model's output unchanged."""
     held: bool = False

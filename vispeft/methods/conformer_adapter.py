@@ -34,6 +34,7 @@ class ConformerUnit(ParallelUnit):
     """
 
     zero_gradient = frozenset({"depthwise_bias"})
+    running = ("mean", "variance")
     identity_at_start = False
     mean: Tensor
     variance: Tensor
@@ -86,7 +87,8 @@ class ConformerUnit(ParallelUnit):
         affine = self.norm_weight, self.norm_bias
         if not self.training:
             return F.batch_norm(hidden, self.mean, self.variance, *affine, eps=EPS)
-        # A checkpoint's second forward pass runs inside the backward pass, and the statistics saw the batch before.
+        # A checkpoint's second forward pass runs inside the backward pass, and the statistics saw the batch before. A
+        # graph cannot ask; its caller restores what is named in `running`.
         again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         mean, variance = (self.mean.clone(), self.variance.clone()) if again else (self.mean, self.variance)
         return F.batch_norm(hidden, mean, variance, *affine, training=True, momentum=MOMENTUM, eps=EPS)

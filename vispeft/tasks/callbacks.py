@@ -31,15 +31,17 @@ class MethodHooks(Callback):
         task = cast(Any, pl_module)
         if task.started:
             return
-        task.started = True
         random = random_state()
-        task.bank.start_from(TrainingBatches(trainer))
-        set_random_state(random)  # the steps draw the same numbers whether or not a method read the data
+        try:
+            task.bank.start_from(TrainingBatches(trainer))
+        finally:
+            set_random_state(random)  # the steps draw the same numbers whether or not a method read the data
         if trainer.world_size > 1:
             # Their buffers too, such as entries that a process chose by its share of the data.
             states = [task.bank.state_dict(name).values() for name in task.bank.names]
             for tensor in [*(p.data for _, p in task.trainable_parameters()), *(t for state in states for t in state)]:
                 tensor.copy_(trainer.strategy.broadcast(tensor))
+        task.started = True  # at last, so that a start that failed is made anew by the next training
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Let methods change gradients, after accumulation and before clipping."""

@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from vispeft.core.method import Method
 from vispeft.data.base import ImageData, has_plain
@@ -140,18 +141,19 @@ class HeadStart(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look whether the head is trained or loaded already, before methods begin."""
-        self.due = not self.done and (self.anew or not cast(Any, pl_module).started)
+        # A start that failed is still due: methods have begun by then, and the task looks started.
+        self.due = not self.done and (self.due or self.anew or not cast(Any, pl_module).started)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit the head, where that is due."""
         if not self.due:
             return
-        self.due, self.done = False, True
         random, began = random_state(), time.perf_counter()
         try:
             self.record = _start(cast(Any, pl_module), trainer)
         finally:
             set_random_state(random)  # the steps draw the same numbers as without it
+        self.due, self.done = False, True
         strength, seconds = self.record["strength"], time.perf_counter() - began
         logger.info(
             "The probe took %.1f s; its strength %g is the best on %s", seconds, strength, self.record["chosen_on"]
@@ -212,11 +214,11 @@ def _start(task: Any, trainer: Trainer) -> dict[str, Any]:
     """Fit the head, copy the result into it, and describe it."""
     data, head = cast(Any, trainer).datamodule, task.probe_layer()
     chooses = data.validation_chooses and trainer.limit_val_batches != 0
-    loaders = {name: data.plain_dataloader(name) for name in ("train", "validation") if name == "train" or chooses}
+    loaders = {name: _loader(trainer, name) for name in ("train", "validation") if name == "train" or chooses}
     models = len(STRENGTHS) * (1 if chooses else 1 + FOLDS)
     logger.info(
         "Start from a probe: features of %s, then %d linear models of them",
-        " and ".join(f"{len(loader.dataset)} {name} images" for name, loader in loaders.items()),
+        " and ".join(f"{len(loader.sampler)} {name} images" for name, loader in loaders.items()),
         models,
     )
     with _shown(trainer, "Start from a probe", sum(map(len, loaders.values())) + models) as advance:
@@ -235,15 +237,45 @@ def _start(task: Any, trainer: Trainer) -> dict[str, Any]:
     return {
         "strength": strength,
         "chosen_on": "validation" if chooses else f"{FOLDS} folds of the training images",
-        "images": {name: len(loader.dataset) for name, loader in loaders.items()},
+        "images": {name: len(loader.sampler) for name, loader in loaders.items()},
     }
+
+
+def _loader(trainer: Trainer, name: str) -> Any:
+    """Return a loader of a split, prepared as for an evaluation, with as many batches as the trainer is limited to.
+
+    Of the training images they are those of the first epoch; where the trainer overfits, those of every epoch.
+    """
+    data = cast(Any, trainer).datamodule
+    loader = data.plain_dataloader(name)
+    limit = trainer.limit_train_batches if name == "train" else trainer.limit_val_batches
+    if limit is None or (isinstance(limit, float) and limit >= 1):
+        return loader
+    if isinstance(limit, float):
+        batches = max(1, int(limit * len(loader)))
+    else:
+        batches = limit * trainer.world_size  # it counts for each process, and each computes the features of all
+    if batches >= len(loader):
+        return loader
+    first: list[Any] = list(range(len(loader.dataset)))
+    if name == "train" and not trainer.overfit_batches:
+        first = [index[1] if isinstance(index, tuple) else index for index in data.train_dataloader().sampler]
+    return DataLoader(
+        loader.dataset,
+        loader.batch_size,
+        sampler=first[: batches * loader.batch_size],
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        generator=loader.generator,  # else the loader would draw from the global one
+    )
 
 
 def _features(task: Any, head: nn.Module, trainer: Trainer, loader: Any, advance: Advance) -> Kept:
     """Compute what the head sees of the images of a loader."""
     rows: list[tuple[Tensor, Tensor]] = []
     seen: list[Tensor] = []
-    most = max(1, ROWS // len(loader.dataset))
+    most = max(1, ROWS // len(loader.sampler))
     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().float().cpu()))
     training = task.training
     task.eval()
