@@ -4,6 +4,7 @@ from urllib.request import Request
 
 import pytest
 
+from vispeft.cli.evaluate import _start_no_workers
 from vispeft.cli.runs import Run
 from vispeft.cli.zoo import zoo_table
 from vispeft.cli.zoo_push import push_adapter
@@ -138,3 +139,9 @@ def test_a_pulled_adapter_is_one_of_others_however_it_is_named(tmp_path, monkeyp
     monkeypatch.chdir(adapter.zoo)
     for named in ("zoo:mine", adapter.folder, f"{adapter.folder}/", "mine", tmp_path / "link"):
         assert Run.open(named).foreign is (source is not None), named
+
+
+def test_data_of_others_are_read_without_processes():
+    tree = {"data": {"class_path": "vispeft.data.DigitsData", "init_args": {"batch_size": 8, "num_workers": 8000}}}
+    _start_no_workers(tree)
+    assert tree["data"]["init_args"] == {"batch_size": 8, "num_workers": 0}
