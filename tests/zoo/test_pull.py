@@ -214,6 +214,8 @@ HOSTILE = {
     "another method": ("patch_merging: false", "patch_merging: true", "names another method"),
     "code": ("class_path: vispeft.SSF", "class_path: os.system", "os.system"),
     "a hub": ("backbone: vit_tiny_patch16_224", "backbone: hf-hub:evil/model", "backbone"),
+    "a huge batch": ("batch_size: ", "batch_size: 1000000000 # ", "data.init_args.batch_size"),
+    "many workers": ("num_workers: ", "num_workers: 100000 # ", "data.init_args.num_workers"),
     "a huge epoch": ("lr: 0.01", "lr: 1.0e+300", "at most"),
 }
 

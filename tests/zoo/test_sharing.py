@@ -4,6 +4,8 @@ from urllib.request import Request
 
 import pytest
 
+from vispeft.cli.evaluate import _start_no_workers
+from vispeft.cli.runs import Run
 from vispeft.cli.zoo import zoo_table
 from vispeft.cli.zoo_push import push_adapter
 from vispeft.errors import ConfigError, FileError
@@ -13,11 +15,12 @@ from vispeft.zoo.install import remove_adapter
 from vispeft.zoo.sources import _SafeRedirects, find_source
 
 
-def make_adapter(zoo, name, card="a card", **changes):
+def make_adapter(zoo, name, card="a card", metrics="", **changes):
     """Write a zoo with one adapter, whose files have nothing in them but the card, and list it beside others."""
     (zoo / name).mkdir(parents=True)
+    texts = {"CARD.md": card, "metrics.json": metrics}
     for file in FILES:
-        (zoo / name / file).write_text(card if file == "CARD.md" else "")
+        (zoo / name / file).write_text(texts.get(file, ""))
     given = {"figures": {"accuracy": 0.5}, "baseline": None, **changes}
     entry = ZooEntry(
         name=name,
@@ -126,3 +129,19 @@ def test_where_a_redirection_may_lead(first, second, allowed):
     else:
         with pytest.raises(ConfigError, match="address"):
             follow()
+
+
+@pytest.mark.parametrize("source", [None, "me/shells@main"])
+def test_a_pulled_adapter_is_one_of_others_however_it_is_named(tmp_path, monkeypatch, source):
+    monkeypatch.setenv("VISPEFT_CACHE", str(tmp_path / "cache"))
+    adapter = make_adapter(tmp_path / "cache" / "zoo", "mine", metrics="{}", source=source)
+    (tmp_path / "link").symlink_to(adapter.folder)
+    monkeypatch.chdir(adapter.zoo)
+    for named in ("zoo:mine", adapter.folder, f"{adapter.folder}/", "mine", tmp_path / "link"):
+        assert Run.open(named).foreign is (source is not None), named
+
+
+def test_data_of_others_are_read_without_processes():
+    tree = {"data": {"class_path": "vispeft.data.DigitsData", "init_args": {"batch_size": 8, "num_workers": 8000}}}
+    _start_no_workers(tree)
+    assert tree["data"]["init_args"] == {"batch_size": 8, "num_workers": 0}

@@ -93,6 +93,8 @@ def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:
         try_loading(run.path)
     tree = without_baselines(read_config(run.config))
     tree["trainer"] = _trainer_settings(run, tree)
+    if run.foreign:
+        _start_no_workers(tree)
     cli = RunCLI(run, overrides, tree)
     cli.model.load_adapter(run.adapter)
     cli.model.eval()
@@ -103,6 +105,14 @@ def _trainer_settings(run: Run, tree: Node) -> Node:
     """Choose the trainer's settings that affect an evaluation; of a run of others, none that starts processes."""
     settings = kept_settings(tree.get("trainer"))
     return {key: value for key, value in settings.items() if not run.foreign or key in _FOREIGN}
+
+
+def _start_no_workers(tree: Node) -> None:
+    """Let data of a run of others be read in this process; an override may say otherwise."""
+    data = tree.get("data")
+    settings = data.get("init_args") if isinstance(data, dict) else None
+    if isinstance(settings, dict) and "num_workers" in settings:
+        settings["num_workers"] = 0
 
 
 _FOREIGN = ("precision", "limit_val_batches", "limit_test_batches")

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from vispeft.storage.header import strict_values
 from vispeft.storage.leftovers import finish_save, remove_partial
 from vispeft.storage.locks import clear, hold
 from vispeft.storage.places import check_folder
-from vispeft.zoo.adapters import ADAPTER, PREFIX, find_adapter, find_zoo_adapter
+from vispeft.zoo.adapters import ADAPTER, PREFIX, find_adapter
+from vispeft.zoo.folder import own_zoo
+from vispeft.zoo.index import read_index
 
 __all__ = [
     "ADAPTER",
@@ -341,8 +343,7 @@ class Run:
             UnknownNameError: If the zoo has no such adapter.
         """
         if str(path).startswith(PREFIX):
-            place = find_adapter(str(path))
-            return replace(cls._opened(place), foreign=find_zoo_adapter(place.name).entry.source is not None)
+            return cls._opened(find_adapter(str(path)))
         place = Path(path)
         if not os.path.isdir(place):
             raise FileError(f"There is no run directory {str(place)!r}; `vispeft train` makes them.")
@@ -366,7 +367,7 @@ class Run:
             raise cls(place, {})._changed(brief(error)) from error
         if not isinstance(metrics, dict):
             raise cls(place, {})._changed(f"It is {shown(metrics)}; keys with values are needed.")
-        return cls(place, metrics)
+        return cls(place, metrics, _is_foreign(place))
 
     def figures(self, split: str) -> dict[str, float | None]:
         """Return the figures of a split in ``metrics.json``; None for one that was not measured.
@@ -413,6 +414,15 @@ class Run:
     def adapter(self) -> Path:
         """The adapter's directory, which in a zoo is that of the run."""
         return self.path if (self.path / JSON_FILE).is_file() else self.path / ADAPTER
+
+
+def _is_foreign(place: Path) -> bool:
+    """Return whether a folder lies in the user's own zoo and was not made here, however it was named."""
+    found, zoo = place.resolve(), own_zoo().resolve()
+    if found.parent != zoo:
+        return False
+    entry = read_index(zoo).get(found.name)
+    return entry is None or entry.source is not None
 
 
 def _is_number(value: Any) -> bool:

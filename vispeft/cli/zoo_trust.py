@@ -29,9 +29,9 @@ from vispeft.zoo.index import CONFIG, LARGEST_FILE, METRICS, ZooEntry
 __all__ = ["check_foreign", "try_loading"]
 
 LARGEST = 8192
-"""Largest whole number in the settings of a task: the widest decoder of this package has 512 channels."""
+"""Largest whole number in the settings of a task or its data: the widest decoder of this package has 512 channels."""
 LONGEST = 1000
-"""Longest list or text in the settings of a task."""
+"""Longest list or text in the settings of a task or its data."""
 _BACKBONE_ARGS: Mapping[str, tuple[int, int]] = {
     **dict.fromkeys(("flexible_size", "pretrained", "dynamic_img_size", "strict_img_size", "always_partition"), (0, 1)),
     "drop_path_rate": (0, 1),
@@ -101,6 +101,7 @@ def _compared(path: Path, tree: Node, header: Mapping[str, Any]) -> Node:
         raise FileError(f"{path} has no sections model and data.")
     settings = tree["model"]["init_args"]
     _check_sizes(settings, "model")
+    _check_sizes(tree["data"], "data")
     if settings.get("method") is None:
         raise FileError(f"{path} names no method.")
     if settings.get("weights") is not None:
@@ -122,7 +123,7 @@ def _compared(path: Path, tree: Node, header: Mapping[str, Any]) -> Node:
 
 
 def _check_sizes(value: Any, place: str) -> None:
-    """Refuse numbers and lists that make a model large."""
+    """Refuse numbers and lists that make a model, or a batch of images, large."""
     if isinstance(value, Mapping):
         for key, inside in value.items():
             _check_sizes(inside, f"{place}.{key}")
