@@ -116,6 +116,11 @@ class Site:
         return path if self.part is None else f"{path}:{self.part}"
 
     @property
+    def span(self) -> tuple[int, int]:
+        """First output row of the site in its layer, and the end of its rows."""
+        return (0, self.out_features) if self.rows is None else (self.rows.start, self.rows.stop)
+
+    @property
     def columns(self) -> int:
         """Number of columns of the layer's weight as a matrix (out, columns)."""
         return self.in_features * self.kernel[0] * self.kernel[1]

@@ -28,6 +28,7 @@ __all__ = [
     "Unit",
     "UnitKind",
     "WeightUnit",
+    "with_rows",
 ]
 
 UnitKind = Literal[
@@ -294,6 +295,17 @@ class SharedUnit(Unit):
     """Tensors that several units of one adapter use, each through `Unit.borrow`."""
 
     kind = "shared"
+
+
+def with_rows(weight: Tensor, start: int, rows: Tensor) -> Tensor:
+    """Put changed rows into a weight, in their dtype.
+
+    Args:
+        weight: (out, ...).
+        start: The first row that changed.
+        rows: (rows, ...).
+    """
+    return torch.cat([weight[:start].to(rows.dtype), rows, weight[start + rows.shape[0] :].to(rows.dtype)])
 
 
 class WeightUnit(Unit):

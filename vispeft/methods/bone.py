@@ -18,7 +18,7 @@ from vispeft.core.fields import DropPath, FewBits, check_factor, check_whole
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import Recipe
 from vispeft.core.sites import Site, View
-from vispeft.core.units import DeltaUnit, Unit, WeightUnit
+from vispeft.core.units import DeltaUnit, Unit, WeightUnit, with_rows
 from vispeft.errors import ConfigError, SiteError
 from vispeft.storage.quantize import LowBit, start_above_zero
 
@@ -55,7 +55,7 @@ class MiSSUnit(LowBit, DeltaUnit):
         """
         super().__init__()
         self.scale, self.bits, self.identity_at_start = scale, bits, bits == 32
-        self.start, self.stop = _rows(site)
+        self.start, self.stop = site.span
         self.repeats = 1 if mini is None else site.out_features // mini
         self.D = nn.Parameter(torch.empty(rank, site.out_features if mini is None else mini))
         sums = torch.eye(rank).repeat(1, -(-site.in_features // rank))[:, : site.in_features]
@@ -86,7 +86,7 @@ class BATUnit(LowBit, WeightUnit):
         """
         super().__init__()
         self.scale, self.bits, self.identity_at_start = scale, bits, bits == 32
-        self.start, self.stop = _rows(site)
+        self.start, self.stop = site.span
         self.B = nn.Parameter(torch.empty(site.out_features // rank, rank, rank))
 
     def reset(self, generator: Generator) -> None:
@@ -102,12 +102,7 @@ class BATUnit(LowBit, WeightUnit):
         # A row of blocks holds its columns in the order (row, block, column), so that one product serves all blocks.
         products = torch.bmm(rows.reshape(count, -1, rank), b).view(count, rank, -1, rank)
         rows = rows + self.scale * (products + b[:, :, None, :]).reshape(rows.shape)
-        return torch.cat([weight[: self.start].to(dtype), rows, weight[self.stop :].to(dtype)])
-
-
-def _rows(site: Site) -> tuple[int, int]:
-    """Return the first output row of a site, and the end of its rows."""
-    return (0, site.out_features) if site.rows is None else (site.rows.start, site.rows.stop)
+        return with_rows(weight, self.start, rows)
 
 
 @register

@@ -85,8 +85,7 @@ class FacTUnit(LowBit, DeltaUnit):
         self.identity_at_start = shape.bits == 32
         self.rank, self.columns = shape.rank, columns
         self.sizes = site.in_features, site.out_features
-        self.start = 0 if site.rows is None else site.rows.start
-        self.stop = site.out_features if site.rows is None else site.rows.stop
+        self.start, self.stop = site.span
         self.slices = _slices(site.in_features, shape.width), _slices(site.out_features, shape.width)
         before, behind = (count * shape.rank for count in self.slices)
         self.S = nn.Parameter(torch.empty(behind, before)) if columns is None else None

@@ -21,7 +21,7 @@ from vispeft.core.low_rank import Branch, Dropout
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import FGVC, VTAB, Recipe
 from vispeft.core.sites import Site, View
-from vispeft.core.units import DeltaUnit, Unit, WeightUnit
+from vispeft.core.units import DeltaUnit, Unit, WeightUnit, with_rows
 from vispeft.errors import ConfigError, SiteError
 from vispeft.storage.quantize import LowBit, start_above_zero
 
@@ -61,8 +61,7 @@ class Factored(LowBit, Unit):
         self.identity_at_start = factors.bits == 32
         if factors.lr_ratio != 1:
             self.lr_factors = {"B": factors.lr_ratio}
-        self.start = 0 if site.rows is None else site.rows.start
-        self.stop = site.out_features if site.rows is None else site.rows.stop
+        self.start, self.stop = site.span
         a = torch.empty(factors.rank, site.in_features)
         if factors.freeze_a:
             self.register_buffer("A", a)  # not trained, but saved: its values are random
@@ -189,7 +188,7 @@ class DoRAUnit(Factored, WeightUnit):
         # A row of zeros has no direction and stays zero.
         length = torch.where(length == 0, torch.ones_like(length), length)
         rows = (self.magnitude.to(dtype) / length)[:, None] * rows
-        return torch.cat([weight[: self.start].to(dtype), rows, weight[self.stop :].to(dtype)])
+        return with_rows(weight, self.start, rows)
 
 
 @register

@@ -18,7 +18,7 @@ from vispeft.core.fields import DropPath
 from vispeft.core.method import Method, PlanItem, Step, register
 from vispeft.core.recipes import Recipe
 from vispeft.core.sites import Site, View
-from vispeft.core.units import SharedUnit, WeightUnit
+from vispeft.core.units import SharedUnit, WeightUnit, with_rows
 from vispeft.errors import ConfigError, SiteError
 
 __all__ = ["Mask", "MaskUnit", "TeacherUnit", "dropped_gradient"]
@@ -54,7 +54,7 @@ class MaskUnit(WeightUnit):
             site: The layer, or a slice of one.
         """
         super().__init__()
-        self.start, self.stop = (0, site.out_features) if site.rows is None else (site.rows.start, site.rows.stop)
+        self.start, self.stop = site.span
         self.M = nn.Parameter(torch.empty(site.out_features, site.columns))
 
     def reset(self, generator: Generator) -> None:
@@ -71,7 +71,7 @@ class MaskUnit(WeightUnit):
         rows = weight[self.start : self.stop]
         # The second term is zero (and not finite where M is not), and its gradient is that of the mask.
         rows = rows * self.mask + rows * (self.M - self.M.detach())
-        return torch.cat([weight[: self.start].to(rows.dtype), rows, weight[self.stop :].to(rows.dtype)])
+        return with_rows(weight, self.start, rows)
 
     def file_tensors(self) -> dict[str, Tensor]:
         """Return the mask as numbers: 1 and 0 stand for themselves."""

@@ -39,8 +39,7 @@ class ExpertUnit(LowBit, DeltaUnit):
         super().__init__()
         self.method, self.bits = method, method.bits
         self.identity_at_start = method.bits == 32
-        self.start = 0 if site.rows is None else site.rows.start
-        self.stop = site.out_features if site.rows is None else site.rows.stop
+        self.start, self.stop = site.span
         self.A = nn.Parameter(torch.empty(method.rank, site.in_features))
         self.B = nn.Parameter(torch.empty(method.rank, site.out_features))
         self.coefficients = nn.Parameter(torch.empty(method.rank))

@@ -84,7 +84,7 @@ class MoSUnit(DeltaUnit):
         """
         super().__init__()
         self.place, self.scale, self.dropout = place, scale, Dropout(dropout)
-        self.start, self.stop = (0, site.out_features) if site.rows is None else (site.rows.start, site.rows.stop)
+        self.start, self.stop = site.span
         for name in ("rows_a", "rows_b"):
             self.register_buffer(name, torch.empty(place.rank * place.shards, dtype=torch.int32))
 

@@ -16,7 +16,7 @@ from vispeft.core.fields import DropPath, check_factor, check_share, check_whole
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import Recipe
 from vispeft.core.sites import Site, View
-from vispeft.core.units import WeightUnit
+from vispeft.core.units import WeightUnit, with_rows
 from vispeft.errors import ConfigError, SiteError
 from vispeft.storage.codecs import Rice
 
@@ -91,7 +91,7 @@ class PSTUnit(WeightUnit):
         super().__init__()
         rows, columns = site.out_features, site.in_features
         self.shape, self.size = shape, rows * columns
-        self.start, self.stop = (0, rows) if site.rows is None else (site.rows.start, site.rows.stop)
+        self.start, self.stop = site.span
         self.U = nn.Parameter(torch.empty(rows, shape.rank))
         self.V = nn.Parameter(torch.empty(shape.rank, columns))
         self.A = nn.Parameter(torch.empty(rows, shape.mask_rank))
@@ -136,7 +136,7 @@ class PSTUnit(WeightUnit):
         scores = self.scores(changed)
         # The difference is zero, and its gradient is that of the mask.
         rows = changed * (self.mask(scores).to(dtype) + (scores - scores.detach()))
-        return torch.cat([weight[: self.start].to(dtype), rows, weight[self.stop :].to(dtype)])
+        return with_rows(weight, self.start, rows)
 
 
 @register

@@ -18,7 +18,7 @@ from vispeft.core.fields import DropPath, check_factor, check_share, check_whole
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import Recipe
 from vispeft.core.sites import Site, View
-from vispeft.core.units import WeightUnit
+from vispeft.core.units import WeightUnit, with_rows
 from vispeft.errors import ConfigError, SiteError
 
 __all__ = ["SNELL", "SNELLUnit"]
@@ -44,7 +44,7 @@ class SNELLUnit(WeightUnit):
         """
         super().__init__()
         self.method = method
-        self.start, self.stop = (0, site.out_features) if site.rows is None else (site.rows.start, site.rows.stop)
+        self.start, self.stop = site.span
         self.inputs = nn.Parameter(torch.empty(2, site.in_features, method.dim // 2))
         self.outputs = nn.Parameter(torch.empty(2, site.out_features, method.dim // 2))
         if method.variant == "snella":
@@ -86,7 +86,7 @@ class SNELLUnit(WeightUnit):
         """Change the rows of (out, in)."""
         dtype = torch.promote_types(weight.dtype, self.inputs.dtype)
         rows = weight[self.start : self.stop].to(dtype) + self.delta().to(dtype)
-        return torch.cat([weight[: self.start].to(dtype), rows, weight[self.stop :].to(dtype)])
+        return with_rows(weight, self.start, rows)
 
 
 @register

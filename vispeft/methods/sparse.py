@@ -24,7 +24,7 @@ from vispeft.core.fields import DropPath, check_share, check_whole
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import Recipe
 from vispeft.core.sites import Site, View
-from vispeft.core.units import WeightUnit
+from vispeft.core.units import WeightUnit, with_rows
 from vispeft.errors import ConfigError, FileError, SiteError
 from vispeft.methods.sparse_schedules import SM3, DropAndRegrow, check_optimizer
 from vispeft.methods.svfit import decompose
@@ -100,7 +100,7 @@ class SparseUnit(WeightUnit):
         """
         super().__init__()
         self.site, self.support, self.rank, self.given = site, support, rank, False
-        self.start, self.stop = (0, site.out_features) if site.rows is None else (site.rows.start, site.rows.stop)
+        self.start, self.stop = site.span
         self.values = nn.Parameter(torch.empty(count))
         self.register_buffer("positions", torch.empty(count, dtype=torch.int32))
 
@@ -136,7 +136,7 @@ class SparseUnit(WeightUnit):
         changed = rows.reshape(-1).index_add(0, self.positions, self.values.to(dtype)).view(rows.shape)
         if self.observer is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             changed = cast(Tensor, _Seen.apply(changed, self.observer))
-        return torch.cat([weight[: self.start].to(dtype), changed, weight[self.stop :].to(dtype)])
+        return with_rows(weight, self.start, changed)
 
     def file_tensors(self) -> dict[str, Tensor]:
         """Return values and entries in rising order of the entries."""

@@ -14,7 +14,7 @@ from vispeft.core.fields import DropPath, check_whole
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import Recipe
 from vispeft.core.sites import Site, View
-from vispeft.core.units import WeightUnit
+from vispeft.core.units import WeightUnit, with_rows
 from vispeft.errors import BackboneError, ConfigError, SiteError
 
 __all__ = ["SVFit", "SVFitUnit", "decompose", "rank_for_energy"]
@@ -83,7 +83,7 @@ class SVFitUnit(WeightUnit):
         """
         super().__init__()
         self.place = site.key
-        self.start, self.stop = (0, site.out_features) if site.rows is None else (site.rows.start, site.rows.stop)
+        self.start, self.stop = site.span
         self.shift = nn.Parameter(torch.empty(rank))
         self.register_buffer("U", torch.empty(site.out_features, rank), persistent=False)
         self.register_buffer("V", torch.empty(rank, site.columns), persistent=False)
@@ -104,7 +104,7 @@ class SVFitUnit(WeightUnit):
         dtype = torch.promote_types(weight.dtype, self.shift.dtype)
         change = (self.U.to(dtype) * self.shift.to(dtype)) @ self.V.to(dtype)
         rows = weight[self.start : self.stop].to(dtype) + change
-        return torch.cat([weight[: self.start].to(dtype), rows, weight[self.stop :].to(dtype)])
+        return with_rows(weight, self.start, rows)
 
 
 @register
