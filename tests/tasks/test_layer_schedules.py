@@ -210,6 +210,7 @@ def test_further_refusals():
         TensorDecay({"A": -1.0})
 
 
+@pytest.mark.slow
 def test_shared_tensors_and_the_classifier_always_train():
     _, watch = fit(SampledLayers(share=0.25), vispeft.FacT(rank=2, dropout=0.0), max_epochs=1)
     task, _ = make(vispeft.FacT(rank=2))
