@@ -224,13 +224,15 @@ def test_the_images_of_a_start_are_those_that_the_trainer_is_limited_to(limits, 
 
 def test_a_start_and_its_training_see_the_same_few_images(tmp_path):
     task = make(lr=1e-12)
-    seen, step = [], task.training_step
-    task.training_step = lambda batch, batch_idx: seen.append(batch[1]) or step(batch, batch_idx)
+    seen, step, unit = [], task.training_step, next(iter(task.bank.units().values()))
+    task.training_step = lambda batch, batch_idx: seen.append((batch[1], unit.training)) or step(batch, batch_idx)
+    unit.eval()
     data = DigitsData(**{**SMALL, "batch_size": 8})
     fit(task, tmp_path, data, limit_train_batches=2, limit_val_batches=2)
     assert task.head_start.record["images"] == {"train": 16, "validation": 16}
     wanted = [labels for _, labels in head_start._loader(task.trainer, "train")]
-    assert torch.equal(torch.cat(seen), torch.cat(wanted))
+    assert torch.equal(torch.cat([labels for labels, _ in seen]), torch.cat(wanted))
+    assert not seen[0][1], "a unit that was set apart keeps its mode"
 
 
 def test_kept_outputs_of_a_frozen_backbone_give_the_same_start(tmp_path):

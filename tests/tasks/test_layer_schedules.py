@@ -125,6 +125,22 @@ def test_scoring_suppresses_and_restores_and_is_in_checkpoints():
     assert torch.equal(other.score, schedule.score)
 
 
+def test_scoring_restores_each_mode_also_after_an_error():
+    def broken(*_):
+        raise ValueError("no loss")
+
+    task, _ = make()
+    next(iter(task.train().bank.units().values())).eval()
+    before = {name: module.training for name, module in task.named_modules()}
+    schedule = SampledLayers()
+    schedule.layers = [(f"blocks.{block}", {}) for block in range(4)]
+    schedule.score = torch.zeros(4)
+    schedule._suppressed_loss = broken
+    with pytest.raises(ValueError, match="no loss"):
+        schedule._score_blocks(None, task, None, 0)
+    assert {name: module.training for name, module in task.named_modules()} == before
+
+
 def test_processes_draw_alike_and_probable_blocks_come_more_often():
     first, second = SampledLayers(seed=3), SampledLayers(seed=3)
     score = torch.tensor([4.0, 0.0, -4.0, -4.0])
@@ -194,6 +210,7 @@ def test_further_refusals():
         TensorDecay({"A": -1.0})
 
 
+@pytest.mark.slow
 def test_shared_tensors_and_the_classifier_always_train():
     _, watch = fit(SampledLayers(share=0.25), vispeft.FacT(rank=2, dropout=0.0), max_epochs=1)
     task, _ = make(vispeft.FacT(rank=2))

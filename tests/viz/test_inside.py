@@ -6,7 +6,9 @@ from PIL import Image
 
 import vispeft
 from tests.tiny import TINY
-from vispeft.errors import ConfigError, DataError
+from vispeft.cli import inside
+from vispeft.errors import BackboneError, ConfigError, DataError
+from vispeft.tasks import Classification
 from vispeft.viz import activation_shift, attention_of, draw_attention, draw_prompts, draw_shift
 
 SWIN = {
@@ -160,6 +162,39 @@ def test_the_shift_of_a_known_change(images):
     torch.testing.assert_close(first.relative, float(((taps - before).norm(dim=2) / before.norm(dim=2)).mean()))
     assert first.relative > 0
     assert -1 <= second.cosine < 1
+
+
+def modes(module):
+    return {name: part.training for name, part in module.named_modules()}
+
+
+@pytest.mark.parametrize("look", [attention_of, activation_shift])
+def test_each_module_gets_its_own_mode_back(images, look):
+    model = make("vit", vispeft.LoRA(rank=2)).train()
+    units = list(model._vispeft_bank.units().values())
+    units[0].eval()
+    before = modes(model)
+    assert units[1].training
+    look(model, images)
+    assert modes(model) == before
+    with pytest.raises(BackboneError):
+        look(model, images[..., :9, :9])
+    assert modes(model) == before
+
+
+def test_pictures_that_fail_leave_the_modes_of_a_task(images, tmp_path, monkeypatch):
+    def broken(*_):
+        raise ValueError("no attention")
+
+    task = Classification(
+        backbone="vit_tiny_patch16_224", backbone_args=TINY, method=vispeft.LoRA(rank=2), num_classes=3
+    )
+    next(iter(task.train().bank.units().values())).eval()
+    before = modes(task)
+    monkeypatch.setattr(inside, "attention_of", broken)
+    with pytest.raises(ValueError, match="no attention"):
+        inside.draw_inside(task, inside.Seen(images, None, task.preprocessing), tmp_path)
+    assert modes(task) == before
 
 
 def test_the_shift_of_a_swin():

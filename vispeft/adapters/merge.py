@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vispeft.adapters.verify import probe_images
 from vispeft.core.families import base_class
 from vispeft.core.generated import MakesTensors
+from vispeft.core.modes import evaluating
 from vispeft.core.sites import Site, View
 from vispeft.errors import MergeError
 from vispeft.hosts.base import Host, HostState, put_back, take_off
@@ -262,16 +263,11 @@ def outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
         model: The model; its mode is restored.
         images: (B, C, H, W).
     """
-    mode = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            result = model(images)
-            out = [result] if isinstance(result, Tensor) else list(result)
-            if hasattr(model, "forward_features"):
-                out.append(cast(Any, model).forward_features(images))
-    finally:
-        model.train(mode)
+    with evaluating(model), torch.no_grad():
+        result = model(images)
+        out = [result] if isinstance(result, Tensor) else list(result)
+        if hasattr(model, "forward_features"):
+            out.append(cast(Any, model).forward_features(images))
     return [tensor.double() for tensor in out]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from vispeft.cli.config import ConfigCLI
 from vispeft.cli.evaluate import load_run, load_task
 from vispeft.cli.runs import Run
+from vispeft.core.modes import evaluating
 from vispeft.data.base import ImageData
 from vispeft.data.images import Reading, find_images, read_image
 from vispeft.data.preprocessing import Preprocessing
@@ -156,8 +157,7 @@ def draw_inside(task: AdapterTask, seen: Seen, folder: Path) -> list[Path]:
     device = next(model.parameters()).device
     few = seen.images[:SHOWN].to(device, task.base_dtype)
     pictures = seen.pictures(len(few))
-    task.eval()
-    with first_task(task):
+    with evaluating(task), first_task(task):
         found = attention_of(model, few)
         drawn = [
             draw_attention(pictures, found, folder / "attention.png"),

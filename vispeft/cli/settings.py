@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from vispeft.cli.config_keys import as_list
 from vispeft.cli.evaluation import Outputs, evaluate, evaluation_trainer
+from vispeft.core.modes import evaluating
 from vispeft.data.base import ImageData
 from vispeft.errors import ConfigError, DataError, FileError, UnknownNameError, is_utf8
 from vispeft.storage.form import FormError, check_class_names
@@ -266,14 +267,14 @@ def rehearse_stopping(task: AdapterTask, data: Any, settings: dict[str, Any]) ->
 @contextmanager
 def _rehearsing(task: AdapterTask, data: Any) -> Iterator[None]:
     """Put back afterwards what a measurement changes, and start no processes for it, which take longer than a batch."""
-    random, training = random_state(), task.training
+    random = random_state()
     workers = getattr(data, "num_workers", 0)
     try:
         if isinstance(data, ImageData):
             data.num_workers = 0
-        yield
+        with evaluating(task):
+            yield
     finally:
         if isinstance(data, ImageData):
             data.num_workers = workers
-        task.train(training)
         set_random_state(random)

@@ -18,6 +18,7 @@ from mmseg.registry import HOOKS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from vispeft.core.modes import evaluating
 from vispeft.errors import ConfigError, counted
 from vispeft.mmseg.backbone import VispeftBackbone
 from vispeft.mmseg.files import backbones, load_decoder, save_adapter
@@ -188,22 +189,19 @@ def _one_value(model: Any, head: Any, size: Sequence[int]) -> bool:
 
     norms = [module for module in head.modules() if isinstance(module, _BatchNorm)]
     handles = [norm.register_forward_pre_hook(look) for norm in norms]
-    modes = {module: module.training for module in head.modules()}
     backbone = model.backbone
     maps = [
         next(head.parameters()).new_zeros(1, channels, -(-size[0] // stride), -(-size[1] // stride))
         for channels, stride in zip(backbone.channels, backbone.strides, strict=True)
     ]
     try:
-        with torch.no_grad():
-            head.eval()(maps)  # in evaluation, where one value is no error and no statistics move
+        with evaluating(head), torch.no_grad():
+            head(maps)  # in evaluation, where one value is no error and no statistics move
     except Exception:  # a head of mmdetection, or of the user's own, with another call: nothing is known about it
         return False
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
     return 1 in seen
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vispeft.core.method import Method
+from vispeft.core.modes import evaluating
 from vispeft.data.base import ImageData
 from vispeft.errors import ConfigError, DataError, VerificationError, check_object
 from vispeft.heads.pyramid import BEHIND_MAPS, DensePyramid, MapReader
@@ -219,11 +220,8 @@ class DenseTask(PartsTask, ABC):
     def _try_maps(self) -> None:
         """Run one small image through, to refuse now a decoder that cannot read these maps."""
         image = torch.zeros(1, 3, *self.probe_size(), dtype=self.base_dtype)
-        modes = {module: module.training for module in self.modules()}
-        with torch.no_grad():
+        with evaluating(self), torch.no_grad():
             self.network().eval()(image)
-        for module, mode in modes.items():
-            module.training = mode
 
     def _one_size(self) -> bool:
         return bool(getattr(getattr(self.model, "patch_embed", None), "strict_img_size", False))

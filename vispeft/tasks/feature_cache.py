@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vispeft.core.families import unwrap
+from vispeft.core.modes import evaluating
 from vispeft.data.augmentation import Augmentation
 from vispeft.data.base import BatchSplit, ImageData
 from vispeft.data.cache import CachedSplit, OutputFiles, OutputStore, changes_between_epochs, split_digest
@@ -167,14 +168,14 @@ def _compute(files: OutputFiles, task: AdapterTask, data: ImageData, trainer: Tr
         num_workers=data.num_workers,
         collate_fn=_keep if isinstance(split, BatchSplit) else None,
     )
-    training, random = task.training, random_state()
+    random = random_state()
     before: list[Any] = list(trainer.callbacks)  # type: ignore[attr-defined]
     trainer.callbacks = [*before, _Writer(files)]  # type: ignore[attr-defined]
     try:
-        trainer.predict(_Backbone(task), loader, return_predictions=False)
+        with evaluating(task):
+            trainer.predict(_Backbone(task), loader, return_predictions=False)
     finally:
         trainer.callbacks = before  # type: ignore[attr-defined]
-        task.train(training)
         set_random_state(random)  # a run draws the same numbers whether its outputs were on the disk or not
 
 

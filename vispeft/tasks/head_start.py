@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vispeft.core.method import Method
+from vispeft.core.modes import evaluating
 from vispeft.data.base import ImageData, has_plain
 from vispeft.data.cache import changes_between_epochs
 from vispeft.data.splitting import cross_validation
@@ -277,11 +278,9 @@ def _features(task: Any, head: nn.Module, trainer: Trainer, loader: Any, advance
     seen: list[Tensor] = []
     most = max(1, ROWS // len(loader.sampler))
     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().float().cpu()))
-    training = task.training
-    task.eval()
     try:
         # Hooks that come after a graph was made are not part of it.
-        with torch.compiler.set_stance("force_eager"), trainer.precision_plugin.forward_context():
+        with evaluating(task), torch.compiler.set_stance("force_eager"), trainer.precision_plugin.forward_context():
             for batch in loader:
                 images, targets = trainer.strategy.batch_to_device(batch)[:2]
                 task(images)
@@ -289,7 +288,6 @@ def _features(task: Any, head: nn.Module, trainer: Trainer, loader: Any, advance
                 advance()
     finally:
         hook.remove()
-        task.train(training)
     features, targets = (torch.cat(parts) for parts in zip(*rows, strict=True))
     broken = (~features.isfinite().all(1)).nonzero().flatten().tolist()
     if broken:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vispeft.adapters.report import Report
 from vispeft.core.method import Method
+from vispeft.core.modes import evaluating
 from vispeft.data.base import ImageData
 from vispeft.errors import ConfigError, DataError, check_object, counted
 from vispeft.heads.embedding import EmbeddingHead, Init, Norm
@@ -149,11 +150,8 @@ class MetricLearning(PartsTask):
     def _width(self) -> int:
         """Count the features of the adapted backbone, which some methods make more of."""
         image = torch.zeros(1, 3, *self.preprocessing.size, dtype=self.base_dtype)
-        training = self.model.training
-        with torch.no_grad():
-            width = self.model.eval()(image).shape[1]
-        self.model.train(training)
-        return int(width)
+        with evaluating(self.model), torch.no_grad():
+            return int(self.model(image).shape[1])
 
     def _criterion(self, loss: str | dict[str, Any], miner: str | dict[str, Any] | None) -> MetricCriterion:
         dim = self.head.dim

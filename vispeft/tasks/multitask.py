@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vispeft.adapters.task_maps import TaskMaps, map_shapes
 from vispeft.core.method import Method
+from vispeft.core.modes import evaluating
 from vispeft.data.dense_targets import DenseTarget
 from vispeft.errors import ConfigError, DataError, FileError, UnknownNameError, counted
 from vispeft.heads import decoder as make_decoder
@@ -172,15 +173,12 @@ class MultiTaskDense(DenseTask):
         know them.
         """
         trained = self.trainable_parameters()
-        modes = {module: module.training for module in self.modules()}
-        network = self.network().eval()
-        with torch.enable_grad():
+        with evaluating(self), torch.enable_grad():
+            network = self.network().eval()
             image = torch.randn(1, 3, *self.probe_size(), generator=torch.Generator().manual_seed(0))
             outputs = network(image.to(self.device, self.base_dtype))
             total = torch.stack([values.float().square().sum() for values in outputs.values()]).sum()
             found = torch.autograd.grad(total, [p for _, p in trained], allow_unused=True)
-        for module, mode in modes.items():
-            module.training = mode
         inside = {id(p) for p in self.task_weights.parameters()}
         pairs = zip(trained, found, strict=True)
         return [name for (name, p), gradient in pairs if gradient is None and id(p) not in inside]

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from vispeft.core.modes import evaluating
 from vispeft.errors import ConfigError, counted
 from vispeft.tasks.layer_schedules import LayerSchedule
 from vispeft.tasks.segmentation import Segmentation
@@ -156,10 +157,8 @@ class SampledLayers(LayerSchedule):
             sets += [] if found in sets else [found]
             if len(sets) == self.subsets:
                 break
-        task.eval()
-        with torch.no_grad():
+        with evaluating(task), torch.no_grad():
             losses = torch.stack([self._suppressed_loss(task, batch, layers) for layers in sets])
-        task.train()
         losses = cast(Tensor, trainer.strategy.reduce(losses, reduce_op="mean"))
         self.score = updated_scores(self.score, losses.float().cpu(), torch.tensor(sets), self.rate)
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vispeft.backbones.windows import Windows, cut_windows, join_windows
 from vispeft.core.families import describe, unwrap
+from vispeft.core.modes import evaluating
 from vispeft.core.sites import View
 from vispeft.errors import ConfigError, DataError
 from vispeft.viz.names import drawn_names, settings_for
@@ -79,15 +80,11 @@ def attention_of(model: nn.Module, images: Tensor) -> list[Attention]:
         raise ConfigError("The model is compiled, so its attention cannot be seen. Give the model as it was before.")
     grid = (0, 0) if view.has_stages else tuple(inner.patch_embed.dynamic_feat_size(tuple(images.shape[-2:])))
     cameras = _cameras(inner, view, grid)
-    training = inner.training
     with contextlib.ExitStack() as open_hooks:
         for camera in cameras.values():
             camera.look(open_hooks)
-        inner.eval()
-        try:
-            inner.forward_features(images)
-        finally:
-            inner.train(training)
+        open_hooks.enter_context(evaluating(inner))
+        inner.forward_features(images)
     unseen = [block for block, camera in cameras.items() if not camera.seen]
     if unseen:
         raise ConfigError(

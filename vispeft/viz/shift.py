@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
+from vispeft.core.modes import evaluating
 from vispeft.errors import ConfigError
 from vispeft.hosts.model import BANK
 from vispeft.viz.names import drawn_names, settings_for
@@ -57,14 +58,10 @@ def activation_shift(model: nn.Module, images: Tensor) -> list[Shift]:
     if bank is None or not bank.active:
         raise ConfigError("No adapter acts on this model, so nothing is shifted. Attach or choose one before.")
     every = frozenset(range(bank.view.depth))
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         after = adapted.run(images, taken=every).taps
         with bank.disabled():
             before = adapted.run(images, taken=every).taps
-    finally:
-        model.train(training)
     return [_compared(block, before[block], after[block]) for block in sorted(every)]
 
 
