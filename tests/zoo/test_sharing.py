@@ -9,9 +9,10 @@ from vispeft.cli.runs import Run
 from vispeft.cli.zoo import zoo_table
 from vispeft.cli.zoo_push import push_adapter
 from vispeft.errors import ConfigError, FileError
-from vispeft.zoo.adapters import ZooAdapter
+from vispeft.zoo.adapters import ZooAdapter, find_adapter
 from vispeft.zoo.index import FILES, INDEX, ZooEntry, describe_file, read_index, write_index
 from vispeft.zoo.install import remove_adapter
+from vispeft.zoo.pull import Wanted, pull
 from vispeft.zoo.sources import _SafeRedirects, find_source
 
 
@@ -145,3 +146,17 @@ def test_data_of_others_are_read_without_processes():
     tree = {"data": {"class_path": "vispeft.data.DigitsData", "init_args": {"batch_size": 8, "num_workers": 8000}}}
     _start_no_workers(tree)
     assert tree["data"]["init_args"] == {"batch_size": 8, "num_workers": 0}
+
+
+def test_a_renamed_adapter_is_pulled_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("VISPEFT_CACHE", str(tmp_path / "cache"))
+    for name in ("mine", "other", "sea"):
+        adapter = make_adapter(tmp_path / "zoo", name, card=name)
+    own = tmp_path / "cache" / "zoo"
+    pull(str(adapter.zoo), Wanted(adapter="mine", name="sea"), lambda *_: None)
+    assert read_index(own)["sea"].named_there == "mine"
+    (own / "sea" / "CARD.md").write_text("damaged")
+    with pytest.raises(FileError, match="vispeft zoo pull sea"):
+        find_adapter("zoo:sea")
+    assert pull("sea", Wanted(), lambda *_: None)[1]
+    assert (own / "sea" / "CARD.md").read_text() == "mine"

@@ -56,7 +56,7 @@ def push_adapter(adapter: ZooAdapter, target: str, *, private: bool = False) -> 
         folder = Path(made)
         (folder / adapter.entry.name).mkdir()
         _copy(adapter, folder / adapter.entry.name)
-        write_index(folder, {adapter.entry.name: replace(adapter.entry, source=None)})
+        write_index(folder, {adapter.entry.name: replace(adapter.entry, source=None, named_there=None)})
         text = (adapter.folder / CARD).read_text(encoding="utf-8")
         (folder / "README.md").write_text(model_card(adapter.entry, text), encoding="utf-8")
         commit = upload(folder, target, f"Add the adapter {adapter.entry.name}", private)
@@ -65,7 +65,7 @@ def push_adapter(adapter: ZooAdapter, target: str, *, private: bool = False) -> 
 
 def _push_to_folder(adapter: ZooAdapter, zoo: Path) -> None:
     """Copy an adapter into another zoo."""
-    entry = replace(adapter.entry, source=None)
+    entry = replace(adapter.entry, source=None, named_there=None)
     with held_zoo(zoo), staged(zoo, entry.name) as folder:
         listed = read_index(zoo)
         if entry.name in listed and not listed[entry.name].same_content(entry):

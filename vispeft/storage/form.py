@@ -309,7 +309,8 @@ _ENTRY = _record(
         "license": _text,
         "source": _optional(_text),
         "files": _mapping(_record({"bytes": _whole(0, LARGEST), "sha256": _sha})),
-    }
+    },
+    {"named_there": _text},
 )
 _INDEX = _record({"schema": _whole(1, 2**31), "adapters": _mapping(_ENTRY), "digest": _text})
 

@@ -84,6 +84,8 @@ class ZooEntry:
     """Licence of the adapter."""
     source: str | None = None
     """Where it was pulled from; None for one that was made here."""
+    named_there: str | None = None
+    """Its name at the source, where it is another one; only then it stands in the index."""
     files: dict[str, dict[str, Any]]
     """``bytes`` and ``sha256`` of each file."""
 
@@ -119,7 +121,13 @@ def index_bytes(entries: Mapping[str, ZooEntry]) -> bytes:
     Args:
         entries: The adapters by name.
     """
-    adapters = {name: {key: value for key, value in asdict(e).items() if key != "name"} for name, e in entries.items()}
+    adapters = {}
+    for name, entry in entries.items():
+        values = asdict(entry)
+        del values["name"]
+        if entry.named_there is None:
+            del values["named_there"]
+        adapters[name] = values
     content: dict[str, Any] = {"schema": SCHEMA, "adapters": adapters}
     return _written({**content, "digest": hashlib.sha256(_written(content)).hexdigest()})
 
@@ -278,7 +286,7 @@ def check_files(zoo: Path, entry: ZooEntry) -> None:
 def _remedy(entry: ZooEntry) -> str:
     if entry.source is None:
         return "Restore it from where the zoo came from."
-    return f"Pull it again: vispeft zoo pull {entry.source} --name {entry.name}"
+    return f"Pull it again: vispeft zoo pull {entry.name}"
 
 
 def _digest(path: Path) -> str:

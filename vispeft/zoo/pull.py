@@ -60,7 +60,8 @@ def pull(given: str, wanted: Wanted, check: Callable[[Path, ZooEntry], None]) ->
     source = find_source(given)
     offered = parse_index(Path(f"{source.name}/{INDEX}"), source.index())
     there = _chosen(source, offered, wanted)
-    entry = replace(there, name=wanted.name or there.name, source=source.name)
+    name = wanted.name or there.name
+    entry = replace(there, name=name, source=source.name, named_there=None if name == there.name else there.name)
     _check_taken(entry, listed)
     total = sum(described["bytes"] for described in entry.files.values())
     if total > wanted.largest:
@@ -79,7 +80,7 @@ def _again(name: str, listed: dict[str, ZooEntry], wanted: Wanted) -> tuple[str,
     source = listed[name].source
     if source is None:
         raise ConfigError(f"zoo:{name} was added on this machine, and there is nothing to pull it from.")
-    return source, replace(wanted, name=name)
+    return source, replace(wanted, name=name, adapter=listed[name].named_there or name)
 
 
 def _chosen(source: Source, offered: dict[str, ZooEntry], wanted: Wanted) -> ZooEntry:
