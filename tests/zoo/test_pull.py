@@ -168,6 +168,23 @@ def test_push_to_a_hub(hub, own, zoo_cli):
     assert find_adapter("zoo:again")
 
 
+def test_a_push_to_a_hub_keeps_the_other_adapters(hub, own, made_zoo, zoo_cli):
+    def index():
+        return read_index(hub.root / "me" / "pushed")
+
+    assert zoo_cli("push", "mine", "me/pushed").status == 0
+    assert zoo_cli("pull", str(made_zoo), "--name", "second").status == 0
+    assert zoo_cli("push", "second", "me/pushed").status == 0
+    assert index().keys() == {"mine", "second"}
+    assert "zoo pull me/pushed --adapter mine" in (hub.root / "me" / "pushed" / "README.md").read_text()
+    assert get("me/pushed", adapter="mine", name="first_again")[0].same_content(read_index(own)["mine"])
+    before = index()
+    (own / "mine" / "CARD.md").write_text("another card")
+    relist(own)
+    assert "with other content" in zoo_cli("push", "mine", "me/pushed").err
+    assert index() == before
+
+
 def test_push_to_a_folder(own, zoo_cli, tmp_path):
     target = tmp_path / "stick"
     (own / "mine" / "secret.txt").write_text("not of the adapter")

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import yaml
 
 from vispeft.errors import ConfigError
 from vispeft.zoo.adapters import ZooAdapter
-from vispeft.zoo.index import CARD, ZooEntry, read_index, write_index
+from vispeft.zoo.index import CARD, INDEX, LARGEST_INDEX, ZooEntry, read_index, write_index
 from vispeft.zoo.install import held_zoo, put_in_place, staged
 
 __all__ = ["model_card", "push_adapter"]
@@ -50,26 +51,54 @@ def push_adapter(adapter: ZooAdapter, target: str, *, private: bool = False) -> 
         return f"{target} --adapter {adapter.entry.name}"
     if target.count("/") != 1:
         raise ConfigError(f"{target!r} is neither OWNER/NAME of a repository nor a folder, such as ./my_zoo.")
+    return f"{target}@{_push_to_hub(adapter, target, private)}"
+
+
+def _push_to_hub(adapter: ZooAdapter, repository: str, private: bool) -> str:
+    """Add an adapter to those that a repository has, and return the commit."""
     from vispeft.zoo.hub import upload  # the hub's client takes a while to import
 
+    entry = replace(adapter.entry, source=None, named_there=None)
     with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
-        (folder / adapter.entry.name).mkdir()
-        _copy(adapter, folder / adapter.entry.name)
-        write_index(folder, {adapter.entry.name: replace(adapter.entry, source=None, named_there=None)})
+        parent, listed = _listed_there(repository, Path(made) / "cache")
+        _check_other(repository, entry, listed)
+        folder = Path(made) / "zoo"
+        (folder / entry.name).mkdir(parents=True)
+        _copy(adapter, folder / entry.name)
+        write_index(folder, {**listed, entry.name: entry})
         text = (adapter.folder / CARD).read_text(encoding="utf-8")
-        (folder / "README.md").write_text(model_card(adapter.entry, text), encoding="utf-8")
-        commit = upload(folder, target, f"Add the adapter {adapter.entry.name}", private)
-    return f"{target}@{commit}"
+        page = model_card(entry, text) + _others(repository, listed.keys() - {entry.name})
+        (folder / "README.md").write_text(page, encoding="utf-8")
+        return upload(folder, repository, f"Add the adapter {entry.name}", private, parent)
+
+
+def _listed_there(repository: str, cache: Path) -> tuple[str | None, dict[str, ZooEntry]]:
+    """Return the newest commit of a repository, and the adapters that its index lists."""
+    from vispeft.zoo.hub import fetch_files, files_of
+
+    found = files_of(repository)
+    if found is None or INDEX not in found[1]:
+        return (None if found is None else found[0]), {}
+    return found[0], read_index(fetch_files(repository, found[0], {INDEX: LARGEST_INDEX}, cache, False))
+
+
+def _others(repository: str, names: AbstractSet[str]) -> str:
+    """List the other adapters of a repository."""
+    lines = [f"* `vispeft zoo pull {repository} --adapter {name}`" for name in sorted(names)]
+    return "\n".join(["", "Other adapters of this repository:", "", *lines, ""]) if lines else ""
+
+
+def _check_other(zoo: Path | str, entry: ZooEntry, listed: Mapping[str, ZooEntry]) -> None:
+    """Refuse to replace other content of the same name."""
+    if entry.name in listed and not listed[entry.name].same_content(entry):
+        raise ConfigError(f"{zoo} has an adapter {entry.name} already, with other content. Choose another place.")
 
 
 def _push_to_folder(adapter: ZooAdapter, zoo: Path) -> None:
     """Copy an adapter into another zoo."""
     entry = replace(adapter.entry, source=None, named_there=None)
     with held_zoo(zoo), staged(zoo, entry.name) as folder:
-        listed = read_index(zoo)
-        if entry.name in listed and not listed[entry.name].same_content(entry):
-            raise ConfigError(f"{zoo} has an adapter {entry.name} already, with other content. Choose another folder.")
+        _check_other(zoo, entry, read_index(zoo))
         _copy(adapter, folder)
         put_in_place(zoo, folder, entry)
 

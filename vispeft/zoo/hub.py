@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 
 from vispeft.errors import ConfigError, FileError, brief
 
-__all__ = ["commit_of", "fetch_files", "upload"]
+__all__ = ["commit_of", "fetch_files", "files_of", "upload"]
 
 SECONDS = 20.0
 """Time in seconds after which a hub that sends nothing counts as unreachable."""
@@ -92,7 +92,25 @@ def fetch_files(repository: str, commit: str, wanted: Mapping[str, int], cache: 
     return place
 
 
-def upload(folder: Path, repository: str, message: str, private: bool) -> str:
+def files_of(repository: str) -> tuple[str, frozenset[str]] | None:
+    """Find the newest commit of a repository, and the files it has.
+
+    Args:
+        repository: OWNER/NAME.
+
+    Returns:
+        The commit and the names; None if there is no such repository, or nothing in it.
+
+    Raises:
+        FileError: If the hub cannot be reached.
+    """
+    info = _asked(repository, lambda api: api.model_info(repository) if api.repo_exists(repository) else None)
+    if info is None or not info.sha:
+        return None
+    return str(info.sha), frozenset(entry.rfilename for entry in info.siblings or ())
+
+
+def upload(folder: Path, repository: str, message: str, private: bool, parent: str | None = None) -> str:
     """Upload a folder, into a repository that is made if it does not exist.
 
     Args:
@@ -100,6 +118,7 @@ def upload(folder: Path, repository: str, message: str, private: bool) -> str:
         repository: OWNER/NAME.
         message: Message of the commit.
         private: Whether a new repository is private.
+        parent: The commit that the upload follows; it is refused if another one has come. None for any.
 
     Returns:
         The commit.
@@ -110,7 +129,7 @@ def upload(folder: Path, repository: str, message: str, private: bool) -> str:
 
     def send(api: HfApi) -> Any:
         api.create_repo(repository, private=private, exist_ok=True)
-        return api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+        return api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message, parent_commit=parent)
 
     return str(_asked(repository, send).oid)
 
