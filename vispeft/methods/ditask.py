@@ -235,9 +235,10 @@ def _start(theta: Tensor, start: str, generator: Generator) -> None:
 class DiTASK(DropPath, Tasks, Method):
     """One backbone for several dense tasks: monotone maps of singular values, on MTLoRA's layout.
 
-    A map moves along the index of the sorted singular values, so that the largest and the smallest stay and their order
-    too. A task's output has the frozen weight under the task's own map, and not the shared one. Singular vectors are
-    computed on attach and on load and are in no file. As in MTLoRA, tensors of the base train too.
+    A map bends the axis of the sorted singular values, and each takes the value at the place it is moved to: the
+    largest and the smallest stay, and so does the order. A task's output has the frozen weight under the task's own
+    map, and not the shared one. Singular vectors are computed on attach and on load and are in no file. As in MTLoRA,
+    tensors of the base train too.
     """
 
     cells: int = 64

@@ -92,11 +92,12 @@ class SNELLUnit(WeightUnit):
 @register
 @dataclass(frozen=True, kw_only=True)
 class SNELL(DropPath, Method):
-    """Each weight changes by a difference of two distances between points of its row and its column; few are kept.
+    """Each weight changes by the difference of two distances between points of its row and column; most stay unchanged.
 
-    The public code multiplies kept entries by their magnitude, so that they are squared with their sign; ``squared:
-    false`` keeps them as they are, which is another method. Without a threshold it is KLoRA. The random start changes
-    the model's function a little. The public code's dropout inside of the branch is left out.
+    The largest changes are kept, a tenth by default. The public code multiplies them by their magnitude, so that they
+    are squared with their sign; ``squared=False`` keeps them as they are, which is another method. Without a threshold
+    it is KLoRA. The random start changes the model's function a little. The public code's dropout inside of the branch
+    is left out.
     """
 
     dim: int = 16
