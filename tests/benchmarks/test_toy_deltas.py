@@ -77,6 +77,14 @@ def test_the_table_has_means_and_marks_what_is_missing():
     assert len(lines) == 2 + len(toy_deltas.METHODS)
 
 
+def test_choices_of_entries_are_compared_with_random_ones():
+    runs = [facts("sparse, random", seed, 0.84 + seed / 50) for seed in range(2)]
+    assert list(toy_deltas.supports(runs)) == []
+    (_, line) = toy_deltas.supports([*runs, facts("sparse, lift", 0, 0.83), facts("mos", 0, 0.9)])
+    assert "in points: lift -2.0. The standard error of one accuracy on 597 images is 1.5 points." in line
+    assert len(toy_deltas.digits()["test"][1]) == toy_deltas.TEST
+
+
 @pytest.mark.slow
 def test_a_run_trains_and_is_not_run_again(tmp_path, monkeypatch):
     name = "lofit, offsets of 8 heads"
