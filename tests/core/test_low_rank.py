@@ -12,7 +12,7 @@ import vispeft
 from tests.conformance.cells import Cell, move
 from vispeft.core.low_rank import Branch, Dropout
 from vispeft.errors import ConfigError
-from vispeft.hosts import low_rank, masks
+from vispeft.hosts import masks, terms
 from vispeft.hosts.low_rank import low_rank_linear
 
 PLACES = ["input", "hidden"]
@@ -157,7 +157,7 @@ def test_what_is_dropped_is_dropped_from_one_term_only(place: Any, monkeypatch: 
         drawn.append(whole(masks.mask_source(rows, columns, share), rows, columns, share))
         return drawn[-1].bool()
 
-    monkeypatch.setattr(low_rank, "mask_source", recorded)
+    monkeypatch.setattr(terms, "mask_source", recorded)
     out = two_terms(made, Dropout(0.4, place))
     (kept,) = drawn
     assert 0 < kept.mean() < 1
