@@ -29,11 +29,18 @@ def is_opaque(x: Tensor, layout: Sequence[Place]) -> bool:
         x: The input of the layer.
         layout: The terms.
     """
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if not torch.compiler.is_compiling() or x.device.type != "cpu" or any(place.dropout.share for place in layout):
         return False
-    if x.device.type != "cpu" or any(place.dropout.share for place in layout):
-        return False
-    return not torch._C._are_functorch_transforms_active()
+    return not _needs_plain()
+
+
+def _needs_plain() -> bool:
+    return torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
+
+
+# What `torch.compiler.assume_constant_result` sets, whose module takes seconds to import: asked while a graph is made,
+# with the transforms that stand in it. Inside of a graph torch 2.11 answers that it is being exported.
+_needs_plain._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def opaque_terms(
