@@ -71,10 +71,12 @@ class Acting(NamedTuple):
     """At the host of the model: the streams that start inside blocks."""
     lone: DeltaUnit | None = None
     """The low-rank term, where it is all that acts here."""
+    scaling: AffineUnit | None = None
+    """The scale and shift, where it is all that acts here."""
 
     def units(self) -> Iterator[Unit]:
         """Iterate over all units, kind by kind."""
-        kinds: Any = self[: len(self) - 4]
+        kinds: Any = self[: len(self) - 5]
         for kind in kinds:
             yield from kind
 
@@ -92,12 +94,15 @@ def acting(units: Iterable[Unit], carries: bool = False, grid: bool = False, sta
         grid: Whether a unit treats the tokens as an image.
         starting: At the host of the model, the streams that start inside blocks.
     """
-    kinds: dict[str, tuple[Any, ...]] = {}
+    kinds: dict[str, Any] = {}
     for unit in units:
         kinds[unit.kind] = (*kinds.get(unit.kind, ()), unit)
     (first, *others) = kinds.get("delta", ()) or (None,)
     lone = first if len(kinds) == 1 and not others and first is not None and first.is_one_term else None
-    return Acting(**kinds, carries=carries, grid=grid, starting=tuple(starting), lone=lone)
+    (scaling, *others) = kinds.get("affine", ()) or (None,)
+    scaling = None if others or len(kinds) > 1 else scaling
+    kinds |= {"carries": carries, "grid": grid, "starting": tuple(starting)}
+    return Acting(**kinds, lone=lone, scaling=scaling)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from vispeft.core.low_rank import Branch, Dropout
 from vispeft.core.origin import Origin, note_origin
 from vispeft.core.route import NOTHING, Acting, Routing
 from vispeft.core.units import AffineUnit, DeltaUnit, InputUnit, LayerPass, Unit, WeightUnit
-from vispeft.hosts.affine import affine, affine_linear, may_recover
+from vispeft.hosts.affine import affine, affine_linear, affine_norm, may_recover, scaled_linear
 from vispeft.hosts.base import Host
 from vispeft.hosts.computed import computed_linear
 from vispeft.hosts.functional import computes_again, frozen_linear
@@ -164,6 +164,10 @@ class LinearHost(_Foldable):
             term = term_linear(x, self, acting.lone, casts, self.routing.memory == "leaner")
             if term is not None:
                 return term
+        if acting.scaling is not None and not is_compiling():
+            scaled = scaled_linear(x, self, acting.scaling, casts)
+            if scaled is not None:
+                return scaled
         x = _before(acting, x) if acting.input else x
         if acting.weight:
             out = low_rank_terms(x, self._computed(acting, x), terms_of(acting.delta))
@@ -351,10 +355,15 @@ class NormHost(_Foldable):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the shape of `x`."""
+        acting = self.acting
+        if acting.scaling is not None and self.replaces.forward in _LAYER_NORMS and not self.fast():
+            made = affine_norm(x, cast(Any, self), acting.scaling)
+            if made is not None:
+                return made
         out: Tensor = super().forward(x)
         # Under autocast a norm in reduced precision returns float32, and outside of it, later, it would not.
         notes = self.routing.memory != "plain" and out.dtype == x.dtype and computes_again(x)
-        if not notes or self.acting is not NOTHING or self.replaces.forward not in _LAYER_NORMS or self.fast():
+        if not notes or acting is not NOTHING or self.replaces.forward not in _LAYER_NORMS or self.fast():
             return out
         compute = partial(_norm_again, *cast(Any, (self.normalized_shape, self.eps)))
         return note_origin(out, Origin(compute, 3), (x, self._parameters["weight"], self._parameters["bias"]))

@@ -134,7 +134,7 @@ def _narrow(rows: Tensor, a: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor |
     if dropout.place == "input":
         source = mask_source(rows, rows.shape[1], dropout.share)
         blocks = mask_blocks(source, rows, rows.shape[1], dropout.share)
-        parts = [product(rows[part] * mask, a.t(), None) for part, mask in blocks]
+        parts = [product(mask.mul_(rows[part]), a.t(), None) for part, mask in blocks]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).div_(dropout.kept), source
     narrow = product(rows, a.t(), None)
     source = mask_source(narrow, narrow.shape[1], dropout.share)
