@@ -1,4 +1,4 @@
-"""What SSF and AdaptFormer cost in the host's time at least: timm's modules with nothing but their operations added.
+"""What SSF, AdaptFormer and VQT cost in the host's time at least: timm's modules with nothing but their operations added.
 
     python benchmarks/host_floor.py
     python benchmarks/host_floor.py --busy          # on a machine that does other work
@@ -94,6 +94,35 @@ class BesideInOne(Beside):
 IN_ONE = super(torch.autograd.Function, Bottleneck).apply
 
 
+class Queries(nn.Module):
+    """VQT with one query per block: the trunk without gradients, and each query through its block's frozen layers."""
+
+    def __init__(self) -> None:
+        """Make the network, the queries, and a classifier of all their outputs."""
+        super().__init__()
+        self.trunk = base().requires_grad_(False)
+        depth, width = len(self.trunk.blocks), self.trunk.embed_dim
+        self.queries = nn.ParameterList(torch.randn(1, 1, width) for _ in range(depth))
+        self.classifier = nn.Linear(depth * width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute the scores (B, classes)."""
+        trunk, rows = self.trunk, []
+        with torch.no_grad():
+            x = trunk._pos_embed(trunk.patch_embed(images))
+        for block, query in zip(trunk.blocks, self.queries, strict=True):
+            attn, width = block.attn, x.shape[-1]
+            with torch.no_grad():
+                q, k, v = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+                x = x + attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+                x = x + block.mlp(block.norm2(x))
+            asked = F.linear(block.norm1(query), attn.qkv.weight[:width], attn.qkv.bias[:width])
+            asked = asked.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+            row = query + attn.proj(F.scaled_dot_product_attention(asked, k, v).transpose(1, 2).flatten(2))
+            rows.append((row + block.mlp(block.norm2(row))).flatten(1))
+        return self.classifier(torch.cat(rows, 1))
+
+
 def ssf() -> nn.Module:
     """Make the network with SSF's operations in every block."""
     model = base().requires_grad_(False)
@@ -125,8 +154,9 @@ def main() -> None:
     torch.set_num_threads(1)
     clock: Callable[[], float] = time.process_time if args.busy else time.perf_counter
     made = {"ssf": ssf(), "adaptformer": adaptformer(Beside), "adaptformer in one node": adaptformer(BesideInOne)}
+    made["vqt"] = Queries()
     models = {FLOOR: network(FLOOR), **{name: model.train() for name, model in made.items()}}
-    models |= {f"vispeft's {name}": network(name) for name in ("ssf", "adaptformer")}
+    models |= {f"vispeft's {name}": network(name) for name in ("ssf", "adaptformer", "vqt")}
     seconds = alternate({name: Step(model, True) for name, model in models.items()}, args.rounds, 3, clock)
     for name in models:
         print(f"{name}: {ratio(seconds, name, FLOOR):.2f} of the floor")
