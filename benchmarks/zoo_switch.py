@@ -38,17 +38,16 @@ def tensor_bytes() -> int:
     return sum(found.values())
 
 
-def own_bytes(bank: Any, name: str) -> int:
-    """Count the bytes of an adapter's units and of its classifier.
+def own_bytes(model: nn.Module, name: str) -> int:
+    """Count the bytes of an adapter's units and of its classifier, with what they keep of their file.
 
     Args:
-        bank: The bank that holds it.
+        model: The backbone that holds it.
         name: The adapter.
     """
-    with bank.using(name):
-        head = bank.head()
-    held = [*bank.named_tensors(name).values(), *([] if head is None else head.state_dict().values())]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    held = [tensor.untyped_storage() for key, tensor in tensors if f".{name}." in f".{key}."]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
 
 
 def held_at_once(model: nn.Module, sources: Sequence[str]) -> tuple[Any, list[dict[str, Any]]]:
@@ -66,7 +65,7 @@ def held_at_once(model: nn.Module, sources: Sequence[str]) -> tuple[Any, list[di
         before = tensor_bytes()
         bank = vispeft.load(model, source, name=f"adapter{number}")
         grown = tensor_bytes() - before
-        rows.append({"source": source, "own_bytes": own_bytes(bank, f"adapter{number}"), "grown_bytes": grown})
+        rows.append({"source": source, "own_bytes": own_bytes(model, f"adapter{number}"), "grown_bytes": grown})
     return bank, rows
 
 

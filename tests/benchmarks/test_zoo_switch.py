@@ -1,5 +1,6 @@
 """Eight adapters held at once cost their own bytes and no others."""
 
+import pytest
 import torch
 import zoo_switch
 
@@ -7,6 +8,7 @@ import vispeft
 from tests.tiny import TINY
 
 
+@pytest.mark.slow
 def test_eight_adapters_cost_their_own_bytes(tmp_path):
     methods = [vispeft.SSF(), vispeft.LoRA(rank=2), vispeft.VPT(), vispeft.VQT(), vispeft.AdaptFormer(bits=1)]
     sources = []
