@@ -26,3 +26,7 @@ def test_eight_adapters_cost_their_own_bytes(tmp_path):
         assert 0 < row["own_bytes"] <= row["grown_bytes"] <= row["own_bytes"] + 4096, row
     assert sum(row["grown_bytes"] for row in rows) < backbone
     assert set(zoo_switch.switches(bank, 8)) == {"set_active", "using"}
+    held = zoo_switch.tensor_bytes()
+    for name in bank.names:
+        bank.detach(name)
+    assert held - zoo_switch.tensor_bytes() >= sum(row["own_bytes"] for row in rows)  # and nothing of them stays

@@ -13,6 +13,7 @@ from vispeft.cli.zoo import zoo_table
 from vispeft.cli.zoo_push import model_card, push_adapter
 from vispeft.errors import ConfigError, FileError
 from vispeft.zoo.adapters import ZooAdapter, find_adapter
+from vispeft.zoo.hub import _asked
 from vispeft.zoo.index import FILES, INDEX, ZooEntry, describe_file, read_index, write_index
 from vispeft.zoo.install import remove_adapter
 from vispeft.zoo.pull import Wanted, pull
@@ -222,3 +223,11 @@ def test_a_licence_in_the_words_of_the_hub(mine, stated, facts):
     text = model_card(dataclasses.replace(mine.entry, license=stated), "the card")
     found = yaml.safe_load(text.split("---")[1])
     assert {key: value for key, value in found.items() if key.startswith("license")} == facts
+
+
+def test_a_card_that_the_hub_refuses():
+    def ask(api):
+        raise ValueError("Invalid metadata in README.md.\n- the key tags has to be a list")
+
+    with pytest.raises(ConfigError, match="refuses the model card.*tags has to be a list"):
+        _asked("me/shells", ask)
