@@ -229,5 +229,5 @@ def test_a_card_that_the_hub_refuses():
     def ask(api):
         raise ValueError("Invalid metadata in README.md.\n- the key tags has to be a list")
 
-    with pytest.raises(ConfigError, match="refuses the model card.*tags has to be a list"):
+    with pytest.raises(ConfigError, match=r"refuses the model card.*tags has to be a list"):
         _asked("me/shells", ask)
