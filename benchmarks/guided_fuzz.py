@@ -4,20 +4,23 @@
     python benchmarks/guided_fuzz.py   # every reader, as often as RUNS says
     python benchmarks/guided_fuzz.py --readers index --runs 1000000 --corpus /tmp/corpus
 
-It is run by hand, since atheris has no builds for every Python. Each reader gets bytes that grow from whole files;
-where a digest would stop all else, it is made to fit. A reader may do with them what ``tests/fuzz`` allows: take them
-or refuse them with one of the project's errors, within 2 s of processor time. Anything else is a finding, kept with its
-bytes. Writes ``results/guided_fuzz.json``: calls by reader and by outcome, inputs that reached new code, and findings.
+It is run by hand, since atheris has no builds for every Python. Each reader gets bytes that grow from whole files, by
+changes of bytes and of values; where a digest would stop all else, it is made to fit. A reader may do with them what
+``tests/fuzz`` allows: take them or refuse them with one of the project's errors, within 2 s of processor time. Anything
+else is a finding, kept with its bytes. Writes ``results/guided_fuzz.json``: calls by reader and by outcome, inputs that
+reached new code, and findings.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib
 import io
 import json
 import os
+import random
 import resource
 import sys
 import tempfile
@@ -39,27 +42,43 @@ HANG = 60
 LONGEST = 2**16
 """Bytes of an input; the whole files are smaller."""
 RUNS = {
-    "index": 100_000,
-    "description": 20_000,
-    "tensors": 20_000,
-    "config": 5_000,
-    "list": 50_000,
-    "checkpoint": 20_000,
+    "index": 50_000,
+    "description": 5_000,
+    "tensors": 5_000,
+    "list": 20_000,
+    "checkpoint": 5_000,
+    "config": 1_000,
 }
 """Calls of each reader."""
+
+
+Change = Callable[[bytes, random.Random], bytes]
 
 
 class Reader:
     """One reader, and whole files of which inputs are made."""
 
-    def __init__(self, read: Callable[[bytes], Any], seeds: list[bytes]) -> None:
-        """Name both.
+    def __init__(self, read: Callable[[bytes], Any], seeds: list[bytes], change: Change | None = None) -> None:
+        """Name them.
 
         Args:
             read: Reads bytes, or refuses them.
             seeds: Whole files.
+            change: Changes a value of a file; None where bytes alone are changed.
         """
-        self.read, self.seeds = read, seeds
+        self.read, self.seeds, self._change = read, seeds, change
+
+    def mutate(self, data: bytes, longest: int, seed: int) -> bytes:
+        """Change an input: every other time a value of it, else its bytes, as the fuzzer does."""
+        import atheris
+
+        rng = random.Random(seed)
+        if self._change is not None and rng.random() < 0.5:
+            with contextlib.suppress(Exception):  # of what is no such file any more
+                changed = self._change(data, rng)
+                if len(changed) <= longest:
+                    return changed
+        return bytes(atheris.Mutate(data, longest))
 
 
 def readers(home: Path) -> dict[str, Callable[[], Reader]]:
@@ -70,6 +89,8 @@ def readers(home: Path) -> dict[str, Callable[[], Reader]]:
     """
     # After `instrument_imports`: what is imported here is guided.
     from tests.fuzz.test_zoo import make_zoo
+    from tests.fuzz.zoo_cases import hostile_config, hostile_json, hostile_tensors
+    from vispeft.cli.zoo import zoo_table
     from vispeft.cli.zoo_trust import check_config
     from vispeft.data.list_files import read_json, read_lines
     from vispeft.storage.files import read_adapter
@@ -81,16 +102,17 @@ def readers(home: Path) -> dict[str, Callable[[], Reader]]:
     header = json.loads((folder / "adapter.json").read_bytes())
 
     def index() -> Reader:
-        return Reader(
-            lambda data: parse_index(zoo / INDEX, with_digest(data, indented=True)), [(zoo / INDEX).read_bytes()]
-        )
+        def read(data: bytes) -> None:
+            zoo_table(parse_index(zoo / INDEX, with_digest(data, indented=True)))
+
+        return Reader(read, [(zoo / INDEX).read_bytes()], hostile_json)
 
     def description() -> Reader:
         def read(data: bytes) -> None:
             (folder / "adapter.json").write_bytes(with_digest(data))
             read_adapter(folder)
 
-        return Reader(read, [(folder / "adapter.json").read_bytes()])
+        return Reader(read, [(folder / "adapter.json").read_bytes()], hostile_json)
 
     def tensors() -> Reader:
         def read(data: bytes) -> None:
@@ -99,14 +121,14 @@ def readers(home: Path) -> dict[str, Callable[[], Reader]]:
             (folder / "adapter.json").write_bytes(with_digest(json.dumps({**header, "files": files}).encode()))
             read_adapter(folder)
 
-        return Reader(read, [(folder / "adapter.safetensors").read_bytes()])
+        return Reader(read, [(folder / "adapter.safetensors").read_bytes()], hostile_tensors)
 
     def config() -> Reader:
         def read(data: bytes) -> None:
             (folder / "config.yaml").write_bytes(data)
             check_config(folder / "config.yaml", header)
 
-        return Reader(read, [(folder / "config.yaml").read_bytes()])
+        return Reader(read, [(folder / "config.yaml").read_bytes()], hostile_config)
 
     def listed() -> Reader:
         def read(data: bytes) -> None:
@@ -237,7 +259,8 @@ def guide(name: str, runs: int, corpus: Path, out: Path) -> None:
     for number, seed in enumerate(made.seeds):
         (corpus / f"seed-{number}").write_bytes(seed)
     limits = [f"-timeout={HANG}", "-rss_limit_mb=4096", f"-max_len={LONGEST}", f"-artifact_prefix={out.parent}/"]
-    atheris.Setup([sys.argv[0], *limits, "-seed=1", "-verbosity=0", str(corpus)], Watch(made.read, runs, out))
+    arguments = [sys.argv[0], *limits, "-seed=1", "-verbosity=0", str(corpus)]
+    atheris.Setup(arguments, Watch(made.read, runs, out), custom_mutator=made.mutate)
     atheris.Fuzz()
 
 
