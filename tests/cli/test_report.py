@@ -12,6 +12,7 @@ from PIL import Image
 from vispeft.cli import report
 from vispeft.errors import ConfigError, FileError
 
+FILES = ("adapter.json", "adapter.safetensors", "head.safetensors")
 HOSTILE = "<script>alert('x')</script>\"'&\u202e{{ 7 * 7 }}"
 
 
@@ -168,7 +169,10 @@ def test_a_run_without_its_log_and_pictures_is_shown(other, tmp_path, caplog):
 
 def test_a_run_of_an_earlier_version_is_shown(other, tmp_path):
     place = other("early", lambda metrics: [metrics.pop(key) for key in ("parameters", "adapter_bytes", "versions")])
-    assert "trained parameters unknown" in Page(report.report(place, tmp_path / "page.html")).words
+    words = Page(report.report(place, tmp_path / "page.html")).words
+    assert "trained parameters unknown" in words
+    stored = sum((place / "adapter" / name).stat().st_size for name in FILES)
+    assert f"bytes of the adapter's files {stored:,}" in words
 
 
 def test_what_cannot_be_shown_is_refused(finished, other, run_cli, tmp_path):
