@@ -11,6 +11,7 @@ from PIL import Image
 
 from vispeft.cli import report
 from vispeft.errors import ConfigError, FileError
+from vispeft.viz.page import Picture
 
 FILES = ("adapter.json", "adapter.safetensors", "head.safetensors")
 HOSTILE = "<script>alert('x')</script>\"'&\u202e{{ 7 * 7 }}"
@@ -212,3 +213,8 @@ def test_other_files_are_not_overwritten(finished, tmp_path):
         report.report(finished, tmp_path)
     with pytest.raises(FileError, match="could not be made"):
         report.report(finished, page / "inside" / "page.html")
+
+
+def test_wide_pictures_stay_legible_on_a_narrow_screen():
+    widths = {700: 640, 1152: 922, 2000: 1000}
+    assert {width: Picture(source="", title="", width=width).narrowest for width in widths} == widths
