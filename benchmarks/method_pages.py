@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import vispeft  # noqa: E402, I001 - before timm
+import method_choice  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
 from common import RESULTS, saved_bytes, write  # noqa: E402
@@ -53,6 +54,8 @@ FEWSHOT = {
     "swin_tiny": "swin_tiny",
 }
 BATCH = 4
+CONFIG_RATE, FAR = 3e-3, 5
+"""Learning rate of ``configs/classification/digits.yaml``, and the factor from which on a method needs its own."""
 TASKS = ("semseg", "human_parts", "sal", "normals")
 """Tasks of the methods that need some."""
 
@@ -172,8 +175,7 @@ def page(
     if method.multi_task:
         yield from ("Attach it with tasks, and read their maps with `vispeft.forward_tasks`.", "")
     else:
-        config = "metric_learning/emoji_vptsp" if brings_criterion(method) else "classification/digits"
-        yield from ("```bash", f"vispeft train {config} --method {name}", "```", "")
+        yield from ("```bash", command(name, method), "```", "")
     yield from ("## Counts", "", f"Trainable parameters with the default fields{tasks}, without the classifier.", "")
     formula = inspect.cleandoc(cls.parameter_count.__doc__ or "").splitlines()[0]
     yield from (formula, "", "| backbone | by formula | built | acts at |", "|---|--:|--:|---|")
@@ -188,6 +190,20 @@ def page(
     yield from advice(method, {label: model for label, model in models.items() if not isinstance(counted[label], str)})
     yield from ("", "## Presets", "", *presets(name), "", "## Published results", "", *results(name, published))
     yield from ("", "## Own results", "", *own(name), "")
+
+
+def command(name: str, method: vispeft.Method) -> str:
+    """Write the command that trains a method, with its rate where that of the config is far from it.
+
+    Args:
+        name: Registry name.
+        method: The method with its default fields.
+    """
+    if brings_criterion(method):
+        return f"vispeft train metric_learning/emoji_vptsp --method {name}"
+    rate = method.recipes[0].lr if method.recipes else CONFIG_RATE
+    far = not 1 / FAR < rate / CONFIG_RATE < FAR
+    return f"vispeft train classification/digits --method {name}" + (f" --model.lr={rate:g}" if far else "")
 
 
 def brings_criterion(method: vispeft.Method) -> bool:
@@ -287,9 +303,12 @@ def own_rows(name: str) -> Iterator[str]:
 
 
 def index(counted: dict[str, dict[str, Counts]], facts: dict[str, Any]) -> Iterator[str]:
-    """Make the page that lists all methods."""
+    """Make the page that says which method to try, and lists all."""
     yield from ("# Methods", "", "<!-- made by benchmarks/method_pages.py -->", "")
+    yield from method_choice.lines(RESULTS, trained_shares(counted))
     yield from (
+        "## All methods",
+        "",
         "Every method is attached in one line (`vispeft.attach(model, vispeft.method(name))`) and trained by its name:",
         "",
         "```bash",
@@ -308,6 +327,15 @@ def index(counted: dict[str, dict[str, Counts]], facts: dict[str, Any]) -> Itera
         told = f"{fact['activations']:.2f} | {', '.join(fact['merge'].values())}" if fact else "not measured | "
         yield f"| [{name}]({name}.md) | {numbers} | {told} |"
     yield from ("", "`method.recommended(model, n_images)` gives learning rate, decay and size with their source.", "")
+
+
+def trained_shares(counted: dict[str, dict[str, Counts]]) -> dict[str, float | None]:
+    """Divide what methods train of the first backbone by what full fine-tuning trains; None where they refuse it."""
+    label = next(iter(BACKBONES))
+    whole = counted["full"][label]
+    assert not isinstance(whole, str), "full fine-tuning takes every backbone"
+    found = {name: counts[label] for name, counts in counted.items()}
+    return {name: None if isinstance(entry, str) else entry[1] / whole[1] for name, entry in found.items()}
 
 
 def main() -> None:

@@ -99,18 +99,20 @@ class ConformerUnit(ParallelUnit):
 class ConformerAdapter(DropPath, Method):
     """Depthwise convolutions over the tokens, beside the MLP or behind it, made for audio spectrograms.
 
-    ``beside``: ``y + mlp(h) + C(h)`` with h the normalised input. The public code computes a LayerNorm in front of the
-    adapter and throws its result away; its two vectors are left out here. Norms of the blocks that precede an adapted
-    branch, and the last one, train as well. It does not start at the identity, as the public code does not. With
-    gradients summed over devices each device normalises by its own part of the batch.
+    With ``mode="parallel"`` a block computes ``y + mlp(h) + C(h)``, with h the normalised input; with ``"sequential"``
+    ``y + m + C(m)``, with m the output of the MLP. The public code computes a LayerNorm in front of the adapter and
+    throws its result away; its two vectors are left out here. Norms of the blocks that precede an adapted branch, and
+    the last one, train as well. It does not start at the identity, as the public code does not. With gradients
+    summed over devices each device normalises by its own part of the batch.
     """
 
     variant: Literal["pfeiffer", "houlsby"] = "pfeiffer"
     """At the MLP alone, or at attention and MLP."""
     mode: Literal["parallel", "sequential"] = "parallel"
-    """Beside the branch, from its normalised input; or from its output, in place of it."""
+    """Beside the branch, from its normalised input; or behind it, from its output."""
     residual: bool | None = None
-    """Whether the adapter's input is added to its output; None for what the mode needs: no beside, yes behind."""
+    """Whether the adapter's input is added to its output; None for what the mode needs: false for ``parallel``, true
+    for ``sequential``."""
     reduction: int = 96
     """Width of a block divided by the hidden channels, of which there is at least one."""
     kernel: int = 31

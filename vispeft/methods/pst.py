@@ -24,10 +24,12 @@ __all__ = ["PST", "PSTUnit", "sparse_size", "sparsity_at"]
 
 WARMUP, COOLDOWN = 0.1, 0.3
 """Shares of the steps before pruning begins and after it ends (public code)."""
-BERT = Recipe(
-    lr=5e-5,
+TRIAL = Recipe(
+    lr=1e-3,
     weight_decay=0.0,
-    source="language models: 3e-5 (BERT) and 5e-5 (RoBERTa) for all tensors (yuchaoli/PST c13f686); no study of images",
+    source="a first try for images, of the order of LoRA's. Language models: start normal, sparsity 0.9, all tensors "
+    "at 3e-5 (BERT) or 5e-5 (RoBERTa) (yuchaoli/PST c13f686)",
+    fields={"sparsity": 0.5, "start": "kaiming"},
 )
 
 
@@ -167,7 +169,7 @@ class PST(DropPath, Method):
 
     name: ClassVar[str] = "pst"
     paper: ClassVar[str] = "https://arxiv.org/abs/2205.11005"
-    recipes: ClassVar[tuple[Recipe, ...]] = (BERT,)
+    recipes: ClassVar[tuple[Recipe, ...]] = (TRIAL,)
     default_roles: ClassVar[tuple[str, ...]] = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
     def __post_init__(self) -> None:

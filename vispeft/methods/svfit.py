@@ -112,11 +112,10 @@ class SVFitUnit(WeightUnit):
 class SVFit(DropPath, Method):
     """The largest singular values of frozen weights train; their singular vectors stay.
 
-    A handful of numbers per layer, and the smallest files of all. The singular vectors are computed on attach and on
-    load (10 s for a ViT-B on one core) and are held beside the weights: at full rank, as much memory as the adapted
-    layers again. A file holds the changes of the singular values alone and needs the same weights; on another machine
-    the singular vectors, and so the outputs, may differ by rounding (about 1e-5 in float32). ``vispeft export RUN
-    --format delta`` is exact.
+    One number per singular value, so small files. The singular vectors are computed on attach and on load (10 s for a
+    ViT-B on one core) and are held beside the weights: at full rank, as much memory as the adapted layers again. A file
+    holds the changes of the singular values alone and needs the same weights; on another machine the singular vectors,
+    and so the outputs, may differ by rounding (about 1e-5 in float32). ``vispeft export RUN --format delta`` is exact.
     """
 
     rank: int | None = None
