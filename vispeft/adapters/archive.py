@@ -17,7 +17,7 @@ from vispeft.adapters.heads import LowBitHead, own_head
 from vispeft.adapters.holder import BankState
 from vispeft.core.arguments import check_arguments
 from vispeft.core.method import Method
-from vispeft.core.units import Unit
+from vispeft.core.units import Unit, other_shapes, resize_units
 from vispeft.errors import BaseMismatchError, ConfigError, FileError, UnknownNameError
 from vispeft.storage.codecs import RAW, decode_tensors, find_codec
 from vispeft.storage.files import DECODER, HEAD, check_tensors, check_values, read_encoded, write_adapter
@@ -105,9 +105,13 @@ class FileBank(BankState):
         """
         self._check_unmerged("load an adapter's tensors")
         label = self._label(name)
-        own = self._entries[label].state()
         units = {key: tensor for key, tensor in tensors.items() if not key.startswith(HEAD)}
-        check_tensors(own, units)
+        held = {f"{key}.": unit for key, unit in self._entries[label].units.items()}
+        own = self._entries[label].state()
+        other = {key: own[key].new_empty(shape, device="meta") for key, shape in other_shapes(held, units).items()}
+        check_tensors({**own, **other}, units)
+        resize_units(held, units)
+        own = self._entries[label].state()
         head = {key.removeprefix(HEAD): tensor for key, tensor in tensors.items() if key.startswith(HEAD)}
         with self.changing("load an adapter's tensors"), torch.no_grad():
             if head and self.view.head_path is not None:
