@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 _NOTES = ("class_names", "preprocessing", "metrics", "output")
 """Notes in a file; files of earlier versions lack the last one."""
+_ORIGIN = ("made_of",)
+"""Notes that only some files have: what a composed or ported adapter was made of."""
 
 
 class FileBank(BankState):
@@ -302,6 +304,7 @@ class FileBank(BankState):
             "output": entry.notes.get("output"),
             "tensors": {**tensor_part(units, codecs), **tensor_part({k: head[k] for k in head if k in codecs}, codecs)},
             "merge_error": entry.merge_error,
+            **{key: entry.notes[key] for key in _ORIGIN if key in entry.notes},
         }
         units, head = {key: stored[key] for key in units}, {key: stored[key] for key in head}
         write_adapter(Path(path), header, units, {**head, **beside})
@@ -348,6 +351,7 @@ class FileBank(BankState):
             self.keep_encoded({key: (encoded[0] | encoded[1])[key] for key in whole & coded}, label)
             entry.seed, entry.merge_error = header["seed"], header["merge_error"]
             self.annotate(label, **{key: header.get(key) for key in _NOTES})
+            entry.notes |= {key: header[key] for key in _ORIGIN if header.get(key) is not None}
         warn_of_channels(self, header)
         if len(kept) < len(units):
             lacking = len(units) - len(kept)

@@ -13,14 +13,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from vispeft.adapters.archive import FileBank
 from vispeft.adapters.compiling import CompilingBank
 from vispeft.adapters.entry import Entry
 from vispeft.adapters.heads import own_head
 from vispeft.adapters.hooks import HookBank
 from vispeft.adapters.merge import Merged, MergeReport, merge_model, undo_merge
 from vispeft.adapters.placing import build_units, place_units
+from vispeft.adapters.porting import PortBank
 from vispeft.adapters.routes import check_rows, make_route, make_shared_route
+from vispeft.adapters.stacking import StackBank
 from vispeft.adapters.task_bank import TaskBank
 from vispeft.core.families import family_of, unwrap
 from vispeft.core.fields import check_task_names
@@ -42,7 +43,7 @@ _users: WeakKeyDictionary[AdapterBank, int] = WeakKeyDictionary()
 """Number of calls that are adding an adapter to a bank."""
 
 
-class AdapterBank(FileBank, TaskBank, HookBank, CompilingBank):
+class AdapterBank(PortBank, StackBank, TaskBank, HookBank, CompilingBank):
     """All adapters of one model.
 
     Get one from `attach` or `load`. The model stays a timm model in use; the bank is only needed to manage the
@@ -187,7 +188,7 @@ class AdapterBank(FileBank, TaskBank, HookBank, CompilingBank):
             except BaseException:  # also an interrupt, in the middle of the verification
                 self.detach(name)
                 if self._entries:
-                    self.set_active(before.names, task=before.task)
+                    self._routing.set(self.route(before.names, before.task, before.weights))
                 raise
 
     def declare(self, name: str) -> None:
@@ -244,7 +245,8 @@ class AdapterBank(FileBank, TaskBank, HookBank, CompilingBank):
         default = self._routing.default
         names = tuple(other for other in default.names if other != name)
         keeps_task = any(default.task in (self._entries[other].tasks or ()) for other in names)
-        self._routing.set(self.route(names, default.task if keeps_task else None))
+        weights = tuple(w for other, w in zip(default.names, default.weights, strict=False) if other != name)
+        self._routing.set(self.route(names, default.task if keeps_task else None, weights))
         for host in entry.hosts:
             if name in host.adapters:
                 del host.adapters[name]
@@ -330,10 +332,12 @@ class AdapterBank(FileBank, TaskBank, HookBank, CompilingBank):
         if rows is not None:
             check_rows(self._entries, names, rows)
         present = self._routing.present()
+        weights: tuple[float, ...] = ()
         if not names:
-            names, task = present.names, present.task if task is None else task
-        self.route(names, task)  # unknown names are refused here, and again on entering, in case one was detached
-        return self._choosing("use other adapters", names, task)
+            names, task, weights = present.names, present.task if task is None else task, present.weights
+        # Unknown names are refused here, and again on entering, in case one was detached.
+        self.route(names, task, weights)
+        return self._choosing("use other adapters", names, task, weights)
 
     def together(self, tasks: Sequence[str]) -> AbstractContextManager[None]:
         """Let the units of several tasks act in a ``with`` block, each on its part of the batch.
@@ -351,6 +355,8 @@ class AdapterBank(FileBank, TaskBank, HookBank, CompilingBank):
             MergeError: If the model is merged.
         """
         names, chosen = self._routing.present().names, tuple(tasks)
+        if self._routing.present().weights:
+            raise ConfigError("together(...): the adapters act with weights, which one pass for several tasks has not.")
         check_task_names(chosen, f"together({tasks!r})")
         self._shared_route(names, chosen)
         return self._routing.choosing(lambda: self._shared_route(names, chosen))
@@ -365,10 +371,12 @@ class AdapterBank(FileBank, TaskBank, HookBank, CompilingBank):
         self._check_unmerged("disable adapters")
         return self._choosing("disable adapters", (), None)
 
-    def _choosing(self, wanted: str, names: tuple[str, ...], task: str | None) -> AbstractContextManager[None]:
+    def _choosing(
+        self, wanted: str, names: tuple[str, ...], task: str | None, weights: tuple[float, ...] = ()
+    ) -> AbstractContextManager[None]:
         def find() -> Route:
             self._check_unmerged(wanted)  # another thread may have merged it since
-            return self.route(names, task)
+            return self.route(names, task, weights)
 
         return self._routing.choosing(find)
 
@@ -381,19 +389,22 @@ class AdapterBank(FileBank, TaskBank, HookBank, CompilingBank):
         """
         return recompute_contexts(self._routing)
 
-    def route(self, names: tuple[str, ...], task: str | None) -> Route:
-        """Return the cached route for a choice of adapters.
+    def route(self, names: tuple[str, ...], task: str | None, weights: tuple[float, ...] = ()) -> Route:
+        """Return the route for a choice of adapters, which is cached unless it has weights.
 
         Args:
             names: The adapters that act, in order.
             task: The task; None for no task.
+            weights: Multipliers of their contributions; empty for 1.
 
         Raises:
             UnknownNameError: If there is no such adapter, or it has no such task.
             SiteError: If two adapters cannot act together.
         """
+        slot = cast(Host, self._model).slot
+        if weights:
+            return make_route(self._entries, self._heads, slot, names, task, weights)
         if (names, task) not in self._routes:
-            slot = cast(Host, self._model).slot
             self._routes[names, task] = make_route(self._entries, self._heads, slot, names, task)
         return self._routes[names, task]
 
@@ -457,7 +468,7 @@ class AdapterBank(FileBank, TaskBank, HookBank, CompilingBank):
         if len(entry.notes.get("class_names") or ()) != getattr(head, "out_features", 0):
             entry.notes.pop("class_names", None)  # those of the former classifier
         self._routes.clear()
-        self._routing.refresh(lambda route: self.route(route.names, route.task))
+        self._routing.refresh(lambda route: self.route(route.names, route.task, route.weights))
 
     # ------------------------------------------------------------------ merging
 

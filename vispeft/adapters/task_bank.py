@@ -180,7 +180,7 @@ class TaskBank(TrainingBank):
         default = self._routing.default
         task = (names or {}).get(default.task or "", default.task)
         known = {task for other in default.names for task in self._entries[other].tasks or ()}
-        self._routing.set(self.route(default.names, task if task in known else None))
+        self._routing.set(self.route(default.names, task if task in known else None, default.weights))
 
 
 def _check_known(task: str, label: str, tasks: Sequence[str]) -> None:

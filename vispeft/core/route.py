@@ -121,6 +121,8 @@ class Route:
     """The adapter that owns the classifier."""
     refusal: str | None = None
     """Error message for a forward pass under this route, where no task was chosen and one is needed; else None."""
+    weights: tuple[float, ...] = ()
+    """Multipliers of the adapters' contributions, in the order of `names`; empty where all are 1."""
 
 
 @dataclass(eq=False)
