@@ -31,6 +31,7 @@ from vispeft.tasks.layer_decay import decay_by_layer
 from vispeft.tasks.migration import rename_heads
 from vispeft.tasks.optimizers import ClipsGradients, check_optimizer, make_optimizer, optimizer_node
 from vispeft.tasks.predictions import Predictor
+from vispeft.tasks.processes import LogsTogether
 from vispeft.tasks.schedules import DECAYS, warmup_decay
 from vispeft.tasks.setting_checks import check_numbers
 from vispeft.tasks.trainer_checks import check_averaging, check_precision, steps_per_epoch
@@ -38,7 +39,7 @@ from vispeft.tasks.trainer_checks import check_averaging, check_precision, steps
 __all__ = ["AdapterTask"]
 
 
-class AdapterTask(ChecksArguments, ClipsGradients):
+class AdapterTask(ChecksArguments, LogsTogether, ClipsGradients):
     """Base of every task: a frozen backbone with an adapter, an optimiser, a warm-up and a decay.
 
     Checkpoints hold the tensors that training changes and nothing of the frozen backbone.
@@ -588,9 +589,8 @@ class AdapterTask(ChecksArguments, ClipsGradients):
         check_shapes(checkpoint["state_dict"], self.state_dict(), "The checkpoint")
         check_average(self.ema, checkpoint)
         if self.ema is not None:
-            averaged = checkpoint["average"]
-            averaged["tensors"] = self._renamed(averaged["tensors"], needed)
-            self.ema.load_state(averaged)
+            checkpoint["average"]["tensors"] = self._renamed(checkpoint["average"]["tensors"], needed)
+            self.ema.load_state(checkpoint["average"])
         if self.head_start is not None:
             self.head_start.recall(checkpoint.get("head_start"))
         self.started = True
