@@ -112,6 +112,8 @@ def main(argv: Sequence[str]) -> None:
     if given.folds is not None:
         if given.resume is not None:
             raise ConfigError("--resume was given with --folds, which goes on by itself: give the same command again.")
+        if TrainCLI(cast(Path, config), overrides).team.processes > 1:
+            raise ConfigError("--folds trains in one process. Set trainer.devices to 1, or train each fold by itself.")
         train_folds(cast(Path, config), overrides, given.folds, _train_or_resume, out=given.out, command=command)
         return
     if given.resume is None:

@@ -15,7 +15,7 @@ from vispeft.data.base import ImageData
 from vispeft.data.randomness import draw_seed
 from vispeft.errors import ConfigError, TrainingError
 
-__all__ = ["LogsTogether", "SameEverywhere", "check_processes", "collect_states"]
+__all__ = ["LogsTogether", "SameEverywhere", "check_processes", "collect_states", "served"]
 
 
 class LogsTogether(LightningModule):
@@ -80,6 +80,25 @@ class SameEverywhere(Callback):
         """Give each process but the first a seed of its own, so that they drop different entries."""
         if trainer.global_rank:
             torch.manual_seed(draw_seed(torch.initial_seed() % 2**31, trainer.global_rank))
+
+
+def served(trainer: Trainer | None, split: str, before: int, count: int) -> Tensor:
+    """Return the places in a split of the images of an evaluation batch.
+
+    Args:
+        trainer: The trainer that measures; None for a loop of one's own.
+        split: validation or test.
+        before: Images of the split that this process has seen in this evaluation.
+        count: Images of the batch.
+
+    Returns:
+        int64 (count,).
+    """
+    places = torch.arange(before, before + count)
+    if trainer is None or trainer.world_size == 1:
+        return places
+    loader = cast(Any, trainer.val_dataloaders if split == "validation" else trainer.test_dataloaders)
+    return torch.tensor(list(loader.sampler))[places]
 
 
 def check_processes(before: int, now: int, elastic: bool) -> None:
