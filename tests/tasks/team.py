@@ -106,11 +106,11 @@ def make(task: str, backbone: str, method: str) -> AdapterTask:
     torch.manual_seed(0)
     name, arguments = BACKBONES[backbone]
     common: dict[str, Any] = {"backbone": name, "backbone_args": arguments, "method": METHODS[method](), "lr": 1e-2}
-    common |= {"optimizer": {"class_path": "SGD", "init_args": {"momentum": 0.9}}}
+    common |= {"optimizer": "SGD"}
     if task == "classification":
         return Classification(num_classes=2, **common)
     if task == "segmentation":
-        return Segmentation(num_classes=2, decoder="fcn", decoder_args={"channels": 8}, **common)
+        return Segmentation(num_classes=2, decoder="fcn", decoder_args={"channels": 8, "dropout": 0.0}, **common)
     if task == "metric":
         return MetricLearning(num_classes=3, dim=8, loss="ProxyAnchorLoss", **common)
     shared = {} if method == "mtlora" else {"shared": True}

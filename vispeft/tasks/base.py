@@ -21,6 +21,7 @@ from vispeft.core.method import Method
 from vispeft.data.by_name import names_of
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.errors import ConfigError, DataError, FileError, check_object, counted
+from vispeft.tasks.averaged import averaged_weights, check_schedule_free, ends_of
 from vispeft.tasks.callbacks import FiniteGuard, MethodHooks
 from vispeft.tasks.checkpoint_form import check_output, check_shapes
 from vispeft.tasks.checkpoints import read_checkpoint
@@ -110,8 +111,8 @@ class AdapterTask(ChecksArguments, LogsTogether, ClipsGradients):
                 `lr_ends`.
             decay_tables: Let position embeddings and tables of relative positions decay too, which timm exempts.
             decay_vectors: Let biases, gains of norms and other vectors decay too.
-            optimizer: An optimiser of ``torch.optim``: its name, or ``class_path`` (the name) with ``init_args``, such
-                as ``momentum``. Learning rate and weight decay are `lr` and `weight_decay`.
+            optimizer: A name of ``torch.optim``, ``timm.optim.NAME`` or ``schedulefree.NAME``; or ``class_path`` (the
+                name) with ``init_args``, such as ``momentum``. Learning rate and decay are `lr` and `weight_decay`.
             head_start: ``probe`` starts a linear head from a regularised linear model of the features that it sees
                 before the first step; see `vispeft.tasks.HeadStart`. None leaves it at random.
 
@@ -129,7 +130,7 @@ class AdapterTask(ChecksArguments, LogsTogether, ClipsGradients):
         check_numbers(type(self), {**vars(self), "layer_decay": layer_decay, "ema": ema, "base_dtype": base_dtype})
         if schedule not in DECAYS:
             raise ConfigError(f"{type(self).__name__}(schedule={schedule!r}): choose {' or '.join(sorted(DECAYS))}.")
-        self.optimizer = check_optimizer(optimizer, weight_decay)
+        self.optimizer = check_schedule_free(check_optimizer(optimizer, weight_decay), ema, final_lr)
         check_head_start(self, method, head_start)
         self.head_start = None if head_start is None else HeadStart()
         taken = sorted({"num_classes", "weights"} & set(backbone_args or {}))
@@ -439,7 +440,7 @@ class AdapterTask(ChecksArguments, LogsTogether, ClipsGradients):
         steps: Any = self.trainer.estimated_stepping_batches
         length = None if self.schedule_epochs is None else self.schedule_epochs * steps_per_epoch(self.trainer)
         schedule = warmup_decay(
-            optimizer, steps, self.warmup, self.schedule, self.lr_ends, length=length, final_lr=self.final_lr
+            optimizer, steps, self.warmup, self.schedule, ends_of(self), length=length, final_lr=self.final_lr
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -503,8 +504,7 @@ class AdapterTask(ChecksArguments, LogsTogether, ClipsGradients):
 
     def on_train_epoch_start(self) -> None:
         """Log the learning rate at the start of the epoch."""
-        schedule: Any = self.lr_schedulers()
-        self.log("lr", schedule.get_last_lr()[0], on_epoch=True)
+        self.log("lr", cast(Any, self.lr_schedulers()).get_last_lr()[0], on_epoch=True)
 
     def output(self) -> dict[str, Any]:
         """Describe how outputs are read, for the adapter's file."""
@@ -540,7 +540,7 @@ class AdapterTask(ChecksArguments, LogsTogether, ClipsGradients):
     def configure_callbacks(self) -> list[Callback]:
         """Add the hooks and schedules of the methods, the guard against values that are not finite, and the EMA."""
         # Hooks come first: the guard checks the gradients after them, and the EMA starts at the values they set.
-        own = [part for part in (self.head_start, self.ema) if part is not None]
+        own = [part for part in (self.head_start, self.ema, averaged_weights(self)) if part is not None]
         return [MethodHooks(), *self.bank.callbacks(), FiniteGuard(), *own]
 
     # ------------------------------------------------------------------ checkpoints

@@ -36,6 +36,9 @@ class LogsTogether(LightningModule):
         alone = self._trainer is None or self._trainer.world_size == 1
         if not alone and not isinstance(value, (Metric, MetricCollection)):
             settings["sync_dist"] = True
+            if settings.get("batch_size"):
+                # Lightning divides the counts of all processes by their number and drops what is behind the point.
+                settings["batch_size"] *= self._trainer.world_size
         super().log(name, value, *args, **settings)
 
 
