@@ -56,6 +56,8 @@ def unroutable(acting: Acting, host: Host | None) -> str | None:
         return "stream"
     linear, block = host is not None and host_kind(host) is LinearHost, isinstance(host, BlockHost)
     for unit in acting.units():
+        if any(getattr(part, "running", ()) for part in unit.modules()):
+            return unit.kind  # statistics of a batch, which must be of its own images
         if unit.kind in _ANYWHERE or (linear and unit.kind in _IN_LINEAR):
             continue
         if block and unit.kind == "parallel":
