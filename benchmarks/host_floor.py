@@ -1,4 +1,4 @@
-"""What SSF, AdaptFormer and VQT cost in the host's time at least: timm's modules with nothing but their operations added.
+"""What SSF, AdaptFormer and VQT cost in the host's time at least: timm's modules with nothing but their operations.
 
     python benchmarks/host_floor.py
     python benchmarks/host_floor.py --busy          # on a machine that does other work

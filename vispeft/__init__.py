@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from vispeft.core.plan import plan as plan
     from vispeft.errors import VispeftError as VispeftError
     from vispeft.methods import *  # noqa: F403
+    from vispeft.serving.server import serve as serve
 
 install_hook()
 provide("families", "vispeft.backbones")
@@ -55,6 +56,7 @@ _HOMES = {
     "plan": "vispeft.core.plan",
     "register": "vispeft.core.method",
     "search": "vispeft.cli.search",
+    "serve": "vispeft.serving.server",
     "train": "vispeft.cli.api",
 }
 """Where the public names are, but for the classes of methods, which `vispeft.methods` finds by itself."""

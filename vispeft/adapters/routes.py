@@ -15,7 +15,7 @@ from vispeft.core.weighted import weighted
 from vispeft.errors import ConfigError, SiteError, UnknownNameError
 from vispeft.hosts.task_slices import sliced, unsliceable
 
-__all__ = ["check_rows", "make_route", "make_shared_route"]
+__all__ = ["make_route", "make_shared_route"]
 
 Entries = Mapping[str, Entry]
 
@@ -98,29 +98,6 @@ def make_shared_route(entries: Entries, routes: Sequence[Route]) -> Route:
             )
         shared[slot] = sliced(actings)
     return Route(names, None, shared, routes[0].head, routes[0].owner)
-
-
-def check_rows(entries: Entries, names: Sequence[str], rows: Sequence[str | None]) -> None:
-    """Raise on rows, since this version routes whole batches.
-
-    Args:
-        entries: The adapters of the model, by name.
-        names: Adapters given for the whole batch.
-        rows: One adapter or None for each image.
-
-    Raises:
-        ConfigError: In all other cases.
-        UnknownNameError: If a row names an unknown adapter.
-    """
-    if names:
-        raise ConfigError(
-            f"using({', '.join(map(repr, names))}, rows=...): give names for the whole batch, or rows with one name "
-            "for each image, not both."
-        )
-    _check_names(entries, tuple(dict.fromkeys(name for name in rows if name is not None)))
-    raise ConfigError(
-        "using(rows=...): this version routes whole batches. Split the batch by adapter, and use one after the other."
-    )
 
 
 def _check_names(entries: Entries, names: tuple[str, ...]) -> None:

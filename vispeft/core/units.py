@@ -30,6 +30,7 @@ __all__ = [
     "WeightUnit",
     "other_shapes",
     "resize_units",
+    "units_of",
     "with_rows",
 ]
 
@@ -270,6 +271,15 @@ def other_shapes(
         if given != {name: tuple(tensor.shape) for name, tensor in own.items()} and unit.takes(given):
             found |= {start + name: shape for name, shape in given.items()}
     return found
+
+
+def units_of(module: nn.Module) -> dict[str, Unit]:
+    """Collect the units of a module by the beginning of their tensors' names.
+
+    Args:
+        module: The module.
+    """
+    return {f"{path}.": found for path, found in module.named_modules() if isinstance(found, Unit)}
 
 
 def resize_units(units: Mapping[str, Unit], tensors: Mapping[str, Tensor | tuple[int, ...]]) -> None:

@@ -19,8 +19,9 @@ from vispeft.core.units import AffineUnit, DeltaUnit, InputUnit, LayerPass, Unit
 from vispeft.hosts.affine import affine, affine_linear, affine_norm, may_recover, scaled_linear
 from vispeft.hosts.base import Host
 from vispeft.hosts.computed import computed_linear
-from vispeft.hosts.functional import computes_again, frozen_linear
+from vispeft.hosts.functional import compute_dtype, computes_again, frozen_linear, leaves_a_graph
 from vispeft.hosts.low_rank import low_rank_linear, low_rank_terms, term_linear
+from vispeft.hosts.products import as_rows, product
 from vispeft.hosts.streams import Streams
 
 __all__ = [
@@ -138,6 +139,11 @@ def terms_of(units: Sequence[DeltaUnit]) -> list[Branch]:
     return terms
 
 
+def _computes_alone(x: Tensor, weight: Tensor) -> bool:
+    """Return whether nothing records a product, and its operands have its type."""
+    return not (torch.is_grad_enabled() or leaves_a_graph()) and weight.dtype == x.dtype == compute_dtype(x, weight)
+
+
 def _before(acting: Acting, x: Tensor) -> Tensor:
     """Apply the units that act on the input."""
     for unit in acting.input:
@@ -177,6 +183,9 @@ class LinearHost(_Foldable):
             return affine_linear(x, weight, bias, acting.affine[0].scale, acting.affine[0].shift)
         if acting.delta:
             out = low_rank_linear(x, weight, bias, terms_of(acting.delta), casts)
+        elif acting.routed and _computes_alone(x, weight):
+            # The product of a single adapter's term (`term_linear`), which is faster than `F.linear`.
+            out = product(as_rows(x), weight.t(), bias).view(*x.shape[:-1], weight.shape[0])
         else:
             out = frozen_linear(x, weight, bias, casts, acting is NOTHING and self.routing.memory == "leaner")
         return _after(acting, x, out, self.routing) if acting.sequential or acting.affine else out

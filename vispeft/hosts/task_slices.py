@@ -24,7 +24,7 @@ from vispeft.hosts.low_rank import low_rank_terms
 
 __all__ = ["sliced", "unsliceable"]
 
-_FLAGS = ("lone", "scaling", "carries", "grid", "starting")
+_FLAGS = ("lone", "scaling", "carries", "grid", "starting", "routed")
 _KINDS = tuple(name for name in Acting._fields if name not in _FLAGS)
 _IN_LINEAR = ("input", "delta", "sequential", "affine")
 """The kinds of units that change inputs and outputs of a linear layer, row by row."""

@@ -18,7 +18,7 @@ from vispeft.backbones.create import create_model
 from vispeft.core.arguments import ChecksArguments
 from vispeft.core.families import unwrap
 from vispeft.core.method import Method
-from vispeft.core.units import Unit, resize_units
+from vispeft.core.units import resize_units, units_of
 from vispeft.data.by_name import names_of
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.errors import ConfigError, DataError, FileError, check_object, counted
@@ -34,7 +34,7 @@ from vispeft.tasks.migration import rename_heads
 from vispeft.tasks.optimizers import ClipsGradients, check_optimizer, make_optimizer, optimizer_node
 from vispeft.tasks.predictions import Predictor
 from vispeft.tasks.processes import LogsTogether
-from vispeft.tasks.schedules import DECAYS, warmup_decay
+from vispeft.tasks.schedules import check_decay, warmup_decay
 from vispeft.tasks.setting_checks import check_numbers
 from vispeft.tasks.trainer_checks import check_averaging, check_precision, steps_per_epoch
 
@@ -129,8 +129,7 @@ class AdapterTask(ChecksArguments, LogsTogether, ClipsGradients):
         self.schedule, self.schedule_epochs, self.final_lr = schedule, schedule_epochs, final_lr
         self.lr_ends, self.decay_tables, self.decay_vectors = tuple(lr_ends), decay_tables, decay_vectors
         check_numbers(type(self), {**vars(self), "layer_decay": layer_decay, "ema": ema, "base_dtype": base_dtype})
-        if schedule not in DECAYS:
-            raise ConfigError(f"{type(self).__name__}(schedule={schedule!r}): choose {' or '.join(sorted(DECAYS))}.")
+        check_decay(type(self).__name__, schedule)
         self.optimizer = check_schedule_free(check_optimizer(optimizer, weight_decay), ema, final_lr)
         check_head_start(self, method, head_start)
         self.head_start = None if head_start is None else HeadStart()
@@ -580,15 +579,13 @@ class AdapterTask(ChecksArguments, LogsTogether, ClipsGradients):
         """
         needed = self._changed() & set(self.state_dict())
         checkpoint["state_dict"] = self._renamed(checkpoint["state_dict"], needed)
-        found = set(checkpoint["state_dict"])
-        if found != needed:
+        if (found := set(checkpoint["state_dict"])) != needed:
             listing = ", ".join(sorted(found ^ needed)[:3])
             raise FileError(
                 f"The checkpoint has {len(found)} trained tensors and this task has {len(needed)}; they differ in "
                 f"{len(found ^ needed)}, first {listing}. Use the method and the backbone it was written with."
             )
-        units = {f"{path}.": module for path, module in self.named_modules() if isinstance(module, Unit)}
-        resize_units(units, checkpoint["state_dict"])
+        resize_units(units_of(self), checkpoint["state_dict"])
         check_shapes(checkpoint["state_dict"], self.state_dict(), "The checkpoint")
         check_average(self.ema, checkpoint)
         if self.ema is not None:
