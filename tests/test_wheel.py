@@ -73,6 +73,10 @@ def python(installed: Path, code: str, cwd: Path) -> str:
     return done.stdout
 
 
+def test_it_is_small_enough(wheel: Path) -> None:
+    assert wheel.stat().st_size <= 36_000_000
+
+
 def test_it_holds_the_files_of_the_repository_and_no_others(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("vispeft/")}
     own = {

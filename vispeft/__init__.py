@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vispeft.adapters.bank import AdapterBank as AdapterBank
     from vispeft.adapters.task_maps import forward_tasks as forward_tasks
     from vispeft.backbones.create import create_model as create_model
+    from vispeft.cli.api import train as train
     from vispeft.cli.embed import embed as embed
     from vispeft.cli.search import search as search
     from vispeft.core.method import Method as Method
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from vispeft.core.plan import plan as plan
     from vispeft.errors import VispeftError as VispeftError
     from vispeft.methods import *  # noqa: F403
+    from vispeft.serving.server import serve as serve
 
 install_hook()
 provide("families", "vispeft.backbones")
@@ -54,6 +56,8 @@ _HOMES = {
     "plan": "vispeft.core.plan",
     "register": "vispeft.core.method",
     "search": "vispeft.cli.search",
+    "serve": "vispeft.serving.server",
+    "train": "vispeft.cli.api",
 }
 """Where the public names are, but for the classes of methods, which `vispeft.methods` finds by itself."""
 

@@ -11,7 +11,9 @@ from PIL import Image
 
 from vispeft.cli import report
 from vispeft.errors import ConfigError, FileError
+from vispeft.viz.page import Picture
 
+FILES = ("adapter.json", "adapter.safetensors", "head.safetensors")
 HOSTILE = "<script>alert('x')</script>\"'&\u202e{{ 7 * 7 }}"
 
 
@@ -168,7 +170,10 @@ def test_a_run_without_its_log_and_pictures_is_shown(other, tmp_path, caplog):
 
 def test_a_run_of_an_earlier_version_is_shown(other, tmp_path):
     place = other("early", lambda metrics: [metrics.pop(key) for key in ("parameters", "adapter_bytes", "versions")])
-    assert "trained parameters unknown" in Page(report.report(place, tmp_path / "page.html")).words
+    words = Page(report.report(place, tmp_path / "page.html")).words
+    assert "trained parameters unknown" in words
+    stored = sum((place / "adapter" / name).stat().st_size for name in FILES)
+    assert f"bytes of the adapter's files {stored:,}" in words
 
 
 def test_what_cannot_be_shown_is_refused(finished, other, run_cli, tmp_path):
@@ -208,3 +213,8 @@ def test_other_files_are_not_overwritten(finished, tmp_path):
         report.report(finished, tmp_path)
     with pytest.raises(FileError, match="could not be made"):
         report.report(finished, page / "inside" / "page.html")
+
+
+def test_wide_pictures_stay_legible_on_a_narrow_screen():
+    widths = {700: 640, 1152: 922, 2000: 1000}
+    assert {width: Picture(source="", title="", width=width).narrowest for width in widths} == widths

@@ -95,6 +95,7 @@ METHODS: dict[str, vispeft.Method] = {
     "mask": vispeft.Mask(),
     "sparse": vispeft.Sparse(),
     "sparse_lift": vispeft.Sparse(budget=0.1, support="lift", principal=2, roles=("patch_embed", *LINEARS)),
+    "sparse_gps": vispeft.Sparse(budget="row:2", support="gps", everywhere=True),
     "pst": vispeft.PST(rank=2, mask_rank=3, start="kaiming"),
     "snell": vispeft.SNELL(dim=4, threshold=0.3, scale=1.0),
     "snella": vispeft.SNELL(dim=4, threshold=0.0, variant="snella"),
@@ -120,13 +121,14 @@ PARALLEL = (
 )
 """Methods with terms beside the branches of a block."""
 
-STORES_MORE = ("lora_fa", "vqt_weighted", "sparse", "sparse_lift", "pst", "mos", "conformer_adapter")
+STORES_MORE = ("lora_fa", "vqt_weighted", "sparse", "sparse_lift", "sparse_gps", "pst", "mos", "conformer_adapter")
 """Methods whose files hold tensors that do not train."""
 
 BATCH_STATISTICS = ("conformer_adapter",)
 """Methods that normalise by the batch while they train, and keep running statistics of it."""
 
 EXCLUSIVE = (
+    "sparse_gps",
     "conformer_adapter",
     "full",
     "bitfit",
@@ -370,7 +372,7 @@ SECOND_FORMS = {
     *("ssf_merging", "vpt_shallow", "vqt_weighted", "prefix_mlp", "adapter_parallel", "adaptformer_1bit", "lora_2bit"),
     *("dora", "pissa", "lora_fa", "convpass_attn", "repadapter_attn", "hydra_2bit", "lst_sparse", "fact_tk"),
     *("fact_4bit", "compacter_full", "mtlora", "polyhistor", "polyhistor_lite", "vpt_window"),
-    *("bone_mini", "bat", "svfit_few", "sparse_lift", "snella", "ditask"),
+    *("bone_mini", "bat", "svfit_few", "sparse_lift", "sparse_gps", "snella", "ditask"),
     *("adapter_plus", "adapter_plus_inner", "mona", "mlae", "rein", "conformer_adapter", "lofit"),
     "lofit_offsets",
 }

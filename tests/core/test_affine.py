@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -120,3 +121,28 @@ def test_the_device_is_asked_once_a_step_for_all_scales(monkeypatch: pytest.Monk
     assert len(copy.deepcopy(model).routing.recoveries._held) == 0
     model.eval()
     assert len(asked._held) == 0
+
+
+def test_few_numbers_in_reduced_precision_are_rounded_once() -> None:
+    y, scale, shift = (tensor.detach() for tensor in tensors())
+    found = affine(y.bfloat16(), scale, shift)
+    assert torch.equal(found, (scale * y.bfloat16().float() + shift).bfloat16())
+
+
+def test_the_short_way_under_autocast_equals_the_general_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=2, num_classes=3)
+    bank, images, found = vispeft.attach(model, vispeft.SSF()), torch.randn(2, 3, 16, 16), []
+    taken: list[Tensor | None] = []
+
+    def counted(short: Any) -> Any:
+        return lambda *a: taken.append(short(*a)) or taken[-1]
+
+    for ways in ((counted(layers.scaled_linear), counted(layers.affine_norm)), (lambda *_: None, lambda *_: None)):
+        monkeypatch.setattr(layers, "scaled_linear", ways[0])
+        monkeypatch.setattr(layers, "affine_norm", ways[1])
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(images).square().sum()
+        found.append([loss, *torch.autograd.grad(loss, [p for _, p in bank.trainable_parameters()])])
+    assert sum(out is not None for out in taken) == 2 * 6 + 1  # in every block, and the last norm
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

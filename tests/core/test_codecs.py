@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import tracemalloc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +92,70 @@ def test_positions(numbers: set[int], dtype: torch.dtype) -> None:
     assert torch.equal(there_and_back("positions", values), values)
 
 
+@each
+@given(shape=SHAPES, share=st.sampled_from([0.0, 0.3, 1.0]), seed=SEEDS, dtype=FLOATS, scale=st.integers(-40, 40))
+def test_floats(shape: tuple[int, ...], share: float, seed: int, dtype: torch.dtype, scale: int) -> None:
+    values = (drawn(shape, share, seed) * 2.0**scale).to(dtype)
+    back = there_and_back("floats", values)
+    assert torch.equal(back.view(-1).view(torch.uint8), values.view(-1).view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_floats_of_every_kind_come_back_bit_for_bit(dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    values = torch.tensor(
+        [0.0, -0.0, 1.0, -2.5, limits.max, -limits.max, limits.tiny, math.inf, -math.inf], dtype=dtype
+    )
+    values = torch.cat([values, torch.full((20_000,), -1.5, dtype=dtype), values / 3])
+    back = there_and_back("floats", values)
+    assert torch.equal(back.view(torch.uint8), values.view(torch.uint8))
+    stored = find_codec("floats").encode(values)
+    for broken in (stored[:1], stored[:-1], stored[:5000], torch.cat([stored, stored.new_zeros(1)])):
+        with pytest.raises(FileError):
+            find_codec("floats").decode(broken, tuple(values.shape), dtype)
+
+
+def test_normal_values_take_less_than_three_and_a_half_bytes() -> None:
+    values = torch.randn(6000, generator=torch.Generator().manual_seed(1)) * 1e-3
+    assert find_codec("floats").size(values) < 3.4 * len(values)
+
+
+@pytest.mark.parametrize("name", ["positions", "sparse", "rice", "floats"])
+@pytest.mark.parametrize("byte", [0, 1, 254, 255])
+def test_no_decoder_allocates_far_more_than_the_file_and_its_content(name: str, byte: int) -> None:
+    stored = torch.full((1_000_000,), byte, dtype=torch.uint8)
+    stored[0] = 1
+    if name == "sparse":
+        stored[:9] = torch.tensor([*(1_000).to_bytes(8, "little"), 0])
+    tracemalloc.start()
+    with contextlib.suppress(FileError):
+        find_codec(name).decode(stored, (1_000,), torch.int64 if name in ("positions", "rice") else torch.float32)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 5 * len(stored)
+
+
+def test_decoding_takes_memory_in_proportion_to_what_is_decoded() -> None:
+    positions = torch.arange(0, 90_000_000, 300)
+    values = torch.randn(300_000)
+    for name, content in (("positions", positions), ("rice", positions), ("floats", values)):
+        stored = find_codec(name).encode(content)
+        tracemalloc.start()
+        back = find_codec(name).decode(stored, (300_000,), content.dtype)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert torch.equal(back, content)
+        assert most < 3 * content.nbytes + 2 * stored.nbytes + 4_000_000, name  # what a block takes
+
+
+@pytest.mark.parametrize(("name", "gap"), [("positions", 2**32), ("rice", 2**34)])
+def test_positions_beyond_their_dtype_are_refused(name: str, gap: int) -> None:
+    """They would come back as others: 2^32 + 1 as 1."""
+    stored = find_codec(name).encode(torch.tensor([gap + 1]))
+    with pytest.raises(FileError, match="cannot hold"):
+        find_codec(name).decode(stored, (1,), torch.int32)
+
+
 @pytest.mark.parametrize("gap", [0, 253, 254, 255, 256, 509, 510, 65_533, 65_534, 65_535, 65_536, 2**32 - 2, 2**32])
 def test_gaps_at_the_ends_of_their_units(gap: int) -> None:
     values = torch.tensor([3, 4 + gap, 5 + gap, 6 + 2 * gap])
@@ -116,6 +182,7 @@ def test_few_bits(shape: tuple[int, ...], bits: int, seed: int) -> None:
 @pytest.mark.parametrize(
     ("name", "values", "says"),
     [
+        ("floats", torch.tensor([1, 2]), r"torch.int64 were given"),
         ("mask", torch.tensor([0.0, 0.5]), "Threshold them first"),
         ("mask", torch.tensor([math.nan]), "Threshold them first"),
         ("positions", torch.tensor([2, 1]), "Sort them first"),
@@ -138,6 +205,11 @@ def test_values_that_do_not_fit_are_refused(name: str, values: Tensor, says: str
         ("positions", [2, 1, 1, 1], (1,)),
         ("positions", [1, 255], (0,)),
         ("positions", [1, 0, 0], (3,)),
+        ("floats", [], (1,)),
+        ("floats", [1, 0, 127, 0, 0, 0, 0], (1,)),
+        ("floats", [1, 0, 127, 0, 0, 0, 0, 128], (1,)),  # the place of the exponent is 1 in a list of one
+        ("floats", [0, 0, 0, 0, 0, 0, 0], (1,)),
+        ("floats", [255, 255, 0, 0, 0, 0, 0], (1,)),
         ("sparse", [0, 0], (3,)),
         ("sparse", [1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1], (3,)),
         ("sparse", [1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 3], (3,)),

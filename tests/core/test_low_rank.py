@@ -10,9 +10,9 @@ from torch import Tensor
 
 import vispeft
 from tests.conformance.cells import Cell, move
-from vispeft.core.low_rank import Branch, Dropout
+from vispeft.core.low_rank import Branch, Dropout, dropped_draws
 from vispeft.errors import ConfigError
-from vispeft.hosts import low_rank, masks
+from vispeft.hosts import masks, terms
 from vispeft.hosts.low_rank import low_rank_linear
 
 PLACES = ["input", "hidden"]
@@ -157,7 +157,7 @@ def test_what_is_dropped_is_dropped_from_one_term_only(place: Any, monkeypatch: 
         drawn.append(whole(masks.mask_source(rows, columns, share), rows, columns, share))
         return drawn[-1].bool()
 
-    monkeypatch.setattr(low_rank, "mask_source", recorded)
+    monkeypatch.setattr(terms, "mask_source", recorded)
     out = two_terms(made, Dropout(0.4, place))
     (kept,) = drawn
     assert 0 < kept.mean() < 1
@@ -205,6 +205,15 @@ def test_the_share_that_is_dropped(share: float, dtype: torch.dtype, kind: type[
     for other in others:
         common = ((kept - kept.mean()) * (other - other.mean())).mean() / kept.var()
         assert abs(common) < 5 * kept.numel() ** -0.5 + 2**-14
+
+
+@pytest.mark.parametrize("share", [0.0001, 1 / 256, 0.1, 0.5, 255 / 256, 0.999, 1.0 - 1e-9])
+def test_the_share_is_exact_over_all_pairs_of_bytes(share: float) -> None:
+    """Each row begins with its own byte."""
+    byte = torch.arange(256, dtype=torch.uint8)
+    pairs = torch.cat([byte[:, None], byte.expand(256, 256)], 1)
+    mask = masks._mask(pairs.flatten().view(torch.int64), torch.empty(256, 0), 256, share)
+    assert int((mask == 0).sum()) == dropped_draws(share)
 
 
 def test_a_mask_is_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

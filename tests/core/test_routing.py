@@ -203,8 +203,6 @@ def test_bad_choices_are_refused() -> None:
         bank.using("seg", rows=["seg", None])
     with pytest.raises(UnknownNameError, match="seg"):
         bank.using(rows=["sge", None])
-    with pytest.raises(ConfigError, match="whole batches"):
-        bank.using(rows=["seg", None])
     with pytest.raises(UnknownNameError, match="depth"):
         bank.freeze("deph")
     with pytest.raises(UnknownNameError, match="depth"):

@@ -67,7 +67,7 @@ def test_a_batch_in_the_middle_of_an_epoch_is_the_same_alone(root):
 def test_an_epoch_goes_on_in_the_middle_as_if_it_had_not_stopped(root, workers):
     whole = list(ready(root, augment=EVERYTHING, num_workers=workers).train_dataloader())
     data = ready(root, augment=EVERYTHING, num_workers=workers)
-    data.load_state_dict({**data._order(), "epoch": 0, "batches": 2})
+    data.load_state_dict({**data.order_facts(), "epoch": 0, "batches": 2})
     rest = list(data.train_dataloader())
     assert len(rest) == len(whole) - 2 > 0
     for (images, targets), (expected, shares) in zip(rest, whole[2:], strict=True):

@@ -136,7 +136,7 @@ def test_an_order_goes_on_where_it_stopped(root):
     assert torch.equal(whole(num_workers=1)[0][0], whole()[0][0])
     changed = ready(folder(root, validation=0.3, images_per_class=1))
     with pytest.raises(DataError, match="images_per_class was 2 and is 1"):
-        changed.check_same({**data._order()})
+        changed.check_same({**data.order_facts()})
 
 
 def test_an_image_drawn_twice_in_an_epoch_is_augmented_twice(tmp_path):

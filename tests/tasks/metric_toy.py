@@ -47,4 +47,4 @@ class ToyMetricData(ImageData):
 
     def _sampler(self, length, start):
         labels = self.split("train").targets
-        return PerClassSampler(labels, self.images_per_class, self.batch_size, self.seed, start)
+        return PerClassSampler(labels, self.images_per_class, self.batch_together, self.seed, start)

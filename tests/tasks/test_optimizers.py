@@ -1,5 +1,7 @@
 """Optimisers by name: a closed list, with the groups of the adapter."""
 
+import sys
+
 import pytest
 import torch
 
@@ -51,6 +53,12 @@ def test_lists_of_yaml_become_tuples():
     [
         ("AdamX", r"Unknown optimizer 'AdamX'.*Adam.*classes of torch\.optim"),
         ("adamw", r"Did you mean 'AdamW'\?"),  # as timm writes it
+        ("timm.optim.lyon", r"Unknown optimizer of timm 'lyon'.*lion"),
+        ("timm.optim.bnbadamw8bit", "Unknown optimizer of timm 'bnbadamw8bit'"),
+        ("timm.optim.adahessian", "adahessian cannot train a task: it needs second derivatives"),
+        ("timm.optim.muon", "it takes matrices alone"),
+        ({"class_path": "timm.optim.lion", "init_args": {"beta": 1}}, r"argument of timm.optim.lion 'beta'.*betas"),
+        ("schedulefree.Adam", "Unknown optimizer of schedulefree 'Adam'"),
         ("os.system", r"Unknown optimizer 'os\.system'"),
         ("torch.optim.Optimizer", "Unknown optimizer"),
         ({"class_path": "torch.optim.lr_scheduler.LambdaLR"}, "Unknown optimizer"),
@@ -81,3 +89,27 @@ def test_an_optimizer_without_decay_serves_a_task_without_it():
     assert check_optimizer("Rprop", 0.0)["class_path"] == "torch.optim.Rprop"
     with pytest.raises(UnknownNameError):
         check_optimizer("adamw", 0.0)
+
+
+@pytest.mark.parametrize(
+    "name", ["timm.optim.lion", "timm.optim.lamb", "timm.optim.cadamw", "timm.optim.kron", "timm.optim.nesterov"]
+)
+def test_optimizers_of_timm_keep_the_groups(name):
+    task = make(optimizer=name)
+    groups = task.bank.parameter_groups(task.lr, task.weight_decay)
+    optimizer = make_optimizer(task.optimizer, groups)
+    assert task.optimizer["class_path"] == name
+    assert [(g["name"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [
+        (g["name"], g["lr"], g["weight_decay"]) for g in groups
+    ]
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        parameter.grad = torch.ones_like(parameter)
+    before = task.bank.head().weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(task.bank.head().weight, before)
+
+
+def test_a_schedule_free_optimizer_needs_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "schedulefree", None)
+    with pytest.raises(ConfigError, match="pip install schedulefree"):
+        make(optimizer="schedulefree.AdamWScheduleFree")

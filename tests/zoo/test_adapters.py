@@ -88,6 +88,8 @@ def test_commands_take_its_name(own, zoo_cli, tmp_path):
     assert shown.out.startswith("# mine")
     assert "MIT" in shown.out
     assert zoo_cli("zoo:mine", command="evaluate").status == 0
+    assert "ssf" in zoo_cli("zoo:mine", command="inspect").out
+    assert "no run directory" in zoo_cli("zoo:vit_tiny", command="inspect").err
     assert zoo_cli("remove", "mine").status == 0
     assert list(list_zoo_adapters()) == [name for name in list_zoo_adapters() if name != "mine"]
     assert not (own / "mine").exists()

@@ -162,7 +162,7 @@ def test_push_to_a_hub(hub, own, zoo_cli):
     text = (hub.root / "me" / "pushed" / "README.md").read_text()
     assert text.startswith("---\nlibrary_name: vispeft\nlicense: mit\n")
     assert "base_model_relation: adapter" in text
-    assert "base_model: timm/vit_tiny_patch16_224" in text
+    assert "base_model: timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k" in text
     assert text == model_card(read_index(own)["mine"], (own / "mine" / "CARD.md").read_text())
     assert get("me/pushed", name="again")[0].source == f"me/pushed@{COMMIT}"
     assert find_adapter("zoo:again")

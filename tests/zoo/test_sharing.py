@@ -1,15 +1,19 @@
 """What sharing must not do: delete a user's files, or leave a zoo that cannot be read. Nothing is trained or built."""
 
+import dataclasses
 from urllib.request import Request
 
 import pytest
+import yaml
 
+import vispeft.zoo.pull
 from vispeft.cli.evaluate import _start_no_workers
 from vispeft.cli.runs import Run
 from vispeft.cli.zoo import zoo_table
-from vispeft.cli.zoo_push import push_adapter
+from vispeft.cli.zoo_push import model_card, push_adapter
 from vispeft.errors import ConfigError, FileError
 from vispeft.zoo.adapters import ZooAdapter, find_adapter
+from vispeft.zoo.hub import _asked
 from vispeft.zoo.index import FILES, INDEX, ZooEntry, describe_file, read_index, write_index
 from vispeft.zoo.install import remove_adapter
 from vispeft.zoo.pull import Wanted, pull
@@ -160,3 +164,70 @@ def test_a_renamed_adapter_is_pulled_again(tmp_path, monkeypatch):
         find_adapter("zoo:sea")
     assert pull("sea", Wanted(), lambda *_: None)[1]
     assert (own / "sea" / "CARD.md").read_text() == "mine"
+
+
+def test_a_name_that_another_process_takes_meanwhile(tmp_path, monkeypatch):
+    """Two pulls of one name: the second finds it taken once it may change the zoo, and replaces nothing."""
+    monkeypatch.setenv("VISPEFT_CACHE", str(tmp_path / "cache"))
+    first = make_adapter(tmp_path / "first", "mine", card="the first one")
+    second = make_adapter(tmp_path / "second", "mine", card="the second one")
+    hold = vispeft.zoo.pull.held_zoo
+
+    def other_comes_first(zoo):
+        monkeypatch.setattr("vispeft.zoo.pull.held_zoo", hold)
+        pull(str(first.zoo), Wanted(), lambda *_: None)
+        return hold(zoo)
+
+    monkeypatch.setattr("vispeft.zoo.pull.held_zoo", other_comes_first)
+    with pytest.raises(ConfigError, match="installed already, with other content"):
+        pull(str(second.zoo), Wanted(), lambda *_: None)
+    assert (tmp_path / "cache" / "zoo" / "mine" / "CARD.md").read_text() == "the first one"
+
+
+@pytest.mark.parametrize("name", ["parts", "pulling", "adding", "before", "index", "zoo"])
+def test_names_that_folders_of_our_own_might_have(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("VISPEFT_CACHE", str(tmp_path / "cache"))
+    adapter = make_adapter(tmp_path / "zoo", name)
+    assert pull(str(adapter.zoo), Wanted(), lambda *_: None)[1]
+    assert find_adapter(f"zoo:{name}") == tmp_path / "cache" / "zoo" / name
+    assert {path.name for path in (tmp_path / "cache" / "zoo").iterdir()} == {name, INDEX}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "base", "found"),
+    [
+        ("zoo:vit_tiny", None, "it comes with vispeft (model_zoo/backbones/vit_tiny)"),
+        ("vit_base_patch16_224.mae", "timm/vit_base_patch16_224.mae", "timm/vit_base_patch16_224.mae has weights"),
+        ("vit_tiny_patch16_224", "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", "has weights for it"),
+        ("vit_base_patch16_224.of_another_timm", None, "no repository has weights"),
+    ],
+)
+def test_a_model_card_says_where_the_base_is_found(mine, backbone, base, found):
+    text = model_card(dataclasses.replace(mine.entry, backbone=backbone), "the card")
+    facts = yaml.safe_load(text.split("---")[1])
+    assert facts.get("base_model") == base
+    assert facts.get("base_model_relation") == (base and "adapter")
+    assert found in text
+
+
+@pytest.mark.parametrize(
+    ("stated", "facts"),
+    [
+        ("Apache-2.0", {"license": "apache-2.0"}),
+        ("CC BY 4.0", {"license": "cc-by-4.0"}),
+        ("not stated", {"license": "unknown"}),
+        ("ask me", {"license": "other", "license_name": "ask me"}),
+    ],
+)
+def test_a_licence_in_the_words_of_the_hub(mine, stated, facts):
+    text = model_card(dataclasses.replace(mine.entry, license=stated), "the card")
+    found = yaml.safe_load(text.split("---")[1])
+    assert {key: value for key, value in found.items() if key.startswith("license")} == facts
+
+
+def test_a_card_that_the_hub_refuses():
+    def ask(api):
+        raise ValueError("Invalid metadata in README.md.\n- the key tags has to be a list")
+
+    with pytest.raises(ConfigError, match=r"refuses the model card.*tags has to be a list"):
+        _asked("me/shells", ask)

@@ -17,7 +17,7 @@ from vispeft.adapters.heads import LowBitHead, own_head
 from vispeft.adapters.holder import BankState
 from vispeft.core.arguments import check_arguments
 from vispeft.core.method import Method
-from vispeft.core.units import Unit
+from vispeft.core.units import Unit, other_shapes, resize_units
 from vispeft.errors import BaseMismatchError, ConfigError, FileError, UnknownNameError
 from vispeft.storage.codecs import RAW, decode_tensors, find_codec
 from vispeft.storage.files import DECODER, HEAD, check_tensors, check_values, read_encoded, write_adapter
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 _NOTES = ("class_names", "preprocessing", "metrics", "output")
 """Notes in a file; files of earlier versions lack the last one."""
+_ORIGIN = ("made_of",)
+"""Notes that only some files have: what a composed or ported adapter was made of."""
 
 
 class FileBank(BankState):
@@ -105,9 +107,13 @@ class FileBank(BankState):
         """
         self._check_unmerged("load an adapter's tensors")
         label = self._label(name)
-        own = self._entries[label].state()
         units = {key: tensor for key, tensor in tensors.items() if not key.startswith(HEAD)}
-        check_tensors(own, units)
+        held = {f"{key}.": unit for key, unit in self._entries[label].units.items()}
+        own = self._entries[label].state()
+        other = {key: own[key].new_empty(shape, device="meta") for key, shape in other_shapes(held, units).items()}
+        check_tensors({**own, **other}, units)
+        resize_units(held, units)
+        own = self._entries[label].state()
         head = {key.removeprefix(HEAD): tensor for key, tensor in tensors.items() if key.startswith(HEAD)}
         with self.changing("load an adapter's tensors"), torch.no_grad():
             if head and self.view.head_path is not None:
@@ -298,6 +304,7 @@ class FileBank(BankState):
             "output": entry.notes.get("output"),
             "tensors": {**tensor_part(units, codecs), **tensor_part({k: head[k] for k in head if k in codecs}, codecs)},
             "merge_error": entry.merge_error,
+            **{key: entry.notes[key] for key in _ORIGIN if key in entry.notes},
         }
         units, head = {key: stored[key] for key in units}, {key: stored[key] for key in head}
         write_adapter(Path(path), header, units, {**head, **beside})
@@ -344,6 +351,7 @@ class FileBank(BankState):
             self.keep_encoded({key: (encoded[0] | encoded[1])[key] for key in whole & coded}, label)
             entry.seed, entry.merge_error = header["seed"], header["merge_error"]
             self.annotate(label, **{key: header.get(key) for key in _NOTES})
+            entry.notes |= {key: header[key] for key in _ORIGIN if header.get(key) is not None}
         warn_of_channels(self, header)
         if len(kept) < len(units):
             lacking = len(units) - len(kept)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import cast
 from weakref import WeakKeyDictionary
@@ -13,14 +13,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from vispeft.adapters.archive import FileBank
 from vispeft.adapters.compiling import CompilingBank
 from vispeft.adapters.entry import Entry
 from vispeft.adapters.heads import own_head
 from vispeft.adapters.hooks import HookBank
 from vispeft.adapters.merge import Merged, MergeReport, merge_model, undo_merge
 from vispeft.adapters.placing import build_units, place_units
-from vispeft.adapters.routes import check_rows, make_route, make_shared_route
+from vispeft.adapters.porting import PortBank
+from vispeft.adapters.routes import make_route, make_shared_route
+from vispeft.adapters.row_routes import RowRoutes, check_rows
+from vispeft.adapters.stacking import StackBank
 from vispeft.adapters.task_bank import TaskBank
 from vispeft.core.families import family_of, unwrap
 from vispeft.core.fields import check_task_names
@@ -42,7 +44,7 @@ _users: WeakKeyDictionary[AdapterBank, int] = WeakKeyDictionary()
 """Number of calls that are adding an adapter to a bank."""
 
 
-class AdapterBank(FileBank, TaskBank, HookBank, CompilingBank):
+class AdapterBank(PortBank, StackBank, TaskBank, HookBank, CompilingBank):
     """All adapters of one model.
 
     Get one from `attach` or `load`. The model stays a timm model in use; the bank is only needed to manage the
@@ -58,6 +60,7 @@ class AdapterBank(FileBank, TaskBank, HookBank, CompilingBank):
         """
         super().__init__(outer)
         self._routes: dict[tuple[tuple[str, ...], str | tuple[str, ...] | None], Route] = {}
+        self._row_routes = RowRoutes(self._heads, self._routing)
         self._requires_grad: dict[str, bool] = {}
 
     def __repr__(self) -> str:
@@ -187,7 +190,7 @@ class AdapterBank(FileBank, TaskBank, HookBank, CompilingBank):
             except BaseException:  # also an interrupt, in the middle of the verification
                 self.detach(name)
                 if self._entries:
-                    self.set_active(before.names, task=before.task)
+                    self._routing.set(self.route(before.names, before.task, before.weights))
                 raise
 
     def declare(self, name: str) -> None:
@@ -244,7 +247,8 @@ class AdapterBank(FileBank, TaskBank, HookBank, CompilingBank):
         default = self._routing.default
         names = tuple(other for other in default.names if other != name)
         keeps_task = any(default.task in (self._entries[other].tasks or ()) for other in names)
-        self._routing.set(self.route(names, default.task if keeps_task else None))
+        weights = tuple(w for other, w in zip(default.names, default.weights, strict=False) if other != name)
+        self._routing.set(self.route(names, default.task if keeps_task else None, weights))
         for host in entry.hosts:
             if name in host.adapters:
                 del host.adapters[name]
@@ -253,7 +257,7 @@ class AdapterBank(FileBank, TaskBank, HookBank, CompilingBank):
                 take_off(host)
         self._heads.drop(name)
         del self._entries[name]
-        self._routes.clear()
+        self._forget_routes()
         self._place_memory()
         self._place_compiled()
         self._wake()
@@ -310,11 +314,16 @@ class AdapterBank(FileBank, TaskBank, HookBank, CompilingBank):
         Args:
             *names: The adapters, in the order in which they act; by default those that currently act.
             task: The task; names without a task clear it.
-            rows: Instead of names, one adapter or None for each image of the batch.
+            rows: Instead of names, one adapter for each image of the batch; None for the base. Each image gets the
+                output of its adapter alone, and the scores of its classifier; where classifiers differ in their
+                classes, scores are filled up with minus infinity. Adapters that change low-rank terms, inputs and
+                outputs of linear layers, or add terms beside branches, share one pass. The others, which change a
+                norm, a bias or a weight as a whole or add tokens, run as one part of the batch each.
 
         Raises:
             UnknownNameError: If there is no such adapter, or it has no such task.
-            ConfigError: If rows are given, which this version does not support.
+            ConfigError: If names and rows are given. If the batch has not one image for each row, the forward pass
+                raises it.
             SiteError: If two adapters replace the same tensor.
             MergeError: If the model is merged.
 
@@ -323,17 +332,25 @@ class AdapterBank(FileBank, TaskBank, HookBank, CompilingBank):
             ...     with bank.using(task):
             ...         loss = loss + losses[task](model(images))
             >>> loss.backward()
+            >>> with bank.using(rows=["birds", "cars", None]):
+            ...     scores = model(three_images)
         """
         self._check_unmerged("use other adapters")
         if any(not isinstance(name, str) for name in names):
             raise ConfigError(f"using{names!r}: give the names one after the other, as using('seg', 'depth').")
-        if rows is not None:
-            check_rows(self._entries, names, rows)
         present = self._routing.present()
+        if rows is None and not names and present.rows is not None:
+            rows, task = present.rows.names, present.task if task is None else task
+        if rows is not None:
+            chosen = check_rows(self._entries, names, rows, task)
+            self._rows_route(chosen, task)
+            return self._choosing("use other adapters", lambda: self._rows_route(chosen, task))
+        weights: tuple[float, ...] = ()
         if not names:
-            names, task = present.names, present.task if task is None else task
-        self.route(names, task)  # unknown names are refused here, and again on entering, in case one was detached
-        return self._choosing("use other adapters", names, task)
+            names, task, weights = present.names, present.task if task is None else task, present.weights
+        # Unknown names are refused here, and again on entering, in case one was detached.
+        self.route(names, task, weights)
+        return self._choosing("use other adapters", lambda: self.route(names, task, weights))
 
     def together(self, tasks: Sequence[str]) -> AbstractContextManager[None]:
         """Let the units of several tasks act in a ``with`` block, each on its part of the batch.
@@ -350,7 +367,11 @@ class AdapterBank(FileBank, TaskBank, HookBank, CompilingBank):
                 than low-rank terms, input, sequential and affine units of linear layers.
             MergeError: If the model is merged.
         """
+        if self._routing.present().rows is not None:
+            raise ConfigError("together(...): images that take different adapters (rows) cannot also be split by task.")
         names, chosen = self._routing.present().names, tuple(tasks)
+        if self._routing.present().weights:
+            raise ConfigError("together(...): the adapters act with weights, which one pass for several tasks has not.")
         check_task_names(chosen, f"together({tasks!r})")
         self._shared_route(names, chosen)
         return self._routing.choosing(lambda: self._shared_route(names, chosen))
@@ -363,14 +384,14 @@ class AdapterBank(FileBank, TaskBank, HookBank, CompilingBank):
             ...     base_logits = model(images)
         """
         self._check_unmerged("disable adapters")
-        return self._choosing("disable adapters", (), None)
+        return self._choosing("disable adapters", lambda: self.route((), None))
 
-    def _choosing(self, wanted: str, names: tuple[str, ...], task: str | None) -> AbstractContextManager[None]:
-        def find() -> Route:
+    def _choosing(self, wanted: str, find: Callable[[], Route]) -> AbstractContextManager[None]:
+        def found() -> Route:
             self._check_unmerged(wanted)  # another thread may have merged it since
-            return self.route(names, task)
+            return find()
 
-        return self._routing.choosing(find)
+        return self._routing.choosing(found)
 
     def checkpoint_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Return the contexts for activation checkpointing: the recomputation uses the route of the forward pass.
@@ -381,21 +402,42 @@ class AdapterBank(FileBank, TaskBank, HookBank, CompilingBank):
         """
         return recompute_contexts(self._routing)
 
-    def route(self, names: tuple[str, ...], task: str | None) -> Route:
-        """Return the cached route for a choice of adapters.
+    def route(self, names: tuple[str, ...], task: str | None, weights: tuple[float, ...] = ()) -> Route:
+        """Return the route for a choice of adapters, which is cached unless it has weights.
 
         Args:
             names: The adapters that act, in order.
             task: The task; None for no task.
+            weights: Multipliers of their contributions; empty for 1.
 
         Raises:
             UnknownNameError: If there is no such adapter, or it has no such task.
             SiteError: If two adapters cannot act together.
         """
+        slot = cast(Host, self._model).slot
+        if weights:
+            return make_route(self._entries, self._heads, slot, names, task, weights)
         if (names, task) not in self._routes:
-            slot = cast(Host, self._model).slot
             self._routes[names, task] = make_route(self._entries, self._heads, slot, names, task)
         return self._routes[names, task]
+
+    def _rows_route(self, names: tuple[str | None, ...], task: str | None) -> Route:
+        """Make the route of a batch whose images take different adapters."""
+        return self._row_routes.make(self._entries, self.route, check_rows(self._entries, (), names, task), task)
+
+    def shares_pass(self, name: str) -> bool:
+        """Return whether an adapter can share a pass with others whose rows it leaves alone; see `using`.
+
+        Args:
+            name: The adapter, without tasks.
+        """
+        return self._row_routes.shares(self._entry(name), self._label(name), self.route((self._label(name),), None))
+
+    def _route_again(self, route: Route) -> Route:
+        """Make the route of the same choice after a change of the adapters."""
+        if route.rows is not None:
+            return self._rows_route(route.rows.names, route.task)
+        return self.route(route.names, route.task, route.weights)
 
     def _shared_route(self, names: tuple[str, ...], tasks: tuple[str, ...]) -> Route:
         """Return the cached route of one pass for several tasks."""
@@ -420,6 +462,8 @@ class AdapterBank(FileBank, TaskBank, HookBank, CompilingBank):
     def _replacing_head(self, num_classes: int) -> Iterator[None]:
         self._heads.check_place()
         route, base = self._routing.present(), self._heads.base
+        if route.rows is not None:
+            raise ConfigError("reset_classifier: which adapter's? Images take different ones here (using(rows=...)).")
         owner = route.owner or (route.names[-1] if route.names else None)
         before = self._model.__dict__.get("num_classes")
         yield
@@ -456,8 +500,8 @@ class AdapterBank(FileBank, TaskBank, HookBank, CompilingBank):
             self._declare(entry, name)
         if len(entry.notes.get("class_names") or ()) != getattr(head, "out_features", 0):
             entry.notes.pop("class_names", None)  # those of the former classifier
-        self._routes.clear()
-        self._routing.refresh(lambda route: self.route(route.names, route.task))
+        self._forget_routes()
+        self._routing.refresh(self._route_again)
 
     # ------------------------------------------------------------------ merging
 

@@ -13,7 +13,7 @@ from vispeft.adapters.entry import Entry
 from vispeft.adapters.holder import BankState
 from vispeft.core.method import Method, PlanItem, method_from_dict
 from vispeft.core.plan import make_plan
-from vispeft.core.units import Unit
+from vispeft.core.units import Unit, resize_units
 from vispeft.errors import FileError, VispeftError, brief
 from vispeft.storage.files import HEAD, UnknownTensorError
 from vispeft.storage.fingerprint import absent_parts
@@ -70,7 +70,7 @@ def check_planned(bank: BankState, header: Mapping[str, Any]) -> None:
     tasks = tasks_of(header, method)
     if tasks is not None and len(tasks) > max(1, len(listed)):
         raise FileError(f"The adapter names {len(tasks):,} tasks and has {len(listed):,} tensors.")
-    planned = _planned(make_plan(method, bank._outer, tasks).items)
+    planned = _planned(make_plan(method, bank._outer, tasks).items, listed)
     missing = [key for key in planned if key not in listed]
     if missing:
         raise FileError(f"{len(missing)} of {len(planned)} tensors are missing, first {', '.join(missing[:3])}.")
@@ -82,15 +82,15 @@ def check_planned(bank: BankState, header: Mapping[str, Any]) -> None:
             raise FileError(f"{key} has shape {shape}; {planned[key]} is needed.{_other_images(bank, header)}")
 
 
-def _planned(items: Sequence[PlanItem]) -> dict[str, tuple[int, ...]]:
-    """List the tensors of planned units by their names in files."""
+def _planned(items: Sequence[PlanItem], listed: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """List the tensors of planned units by their names in files, in the shapes of a file where units take them."""
     shapes: dict[str, tuple[int, ...]] = {}
     for item in items:
         try:
             with torch.device("meta"):
-                shapes |= {
-                    f"{item.key}.{name}": tuple(tensor.shape) for name, tensor in item.build().state_dict().items()
-                }
+                unit = item.build()
+                resize_units({f"{item.key}.": unit}, listed)
+                shapes |= {f"{item.key}.{name}": tuple(tensor.shape) for name, tensor in unit.state_dict().items()}
         except VispeftError:
             raise
         except (RuntimeError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:

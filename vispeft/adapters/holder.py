@@ -100,6 +100,11 @@ class BankState:
         """
         return self._heads.get(self._label(name))
 
+    @property
+    def base_head(self) -> nn.Module | None:
+        """The base's own classifier; None if the model has none. Called by itself, it asks the route."""
+        return self._heads.base
+
     def check_ready(self, wanted: str) -> None:
         """Raise if the model is merged, the bank is closed, or a ``with`` block overrides the route.
 

@@ -11,15 +11,23 @@ from vispeft.adapters.entry import Entry
 from vispeft.adapters.heads import HeadRack
 from vispeft.core.route import NOTHING, Acting, Route, acting
 from vispeft.core.units import Unit
+from vispeft.core.weighted import weighted
 from vispeft.errors import ConfigError, SiteError, UnknownNameError
 from vispeft.hosts.task_slices import sliced, unsliceable
 
-__all__ = ["check_rows", "make_route", "make_shared_route"]
+__all__ = ["make_route", "make_shared_route"]
 
 Entries = Mapping[str, Entry]
 
 
-def make_route(entries: Entries, heads: HeadRack, slot: int, names: tuple[str, ...], task: str | None) -> Route:
+def make_route(
+    entries: Entries,
+    heads: HeadRack,
+    slot: int,
+    names: tuple[str, ...],
+    task: str | None,
+    weights: tuple[float, ...] = (),
+) -> Route:
     """Build the route of a choice of adapters.
 
     Args:
@@ -28,10 +36,11 @@ def make_route(entries: Entries, heads: HeadRack, slot: int, names: tuple[str, .
         slot: Slot number of the model's own host.
         names: The adapters that act, in order.
         task: The task; None for no task.
+        weights: Multipliers of their contributions; empty for 1.
 
     Raises:
         UnknownNameError: If there is no such adapter, or it has no such task.
-        ConfigError: If an adapter is named twice.
+        ConfigError: If an adapter is named twice, or a contribution cannot be multiplied.
         SiteError: If two adapters cannot act together.
     """
     _check_names(entries, names)
@@ -41,9 +50,9 @@ def make_route(entries: Entries, heads: HeadRack, slot: int, names: tuple[str, .
     _check_branches(entries, names)
     units: dict[int, list[Unit]] = {}
     carries: set[int] = set()
-    for name in names:
+    for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
         for place, unit in entries[name].acting(task):
-            units.setdefault(place, []).append(unit)
+            units.setdefault(place, []).append(weighted(unit, weight))
         carries |= {host.slot for host in entries[name].carriers}
     grids = {place for place, found in units.items() if any(getattr(unit, "needs_grid", False) for unit in found)}
     for places in (carries, grids):
@@ -59,7 +68,8 @@ def make_route(entries: Entries, heads: HeadRack, slot: int, names: tuple[str, .
     }
     owner = next((name for name in reversed(names) if heads.get(name) is not None), None)
     _check_width(entries, names, owner, heads.base if owner is None else heads.get(owner))
-    return Route(names, task, hosts, None if owner is None else heads.get(owner), owner, refusal)
+    head = None if owner is None else heads.get(owner)
+    return Route(names, task, hosts, head, owner, refusal, weights)
 
 
 def make_shared_route(entries: Entries, routes: Sequence[Route]) -> Route:
@@ -88,29 +98,6 @@ def make_shared_route(entries: Entries, routes: Sequence[Route]) -> Route:
             )
         shared[slot] = sliced(actings)
     return Route(names, None, shared, routes[0].head, routes[0].owner)
-
-
-def check_rows(entries: Entries, names: Sequence[str], rows: Sequence[str | None]) -> None:
-    """Raise on rows, since this version routes whole batches.
-
-    Args:
-        entries: The adapters of the model, by name.
-        names: Adapters given for the whole batch.
-        rows: One adapter or None for each image.
-
-    Raises:
-        ConfigError: In all other cases.
-        UnknownNameError: If a row names an unknown adapter.
-    """
-    if names:
-        raise ConfigError(
-            f"using({', '.join(map(repr, names))}, rows=...): give names for the whole batch, or rows with one name "
-            "for each image, not both."
-        )
-    _check_names(entries, tuple(dict.fromkeys(name for name in rows if name is not None)))
-    raise ConfigError(
-        "using(rows=...): this version routes whole batches. Split the batch by adapter, and use one after the other."
-    )
 
 
 def _check_names(entries: Entries, names: tuple[str, ...]) -> None:

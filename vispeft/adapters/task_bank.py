@@ -10,6 +10,7 @@ from torch import nn
 
 from vispeft.adapters.entry import Entry
 from vispeft.adapters.placing import build_units, place_items
+from vispeft.adapters.row_routes import RowRoutes
 from vispeft.adapters.training import TrainingBank
 from vispeft.core.fields import check_task_names
 from vispeft.core.method import Method
@@ -24,6 +25,12 @@ class TaskBank(TrainingBank):
     """The tasks of a bank's adapters. The units of the other tasks, and those of all tasks, stay the same objects."""
 
     _routes: dict[tuple[tuple[str, ...], str | tuple[str, ...] | None], Route]
+    _row_routes: RowRoutes
+
+    def _forget_routes(self) -> None:
+        """Drop kept routes, after a change of the adapters."""
+        self._routes.clear()
+        self._row_routes.clear()
 
     def add_task(self, task: str, name: str | None = None, *, method: Method | None = None, alone: bool = True) -> None:
         """Add a task to an adapter. The outputs of the other tasks stay as they are, bit for bit.
@@ -176,11 +183,11 @@ class TaskBank(TrainingBank):
         entry.method, entry.plan, entry.tasks = plan.method, plan, plan.tasks
         entry.units = {item.key: entry.units[item.key] for item in plan}
         entry.hosts, entry.carriers = list(dict.fromkeys(entry.hosts)), list(dict.fromkeys(entry.carriers))
-        self._routes.clear()
+        self._forget_routes()
         default = self._routing.default
         task = (names or {}).get(default.task or "", default.task)
         known = {task for other in default.names for task in self._entries[other].tasks or ()}
-        self._routing.set(self.route(default.names, task if task in known else None))
+        self._routing.set(self.route(default.names, task if task in known else None, default.weights))
 
 
 def _check_known(task: str, label: str, tasks: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 class TrainingBank(BankState):
     """The declaration of a bank (which adapters train) and the functions that depend on it."""
 
-    def route(self, names: tuple[str, ...], task: str | None) -> Route:
+    def route(self, names: tuple[str, ...], task: str | None, weights: tuple[float, ...] = ()) -> Route:
         """Return the route of a choice of adapters."""
         raise NotImplementedError
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from vispeft.building.classes import import_class
 from vispeft.cli.config import ConfigCLI
-from vispeft.cli.evaluation import evaluation_trainer
-from vispeft.cli.settings import check_last, check_processes, check_settings
+from vispeft.cli.processes import Team
+from vispeft.cli.settings import check_last, check_settings
 from vispeft.cli.start import check_source
 from vispeft.data.listed import ListedData
 from vispeft.data.metric_data import MetricData
@@ -42,7 +42,7 @@ class TrainCLI(ConfigCLI):
         super().__init__(config, overrides, create=False)
         settings, model = self.settings("trainer"), self.settings("model")["init_args"]
         check_settings(settings)
-        check_processes(evaluation_trainer(**settings))
+        self.team = Team.of(settings)
         check_schedule(model.get("schedule_epochs"), settings["max_epochs"])
         if self.config["init"] is not None and isinstance(model.get("method"), dict):
             check_source(self.config["init"], import_class(model["method"]["class_path"]))

@@ -23,6 +23,7 @@ from vispeft.cli.evaluation import (
 )
 from vispeft.cli.reading import add_workers, end_with
 from vispeft.cli.runs import Run
+from vispeft.cli.zoo_places import check_named
 from vispeft.cli.zoo_trust import try_loading
 from vispeft.data.by_name import ClassOrder, names_of
 from vispeft.data.listed import ListedData
@@ -83,7 +84,7 @@ def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:
 
     Raises:
         ConfigError: If an override would change the model.
-        DataError: If the data have classes that the run does not know.
+        DataError: If the data have classes that the run does not know, or lie where only a pulled adapter says.
         BaseMismatchError: If the backbone differs from the adapted one.
     """
     for key, _ in split_overrides(overrides):
@@ -94,6 +95,7 @@ def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:
     tree = without_baselines(read_config(run.config))
     tree["trainer"] = _trainer_settings(run, tree)
     if run.foreign:
+        check_named(tree, overrides)
         _start_no_workers(tree)
     cli = RunCLI(run, overrides, tree)
     cli.model.load_adapter(run.adapter)

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from rich.table import Table
 from torch import Tensor
 
+from vispeft.cli.processes import STRATEGIES
 from vispeft.data.listed import ListedData
 from vispeft.errors import ConfigError, counted
 from vispeft.tasks.base import AdapterTask
@@ -64,13 +65,25 @@ def kept_settings(settings: Any) -> dict[str, Any]:
 
 
 def evaluation_trainer(**settings: Any) -> Trainer:
-    """Create a trainer that only evaluates, with the same results and no files.
+    """Create a trainer that only evaluates, in this process alone, with the same results and no files.
 
     Args:
         settings: Settings of the training trainer.
     """
+    kept = kept_settings(settings)
+    if kept.get("strategy") in STRATEGIES:
+        del kept["strategy"]
+    trainer = _quiet_trainer(kept)
+    if trainer.world_size == 1:
+        return trainer
+    # Of several processes each takes the device that it trains on.
+    on_cpu = trainer.strategy.root_device.type == "cpu"
+    return _quiet_trainer({**kept, "devices": 1 if on_cpu else [trainer.strategy.root_device.index], "num_nodes": 1})
+
+
+def _quiet_trainer(settings: Mapping[str, Any]) -> Trainer:
     return Trainer(
-        **kept_settings(settings),
+        **settings,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

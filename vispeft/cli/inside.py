@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vispeft.cli.config import ConfigCLI
 from vispeft.cli.evaluate import load_run, load_task
-from vispeft.cli.runs import Run
+from vispeft.cli.runs import Run, names_run
 from vispeft.core.modes import evaluating
 from vispeft.data.base import ImageData
 from vispeft.data.images import Reading, find_images, read_image
@@ -62,7 +62,7 @@ def plots(place: str, out: str | Path, images: str | None = None, overrides: Seq
     """Draw what happens inside of the model of a run, or of a config whose training has not begun.
 
     Args:
-        place: A run directory, a config, or the name of a packaged one.
+        place: A run directory, zoo:NAME, a config, or the name of a packaged one.
         out: Folder for the pictures; new or empty.
         images: Folder of images of one's own, or one image; None takes the test images of the data.
         overrides: Changes to the config; of a run to its sections data and trainer.
@@ -77,7 +77,7 @@ def plots(place: str, out: str | Path, images: str | None = None, overrides: Seq
     """
     folder = Path(out)
     _check_empty(folder)
-    if Path(place).is_dir():
+    if names_run(place):
         task, seen = _of_run(Run.open(place), images, overrides)
     else:
         cli = ConfigCLI(find_config(place), overrides)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from vispeft.cli.config_keys import parse_override, split_overrides
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.inside import plots
 from vispeft.cli.memory import estimate_memory
-from vispeft.cli.runs import Run
+from vispeft.cli.runs import Run, names_run
 from vispeft.core.fields import Tasks
 from vispeft.core.method import Method
 from vispeft.core.plan import plan
@@ -30,6 +29,7 @@ EXAMPLE = """example:
   vispeft inspect zoo:swin_tiny mtlora --tasks '[seg, depth]'
   vispeft inspect zoo:vit_tiny classification/digits_ssf
   vispeft inspect runs/digits_ssf/1
+  vispeft inspect zoo:digits_ssf
   vispeft inspect classification/digits_lora --memory
   vispeft inspect classification/digits_lora --memory leaner --data.batch_size 256
   vispeft inspect runs/digits_ssf/1 --plots inside
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
         argv: Arguments without the program's name.
     """
     parser = make_parser("inspect", "Print every site, unit, shape and count of a plan.", EXAMPLE)
-    parser.add_argument("model", metavar="MODEL|RUN", help="name of a timm model, or zoo:NAME; or a run directory")
+    parser.add_argument("model", metavar="MODEL|RUN", help="name of a timm model, or zoo:NAME; or a finished run")
     parser.add_argument(
         "method", metavar="METHOD|CONFIG", nargs="?", help="name of a method, or a config that has one; none with a run"
     )
@@ -102,7 +102,7 @@ def _estimate(config: str, method: str | None, memory: str, overrides: Sequence[
 
 def _inspect_run(place: str, overrides: Sequence[str]) -> None:
     """Print plan and counts of a finished run."""
-    if not os.path.isdir(place):
+    if not names_run(place):
         raise ConfigError(
             f"{place} was given without a method, and is no run directory. Name a method too, such as: vispeft inspect "
             f"{place} ssf"

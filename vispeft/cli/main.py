@@ -27,6 +27,7 @@ COMMANDS = {
     "report": "show finished runs on one page that needs no other file",
     "search": "find the nearest images of an index for query images",
     "select-features": "keep the features of a VQT adapter that matter",
+    "serve": "answer images over HTTP with many adapters of one backbone",
     "train": "train an adapter from a config (--list names the packaged ones)",
     "zoo": "list, check, add and fetch adapters of the zoo",
 }

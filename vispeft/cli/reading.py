@@ -41,11 +41,13 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
 
 
 def workers_of(run: Run) -> int:
-    """Return the number of processes that read the data of a run; 0 where its config does not say.
+    """Return the number of processes that read the data of a run; 0 where its config does not say, or is of others.
 
     Args:
         run: The run.
     """
+    if run.foreign:
+        return 0
     data = read_config(run.config).get("data")
     settings = data.get("init_args") if isinstance(data, dict) else None
     found = settings.get("num_workers") if isinstance(settings, dict) else None

@@ -179,7 +179,7 @@ def _section(fact: RunFacts, name: str) -> dict[str, Any]:
         "pictures": _pictures(fact),
         "per_output": _per_output(metrics),
         "by_role": _table(metrics, "parameters", "by_role"),
-        "files": _table(metrics, "adapter_bytes"),
+        "files": fact.files,
         "seconds": _seconds(fact),
         "environment": _environment(metrics),
         "unfinished": is_unfinished(fact.run.path),

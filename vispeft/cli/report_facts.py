@@ -14,6 +14,7 @@ from vispeft.building.config_files import Node, read_config
 from vispeft.cli.evaluate import header_of
 from vispeft.cli.runs import CONFIG, LOGS, Run, command_of
 from vispeft.errors import ConfigError, FileError, counted
+from vispeft.storage.files import ADAPTER_FILE, HEAD_FILE, JSON_FILE
 from vispeft.tasks.base import AdapterTask
 from vispeft.viz.curves import History, read_history
 
@@ -133,10 +134,16 @@ class RunFacts:
     @property
     def bytes(self) -> int | None:
         """Bytes of all files of the adapter, its classifier's and its decoder's included."""
+        return sum(self.files.values()) if self.files else None
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Bytes of each of these files; as they are now where ``metrics.json`` says nothing, as in a zoo."""
         sizes = self.run.metrics.get("adapter_bytes")
-        found = sizes.values() if isinstance(sizes, dict) else ()
-        counts = [size for size in found if isinstance(size, int)]
-        return sum(counts) if counts else None
+        if isinstance(sizes, dict):
+            return {str(name): size for name, size in sizes.items() if isinstance(size, int)}
+        there = (self.run.adapter / name for name in sorted((ADAPTER_FILE, HEAD_FILE, JSON_FILE)))
+        return {path.name: path.stat().st_size for path in there if path.is_file()}
 
     @property
     def trained(self) -> int | None:

@@ -19,7 +19,7 @@ from vispeft.storage.header import strict_values
 from vispeft.storage.leftovers import finish_save, remove_partial
 from vispeft.storage.locks import clear, hold
 from vispeft.storage.places import check_folder
-from vispeft.zoo.adapters import ADAPTER, PREFIX, find_adapter
+from vispeft.zoo.adapters import ADAPTER, PREFIX, backbone_names, find_adapter
 from vispeft.zoo.folder import own_zoo
 from vispeft.zoo.index import read_index
 
@@ -43,6 +43,7 @@ __all__ = [
     "is_unfinished",
     "mark_finished",
     "mark_unfinished",
+    "names_run",
     "refuse_segmentor",
     "remove_empty",
     "withdraw",
@@ -318,6 +319,17 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
         FileError: If it cannot be written.
     """
     write_text(path, json.dumps(strict_values(values), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def names_run(place: str) -> bool:
+    """Whether a text names a directory or an adapter of the zoo, and no config, model or backbone of the zoo.
+
+    Args:
+        place: The text.
+    """
+    if place.startswith(PREFIX):
+        return place.removeprefix(PREFIX) not in backbone_names()
+    return os.path.isdir(place)
 
 
 @dataclass(frozen=True)

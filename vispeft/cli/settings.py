@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -27,7 +26,6 @@ from vispeft.tasks.trainer_checks import check_precision
 __all__ = [
     "check_last",
     "check_names",
-    "check_processes",
     "check_room",
     "check_settings",
     "check_text",
@@ -112,23 +110,6 @@ def _check_numbers(settings: dict[str, Any]) -> None:
     clip = settings.get("gradient_clip_val")
     if clip is not None and not 0 <= clip < math.inf:
         raise ConfigError(f"trainer.gradient_clip_val is {clip}; a number from 0 is needed, or null.")
-
-
-def check_processes(trainer: Trainer) -> None:
-    """Refuse more than one process.
-
-    Args:
-        trainer: A trainer with the run's devices.
-
-    Raises:
-        ConfigError: If there are several.
-    """
-    processes = trainer.num_devices * trainer.num_nodes
-    if processes > 1:
-        raise ConfigError(
-            f"trainer.devices asks for {processes} processes, and `vispeft train` trains in one: each of them would "
-            "begin a run directory of its own. Set trainer.devices to 1."
-        )
 
 
 def check_last(settings: dict[str, Any], data: Any) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import shlex
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import yaml
 from lightning.pytorch import Trainer
@@ -29,18 +31,28 @@ from vispeft.cli.early import TrainCLI
 from vispeft.cli.finish import finish_run
 from vispeft.cli.folds import train_folds
 from vispeft.cli.own_code import load_code
+from vispeft.cli.processes import leave_group, make_strategy, started, watch_parent
 from vispeft.cli.settings import check_names, check_room, check_text, rehearse_stopping, rehearse_test
 from vispeft.cli.start import start_from
 from vispeft.cli.stopping import disk_is_full, tell_how_to_go_on
 from vispeft.data.base import ImageData
 from vispeft.data.listed import ListedData
+from vispeft.data.shares import part_of_batch
 from vispeft.errors import ConfigError, FileError, TrainingError
 from vispeft.resources import find_config
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.callbacks import EpochPictures, progress_bar
-from vispeft.tasks.checkpoints import Found, RunCheckpoints, SealedCheckpointIO, find_checkpoint, read_checkpoint
+from vispeft.tasks.checkpoints import (
+    Found,
+    RunCheckpoints,
+    SealedCheckpointIO,
+    config_digest,
+    find_checkpoint,
+    read_checkpoint,
+)
 from vispeft.tasks.feature_cache import cache_features
 from vispeft.tasks.logs import RunLog
+from vispeft.tasks.processes import SameEverywhere, check_processes
 
 __all__ = ["finish", "main", "resume", "train"]
 
@@ -100,6 +112,8 @@ def main(argv: Sequence[str]) -> None:
     if given.folds is not None:
         if given.resume is not None:
             raise ConfigError("--resume was given with --folds, which goes on by itself: give the same command again.")
+        if TrainCLI(cast(Path, config), overrides).team.processes > 1:
+            raise ConfigError("--folds trains in one process. Set trainer.devices to 1, or train each fold by itself.")
         train_folds(cast(Path, config), overrides, given.folds, _train_or_resume, out=given.out, command=command)
         return
     if given.resume is None:
@@ -107,7 +121,7 @@ def main(argv: Sequence[str]) -> None:
         return
     if given.out is not None:
         raise ConfigError("--out was given with --resume; a run goes on in its own directory. Leave --out out.")
-    resume(given.resume, config, overrides, command=command)
+    resume(given.resume, config, overrides, elastic=given.elastic, command=command)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume", metavar="RUN", help="go on with a run that was stopped, or for more epochs with a finished one"
     )
+    parser.add_argument("--elastic", action="store_true", help="with --resume: go on with another number of processes")
     parser.add_argument("--finish", metavar="RUN", help="make an adapter of the best epoch of a run that was stopped")
     parser.add_argument("--folds", type=int, metavar="N", help="cross-validation: train once for each of N folds")
     parser.add_argument(
@@ -161,7 +176,10 @@ def train(config: Path, overrides: Sequence[str] = (), *, out: str | Path | None
     """
     began = time.perf_counter()
     cli = TrainCLI(config, overrides)
+    out = cli.team.place(out)
     check_text(cli.resolved(), out)
+    if not cli.team.first:
+        _follow(Path(str(out)), cli, None)
     runs.check_claim(out, config)
     _prepare(cli)
     check_names(cli.model.output_names(cli.datamodule))
@@ -186,7 +204,14 @@ def train(config: Path, overrides: Sequence[str] = (), *, out: str | Path | None
     return place
 
 
-def resume(run: str | Path, config: Path | None = None, overrides: Sequence[str] = (), *, command: str = "") -> Path:
+def resume(
+    run: str | Path,
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    elastic: bool = False,
+    command: str = "",
+) -> Path:
     """Resume a run that was stopped at any point, with the same result as an uninterrupted run.
 
     A finished run is gone on with where ``--trainer.max_epochs`` asks for more epochs than it has.
@@ -195,6 +220,7 @@ def resume(run: str | Path, config: Path | None = None, overrides: Sequence[str]
         run: Its directory.
         config: The config it was started with; None takes it from the directory.
         overrides: The overrides it was started with, or none; keys that do not affect the result may differ.
+        elastic: Go on with another number of processes too: they share the batches of the run.
         command: The command line; used only if the run had not started yet.
 
     Returns:
@@ -214,19 +240,34 @@ def resume(run: str | Path, config: Path | None = None, overrides: Sequence[str]
     changed = [key for key, _ in split_overrides(overrides) if not is_free(key)]
     if runs.finished(place) and config is None and not changed:
         return _say_finished(place)  # before its data are looked at, which may be gone by now
+    cli = TrainCLI(config or place / runs.CONFIG, overrides)
+    if not cli.team.first:
+        _follow(place, cli, _found(place, cli), elastic)
     with runs.held(place), tell_how_to_go_on(place):
-        cli = TrainCLI(config or place / runs.CONFIG, overrides)
         more = _asks_for_more(place, cli, MORE in changed)
         if runs.finished(place) and not more:
             return _say_finished(place)
         found = _found(place, cli)
-        _prepare(cli)
+        if found is not None:
+            check_processes(found.state["processes"], cli.team.processes, elastic)
+        _prepare(cli, found if elastic else None)
         if more:
             # In this order: killed in between, the run counts as finished, and the same command goes on.
             runs.begin(place, cli.resolved(), runs.command_of(place))
             runs.mark_unfinished(place)
-        _carry_out(place, cli, _trainer(place, cli, found), found, began)
+        _carry_out(place, cli, _trainer(place, cli, found, elastic), found, began)
     return place
+
+
+def _follow(place: Path, cli: TrainCLI, found: Found | None, elastic: bool = False) -> NoReturn:
+    """Train in a process that is not the first, which alone writes the run directory, and end the process."""
+    watch_parent()
+    console.quiet = True
+    logging.getLogger("vispeft").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    _prepare(cli, found if elastic else None)
+    _fit(cli, _trainer(place, cli, found, elastic), found)
+    raise SystemExit(0)
 
 
 def finish(run: str | Path) -> Path:
@@ -281,7 +322,8 @@ def _found(place: Path, cli: ConfigCLI) -> Found | None:
     found = find_checkpoint(place / runs.CHECKPOINTS)
     if found is None:
         console.print(f"{place} has no checkpoint, so training begins anew.", soft_wrap=True)
-        shutil.rmtree(place / runs.LOGS, ignore_errors=True)
+        if cli.team.first:
+            shutil.rmtree(place / runs.LOGS, ignore_errors=True)
         return None
     if found.config is None:
         console.print(
@@ -329,10 +371,16 @@ def _asks_for_more(place: Path, cli: ConfigCLI, given: bool) -> bool:
     return False
 
 
-def _prepare(cli: TrainCLI) -> None:
-    """Make the objects of a config, run all further checks possible before training, and initialise the adapter."""
+def _prepare(cli: TrainCLI, shared: Found | None = None) -> None:
+    """Make the objects of a config, run all further checks possible before training, and initialise the adapter.
+
+    The batches of a checkpoint, if one is given, are shared by the processes there are.
+    """
     cli.create()
     task, data = cli.model, cli.datamodule
+    if shared is not None and isinstance(data, ImageData):
+        state = read_checkpoint(shared.path)[type(data).__qualname__]
+        data.batch_size = part_of_batch(state["batch_size"], cli.team.processes)
     if isinstance(data, ImageData):
         data.fit_to(task.preprocessing)
         data.setup()
@@ -380,8 +428,15 @@ def _carry_out(place: Path, cli: ConfigCLI, trainer: Trainer, found: Found | Non
         _check_measured(cli.datamodule, found)
         checkpoints.take_over(found.state, found.path.name)
     else:
-        trainer.fit(task, datamodule=cli.datamodule, ckpt_path=None if found is None else str(found.path))
+        with started(place, trainer):
+            _fit(cli, trainer, found)
     finish_run(place, cli, trainer, began - earlier)
+
+
+def _fit(cli: TrainCLI, trainer: Trainer, found: Found | None) -> None:
+    """Train; after it this process is on its own again."""
+    trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=None if found is None else str(found.path))
+    leave_group()
 
 
 def _has_more(place: Path, found: Found, trainer: Trainer) -> bool:
@@ -396,14 +451,20 @@ def _check_measured(data: Any, found: Found) -> None:
         data.check_same(state)
 
 
-def _trainer(place: Path, cli: ConfigCLI, found: Found | None) -> Trainer:
+def _trainer(place: Path, cli: TrainCLI, found: Found | None, elastic: bool = False) -> Trainer:
     """Create the training trainer, which writes into a run directory."""
     task, settings = cli.model, cli.trainer_settings
     callbacks = as_list(settings.get("callbacks"))
     folder, cadence = place / runs.CHECKPOINTS, cli.config_init["checkpoints"]
     callbacks.append(EpochPictures(place / runs.PLOTS))
     kept = without_free(yaml.safe_load(cli.resolved()))
-    callbacks.append(RunCheckpoints(folder, monitor=task.monitor, mode=task.monitor_mode, cadence=cadence))
+    callbacks.append(
+        RunCheckpoints(folder, monitor=task.monitor, mode=task.monitor_mode, cadence=cadence, elastic=elastic)
+    )
+    several: dict[str, Any] = {}
+    if cli.team.processes > 1:
+        callbacks.append(SameEverywhere({"config": config_digest(kept)}))
+        several["strategy"] = make_strategy(settings, task.skips_tensors)
     quiet = settings.get("enable_progress_bar") is False
     if not quiet and not any(isinstance(callback, ProgressBar) for callback in callbacks):
         callbacks.append(progress_bar(terminal=sys.stdout.isatty()))
@@ -418,4 +479,4 @@ def _trainer(place: Path, cli: ConfigCLI, found: Found | None) -> Trainer:
         "default_root_dir": place,
         "enable_model_summary": False,
     }
-    return Trainer(**{**settings, **own})
+    return Trainer(**{**settings, **own, **several})

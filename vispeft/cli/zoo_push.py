@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from timm.models import get_pretrained_cfg
 
 from vispeft.errors import ConfigError
-from vispeft.zoo.adapters import ZooAdapter
+from vispeft.zoo.adapters import PREFIX, ZooAdapter
 from vispeft.zoo.index import CARD, INDEX, LARGEST_INDEX, ZooEntry, read_index, write_index
 from vispeft.zoo.install import held_zoo, put_in_place, staged
 
@@ -27,6 +28,11 @@ _TASKS = {
     "retrieval": "image-feature-extraction",
 }
 """The hub's words for tasks."""
+_LICENSES = (
+    *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "mpl-2.0", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "cc0-1.0"),
+    *("cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "openrail", "unlicense", "isc"),
+)
+"""Licences by the hub's names (huggingface.co/docs/hub/repositories-licenses); it refuses a card with other ones."""
 
 
 def push_adapter(adapter: ZooAdapter, target: str, *, private: bool = False) -> str:
@@ -119,22 +125,45 @@ def model_card(entry: ZooEntry, card: str) -> str:
     Returns:
         Markdown that begins with YAML.
     """
+    base = _base_model(entry.backbone)
     known: dict[str, Any] = {
         "library_name": "vispeft",
-        "license": entry.license.lower() if entry.license != "not stated" else "unknown",
-        "base_model": _base_model(entry.backbone),
-        "base_model_relation": "adapter",
+        **_license(entry.license),
+        **({"base_model": base, "base_model_relation": "adapter"} if base else {}),
         "tags": ["vispeft", "timm", "adapter", entry.method],
         **_pipeline(entry),
     }
     how = f"Get it by `vispeft zoo pull` with the name of this repository, then `vispeft.zoo.create({entry.name!r})`."
-    return f"---\n{yaml.safe_dump(known, sort_keys=False)}---\n\n{card}\n{how}\n"
+    return f"---\n{yaml.safe_dump(known, sort_keys=False)}---\n\n{card}\n{_found_at(entry.backbone, base)}\n\n{how}\n"
+
+
+def _license(stated: str) -> Mapping[str, str]:
+    """Return a licence in the hub's words, or its name where the hub has none for it."""
+    if stated == "not stated":
+        return {"license": "unknown"}
+    known = stated.lower().replace(" ", "-")
+    return {"license": known} if known in _LICENSES else {"license": "other", "license_name": stated}
 
 
 def _pipeline(entry: ZooEntry) -> Mapping[str, str]:
     return {"pipeline_tag": _TASKS[entry.task]} if entry.task in _TASKS else {}
 
 
-def _base_model(backbone: str) -> str:
-    """Return the repository of a backbone as timm names them; those of this project's zoo have none."""
-    return f"vispeft/{backbone.removeprefix('zoo:')}" if backbone.startswith("zoo:") else f"timm/{backbone}"
+def _base_model(backbone: str) -> str | None:
+    """Return the repository of the hub from which timm fetches a backbone by default; None where there is none."""
+    if backbone.startswith(PREFIX):
+        return None
+    try:
+        known = get_pretrained_cfg(backbone)
+    except (RuntimeError, ValueError):  # of a tag that this version of timm does not know
+        return None
+    return None if known is None or not known.hf_hub_id else str(known.hf_hub_id)
+
+
+def _found_at(backbone: str, base: str | None) -> str:
+    """Say where the base is found."""
+    if backbone.startswith(PREFIX):
+        place = f"model_zoo/backbones/{backbone.removeprefix(PREFIX)}"
+        return f"The base, `{backbone}`, has no repository of its own: it comes with vispeft ({place})."
+    where = f"{base} has weights for it" if base else "no repository has weights for it"
+    return f"The base is timm's `{backbone}` ({where}); the fingerprint above tells which weights it has to have."

@@ -19,6 +19,8 @@ from vispeft.backbones.create import create_model
 from vispeft.building.config_files import Node, read_config
 from vispeft.building.methods import build_method, method_node
 from vispeft.cli.config_keys import check_tree
+from vispeft.cli.zoo_places import check_places
+from vispeft.data.images import MAX_PIXELS
 from vispeft.errors import ConfigError, FileError, brief, printable
 from vispeft.storage.disk import read_regular
 from vispeft.storage.files import read_encoded
@@ -29,7 +31,14 @@ from vispeft.zoo.index import CONFIG, LARGEST_FILE, METRICS, ZooEntry
 __all__ = ["check_foreign", "try_loading"]
 
 LARGEST = 8192
-"""Largest whole number in the settings of a task or its data: the widest decoder of this package has 512 channels."""
+"""Largest number in the settings of a task or its data: the widest decoder of this package has 512 channels."""
+_LARGER: Mapping[str, int] = {
+    "max_pixels": MAX_PIXELS,
+    "value_range": 2**32,
+    "ohem_min_kept": 2**32,
+    **dict.fromkeys(("split_seed", "scene_seed"), 2**32),
+}
+"""Settings that may be larger, since nothing is made of their size; no images larger than by default are decoded."""
 LONGEST = 1000
 """Longest list or text in the settings of a task or its data."""
 _BACKBONE_ARGS: Mapping[str, tuple[int, int]] = {
@@ -96,6 +105,7 @@ def check_config(path: Path, header: Mapping[str, Any]) -> Node:
 
 def _compared(path: Path, tree: Node, header: Mapping[str, Any]) -> Node:
     """Check keys, sizes, backbone and method of a config."""
+    check_places(tree)
     check_tree(tree, str(path))
     if "model" not in tree or "data" not in tree:
         raise FileError(f"{path} has no sections model and data.")
@@ -122,18 +132,18 @@ def _compared(path: Path, tree: Node, header: Mapping[str, Any]) -> Node:
     return tree
 
 
-def _check_sizes(value: Any, place: str) -> None:
+def _check_sizes(value: Any, place: str, largest: int = LARGEST) -> None:
     """Refuse numbers and lists that make a model, or a batch of images, large."""
     if isinstance(value, Mapping):
         for key, inside in value.items():
-            _check_sizes(inside, f"{place}.{key}")
+            _check_sizes(inside, f"{place}.{key}", _LARGER.get(key, LARGEST))
     elif isinstance(value, list | str):
         if len(value) > LONGEST:
             raise ConfigError(f"{place} has {len(value):,} parts; at most {LONGEST:,} are taken from a pulled adapter.")
         for inside in value if isinstance(value, list) else ():
-            _check_sizes(inside, place)
-    elif isinstance(value, int | float) and not abs(value) <= LARGEST:
-        raise ConfigError(f"{place} is {shown(value)}; at most {LARGEST:,} is taken from a pulled adapter.")
+            _check_sizes(inside, place, largest)
+    elif isinstance(value, int | float) and not abs(value) <= largest:
+        raise ConfigError(f"{place} is {shown(value)}; at most {largest:,} is taken from a pulled adapter.")
 
 
 def _check_backbone(path: Path, args: Mapping[str, Any]) -> None:

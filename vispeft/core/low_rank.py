@@ -10,7 +10,7 @@ from torch import Tensor
 __all__ = ["DRAWS", "NO_DROPOUT", "Branch", "Dropout", "dropped_draws"]
 
 DRAWS = 2**16
-"""Number of values of the 16-bit random number that decides whether dropout drops an entry."""
+"""Number of values of the two random bytes that decide whether dropout drops an entry."""
 
 
 def dropped_draws(share: float) -> int:
@@ -37,7 +37,7 @@ class Dropout:
 
     @property
     def kept(self) -> float:
-        """The share that is kept, exactly as drawn with 16 bits per entry."""
+        """The share that is kept, exactly as drawn with two bytes."""
         return 1 - dropped_draws(self.share) / DRAWS
 
 

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from vispeft.core.gate import Gate
@@ -23,6 +23,7 @@ from vispeft.core.generated import FrozenCasts
 from vispeft.core.model_units import QueryUnit, SideUnit, StreamUnit, TokensUnit
 from vispeft.core.origin import Memory
 from vispeft.core.recovery import Recoveries
+from vispeft.core.rows import Rows, check_batch, in_parts
 from vispeft.core.streams import Stream
 from vispeft.core.units import (
     AffineUnit,
@@ -43,6 +44,9 @@ from vispeft.errors import ConfigError
 __all__ = ["NOTHING", "Acting", "Route", "Routing", "acting", "keeps_route"]
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_SCORES = ("forward", "forward_head")
+"""Methods of a model that give the scores of its classes."""
 
 
 class Acting(NamedTuple):
@@ -71,10 +75,14 @@ class Acting(NamedTuple):
     """At the host of the model: the streams that start inside blocks."""
     lone: DeltaUnit | None = None
     """The low-rank term, where it is all that acts here."""
+    scaling: AffineUnit | None = None
+    """The scale and shift, where it is all that acts here."""
+    routed: bool = False
+    """Whether the images of a batch take units of different adapters here."""
 
     def units(self) -> Iterator[Unit]:
         """Iterate over all units, kind by kind."""
-        kinds: Any = self[: len(self) - 4]
+        kinds: Any = self[: len(self) - 5]
         for kind in kinds:
             yield from kind
 
@@ -92,12 +100,15 @@ def acting(units: Iterable[Unit], carries: bool = False, grid: bool = False, sta
         grid: Whether a unit treats the tokens as an image.
         starting: At the host of the model, the streams that start inside blocks.
     """
-    kinds: dict[str, tuple[Any, ...]] = {}
+    kinds: dict[str, Any] = {}
     for unit in units:
         kinds[unit.kind] = (*kinds.get(unit.kind, ()), unit)
     (first, *others) = kinds.get("delta", ()) or (None,)
     lone = first if len(kinds) == 1 and not others and first is not None and first.is_one_term else None
-    return Acting(**kinds, carries=carries, grid=grid, starting=tuple(starting), lone=lone)
+    (scaling, *others) = kinds.get("affine", ()) or (None,)
+    scaling = None if others or len(kinds) > 1 else scaling
+    kinds |= {"carries": carries, "grid": grid, "starting": tuple(starting)}
+    return Acting(**kinds, lone=lone, scaling=scaling)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +127,10 @@ class Route:
     """The adapter that owns the classifier."""
     refusal: str | None = None
     """Error message for a forward pass under this route, where no task was chosen and one is needed; else None."""
+    weights: tuple[float, ...] = ()
+    """Multipliers of the adapters' contributions, in the order of `names`; empty where all are 1."""
+    rows: Rows | None = None
+    """The adapter of each image, where the images of a batch take different ones; None where all take the same."""
 
 
 @dataclass(eq=False)
@@ -179,6 +194,8 @@ class Routing:
         """Create a routing under which no adapter acts."""
         self.default = Route()
         self.traced = self.default
+        self.traced_index: Tensor | None = None
+        """`Rows.index` of the route that compiled graphs use; read there, each order of rows would need a graph."""
         self.slots = 0
         self.gate = Gate()
         self.casts = FrozenCasts()
@@ -197,6 +214,7 @@ class Routing:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the default route."""
         self.default = self.traced = state["default"]
+        self.traced_index = None
         self.slots = state["slots"]
         self.memory = state.get("memory", "lean")
         self.gate = Gate()
@@ -251,6 +269,7 @@ class Routing:
             route: The route.
         """
         self.traced = route
+        self.traced_index = None if route.rows is None else route.rows.index
         for host in self.compiled:
             host.acts_compiled = route.hosts.get(host.slot, NOTHING)
 
@@ -341,11 +360,30 @@ def keeps_route(method: F) -> F:
         The method, with the same signature.
     """
 
+    def parted(self: Any, rows: Rows, batch: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if is_compiling():
+            raise ConfigError(
+                "The adapters of these rows cannot share a pass, and a graph of the whole model holds one. Compile by "
+                "block instead (bank.compile()), or run the adapters one after the other."
+            )
+
+        def part(route: Route, images: Tensor, *more: Any, **named: Any) -> Any:
+            with self.routing.using(route):
+                return run(self, images, *more, **named)
+
+        others = {name: value for name, value in kwargs.items() if value is not batch}
+        scores = method.__name__ in _SCORES and not others.get("pre_logits", bool(args))
+        return in_parts(part, rows, batch, args, others, scores)
+
     @functools.wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         thread, route = self.routing._thread, self.routing.present()
         if route.refusal is not None:
             raise ConfigError(route.refusal)
+        if route.rows is not None:
+            batch = check_batch(route.rows, args, kwargs)
+            if route.rows.parts:
+                return parted(self, route.rows, batch, args[1:], kwargs)
         # A graph is compiled for one route, and a thread that has a route already keeps it.
         if is_compiling() or thread.route is not None:
             return method(self, *args, **kwargs)

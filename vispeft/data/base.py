@@ -20,6 +20,7 @@ from vispeft.core.arguments import ChecksArguments
 from vispeft.data.listing import Target
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.data.randomness import draw_seed, seeded
+from vispeft.data.shares import EvaluationShare, TrainingShare
 from vispeft.errors import ConfigError, DataError, counted
 
 __all__ = ["BatchSplit", "EpochSampler", "ImageData", "MemorySplit", "has_plain"]
@@ -191,7 +192,7 @@ class ImageData(ChecksArguments, LightningDataModule, ABC):
         """Validate and store the settings.
 
         Args:
-            batch_size: Images per batch.
+            batch_size: Images per batch of each process.
             image_size: Height and width in pixels, or one number for both; None takes the backbone's.
             mean: Mean per channel of values in [0, 1]; None takes the backbone's.
             std: Standard deviation per channel; None takes the backbone's.
@@ -344,7 +345,22 @@ class ImageData(ChecksArguments, LightningDataModule, ABC):
         split = self.split("train")
         # The position is taken before the loader is created, as workers read as soon as it is iterated over.
         (epoch, batches), self._position = self._position, (0, 0)
-        return self._loader(split, self._sampler(len(split), (epoch, batches * self.batch_size)))  # type: ignore[arg-type]
+        whole = self._sampler(len(split), (epoch, batches * self.batch_together))  # type: ignore[arg-type]
+        rank, processes = self._place()
+        if processes == 1:
+            return self._loader(split, whole, training=True)
+        share = TrainingShare(whole, self.batch_size, rank, processes, self.drop_last)
+        return self._loader(split, share, training=True)
+
+    @property
+    def batch_together(self) -> int:
+        """Images per batch of all processes together."""
+        return self.batch_size * self._place()[1]
+
+    def _place(self) -> tuple[int, int]:
+        """Return the number of this process and how many there are."""
+        trainer = self.trainer
+        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the training run in the data; Lightning adds it to checkpoints."""
@@ -353,7 +369,7 @@ class ImageData(ChecksArguments, LightningDataModule, ABC):
         loop = self.trainer.fit_loop
         epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
         between = epochs.processed == epochs.ready
-        return {**self._order(), "epoch": epochs.processed, "batches": 0 if between else batches.processed}
+        return {**self.order_facts(), "epoch": epochs.processed, "batches": 0 if between else batches.processed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Start the next training run at the position of a `state_dict`.
@@ -380,7 +396,7 @@ class ImageData(ChecksArguments, LightningDataModule, ABC):
         """
         changed = [
             f"{name} was {state_dict[name]} and is {now}"
-            for name, now in self._order().items()
+            for name, now in self.order_facts().items()
             if state_dict.get(name, now) != now
         ]
         if changed:
@@ -389,7 +405,7 @@ class ImageData(ChecksArguments, LightningDataModule, ABC):
                 "begin a new run."
             )
 
-    def _order(self) -> dict[str, Any]:
+    def order_facts(self) -> dict[str, Any]:
         """Return the inputs of the training order except the epoch, and the identity of the images."""
         if self._digest is None:
             digest = hashlib.sha256()
@@ -397,7 +413,7 @@ class ImageData(ChecksArguments, LightningDataModule, ABC):
                 digest.update(part)
             self._digest = digest.hexdigest()[:16]
         images = len(self.split("train"))  # type: ignore[arg-type]
-        return {"images": images, "batch_size": self.batch_size, "seed": self.seed, "digest": self._digest}
+        return {"images": images, "batch_size": self.batch_together, "seed": self.seed, "digest": self._digest}
 
     def identity(self) -> Iterator[bytes]:
         """Yield bytes that identify the images and targets of all splits."""
@@ -408,11 +424,17 @@ class ImageData(ChecksArguments, LightningDataModule, ABC):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return the loader of validation images, in a fixed order."""
-        return self._loader(self.split("validation"))
+        return self._loader(self.split("validation"), self._share("validation"))
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Return the loader of test images, in a fixed order."""
-        return self._loader(self.split("test"))
+        return self._loader(self.split("test"), self._share("test"))
+
+    def _share(self, name: str) -> EvaluationShare | None:
+        """Return the images of a split that this process measures; None for all."""
+        rank, processes = self._place()
+        length = len(self.split(name))  # type: ignore[arg-type]
+        return None if processes == 1 else EvaluationShare(length, rank, processes, name)
 
     def plain_dataloader(self, name: str) -> DataLoader[Any]:
         """Return a loader of a split in its fixed order, with images prepared as for an evaluation.
@@ -427,17 +449,19 @@ class ImageData(ChecksArguments, LightningDataModule, ABC):
         """Return the order of `length` training images, from an epoch and a number of images served in it."""
         return EpochSampler(length, self.seed, start)
 
-    def _batch_of(self, split: Dataset[Any], sampler: Sampler[Index] | None) -> int:
-        """Return the batch size for a split; only the training split comes with a sampler."""
+    def _batch_of(self, split: Dataset[Any], training: bool) -> int:
+        """Return the batch size for a split, in training or for an evaluation."""
         return self.batch_size
 
-    def _loader(self, split: Dataset[Any], sampler: Sampler[Index] | None = None) -> DataLoader[Any]:
+    def _loader(
+        self, split: Dataset[Any], sampler: Sampler[Any] | None = None, training: bool = False
+    ) -> DataLoader[Any]:
         on_gpu = self._on_gpu()
         return DataLoader(
             split,
-            batch_size=self._batch_of(split, sampler),
+            batch_size=self._batch_of(split, training),
             sampler=sampler,
-            drop_last=self.drop_last and sampler is not None,
+            drop_last=self.drop_last and training,
             num_workers=self.num_workers,
             collate_fn=_keep if isinstance(split, BatchSplit) else None,
             pin_memory=on_gpu,

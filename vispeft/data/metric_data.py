@@ -220,14 +220,16 @@ class MetricData(ListedData):
     def _problem_of_batches(self, listing: Listing) -> str:
         """Tell why batches of this size cannot be drawn; empty if they can."""
         assert isinstance(listing, RetrievalListing)
-        return check_batches(listing, self.batch_size)
+        return check_batches(listing, self.batch_together)
 
     def _sampler(self, length: int, start: tuple[int, int]) -> EpochSampler:
+        self.check_batches()  # again, now that the number of processes is known
         labels = self.listing.splits["train"].targets
-        return PerClassSampler(labels, self.images_per_class, self.batch_size, self.seed, start)
+        return PerClassSampler(labels, self.images_per_class, self.batch_together, self.seed, start)
 
-    def _order(self) -> dict[str, Any]:
-        return {**super()._order(), "images_per_class": self.images_per_class}
+    def order_facts(self) -> dict[str, Any]:
+        """Return what `ImageData.order_facts` does, and the images of a class in a batch."""
+        return {**super().order_facts(), "images_per_class": self.images_per_class}
 
     def identity(self) -> Iterator[bytes]:
         """Yield bytes that identify images, labels and roles of all splits."""

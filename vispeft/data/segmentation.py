@@ -10,9 +10,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
-from vispeft.data.base import Index
 from vispeft.data.joint import EvaluationPair, MaskAugmentation, TrainPair
 from vispeft.data.listed import ListedData, PixelSplit
 from vispeft.data.listing import Finding, Listing, Published, gather
@@ -145,9 +144,9 @@ class SegmentationData(ListedData):
             for index in range(len(split)):
                 yield f"{name} mask {split.label(index)}\n".encode()
 
-    def _batch_of(self, split: Dataset[Any], sampler: Sampler[Index] | None) -> int:
+    def _batch_of(self, split: Dataset[Any], training: bool) -> int:
         """Return a batch size of one if sizes differ."""
-        if sampler is not None:
+        if training:
             return self.batch_size
         names = [name for name, loaded in self._splits.items() if loaded is split]
         sizes = {known.upright for name in names for known in self.report().facts[name]}

@@ -6,12 +6,15 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from vispeft.core.generated import FrozenCasts
 from vispeft.core.recovery import recoverable
+from vispeft.core.units import AffineUnit
 from vispeft.hosts.functional import leaves_a_graph
+from vispeft.hosts.products import SMALL
 
-__all__ = ["affine", "affine_linear", "may_recover"]
+__all__ = ["affine", "affine_linear", "affine_norm", "may_recover", "scaled_linear"]
 
 
 def affine(y: Tensor, scale: Tensor, shift: Tensor, recovers: bool | None = None) -> Tensor:
@@ -34,6 +37,9 @@ def affine(y: Tensor, scale: Tensor, shift: Tensor, recovers: bool | None = None
                 return cast(Tensor, _apply_affine(y, scale, shift))
         # addcmul saves y and scale only; a product and a sum would also allocate a temporary of y's size.
         return torch.addcmul(shift, y, scale)
+    if y.numel() < SMALL and y.device.type == "cpu" and scale.dtype == torch.float32:
+        # Here each operation costs more than its numbers, and two are less than the four below.
+        return torch.addcmul(shift, y.float(), scale).to(y.dtype)
     # A scale near one would be rounded coarsely; its difference from one is not.
     return torch.addcmul(y + shift.to(y.dtype), y, (scale - 1).to(y.dtype))
 
@@ -70,6 +76,44 @@ def affine_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor,
     """
     out: Tensor = _apply_affine_linear(x, weight, bias, scale, shift)
     return out
+
+
+def scaled_linear(x: Tensor, layer: nn.Module, unit: AffineUnit, casts: FrozenCasts) -> Tensor | None:
+    """Scale and shift the output of a frozen layer under autocast, with as little of the host's time as possible.
+
+    Args:
+        x: (..., in).
+        layer: The linear layer.
+        unit: The scale and shift.
+        casts: Where casts of frozen tensors are kept.
+
+    Returns:
+        (..., out); None where the general path has to compute it.
+    """
+    kind = x.device.type
+    weight: Tensor | None = layer._parameters.get("weight")
+    if weight is None or unit._buffers["gain"] is not None or not torch.is_autocast_enabled(kind) or leaves_a_graph():
+        return None
+    dtype = torch.get_autocast_dtype(kind)
+    weight, bias = casts.get(weight, layer._parameters.get("bias"), dtype)
+    return affine(F.linear(x, weight, bias), unit.scale, unit.shift) if weight.dtype is dtype else None
+
+
+def affine_norm(x: Tensor, layer: nn.LayerNorm, unit: AffineUnit) -> Tensor | None:
+    """Scale and shift the output of a layer norm, with as little of the host's time as possible.
+
+    Args:
+        x: (..., channels).
+        layer: The norm.
+        unit: The scale and shift.
+
+    Returns:
+        The shape of `x`; None where the general path has to compute it.
+    """
+    weight, bias, scale = layer._parameters["weight"], layer._parameters["bias"], unit.scale
+    if weight is None or bias is None or unit._buffers["gain"] is not None or scale.dtype is not weight.dtype:
+        return None
+    return F.layer_norm(x, layer.normalized_shape, scale * weight, scale * bias + unit.shift, layer.eps)
 
 
 class _AffineLinear(torch.autograd.Function):

@@ -97,7 +97,8 @@ def _twin(module: Any, tensors: Iterator[Tensor], gains: Iterator[Tensor | None]
         tensors: The tensors, in the order of `_tensors`.
         gains: The gains of the forward pass, in the order of `_gains`; a schedule may have set others since.
     """
-    twin = object.__new__(type(module))
+    # The gains given here include a weight, which a weighted class would multiply again.
+    twin = object.__new__(getattr(type(module), "unweighted", type(module)))
     own = {name: None if tensor is None else next(tensors) for name, tensor in module._parameters.items()}
     buffers = {**module._buffers, "gain": next(gains)} if isinstance(module, Unit) else module._buffers
     below = {name: _twin(child, tensors, gains) for name, child in _below(module).items()}

@@ -22,7 +22,7 @@ class DropPathHost(Host):
         rate = units[0].rate
         for unit in units[1:]:
             rate = torch.maximum(rate, unit.rate)
-        kept = 1 - rate.to(x.device)
+        kept = (1 - rate.to(x.device)).view(-1, *[1] * (x.ndim - 1))  # one rate, or one for each image
         draws = torch.rand(x.shape[0], *[1] * (x.ndim - 1), dtype=torch.float32, device=x.device)
         return x * ((draws < kept) / kept).to(x.dtype)
 

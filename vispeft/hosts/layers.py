@@ -16,11 +16,12 @@ from vispeft.core.low_rank import Branch, Dropout
 from vispeft.core.origin import Origin, note_origin
 from vispeft.core.route import NOTHING, Acting, Routing
 from vispeft.core.units import AffineUnit, DeltaUnit, InputUnit, LayerPass, Unit, WeightUnit
-from vispeft.hosts.affine import affine, affine_linear, may_recover
+from vispeft.hosts.affine import affine, affine_linear, affine_norm, may_recover, scaled_linear
 from vispeft.hosts.base import Host
 from vispeft.hosts.computed import computed_linear
-from vispeft.hosts.functional import computes_again, frozen_linear
+from vispeft.hosts.functional import compute_dtype, computes_again, frozen_linear, leaves_a_graph
 from vispeft.hosts.low_rank import low_rank_linear, low_rank_terms, term_linear
+from vispeft.hosts.products import as_rows, product
 from vispeft.hosts.streams import Streams
 
 __all__ = [
@@ -138,6 +139,11 @@ def terms_of(units: Sequence[DeltaUnit]) -> list[Branch]:
     return terms
 
 
+def _computes_alone(x: Tensor, weight: Tensor) -> bool:
+    """Return whether nothing records a product, and its operands have its type."""
+    return not (torch.is_grad_enabled() or leaves_a_graph()) and weight.dtype == x.dtype == compute_dtype(x, weight)
+
+
 def _before(acting: Acting, x: Tensor) -> Tensor:
     """Apply the units that act on the input."""
     for unit in acting.input:
@@ -164,6 +170,10 @@ class LinearHost(_Foldable):
             term = term_linear(x, self, acting.lone, casts, self.routing.memory == "leaner")
             if term is not None:
                 return term
+        if acting.scaling is not None and not is_compiling():
+            scaled = scaled_linear(x, self, acting.scaling, casts)
+            if scaled is not None:
+                return scaled
         x = _before(acting, x) if acting.input else x
         if acting.weight:
             out = low_rank_terms(x, self._computed(acting, x), terms_of(acting.delta))
@@ -173,6 +183,9 @@ class LinearHost(_Foldable):
             return affine_linear(x, weight, bias, acting.affine[0].scale, acting.affine[0].shift)
         if acting.delta:
             out = low_rank_linear(x, weight, bias, terms_of(acting.delta), casts)
+        elif acting.routed and _computes_alone(x, weight):
+            # The product of a single adapter's term (`term_linear`), which is faster than `F.linear`.
+            out = product(as_rows(x), weight.t(), bias).view(*x.shape[:-1], weight.shape[0])
         else:
             out = frozen_linear(x, weight, bias, casts, acting is NOTHING and self.routing.memory == "leaner")
         return _after(acting, x, out, self.routing) if acting.sequential or acting.affine else out
@@ -351,10 +364,15 @@ class NormHost(_Foldable):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the shape of `x`."""
+        acting = self.acting
+        if acting.scaling is not None and self.replaces.forward in _LAYER_NORMS and not self.fast():
+            made = affine_norm(x, cast(Any, self), acting.scaling)
+            if made is not None:
+                return made
         out: Tensor = super().forward(x)
         # Under autocast a norm in reduced precision returns float32, and outside of it, later, it would not.
         notes = self.routing.memory != "plain" and out.dtype == x.dtype and computes_again(x)
-        if not notes or self.acting is not NOTHING or self.replaces.forward not in _LAYER_NORMS or self.fast():
+        if not notes or acting is not NOTHING or self.replaces.forward not in _LAYER_NORMS or self.fast():
             return out
         compute = partial(_norm_again, *cast(Any, (self.normalized_shape, self.eps)))
         return note_origin(out, Origin(compute, 3), (x, self._parameters["weight"], self._parameters["bias"]))

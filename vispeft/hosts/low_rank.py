@@ -1,8 +1,9 @@
 """Linear layers with low-rank terms, with backward passes that save few activations and skip frozen weights.
 
-Two eager autograd functions cover the common cases. Under ``torch.compile`` and ``torch.export`` the same formulas are
-written in plain operations, which the compiler can fuse and any runtime can execute. Where a graph of the gradient is
-asked for (second derivatives), the backward pass differentiates the plain operations.
+Two eager autograd functions cover the common cases. Under ``torch.compile`` on a GPU and under ``torch.export`` the
+same formulas are written in plain operations, which the compiler can fuse and any runtime can execute; on a CPU a
+compiled graph has one operator for them (`vispeft.hosts.opaque`). Where a graph of the gradient is asked for (second
+derivatives), the backward pass differentiates the plain operations.
 """
 
 from __future__ import annotations
@@ -17,25 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vispeft.core.generated import FrozenCasts
-from vispeft.core.low_rank import NO_DROPOUT, Branch, Dropout
+from vispeft.core.low_rank import NO_DROPOUT, Branch
 from vispeft.core.origin import Note, note_of
 from vispeft.core.units import DeltaUnit
 from vispeft.errors import ConfigError
 from vispeft.hosts.functional import cast_to, compute_dtype, leaves_a_graph, note_behind, without_autocast
-from vispeft.hosts.masks import mask_blocks, mask_source, masked
+from vispeft.hosts.masks import masked
+from vispeft.hosts.opaque import is_opaque, opaque_terms
 from vispeft.hosts.products import SMALL, add_product, as_rows, outer, product, rows_as, times_narrow
+from vispeft.hosts.terms import Kept, Place, gradients, is_folded, product_with_terms
 
 __all__ = ["low_rank_linear", "low_rank_terms", "term_linear"]
-
-
-class _Place(NamedTuple):
-    """The settings of a branch, without its tensors."""
-
-    scale: float
-    start: int
-    stop: int
-    dropout: Dropout
-
 
 _UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 
@@ -58,13 +51,13 @@ def low_rank_linear(
     dtype, recorded = compute_dtype(x, weight), leaves_a_graph()
     layout, factors = [], []
     for branch in branches:
-        layout.append(_Place(branch.scale, branch.start, branch.stop, branch.dropout))
+        layout.append(Place(branch.scale, branch.start, branch.stop, branch.dropout))
         factors += [branch.a, branch.b]
     if casts is not None and not recorded:
         weight, bias = casts.get(weight, bias, dtype)
     weight, bias = cast_to(weight, dtype), None if bias is None else cast_to(bias, dtype)
     # The fused backward pass computes no gradient of the weight; if one is needed, autograd computes it.
-    if recorded or weight.requires_grad or (bias is not None and bias.requires_grad):
+    if recorded or _trains(weight, bias):
         with without_autocast(x):
             return _low_rank_plain(cast_to(x, dtype), weight, bias, layout, [cast_to(t, dtype) for t in factors])
     note = note_of(x)
@@ -89,7 +82,7 @@ def term_linear(x: Tensor, layer: nn.Module, unit: DeltaUnit, casts: FrozenCasts
     bias: Tensor | None = layer._parameters.get("bias")
     if weight is None or unit._buffers["gain"] is not None or (unit.training and unit.dropout.share):
         return None
-    if weight.requires_grad or (bias is not None and bias.requires_grad) or leaves_a_graph():
+    if _trains(weight, bias) or leaves_a_graph():
         return None
     a, b = unit.factors()
     if b.shape[0] != weight.shape[0]:
@@ -108,21 +101,20 @@ def term_linear(x: Tensor, layer: nn.Module, unit: DeltaUnit, casts: FrozenCasts
     return out
 
 
-def _is_folded(rows: int, weight: Tensor) -> bool:
-    """Return whether terms are added to a copy of the weight: with more rows than input channels that is cheaper.
-
-    In reduced precision the copy would round them away.
-    """
-    return rows > weight.shape[1] and weight.dtype in (torch.float32, torch.float64)
+def _trains(weight: Tensor, bias: Tensor | None) -> bool:
+    return weight.requires_grad or (bias is not None and bias.requires_grad)
 
 
 def _low_rank_plain(
-    x: Tensor, weight: Tensor, bias: Tensor | None, layout: Sequence[_Place], factors: Sequence[Tensor]
+    x: Tensor, weight: Tensor, bias: Tensor | None, layout: Sequence[Place], factors: Sequence[Tensor]
 ) -> Tensor:
+    if is_opaque(x, layout) and not _trains(weight, bias):
+        out = opaque_terms(as_rows(x), weight, bias, layout, factors)
+        return out.view(*x.shape[:-1], out.shape[1])
     return _with_terms(x, F.linear(x, weight, bias), layout, factors)
 
 
-def _with_terms(x: Tensor, out: Tensor, layout: Sequence[_Place], factors: Sequence[Tensor]) -> Tensor:
+def _with_terms(x: Tensor, out: Tensor, layout: Sequence[Place], factors: Sequence[Tensor]) -> Tensor:
     """Add low-rank terms of `x` to an output, in operations that autograd knows."""
     width, recorded = out.shape[-1], leaves_a_graph()
     for index, (scale, start, stop, dropout) in enumerate(layout):
@@ -150,7 +142,7 @@ def low_rank_terms(x: Tensor, out: Tensor, branches: Sequence[Branch]) -> Tensor
         (..., out), in the dtype of `out`.
     """
     factors = [cast_to(t, out.dtype) for branch in branches for t in (branch.a, branch.b)]
-    layout = tuple(_Place(branch.scale, branch.start, branch.stop, branch.dropout) for branch in branches)
+    layout = tuple(Place(branch.scale, branch.start, branch.stop, branch.dropout) for branch in branches)
     with without_autocast(x):
         return _with_terms(cast_to(x, out.dtype), out, layout, factors)
 
@@ -160,7 +152,7 @@ class _LowRankLinear(torch.autograd.Function):
 
     Neither direction allocates a second (rows, out) tensor. Saved for backward are the input, or what it is computed
     from (`Origin`), the narrow (rows, rank) projections and what dropout masks are drawn from (`mask_source`). See
-    `_is_folded` for the temporary copy of the weight.
+    `is_folded` for the temporary copy of the weight.
 
     Input and factors are cast in here, and their gradients cast back, which saves five nodes.
     """
@@ -171,7 +163,7 @@ class _LowRankLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        layout: Sequence[_Place],
+        layout: Sequence[Place],
         note: Note | None,
         *factors: Tensor,
     ) -> Tensor:
@@ -179,20 +171,8 @@ class _LowRankLinear(torch.autograd.Function):
         rows = rows_as(x, dtype)
         used = [factor if factor.dtype == dtype else factor.to(dtype) for factor in factors]
         ctx.layout, ctx.kind, ctx.casts = layout, x.dtype, any(map(is_not, used, factors))
-        # With dropout each row has its own term.
-        ctx.folds = _is_folded(rows.shape[0], weight) and not any(place.dropout.share for place in layout)
-        out = product(rows, (_written_into(weight, layout, used) if ctx.folds else weight).t(), bias)
-        hidden: list[Tensor] = []
-        sources: list[Tensor] = []
-        for place, a, b in zip(layout, used[::2], used[1::2], strict=True):
-            if place.dropout.share:
-                narrow, source = _dropped_narrow(rows, a, place.dropout)
-                sources.append(source)
-            else:
-                narrow = product(rows, a.t(), None)
-            hidden.append(narrow)
-            if not ctx.folds:
-                add_product(_part(out, place), narrow, b.t(), place.scale)
+        out, (_, _, _, hidden, drawn) = product_with_terms(rows, weight, bias, layout, used)
+        sources = [source for source in drawn if source is not None]
         # If no first factor trains in this step, the input need not be saved.
         reads = any(ctx.needs_input_grad[5::2])
         ctx.origin, ctx.inputs = None, 1
@@ -217,31 +197,16 @@ class _LowRankLinear(torch.autograd.Function):
         if torch.is_grad_enabled():
             first, *others = _with_graph(ctx, grad, x, weight, factors, sources)
             return (first, None, None, None, None, *others)
-        slopes, rows = as_rows(grad), None if x is None else rows_as(x, weight.dtype)
-        grad_x = None
-        if needed[0]:
-            grad_x = product(slopes, _written_into(weight, layout, used) if ctx.folds else weight, None)
-        gradients: list[Tensor | None] = []
-        for index, (place, source) in enumerate(zip(layout, sources, strict=True)):
-            a, b = used[2 * index], used[2 * index + 1]
-            part = _part(slopes, place)
-            narrow = times_narrow(part, b, place.scale / place.dropout.kept)
-            wanted = rows if needed[5 + 2 * index] else None
-            if source is not None and place.dropout.place == "input":
-                gradients.append(_dropped_gradients(narrow, a, source, place.dropout.share, wanted, grad_x))
-            else:
-                narrow = narrow if source is None else masked(narrow, source, place.dropout.share)
-                gradients.append(None if wanted is None else torch.mm(narrow.t(), wanted))
-                if grad_x is not None and not ctx.folds:
-                    add_product(grad_x, narrow, a, 1)
-            gradients.append(outer(part, hidden[index], place.scale) if needed[6 + 2 * index] else None)
+        rows = None if x is None else rows_as(x, weight.dtype)
+        kept = Kept(weight, layout, used, hidden, sources)
+        grad_x, slopes = gradients(as_rows(grad), rows, kept, (needed[0], *needed[5:]))
         if grad_x is not None:
             grad_x = grad_x if grad.ndim == 2 else grad_x.view(*grad.shape[:-1], grad_x.shape[1])
             grad_x = cast_to(grad_x, ctx.kind)
         if ctx.casts:
-            pairs = zip(gradients, factors, strict=True)
-            gradients = [None if slope is None else slope.to(factor.dtype) for slope, factor in pairs]
-        return (grad_x, None, None, None, None, *gradients)
+            pairs = zip(slopes, factors, strict=True)
+            slopes = [None if slope is None else slope.to(factor.dtype) for slope, factor in pairs]
+        return (grad_x, None, None, None, None, *slopes)
 
 
 class _Term(NamedTuple):
@@ -284,9 +249,9 @@ class _TermLinear(torch.autograd.Function):
         dtype, shape = weight.dtype, grad.shape
         x = None if not read else read[0] if origin is None else origin.again(read)
         if torch.is_grad_enabled():
-            ctx.layout = [_Place(scale, 0, weight.shape[0], NO_DROPOUT)]
-            grad_x, *gradients = _with_graph(ctx, grad, x, weight, (own_a, own_b), [None])
-            return grad_x, None, *gradients
+            ctx.layout = [Place(scale, 0, weight.shape[0], NO_DROPOUT)]
+            grad_x, *others = _with_graph(ctx, grad, x, weight, (own_a, own_b), [None])
+            return grad_x, None, *others
         slopes = grad if len(shape) == 2 else grad.reshape(-1, shape[-1])
         needs_x, _, needs_a, needs_b = ctx.needs_input_grad
         small = slopes.shape[0] * slopes.shape[1] < SMALL
@@ -298,7 +263,7 @@ class _TermLinear(torch.autograd.Function):
             grad_b = outer(slopes, narrow, scale)
         if needs_x and small:
             grad_x = torch.mm(slopes, weight).add_(torch.mm(back, a))
-        elif needs_x and _is_folded(slopes.shape[0], weight):
+        elif needs_x and is_folded(slopes.shape[0], weight):
             grad_x = product(slopes, torch.addmm(weight, b, a, alpha=scale), None)
         elif needs_x:
             grad_x = product(slopes, weight, None)
@@ -317,7 +282,7 @@ def _with_term(
     narrow = product(rows, a.t(), None)
     if rows.shape[0] * weight.shape[0] < SMALL:
         return F.linear(rows, weight, bias).add_(torch.mm(narrow, b.t()), alpha=scale), narrow
-    if _is_folded(rows.shape[0], weight):
+    if is_folded(rows.shape[0], weight):
         return product(rows, torch.addmm(weight, b, a, alpha=scale).t(), bias), narrow
     out = product(rows, weight.t(), bias)
     add_product(out, narrow, b.t(), scale)
@@ -374,60 +339,6 @@ def _with_graph(
     return [next(found) if wanted else None for wanted in needed]
 
 
-def _part(out: Tensor, place: _Place) -> Tensor:
-    """Return the columns of a matrix that a term is added to."""
-    return out if place.stop - place.start == out.shape[1] else out[:, place.start : place.stop]
-
-
-def _dropped_narrow(rows: Tensor, a: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:
-    """Apply a first factor with its dropout; also return what its mask is drawn from."""
-    # Kept entries are scaled up here, where there are few channels, and not in the input.
-    if dropout.place == "input":
-        source = mask_source(rows, rows.shape[1], dropout.share)
-        blocks = mask_blocks(source, rows, rows.shape[1], dropout.share)
-        parts = [product(rows[part] * mask, a.t(), None) for part, mask in blocks]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).div_(dropout.kept), source
-    narrow = product(rows, a.t(), None)
-    source = mask_source(narrow, narrow.shape[1], dropout.share)
-    return masked(narrow, source, dropout.share).div_(dropout.kept), source
-
-
-def _dropped_gradients(
-    narrow: Tensor, a: Tensor, source: Tensor, share: float, rows: Tensor | None, grad_x: Tensor | None
-) -> Tensor | None:
-    """Compute the gradient of a first factor behind dropout of the input, and add that of the input in place.
-
-    Args:
-        narrow: Gradient of the narrow projection, (rows, rank).
-        a: The first factor, (rank, in).
-        source: What the mask is drawn from.
-        share: Share of entries that were dropped.
-        rows: The input, (rows, in); None if the factor needs no gradient.
-        grad_x: Gradient of the input without this term; None if it is not needed.
-    """
-    grad_a: Tensor | None = None
-    if rows is None and grad_x is None:
-        return grad_a
-    for part, mask in mask_blocks(source, narrow, a.shape[1], share):
-        if grad_x is not None:
-            grad_x[part].addcmul_(narrow[part] @ a, mask)
-        if rows is not None:
-            own = narrow[part].t() @ mask.mul_(rows[part])
-            grad_a = own if grad_a is None else grad_a.add_(own)
-    return grad_a
-
-
 def _dropped(x: Tensor, source: Tensor, share: float) -> Tensor:
     """Apply a dropout mask in operations that autograd knows."""
     return x * masked(torch.ones_like(x, requires_grad=False), source, share)
-
-
-def _written_into(weight: Tensor, layout: Sequence[_Place], factors: Sequence[Tensor]) -> Tensor:
-    """Compute ``W + scale * B A`` on each term's rows as a new tensor."""
-    scale, start, stop, _ = layout[0]
-    if len(layout) == 1 and stop - start == weight.shape[0]:
-        return torch.addmm(weight, factors[1], factors[0], alpha=scale)
-    written = weight.clone()
-    for index, (scale, start, stop, _) in enumerate(layout):
-        written[start:stop].addmm_(factors[2 * index + 1], factors[2 * index], alpha=scale)
-    return written

@@ -24,7 +24,7 @@ from vispeft.hosts.low_rank import low_rank_terms
 
 __all__ = ["sliced", "unsliceable"]
 
-_FLAGS = ("lone", "carries", "grid", "starting")
+_FLAGS = ("lone", "scaling", "carries", "grid", "starting", "routed")
 _KINDS = tuple(name for name in Acting._fields if name not in _FLAGS)
 _IN_LINEAR = ("input", "delta", "sequential", "affine")
 """The kinds of units that change inputs and outputs of a linear layer, row by row."""
@@ -72,6 +72,7 @@ def sliced(actings: Sequence[Acting]) -> Acting:
     return first._replace(
         **cast("dict[str, Any]", changed),
         lone=first.lone if alike else None,
+        scaling=first.scaling if alike else None,
         sequential=following,
         delta=() if delta else first.delta,
         affine=() if affine else first.affine,

@@ -1,14 +1,15 @@
 """Schedules of sparse changes: which entries train may change while they train.
 
 Drop and regrow follows SFT (Ansell et al., arXiv 2401.16405; AlanAnsell/peft at 73b455b): every few steps the entries
-with the smallest changes go, and those with the largest gradients come. Optimisers know the entries: `SparseAdamW` has
+with the smallest changes go, and those with the largest gradients come. `Refresh` chooses LIFT's entries again (arXiv
+2506.00772; zihanghliu/LIFT at c4a679d). Optimisers know the entries: `SparseAdamW` has
 an age for each, `SM3` keeps no moments of entries at all.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vispeft.errors import ConfigError
+from vispeft.methods.sparse_unit import SparseUnit, principal_weights
 
-__all__ = ["SM3", "DropAndRegrow", "SparseAdamW"]
+__all__ = ["SM3", "DropAndRegrow", "Refresh", "SparseAdamW", "check_optimizer", "largest_changes"]
 
 
 @dataclass(frozen=True)
@@ -394,6 +396,65 @@ class DropAndRegrow:
             self.samples.append(samples)
 
 
+class Refresh:
+    """LIFT's choice of the principal weights, made again every few steps from the present weights.
+
+    Entries that stay keep their moments, those that come start with none; an entry that goes keeps its change, and goes
+    on from it if it comes back. The optimiser's step counter goes on, so that its correction is off for new entries.
+    """
+
+    def __init__(self, interval: int, rank: int) -> None:
+        """Store the settings.
+
+        Args:
+            interval: Steps between choices T; the first one follows step T - 1 (public code).
+            rank: Rank of the approximation.
+        """
+        self.interval, self.rank, self.steps = interval, rank, 0
+
+    def after_step(self, units: list[SparseUnit], weights: list[Tensor], optimizer: Any) -> None:
+        """Count a step of the optimiser, and choose again where it is time to.
+
+        Args:
+            units: The units.
+            weights: The frozen weights of their layers, (out, ...), in the same order.
+            optimizer: The optimiser.
+        """
+        self.steps += 1
+        if (self.steps + 1) % self.interval == 0:
+            for unit, weight in zip(units, weights, strict=True):
+                self._choose(unit, weight, optimizer)
+
+    @torch.no_grad()
+    def _choose(self, unit: SparseUnit, weight: Tensor, optimizer: Any) -> None:
+        present = unit.fold_weight(weight)[unit.start : unit.stop]
+        wanted = unit.chosen(principal_weights(present, self.rank, unit.site.key)).to(unit.positions)
+        stays = torch.isin(unit.positions, wanted)
+        comes = wanted[torch.isin(wanted, unit.positions, invert=True)]
+        slots = (~stays).nonzero().flatten()
+        old = torch.cat([unit.left_positions, unit.positions[slots]])
+        changes = torch.cat([unit.left_values, unit.values[slots].to(unit.left_values)])
+        before = unit.values.new_zeros(unit.size).index_copy_(0, old.long(), changes.to(unit.values))
+        unit.positions[slots], unit.values[slots] = comes, before[comes.long()]
+        rest = torch.isin(old, comes, invert=True) & (changes != 0)
+        unit.left_positions, unit.left_values = old[rest], changes[rest]
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in optimizer.state[unit.values]:
+                optimizer.state[unit.values][name][slots] = 0
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed training needs."""
+        return {"steps": self.steps}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a state.
+
+        Args:
+            state: As from `state`.
+        """
+        self.steps = state["steps"]
+
+
 def _regrow_adam(optimizer: Any) -> Callable[..., None]:
     """Return what sets the moments of entries of PyTorch's Adam: corrected by its one counter, they are the means."""
 
@@ -407,12 +468,12 @@ def _regrow_adam(optimizer: Any) -> Callable[..., None]:
     return regrow
 
 
-def check_optimizer(optimizer: Any, parameters: Iterable[Tensor]) -> None:
+def check_optimizer(optimizer: Any, schedule: str) -> None:
     """Refuse optimisers whose state of an entry is not known.
 
     Args:
         optimizer: The optimiser.
-        parameters: The values of sparse changes.
+        schedule: The schedule that changes entries.
 
     Raises:
         ConfigError: If it is another one.
@@ -420,6 +481,6 @@ def check_optimizer(optimizer: Any, parameters: Iterable[Tensor]) -> None:
     known = (torch.optim.Adam, torch.optim.AdamW, SparseAdamW, SM3)
     if not isinstance(optimizer, known) or any(group.get("amsgrad") for group in optimizer.param_groups):
         raise ConfigError(
-            f"Sparse(schedule='rigl') gives entries that come their moments, and cannot in {type(optimizer).__name__}. "
-            "Use Adam, AdamW (without amsgrad), SparseAdamW or SM3, or schedule='fixed'."
+            f"Sparse(schedule={schedule!r}) gives entries that come their moments, and cannot in "
+            f"{type(optimizer).__name__}. Use Adam, AdamW (without amsgrad), SparseAdamW or SM3, or schedule='fixed'."
         )

@@ -347,7 +347,7 @@ class RetrievalScores(Metric):
         Raises:
             DataError: If there are none.
         """
-        if not self.labels:
+        if not len(self.labels):  # a list, or one tensor once several processes have been gathered
             raise DataError("No embeddings were collected, so there is nothing to rank. Is the split empty?")
         index = dim_zero_cat(self.index)
         order = index.argsort(stable=True)

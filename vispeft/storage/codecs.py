@@ -7,7 +7,8 @@ dtype. Names are part of the file format and never change their meaning. Codecs 
 * ``l1-normal-500/<bits>``: a matrix of 1, 2, 4 or 8 bits per weight (`vispeft.storage.quantize`);
 * ``mask``: one bit per entry (`Mask`);
 * ``positions``: increasing whole numbers, as gaps (`Positions`);
-* ``rice``: the same in whole bits, less than a byte per number from a density of 1.1 % on (`Rice`);
+* ``rice``: the same in whole bits, 1.02 bytes per number at a density of 1 % (`Rice`);
+* ``floats``: floating-point numbers, whose exponents take fewer bits (`Floats`);
 * ``sparse``: the nonzero entries, as positions and values (`Sparse`).
 
 Another package adds its own by `register_codec`. Multi-byte numbers are little-endian.
@@ -24,10 +25,12 @@ import torch
 from torch import Tensor
 
 from vispeft.errors import ConfigError, FileError, UnknownNameError
+from vispeft.storage.whole_bits import BLOCK, pack_numbers, rice_blocks, rice_bytes, unpack_numbers
 
 __all__ = [
     "RAW",
     "Codec",
+    "Floats",
     "Mask",
     "Positions",
     "Rice",
@@ -154,18 +157,13 @@ class Positions(Codec):
 
     def decode(self, stored: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Sum up the gaps."""
-        found = _from_gaps(stored)
-        if found.numel() != prod(shape):
-            raise FileError(f"{prod(shape)} positions were expected; the file has {found.numel()}.")
-        return found.to(dtype).reshape(shape)
+        return _fitting(_from_gaps(stored, prod(shape)), dtype).reshape(shape)
 
 
 class Rice(Codec):
     """Strictly increasing whole numbers from 0, as gaps in whole bits (Rice, 1979).
 
-    A gap (see `Positions`) is split into its b lowest bits and the rest. Bytes: b, then the lowest bits of all gaps,
-    then the rests, each as that many ones and a zero; bits fill bytes from the highest bit on, each of the two lists
-    padded with zeros. b is the number that takes the fewest bits. Of random numbers this comes within 0.05 bits of the
+    Bytes: the gaps (see `Positions`) as coded by `rice_bytes`. Of random numbers this comes within 0.05 bits of the
     entropy: 8.1 bits per number at a density of 1 %, 7.1 at 2 %, 4.7 at 10 %.
     """
 
@@ -177,55 +175,87 @@ class Rice(Codec):
         gaps = flat.diff(prepend=flat.new_tensor([-1])).sub(1)
         if values.is_floating_point() or bool((gaps < 0).any()):
             raise ConfigError("Positions are whole numbers from 0 in rising order, each at most once. Sort them first.")
-        low = min(range(32), key=lambda bits: len(gaps) * bits + int((gaps >> bits).sum()))
-        lowest = (gaps[:, None].numpy() >> numpy.arange(low)[::-1]) & 1
-        rests = (gaps >> low).numpy()
-        unary = numpy.ones(int(rests.sum()) + len(rests), numpy.uint8)
-        unary[numpy.cumsum(rests + 1) - 1] = 0
-        parts = [numpy.array([low], numpy.uint8), numpy.packbits(lowest.astype(numpy.uint8)), numpy.packbits(unary)]
-        return torch.from_numpy(numpy.concatenate(parts))
+        return torch.from_numpy(numpy.concatenate(rice_bytes(gaps.numpy())))
 
     def decode(self, stored: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Sum up the gaps."""
         count, content = prod(shape), stored.cpu().numpy()
-        low = int(content[0]) if len(content) else 32
-        split = 1 + -(-count * low // 8)
-        if low > 31 or split > len(content):
+        if count > 8 * len(content):  # each takes a bit at least
             raise FileError(f"{len(content)} bytes are no {count} positions in whole bits: they are cut off.")
-        ends = _zeros(content[split:], count)
-        # What follows the last end is padding, of less than a byte.
-        last = int(ends[count - 1]) + 1 if 0 < count <= len(ends) else 0
-        if len(ends) < count or len(content) - split != -(-last // 8):
-            raise FileError(f"{len(content)} bytes are no {count} positions in whole bits: their ends do not fit.")
-        rests = numpy.diff(ends[:count], prepend=-1) - 1
-        gaps = (rests << low) + _numbers(content[1:split], low, count)
-        return torch.from_numpy(numpy.cumsum(gaps + 1) - 1).to(dtype).reshape(shape)
+        found, last = numpy.empty(count, numpy.int64), -1
+        for start, gaps in rice_blocks(content, count, "positions"):
+            some = found[start : start + len(gaps)]
+            numpy.cumsum(gaps + 1, out=some)
+            some += last
+            last = int(some[-1])
+        return _fitting(torch.from_numpy(found), dtype).reshape(shape)
 
 
-_BLOCK = 1 << 14
-"""Bytes that are unpacked at once: their bits take eight times, and places of bits 64 times the memory."""
-_ONES = numpy.unpackbits(numpy.arange(256, dtype=numpy.uint8)[:, None], axis=1).sum(1, dtype=numpy.uint8)
-"""The number of ones of each byte."""
+class Floats(Codec):
+    """Floating-point numbers bit for bit, with exponents in as few bits as their frequencies allow.
+
+    Values of one kind, such as the changes of a layer's weights, have few different exponents: of normal ones an
+    exponent takes 2.5 bits in place of 8. Bytes: the number of different exponents as uint16, these exponents by
+    falling frequency (a byte each, two for float64), signs and mantissas of all values (sign first, highest bit first,
+    padded with zeros), then the places of their exponents in that list as coded by `rice_bytes`.
+    """
+
+    name = "floats"
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Encode values of any floating-point type."""
+        if values.dtype not in _LAYOUTS:
+            raise ConfigError(f"Values of type {values.dtype} were given; the codec is for {', '.join(_FLOATS)}.")
+        kind, exponent, mantissa = _LAYOUTS[values.dtype]
+        bits = values.detach().cpu().contiguous().reshape(-1).view(kind).numpy().astype(numpy.int64)
+        exponents = (bits >> mantissa) & (2**exponent - 1)
+        counts = numpy.bincount(exponents)
+        table = numpy.argsort(-counts, kind="stable")[: numpy.count_nonzero(counts)]
+        places = numpy.zeros(2**exponent, numpy.int64)
+        places[table] = numpy.arange(len(table))
+        rest = (bits & (2**mantissa - 1)) | ((bits >> (exponent + mantissa) & 1) << mantissa)
+        head = numpy.array([len(table)], "<u2").view(numpy.uint8), table.astype(_width(exponent)).view(numpy.uint8)
+        return torch.from_numpy(
+            numpy.concatenate([*head, pack_numbers(rest, 1 + mantissa), *rice_bytes(places[exponents])])
+        )
+
+    def decode(self, stored: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Put signs, exponents and mantissas together."""
+        if dtype not in _LAYOUTS:
+            raise FileError(
+                f"Values of type {dtype} were found in the codec {self.name}, which has {', '.join(_FLOATS)}."
+            )
+        (kind, exponent, mantissa), count, content = _LAYOUTS[dtype], prod(shape), stored.cpu().numpy()
+        width = numpy.dtype(_width(exponent))
+        first = 2 + width.itemsize * (int(content[:2].copy().view("<u2")[0]) if len(content) > 1 else 0)
+        split = first + -(-count * (1 + mantissa) // 8)
+        table = content[2:first].copy().view(width).astype(numpy.int64) if split <= len(content) else None
+        if table is None or (table >= 2**exponent).any():
+            raise FileError(f"{len(content)} bytes are no {count} values of type {dtype}: they are cut off.")
+        found = torch.empty(count, dtype=kind)
+        for start, places in rice_blocks(content[split:], count, "exponents"):
+            if (places >= len(table)).any():
+                raise FileError(f"An exponent is number {int(places.max())} of a list of {len(table)}.")
+            rest = unpack_numbers(content[first:split], 1 + mantissa, start, start + len(places))
+            bits = (rest & (2**mantissa - 1)) | (table[places] << mantissa)
+            bits |= -(rest >> mantissa) << (exponent + mantissa)  # the sign, extended to all higher bits
+            found[start : start + len(places)] = torch.from_numpy(bits)
+        return found.view(dtype).reshape(shape)
 
 
-def _zeros(content: Any, count: int) -> Any:
-    """Find the zeros among the bits of bytes, int64 (zeros,); empty if not `count` and fewer than 8 more are there."""
-    blocks = [content[start : start + _BLOCK] for start in range(0, len(content), _BLOCK)]
-    zeros = 8 * len(content) - sum(int(_ONES[block].sum(dtype=numpy.int64)) for block in blocks)
-    if not count <= zeros < count + 8:
-        return numpy.empty(0, numpy.int64)
-    found = [numpy.flatnonzero(numpy.unpackbits(block) == 0) + 8 * _BLOCK * i for i, block in enumerate(blocks)]
-    return numpy.concatenate([numpy.empty(0, numpy.int64), *found])
+_LAYOUTS = {
+    torch.float16: (torch.int16, 5, 10),
+    torch.bfloat16: (torch.int16, 8, 7),
+    torch.float32: (torch.int32, 8, 23),
+    torch.float64: (torch.int64, 11, 52),
+}
+"""Whole numbers of the same size, and bits of exponent and mantissa, by dtype (IEEE 754)."""
+_FLOATS = tuple(str(dtype) for dtype in _LAYOUTS)
 
 
-def _numbers(content: Any, bits: int, count: int) -> Any:
-    """Unpack `count` numbers of some bits each, the highest bit first, int64 (count,)."""
-    numbers, powers = numpy.zeros(count, numpy.int64), 1 << numpy.arange(bits, dtype=numpy.int64)[::-1]
-    for start in range(0, count if bits else 0, _BLOCK):  # eight numbers end with a byte, and so does a block of them
-        size = min(_BLOCK, count - start)
-        some = numpy.unpackbits(content[start * bits // 8 : (start + _BLOCK) * bits // 8], count=size * bits)
-        numbers[start : start + size] = some.reshape(size, bits) @ powers
-    return numbers
+def _width(exponent: int) -> str:
+    """Return numpy's dtype of an exponent in a list."""
+    return "<u1" if exponent <= 8 else "<u2"
 
 
 class Sparse(Codec):
@@ -246,13 +276,14 @@ class Sparse(Codec):
 
     def decode(self, stored: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Restore the entries among zeros."""
-        flat = torch.zeros(prod(shape), dtype=dtype)
+        size, item = prod(shape), torch.empty(0, dtype=dtype).element_size()
         head, rest = stored[:8].cpu(), stored[8:].cpu()
         count = int(head.numpy().view("<u8")[0]) if len(head) == 8 else -1
-        width = count * flat.element_size()
-        positions = _from_gaps(rest[width:]) if 0 <= width <= len(rest) else None
-        if positions is None or len(positions) != count or (count and int(positions[-1]) >= flat.numel()):
+        width = count * item
+        positions = _from_gaps(rest[width:], count) if 0 <= width <= len(rest) else None
+        if positions is None or (count and int(positions[-1]) >= size):
             raise FileError(f"{len(stored)} bytes are no sparse tensor of shape {shape}: its positions do not fit.")
+        flat = torch.zeros(size, dtype=dtype)
         flat[positions] = rest[:width].clone().view(dtype)
         return flat.reshape(shape)
 
@@ -271,8 +302,8 @@ def _gaps(positions: Tensor) -> Tensor:
     return torch.from_numpy(numpy.concatenate([numpy.array([width], numpy.uint8), units.view(numpy.uint8)]))
 
 
-def _from_gaps(stored: Tensor) -> Tensor:
-    """Decode the result of `_gaps` to int64 (count,)."""
+def _from_gaps(stored: Tensor, count: int) -> Tensor:
+    """Decode the result of `_gaps` to int64 (count,); the units are summed up block by block."""
     content = stored.cpu().numpy()
     width = int(content[0]) if len(content) else 0
     if width not in _WIDTHS or (len(content) - 1) % width:
@@ -281,8 +312,26 @@ def _from_gaps(stored: Tensor) -> Tensor:
     ends = units != numpy.iinfo(units.dtype).max
     if len(ends) and not ends[-1]:
         raise FileError("Coded positions are cut off: the last gap has no end.")
-    steps = units.astype(numpy.int64) + ends  # a gap is the difference minus one
-    return torch.from_numpy(numpy.cumsum(steps)[ends] - 1)
+    if (found := int(numpy.count_nonzero(ends))) != count:
+        raise FileError(f"{count} positions were expected; the file has {found}.")
+    positions, filled, last = numpy.empty(count, numpy.int64), 0, -1
+    for start in range(0, len(units), BLOCK):
+        some = ends[start : start + BLOCK]
+        sums = last + numpy.cumsum(units[start : start + BLOCK].astype(numpy.int64) + some)
+        last = int(sums[-1])  # a gap is the difference minus one
+        reached = sums[some]
+        positions[filled : filled + len(reached)] = reached
+        filled += len(reached)
+    return torch.from_numpy(positions)
+
+
+def _fitting(positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return rising positions in the dtype of a tensor; one that it cannot hold would become another."""
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        raise FileError(f"Positions are whole numbers; the file has them as {dtype}.")
+    if len(positions) and not 0 <= int(positions[-1]) <= torch.iinfo(dtype).max:
+        raise FileError(f"A position is {int(positions[-1])}, which {dtype} cannot hold.")
+    return positions.to(dtype)
 
 
 def _check_size(name: str, stored: Tensor, needed: int, shape: tuple[int, ...]) -> None:
@@ -292,7 +341,7 @@ def _check_size(name: str, stored: Tensor, needed: int, shape: tuple[int, ...]) 
 
 # ------------------------------------------------------------------ the registry
 
-_CODECS: dict[str, Codec] = {codec.name: codec for codec in (Raw(), Mask(), Positions(), Rice(), Sparse())}
+_CODECS: dict[str, Codec] = {codec.name: codec for codec in (Raw(), Mask(), Positions(), Rice(), Floats(), Sparse())}
 
 
 def register_codec(codec: Codec) -> None:

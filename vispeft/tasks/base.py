@@ -18,9 +18,11 @@ from vispeft.backbones.create import create_model
 from vispeft.core.arguments import ChecksArguments
 from vispeft.core.families import unwrap
 from vispeft.core.method import Method
+from vispeft.core.units import resize_units, units_of
 from vispeft.data.by_name import names_of
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.errors import ConfigError, DataError, FileError, check_object, counted
+from vispeft.tasks.averaged import averaged_weights, check_schedule_free, ends_of
 from vispeft.tasks.callbacks import FiniteGuard, MethodHooks
 from vispeft.tasks.checkpoint_form import check_output, check_shapes
 from vispeft.tasks.checkpoints import read_checkpoint
@@ -31,14 +33,15 @@ from vispeft.tasks.layer_decay import decay_by_layer
 from vispeft.tasks.migration import rename_heads
 from vispeft.tasks.optimizers import ClipsGradients, check_optimizer, make_optimizer, optimizer_node
 from vispeft.tasks.predictions import Predictor
-from vispeft.tasks.schedules import DECAYS, warmup_decay
+from vispeft.tasks.processes import LogsTogether
+from vispeft.tasks.schedules import check_decay, warmup_decay
 from vispeft.tasks.setting_checks import check_numbers
 from vispeft.tasks.trainer_checks import check_averaging, check_precision, steps_per_epoch
 
 __all__ = ["AdapterTask"]
 
 
-class AdapterTask(ChecksArguments, ClipsGradients):
+class AdapterTask(ChecksArguments, LogsTogether, ClipsGradients):
     """Base of every task: a frozen backbone with an adapter, an optimiser, a warm-up and a decay.
 
     Checkpoints hold the tensors that training changes and nothing of the frozen backbone.
@@ -109,8 +112,8 @@ class AdapterTask(ChecksArguments, ClipsGradients):
                 `lr_ends`.
             decay_tables: Let position embeddings and tables of relative positions decay too, which timm exempts.
             decay_vectors: Let biases, gains of norms and other vectors decay too.
-            optimizer: An optimiser of ``torch.optim``: its name, or ``class_path`` (the name) with ``init_args``, such
-                as ``momentum``. Learning rate and weight decay are `lr` and `weight_decay`.
+            optimizer: A name of ``torch.optim``, ``timm.optim.NAME`` or ``schedulefree.NAME``; or ``class_path`` (the
+                name) with ``init_args``, such as ``momentum``. Learning rate and decay are `lr` and `weight_decay`.
             head_start: ``probe`` starts a linear head from a regularised linear model of the features that it sees
                 before the first step; see `vispeft.tasks.HeadStart`. None leaves it at random.
 
@@ -126,9 +129,8 @@ class AdapterTask(ChecksArguments, ClipsGradients):
         self.schedule, self.schedule_epochs, self.final_lr = schedule, schedule_epochs, final_lr
         self.lr_ends, self.decay_tables, self.decay_vectors = tuple(lr_ends), decay_tables, decay_vectors
         check_numbers(type(self), {**vars(self), "layer_decay": layer_decay, "ema": ema, "base_dtype": base_dtype})
-        if schedule not in DECAYS:
-            raise ConfigError(f"{type(self).__name__}(schedule={schedule!r}): choose {' or '.join(sorted(DECAYS))}.")
-        self.optimizer = check_optimizer(optimizer, weight_decay)
+        check_decay(type(self).__name__, schedule)
+        self.optimizer = check_schedule_free(check_optimizer(optimizer, weight_decay), ema, final_lr)
         check_head_start(self, method, head_start)
         self.head_start = None if head_start is None else HeadStart()
         taken = sorted({"num_classes", "weights"} & set(backbone_args or {}))
@@ -438,7 +440,7 @@ class AdapterTask(ChecksArguments, ClipsGradients):
         steps: Any = self.trainer.estimated_stepping_batches
         length = None if self.schedule_epochs is None else self.schedule_epochs * steps_per_epoch(self.trainer)
         schedule = warmup_decay(
-            optimizer, steps, self.warmup, self.schedule, self.lr_ends, length=length, final_lr=self.final_lr
+            optimizer, steps, self.warmup, self.schedule, ends_of(self), length=length, final_lr=self.final_lr
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -502,8 +504,7 @@ class AdapterTask(ChecksArguments, ClipsGradients):
 
     def on_train_epoch_start(self) -> None:
         """Log the learning rate at the start of the epoch."""
-        schedule: Any = self.lr_schedulers()
-        self.log("lr", schedule.get_last_lr()[0], on_epoch=True)
+        self.log("lr", cast(Any, self.lr_schedulers()).get_last_lr()[0], on_epoch=True)
 
     def output(self) -> dict[str, Any]:
         """Describe how outputs are read, for the adapter's file."""
@@ -539,7 +540,7 @@ class AdapterTask(ChecksArguments, ClipsGradients):
     def configure_callbacks(self) -> list[Callback]:
         """Add the hooks and schedules of the methods, the guard against values that are not finite, and the EMA."""
         # Hooks come first: the guard checks the gradients after them, and the EMA starts at the values they set.
-        own = [part for part in (self.head_start, self.ema) if part is not None]
+        own = [part for part in (self.head_start, self.ema, averaged_weights(self)) if part is not None]
         return [MethodHooks(), *self.bank.callbacks(), FiniteGuard(), *own]
 
     # ------------------------------------------------------------------ checkpoints
@@ -578,19 +579,18 @@ class AdapterTask(ChecksArguments, ClipsGradients):
         """
         needed = self._changed() & set(self.state_dict())
         checkpoint["state_dict"] = self._renamed(checkpoint["state_dict"], needed)
-        found = set(checkpoint["state_dict"])
-        if found != needed:
+        if (found := set(checkpoint["state_dict"])) != needed:
             listing = ", ".join(sorted(found ^ needed)[:3])
             raise FileError(
                 f"The checkpoint has {len(found)} trained tensors and this task has {len(needed)}; they differ in "
                 f"{len(found ^ needed)}, first {listing}. Use the method and the backbone it was written with."
             )
+        resize_units(units_of(self), checkpoint["state_dict"])
         check_shapes(checkpoint["state_dict"], self.state_dict(), "The checkpoint")
         check_average(self.ema, checkpoint)
         if self.ema is not None:
-            averaged = checkpoint["average"]
-            averaged["tensors"] = self._renamed(averaged["tensors"], needed)
-            self.ema.load_state(averaged)
+            checkpoint["average"]["tensors"] = self._renamed(checkpoint["average"]["tensors"], needed)
+            self.ema.load_state(checkpoint["average"])
         if self.head_start is not None:
             self.head_start.recall(checkpoint.get("head_start"))
         self.started = True

@@ -254,7 +254,7 @@ class EpochPictures(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw, except after Lightning's sanity check; a training goes on without a picture that cannot be drawn."""
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or not trainer.is_global_zero:
             return
         try:
             cast(Any, pl_module).draw_epoch(self.folder, trainer.current_epoch)

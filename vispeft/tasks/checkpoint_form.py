@@ -68,7 +68,7 @@ def check_state(state: Any, path: Any) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise FileError(f"{path} has no part from which a run can go on; it is a {type(state).__name__}.")
     _refuse_wrong(state, _STATE, path)
-    _refuse_wrong(state, {"earlier": (list,)}, path, needed=False)
+    _refuse_wrong(state, {"earlier": (list,), "others": (list,)}, path, needed=False)
     best = state["best"]
     if best is not None:
         _refuse_wrong(best, _BEST, path)

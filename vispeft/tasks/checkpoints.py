@@ -24,6 +24,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 from torch.optim.lr_scheduler import LambdaLR
 
 from vispeft.core.families import unwrap
@@ -34,6 +35,7 @@ from vispeft.storage.fingerprint import check_fingerprint, fingerprint
 from vispeft.tasks.checkpoint_form import check_content, check_state
 from vispeft.tasks.head_start import is_start
 from vispeft.tasks.logs import START, RunLog
+from vispeft.tasks.processes import check_processes, collect_states
 from vispeft.tasks.state import between_steps, put_back, set_random_state, training_state
 
 __all__ = ["Cadence", "Found", "RunCheckpoints", "SealedCheckpointIO", "find_checkpoint", "read_checkpoint"]
@@ -226,6 +228,7 @@ class RunCheckpoints(Checkpoint):
         monitor: str,
         mode: str = "max",
         cadence: Cadence | None = None,
+        elastic: bool = False,
     ) -> None:
         """Set the folder and the metric.
 
@@ -234,8 +237,10 @@ class RunCheckpoints(Checkpoint):
             monitor: Metric that selects the best epoch.
             mode: Whether more or less of it is better: ``max`` or ``min``.
             cadence: Interval of checkpoints inside an epoch.
+            elastic: Go on with another number of processes too. Their random numbers are then new ones, and the means
+                of the training images that are logged for this epoch are those of its remaining steps.
         """
-        self.folder, self.monitor, self.mode = Path(folder), monitor, mode
+        self.folder, self.monitor, self.mode, self.elastic = Path(folder), monitor, mode, elastic
         self.cadence = cadence or Cadence()
         self.began = False
         """Whether a step has begun; before it nothing has been trained that could be lost."""
@@ -273,7 +278,8 @@ class RunCheckpoints(Checkpoint):
         earlier = state.get("earlier")  # None in checkpoints of earlier versions
         self._generations = [{str(name) for name in earlier or ()}, self._files(file)]
         # A newer file that could not be read is kept until the next state is written.
-        if earlier is not None and not any(path.name > file for path in self.folder.glob("step-*.ckpt")):
+        newer = any(path.name > file for path in self.folder.glob("step-*.ckpt"))
+        if earlier is not None and not newer and rank_zero_only.rank == 0:
             self._prune()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -286,11 +292,7 @@ class RunCheckpoints(Checkpoint):
         state = checkpoint.get(STATE)
         if state is None or trainer.state.fn != TrainerFn.FITTING:
             return
-        if state["processes"] != trainer.world_size:
-            raise TrainingError(
-                f"The checkpoint was written by {state['processes']} processes, and there are {trainer.world_size}. "
-                "Give the same number of devices, or begin a new run."
-            )
+        check_processes(state["processes"], trainer.world_size, self.elastic)
         if state["torch"] != torch.__version__:
             logger.warning(
                 "The run was begun with torch %s and goes on with %s; the last bits may differ from one run in one go.",
@@ -324,15 +326,23 @@ class RunCheckpoints(Checkpoint):
         self.began = True
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            if pending["finished"]:  # its epoch is over; the one that begins has means of its own
-                set_random_state(pending["training"]["random"])
-            else:
-                put_back(pending["training"], trainer, pl_module)
-            for log, rows in zip(_logs(trainer), pending["rows"], strict=True):
-                log.rewind(rows)
+            self._put_back(pending, trainer, pl_module)
         elif self._due(trainer, batch_idx):
             self._save(trainer)
         self._validated = False
+
+    def _put_back(self, pending: dict[str, Any], trainer: Trainer, task: LightningModule) -> None:
+        """Restore the state of this process."""
+        states = [pending["training"], *pending.get("others", [])]
+        if len(states) == trainer.world_size:  # else the processes are others, and draw other numbers
+            own = states[trainer.global_rank]
+            if pending["finished"]:  # its epoch is over; the one that begins has means of its own
+                set_random_state(own["random"])
+            else:
+                put_back(own, trainer, task)
+        if trainer.is_global_zero:
+            for log, rows in zip(_logs(trainer), pending["rows"], strict=True):
+                log.rewind(rows)
 
     def _due(self, trainer: Trainer, batch: int) -> bool:
         if trainer.global_step == 0:
@@ -428,6 +438,7 @@ class RunCheckpoints(Checkpoint):
         task = cast(Any, pl_module)
         if self._backbone is None:
             self._backbone = fingerprint(unwrap(task.model), task.bank.view)
+        training, *others = collect_states(training_state(trainer, pl_module), trainer)
         checkpoint[STATE] = {
             "finished": self._finished,
             "best": self.best,
@@ -440,9 +451,10 @@ class RunCheckpoints(Checkpoint):
             "torch": str(torch.__version__),
             "backbone": self._backbone,
             "logged_steps": trainer.fit_loop.epoch_loop._batches_that_stepped,
-            "rows": [log.rows for log in _logs(trainer)],
+            "rows": [log.rows for log in _logs(trainer)] if trainer.is_global_zero else [],
             "batches": 0 if self._finished else between_steps(checkpoint["loops"]["fit_loop"]),
-            "training": training_state(trainer, pl_module),
+            "training": training,
+            "others": others,
         }
 
     def _prune(self) -> None:
@@ -470,8 +482,8 @@ def _set_rates(trainer: Trainer) -> None:
 
 
 def _repeatable(trainer: Trainer) -> bool:
-    """Whether the data can resume inside an epoch, which needs a single process."""
-    return trainer.world_size == 1 and isinstance(cast(Any, trainer).datamodule, ImageData)
+    """Whether the data can resume inside an epoch."""
+    return isinstance(cast(Any, trainer).datamodule, ImageData)
 
 
 def _logs(trainer: Trainer) -> list[RunLog]:
@@ -479,7 +491,7 @@ def _logs(trainer: Trainer) -> list[RunLog]:
 
 
 def _writers(trainer: Trainer) -> Iterator[Any]:
-    for log in trainer.loggers:
+    for log in trainer.loggers if trainer.is_global_zero else ():
         experiment = getattr(log, "experiment", None)
         if hasattr(experiment, "flush"):
             yield experiment

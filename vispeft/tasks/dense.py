@@ -249,7 +249,9 @@ class DenseTask(PartsTask, ABC):
         """Refuse a last training batch too small for BatchNorm, which would fail at the end of an epoch."""
         if not isinstance(data, ImageData):
             return
-        last = 0 if data.drop_last else len(data.split("train")) % data.batch_size  # type: ignore[arg-type]
+        processes = data.batch_together // data.batch_size
+        rest = 0 if data.drop_last else len(data.split("train")) % data.batch_together  # type: ignore[arg-type]
+        last = -(-rest // processes)
         modules = [module for part in self.parts().values() for module in part.modules()]
         fewest, least = last or data.batch_size, max(getattr(module, "least_batch", 1) for module in modules)
         if fewest < least:

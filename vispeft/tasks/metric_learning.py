@@ -25,6 +25,7 @@ from vispeft.tasks.metric_outputs import EmbeddingNetwork, ExtraState, embedding
 from vispeft.tasks.metric_pictures import Retrieved, draw_classes, neighbour_rows
 from vispeft.tasks.parts import PartsTask
 from vispeft.tasks.predictions import ScorePredictor
+from vispeft.tasks.processes import served
 from vispeft.tasks.supervised import check_target
 from vispeft.viz import draw_neighbours
 
@@ -259,8 +260,9 @@ class MetricLearning(PartsTask):
         images, labels = batch[0], batch[1]
         roles = batch[2] if len(batch) > 2 else torch.zeros_like(labels)
         embeddings = self(images)
+        places = served(self._trainer, split, self.outputs_seen.images, len(labels)).to(labels.device)
         known = self.outputs_seen.known(embeddings)
-        self._scores(split).update(embeddings[known], labels[known], roles[known])
+        self._scores(split).update(embeddings[known], labels[known], roles[known], places[known])
         return {"embeddings": embeddings, "labels": labels, "roles": roles}
 
     def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:

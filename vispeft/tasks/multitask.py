@@ -54,6 +54,7 @@ class MultiTaskDense(DenseTask):
     """
 
     target: ClassVar[str] = "tasks"
+    skips_tensors: ClassVar[bool] = True
     monitor = "validation/score"
     least_outputs: ClassVar[int] = 1
     ordered: ClassVar[bool] = False

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,17 +21,24 @@ from vispeft.methods.sparse_schedules import SM3, SparseAdamW
 
 __all__ = ["OPTIMIZERS", "ClipsGradients", "check_optimizer", "make_optimizer", "optimizer_node"]
 
-PREFIX = "torch.optim."
+PREFIX, TIMM, FREE = "torch.optim.", "timm.optim.", "schedulefree."
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     name: cls
     for name, cls in vars(torch.optim).items()
     if isinstance(cls, type) and issubclass(cls, Optimizer) and cls is not Optimizer
 } | {"SM3": SM3, "SparseAdamW": SparseAdamW}
 """Optimisers by their name in ``torch.optim``, and those of sparse changes."""
+SCHEDULE_FREE = ("AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree")
+"""Optimisers of the package schedulefree (arXiv 2405.15682)."""
 _UNFIT = {
     "LBFGS": "it needs the loss as a closure and has one group of parameters",
     "Muon": "it takes matrices alone, and adapters have vectors too",
     "SparseAdam": "it needs sparse gradients",
+    f"{TIMM}adahessian": "it needs second derivatives",
+    f"{TIMM}adamuon": "it takes matrices alone, and adapters have vectors too",
+    f"{TIMM}muon": "it takes matrices alone, and adapters have vectors too",
+    f"{TIMM}nadamuon": "it takes matrices alone, and adapters have vectors too",
+    f"{TIMM}nmuon": "it takes matrices alone, and adapters have vectors too",
 }
 """Optimisers that cannot train a task, and the reason."""
 _UNFIT_ARGUMENTS = {
@@ -47,10 +56,12 @@ def optimizer_node(given: Any) -> dict[str, Any]:
     """Check the optimiser of a config, and expand it.
 
     Args:
-        given: A name such as ``"SGD"`` or ``"torch.optim.SGD"``, or a mapping with ``class_path`` and ``init_args``.
+        given: A name such as ``"SGD"`` or ``"torch.optim.SGD"``; a name of timm's factory, as ``"timm.optim.lion"``;
+            one of the package schedulefree, as ``"schedulefree.AdamWScheduleFree"``; or a mapping with ``class_path``
+            (one of these) and ``init_args``.
 
     Returns:
-        ``class_path`` (``torch.optim.NAME``) and ``init_args``.
+        ``class_path`` (with the package in front) and ``init_args``.
 
     Raises:
         UnknownNameError: If the optimiser, a key or an argument does not exist.
@@ -83,7 +94,17 @@ def optimizer_node(given: Any) -> dict[str, Any]:
         if isinstance(_signature(name)[key].default, bool) and not isinstance(value, bool):
             raise ConfigError(f"optimizer.init_args has {key}: {value!r}; true or false is needed.")
     check_plain(arguments, "model.optimizer")
-    return {"class_path": f"{PREFIX}{name}", "init_args": dict(arguments)}
+    whole = name if name.startswith((TIMM, FREE)) else f"{PREFIX}{name}"
+    return {"class_path": whole, "init_args": dict(arguments)}
+
+
+def is_schedule_free(node: Mapping[str, Any]) -> bool:
+    """Whether an optimiser keeps an average instead of following a schedule.
+
+    Args:
+        node: As `optimizer_node` returns it.
+    """
+    return str(node["class_path"]).startswith(FREE)
 
 
 def check_optimizer(given: Any, weight_decay: float) -> dict[str, Any]:
@@ -125,7 +146,7 @@ def make_optimizer(node: Mapping[str, Any], groups: list[dict[str, Any]], scaled
     if not scaled and _can_fuse(name, groups, arguments):
         arguments["fused"] = True
     try:
-        return OPTIMIZERS[name](groups, **arguments)
+        return _maker(name)(groups, **arguments)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         told = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         raise ConfigError(f"The optimizer {name}({told}) cannot be made: {error}.") from error
@@ -171,15 +192,60 @@ class ClipsGradients(LightningModule):
 
 
 def _name(path: str) -> str:
-    """Name of an optimiser in ``torch.optim``, from its name or its import path."""
-    name = path.rpartition(".")[2] if path.startswith(PREFIX) else path
+    """Name of an optimiser: in ``torch.optim``, or with the package in front if it is of another one."""
+    name = path.rpartition(".")[2]
+    if path.startswith(TIMM):
+        return _of_timm(name)
+    if path.startswith(FREE):
+        return _of_schedulefree(name)
+    name = name if path.startswith(PREFIX) else path
     known = [key for key in OPTIMIZERS if key not in _UNFIT]
     if name not in OPTIMIZERS:
-        raise UnknownNameError("optimizer", path, known, "Optimizers are the classes of torch.optim.")
+        more = "Optimizers are the classes of torch.optim, timm.optim.NAME, and schedulefree.NAME."
+        raise UnknownNameError("optimizer", path, known, more)
+    return _fit(name)
+
+
+def _of_timm(name: str) -> str:
+    from timm.optim import list_optimizers
+
+    # Those of bitsandbytes and apex need a GPU and another package to be made at all.
+    known = list_optimizers(exclude_filters=["bnb*", "fused*"])
+    if name not in known:
+        raise UnknownNameError("optimizer of timm", name, known)
+    return _fit(f"{TIMM}{name}")
+
+
+def _of_schedulefree(name: str) -> str:
+    if name not in SCHEDULE_FREE:
+        raise UnknownNameError("optimizer of schedulefree", name, SCHEDULE_FREE)
+    try:
+        importlib.import_module("schedulefree")
+    except ImportError as error:
+        raise ConfigError(f"optimizer is {FREE}{name}, which needs a package: pip install schedulefree.") from error
+    return f"{FREE}{name}"
+
+
+def _fit(name: str) -> str:
     if name in _UNFIT:
         raise ConfigError(f"optimizer {name} cannot train a task: {_UNFIT[name]}. Choose another, such as AdamW.")
     return name
 
 
+def _maker(name: str) -> Callable[..., Optimizer]:
+    """Return what makes an optimiser."""
+    short = name.rpartition(".")[2]
+    if name.startswith(TIMM):
+        from timm.optim import get_optimizer_class, get_optimizer_info
+
+        # 0.9 is what timm's factory gives where nothing else is asked for.
+        own = {"momentum": 0.9} if get_optimizer_info(short).has_momentum else {}
+        return partial(get_optimizer_class(short), **own)
+    if name.startswith(FREE):
+        found: Callable[..., Optimizer] = getattr(importlib.import_module("schedulefree"), short)
+        return found
+    return OPTIMIZERS[name]
+
+
 def _signature(name: str) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(OPTIMIZERS[name]).parameters
+    return inspect.signature(_maker(name)).parameters

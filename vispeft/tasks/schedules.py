@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from vispeft.errors import ConfigError, counted
 
-__all__ = ["DECAYS", "warmup_cosine", "warmup_decay", "warmup_factor"]
+__all__ = ["DECAYS", "check_decay", "warmup_cosine", "warmup_decay", "warmup_factor"]
 
 POWER = 0.9
 """Exponent of the polynomial decay, as in DeepLab (arXiv 1606.00915) and most recipes of mmsegmentation."""
@@ -27,6 +27,20 @@ def _poly(progress: float) -> float:
 
 DECAYS = {"cosine": _cosine, "poly": _poly}
 """How the learning rate falls from 1 to 0 after the warm-up, by name."""
+
+
+def check_decay(task: str, schedule: str) -> None:
+    """Refuse an unknown decay.
+
+    Args:
+        task: The class that was asked, for the message.
+        schedule: The name that it got.
+
+    Raises:
+        ConfigError: If there is no such decay.
+    """
+    if schedule not in DECAYS:
+        raise ConfigError(f"{task}(schedule={schedule!r}): choose {' or '.join(sorted(DECAYS))}.")
 
 
 def warmup_factor(

@@ -25,6 +25,8 @@ _MOST_PIXELS = 1600
 """Largest width of a picture; a page is 1,100 pixels wide, and some screens have two for each."""
 _NARROW = 600
 """Largest width of pictures that stand side by side."""
+_LEAST = 640
+"""Width below which no picture with a line of its own is shown."""
 _DENSITY = 0.72
 """Pixels of a page for each of a picture: at 150 dots per inch, letters of 10 points are as small as 14 pixels."""
 _QUALITY = 88
@@ -41,6 +43,11 @@ class Picture:
     """The line below it, which is read out where it is not seen."""
     width: int
     """Largest width on the page, in its pixels, above which letters would be larger than those of the page."""
+
+    @property
+    def narrowest(self) -> int:
+        """Width of a wide one on a narrow screen, in pixels: its letters stay larger than 11 of them."""
+        return min(max(_LEAST, round(0.8 * self.width)), 1000)
 
     @property
     def wide(self) -> bool:

@@ -158,6 +158,8 @@ def _asked(repository: str, ask: Callable[[HfApi], Result]) -> Result:
     except (HfHubHTTPError, OSError) as error:
         raise FileError(f"{repository} cannot be reached at {endpoint or 'the hub'} ({brief(error)[:-1]}).") from error
     except (ValueError, KeyError, TypeError) as error:  # of the client, from an answer of another form
+        if str(error).startswith("Invalid metadata"):
+            raise ConfigError(f"{endpoint or 'The hub'} refuses the model card. {brief(error)}") from error
         raise FileError(f"{endpoint or 'The hub'} answers nothing that a hub answers ({brief(error)[:-1]}).") from error
     except Exception as error:
         # Its HTTP library has errors of its own (no answer, no such host), and has changed before.

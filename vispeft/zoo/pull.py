@@ -18,7 +18,9 @@ __all__ = ["LARGEST_PULL", "Wanted", "pull"]
 
 LARGEST_PULL = 2**29
 """Bytes of an adapter that are fetched unless more are asked for."""
-_PARTS = ".pulling"
+_PULLING = ".pulling"
+_PARTS = ".parts"
+"""Folder of what was fetched, beside that of the adapter, whose name never begins with a dot."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +64,15 @@ def pull(given: str, wanted: Wanted, check: Callable[[Path, ZooEntry], None]) ->
     there = _chosen(source, offered, wanted)
     name = wanted.name or there.name
     entry = replace(there, name=name, source=source.name, named_there=None if name == there.name else there.name)
-    _check_taken(entry, listed)
     total = sum(described["bytes"] for described in entry.files.values())
     if total > wanted.largest:
         raise FileError(f"{there.name} of {source.name} has {total:,} bytes; at most {wanted.largest:,} are fetched.")
+    check_name(name)
     with held_zoo(zoo):
-        if entry.name in read_index(zoo) and _is_whole(zoo, read_index(zoo)[entry.name]):
-            return read_index(zoo)[entry.name], False
+        listed = read_index(zoo)  # another process may have taken the name meanwhile
+        _check_taken(entry, listed)
+        if name in listed and _is_whole(zoo, listed[name]):
+            return listed[name], False
         _fetch(zoo, source, there, entry, check)
     return entry, True
 
@@ -99,7 +103,6 @@ def _chosen(source: Source, offered: dict[str, ZooEntry], wanted: Wanted) -> Zoo
 
 def _check_taken(entry: ZooEntry, listed: dict[str, ZooEntry]) -> None:
     """Refuse a name that is taken by something else."""
-    check_name(entry.name)
     if entry.name in backbone_names() or entry.name in read_index(zoo_folder()):
         raise ConfigError(f"zoo:{entry.name} ships with the package. Choose another name for this one: --name NAME.")
     if entry.name in listed and not listed[entry.name].same_content(entry):
@@ -121,7 +124,7 @@ def _fetch(
     zoo: Path, source: Source, there: ZooEntry, entry: ZooEntry, check: Callable[[Path, ZooEntry], None]
 ) -> None:
     """Fetch all files, keeping whole and partial ones until the adapter is in its place."""
-    parts, folder = zoo / _PARTS / "parts", zoo / _PARTS / entry.name
+    parts, folder = zoo / _PULLING / _PARTS, zoo / _PULLING / entry.name
     parts.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -137,4 +140,4 @@ def _fetch(
         check(folder, entry)
         put_in_place(zoo, folder, entry)
     finally:
-        shutil.rmtree(zoo / _PARTS, ignore_errors=True)
+        shutil.rmtree(zoo / _PULLING, ignore_errors=True)

@@ -1,0 +1,157 @@
+"""``vispeft train`` in two processes, and what is refused with several."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vispeft
+from tests.tiny import CONFIG
+from vispeft.cli.processes import Team
+from vispeft.cli.train import resume, train
+from vispeft.errors import ConfigError, TrainingError, UnknownNameError
+from vispeft.tasks.checkpoints import find_checkpoint, read_checkpoint
+
+TWO = ["--trainer.accelerator=cpu", "--trainer.devices=2"]
+FEW = ["--data.batch_size=16", "--trainer.limit_train_batches=6", "--data.test=0.5"]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def command(*arguments: str | Path) -> subprocess.Popen[str]:
+    """Start ``vispeft train``, with its children in a group of their own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "vispeft", "train", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    said, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, said
+    return said
+
+
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout
+    return [int(line) for line in found.split()]
+
+
+def trained(run: Path) -> dict[str, Any]:
+    found = find_checkpoint(run / "checkpoints")
+    assert found is not None
+    return read_checkpoint(found.path)
+
+
+def test_processes_and_strategies_are_read_before_anything_is_made() -> None:
+    assert Team.of({"accelerator": "cpu", "devices": 1}) == Team()
+    assert Team.of({"accelerator": "cpu", "devices": 3, "strategy": "ddp"}) == Team(0, 3)
+    with pytest.raises(ConfigError, match=r"trainer.strategy is fsdp, with 2 processes. Choose auto, ddp, ddp_bf16"):
+        Team.of({"accelerator": "cpu", "devices": 2, "strategy": "fsdp"})
+
+
+def test_processes_from_outside_need_a_run_directory(monkeypatch: pytest.MonkeyPatch, config: Path) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ConfigError, match=r"2 processes were started from outside .* --out DIR"):
+        train(config, TWO)
+
+
+def test_folds_are_for_one_process(config: Path, tmp_path: Path) -> None:
+    from vispeft.cli.train import main
+
+    with pytest.raises(ConfigError, match="--folds trains in one process"):
+        main([str(config), *TWO, "--folds", "3", "--out", str(tmp_path / "folds")])
+
+
+def test_another_number_of_processes_is_refused_without_elastic(config: Path, tmp_path: Path) -> None:
+    run = train(config, [*FEW, "--trainer.max_epochs=1"], out=tmp_path / "run")
+    (run / "metrics.json").unlink()
+    with pytest.raises(TrainingError, match="written by 1 processes, and there are 2"):
+        resume(run, config, [*FEW, "--trainer.max_epochs=1", *TWO])
+
+
+def test_train_from_python_is_the_command(config: Path, tmp_path: Path) -> None:
+    run = vispeft.train(config, out=tmp_path / "a", lr=2e-3, max_epochs=1, batch_size=64, method="lora")
+    overrides = ["--model.method=lora", "--model.lr=0.002", "--trainer.max_epochs=1", "--data.batch_size=64"]
+    other = train(config, overrides, out=tmp_path / "b")
+    assert (run.path / "adapter" / "adapter.safetensors").read_bytes() == (
+        other / "adapter" / "adapter.safetensors"
+    ).read_bytes()
+    assert run.metrics["test"] == json.loads((other / "metrics.json").read_text())["test"]
+    assert vispeft.train(config, out=tmp_path / "a", lr=2e-3, max_epochs=1, batch_size=64, method="lora") == run
+
+
+def test_wrong_names_from_python_are_refused(config: Path) -> None:
+    with pytest.raises(UnknownNameError, match="learning_rate"):
+        vispeft.train(config, learning_rate=1.0)
+    with pytest.raises(UnknownNameError, match="clasification"):
+        vispeft.train(task="clasification")
+    with pytest.raises(ConfigError, match="Give one of them"):
+        vispeft.train(config, task="segmentation")
+    with pytest.raises(ConfigError, match="cannot stand in a config"):
+        vispeft.train(config, lr=torch.nn.Linear(1, 1))
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_and_the_run_goes_on_bit_for_bit(config: Path, tmp_path: Path) -> None:
+    settings = [*FEW, *TWO, "--trainer.max_epochs=3", "--checkpoints.every_n_steps=2", "--model.method=lora"]
+    settings.append("--model.method.dropout=0.1")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    said = finished(command(config, *settings, "--out", whole))
+    assert said.count("Run directory") == 1
+    process = command(config, *settings, "--out", killed)
+    while not list(killed.glob("checkpoints/step-*.ckpt")) and process.poll() is None:
+        time.sleep(0.05)
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    began = time.monotonic()
+    process.communicate(timeout=200)
+    assert process.returncode != 0
+    assert time.monotonic() - began < 60
+    finished(command("--resume", killed))
+    first, second = trained(whole), trained(killed)
+    assert first["vispeft"]["processes"] == 2
+    assert len(first["vispeft"]["others"]) == 1
+    for name, tensor in first["state_dict"].items():
+        assert torch.equal(tensor, second["state_dict"][name]), name
+    for name in ("metrics.json", "logs/csv/metrics.csv"):
+        assert (whole / name).is_file()
+        assert (killed / name).is_file()
+    with (whole / "logs/csv/metrics.csv").open() as one, (killed / "logs/csv/metrics.csv").open() as other:
+        assert list(csv.DictReader(one)) == list(csv.DictReader(other))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [True, False], ids=["from one to two", "from two to one"])
+def test_a_run_goes_on_with_another_number_of_processes(more: bool, config: Path, tmp_path: Path) -> None:
+    common = ["--data.test=0.5", "--trainer.limit_train_batches=4", "--trainer.accelerator=cpu"]
+    few, many = ["--data.batch_size=32", "--trainer.devices=1"], ["--data.batch_size=16", "--trainer.devices=2"]
+    begun, later = (few, many) if more else (many, few)
+    place, whole = tmp_path / "run", tmp_path / "whole"
+    finished(command(config, *common, *begun, "--trainer.max_epochs=1", "--out", place))
+    finished(command("--resume", place, "--trainer.max_epochs=2", later[1], "--elastic"))
+    finished(command(config, *common, *begun, "--trainer.max_epochs=1", "--out", whole))
+    finished(command("--resume", whole, "--trainer.max_epochs=2"))
+    first, second = trained(whole), trained(place)
+    assert first["global_step"] == second["global_step"] == 8
+    assert second["vispeft"]["processes"] == (2 if more else 1)
+    for name, tensor in first["state_dict"].items():
+        torch.testing.assert_close(second["state_dict"][name], tensor, rtol=1e-5, atol=1e-5, msg=name)

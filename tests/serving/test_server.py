@@ -1,0 +1,175 @@
+"""`vispeft.serve`: each answer is that of its adapter alone, while adapters come and go and threads ask."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vispeft
+from tests.conformance.cells import move
+from tests.core.test_rows import images, swin, vit
+from vispeft.errors import BaseMismatchError, ConfigError, UnknownNameError
+
+METHODS: dict[str, vispeft.Method] = {
+    "probe": vispeft.LinearProbe(),
+    "vqt": vispeft.VQT(num_queries=2),
+    "vqt_late": vispeft.VQT(num_queries=1, blocks=[1]),
+    "lst": vispeft.LST(reduction=2),
+    "lora": vispeft.LoRA(rank=2),
+    "adaptformer": vispeft.AdaptFormer(bottleneck=4),
+    "ssf": vispeft.SSF(),
+    "vpt": vispeft.VPT(num_tokens=2),
+}
+KINDS = ["probe", "queries", "queries", "side", "rows", "rows", "alone", "alone"]
+
+
+def filled(model: nn.Module) -> tuple[vispeft.AdapterBank, dict[str | None, Tensor]]:
+    """Attach one adapter of each way of acting, with classifiers of other widths, and answer by each alone."""
+    for place, (name, method) in enumerate(METHODS.items()):
+        bank = vispeft.attach(model, method, name=name, verify=False)
+        model.reset_classifier(3 + place)
+        move(bank, name, seed=place)
+    model.eval()
+    wanted: dict[str | None, Tensor] = {}
+    with torch.no_grad():
+        for name in METHODS:
+            with bank.using(name):
+                wanted[name] = model(images())
+        with bank.disabled():
+            wanted[None] = model(images())
+    return bank, wanted
+
+
+@pytest.mark.parametrize("make", [vit, swin], ids=["vit", "swin"])
+def test_each_answer_is_that_of_its_adapter_alone(make: object) -> None:
+    model = make()  # type: ignore[operator]
+    bank, wanted = filled(model)
+    server = vispeft.serve(model)
+    assert server.names == list(METHODS)
+    assert [server.kind(name) for name in METHODS] == KINDS
+    every: list[str | None] = [*METHODS, None]
+    for name, found in server.each(images(), every).items():
+        torch.testing.assert_close(found, wanted[name], rtol=0, atol=1e-6, msg=str(name))
+    for start in range(len(every)):
+        names = [every[(start + 2 * place) % len(every)] for place in range(4)]
+        for place, (name, found) in enumerate(zip(names, server(images(), names), strict=True)):
+            torch.testing.assert_close(found, wanted[name][place], rtol=0, atol=1e-6, msg=f"{names}: {name}")
+    assert bank.active == ["vpt"]  # the model's own choice stays
+
+
+def test_adapters_come_and_go_from_files(tmp_path: Path) -> None:
+    model = vit()
+    bank, wanted = filled(model)
+    for name in ("probe", "lora", "ssf"):
+        bank.save(tmp_path / name / "adapter", name)
+    server = vispeft.serve(vit(), {"one": tmp_path / "probe", "two": tmp_path / "lora" / "adapter"})
+    assert server.names == ["one", "two"]
+    assert server.add(tmp_path / "ssf") == "ssf"
+    for name, source in (("one", "probe"), ("two", "lora"), ("ssf", "ssf")):
+        torch.testing.assert_close(server.each(images(), [name])[name], wanted[source], rtol=0, atol=1e-6)
+    for name in server.names:
+        server.remove(name)
+        with pytest.raises(UnknownNameError, match=name):
+            server(images(), [name] * 4)
+    torch.testing.assert_close(server.each(images(), [None])[None], wanted[None], rtol=0, atol=1e-6)
+    assert type(server.model) is type(vit())
+    assert server.add(tmp_path / "lora", "again") == "again"
+
+
+def test_a_head_of_ones_own_answers_from_pooled_features() -> None:
+    model = vit()
+    bank, _ = filled(model)
+    with torch.no_grad(), bank.using("lora"):
+        pooled = model.forward_head(model.forward_features(images()), pre_logits=True)
+    server = vispeft.serve(model)
+    server._take("lora", lambda features: nn.functional.normalize(features))
+    torch.testing.assert_close(server.each(images(), ["lora"])["lora"], nn.functional.normalize(pooled))
+
+
+def test_bad_input_is_refused(tmp_path: Path) -> None:
+    model = vit()
+    bank, _ = filled(model)
+    bank.save(tmp_path / "lora", "lora")
+    server = vispeft.serve(model)
+    with pytest.raises(UnknownNameError, match="lora"):
+        server(images(), ["lara"] * 4)
+    with pytest.raises(ConfigError, match="one adapter"):
+        server(images(), ["lora"] * 3)
+    with pytest.raises(ConfigError, match="one adapter"):
+        server(images(), "lora")
+    with pytest.raises(ConfigError, match="list of names"):
+        server.each(images(), "lora")
+    with pytest.raises(ConfigError, match="already"):
+        server.add(tmp_path / "lora")
+    with pytest.raises(UnknownNameError, match="lora"):
+        server.remove("lara")
+    other = vit(depth=3)
+    with pytest.raises(BaseMismatchError):
+        vispeft.serve(other, [tmp_path / "lora"])
+    assert vispeft.AdapterBank.of(other) is None
+    vispeft.attach(other, vispeft.LoRA(rank=2), name="dense", tasks=["a", "b"], verify=False)
+    with pytest.raises(ConfigError, match="one answer"):
+        vispeft.serve(other)
+
+
+def test_threads_ask_while_adapters_come_and_go(tmp_path: Path) -> None:
+    model = vit()
+    bank, wanted = filled(model)
+    bank.save(tmp_path / "guest", "adaptformer")
+    server = vispeft.serve(model)
+    failures: list[str] = []
+    done = threading.Event()
+
+    def ask(names: list[str | None]) -> None:
+        for _ in range(6):
+            for place, (name, found) in enumerate(zip(names, server(images(), names), strict=True)):
+                if not torch.allclose(found, wanted[name][place], atol=1e-6):
+                    failures.append(f"{names}: {name}")
+
+    def visit() -> None:
+        while not done.is_set():
+            server.add(tmp_path / "guest")
+            found = server(images(), ["guest"] * 4)
+            if not torch.allclose(torch.stack(found), wanted["adaptformer"], atol=1e-6):
+                failures.append("guest")
+            server.remove("guest")
+
+    asking = [threading.Thread(target=ask, args=(names,)) for names in (["lora", "vqt", "ssf", None], ["lst"] * 4)]
+    visiting = threading.Thread(target=visit)
+    for thread in (visiting, *asking):
+        thread.start()
+    for thread in asking:
+        thread.join()
+    done.set()
+    visiting.join()
+    assert not failures
+
+
+def test_a_compiled_model_takes_guests_without_further_graphs(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    model = vit()
+    for number in range(3):
+        bank = vispeft.attach(model, vispeft.LoRA(rank=2), name=f"l{number}", verify=False)
+        move(bank, f"l{number}", seed=number)
+    bank.save(tmp_path / "guest", "l2")
+    graphs = Counter[str]()
+
+    def count(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs["made"] += 1
+        return graph.forward
+
+    bank.compile(backend=count)
+    server = vispeft.serve(model)
+    wanted = server(images(), ["l0", "l1", "l2", "l0"])
+    made = graphs["made"]
+    assert made == 1
+    server.remove("l2")
+    server.add(tmp_path / "guest")
+    for found, own in zip(server(images(), ["l0", "l1", "guest", "l0"]), wanted, strict=True):
+        torch.testing.assert_close(found, own, rtol=0, atol=1e-6)
+    assert graphs["made"] == made
