@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import vispeft
 from tests.conformance.cells import Cell, move
 from vispeft.adapters.bank import AdapterBank
+from vispeft.core.route import Acting
 from vispeft.errors import ConfigError, UnknownNameError, VerificationError
 from vispeft.interop.export import export_program
 
@@ -557,3 +558,10 @@ def test_an_export_freezes_the_present_route_and_says_so(caplog: pytest.LogCaptu
     assert "holds the adapters that act now: edges." in caplog.text
     bank.set_active("depth")
     assert torch.allclose(program.module()(images), wanted, atol=1e-5)
+
+
+def test_units_of_a_host_are_those_of_all_kinds_and_nothing_else():
+    kinds = Acting._fields[: Acting._fields.index("carries")]
+    assert kinds[-1] == "depth", "a new kind of unit comes before the other fields"
+    assert list(Acting(carries=True, routed=True).units()) == []
+    assert list(Acting(**{kind: (kind,) for kind in kinds}).units()) == list(kinds)

@@ -82,11 +82,13 @@ class Acting(NamedTuple):
 
     def units(self) -> Iterator[Unit]:
         """Iterate over all units, kind by kind."""
-        kinds: Any = self[: len(self) - 5]
+        kinds: Any = self[:KINDS]
         for kind in kinds:
             yield from kind
 
 
+KINDS = Acting._fields.index("carries")
+"""Number of the fields that hold units, which come first."""
 NOTHING = Acting()
 """The value for a host at which no unit acts."""
 
