@@ -24,6 +24,7 @@ COMMANDS = {
     "merge": "write a finished run as a plain timm model",
     "predict": "predict images with a finished run",
     "quickstart": "train, merge and reload an adapter on real images",
+    "replay": "show where the value arose that stopped a training",
     "report": "show finished runs on one page that needs no other file",
     "search": "find the nearest images of an index for query images",
     "select-features": "keep the features of a VQT adapter that matter",
