@@ -162,8 +162,9 @@ class ComposeBank(FileBank):
         if head is not None and head not in self._entries:
             raise UnknownNameError("adapter", head, self._entries)
         classifier, owner = self._composed_head(request, head)
-        changes = {part: self._change(part) for part in request.names}
-        carrier, layers = self._carried(request, changes)
+        with self.changing("compose adapters"):  # which act one by one meanwhile, in evaluation mode
+            changes = {part: self._change(part) for part in request.names}
+            carrier, layers = self._carried(request, changes)
         parts = tuple(
             Part(part, self._entries[part].method.name, changes[part].kind, weight, self._digest(part))
             for part, weight in zip(request.names, request.weights, strict=True)
