@@ -176,7 +176,7 @@ class ComposeBank(FileBank):
             parts=parts,
             method=carrier.method.name,
             rank=getattr(carrier.method, "rank", None),
-            kept_energy=kept / total if total else None,
+            kept_energy=kept / total if total else 1.0 if layers else None,  # of adapters that change nothing: all
             layers={key: pair[0] / pair[1] if pair[1] else 1.0 for key, pair in layers.items()},
             head=owner,
             settings=request.settings(),
