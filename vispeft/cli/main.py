@@ -14,6 +14,7 @@ from vispeft.resources import config_names, package_version
 __all__ = ["COMMANDS", "command", "main", "run_command"]
 
 COMMANDS = {
+    "compose": "make one adapter of several",
     "demo": "try adapters in a browser, on images of your own",
     "doctor": "check data before training, on one page",
     "embed": "embed images with a finished run, and make an index of them",
@@ -22,6 +23,7 @@ COMMANDS = {
     "import-official": "turn an authors' published checkpoint into an adapter directory",
     "inspect": "show the plan of a method without changing anything",
     "merge": "write a finished run as a plain timm model",
+    "port": "carry an adapter to another checkpoint of its backbone",
     "predict": "predict images with a finished run",
     "quickstart": "train, merge and reload an adapter on real images",
     "replay": "show where the value arose that stopped a training",
