@@ -19,7 +19,7 @@ COMMANDS = {
     "doctor": "check data before training, on one page",
     "embed": "embed images with a finished run, and make an index of them",
     "evaluate": "measure a finished run again, from its files",
-    "export": "write a finished run as ONNX or as a torch.export program",
+    "export": "write a finished run as ONNX, as a torch.export program or as a difference of weights",
     "import-official": "turn an authors' published checkpoint into an adapter directory",
     "inspect": "show the plan of a method without changing anything",
     "merge": "write a finished run as a plain timm model",
