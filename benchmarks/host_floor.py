@@ -1,7 +1,8 @@
-"""What SSF, AdaptFormer and VQT cost in the host's time at least: timm's modules with nothing but their operations.
+"""What SSF, AdaptFormer and VQT cost in the host's time at least: timm's modules with only their operations added.
 
     python benchmarks/host_floor.py
     python benchmarks/host_floor.py --busy          # on a machine that does other work
+    python benchmarks/host_floor.py --table         # writes the table in docs/benchmarks.md
 
 The network and the step of benchmarks/host_time.py, under autocast. Rows without vispeft have the fewest operations of
 PyTorch that were found, no choice among adapters and no checks. Writes results/host_floor.json.
@@ -10,16 +11,17 @@ PyTorch that were found, no choice among adapters and no checks. Writes results/
 from __future__ import annotations
 
 import argparse
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import vispeft  # noqa: F401  (first: it makes torchvision importable where its library does not fit)
 
 import torch  # isort: skip
 import torch.nn.functional as F
-from common import alternate, write
-from host_time import FLOOR, Step, base, network, ratio
+from common import RESULTS, alternate, write, write_section
+from host_time import BARS, FLOOR, Step, base, network, ratio
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -145,12 +147,33 @@ def adaptformer(kind: type[Block]) -> nn.Module:
     return model
 
 
+NAME = "host_floor"
+ROWS = {"ssf": ("ssf",), "adaptformer": ("adaptformer", "adaptformer in one node"), "vqt": ("vqt",)}
+"""The rows with nothing but operations, by method."""
+
+
+def table_lines() -> Iterator[str]:
+    """Make the section of docs/benchmarks.md from the results."""
+    record = json.loads((RESULTS / f"{NAME}.json").read_text(encoding="utf-8"))
+    seconds, clock = record["seconds"], "CPU time" if record["arguments"]["busy"] else "time on the wall"
+    yield f"| operations alone, autocast ({clock}) | of the floor | vispeft in the same run | bar |"
+    yield "|---|--:|--:|--:|"
+    for method, names in ROWS.items():
+        for name in names:
+            alone, ours = (ratio(seconds, row, FLOOR) for row in (name, f"vispeft's {method}"))
+            yield f"| {name} | {alone:.2f} | {ours:.2f} | {BARS['autocast'][method, FLOOR]:.1f} |"
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60, help="counted steps of each row")
     parser.add_argument("--busy", action="store_true", help="count the seconds this process computes")
+    parser.add_argument("--table", action="store_true", help="write the page from the results and stop")
     args = parser.parse_args()
+    if args.table:
+        write_section(NAME, table_lines())
+        return
     torch.set_num_threads(1)
     clock: Callable[[], float] = time.process_time if args.busy else time.perf_counter
     made = {"ssf": ssf(), "adaptformer": adaptformer(Beside), "adaptformer in one node": adaptformer(BesideInOne)}
@@ -160,7 +183,7 @@ def main() -> None:
     seconds = alternate({name: Step(model, True) for name, model in models.items()}, args.rounds, 3, clock)
     for name in models:
         print(f"{name}: {ratio(seconds, name, FLOOR):.2f} of the floor")
-    print(f"written to {write('host_floor', {'arguments': vars(args), 'seconds': seconds}).name}")
+    print(f"written to {write(NAME, {'arguments': vars(args), 'seconds': seconds}).name}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Seconds of one batch whose images take different adapters, of switching adapters, and of a server that shares a pass.
 
     python benchmarks/row_routing.py [--clock cpu]
+    python benchmarks/row_routing.py --table     # write the table of docs/serving.md from the file
 
 Writes results/row_routing.json, with the largest difference between each image's scores and those of its adapter
 alone. Three measurements, each of alternating runs in one process: 8 images through 4 LoRA adapters beside 8 images
@@ -12,13 +13,14 @@ this process alone, for machines that others use; it takes one thread.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from typing import Any
 
 import vispeft  # first: it makes torchvision importable where its library does not fit
 
 import torch  # isort: skip
-from common import alternate, write
+from common import RESULTS, alternate, write, write_section
 from torch import Tensor, nn
 
 LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -109,13 +111,37 @@ def shared_pass(options: Any) -> dict[str, Any]:
     return {"seconds": seconds, "ratio": ratio, "largest_difference": worst}
 
 
+def table_lines() -> list[str]:
+    """Make the table of docs/serving.md."""
+    found = json.loads((RESULTS / "row_routing.json").read_text())
+    lines = ["| | ratio | largest difference of a score |", "|---|---|---|"]
+    for name, row in found["rows"].items():
+        lines.append(
+            f"| 8 images through 4 LoRA adapters (rank 8), beside one: {name} | {row['ratio']:.2f} | "
+            f"{row['largest_difference']:.0e} |"
+        )
+    shared = found["shared_pass_vit_b"]
+    lines.append(
+        f"| 4 probes and 4 VQT adapters for each of 8 images, beside one forward pass: ViT-B/16 | "
+        f"{shared['ratio']:.2f} | {shared['largest_difference']:.0e} |"
+    )
+    new = found["switching_vit_b"]["new"]
+    clock = "seconds of the process, one thread" if found["clock"] == "cpu" else "seconds by the clock"
+    switched = f"`set_active` on ViT-B/16 takes {new['median_ms']:.1f} ms for a choice that is new"
+    return [*lines, "", f"Ratios of medians ({clock}), float32. {switched}."]
+
+
 @torch.no_grad()
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
+    if options.table:
+        write_section("row_routing", table_lines(), "serving")
+        return
     options.timer = time.process_time if options.clock == "cpu" else time.perf_counter
     torch.set_num_threads(1 if options.clock == "cpu" else 2)
     found: dict[str, Any] = {"clock": options.clock, "rounds": options.rounds, "rows": {}}

@@ -1,13 +1,14 @@
 """The HTTP server under load: answers, lost requests and throughput while adapters come and go, and broken requests.
 
     python benchmarks/serve_http.py [--requests 2000] [--broken 200]
+    python benchmarks/serve_http.py --table     # write the table of docs/serving.md from the file
 
 Writes results/serve_http.json. A server of ViT-S/16 (224 px, batches of 8) with four LoRA adapters runs in a process of
 its own; 8 clients of this process send JPEG files, each the next one as soon as it has an answer, while a fifth adapter
-is added and removed every second. Each answer is compared with its adapter alone. Throughput is compared with a script
-that reads, prepares and answers the same files in batches of 8: by the clock, and by the processor's seconds of the
-server, for machines that others use. Then broken requests are sent: no image, a cut image, 100 MB, another adapter, a
-slow sender, a connection that is cut off.
+is added, removed, and added again a second later. Each answer is compared with its adapter alone. Throughput is
+compared with a script that reads, prepares and answers the same files in batches of 8: by the clock, and by the
+processor's seconds of the server, for machines that others use. Then broken requests are sent: no image, a cut image,
+100 MB, another adapter, a slow sender, a connection that is cut off.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any
 import vispeft  # first: it makes torchvision importable where its library does not fit
 
 import torch  # isort: skip
-from common import write
+from common import RESULTS, write, write_section
 from PIL import Image
 from torch import Tensor, nn
 
@@ -232,14 +233,37 @@ def broken(port: int, count: int, files: list[bytes]) -> dict[str, Any]:
     return {kind: dict(statuses) for kind, statuses in found.items()}
 
 
+def table_lines() -> list[str]:
+    """Make the table of docs/serving.md."""
+    found = json.loads((RESULTS / "serve_http.json").read_text())
+    throughput, broken = found["throughput"], found["broken"]
+    refused = [f"{kind}: {', '.join(own)}" for kind, own in broken.items() if set(own) != {"-1"}]
+    by_clock, by_cpu = throughput["of_the_script"], throughput["of_the_script_by_cpu_seconds"]
+    guests = ", ".join(f"{count} {what}" for what, count in found["guests"].items())
+    return [
+        "| ViT-S/16, 224 px, batches of 8, 4 LoRA adapters, 8 clients | |",
+        "|---|---|",
+        f"| requests, and those without an answer | {found['requests']}, {found['lost']} |",
+        f"| largest difference of a probability from that of the adapter alone | {found['largest_difference']:.0e} |",
+        f"| a fifth adapter meanwhile | {guests} |",
+        f"| throughput, of a script's with the same batches | {by_clock:.2f} by the clock, {by_cpu:.2f} by processor |",
+        f"| broken requests and their statuses | {'; '.join(refused)} |",
+        f"| megabytes before and after these | {found['megabytes']['before']:.0f}, {found['megabytes']['after']:.0f} |",
+    ]
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--broken", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--table", action="store_true")
     parser.add_argument("--serve", nargs=2, metavar=("DIR", "PORT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.table:
+        write_section("serve_http", table_lines(), "serving")
+        return
     torch.set_num_threads(options.threads)
     if options.serve:
         serve(Path(options.serve[0]), int(options.serve[1]))

@@ -34,14 +34,13 @@ def config(tmp_path: Path) -> Path:
 
 
 def command(*arguments: str | Path) -> subprocess.Popen[str]:
-    """Start ``vispeft train``, with its children in a group of their own."""
+    """Start ``vispeft train``."""
     return subprocess.Popen(
         [sys.executable, "-m", "vispeft", "train", *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
 
 

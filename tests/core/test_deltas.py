@@ -132,7 +132,16 @@ def test_refusals_name_the_reason(backbone: str, make: Any, error: type[Exceptio
     assert list(model.state_dict()) == before
 
 
-@pytest.mark.parametrize("method", [vispeft.SVFit(), vispeft.Sparse(support="lift", principal=2)], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [
+        vispeft.SVFit(),
+        vispeft.Sparse(support="lift", principal=2),
+        vispeft.LoRA(start="pissa", rank=2, roles=("mlp.fc1",)),
+        vispeft.DiTASK(tasks=("a", "b"), cells=6),
+    ],
+    ids=lambda method: method.name,
+)
 def test_weights_that_are_not_finite_have_no_singular_values(method: vispeft.Method) -> None:
     model = BACKBONES["vit"].make()
     model.blocks[1].mlp.fc1.weight.data[0, 0] = torch.nan

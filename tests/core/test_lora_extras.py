@@ -151,3 +151,15 @@ def test_contradicting_fields_are_refused(fields: dict[str, Any], message: str) 
 def test_a_rank_beyond_the_singular_values_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"rank=25.*24 singular values"):
         adapted(vispeft.LoRA(rank=25, start="pissa"))
+
+
+def test_pissa_starts_from_the_singular_values_of_a_convolution_as_a_matrix() -> None:
+    cell = Cell("lora", "vit", short=True)
+    model, images = cell.model(), cell.images()
+    wanted = model(images)
+    bank = vispeft.attach(model, vispeft.LoRA(start="pissa", rank=2, roles=("patch_embed",)), verify=False)
+    assert torch.allclose(model(images), wanted, atol=1e-5)
+    a, b = (bank.named_tensors()[f"patch_embed.proj/lora.{name}"] for name in "AB")
+    values = torch.linalg.svdvals(model.patch_embed.proj._parameters["weight"].flatten(1).double())
+    found = torch.linalg.svdvals((b @ a).double())[:2]
+    assert torch.allclose(found * bank.units()["patch_embed.proj/lora"].scale, values[:2], rtol=1e-4)

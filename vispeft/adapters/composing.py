@@ -162,8 +162,9 @@ class ComposeBank(FileBank):
         if head is not None and head not in self._entries:
             raise UnknownNameError("adapter", head, self._entries)
         classifier, owner = self._composed_head(request, head)
-        changes = {part: self._change(part) for part in request.names}
-        carrier, layers = self._carried(request, changes)
+        with self.changing("compose adapters"):  # which act one by one meanwhile, in evaluation mode
+            changes = {part: self._change(part) for part in request.names}
+            carrier, layers = self._carried(request, changes)
         parts = tuple(
             Part(part, self._entries[part].method.name, changes[part].kind, weight, self._digest(part))
             for part, weight in zip(request.names, request.weights, strict=True)
@@ -175,7 +176,7 @@ class ComposeBank(FileBank):
             parts=parts,
             method=carrier.method.name,
             rank=getattr(carrier.method, "rank", None),
-            kept_energy=kept / total if total else None,
+            kept_energy=kept / total if total else 1.0 if layers else None,  # of adapters that change nothing: all
             layers={key: pair[0] / pair[1] if pair[1] else 1.0 for key, pair in layers.items()},
             head=owner,
             settings=request.settings(),

@@ -1,4 +1,4 @@
-"""``vispeft export``: write a finished run as a `torch.export` program or an ONNX file."""
+"""``vispeft export``: write a finished run as a `torch.export` program, an ONNX file, or a difference of weights."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from vispeft.adapters.merge import MergeReport
 from vispeft.cli.common import console, make_parser, versions
 from vispeft.cli.evaluate import load_task
+from vispeft.cli.export_delta import export_delta
 from vispeft.cli.runs import Run, write_json
 from vispeft.errors import ConfigError, ExportError, counted
 from vispeft.interop.export import INPUT, TOLERANCE, Difference, check, check_onnx, export_onnx, export_program
@@ -23,18 +24,22 @@ from vispeft.tasks.base import AdapterTask
 
 __all__ = ["Exported", "InputSize", "export_run", "main"]
 
-ENDINGS = {"onnx": ".onnx", "export": ".pt2"}
+ENDINGS = {"onnx": ".onnx", "export": ".pt2", "delta": ".safetensors"}
 """File suffixes by format."""
 EXAMPLE = """examples:
   vispeft export runs/digits_ssf/1 --out digits.onnx
   vispeft export runs/digits_ssf/1 --format export --out digits.pt2
   vispeft export runs/digits_ssf/1 --out digits.onnx --batch 8
   vispeft export runs/earth_mtlora/1 --out relief.onnx --task relief
+  vispeft export runs/digits_svfit/1 --format delta --out digits.delta.safetensors
 
 Merges the adapter where its method allows, writes the model, runs the file and compares it with the run. The input is a
 batch of normalised images (B, 3, H, W) in float32, the output are the scores; a run of several tasks has an output for
 each, by its name. Mean, standard deviation, size and class names stand in the ONNX file's metadata, or in a JSON file
-beside a .pt2 file."""
+beside a .pt2 file.
+
+With --format delta, the file holds what merging adds to each weight of the frozen backbone, under timm's names: the sum
+in the dtype of the difference is the merged weight, bit for bit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +122,10 @@ def main(argv: Sequence[str]) -> None:
     """
     parser = make_parser("export", "Write a finished run for deployment, and check the file.", EXAMPLE)
     parser.add_argument("run", metavar="RUN", help="run directory")
-    parser.add_argument("--format", choices=tuple(ENDINGS), default="onnx", help="onnx (default) or torch.export")
-    parser.add_argument("--out", metavar="FILE", required=True, help="the file, ending in .onnx or .pt2")
+    parser.add_argument(
+        "--format", choices=tuple(ENDINGS), default="onnx", help="onnx (default), torch.export or delta"
+    )
+    parser.add_argument("--out", metavar="FILE", required=True, help="the file, ending in .onnx, .pt2 or .safetensors")
     parser.add_argument("--batch", type=int, metavar="N", help="take N images at a time; default any number")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="size of the images; default the run's")
     parser.add_argument("--task", metavar="NAME", help="one task of a run with several; default all, by name")
@@ -130,6 +137,9 @@ def main(argv: Sequence[str]) -> None:
     for option, value in (("batch", given.batch), ("size", min(given.size or [1]))):
         if value is not None and value < 1:
             raise ConfigError(f"--{option} is {value}; at least 1 is needed.")
+    images = [f"--{name}" for name in ("batch", "size", "any_size") if getattr(given, name)]
+    if given.format == "delta" and images:
+        raise ConfigError(f"{images[0]} was given; a difference of weights is the same for all images. Leave it out.")
     run = Run.open(given.run)
     check_free(out, *_beside(out))
     if given.format == "onnx":
@@ -137,6 +147,10 @@ def main(argv: Sequence[str]) -> None:
     task, _ = load_task(run)
     if given.task is not None:
         task.choose(given.task)
+    if given.format == "delta":
+        info = export_delta(task, out)
+        console.print(f"{out} holds what is added to {counted(len(info['added']), 'tensor')} of {info['backbone']}.")
+        return
     # Padding inside the model, which a program for PyTorch does not keep.
     padded = given.format == "onnx" and hasattr(task.deployed(), "pads_to")
     step = ((1, 1) if padded else task.size_step()) if given.any_size else None

@@ -14,16 +14,19 @@ from vispeft.resources import config_names, package_version
 __all__ = ["COMMANDS", "command", "main", "run_command"]
 
 COMMANDS = {
+    "compose": "make one adapter of several",
     "demo": "try adapters in a browser, on images of your own",
     "doctor": "check data before training, on one page",
     "embed": "embed images with a finished run, and make an index of them",
     "evaluate": "measure a finished run again, from its files",
-    "export": "write a finished run as ONNX or as a torch.export program",
+    "export": "write a finished run as ONNX, as a torch.export program or as a difference of weights",
     "import-official": "turn an authors' published checkpoint into an adapter directory",
     "inspect": "show the plan of a method without changing anything",
     "merge": "write a finished run as a plain timm model",
+    "port": "carry an adapter to another checkpoint of its backbone",
     "predict": "predict images with a finished run",
     "quickstart": "train, merge and reload an adapter on real images",
+    "replay": "show where the value arose that stopped a training",
     "report": "show finished runs on one page that needs no other file",
     "search": "find the nearest images of an index for query images",
     "select-features": "keep the features of a VQT adapter that matter",

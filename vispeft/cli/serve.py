@@ -43,7 +43,9 @@ def main(argv: Sequence[str]) -> None:
         argv: Arguments without the program's name.
     """
     parser = make_parser("serve", "Answer images over HTTP with many adapters of one backbone.", EXAMPLE)
-    parser.add_argument("runs", metavar="[NAME=]RUN", nargs="+", help="run directories, or zoo:NAME")
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", help="run directories or zoo:NAME, with NAME= in front to name one"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address that is listened at; default this machine alone")
     parser.add_argument("--port", type=int, default=8000, help="default 8000")
     parser.add_argument("--batch", type=int, default=8, help="images of a full batch; default 8")

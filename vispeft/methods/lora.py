@@ -23,6 +23,7 @@ from vispeft.core.recipes import FGVC, VTAB, Recipe
 from vispeft.core.sites import Site, View
 from vispeft.core.units import DeltaUnit, Unit, WeightUnit, with_rows
 from vispeft.errors import ConfigError, SiteError
+from vispeft.methods.svfit import decompose
 from vispeft.storage.quantize import LowBit, start_above_zero
 
 __all__ = ["DoRAUnit", "Factored", "Factors", "LoRA", "LowRank", "PiSSAUnit"]
@@ -116,13 +117,14 @@ class PiSSAUnit(LowRank):
             dropout: Dropout rate during training, and its place.
         """
         super().__init__(site, factors, dropout)
+        self.place = site.key
         self.register_buffer("A0", torch.empty(self.A.shape))
         self.register_buffer("B0", torch.empty(self.B.shape))
 
     def prepare(self, weight: Tensor) -> None:
         """Set A0 and B0 from the weight's largest singular values, split evenly between the two."""
         rank = self.A.shape[0]
-        u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
+        u, s, v = decompose(weight, self.place)
         root = (s[:rank] / abs(self.scale)).sqrt()
         self.A0.copy_(root[:, None] * v[:rank])
         self.B0.copy_(u[:, :rank] * root * math.copysign(1, self.scale))

@@ -15,6 +15,7 @@ from vispeft.tasks.metric_losses import list_metric_losses, list_miners, metric_
 from vispeft.tasks.multilabel import MultiLabel
 from vispeft.tasks.multitask import MultiTaskDense
 from vispeft.tasks.predictions import Prediction, Predictor
+from vispeft.tasks.refit import refit_head
 from vispeft.tasks.regression import Regression
 from vispeft.tasks.sampled_layers import SampledLayers
 from vispeft.tasks.schedules import warmup_cosine, warmup_factor
@@ -59,6 +60,7 @@ __all__ = [
     "metric_miner",
     "predict_masks",
     "progress_bar",
+    "refit_head",
     "task_weights",
     "warmup_cosine",
     "warmup_factor",

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from vispeft.errors import TrainingError, brief
+from vispeft.tasks.failures import StepStart, keep_failure
 from vispeft.tasks.state import random_state, set_random_state
 
 __all__ = ["EpochPictures", "FiniteGuard", "MethodHooks", "NarrowProgress", "PlainProgress", "progress_bar"]
@@ -73,14 +74,15 @@ class TrainingBatches:
 class _Flag:
     """Whether values of a step were finite, on its way from the device."""
 
-    def __init__(self, finite: Tensor, told: str) -> None:
+    def __init__(self, finite: Tensor, told: str, start: StepStart | None) -> None:
         """Send the flag to the host, without waiting for it.
 
         Args:
             finite: A boolean scalar.
             told: What was looked at, and the step.
+            start: What the step started from, where that can be kept.
         """
-        self.told, self._value, self._arrived = told, finite, None
+        self.told, self.start, self._value, self._arrived = told, start, finite, None
         if finite.is_cuda:
             self._value = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
             self._arrived = torch.cuda.Event()
@@ -110,6 +112,12 @@ class FiniteGuard(Callback):
     def __init__(self) -> None:
         """Begin without a flag."""
         self._flags: list[_Flag] = []
+        self._start: StepStart | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note what the step starts from, where a run directory can keep it."""
+        if _run_directory(trainer) is not None:
+            self._start = StepStart.now(batch, batch_idx)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Check the loss.
@@ -120,12 +128,14 @@ class FiniteGuard(Callback):
         self._read(trainer, pl_module)
         finite = torch.isfinite(loss.detach()).all()
         if _is_far(finite):
-            self._flags.append(_Flag(finite, f"The training loss was not finite at {_step(trainer)}"))
+            self._flags.append(_Flag(finite, f"The training loss was not finite at {_step(trainer)}", self._start))
             return
         if finite:
             return
         where = _weights(trainer, pl_module)
-        raise TrainingError(f"The training loss is {loss.item()} at {_step(trainer)}. {where} {_what_to_do(trainer)}")
+        told = f"The training loss is {loss.item()} at {_step(trainer)}."
+        kept = _kept(trainer, pl_module, self._start, told)
+        raise TrainingError(f"{told} {where} {_what_to_do(trainer)}{kept}")
 
     def _read(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the flags that were not waited for.
@@ -136,9 +146,10 @@ class FiniteGuard(Callback):
         while self._flags:
             flag = self._flags[0]
             if not flag.read():  # it stays, so that nothing is saved after the error either
+                kept = _kept(trainer, pl_module, flag.start, f"{flag.told}, which was seen after the step.")
                 raise TrainingError(
                     f"{flag.told}, which was seen after the step. {_weights(trainer, pl_module)} "
-                    f"{_what_to_do(trainer, 'Weights may have been updated since.')}"
+                    f"{_what_to_do(trainer, 'Weights may have been updated since.')}{kept}"
                 )
             self._flags.pop(0)
 
@@ -189,12 +200,29 @@ class FiniteGuard(Callback):
         # The largest entry, which is finite where all are: a norm of finite values may overflow.
         finite = torch.stack(torch._foreach_norm(gradients, torch.inf)).isfinite().all()
         if _is_far(finite):
-            self._flags.append(_Flag(finite, f"Gradients were not finite at {_step(trainer)}"))
+            self._flags.append(_Flag(finite, f"Gradients were not finite at {_step(trainer)}", self._start))
             return
         if finite:
             return
         broken = _by_group(trainer, pl_module, lambda parameter: parameter.grad)
-        raise TrainingError(f"Gradients are not finite at {_step(trainer)}: {broken}. {_what_to_do(trainer)}")
+        told = f"Gradients are not finite at {_step(trainer)}: {broken}."
+        kept = _kept(trainer, pl_module, self._start, told)
+        raise TrainingError(f"{told} {_what_to_do(trainer)}{kept}")
+
+
+def _kept(trainer: Trainer, task: LightningModule, start: StepStart | None, told: str) -> str:
+    """Keep a step where a run directory can, and say how it is looked at."""
+    folder = _run_directory(trainer)
+    if folder is None or start is None:
+        return ""
+    keep_failure(folder, task, trainer, start, told)
+    return f" Where it arose: vispeft replay {folder}"
+
+
+def _run_directory(trainer: Trainer) -> Path | None:
+    """Return the directory of a run, where checkpoints are kept in one."""
+    folder = getattr(trainer.checkpoint_callback, "folder", None)
+    return None if folder is None else Path(folder).parent
 
 
 def _step(trainer: Trainer) -> str:
