@@ -146,3 +146,12 @@ def test_the_short_way_under_autocast_equals_the_general_one(monkeypatch: pytest
         found.append([loss, *torch.autograd.grad(loss, [p for _, p in bank.trainable_parameters()])])
     assert sum(out is not None for out in taken) == 2 * 6 + 1  # in every block, and the last norm
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.slow
+def test_an_exported_graph_in_reduced_precision_serves_all_batches() -> None:
+    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=12, depth=1, num_heads=2, num_classes=3)
+    vispeft.attach(model.bfloat16().eval(), vispeft.SSF(), verify=False)
+    images = torch.randn(2, 3, 16, 16).bfloat16()
+    exported = torch.export.export(model, (images,), dynamic_shapes=[{0: torch.export.Dim("batch", min=2)}])
+    assert exported.module()(images.repeat(600, 1, 1, 1)).shape == (1200, 3)

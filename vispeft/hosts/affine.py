@@ -37,7 +37,8 @@ def affine(y: Tensor, scale: Tensor, shift: Tensor, recovers: bool | None = None
                 return cast(Tensor, _apply_affine(y, scale, shift))
         # addcmul saves y and scale only; a product and a sum would also allocate a temporary of y's size.
         return torch.addcmul(shift, y, scale)
-    if y.numel() < SMALL and y.device.type == "cpu" and scale.dtype == torch.float32:
+    # A graph that serves all sizes must not ask for one.
+    if scale.dtype == torch.float32 and y.device.type == "cpu" and not leaves_a_graph() and y.numel() < SMALL:
         # Here each operation costs more than its numbers, and two are less than the four below.
         return torch.addcmul(shift, y.float(), scale).to(y.dtype)
     # A scale near one would be rounded coarsely; its difference from one is not.
