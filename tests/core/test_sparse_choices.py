@@ -148,6 +148,17 @@ def test_gps_needs_images_with_one_class_each() -> None:
         bank.start_from([])
 
 
+@pytest.mark.parametrize("support", ["gps", "gradient"])
+def test_gradients_that_are_not_finite_choose_nothing(support: str) -> None:
+    _, bank = attached(vispeft.Sparse(budget="row:1", support=support))  # type: ignore[arg-type]
+    before = [unit.positions.clone() for unit in units(bank)]
+    images, labels = batches()[0]
+    with pytest.raises(TrainingError, match="Check the images"):
+        bank.start_from([(images * torch.inf, labels)])
+    assert all(torch.equal(old, unit.positions) for old, unit in zip(before, units(bank), strict=True))
+    assert all(unit.observer is None for unit in units(bank))
+
+
 def test_other_views_show_parts() -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.arange(16.0)[None, None, None, :].expand(64, 1, 16, 16).contiguous()

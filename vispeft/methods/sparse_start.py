@@ -52,6 +52,7 @@ def dense_gradients(units: list[SparseUnit], run: Callable[[], None]) -> list[Te
 
     Raises:
         ConfigError: If there was no backward pass.
+        TrainingError: If a sum is not finite: no entry of it is the largest.
     """
     sums: list[Tensor | None] = [None] * len(units)
 
@@ -69,6 +70,8 @@ def dense_gradients(units: list[SparseUnit], run: Callable[[], None]) -> list[Te
     found = [total for total in sums if total is not None]
     if len(found) < len(units):
         raise ConfigError("Entries were to be chosen by their gradients, and there was no backward pass: no images?")
+    if not all(bool(torch.isfinite(total).all()) for total in found):
+        raise TrainingError("Entries were to be chosen by their gradients, and these are not finite. Check the images.")
     return found
 
 
