@@ -91,6 +91,27 @@ def test_a_head_of_ones_own_answers_from_pooled_features() -> None:
     torch.testing.assert_close(server.each(images(), ["lora"])["lora"], nn.functional.normalize(pooled))
 
 
+@pytest.mark.parametrize("make", [vit, swin], ids=["vit", "swin"])
+def test_decoders_read_maps_of_the_shared_pass(make: object) -> None:
+    model = make()  # type: ignore[operator]
+    bank, _ = filled(model)
+    server = vispeft.serve(model)
+    kinds = {"probe": "probe", "vqt": "probe", "lora": "rows", "ssf": "alone", "lst": "alone"}
+    for name in kinds:
+        server._take(name, lambda maps: maps[0].mean(1) + maps[1].amax((1, 2, 3), keepdim=True)[:, 0], [0, 1])
+    assert {name: server.kind(name) for name in kinds} == kinds
+    found = server.each(images(), list(kinds))
+    for name, maps in found.items():
+        with torch.no_grad(), bank.using(name):
+            first, second = model.forward_intermediates(
+                images(), indices=[0, 1], norm=True, output_fmt="NCHW", intermediates_only=True
+            )
+        wanted = first.mean(1) + second.amax((1, 2, 3), keepdim=True)[:, 0]
+        torch.testing.assert_close(maps, wanted, rtol=0, atol=1e-5, msg=name)
+    with pytest.raises(ConfigError, match="0 to 1"):
+        server._take("probe", nn.Identity(), [2])
+
+
 def test_bad_input_is_refused(tmp_path: Path) -> None:
     model = vit()
     bank, _ = filled(model)

@@ -124,14 +124,14 @@ def _joined(found: Sequence[Any], order: Tensor, scores: bool) -> Any:
     )
 
 
-def _alike(found: Sequence[Tensor]) -> Sequence[Tensor]:
+def _alike(found: Sequence[Tensor]) -> list[Tensor]:
     shapes = sorted({tuple(part.shape[1:]) for part in found})
     if len(shapes) > 1:
         raise ConfigError(
             f"The adapters of these rows give features of several shapes: {', '.join(map(str, shapes))} for an image. "
             "One tensor cannot hold them. Run them one after the other, or take the scores of classes: model(images)."
         )
-    return found
+    return list(found)
 
 
 def widened(found: Sequence[Tensor]) -> list[Tensor]:

@@ -165,6 +165,12 @@ class PlainModelHost(RunningHost):
         found: list[Any] = list(zip(maps, prefix, strict=True)) if both else maps
         return found if intermediates_only else (self.features(result), found)
 
+    def maps_of(self, result: RunResult, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
+        """Return the normalised maps behind blocks of a run, (B, D, h, w) each."""
+        taps = [result.taps[block] for block in sorted(indices)]
+        taps = taps if result.final else [self.norm(tap) for tap in taps]
+        return [self._as_map(tap[:, self.num_prefix_tokens :], images) for tap in taps]
+
     def task_maps(
         self, images: Tensor, tasks: Sequence[str], taps: Sequence[int], merged: bool = True, norm: bool = True
     ) -> dict[str, list[Tensor]]:

@@ -118,6 +118,19 @@ class RunningHost(ModelHost):
         """
         raise NotImplementedError
 
+    def maps_of(self, result: RunResult, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
+        """Return maps of a run, as `forward_intermediates` does with ``norm=True``.
+
+        Args:
+            result: The run; of a plain model, with these blocks taken.
+            images: Its images.
+            indices: Blocks of a plain model, stages of others, from 0; in rising order.
+
+        Returns:
+            (B, D, h, w) each.
+        """
+        raise NotImplementedError
+
     def task_maps(
         self, images: Tensor, tasks: Sequence[str], taps: Sequence[int], merged: bool = True, norm: bool = True
     ) -> dict[str, list[Tensor]]:

@@ -138,6 +138,13 @@ class StageModelHost(RunningHost):
             return maps
         return (self.features(result) if result.complete else self.shown(result.streams)), maps
 
+    def maps_of(self, result: RunResult, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
+        """Return the maps behind stages of a run, that of the last one normalised, (B, D, h, w) each."""
+        last = len(self.stages()) - 1
+        levels = [(index, self.shown(result.stages[index])) for index in sorted(indices)]
+        normed = [self.norm(level) if index == last and not result.final else level for index, level in levels]
+        return [_channels_first(level) for level in normed]
+
     def task_maps(
         self, images: Tensor, tasks: Sequence[str], taps: Sequence[int], merged: bool = True, norm: bool = True
     ) -> dict[str, list[Tensor]]:

@@ -31,24 +31,31 @@ class Served:
     batch; ``alone`` needs a pass of its own."""
     unit: Any = None
     """The unit that reads, for ``queries`` and ``side``."""
-    head: Callable[[Tensor], Tensor] | None = None
-    """What answers in place of the adapter's classifier, from pooled features (B, width)."""
+    head: Callable[[Any], Tensor] | None = None
+    """What answers in place of the adapter's classifier, from pooled features (B, width), or from maps."""
+    taps: tuple[int, ...] = ()
+    """The maps that `head` reads (`RunningHost.maps_of`); empty for pooled features."""
 
     @classmethod
-    def of(cls, bank: AdapterBank, name: str, head: Callable[[Tensor], Tensor] | None = None) -> Served:
+    def of(
+        cls, bank: AdapterBank, name: str, head: Callable[[Any], Tensor] | None = None, taps: Sequence[int] = ()
+    ) -> Served:
         """Look at the units of an adapter.
 
         Args:
             bank: The bank.
             name: The adapter.
             head: What answers in place of its classifier.
+            taps: The maps it reads.
         """
-        units = list(bank.units(name).values())
+        units, chosen = list(bank.units(name).values()), tuple(sorted(set(taps)))
         if not units:
-            return cls("probe", None, head)
-        if len(units) == 1 and isinstance(units[0], QueryUnit | SideUnit):
+            return cls("probe", None, head, chosen)
+        if len(units) == 1 and isinstance(units[0], QueryUnit) and chosen:
+            return cls("probe", None, head, chosen)  # queries leave the maps alone
+        if len(units) == 1 and isinstance(units[0], QueryUnit | SideUnit) and not chosen:
             return cls("queries" if isinstance(units[0], QueryUnit) else "side", units[0], head)
-        return cls("rows" if bank.shares_pass(name) else "alone", None, head)
+        return cls("rows" if bank.shares_pass(name) else "alone", None, head, chosen)
 
 
 class Answering:
@@ -83,10 +90,18 @@ class Answering:
             places = [place for place, (_, other) in enumerate(pairs) if other == name]
             chosen = images[[pairs[place][0] for place in places]]
             with self.bank.using(cast(str, name)):
-                own = served[name].head
-                out = self.model(chosen) if own is None else own(self._pooled(self.model.forward_features(chosen)))
-            _put(answers, places, out)
+                _put(answers, places, self._answer_alone(chosen, served[name]))
         return cast("list[Tensor]", answers)
+
+    def _answer_alone(self, images: Tensor, served: Served) -> Tensor:
+        """Answer images under the route of one adapter."""
+        if served.head is None:
+            out: Tensor = self.model(images)
+            return out
+        if not served.taps:
+            return served.head(self._pooled(self.model.forward_features(images)))
+        asked = {"norm": True, "output_fmt": "NCHW", "intermediates_only": True}
+        return served.head(self.model.forward_intermediates(images, indices=list(served.taps), **asked))
 
     def _together(
         self,
@@ -115,14 +130,20 @@ class Answering:
         ]
         joint = [JointQueries(readers, len(rows), batch.device)] if readers else []
         sides = [cast(SideUnit, served[name].unit) for name in by_name if served[name].kind == "side"]
-        taken = frozenset(block for side in sides for block in side.reads)
+        taps = {tap for name in by_name for tap in served[name].taps}
+        taken = frozenset(block for side in sides for block in side.reads) | taps
         with self.bank.using(rows=[name for _, name in rows]):
             result = self.model.run(batch, joint, taken=taken)
-            needs_pooled = any(served[name].kind != "side" for name in by_name)
+            needs_pooled = any(served[name].kind != "side" and not served[name].taps for name in by_name)
             pooled = self._pooled(self.model.features(result)) if needs_pooled else None
+            maps = dict(zip(sorted(taps), self.model.maps_of(result, batch, sorted(taps)), strict=True))
         reads = {reader.name: found for unit in joint for reader, found in unit.reads(result.kept)}
         for name, own in by_name.items():
             at = [row_of[place] for place in own]
+            if served[name].taps:
+                head = cast("Callable[[Any], Tensor]", served[name].head)
+                _put(answers, own, head([maps[tap][at] for tap in served[name].taps]))
+                continue
             if served[name].kind == "side":
                 hidden = {block: tap[at] for block, tap in result.taps.items()}
                 with self.bank.using(cast(str, name)):

@@ -20,7 +20,7 @@ from vispeft.serving.passes import Answering, Pair, Served
 __all__ = ["Server", "name_of", "serve"]
 
 Source = str | Path
-Head = Callable[[Tensor], Tensor]
+Head = Callable[[Any], Tensor]
 
 
 class Server:
@@ -44,7 +44,7 @@ class Server:
         self._uses: Counter[str | None] = Counter()
         self._bank = AdapterBank.of(model)
         for name in self._bank.names if self._bank is not None else ():
-            self._take(name, None)
+            self._take(name)
         named = adapters.items() if isinstance(adapters, Mapping) else [(None, source) for source in adapters]
         for name, source in named:
             self.add(source, name)
@@ -84,20 +84,23 @@ class Server:
 
     # ------------------------------------------------------------------ adapters come and go
 
-    def add(self, source: Source, name: str | None = None, head: Head | None = None) -> str:
+    def add(self, source: Source, name: str | None = None, head: Head | None = None, taps: Sequence[int] = ()) -> str:
         """Load an adapter; it answers from the next call on. Passes that run meanwhile end first.
 
         Args:
             source: Its directory, a run directory, or ``zoo:NAME``.
             name: Its name here; None for that of the directory, or of the run.
-            head: What answers in place of its classifier, such as the embedding head of a retrieval run: a function of
-                pooled features (B, width).
+            head: What answers in place of its classifier: a function of pooled features (B, width), as the embedding
+                head of a retrieval run, or with `taps` of a list of maps (B, C, h, w), such as a decoder.
+            taps: The maps that `head` reads, as from ``forward_intermediates(indices=taps, norm=True)``: blocks of a
+                plain model, stages of a Swin, from 0.
 
         Returns:
             The name.
 
         Raises:
-            ConfigError: If the name is taken, or the adapter has tasks.
+            ConfigError: If the name is taken, the adapter has tasks, or taps are given that do not exist, or without a
+                head.
             FileError: If a file is missing or altered.
             BaseMismatchError: If it was trained on another backbone.
         """
@@ -115,14 +118,14 @@ class Server:
                 bank.load(place, label)
                 try:
                     self._bank = bank
-                    self._take(label, head)
+                    self._take(label, head, taps)
                     bank.set_active(before)
                 except BaseException:
                     bank.detach(label)
                     raise
         return label
 
-    def _take(self, name: str, head: Head | None) -> None:
+    def _take(self, name: str, head: Head | None = None, taps: Sequence[int] = ()) -> None:
         """Let an attached adapter answer."""
         bank = self.bank
         if bank.tasks(name):
@@ -132,7 +135,10 @@ class Server:
             )
         if not isinstance(bank.model, RunningHost):
             raise ConfigError(f"A {type(bank.model).__name__} cannot be served; give the timm model itself.")
-        served = Served.of(bank, name, head)
+        count = len(bank.view.stages) if bank.view.has_stages else len(bank.view.widths)
+        if taps and (head is None or not all(tap in range(count) for tap in taps)):
+            raise ConfigError(f"taps={list(taps)}: give numbers from 0 to {count - 1}, and a head that reads the maps.")
+        served = Served.of(bank, name, head, taps)
         with self._lock:
             self._served[name] = served
 
