@@ -61,13 +61,14 @@ def trade_off(points: Sequence[Point], size: str, value: str) -> Figure:
 
 
 def _whole_decades(axes: Axes, sizes: Sequence[float]) -> None:
-    """Label powers of ten as 1 k or 10 M, and widen the axis to two of them, so that it has labels."""
+    """Label powers of ten as 1 k or 10 M, and widen the axis to two of them, so that it can be read."""
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     if not sizes:
         return
     low, high = math.floor(math.log10(min(sizes))), math.ceil(math.log10(max(sizes)))
-    if math.log10(max(sizes) / min(sizes)) < 1:
+    inside = math.floor(math.log10(max(sizes))) - math.ceil(math.log10(min(sizes))) + 1
+    if inside < 2:
         axes.set_xlim(10.0**low * 0.8, 10.0 ** max(high, low + 1) * 1.25)
 
 
