@@ -99,6 +99,7 @@ METHODS: dict[str, vispeft.Method] = {
     "snell": vispeft.SNELL(dim=4, threshold=0.3, scale=1.0),
     "snella": vispeft.SNELL(dim=4, threshold=0.0, variant="snella"),
     "mos": vispeft.MoS(rank=3, shards=2, dropout=0.0),
+    "triadapt": vispeft.TriAdapt(rank=2),
     "mtlora": vispeft.MTLoRA(tasks=("seg", "depth"), rank=3, task_rank=2, dropout=0.0),
     "adapter_plus": vispeft.AdapterPlus(bottleneck=4, unit_drop=0.0),
     "adapter_plus_inner": vispeft.AdapterPlus(
@@ -120,7 +121,7 @@ PARALLEL = (
 )
 """Methods with terms beside the branches of a block."""
 
-STORES_MORE = ("lora_fa", "vqt_weighted", "sparse", "sparse_lift", "pst", "mos", "conformer_adapter")
+STORES_MORE = ("lora_fa", "vqt_weighted", "sparse", "sparse_lift", "pst", "mos", "triadapt", "conformer_adapter")
 """Methods whose files hold tensors that do not train."""
 
 BATCH_STATISTICS = ("conformer_adapter",)
@@ -372,7 +373,7 @@ SECOND_FORMS = {
     *("fact_4bit", "compacter_full", "mtlora", "polyhistor", "polyhistor_lite", "vpt_window"),
     *("bone_mini", "bat", "svfit_few", "sparse_lift", "snella", "ditask"),
     *("adapter_plus", "adapter_plus_inner", "mona", "mlae", "rein", "conformer_adapter", "lofit"),
-    "lofit_offsets",
+    *("lofit_offsets", "triadapt"),
 }
 """Further settings of a method, and methods with tests of their own for what is particular to them: they run on the
 main families, and not on the variants of one family as well."""

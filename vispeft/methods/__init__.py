@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from vispeft.methods.sparse import Sparse as Sparse
     from vispeft.methods.ssf import SSF as SSF
     from vispeft.methods.svfit import SVFit as SVFit
+    from vispeft.methods.triadapt import TriAdapt as TriAdapt
     from vispeft.methods.vpt import VPT as VPT
     from vispeft.methods.vpt_window import VPTWindow as VPTWindow
     from vispeft.methods.vptsp import VPTSP as VPTSP
