@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vispeft.methods.conformer_adapter import ConformerAdapter as ConformerAdapter
     from vispeft.methods.convpass import Convpass as Convpass
     from vispeft.methods.ditask import DiTASK as DiTASK
+    from vispeft.methods.dyt import DyT as DyT
     from vispeft.methods.fact import FacT as FacT
     from vispeft.methods.full import Full as Full
     from vispeft.methods.hydra import Hydra as Hydra
