@@ -100,6 +100,8 @@ METHODS: dict[str, vispeft.Method] = {
     "snell": vispeft.SNELL(dim=4, threshold=0.3, scale=1.0),
     "snella": vispeft.SNELL(dim=4, threshold=0.0, variant="snella"),
     "mos": vispeft.MoS(rank=3, shards=2, dropout=0.0),
+    "dyt": vispeft.DyT(bottleneck=4, dropout=0.0, complete=False, noise=0.0),
+    "triadapt": vispeft.TriAdapt(rank=2),
     "mtlora": vispeft.MTLoRA(tasks=("seg", "depth"), rank=3, task_rank=2, dropout=0.0),
     "adapter_plus": vispeft.AdapterPlus(bottleneck=4, unit_drop=0.0),
     "adapter_plus_inner": vispeft.AdapterPlus(
@@ -117,11 +119,14 @@ METHODS: dict[str, vispeft.Method] = {
 
 PARALLEL = (
     *("adapter_parallel", "adaptformer", "adaptformer_1bit", "convpass", "convpass_attn", "polyhistor"),
-    *("adapter_plus", "adapter_plus_inner", "mona", "rein", "conformer_adapter"),
+    *("adapter_plus", "adapter_plus_inner", "mona", "rein", "conformer_adapter", "dyt"),
 )
 """Methods with terms beside the branches of a block."""
 
-STORES_MORE = ("lora_fa", "vqt_weighted", "sparse", "sparse_lift", "sparse_gps", "pst", "mos", "conformer_adapter")
+STORES_MORE = (
+    *("lora_fa", "vqt_weighted", "sparse", "sparse_lift", "sparse_gps", "pst", "mos", "triadapt"),
+    "conformer_adapter",
+)
 """Methods whose files hold tensors that do not train."""
 
 BATCH_STATISTICS = ("conformer_adapter",)
@@ -145,7 +150,7 @@ EXCLUSIVE = (
 """Methods that replace tensors of the base or its output features, so that two of them cannot act at once."""
 
 LINKED = ("vpt", "vqt", "prefix", "mam", "fact", "compacter", "lst", "convpass", "polyhistor_lite", "mona")
-LINKED += ("rein", "conformer_adapter")
+LINKED += ("rein", "conformer_adapter", "dyt")
 """Methods, in all their forms, whose blocks need each other: they share tensors, hand on more than tokens, or give the
 patches something that reaches a class token with the next block's attention."""
 DEEP = ("lora_all", "ssf", "ssf_merging")
@@ -374,7 +379,7 @@ SECOND_FORMS = {
     *("fact_4bit", "compacter_full", "mtlora", "polyhistor", "polyhistor_lite", "vpt_window"),
     *("bone_mini", "bat", "svfit_few", "sparse_lift", "sparse_gps", "snella", "ditask"),
     *("adapter_plus", "adapter_plus_inner", "mona", "mlae", "rein", "conformer_adapter", "lofit"),
-    "lofit_offsets",
+    *("lofit_offsets", "triadapt", "dyt"),
 }
 """Further settings of a method, and methods with tests of their own for what is particular to them: they run on the
 main families, and not on the variants of one family as well."""

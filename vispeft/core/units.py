@@ -561,7 +561,21 @@ class ParallelUnit(Unit):
     drops: bool = False
     """Whether stochastic depth applies to it, drawn independently of the branch."""
     needs_grid: bool = False
-    """Whether it treats the tokens as an image."""
+    """Whether it treats the tokens as an image, or needs to know which of them are patches."""
+    skips: bool = False
+    """Whether tokens skip the MLP by its decision, `passes`."""
+
+    def passes(self, x: Tensor, prefix: int) -> Tensor:
+        """Decide which tokens pass through the MLP of the block, in a unit that `skips`.
+
+        Args:
+            x: The residual stream in front of the MLP and its norm, (B, N, D) or (B, H, W, D).
+            prefix: Number of tokens before the patches.
+
+        Returns:
+            (B, N, 1) or (B, H, W, 1): 1 for tokens that pass, 0 for the others.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not implement passes.")
 
     def branch(self, x: Tensor, grid: tuple[int, int] | None, prefix: int) -> Tensor:
         """Compute the term.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vispeft.core.units import ParallelUnit
@@ -72,8 +73,35 @@ class BlockHost(Host):
         streams = Streams(x) if beside is None else beside._replace(tokens=x)
         place = grid, prefix
         streams = self._joined("attn", streams, self.attention_branch(streams, *args, **arguments), place)
-        streams = self._joined("mlp", streams, self.mlp_branch(streams), place)
-        return streams.tokens if beside is None else streams
+        skipping = [unit for unit in units if unit.skips]
+        if not skipping:
+            streams = self._joined("mlp", streams, self.mlp_branch(streams), place)
+            return streams.tokens if beside is None else streams
+        passed = skipping[0].passes(streams.tokens, prefix)
+        for unit in skipping[1:]:
+            passed = passed * unit.passes(streams.tokens, prefix)
+        whole = beside is not None and beside.whole
+        outputs = self.mlp_branch(streams) if whole else self._skipped(streams, passed)
+        streams = self._joined("mlp", streams, outputs, place)
+        return streams.tokens if beside is None else streams._replace(passed=passed[:, prefix:])
+
+    def _skipped(self, streams: Streams, passed: Tensor) -> tuple[Streams, Streams | None]:
+        """Run the MLP branch for the tokens that pass, (B, N, 1) or (B, H, W, 1).
+
+        Without gradients it is computed for these alone. Otherwise, in graphs, and beside units that read its inside it
+        is computed for all and multiplied: the same values.
+        """
+        units = [unit for unit in self.acting.parallel if unit.place == "mlp"]
+        inside = any(unit.training or unit.reads in ("normed", "output") for unit in units)
+        beside = bool(streams.beside) or self.acting.carries
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or inside or beside:
+            added, normed = self.mlp_branch(streams)
+            return added._replace(tokens=added.tokens * passed.to(added.tokens.dtype)), normed
+        chosen = passed[..., 0] > 0
+        rows = self.mlp_branch(Streams(streams.tokens[chosen][None]))[0].tokens[0]
+        tokens = streams.tokens.new_zeros(streams.tokens.shape, dtype=rows.dtype)
+        tokens[chosen] = rows
+        return Streams(tokens, rules=streams.rules), None
 
     def _joined(
         self,

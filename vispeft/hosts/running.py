@@ -63,6 +63,8 @@ class RunResult:
     """The bundle at the input of each stage's blocks, after patch merging."""
     branched: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     """In a sequence, the streams that started inside chosen blocks, by block, without inserted tokens."""
+    passed: dict[int, Tensor] = field(default_factory=dict)
+    """Which patch tokens passed through the MLP, (B, N, 1) or (B, H, W, 1), by block with units that decide it."""
     kept: dict[str, list[Tensor]] = field(default_factory=dict)
     """Rows by stream, after each block for which the stream keeps them."""
     inserted: tuple[int, ...] = ()
@@ -179,7 +181,8 @@ class RunningHost(ModelHost):
             taken: Blocks whose outputs to return.
             depth: Number of blocks to run, on a pyramid up to the end of a stage; None for all.
             instead: Leave out the tokens, streams and queries of the route; its other units act.
-            **arguments: Further arguments of every block.
+            **arguments: Further arguments of every block; ``whole=True`` lets all tokens pass through all MLPs,
+                whatever units decide.
 
         Returns:
             The result; give it to `features` for the output of `forward_features`.
@@ -285,19 +288,22 @@ class RunningHost(ModelHost):
             if rows is not None:
                 beside[stream.name] = rows.to(bundle.tokens.dtype)
         rules = {stream.name: stream.rule(index) for stream in streams}
-        carries = isinstance(block, BlockHost) and block.acting.carries
-        if beside and not isinstance(block, BlockHost):
+        hosted, whole = isinstance(block, BlockHost), arguments.pop("whole", False)
+        carries = hosted and (block.acting.carries or any(unit.skips for unit in block.acting.parallel))
+        if beside and not hosted:
             raise ConfigError(
                 f"Streams beside the tokens ({', '.join(beside)}) were given to a run, but the blocks of this model "
                 "carry none. Attach a method that makes streams."
             )
         if beside or carries:
-            arguments["beside"] = Streams(bundle.tokens, beside, rules)
+            arguments["beside"] = Streams(bundle.tokens, beside, rules, whole)
         if self.checkpoints():
             out = self.recomputed(block, bundle.tokens, **arguments)
         else:
             out = block(bundle.tokens, **arguments)
         result.streams = out if isinstance(out, Streams) else Streams(out)
+        if result.streams.passed is not None:
+            result.passed[index] = result.streams.passed
         for stream in streams:
             if stream.keeps(index) and stream.name in result.streams.beside:
                 result.kept.setdefault(stream.name, []).append(result.streams.beside[stream.name])

@@ -26,6 +26,10 @@ class Streams(NamedTuple):
     """Further streams by name."""
     rules: Mapping[str, StreamRule] = _NONE
     """How the block's attention treats each stream, including those that start inside the block."""
+    whole: bool = False
+    """Whether all tokens pass through the block's MLP, whatever its units decide."""
+    passed: Tensor | None = None
+    """What the units of the block decided of each patch token, see `ParallelUnit.passes`."""
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Streams:
         """Apply a function that acts on each row independently, such as a norm, a layer scale or an MLP.
@@ -33,7 +37,7 @@ class Streams(NamedTuple):
         Args:
             change: The function.
         """
-        tokens, beside, rules = self
+        tokens, beside, rules = self.tokens, self.beside, self.rules
         return Streams(change(tokens), {name: change(x) for name, x in beside.items()} if beside else _NONE, rules)
 
     def plus(self, added: Streams, *terms: Streams) -> Streams:

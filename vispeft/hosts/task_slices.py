@@ -137,6 +137,10 @@ class _SlicedParallel(ParallelUnit):
         super().__init__()
         self.units, first = tuple(units), units[0]
         self.place, self.reads, self.drops, self.needs_grid = first.place, first.reads, first.drops, first.needs_grid
+        self.skips = first.skips
+
+    def passes(self, x: Tensor, prefix: int) -> Tensor:
+        return _by_part(self.units, lambda unit, part: unit.passes(part, prefix), x)
 
     def branch(self, x: Tensor, grid: tuple[int, int] | None, prefix: int) -> Tensor:
         def term(unit: ParallelUnit, part: Tensor) -> Tensor:

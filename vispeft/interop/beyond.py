@@ -1,7 +1,8 @@
 """Tensor names of public codes of 2024 and 2025.
 
 Adapter+ (visinf/adapter_plus at 191c4ab), Mona (Leiyi-Hu/mona at 5deeac9), MLAE (jie040109/MLAE at 7452aa4), Rein
-(w1oves/Rein at 7da85bc), conformer adapters (umbertocappellazzo/PETL_AST at 1fe23af).
+(w1oves/Rein at 7da85bc), conformer adapters (umbertocappellazzo/PETL_AST at 1fe23af), DyT
+(NUS-HPC-AI-Lab/Dynamic-Tuning at d1744f0).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from vispeft.interop.blocks import ending_in, hyper_of, layer_names, placed
 from vispeft.interop.official import Source, register_source
 from vispeft.methods.adapter_plus import AdapterPlus
 from vispeft.methods.conformer_adapter import ConformerAdapter
+from vispeft.methods.dyt import DyT
 from vispeft.methods.mlae import MLAE
 from vispeft.methods.mona import KERNELS, Mona
 from vispeft.methods.rein import Rein
@@ -86,6 +88,16 @@ def _named_by_layer(plan: Plan, tensors: Mapping[str, str]) -> dict[str, str]:
     return {f"{item.key}.{name}": f"{item.site.path}.{tensors[name]}" for item in plan for name in item.shapes()}
 
 
+def _dyt(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], view: View) -> Method:
+    hyper = hyper_of(metadata.get("config", metadata), "dyt", "scale")
+    return DyT(
+        bottleneck=ending_in(tensors, "down_proj.weight").shape[0],
+        scale=hyper["scale"],
+        dropout=hyper.get("dropout", 0.1),
+    )
+
+
+_DYT = layer_names(down="adaptmlp.down_proj", up="adaptmlp.up_proj", gate="mlp_token_select.mlp_head")
 _MLAE = {"A": "lora_A", "B": "lora_B", "coefficients": "lora_lamda"}
 
 
@@ -152,6 +164,7 @@ def _conformer_names(plan: Plan) -> dict[str, str]:
 register_source(Source("adapter_plus", _adapter_plus, placed(lambda _, unit: unit, _PLUS)))
 register_source(Source("mona", _mona, placed(lambda _, unit: _mona_place(unit), MONA)))
 register_source(Source("mlae", _mlae, lambda plan: _named_by_layer(plan, _MLAE)))
+register_source(Source("dyt", _dyt, lambda plan: _named_by_layer(plan, _DYT)))
 register_source(Source("rein", _rein, _rein_names))
 register_source(
     Source(

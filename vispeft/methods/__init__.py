@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vispeft.methods.conformer_adapter import ConformerAdapter as ConformerAdapter
     from vispeft.methods.convpass import Convpass as Convpass
     from vispeft.methods.ditask import DiTASK as DiTASK
+    from vispeft.methods.dyt import DyT as DyT
     from vispeft.methods.fact import FacT as FacT
     from vispeft.methods.full import Full as Full
     from vispeft.methods.hydra import Hydra as Hydra
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from vispeft.methods.sparse import Sparse as Sparse
     from vispeft.methods.ssf import SSF as SSF
     from vispeft.methods.svfit import SVFit as SVFit
+    from vispeft.methods.triadapt import TriAdapt as TriAdapt
     from vispeft.methods.vpt import VPT as VPT
     from vispeft.methods.vpt_window import VPTWindow as VPTWindow
     from vispeft.methods.vptsp import VPTSP as VPTSP

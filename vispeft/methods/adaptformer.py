@@ -53,15 +53,23 @@ class AdaptFormer(FewBits, DropPath, Method):
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
         """Put one bottleneck parallel to the MLP of each block."""
         for site in view.blocks_of(self.sites(view)):
-            shape = Bottleneck(
-                width=site.out_features,
-                middle=self.bottleneck,
-                scale=self.scale,
-                bias=self.bias,
-                dropout=self.dropout,
-                bits=self.bits,
-            )
+            shape = self.shape(site.out_features)
             yield PlanItem(site, "adaptformer", partial(ParallelBottleneck, shape, "mlp", "stream"))
+
+    def shape(self, width: int) -> Bottleneck:
+        """Return the configuration of a bottleneck.
+
+        Args:
+            width: Channels of the stream.
+        """
+        return Bottleneck(
+            width=width,
+            middle=self.bottleneck,
+            scale=self.scale,
+            bias=self.bias,
+            dropout=self.dropout,
+            bits=self.bits,
+        )
 
     def parameter_count(self, view: View) -> int:
         """Count ``2 h D + h + D`` per block (``2 h D`` without biases)."""
