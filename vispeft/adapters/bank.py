@@ -22,6 +22,7 @@ from vispeft.adapters.merge import Merged, MergeReport, merge_model, undo_merge
 from vispeft.adapters.placing import build_units, place_units
 from vispeft.adapters.routes import check_rows, make_route, make_shared_route
 from vispeft.adapters.task_bank import TaskBank
+from vispeft.adapters.token_merging import MergingBank, check_merging
 from vispeft.core.families import family_of, unwrap
 from vispeft.core.fields import check_task_names
 from vispeft.core.method import Method, is_registered
@@ -42,7 +43,7 @@ _users: WeakKeyDictionary[AdapterBank, int] = WeakKeyDictionary()
 """Number of calls that are adding an adapter to a bank."""
 
 
-class AdapterBank(FileBank, TaskBank, HookBank, CompilingBank):
+class AdapterBank(FileBank, TaskBank, HookBank, CompilingBank, MergingBank):
     """All adapters of one model.
 
     Get one from `attach` or `load`. The model stays a timm model in use; the bank is only needed to manage the
@@ -394,6 +395,8 @@ class AdapterBank(FileBank, TaskBank, HookBank, CompilingBank):
         """
         if (names, task) not in self._routes:
             slot = cast(Host, self._model).slot
+            if self._routing.merging is not None:
+                check_merging({name: self._entries[name] for name in names if name in self._entries})
             self._routes[names, task] = make_route(self._entries, self._heads, slot, names, task)
         return self._routes[names, task]
 

@@ -16,6 +16,7 @@ from vispeft.adapters.merge import MergeReport
 from vispeft.cli.common import console, make_parser, versions
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run, write_json
+from vispeft.cli.token_merging import without_token_merging
 from vispeft.errors import ConfigError, ExportError, counted
 from vispeft.interop.export import INPUT, TOLERANCE, Difference, check, check_onnx, export_onnx, export_program
 from vispeft.interop.staging import check_free, staged
@@ -135,6 +136,7 @@ def main(argv: Sequence[str]) -> None:
     if given.format == "onnx":
         check_onnx()
     task, _ = load_task(run)
+    without_token_merging(task, "exported")
     if given.task is not None:
         task.choose(given.task)
     # Padding inside the model, which a program for PyTorch does not keep.

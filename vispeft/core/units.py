@@ -509,6 +509,8 @@ class ParallelUnit(Unit):
     """Whether stochastic depth applies to it, drawn independently of the branch."""
     needs_grid: bool = False
     """Whether it treats the tokens as an image."""
+    needs_order: bool = False
+    """Whether it reads tokens by their order in the sequence."""
 
     def branch(self, x: Tensor, grid: tuple[int, int] | None, prefix: int) -> Tensor:
         """Compute the term.

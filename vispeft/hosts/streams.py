@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from vispeft.core.streams import StreamRule
+from vispeft.hosts.token_merging import Merged
 
 __all__ = ["Streams", "split"]
 
@@ -26,6 +27,8 @@ class Streams(NamedTuple):
     """Further streams by name."""
     rules: Mapping[str, StreamRule] = _NONE
     """How the block's attention treats each stream, including those that start inside the block."""
+    merged: Merged | None = None
+    """At the input and the output of a block: which patches its tokens were merged from."""
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Streams:
         """Apply a function that acts on each row independently, such as a norm, a layer scale or an MLP.
@@ -33,7 +36,7 @@ class Streams(NamedTuple):
         Args:
             change: The function.
         """
-        tokens, beside, rules = self
+        tokens, beside, rules, _ = self
         return Streams(change(tokens), {name: change(x) for name, x in beside.items()} if beside else _NONE, rules)
 
     def plus(self, added: Streams, *terms: Streams) -> Streams:
