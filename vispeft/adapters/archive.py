@@ -17,7 +17,8 @@ from vispeft.adapters.heads import LowBitHead, own_head
 from vispeft.adapters.holder import BankState
 from vispeft.core.arguments import check_arguments
 from vispeft.core.method import Method
-from vispeft.core.units import Unit, other_shapes, resize_units
+from vispeft.core.unit_shapes import other_shapes, resize_units
+from vispeft.core.units import Unit
 from vispeft.errors import BaseMismatchError, ConfigError, FileError, UnknownNameError
 from vispeft.storage.codecs import RAW, decode_tensors, find_codec
 from vispeft.storage.files import DECODER, HEAD, check_tensors, check_values, read_encoded, write_adapter

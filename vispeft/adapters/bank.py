@@ -24,6 +24,7 @@ from vispeft.adapters.routes import make_route, make_shared_route
 from vispeft.adapters.row_routes import RowRoutes, check_rows
 from vispeft.adapters.stacking import StackBank
 from vispeft.adapters.task_bank import TaskBank
+from vispeft.adapters.token_merging import MergingBank, check_merging
 from vispeft.core.families import family_of, unwrap
 from vispeft.core.fields import check_task_names
 from vispeft.core.method import Method, is_registered
@@ -44,7 +45,7 @@ _users: WeakKeyDictionary[AdapterBank, int] = WeakKeyDictionary()
 """Number of calls that are adding an adapter to a bank."""
 
 
-class AdapterBank(PortBank, StackBank, TaskBank, HookBank, CompilingBank):
+class AdapterBank(PortBank, StackBank, TaskBank, HookBank, CompilingBank, MergingBank):
     """All adapters of one model.
 
     Get one from `attach` or `load`. The model stays a timm model in use; the bank is only needed to manage the
@@ -418,6 +419,8 @@ class AdapterBank(PortBank, StackBank, TaskBank, HookBank, CompilingBank):
         if weights:
             return make_route(self._entries, self._heads, slot, names, task, weights)
         if (names, task) not in self._routes:
+            if self._routing.merging is not None:
+                check_merging({name: self._entries[name] for name in names if name in self._entries})
             self._routes[names, task] = make_route(self._entries, self._heads, slot, names, task)
         return self._routes[names, task]
 

@@ -13,7 +13,8 @@ from vispeft.adapters.entry import Entry
 from vispeft.adapters.holder import BankState
 from vispeft.core.method import Method, PlanItem, method_from_dict
 from vispeft.core.plan import make_plan
-from vispeft.core.units import Unit, resize_units
+from vispeft.core.unit_shapes import resize_units
+from vispeft.core.units import Unit
 from vispeft.errors import FileError, VispeftError, brief
 from vispeft.storage.files import HEAD, UnknownTensorError
 from vispeft.storage.fingerprint import absent_parts

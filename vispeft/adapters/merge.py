@@ -18,6 +18,7 @@ from vispeft.hosts.base import Host, HostState, put_back, take_off
 from vispeft.hosts.head import HeadHost
 from vispeft.hosts.layers import ReadLinearHost, ShiftlessNormHost
 from vispeft.hosts.model import ModelHost
+from vispeft.hosts.token_merging import without_merging
 
 __all__ = ["MergeReport", "Merged", "merge_model", "undo_merge"]
 
@@ -82,6 +83,12 @@ def merge_model(model: nn.Module, view: View, partial: bool) -> Merged:
             module.generated.drop()  # changes through ``tensor.data`` do not invalidate it
     probe = probe_images(model, view)
     tensors, stays = plan_merge(model, view, partial)
+    with without_merging(cast(ModelHost, model).routing):  # rounding could change which tokens are merged
+        return _merged(model, probe, tensors, stays)
+
+
+def _merged(model: nn.Module, probe: Tensor, tensors: Plain, stays: dict[str, str]) -> Merged:
+    """Install the plain tensors, and undo that where outputs for noise images differ beyond rounding."""
     before = outputs(model, probe)
     if not all(torch.isfinite(tensor).all() for tensor in before):
         raise MergeError("The adapted model's outputs are not finite, so nothing was merged; check its tensors.")

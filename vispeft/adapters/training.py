@@ -13,12 +13,14 @@ from vispeft.adapters.holder import BankState
 from vispeft.adapters.memory import left_alone, place_memory
 from vispeft.adapters.report import Report
 from vispeft.adapters.task_maps import TaskMaps
+from vispeft.adapters.token_merging import place_merging
 from vispeft.adapters.verify import Probe, find_dead
 from vispeft.core.origin import MEMORY, Memory
 from vispeft.core.route import Route
 from vispeft.errors import UnknownNameError, counted
 from vispeft.hosts.base import Host, take_off
 from vispeft.hosts.model import HEADS, ModelHost
+from vispeft.hosts.token_merging import without_merging
 
 __all__ = ["TrainingBank"]
 
@@ -60,11 +62,13 @@ class TrainingBank(BankState):
             )
 
     def _place_memory(self) -> None:
-        """Make the hosts that the choice of memory needs, and take off those it does not need any more."""
-        before, self._lean = self._lean, place_memory(self._model, self.view, self._routing, self._entries.values())
+        """Make the hosts that memory and token merging need, and take off those they do not need any more."""
+        found = place_memory(self._model, self.view, self._routing, self._entries.values())
+        merging = place_merging(self._model, self.view, self._routing) if self._entries else []
+        before, self._lean = self._lean, [*found, *merging]
         kept = {id(host) for host in self._lean}
         for host in before:
-            if id(host) not in kept and isinstance(host, Host) and not host.adapters:
+            if id(host) not in kept and isinstance(host, Host) and not (host.adapters or host.carried):
                 take_off(host)
 
     def freeze(self, name: str) -> None:
@@ -220,7 +224,8 @@ class TrainingBank(BankState):
         Raises:
             VerificationError: If a tensor gets no gradient; the message names the sites.
         """
-        with self.changing("verify its adapters"):  # other threads would see the perturbed units
+        # Other threads would see the perturbed units; and two precisions could merge other tokens.
+        with self.changing("verify its adapters"), without_merging(self._routing):
             self.check_ready("verify its adapters")
             for name in [n for n in self._entries if n not in self.frozen] if names is None else names:
                 entry = self._entries[name]

@@ -174,6 +174,7 @@ def _block_sites(block: Any, path: str, spot: Spot) -> Iterator[Site]:
 class VitHost(PlainModelHost):
     """An adapted `VisionTransformer`."""
 
+    merges_tokens = True
     _pos_embed: Callable[[Tensor], Tensor]
     patch_drop: nn.Module
 

@@ -23,9 +23,11 @@ from vispeft.cli.evaluation import evaluation_trainer
 from vispeft.cli.trainer_settings import TrainerSettings
 from vispeft.core.method import Method
 from vispeft.core.origin import Memory
+from vispeft.core.token_merging import TokenMerging
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.checkpoints import Cadence
 from vispeft.tasks.supervised import check_target
+from vispeft.tasks.token_merging import merge_tokens
 
 __all__ = ["ConfigCLI", "build_data", "build_task"]
 
@@ -107,6 +109,7 @@ class ConfigCLI(LightningCLI):
         parser.add_argument("--memory", type=Memory, default="lean", help=told)
         told = "what torch.compile compiles: each block in place, the model as a whole, or nothing"
         parser.add_argument("--compile", type=Compile, default="off", help=told)
+        parser.add_class_arguments(TokenMerging, "token_merging")
 
     def _sized_by(self, data: Any, name: str) -> Any:
         """Return an argument of the task that the data decide, after checking that both are of the same kind.
@@ -127,6 +130,15 @@ class ConfigCLI(LightningCLI):
         """Store the trainer's settings and create one that only evaluates."""
         self.trainer_settings = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         return evaluation_trainer(**self.trainer_settings)
+
+    def prepare_model(self) -> None:
+        """Let the model keep as much for the backward pass, and merge as many tokens, as the config says.
+
+        Raises:
+            VispeftError: If the task, the backbone or the adapter cannot merge tokens.
+        """
+        self.model.bank.memory = self.config["memory"]
+        merge_tokens(self.model, self.config_init["token_merging"])
 
     def resolved(self) -> str:
         """Return the whole config as YAML with defaults, which reads back unchanged."""

@@ -30,6 +30,7 @@ from vispeft.building.methods import method_node
 from vispeft.cli.trainer_settings import TrainerSettings
 from vispeft.core.method import Method
 from vispeft.core.origin import Memory
+from vispeft.core.token_merging import TokenMerging
 from vispeft.errors import ConfigError, UnknownNameError
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.checkpoints import Cadence
@@ -37,14 +38,17 @@ from vispeft.tasks.migration import MOVED, without_moved
 
 __all__ = ["Override", "as_list", "check_config", "check_override", "check_tree", "parse_override", "split_overrides"]
 
-TOP_KEYS = ("seed_everything", "init", "trainer", "model", "data", "checkpoints", "cache_features", "memory", "compile")
+TOP_KEYS = (
+    *("seed_everything", "init", "trainer", "model", "data", "checkpoints", "cache_features", "memory", "compile"),
+    "token_merging",
+)
 CHOSEN: dict[str, Any] = {"memory": Memory, "compile": Compile}
 """Keys of the top level that take one of several choices."""
 LINKED = {"model.num_classes": "the data", "model.targets": "the data", "data.seed": "seed_everything"}
 """Arguments determined by another part of the config, with that part."""
 BASES: dict[str, tuple[type, str]] = {"model": (AdapterTask, "task"), "data": (LightningDataModule, "data module")}
 """Base class and noun for messages, per section that names a class."""
-SETTINGS: dict[str, type] = {"trainer": TrainerSettings, "checkpoints": Cadence}
+SETTINGS: dict[str, type] = {"trainer": TrainerSettings, "checkpoints": Cadence, "token_merging": TokenMerging}
 """Class that accepts the settings, per section with settings."""
 
 Override = tuple[str, str | None]

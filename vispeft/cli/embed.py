@@ -18,6 +18,8 @@ from vispeft.cli.common import console, make_parser
 from vispeft.cli.evaluate import header_of, load_run, load_task
 from vispeft.cli.reading import add_reading, check_names, end_with, goes_on, workers_of
 from vispeft.cli.runs import Run
+from vispeft.cli.token_merging import add_token_merging, merge_as_asked
+from vispeft.core.token_merging import TokenMerging
 from vispeft.data.images import Reading
 from vispeft.data.listed import ListedData
 from vispeft.data.preprocessing import Preprocessing
@@ -60,6 +62,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="type of stored embeddings")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time; default 64")
     add_reading(parser)
+    add_token_merging(parser)
     given = vars(parser.parse_args(list(argv)))
     images, split, kind = given.pop("images"), given.pop("split"), given.pop("index")
     index, left_out = _embedded(given.pop("run"), images, given.pop("out"), split=split, kind=kind, **given)
@@ -80,6 +83,7 @@ def embed(
     max_pixels: int | None = None,
     workers: int | None = None,
     strict: bool = True,
+    token_merging: str | None = None,
 ) -> Index:
     """Embed images with a finished run, and make an index of them.
 
@@ -94,6 +98,7 @@ def embed(
         max_pixels: Largest number of pixels of an image; None for that of the training.
         workers: Processes that read images; 0 reads in this one; None takes the number of the run's data.
         strict: Whether the first image that cannot be read is an error; else such images are left out and logged.
+        token_merging: Tokens that each block merges away, such as ``8``; ``off``; None for the run's own setting.
 
     Raises:
         ConfigError: If settings cannot work, or the directory holds something else.
@@ -101,7 +106,8 @@ def embed(
         FileError: If the run cannot be read, or files cannot be written.
     """
     settings: dict[str, Any] = {"split": split, "kind": kind, "dtype": dtype, "batch_size": batch_size}
-    index, left_out = _embedded(run, images, out, **settings, max_pixels=max_pixels, workers=workers, strict=strict)
+    settings |= {"max_pixels": max_pixels, "workers": workers, "strict": strict, "token_merging": token_merging}
+    index, left_out = _embedded(run, images, out, **settings)
     for entry in left_out:
         logger.warning("%s It is not in the index.", printable(entry.reason))
     return index
@@ -116,6 +122,7 @@ def _embedded(
     max_pixels: int | None,
     workers: int | None,
     strict: bool,
+    token_merging: str | None,
     **settings: Any,
 ) -> Built:
     """Make an index; see `embed`. The settings are those of the builder."""
@@ -130,7 +137,7 @@ def _embedded(
         found = collect_split(data, str(split))
     else:
         found = collect(images)
-    embedder = Embedder(opened, max_pixels, workers, strict)
+    embedder = Embedder(opened, max_pixels, workers, strict, token_merging)
     place = os.path.realpath(opened.path)
     builder = Builder(place=Path(out), model=embedder.model, run=place, collection=found, **settings)
     check_names(found.paths, "embedded")
@@ -143,7 +150,12 @@ class Embedder:
     """Computes embeddings of images with a finished run."""
 
     def __init__(
-        self, run: Run, max_pixels: int | None = None, workers: int | None = None, strict: bool = True
+        self,
+        run: Run,
+        max_pixels: int | None = None,
+        workers: int | None = None,
+        strict: bool = True,
+        token_merging: str | TokenMerging | None = None,
     ) -> None:
         """Load the run.
 
@@ -152,12 +164,15 @@ class Embedder:
             max_pixels: Largest number of pixels of an image; None for that of the training.
             workers: Processes that read images; None for the number of the run's data.
             strict: Whether the first image that cannot be read is an error.
+            token_merging: Settings, or tokens that each block merges away (``8``), or ``off``; None for the run's
+                own.
 
         Raises:
             BaseMismatchError: If the backbone differs from the adapted one.
             FileError: If the run cannot be read.
         """
         self._task, self._trainer = load_task(run)
+        merging = merge_as_asked(self._task, token_merging)
         notes = self._task.bank.notes()
         preprocessing = Preprocessing.from_dict(notes["preprocessing"])
         reading = Reading.from_notes(notes)
@@ -166,6 +181,7 @@ class Embedder:
             preprocessing=preprocessing.to_dict(),
             reading={key: value for key, value in reading.notes().items() if key != "max_pixels"},
             similarity=similarity_of(self._task).to_dict(),
+            token_merging=merging[0] if merging else {},
         )
         if max_pixels is not None:
             reading = replace(reading, max_pixels=max_pixels)

@@ -23,14 +23,17 @@ from vispeft.cli.evaluation import (
 )
 from vispeft.cli.reading import add_workers, end_with
 from vispeft.cli.runs import Run
+from vispeft.cli.token_merging import add_token_merging, merge_as_asked
 from vispeft.cli.zoo_places import check_named
 from vispeft.cli.zoo_trust import try_loading
+from vispeft.core.token_merging import TokenMerging
 from vispeft.data.by_name import ClassOrder, names_of
 from vispeft.data.listed import ListedData
 from vispeft.data.masks import MaskCoding
 from vispeft.errors import ConfigError, DataError, FileError
 from vispeft.storage.files import JSON_FILE
 from vispeft.tasks.base import AdapterTask
+from vispeft.tasks.token_merging import merge_tokens
 
 __all__ = ["class_names", "header_of", "load_run", "load_task", "main", "without_baselines"]
 
@@ -41,6 +44,10 @@ EXAMPLE = """example:
 Keys under data and trainer can be overridden; the model is the one that was trained. Images that cannot be read are
 left out of the figures and listed at the end, and the exit status is 1; --strict stops instead. --data.check=fast looks
 at the headers of files alone before each image is read, where images are not known from the training."""
+
+
+KEPT = ("model", "seed_everything", "trainer", "token_merging")
+"""Sections of a run's config that say what its model is."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -56,10 +63,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("run", metavar="RUN", help="run directory; it comes first")
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="default test")
     add_workers(parser)
+    add_token_merging(parser)
     given, overrides = parser.parse_known_args(list(argv))
     run = Run.open(given.run)
     workers = [] if given.workers is None else [f"--data.num_workers={given.workers}"]
     cli = load_run(run, [*overrides, *workers])
+    merge_as_asked(cli.model, given.token_merging)
     cli.model.recall(given.run, run.metrics)
     data = cli.datamodule
     left_out = data.leave_out_unreadable(given.split) if isinstance(data, ListedData) and not given.strict else []
@@ -99,6 +108,7 @@ def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:
         _start_no_workers(tree)
     cli = RunCLI(run, overrides, tree)
     cli.model.load_adapter(run.adapter)
+    merge_tokens(cli.model, cli.config_init["token_merging"])
     cli.model.eval()
     return cli
 
@@ -284,7 +294,7 @@ def load_task(run: Run) -> tuple[AdapterTask, Trainer]:
     tree = without_baselines(read_config(run.config))
     tree["trainer"] = _trainer_settings(run, tree)
     # The data need not be known: those of a run may be of a class of the user's own.
-    tree = {key: value for key, value in tree.items() if key in ("model", "seed_everything", "trainer")}
+    tree = {key: value for key, value in tree.items() if key in KEPT}
     check_tree(tree, str(run.config))
     if "model" not in tree:
         raise ConfigError(f"{run.config} has no section model, which says which task was trained.")
@@ -294,5 +304,6 @@ def load_task(run: Run) -> tuple[AdapterTask, Trainer]:
     seed_everything(tree.get("seed_everything", 0), verbose=False)
     task = build_task(tree["model"], lambda cls: cls.sized_by_file(header), str(run.config))
     task.load_adapter(run.adapter)
+    merge_tokens(task, TokenMerging(**tree.get("token_merging", {})))
     with parser_errors(str(run.config)):
         return task.eval(), evaluation_trainer(**tree["trainer"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ from vispeft.adapters.merge import MergeReport
 from vispeft.cli.common import console, make_parser, versions
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.export_delta import export_delta
+from vispeft.cli.export_inputs import Room, add_inputs, export_runs
 from vispeft.cli.runs import Run, write_json
+from vispeft.cli.token_merging import without_token_merging
 from vispeft.errors import ConfigError, ExportError, counted
 from vispeft.interop.export import INPUT, TOLERANCE, Difference, check, check_onnx, export_onnx, export_program
 from vispeft.interop.staging import check_free, staged
@@ -32,6 +35,8 @@ EXAMPLE = """examples:
   vispeft export runs/digits_ssf/1 --out digits.onnx --batch 8
   vispeft export runs/earth_mtlora/1 --out relief.onnx --task relief
   vispeft export runs/digits_svfit/1 --format delta --out digits.delta.safetensors
+  vispeft export runs/a/1 runs/b/1 --adapters as-inputs --rank 8 --classes 20 --out backbone.onnx
+  vispeft export runs/c/1 --adapters as-inputs --into backbone.onnx --out c.safetensors
 
 Merges the adapter where its method allows, writes the model, runs the file and compares it with the run. The input is a
 batch of normalised images (B, 3, H, W) in float32, the output are the scores; a run of several tasks has an output for
@@ -121,7 +126,16 @@ def main(argv: Sequence[str]) -> None:
         argv: Arguments without the program's name.
     """
     parser = make_parser("export", "Write a finished run for deployment, and check the file.", EXAMPLE)
-    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument("run", metavar="RUN", nargs="+", help="run directory; several with --adapters as-inputs")
+    parser.add_argument(
+        "--adapters",
+        choices=("merged", "as-inputs"),
+        default="merged",
+        help="merged (default), or inputs of an ONNX file",
+    )
+    parser.add_argument("--rank", type=int, metavar="R", help="as-inputs: room for terms of this rank")
+    parser.add_argument("--classes", type=int, metavar="C", help="as-inputs: room for this many classes")
+    parser.add_argument("--into", metavar="FILE", help="as-inputs: write inputs alone, for this exported backbone")
     parser.add_argument(
         "--format", choices=tuple(ENDINGS), default="onnx", help="onnx (default), torch.export or delta"
     )
@@ -132,6 +146,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--any_size", action="store_true", help="take images of any size (ViT made with flexible_size)")
     given = parser.parse_args(list(argv))
     out = Path(given.out)
+    if given.adapters == "as-inputs":
+        _export_as_inputs(given, out)
+        return
+    _check_merged(given)
     if out.suffix != ENDINGS[given.format]:
         raise ConfigError(f"--out is {str(out)!r}; with --format {given.format} it ends in {ENDINGS[given.format]}.")
     for option, value in (("batch", given.batch), ("size", min(given.size or [1]))):
@@ -140,11 +158,12 @@ def main(argv: Sequence[str]) -> None:
     images = [f"--{name}" for name in ("batch", "size", "any_size") if getattr(given, name)]
     if given.format == "delta" and images:
         raise ConfigError(f"{images[0]} was given; a difference of weights is the same for all images. Leave it out.")
-    run = Run.open(given.run)
+    run = Run.open(given.run[0])
     check_free(out, *_beside(out))
     if given.format == "onnx":
         check_onnx()
     task, _ = load_task(run)
+    without_token_merging(task, "exported")
     if given.task is not None:
         task.choose(given.task)
     if given.format == "delta":
@@ -157,6 +176,45 @@ def main(argv: Sequence[str]) -> None:
     height, width = given.size or task.bank.notes()["preprocessing"]["input_size"][-2:]
     exported = export_run(task, out, InputSize(height=height, width=width, batch=given.batch, step=step))
     console.print(exported.table())
+
+
+def _check_merged(given: Namespace) -> None:
+    """Refuse arguments that belong to adapters as inputs."""
+    if len(given.run) > 1:
+        raise ConfigError(
+            f"{len(given.run)} runs were given, and a file holds one. Add --adapters as-inputs for several."
+        )
+    for option in ("rank", "classes", "into"):
+        if getattr(given, option) is not None:
+            raise ConfigError(
+                f"--{option} was given, which belongs to --adapters as-inputs. Add that, or leave it out."
+            )
+
+
+def _export_as_inputs(given: Namespace, out: Path) -> None:
+    """Export a backbone that takes adapters as inputs, or the inputs of further adapters."""
+    for option in ("batch", "size", "task"):
+        if getattr(given, option) is not None:
+            raise ConfigError(
+                f"--{option} was given with --adapters as-inputs, which takes no such choice. Leave it out."
+            )
+    if given.format != "onnx" or given.any_size:
+        raise ConfigError("--adapters as-inputs writes ONNX files for one size of images. Leave the other options out.")
+    for option in ("rank", "classes"):
+        if (getattr(given, option) or 1) < 1 or getattr(given, option) == 0:
+            raise ConfigError(f"--{option} is {getattr(given, option)}; at least 1 is needed.")
+    ending = ENDINGS["onnx"] if given.into is None else ".safetensors"
+    if out.suffix != ending:
+        raise ConfigError(f"--out is {str(out)!r}; {'with --into' if given.into else 'here'} it ends in {ending}.")
+    runs = [Run.open(place) for place in given.run]
+    if given.into is None:
+        files = export_runs(runs, out, Room(given.rank, given.classes))
+    elif given.rank is None and given.classes is None:
+        files = add_inputs(runs, Path(given.into), out)
+    else:
+        raise ConfigError("--rank and --classes are those of the exported backbone with --into. Leave them out.")
+    for path in files:
+        console.print(str(path), soft_wrap=True)
 
 
 def export_run(task: AdapterTask, out: Path, size: InputSize) -> Exported:

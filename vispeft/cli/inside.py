@@ -14,6 +14,7 @@ from torch import Tensor
 from vispeft.cli.config import ConfigCLI
 from vispeft.cli.evaluate import load_run, load_task
 from vispeft.cli.runs import Run, names_run
+from vispeft.cli.token_merging import without_token_merging
 from vispeft.core.modes import evaluating
 from vispeft.data.base import ImageData
 from vispeft.data.images import Reading, find_images, read_image
@@ -98,10 +99,12 @@ def _check_empty(out: Path) -> None:
 def _of_run(run: Run, images: str | None, overrides: Sequence[str]) -> tuple[AdapterTask, Seen]:
     if images is None:
         cli = load_run(run, overrides)
+        without_token_merging(cli.model, "drawn")
         return cli.model, _of_data(cli.model, cli.datamodule)
     if overrides:
         raise ConfigError(f"{' '.join(overrides)} was given with --images, which replaces the data. Leave it out.")
     task, _ = load_task(run)
+    without_token_merging(task, "drawn")
     return task, _of_files(task, images, None)
 
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": "try adapters in a browser, on images of your own",
     "doctor": "check data before training, on one page",
     "embed": "embed images with a finished run, and make an index of them",
+    "encode-classes": "write class embeddings by a CLIP, for classifying without training",
     "evaluate": "measure a finished run again, from its files",
     "export": "write a finished run as ONNX, as a torch.export program or as a difference of weights",
     "import-official": "turn an authors' published checkpoint into an adapter directory",

@@ -96,7 +96,8 @@ def estimate_memory(place: str, overrides: Sequence[str] = ()) -> MemoryEstimate
     """Estimate the peak memory of a training step of a config, by two steps with few images on the CPU.
 
     Weights in memory change; nothing is written. Activations follow from the method, the image size, the precision, and
-    ``memory`` of the config, since they are counted and not computed from formulas. Compiled graphs keep other ones.
+    ``memory`` and ``token_merging`` of the config, since they are counted and not computed from formulas. Compiled
+    graphs keep other ones.
 
     Args:
         place: A config, or the name of a packaged one.
@@ -114,7 +115,7 @@ def estimate_memory(place: str, overrides: Sequence[str] = ()) -> MemoryEstimate
         data.fit_to(task.preprocessing)
     data.setup("fit")
     task.check_data(data)
-    task.bank.memory = cli.config["memory"]
+    cli.prepare_model()
     batch = next(iter(data.train_dataloader()))
     few, more = (FEW, MORE) if images_of(batch) >= MORE else (1, 2)
     if images_of(batch) < more:

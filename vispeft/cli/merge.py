@@ -18,6 +18,7 @@ from vispeft.backbones.request import resolve
 from vispeft.cli.common import console, make_parser, versions
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run, write_json
+from vispeft.cli.token_merging import without_token_merging
 from vispeft.errors import ConfigError, MergeError
 from vispeft.interop.staging import check_free, staged
 from vispeft.storage.files import DECODER, JSON_FILE
@@ -82,6 +83,7 @@ def merge_run(run: Run, out: Path, output: str | None = None) -> dict[str, Any]:
     described = out.with_suffix(".json")
     check_free(out, described, *(out.with_suffix(f".{kind}.safetensors") for kind in BESIDE))
     task, _ = load_task(run)
+    without_token_merging(task, "merged")
     if output is not None:
         task.choose(output)
     if (reason := task.mergeable()) is not None:

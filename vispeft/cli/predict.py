@@ -13,6 +13,7 @@ from vispeft.cli.evaluate import header_of, load_task
 from vispeft.cli.prediction_table import Table, Work, listing_digest
 from vispeft.cli.reading import add_reading, check_names, end_with, goes_on, workers_of
 from vispeft.cli.runs import Run
+from vispeft.cli.token_merging import add_token_merging, merge_as_asked
 from vispeft.data.images import PLAIN, Reading, find_images
 from vispeft.errors import check_count
 from vispeft.retrieval.collection import file_digest
@@ -51,11 +52,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for the table and the pictures")
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time; default 64; for masks one")
     add_reading(parser)
+    add_token_merging(parser)
     given = parser.parse_args(list(argv))
     check_count("--batch_size", given.batch_size)
     run = Run.open(given.run)
     paths = find_images(given.images)
     task, trainer = load_task(run)
+    merging = merge_as_asked(task, given.token_merging)
     reading = Reading.from_notes(task.bank.notes())
     if given.max_pixels is not None:
         reading = replace(reading, max_pixels=given.max_pixels)
@@ -64,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
     workers = workers_of(run) if given.workers is None else given.workers
     work = Work(task, predictor, trainer, reading, workers=workers, strict=given.strict)
     plan = {
-        "run": [header_of(run).get("digest"), file_digest(run.config)],
+        "run": [header_of(run).get("digest"), file_digest(run.config), *merging],
         "images": listing_digest(paths),
         "reading": [reading.notes(), predictor.columns],
         "batch_size": given.batch_size,

@@ -15,6 +15,7 @@ from vispeft.cli.common import console, make_parser
 from vispeft.cli.embed import Embedder
 from vispeft.cli.reading import check_names
 from vispeft.cli.runs import Run
+from vispeft.core.token_merging import TokenMerging
 from vispeft.data.images import Reading, read_image
 from vispeft.errors import ConfigError, FileError, check_count, counted
 from vispeft.retrieval import Collection, Found, Index, collect, neighbours_of, picture_name, search_table
@@ -111,7 +112,8 @@ def search(
     except FileError as error:
         hint = " Say where the run is now by --run." if run is None else ""
         raise FileError(f"{opened.place} was made by {opened.run}. {error}{hint}") from error
-    embedder = Embedder(source, max_pixels, workers=0)  # queries are few, and processes take time to start
+    # Queries are few, and processes take time to start.
+    embedder = Embedder(source, max_pixels, workers=0, token_merging=_merging_of(opened))
     other = embedder.model.differences(opened.model)
     if other:
         raise FileError(
@@ -119,6 +121,16 @@ def search(
             "Scores of embeddings of two models mean nothing. Embed the images again."
         )
     return neighbours_of(opened, joined, embedder.all(joined, batch_size), count, exact)
+
+
+def _merging_of(opened: Index) -> TokenMerging:
+    """Return the token merging with which an index was made."""
+    try:
+        return TokenMerging(**opened.model.token_merging)
+    except TypeError as error:
+        raise FileError(
+            f"{opened.place} has settings of token merging that this version does not know: {error}."
+        ) from error
 
 
 def _check_empty(out: Path) -> None:

@@ -101,6 +101,7 @@ def measure_speed(place: str, overrides: Sequence[str] = (), seconds: float | No
         data.fit_to(cli.model.preprocessing)
     data.setup("fit")
     cli.model.check_data(data)
+    cli.prepare_model()
     batch, read = _reading(data, SECONDS if seconds is None else seconds)
     steps, device = _steps(cli, batch)
     workers = getattr(data, "num_workers", 0)

@@ -389,7 +389,7 @@ def _prepare(cli: TrainCLI, shared: Found | None = None) -> None:
     if cli.config["init"] is not None:
         said = start_from(task, cli.config["init"], task.output_names(data))
         console.print(said, soft_wrap=True)
-    task.bank.memory = cli.config["memory"]
+    cli.prepare_model()
     kept = cli.config["cache_features"]
     if kept not in (False, None):
         cache_features(task, data, cli.trainer, None if kept is True else kept)

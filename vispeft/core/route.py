@@ -25,6 +25,7 @@ from vispeft.core.origin import Memory
 from vispeft.core.recovery import Recoveries
 from vispeft.core.rows import Rows, check_batch, in_parts
 from vispeft.core.streams import Stream
+from vispeft.core.token_merging import TokenMerging
 from vispeft.core.units import (
     AffineUnit,
     BranchUnit,
@@ -204,6 +205,8 @@ class Routing:
         self.recoveries = Recoveries()
         self.memory: Memory = "lean"
         """How much the backward pass keeps, see `MEMORY`."""
+        self.merging: TokenMerging | None = None
+        """How many tokens the blocks merge; None for none."""
         self.compiled: Sequence[Any] = ()
         """The hosts inside compiled blocks; each is told what acts at it, so that equal blocks share a graph."""
         self._thread = _Thread()
@@ -211,7 +214,7 @@ class Routing:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle without the routes of threads."""
-        return {"default": self.default, "slots": self.slots, "memory": self.memory}
+        return {"default": self.default, "slots": self.slots, "memory": self.memory, "merging": self.merging}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the default route."""
@@ -219,6 +222,7 @@ class Routing:
         self.traced_index = None
         self.slots = state["slots"]
         self.memory = state.get("memory", "lean")
+        self.merging = state.get("merging")
         self.gate = Gate()
         self.casts = FrozenCasts()
         self.recoveries = Recoveries()

@@ -22,6 +22,7 @@ from vispeft.hosts.base import Host
 from vispeft.hosts.functional import frozen_casts
 from vispeft.hosts.row_attention import Reading, read_rows
 from vispeft.hosts.streams import Streams, split
+from vispeft.hosts.token_merging import MergeStep
 
 __all__ = [
     "AttentionHost",
@@ -59,6 +60,10 @@ class AttentionHost(Host):
             x: (B, N, D).
         """
         raise NotImplementedError
+
+    def token_heads(self, x: Tensor, arguments: dict[str, Any]) -> Heads:
+        """Compute queries, keys and values of the tokens; see `project`."""
+        return self.project(x)
 
     def apply_positions(self, heads: Heads, arguments: dict[str, Any]) -> Heads:
         """Encode positions in the queries and keys of tokens, in families that do so."""
@@ -107,7 +112,7 @@ class AttentionHost(Host):
         x, rows = streams.tokens, streams.beside
         seen = {name: self.project(y) for name, y in rows.items() if streams.rules[name].seen}
         reading = [name for name in rows if streams.rules[name].reads]
-        queries, keys, values = self.apply_positions(self.project(x), arguments)
+        queries, keys, values = self.apply_positions(self.token_heads(x, arguments), arguments)
         bias = self.bias(x, queries, arguments)
         keys, values = self._joined(keys, values, list(seen.values()))
         extra = keys.shape[2] - queries.shape[2]
@@ -116,8 +121,8 @@ class AttentionHost(Host):
         beside = {}
         for name in reading:
             asking = seen[name][0] if name in seen else self.project(rows[name])[0]
-            # Rows of streams have no position.
-            out = self.mix(_spread(asking, keys), keys, values, None)
+            # Rows of streams have no position; sizes of merged tokens are the same for all that read them.
+            out = self.mix(_spread(asking, keys), keys, values, bias if "merging" in arguments else None)
             beside[name] = _averaged(_side_by_side(out), rows[name])
         tokens = _side_by_side(self.mix(queries, keys, values, bias))
         return Streams(tokens, beside, streams.rules)
@@ -145,7 +150,7 @@ class AttentionHost(Host):
     def reads_alone(self, streams: Streams, arguments: dict[str, Any]) -> bool:
         """Return whether `read_streams` is exact and saves memory: streams only read, and the projection is plain."""
         acting = self.acting
-        if acting.prefix or acting.branch or not streams.beside or not self.plain_scores:
+        if acting.prefix or acting.branch or "merging" in arguments or not streams.beside or not self.plain_scores:
             return False
         if any(streams.rules[name] != StreamRule(seen=False, reads=True) for name in streams.beside):
             return False
@@ -205,6 +210,7 @@ class AttentionHost(Host):
 class TokenAttentionHost(AttentionHost):
     """An adapted attention over one sequence of tokens (ViT, Eva)."""
 
+    in_merging = True
     q_norm: Any
     k_norm: Any
     norm: Any
@@ -212,7 +218,7 @@ class TokenAttentionHost(AttentionHost):
 
     def forward(self, x: Tensor, *args: Any, **arguments: Any) -> Tensor:
         """Compute (B, N, D) from (B, N, D)."""
-        if not self.acting.prefix:
+        if not self.acting.prefix and "merging" not in arguments:
             return cast(Tensor, super().forward(x, *args, **arguments))
         return self.attend(Streams(x), *args, **arguments).tokens
 
@@ -236,8 +242,21 @@ class TokenAttentionHost(AttentionHost):
 
     def project(self, x: Tensor) -> Heads:
         """Compute normalised queries, keys and values from (B, N, D)."""
-        queries, keys, values = self.in_heads(x)
+        return self.normed(self.in_heads(x))
+
+    def normed(self, heads: Heads) -> Heads:
+        """Normalise queries and keys."""
+        queries, keys, values = heads
         return self.q_norm(queries), self.k_norm(keys), values
+
+    def token_heads(self, x: Tensor, arguments: dict[str, Any]) -> Heads:
+        """Compute the same for the tokens; keys before their norm are what merging compares."""
+        step: MergeStep | None = arguments.get("merging")
+        if step is None:
+            return self.project(x)
+        heads = self.in_heads(x)
+        step.read(heads[1])
+        return self.normed(heads)
 
     def asked(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Compute normalised queries of rows that only read."""
@@ -248,7 +267,10 @@ class TokenAttentionHost(AttentionHost):
         return split_heads(self.qkv(x), self.num_heads)
 
     def bias(self, x: Tensor, scores_like: Tensor, arguments: dict[str, Any]) -> Tensor | None:
-        """Return the attention mask given by the caller."""
+        """Return the attention mask given by the caller, or the weights of merged tokens."""
+        step: MergeStep | None = arguments.get("merging")
+        if step is not None:
+            return step.bias(scores_like)
         mask, causal = arguments.get("attn_mask"), arguments.get("is_causal", False)
         return resolve_self_attn_mask(x.shape[1], scores_like, mask, causal)
 

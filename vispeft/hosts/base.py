@@ -54,6 +54,8 @@ class Host(nn.Module):
     """What acts here in compiled blocks; a slot's number would be a constant of the graph, which no other block has."""
     attributes: ClassVar[dict[str, Any]] = {"routing": None, "slot": 0, "carried": frozenset()}
     """Plain attributes a host adds to its module, with their start values."""
+    in_merging: ClassVar[bool] = False
+    """Whether hosts of this kind take part where the model merges tokens."""
     whole: ClassVar[tuple[str, ...]] = ()
     """Methods that run a whole forward pass: they read the route once and keep it until they return."""
 
@@ -103,7 +105,11 @@ class Host(nn.Module):
     def acts(self) -> bool:
         """Return whether a unit acts here or a stream passes through."""
         acting = self.acting
-        return acting.carries or any(True for _ in acting.units())
+        return acting.carries or any(True for _ in acting.units()) or self.merges()
+
+    def merges(self) -> bool:
+        """Return whether the host takes part in token merging."""
+        return self.in_merging and self.routing.merging is not None
 
     def plain_tensors(self) -> dict[str, Tensor | None]:
         """Compute the tensors of the equivalent plain module, in double precision, for merging.
@@ -126,6 +132,8 @@ class Host(nn.Module):
             return "no plain model has streams beside its tokens"
         if acting.side:
             return "no plain model has a network beside it"
+        if self.merges():
+            return "no plain model merges tokens"
         return "no plain model inserts tokens" if acting.tokens else None
 
     @classmethod

@@ -10,6 +10,7 @@ from torch import Tensor
 from vispeft.core.units import ParallelUnit
 from vispeft.hosts.base import Host
 from vispeft.hosts.streams import Streams
+from vispeft.hosts.token_merging import MergeStep, Merging
 
 __all__ = ["BlockHost"]
 
@@ -23,6 +24,7 @@ class BlockHost(Host):
     depth. Without parallel units and streams beside the tokens, every call goes to timm's own forward pass.
     """
 
+    in_merging = True
     drop_path1: Any
     drop_path2: Any
 
@@ -50,6 +52,7 @@ class BlockHost(Host):
         grid: tuple[int, int] | None = None,
         prefix: int = 0,
         beside: Streams | None = None,
+        merging: Merging | None = None,
         **arguments: Any,
     ) -> Any:
         """Run the block.
@@ -60,6 +63,7 @@ class BlockHost(Host):
             grid: Height and width of the grid of patch tokens, where a unit treats the tokens as an image.
             prefix: Number of tokens before the patch tokens.
             beside: The streams beside the tokens and the rules of all streams; its ``tokens`` are ignored.
+            merging: The tokens to merge between the branches; only together with `beside`.
             **arguments: The further arguments of timm's block, by name.
 
         Returns:
@@ -67,23 +71,29 @@ class BlockHost(Host):
         """
         acting = self.acting
         units = acting.parallel
-        if not units and not acting.carries and (beside is None or not beside.beside):
+        if merging is None and not units and not acting.carries and (beside is None or not beside.beside):
             out = super().forward(x, *args, **arguments)
             return out if beside is None else beside._replace(tokens=out)
         streams = Streams(x) if beside is None else beside._replace(tokens=x)
+        merged, step = streams.merged, None
+        if merging is not None:
+            step = arguments["merging"] = MergeStep(merging, merged)
         place = grid, prefix
         streams = self._joined("attn", streams, self.attention_branch(streams, *args, **arguments), place)
+        if step is not None:
+            tokens, merged = step.merge(streams.tokens)
+            streams = streams._replace(tokens=tokens)
         skipping = [unit for unit in units if unit.skips]
         if not skipping:
             streams = self._joined("mlp", streams, self.mlp_branch(streams), place)
-            return streams.tokens if beside is None else streams
+            return streams.tokens if beside is None else streams._replace(merged=merged)
         passed = skipping[0].passes(streams.tokens, prefix)
         for unit in skipping[1:]:
             passed = passed * unit.passes(streams.tokens, prefix)
         whole = beside is not None and beside.whole
         outputs = self.mlp_branch(streams) if whole else self._skipped(streams, passed)
         streams = self._joined("mlp", streams, outputs, place)
-        return streams.tokens if beside is None else streams._replace(passed=passed[:, prefix:])
+        return streams.tokens if beside is None else streams._replace(passed=passed[:, prefix:], merged=merged)
 
     def _skipped(self, streams: Streams, passed: Tensor) -> tuple[Streams, Streams | None]:
         """Run the MLP branch for the tokens that pass, (B, N, 1) or (B, H, W, 1).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -17,6 +17,7 @@ from vispeft.errors import ConfigError
 from vispeft.hosts.block import BlockHost
 from vispeft.hosts.running import ENTRY, RunningHost, RunResult, pooled_rows, token_units
 from vispeft.hosts.streams import Streams
+from vispeft.hosts.token_merging import Merging, unmerged
 
 __all__ = ["PlainModelHost"]
 
@@ -30,7 +31,7 @@ class PlainModelHost(RunningHost):
     A family implements the steps before the first block (`embed`) and the arguments of its blocks (`block_arguments`).
     """
 
-    takes_side: ClassVar[bool] = True
+    in_merging = takes_side = True
     global_pool: str
     grad_checkpointing: bool
     no_embed_class: bool
@@ -143,6 +144,7 @@ class PlainModelHost(RunningHost):
                 is_causal=is_causal,
                 **asked,
             )
+        self._check_maps()
         if output_fmt not in ("NCHW", "NLC"):
             raise ConfigError(f"forward_intermediates(output_fmt={output_fmt!r}): use 'NCHW' or 'NLC'.")
         taken, last = feature_take_indices(len(self.blocks), indices)
@@ -175,6 +177,7 @@ class PlainModelHost(RunningHost):
         self, images: Tensor, tasks: Sequence[str], taps: Sequence[int], merged: bool = True, norm: bool = True
     ) -> dict[str, list[Tensor]]:
         """Compute the maps of several tasks in one pass, by default behind the last norm, as those of other methods."""
+        self._check_maps()
         result = self.run(images, taken=frozenset(taps), depth=max(taps) + 1)
         maps: dict[str, list[Tensor]] = {task: [] for task in tasks}
         for tap in taps:
@@ -183,6 +186,15 @@ class PlainModelHost(RunningHost):
                 rows = self.norm(rows) if norm else rows
                 levels.append(self._as_map(rows[:, self.num_prefix_tokens :], images))
         return maps
+
+    def _check_maps(self) -> None:
+        """Refuse maps for dense prediction of a model that merges tokens."""
+        if self.routing.merging is not None:
+            raise ConfigError(
+                "Maps were asked for, and the model merges tokens, so that neighbouring patches would have one and the "
+                "same value. Switch token merging off (bank.merge_tokens(0)); model.run(images, taken=...) gives the "
+                "tokens after chosen blocks as they are."
+            )
 
     def _as_map(self, patches: Tensor, images: Tensor) -> Tensor:
         """Convert patch tokens (B, N, D) of images (B, C, H, W) to a map (B, D, h, w)."""
@@ -197,6 +209,8 @@ class PlainModelHost(RunningHost):
         tokens = self.entered(tokens)
         grid = self.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
         inserting, streams, grids = token_units(units), self.streams_of(units), self.acting.grid
+        merging = self.routing.merging
+        schedule = (0,) * depth if merging is None else merging.schedule(len(self.blocks))
         result = RunResult(
             Streams(tokens), {ENTRY: tokens}, inserted=(0,) * len(inserting), pool=pooled_rows(inserting)
         )
@@ -205,19 +219,27 @@ class PlainModelHost(RunningHost):
             own = {**arguments, **self.block_arguments(context, index, sum(result.inserted))}
             if grids and isinstance(self.blocks[index], BlockHost):
                 own |= {"grid": grid, "prefix": self.num_prefix_tokens + sum(result.inserted)}
+            weighs = merging is not None and merging.proportional_attention
+            if schedule[index] or (weighs and result.streams.merged is not None):
+                protected = self.num_prefix_tokens + sum(result.inserted)
+                own |= {"merging": Merging(schedule[index], protected, weighs)}
             self.pass_block(self.blocks[index], index, result, streams, **own)
             if index in taken:
-                result.taps[index] = self._without_inserted(self.shown(result.streams), result)
+                behind = unmerged(self.shown(result.streams), result.streams.merged)
+                result.taps[index] = self._without_inserted(behind, result)
                 result.branched[index] = self._branched(result)
         result.complete = depth == len(self.blocks)
         result.stages = [result.streams]
         return result
 
     def features(self, result: RunResult) -> Tensor:
-        """Normalise the tokens, keep the rows to be pooled, and insert the rows of streams."""
+        """Normalise the tokens, keep the rows to be pooled, and insert the rows of streams.
+
+        Each patch gets the token that it was merged into, so that pooling weighs tokens by their patches.
+        """
         if result.final:
             return result.tokens
-        tokens = self.norm(self.shown(result.streams))
+        tokens = unmerged(self.norm(self.shown(result.streams)), result.streams.merged)
         return self.with_kept(self._pooled(tokens, result), result)
 
     def _masked(self, attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
@@ -225,6 +247,11 @@ class PlainModelHost(RunningHost):
         if attn_mask is None and not is_causal:
             return {}
         acting = self.acting
+        if self.routing.merging is not None:
+            raise ConfigError(
+                "An attention mask was given, and the model merges tokens, for which the mask has no rows. Switch "
+                "token merging off (bank.merge_tokens(0)), or omit the mask."
+            )
         if acting.tokens or acting.side or acting.queries or acting.stream or acting.grid:
             raise ConfigError(
                 "An attention mask was given, and the adapter inserts tokens that the mask has no rows for, treats the "

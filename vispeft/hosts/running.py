@@ -54,9 +54,11 @@ class RunResult:
     """The run result: one sequence of tokens, or a pyramid of maps."""
 
     streams: Streams
-    """Tokens and streams after the last block that was run; in a sequence the tokens include inserted ones."""
+    """Tokens and streams after the last block that was run; in a sequence the tokens include inserted ones, and merged
+    ones are single."""
     taps: dict[int, Tensor] = field(default_factory=dict)
-    """Tokens after chosen blocks, without inserted ones; under `ENTRY` the input of the first block."""
+    """Tokens after chosen blocks, without inserted ones, and a merged one for each of its patches; under `ENTRY` the
+    input of the first block."""
     stages: list[Streams] = field(default_factory=list)
     """The bundle after each stage, before patch merging."""
     entries: list[Streams] = field(default_factory=list)
@@ -85,6 +87,8 @@ class RunResult:
 class RunningHost(ModelHost):
     """An adapted model with a forward pass of its own; each family implements the steps."""
 
+    merges_tokens: ClassVar[bool] = False
+    """Whether the family supports token merging: its blocks take one sequence, whose positions only enter before it."""
     takes_side: ClassVar[bool] = False
     """Whether the family supports a network beside the model, whose blocks `side_block` creates."""
     num_prefix_tokens: int
@@ -260,7 +264,9 @@ class RunningHost(ModelHost):
         """
         acting = self.acting
         units = acting.tokens or acting.stream or acting.queries or acting.side or acting.carries
-        return bool(units) or (self.checkpoints() and torch.is_grad_enabled())
+        if units or self.routing.merging is not None:
+            return True
+        return self.checkpoints() and torch.is_grad_enabled()
 
     def streams_of(self, units: Sequence[Unit]) -> list[Stream]:
         """List the streams of the given units, and those that start inside blocks.
@@ -295,8 +301,8 @@ class RunningHost(ModelHost):
                 f"Streams beside the tokens ({', '.join(beside)}) were given to a run, but the blocks of this model "
                 "carry none. Attach a method that makes streams."
             )
-        if beside or carries:
-            arguments["beside"] = Streams(bundle.tokens, beside, rules, whole)
+        if beside or carries or "merging" in arguments or bundle.merged is not None:
+            arguments["beside"] = Streams(bundle.tokens, beside, rules, whole, merged=bundle.merged)
         if self.checkpoints():
             out = self.recomputed(block, bundle.tokens, **arguments)
         else:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from vispeft.core.streams import StreamRule
+from vispeft.hosts.token_merging import Merged
 
 __all__ = ["Streams", "split"]
 
@@ -30,6 +31,8 @@ class Streams(NamedTuple):
     """Whether all tokens pass through the block's MLP, whatever its units decide."""
     passed: Tensor | None = None
     """What the units of the block decided of each patch token, see `ParallelUnit.passes`."""
+    merged: Merged | None = None
+    """At the input and the output of a block: which patches its tokens were merged from."""
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Streams:
         """Apply a function that acts on each row independently, such as a norm, a layer scale or an MLP.

@@ -29,7 +29,18 @@ from vispeft.errors import ConfigError, ExportError, FileError
 from vispeft.interop.staging import staged
 from vispeft.storage.header import strict_values
 
-__all__ = ["INPUT", "OUTPUT", "TOLERANCE", "Difference", "check", "check_onnx", "export_onnx", "export_program"]
+__all__ = [
+    "INPUT",
+    "OUTPUT",
+    "TOLERANCE",
+    "Difference",
+    "check",
+    "check_onnx",
+    "export_onnx",
+    "export_program",
+    "onnx_layout",
+    "onnx_session",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +110,12 @@ def _for_any_size(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]
 
 
 def export_program(
-    model: nn.Module, example: Tensor, *, dynamic_batch: bool = True, dynamic_size: bool = False
+    model: nn.Module,
+    example: Tensor,
+    *,
+    dynamic_batch: bool = True,
+    dynamic_size: bool = False,
+    adapter: Mapping[str, Tensor] | None = None,
 ) -> ExportedProgram:
     """Trace a model with `torch.export`.
 
@@ -111,6 +127,7 @@ def export_program(
         example: Images (B, 3, H, W) of the sizes that stay fixed.
         dynamic_batch: Whether the program accepts any number of images.
         dynamic_size: Whether it accepts images of any height and width that the model accepts.
+        adapter: Example of the model's second argument, tensors by name of fixed shapes; None where it has none.
 
     Returns:
         The program.
@@ -138,7 +155,9 @@ def export_program(
         free |= {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}  # the model sets the bounds: mostly multiples of the patch size
     try:
         with torch.no_grad():
-            program = torch.export.export(model, (example,), dynamic_shapes=(free,))
+            given = (example,) if adapter is None else (example, dict(adapter))
+            shapes = (free,) if adapter is None else (free, dict.fromkeys(adapter))
+            program = torch.export.export(model, given, dynamic_shapes=shapes)
     # Dynamo's errors, those of symbolic shapes and timm's assertions have no narrower common base class.
     except Exception as error:
         wanted = ", ".join(_AXES[axis] for axis in free) or "nothing"
@@ -165,6 +184,7 @@ def export_onnx(
     dynamic_batch: bool = True,
     dynamic_size: bool = False,
     notes: Mapping[str, Any] | None = None,
+    adapter: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Export a model to an ONNX file with input ``images``; no partial file is left on an error.
 
@@ -179,6 +199,7 @@ def export_onnx(
         dynamic_batch: Whether the file accepts any number of images.
         dynamic_size: Whether it accepts images of any height and width that the model accepts; it refuses others.
         notes: Values by name, written as JSON into the file's ``metadata_props``.
+        adapter: Example of the model's second argument, tensors by name, which are further inputs of these names.
 
     Returns:
         The file.
@@ -191,16 +212,18 @@ def export_onnx(
     _extra("onnx", "onnxscript")
     with staged(Path(path)) as place:
         traced, images = _for_any_size(model, example) if dynamic_size else (model, example)
-        program = export_program(traced, images, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
+        program = export_program(
+            traced, images, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size, adapter=adapter
+        )
         names = {axis: name for axis, name in _AXES.items() if (dynamic_batch if axis == 0 else dynamic_size)}
         try:
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
                 verbose=False,
-                input_names=[INPUT],
+                input_names=[INPUT, *(adapter or ())],
                 output_names=_output_names(program),
-                dynamic_shapes=(names,),
+                dynamic_shapes=(names,) if adapter is None else (names, dict.fromkeys(adapter)),
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise ExportError(f"{type(model).__name__} has no ONNX form: {_first_line(error)}.") from error
@@ -285,11 +308,7 @@ def _runner(exported: ExportedProgram | str | Path) -> Callable[[Tensor], dict[s
     if path.suffix != ".onnx":
         loaded = torch.export.load(path).module()
         return lambda images: _named(loaded(images))
-    (runtime,) = _extra("onnxruntime")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 4  # errors are raised anyway
-    options.intra_op_num_threads = torch.get_num_threads()  # the default is all processors, with busy waiting
-    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = onnx_session(path)
     names = [output.name for output in session.get_outputs()]
 
     def run_file(images: Tensor) -> dict[str, Tensor]:
@@ -297,6 +316,43 @@ def _runner(exported: ExportedProgram | str | Path) -> Callable[[Tensor], dict[s
         return {name: torch.from_numpy(values) for name, values in zip(names, found, strict=True)}
 
     return run_file
+
+
+def onnx_layout(path: Path) -> dict[str, Any]:
+    """Read the notes of an ONNX file that takes adapters as inputs.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ConfigError: If the extra is not installed.
+        FileError: If the file cannot be read, or takes no adapters.
+    """
+    (onnx,) = _extra("onnx")
+    try:
+        found = onnx.load(str(path), load_external_data=False).metadata_props
+        notes = {entry.key: json.loads(entry.value) for entry in found}
+    except Exception as error:  # of protobuf, whose errors have no common base class with those of files
+        raise FileError(f"{path} cannot be read as an ONNX file: {_first_line(error)}.") from error
+    if "adapter_inputs" not in notes or "fingerprint" not in notes:
+        raise FileError(f"{path} takes no adapters as inputs. Write it by vispeft export --adapters as-inputs.")
+    return notes
+
+
+def onnx_session(path: Path) -> Any:
+    """Open an ONNX file by onnxruntime on the CPU.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ConfigError: If the extra is not installed.
+    """
+    (runtime,) = _extra("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4  # errors are raised anyway
+    options.intra_op_num_threads = torch.get_num_threads()  # the default is all processors, with busy waiting
+    return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def _extra(*names: str) -> list[Any]:

@@ -35,7 +35,7 @@ class ConformerUnit(ParallelUnit):
 
     zero_gradient = frozenset({"depthwise_bias"})
     running = ("mean", "variance")
-    identity_at_start = False
+    needs_order, identity_at_start = True, False
     mean: Tensor
     variance: Tensor
 

@@ -5,7 +5,7 @@ Formulas, threshold, start and gradient dropout follow the public code of R-AMT,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -18,10 +18,11 @@ from vispeft.core.fields import DropPath
 from vispeft.core.method import Method, PlanItem, Step, register
 from vispeft.core.recipes import FEW_IMAGES, Recipe
 from vispeft.core.sites import Site, View
-from vispeft.core.units import SharedUnit, WeightUnit, with_rows
+from vispeft.core.units import SharedUnit, Unit, WeightUnit, with_rows
 from vispeft.errors import ConfigError, SiteError
+from vispeft.storage.class_embeddings import ClassEmbeddings
 
-__all__ = ["Mask", "MaskUnit", "TeacherUnit", "dropped_gradient"]
+__all__ = ["Mask", "MaskUnit", "TeacherUnit", "ZeroShotUnit", "dropped_gradient"]
 
 START = 1e-2
 """Start value of the trained numbers (public code)."""
@@ -145,9 +146,33 @@ class TeacherUnit(SharedUnit):
             self.weight.copy_(weight / deviation)
             self.bias.copy_(bias - (weight / deviation) @ mean)
 
+    def scores(self, features: Tensor) -> Tensor:
+        """Compute the scores (B, classes) of features (B, width)."""
+        return F.linear(features, self.weight, self.bias)
+
     def file_tensors(self) -> dict[str, Tensor]:
         """Return nothing: see the class."""
         return {}
+
+
+class ZeroShotUnit(SharedUnit):
+    """The classifier of class embeddings as the teacher; like `TeacherUnit`, and fitted to nothing."""
+
+    def __init__(self, classes: ClassEmbeddings) -> None:
+        """Take the class embeddings.
+
+        Args:
+            classes: The embeddings, in the order of the model's classes.
+        """
+        super().__init__()
+        self.classes = classes
+
+    def reset(self, generator: Generator) -> None:
+        """Draw nothing."""
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Compute the scores (B, classes) of features (B, width)."""
+        return self.classes.scores(features)
 
 
 def dropped_gradient(own: Tensor, other: Tensor, share: float, draw: Tensor) -> Tensor:
@@ -187,20 +212,24 @@ class Mask(DropPath, Method):
 
     The file has one bit per weight; training holds M, its gradient and the optimiser's state for each. The learning
     rate and the number of steps decide how many weights are removed. By default the masks are at the attention, as in
-    R-AMT. With ``dropout`` above zero, gradients that disagree with those of a teacher are dropped at random: a linear
-    classifier that is fitted on the frozen features before the first step (R-AMT has CLIP's zero-shot classifier).
+    R-AMT. With ``dropout`` above zero, gradients that disagree with those of a teacher are dropped at random: CLIP's
+    zero-shot classifier as in R-AMT (``teacher``), or a linear classifier that is fitted on the frozen features before
+    the first step.
     """
 
     penalty: float = 0.0
     """Weight of the sum of the norms of M in the loss; 1e-4 in R-AMT."""
     dropout: float = 0.0
     """Share of the gradient dropout, from 0 (none) to 1; 0.3 and 1 in R-AMT."""
+    teacher: str | None = None
+    """File of class embeddings (`vispeft.storage.class_embeddings`) whose zero-shot classifier is the teacher, as in
+    R-AMT, with the classes in the order of the data; None fits a linear classifier on the frozen features."""
 
     name: ClassVar[str] = "mask"
     paper: ClassVar[str] = "https://arxiv.org/abs/2307.15049"
     recipes: ClassVar[tuple[Recipe, ...]] = (TOY, RAMT)
     default_roles: ClassVar[tuple[str, ...]] = ("attn.qkv", "attn.proj")
-    training_fields: ClassVar[frozenset[str]] = frozenset({"penalty", "dropout"})
+    training_fields: ClassVar[frozenset[str]] = frozenset({"penalty", "dropout", "teacher"})
 
     def __post_init__(self) -> None:
         """Validate the fields."""
@@ -208,6 +237,10 @@ class Mask(DropPath, Method):
         for field, most in (("penalty", 1e9), ("dropout", 1.0)):
             if not 0 <= getattr(self, field) <= most:
                 raise ConfigError(f"Mask({field}={getattr(self, field)}): a number from 0 to {most:g} is needed.")
+        if self.teacher is not None and not self.dropout:
+            raise ConfigError(
+                f"Mask(teacher={self.teacher!r}) has no effect without dropout, which is 0. Set it above 0."
+            )
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
         """Put one mask at each site, and the teacher at the tokens."""
@@ -223,8 +256,11 @@ class Mask(DropPath, Method):
                     f"Mask(dropout={self.dropout}): the teacher is a classifier, and this model has no classes. Give "
                     "num_classes, or dropout=0."
                 )
+            build: Callable[[], Unit] = partial(TeacherUnit, classes, width)
+            if self.teacher is not None:
+                build = partial(ZeroShotUnit, _embeddings(self.teacher, classes, width))
             for site in view.at("tokens"):
-                yield PlanItem(site, "teacher", partial(TeacherUnit, classes, width))
+                yield PlanItem(site, "teacher", build)
 
     def parameter_count(self, view: View) -> int:
         """Count ``in * out`` per site, one bit each."""
@@ -246,7 +282,7 @@ class Mask(DropPath, Method):
             ConfigError: If the targets are no class numbers.
         """
         teacher = _teacher(bank, name)
-        if teacher is None:
+        if not isinstance(teacher, TeacherUnit):
             return
         features, labels = [], []
         for images, targets in loader:
@@ -274,7 +310,7 @@ class Mask(DropPath, Method):
         if teacher is None or not masks:
             return term
         with torch.no_grad():
-            told = F.linear(_frozen_features(bank, step.batch[0]), teacher.weight, teacher.bias).softmax(1)
+            told = teacher.scores(_frozen_features(bank, step.batch[0])).softmax(1)
         disagreement = F.cross_entropy(step.output, told.to(step.output.dtype))
         # The gradient of each mask is changed as it arrives, on each process before the processes are averaged.
         others = torch.autograd.grad(disagreement, masks, retain_graph=True)
@@ -297,9 +333,21 @@ def _masks(bank: Any, name: str) -> list[MaskUnit]:
     return [unit for unit in bank.units(name).values() if isinstance(unit, MaskUnit)]
 
 
-def _teacher(bank: Any, name: str) -> TeacherUnit | None:
-    found = [unit for unit in bank.units(name).values() if isinstance(unit, TeacherUnit)]
+def _teacher(bank: Any, name: str) -> TeacherUnit | ZeroShotUnit | None:
+    found = [unit for unit in bank.units(name).values() if isinstance(unit, TeacherUnit | ZeroShotUnit)]
     return found[0] if found else None
+
+
+def _embeddings(path: str, classes: int, width: int) -> ClassEmbeddings:
+    """Read the class embeddings of a teacher, and compare them with the model."""
+    found = ClassEmbeddings.load(path)
+    own, wanted = (len(found.embeddings), found.projection.shape[1]), (classes, width)
+    if own != wanted:
+        raise ConfigError(
+            f"Mask(teacher={path!r}) has {own[0]} classes and {own[1]} features, and the model has {wanted[0]} and "
+            f"{wanted[1]}. Give class embeddings of the data's classes that were made for this backbone."
+        )
+    return found
 
 
 @torch.no_grad()

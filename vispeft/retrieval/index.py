@@ -8,7 +8,7 @@ import io
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class Model:
     """Settings of `Reading` that differ from the defaults."""
     similarity: dict[str, Any]
     """Values of `Similarity`."""
+    token_merging: dict[str, Any] = field(default_factory=dict)
+    """Values of `TokenMerging`; empty where no tokens are merged, and in indices of earlier versions."""
 
     def differences(self, other: Model) -> list[str]:
         """Say in which respects another model differs.

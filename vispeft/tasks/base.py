@@ -18,7 +18,7 @@ from vispeft.backbones.create import create_model
 from vispeft.core.arguments import ChecksArguments
 from vispeft.core.families import unwrap
 from vispeft.core.method import Method
-from vispeft.core.units import resize_units, units_of
+from vispeft.core.unit_shapes import resize_units, units_of
 from vispeft.data.by_name import names_of
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.errors import ConfigError, DataError, FileError, check_object, counted

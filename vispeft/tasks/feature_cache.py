@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -118,6 +119,7 @@ def _shared_key(task: AdapterTask, data: ImageData, trainer: Trainer) -> dict[st
     """Collect everything except the images that affects the outputs."""
     method = task.bank.plan().method
     model = unwrap(task.model)
+    merging = task.bank.token_merging
     return {
         "schema": SCHEMA,
         "outputs": f"{_owner(type(method), 'frozen_outputs')}({json.dumps(method.frozen_fields(), sort_keys=True)})",
@@ -128,6 +130,7 @@ def _shared_key(task: AdapterTask, data: ImageData, trainer: Trainer) -> dict[st
         "batch_size": data.batch_size,
         "precision": str(trainer.precision),
         "device": trainer.strategy.root_device.type,
+        **({"token_merging": asdict(merging)} if merging else {}),
         "versions": {name: version(name) for name in ("torch", "timm", "torchvision")},
     }
 
