@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vispeft.adapters.bank import AdapterBank
@@ -175,7 +176,14 @@ def write_run(place: Path, bank: AdapterBank, name: str, source: Source, made: M
         "command": made["command"],
         "validation": {},
         "test": {},
+        "seed": 0,
         **kept,
+        # What a card of the zoo tells: nothing was trained.
+        "epochs": 0,
+        "best_epoch": 0,
+        "seconds": {"training": 0.0},
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
         "parameters": {"trainable": sum(tensor.numel() for tensor in bank.named_tensors(name).values())},
         "made_of": bank.notes(name)["made_of"],
         "versions": versions(),
