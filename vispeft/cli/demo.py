@@ -127,7 +127,7 @@ def make_page(models: Mapping[str, Model]) -> Any:
             with gradio.Column(min_width=300):
                 probabilities = gradio.Label(num_top_classes=5, label="probabilities", visible=False)
                 pictures = gradio.Gallery(
-                    label="pictures", visible=False, columns=3, object_fit="contain", height=340, buttons=_BUTTONS
+                    label="pictures", visible=False, columns=3, object_fit="contain", height=440, buttons=_BUTTONS
                 )
                 text = gradio.Textbox(label="numbers", visible=False, lines=4)
                 attention = gradio.Image(
