@@ -18,13 +18,12 @@ from vispeft.backbones.create import create_model
 from vispeft.core.arguments import ChecksArguments
 from vispeft.core.families import unwrap
 from vispeft.core.method import Method
-from vispeft.core.unit_shapes import resize_units, units_of
 from vispeft.data.by_name import names_of
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.errors import ConfigError, DataError, FileError, check_object, counted
 from vispeft.tasks.averaged import averaged_weights, check_schedule_free, ends_of
 from vispeft.tasks.callbacks import FiniteGuard, MethodHooks
-from vispeft.tasks.checkpoint_form import check_output, check_shapes
+from vispeft.tasks.checkpoint_form import check_output, check_shapes, take_shapes
 from vispeft.tasks.checkpoints import read_checkpoint
 from vispeft.tasks.ema import EMA, check_average
 from vispeft.tasks.finite import OutputCount
@@ -585,8 +584,7 @@ class AdapterTask(ChecksArguments, LogsTogether, ClipsGradients):
                 f"The checkpoint has {len(found)} trained tensors and this task has {len(needed)}; they differ in "
                 f"{len(found ^ needed)}, first {listing}. Use the method and the backbone it was written with."
             )
-        resize_units(units_of(self), checkpoint["state_dict"])
-        check_shapes(checkpoint["state_dict"], self.state_dict(), "The checkpoint")
+        take_shapes(checkpoint["state_dict"], self, "The checkpoint")
         check_average(self.ema, checkpoint)
         if self.ema is not None:
             checkpoint["average"]["tensors"] = self._renamed(checkpoint["average"]["tensors"], needed)

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vispeft.core.unit_shapes import resize_units, units_of
 from vispeft.errors import FileError
 
-__all__ = ["check_content", "check_output", "check_shapes", "check_state"]
+__all__ = ["check_content", "check_output", "check_shapes", "check_state", "take_shapes"]
 
 _STATE: dict[str, tuple[type, ...]] = {
     "finished": (bool,),
@@ -94,6 +95,21 @@ def check_shapes(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], path:
                 f"{path} holds {name} with the shape {tuple(tensors[name].shape)}, and the task has "
                 f"{tuple(own[name].shape)}. Use the method and the backbone it was written with."
             )
+
+
+def take_shapes(tensors: Mapping[str, Tensor], task: nn.Module, path: Any) -> None:
+    """Give units whose sizes data decide those of a checkpoint, and check all tensors.
+
+    Args:
+        tensors: Those of a checkpoint.
+        task: The task.
+        path: The file, for the message.
+
+    Raises:
+        FileError: If one has another shape.
+    """
+    resize_units(units_of(task), tensors)
+    check_shapes(tensors, task.state_dict(), path)
 
 
 def check_output(own: Mapping[str, Any], saved: Mapping[str, Any], path: Any) -> None:
