@@ -271,7 +271,7 @@ class BackboneWithInputs(nn.Module):
             _put(plain, path, _Place(plain.get_submodule(path), path, self.given))
         _put(plain, head, nn.Identity())
         self.model = plain
-        self.names = tuple(layout.shapes())
+        self.eval()
 
     def forward(self, images: Tensor, adapter: dict[str, Tensor]) -> Tensor:
         """Compute scores (B, classes).
