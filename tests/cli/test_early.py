@@ -43,7 +43,7 @@ def adapter(tmp_path_factory):
         (["--init", "nowhere"], "There is no adapter in 'nowhere'"),
         (["--init", "ADAPTER"], "is an adapter of the method lora, and this run trains ssf"),
         (["--cache_features", "full/a.txt"], "The folder of cache_features full/a.txt could not be made"),
-        (["--trainer.devices=2", "--trainer.accelerator=cpu"], "asks for 2 processes"),
+        (["--trainer.devices=2", "--trainer.accelerator=cpu", "--trainer.strategy=fsdp"], "trainer.strategy is fsdp"),
         (["--trainer.logger=false"], "trainer.logger is off"),
         (["--trainer.max_epochs=0"], "at least 1 is needed"),
         (["--trainer.precision=bf16-true"], "trainer.precision is bf16-true"),

@@ -15,7 +15,7 @@ from vispeft.cli.replay import advice, main, replay
 from vispeft.cli.train import train
 from vispeft.errors import FileError, TrainingError
 from vispeft.tasks import Classification
-from vispeft.tasks.failures import FAILURE, read_failure
+from vispeft.tasks.failures import FAILURE, read_failures
 from vispeft.tasks.tracing import trace
 
 
@@ -124,7 +124,7 @@ def test_a_training_keeps_the_step_and_says_how_to_look_at_it(
     run = tmp_path / "run"
     with pytest.raises(TrainingError, match=r"vispeft replay .*run"):
         train(config, ["--model.lr=1e30", "--model.warmup=0", "--trainer.max_epochs=1"], out=run)
-    kept = read_failure(run)
+    kept = read_failures(run)[0]
     assert kept.batch[0].shape[0] == 256
     failure, origin = replay(run)
     assert "at step" in failure.told

@@ -160,7 +160,10 @@ REFUSED = {
     "unknown checkpoint key": (["--checkpoints.minute=1"], "Did you mean 'checkpoints.minutes'"),
     "no time between checkpoints": (["--checkpoints.minutes=0"], "checkpoints.minutes is 0"),
     "seed": (["--seed_everything=a: b: c"], "is no valid YAML"),
-    "several processes": (["--trainer.devices=2", "--trainer.accelerator=cpu"], "asks for 2 processes"),
+    "several processes": (
+        ["--trainer.devices=2", "--trainer.accelerator=cpu", "--trainer.strategy=fsdp"],
+        "trainer.strategy is fsdp",
+    ),
     "dry run": (["--trainer.fast_dev_run=true"], "makes no run directory"),
     "no test": (["--trainer.limit_test_batches=0"], "ends with the figures of its test split"),
     "hardly any test": (["--trainer.limit_test_batches=0.1"], "leaves none of 2 batches"),

@@ -243,3 +243,17 @@ def test_compiled_blocks_serve_all_orders_and_switches_without_further_graphs() 
             for place, (row, name) in enumerate(zip(found, rows, strict=True)):
                 torch.testing.assert_close(row, wanted[name][place], rtol=0, atol=1e-6)
         assert graphs["made"] == switched + 1
+
+
+def test_an_adapter_that_decides_about_tokens_runs_for_its_own_images_alone() -> None:
+    model = vit()
+    bank = adapted(model, first=vispeft.DyT(bottleneck=4, start_bias=0.0, complete=False))
+    model.eval()
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), bank.using(rows=ROWS):
+        together = model(images)
+    for image, name in enumerate(ROWS):
+        with torch.no_grad(), bank.disabled() if name is None else bank.using(name):
+            torch.testing.assert_close(together[image : image + 1], model(images[image : image + 1]), rtol=0, atol=1e-6)
+    with pytest.raises(ConfigError, match="decide which tokens pass"):
+        bank.stack(["a", "b"], weights=[0.5, 1.0])

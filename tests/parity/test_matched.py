@@ -13,7 +13,10 @@ from tests.parity.test_parity import FILES, FOLDER, WITH_FEATURES, source_of
 from tests.parity.test_polyhistor import HYPERNETS
 from tests.parity.test_token_merging import CLAIMED as MERGING
 
-TESTS = (*Path(__file__).parent.glob("*.py"), Path(__file__).parents[1] / "tasks" / "test_layer_schedules.py")
+TESTS = (
+    *Path(__file__).parent.glob("*.py"),
+    *(Path(__file__).parents[1] / name for name in ("tasks/test_layer_schedules.py", "cli/test_import_official.py")),
+)
 NAMED = set(re.findall(r"\w+", "\n".join(path.read_text(encoding="utf-8") for path in TESTS)))
 """Words of the tests; those of parts E and F name each file that they read."""
 

@@ -91,9 +91,7 @@ def test_an_optimizer_without_decay_serves_a_task_without_it():
         check_optimizer("adamw", 0.0)
 
 
-@pytest.mark.parametrize(
-    "name", ["timm.optim.lion", "timm.optim.lamb", "timm.optim.cadamw", "timm.optim.kron", "timm.optim.nesterov"]
-)
+@pytest.mark.parametrize("name", ["timm.optim.lion", "timm.optim.lamb", "timm.optim.cadamw", "timm.optim.nesterov"])
 def test_optimizers_of_timm_keep_the_groups(name):
     task = make(optimizer=name)
     groups = task.bank.parameter_groups(task.lr, task.weight_decay)

@@ -416,11 +416,11 @@ class AdapterBank(PortBank, StackBank, TaskBank, HookBank, CompilingBank, Mergin
             SiteError: If two adapters cannot act together.
         """
         slot = cast(Host, self._model).slot
-        if weights:
+        if self._routing.merging is not None and (weights or (names, task) not in self._routes):
+            check_merging({name: self._entries[name] for name in names if name in self._entries})
+        if any(weight != 1 for weight in weights):
             return make_route(self._entries, self._heads, slot, names, task, weights)
         if (names, task) not in self._routes:
-            if self._routing.merging is not None:
-                check_merging({name: self._entries[name] for name in names if name in self._entries})
             self._routes[names, task] = make_route(self._entries, self._heads, slot, names, task)
         return self._routes[names, task]
 

@@ -18,6 +18,7 @@ from vispeft.core.sites import Site
 from vispeft.core.units import DeltaUnit, Unit, WeightUnit
 from vispeft.errors import ConfigError, MergeError
 from vispeft.hosts.layers import BIASES
+from vispeft.hosts.token_merging import without_merging
 
 __all__ = ["Change", "Class", "class_of", "read_change"]
 
@@ -87,7 +88,8 @@ def _wide(tensor: Tensor) -> Tensor:
 def _differences(bank: BankState, name: str, entry: Entry) -> dict[str, Tensor]:
     """Compute ``W' - W`` of every tensor that merging would write."""
     try:
-        merged, _ = plan_merge(bank.model, bank.view, partial=False)
+        with without_merging(bank._routing):
+            merged, _ = plan_merge(bank.model, bank.view, partial=False)
     except MergeError as error:
         raise ConfigError(
             f"Adapter {name!r} ({entry.method.name}) is no change of weights, so it cannot be added or averaged: "

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vispeft.adapters.training import TrainingBank
+from vispeft.core.route import Route
 from vispeft.errors import ConfigError
 
 __all__ = ["StackBank", "check_weights"]
@@ -115,3 +116,16 @@ class StackBank(TrainingBank):
         with self._routing.gate.beside():
             self.check_ready("swap adapters")
             self._routing.set(self.route(names, default.task, default.weights))
+
+    def chosen(self) -> Route:
+        """Return the choice of every thread's next forward pass, for `choose_again`."""
+        return self._routing.default
+
+    def choose_again(self, route: Route) -> None:
+        """Make a choice the default again, with its task and its weights.
+
+        Args:
+            route: A result of `chosen`, whose adapters are still there.
+        """
+        with self._routing.gate.beside():
+            self._routing.set(self.route(route.names, route.task, route.weights))

@@ -87,6 +87,8 @@ def check_merging(entries: Mapping[str, Entry]) -> None:
 
 def _reason(unit: Unit) -> str | None:
     """Return why a unit does not go with merged tokens; None if it does."""
+    if getattr(unit, "skips", False):
+        return "decides for each patch whether it passes through a layer"
     if getattr(unit, "needs_grid", False):
         return "treats the tokens as an image"
     if getattr(unit, "needs_order", False):

@@ -53,9 +53,20 @@ class _Loaded:
     scores: list[Tensor]
     """Its scores for the noise images that check the file."""
 
-    def file(self, out: Path) -> Path:
-        """Return the file of its inputs beside the backbone's."""
-        return out.with_name(f"{out.stem}.{'-'.join(self.run.path.resolve().parts[-2:])}.safetensors")
+    def file(self, out: Path, parts: int = 2) -> Path:
+        """Return the file of its inputs beside the backbone's, named by the last parts of the run's path."""
+        named = [part for part in self.run.path.resolve().parts if part != "/"]
+        return out.with_name(f"{out.stem}.{'-'.join(named[-parts:])}.safetensors")
+
+
+def _files(loaded: Sequence[_Loaded], out: Path) -> list[Path]:
+    """Return a file for each run, named by as many parts of its path as tell the runs apart."""
+    if len({one.run.path.resolve() for one in loaded}) < len(loaded):
+        raise ConfigError("A run was named twice; name each once.")
+    parts, most = 2, max(len(one.run.path.resolve().parts) for one in loaded)
+    while len({one.file(out, parts) for one in loaded}) < len(loaded) and parts < most:
+        parts += 1
+    return [one.file(out, parts) for one in loaded]
 
 
 def export_runs(runs: Sequence[Run], out: Path, room: Room) -> list[Path]:
@@ -86,9 +97,7 @@ def export_runs(runs: Sequence[Run], out: Path, room: Room) -> list[Path]:
         other, other_task = _load(run)
         _check_same(loaded[0], other)
         loaded.append(_scored(other, other_task, images))
-    files = [one.file(out) for one in loaded]
-    if len(set(files)) < len(files):
-        raise ConfigError("A run was named twice; name each once.")
+    files = _files(loaded, out)
     check_free(*files)
     layout = AdapterInputs.layout([one.adapter for one in loaded], room.rank, room.classes)
     notes = {

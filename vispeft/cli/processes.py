@@ -26,6 +26,8 @@ RUN = "VISPEFT_RUN_DIRECTORY"
 """Variable by which the first process tells those it starts which run directory it has made."""
 _LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
 """Variables that Lightning sets when it starts processes."""
+_begun: list[Path] = []
+"""Run directories of the trainings of this process."""
 _LOOK = 2.0
 """Seconds between two looks at whether the first process still lives."""
 
@@ -100,6 +102,12 @@ def started(place: Path, trainer: Trainer) -> Iterator[None]:
         place: The directory.
         trainer: The trainer, whose `fit` is called inside.
     """
+    if trainer.world_size > 1 and _begun:
+        raise ConfigError(
+            "This script begins a second training in several processes. Each of them runs the script from its start, "
+            "and could not tell one training from the other. Begin one training in a script."
+        )
+    _begun.append(place)
     before = {name: os.environ.get(name) for name in (RUN, *_LAUNCHED)}
     os.environ[RUN] = os.path.abspath(place)
     try:

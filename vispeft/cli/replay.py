@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -15,7 +16,7 @@ from vispeft.cli.common import console, make_parser
 from vispeft.cli.config import ConfigCLI
 from vispeft.data.base import ImageData
 from vispeft.errors import FileError
-from vispeft.tasks.failures import FAILURE, Failure, put_back, read_failure
+from vispeft.tasks.failures import FAILURE, Failure, put_back, read_failures
 from vispeft.tasks.state import set_random_state
 from vispeft.tasks.tracing import Origin, trace
 
@@ -67,20 +68,30 @@ def replay(run: str | Path) -> tuple[Failure, Origin | None]:
     place = Path(run)
     if not place.is_dir():
         raise FileError(f"There is no run directory {str(place)!r}; `vispeft train` makes them.")
-    failure = read_failure(place)
+    kept = read_failures(place)
     cli = ConfigCLI(place / runs.CONFIG, [])
     task, data = cli.model, cli.datamodule
     if isinstance(data, ImageData):
         data.fit_to(task.preprocessing)
         data.setup()
     task.check_data(data)
+    cli.prepare_model()
     task.bank.memory = "plain"
+    for failure in kept:
+        origin = _traced(task, failure)
+        if origin is not None:
+            return failure, origin
+    return kept[0], None
+
+
+def _traced(task: Any, failure: Failure) -> Origin | None:
+    """Run a kept step."""
     put_back(task, failure)
     task.train()
     set_random_state(failure.random)
     with _autocast(failure.precision), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*trying to `self.log\\(\\)`.*")  # there is no trainer
-        return failure, trace(task, failure.batch, failure.index)
+        return trace(task, failure.batch, failure.index)
 
 
 def _autocast(precision: str) -> AbstractContextManager[object]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from vispeft.building.config_files import read_config
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run
+from vispeft.core.token_merging import TokenMerging
 from vispeft.errors import ConfigError, counted
 from vispeft.serving.server import Server, name_of
 
@@ -67,6 +69,7 @@ def main(argv: Sequence[str]) -> None:
         answer_seconds=given.answer_seconds,
     )
     runs = named_runs(given.runs)
+    check_token_merging(runs)
     server = Server(backbone_of(next(iter(runs.values()))), runs)
     batches = Batches(server, given.batch, given.delay_ms / 1000, max(given.waiting, given.batch))
     app = make_app(server, batches, limits, token=os.environ.get(TOKEN) or None)
@@ -89,6 +92,24 @@ def _uvicorn() -> Any:
     except ImportError as error:
         raise ConfigError(f'vispeft serve needs the extra serve: pip install "vispeft[serve]" ({error}).') from error
     return uvicorn
+
+
+def check_token_merging(runs: Mapping[str, str]) -> None:
+    """Refuse runs that merge tokens, which would be answered without.
+
+    Args:
+        runs: Runs by name.
+
+    Raises:
+        ConfigError: If one does.
+    """
+    for name, source in runs.items():
+        found = TokenMerging(**(read_config(Run.open(source).config).get("token_merging") or {}))
+        if found != TokenMerging():
+            raise ConfigError(
+                f"{name} ({source}) merges tokens, and the server runs the backbone without, so that its answers would "
+                "differ from those of vispeft predict. Leave the run out."
+            )
 
 
 def named_runs(given: Sequence[str]) -> dict[str, str]:

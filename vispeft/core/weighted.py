@@ -33,10 +33,12 @@ def weighted(unit: Unit, weight: float) -> Unit:
     """
     if weight == 1 or unit.kind in SILENT:
         return unit
-    if unit.kind not in WEIGHTED:
+    decides = getattr(unit, "skips", False)
+    if unit.kind not in WEIGHTED or decides:
+        what = "units that decide which tokens pass" if decides else f"units of kind {unit.kind!r}"
         raise ConfigError(
-            f"A weight of {weight:g} was asked for, and the adapter has units of kind {unit.kind!r}, whose "
-            "contribution is no difference that a weight could multiply. Give this adapter the weight 1."
+            f"A weight of {weight:g} was asked for, and the adapter has {what}, whose contribution is no difference "
+            "that a weight could multiply. Give this adapter the weight 1."
         )
     unit.__dict__[_OWN] = unit  # what copies and pickles refer to
     found = object.__new__(_class_of(type(unit), float(weight)))

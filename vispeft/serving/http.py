@@ -93,8 +93,12 @@ class _Pages:
         try:
             meaning = self._meaning(name)
             content = await self._body(request)
-            image = await to_thread.run_sync(self._decoded, meaning, content, limiter=self.decoders)
-            found = meaning.read(await self._asked(image, name))
+            image = await self._image(meaning, content)
+            scores = await self._asked(image, name)
+            if self.meanings.get(name) is not meaning:
+                reason = f"Adapter {name!r} was exchanged while the image was on its way. Send it again."
+                raise _RefusedError(503, reason)
+            found = meaning.read(scores)
             if found is None:
                 raise _RefusedError(500, f"The outputs of adapter {name!r} for this image are not finite.")
             status, response = 200, JSONResponse({"adapter": name, **found})
@@ -140,6 +144,15 @@ class _Pages:
         if not content:
             raise _RefusedError(400, "The request has no body. Send the bytes of an image file.")
         return bytes(content)
+
+    async def _image(self, meaning: Meaning, content: bytes) -> Tensor:
+        """Decode and prepare an image, once a thread is free."""
+        try:
+            async with asyncio.timeout(self.limits.answer_seconds):
+                return await to_thread.run_sync(self._decoded, meaning, content, limiter=self.decoders)
+        except TimeoutError:
+            reason = f"The image was not decoded within {self.limits.answer_seconds:g} seconds. Try again later."
+            raise _RefusedError(503, reason) from None
 
     def _decoded(self, meaning: Meaning, content: bytes) -> Tensor:
         """Decode and prepare an image, in a thread."""
@@ -189,13 +202,16 @@ class _Pages:
             return Response(status_code=400)
         except VispeftError as error:
             return _error(409 if name in self.meanings else 400, str(error))
+        except Exception:
+            logger.exception("Adapter %s could not be added.", name)
+            return _error(400, "The adapter could not be added; the server's log says why.")
         return JSONResponse({"adapter": name}, 201)
 
     def _add(self, name: str, source: str) -> None:
         self.server.add(source, name)
         try:
             self.meanings[name] = Meaning(name, self.server.notes(name), self.top)
-        except VispeftError:
+        except BaseException:
             self.server.remove(name)
             raise
 

@@ -114,12 +114,12 @@ class Server:
                         "Give another name, or remove it first."
                     )
             with AdapterBank.opened(self.model) as bank:
-                before = tuple(bank.active)
+                before = bank.chosen()
                 bank.load(place, label)
                 try:
                     self._bank = bank
                     self._take(label, head, taps)
-                    bank.set_active(before)
+                    bank.choose_again(before)
                 except BaseException:
                     bank.detach(label)
                     raise

@@ -16,7 +16,7 @@ from vispeft.errors import FileError
 from vispeft.storage.disk import read_regular, write_atomically
 from vispeft.tasks.state import random_state
 
-__all__ = ["FAILURE", "Failure", "StepStart", "keep_failure", "read_failure"]
+__all__ = ["FAILURE", "Failure", "StepStart", "keep_failure", "put_back", "read_failures"]
 
 FAILURE = "failure.pt"
 """File of a kept step in its run directory."""
@@ -89,7 +89,8 @@ def keep_failure(folder: Path, task: Any, trainer: Trainer, start: StepStart, to
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    path = folder / FAILURE
+    # Of several processes each keeps its own batch: after an exchange of gradients all of them find the same fault.
+    path = folder / (FAILURE if trainer.global_rank == 0 else f"failure-{trainer.global_rank}.pt")
     write_atomically({path: buffer.getvalue()})
     return path
 
@@ -100,24 +101,28 @@ def changed_tensors(task: Any) -> dict[str, Tensor]:
     Args:
         task: The task.
     """
-    trained = {name for name, _ in task.trainable_parameters()} | {name for name, _ in task.named_buffers()}
-    return {name: _on_cpu(tensor.detach()) for name, tensor in task.state_dict().items() if name in trained}
+    found = {**dict(task.trainable_parameters()), **dict(task.named_buffers())}
+    return {name: _on_cpu(tensor.detach()) for name, tensor in found.items()}
 
 
-def read_failure(run: Path) -> Failure:
-    """Read the kept step of a run.
+def read_failures(run: Path) -> list[Failure]:
+    """Read the kept step of a run, as each of its processes kept it.
 
     Args:
         run: The run directory.
 
     Raises:
-        FileError: If there is none, or it cannot be read.
+        FileError: If there is none, or one cannot be read.
     """
-    path = run / FAILURE
-    if not path.is_file():
+    paths = sorted(path for path in run.glob("failure*.pt") if path.is_file())
+    if not paths:
         raise FileError(
             f"{run} has no {FAILURE}: no step of it has met a value that is not finite, or an earlier version ran it."
         )
+    return [_read(path) for path in paths]
+
+
+def _read(path: Path) -> Failure:
     try:
         content = torch.load(io.BytesIO(read_regular(path)), map_location="cpu", weights_only=True)
     except Exception as error:  # a parser may raise anything for bytes that are no such file
@@ -142,8 +147,11 @@ def put_back(task: nn.Module, failure: Failure) -> None:
     Raises:
         FileError: If a tensor is unknown, or of another shape.
     """
-    own = task.state_dict()
+    own = {**dict(task.named_parameters()), **dict(task.named_buffers())}
     for name, tensor in failure.tensors.items():
-        if name not in own or own[name].shape != tensor.shape:
+        if name in own and own[name].shape == tensor.shape:
+            own[name].data.copy_(tensor)
+        elif name.endswith(".gain"):  # there only while a schedule, or a weight, multiplies a contribution
+            task.get_submodule(name.rpartition(".")[0]).gain = tensor
+        else:
             raise FileError(f"The kept step has {name} with the shape {tuple(tensor.shape)}, and the task has not.")
-    task.load_state_dict(failure.tensors, strict=False)
