@@ -100,7 +100,7 @@ METHODS: dict[str, vispeft.Method] = {
     "snell": vispeft.SNELL(dim=4, threshold=0.3, scale=1.0),
     "snella": vispeft.SNELL(dim=4, threshold=0.0, variant="snella"),
     "mos": vispeft.MoS(rank=3, shards=2, dropout=0.0),
-    "dyt": vispeft.DyT(bottleneck=4, dropout=0.0, complete=False, noise=0.0),
+    "dyt": vispeft.DyT(bottleneck=12, dropout=0.0, complete=False, noise=0.0),
     "triadapt": vispeft.TriAdapt(rank=2),
     "mtlora": vispeft.MTLoRA(tasks=("seg", "depth"), rank=3, task_rank=2, dropout=0.0),
     "adapter_plus": vispeft.AdapterPlus(bottleneck=4, unit_drop=0.0),
