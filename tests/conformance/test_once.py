@@ -39,7 +39,15 @@ def cell(request: pytest.FixtureRequest) -> Cell:
     return request.param
 
 
-second_forms_slow = pytest.mark.parametrize("cell", params(ONCE, slow=is_second_form))
+QUICK_ON_SWIN = ("lora_all", "ssf", "vpt", "mtlora")
+"""Methods that are exported and compiled on Swin with the quick tests; the others are on a ViT alone there."""
+
+
+def _left(cell: Cell) -> bool:
+    return is_second_form(cell) or (cell.backbone == "swin" and cell.method not in QUICK_ON_SWIN)
+
+
+second_forms_slow = pytest.mark.parametrize("cell", params(ONCE, slow=_left))
 
 
 def small(cell: Cell) -> nn.Module:

@@ -16,7 +16,7 @@ PARTS = (
     *("full", "bitfit", "norm_tuning", "ssf", "ssf_merging", "dora", "bat", "svfit", "svfit_few", "mask", "sparse"),
     *("sparse_lift", "pst", "snell", "snella", "vpt", "vpt_shallow", "vpt_window", "vptsp", "vqt", "vqt_weighted"),
     *("prefix", "prefix_mlp", "mam", "lst", "lst_sparse", "mtlora", "ditask"),
-    *("conformer_adapter", "compacter_full"),
+    *("conformer_adapter", "compacter_full", "dyt", "sparse_gps"),
 )
 """Methods that need a part of the batch for themselves, as docs/concepts.md says."""
 READ_PROJECTION = ("swinv2", "eva02", "eva_dinov3_qkvb")
@@ -25,7 +25,8 @@ ROWS = ["first", "second", None, "other", "second", "first"]
 
 
 def left(cell: Cell) -> bool:
-    return cell.method not in QUICK or cell.backbone not in ("vit", "swin")
+    quick = {"vit": QUICK, "swin": ("lora", "adaptformer", "ssf")}
+    return cell.method not in quick.get(cell.backbone, ())
 
 
 def adapted(cell: Cell) -> tuple[nn.Module, AdapterBank, str | None]:
