@@ -6,6 +6,7 @@ import time
 
 import activations
 import common
+import pytest
 
 
 def test_no_bar_on_what_is_kept_is_missed():
@@ -19,6 +20,7 @@ def test_no_bar_on_what_is_kept_is_missed():
     assert [line.split(":")[0] for line in activations.missed(network, figures)] == ["ssf"]
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_renewed_beside_the_times(tmp_path, monkeypatch):
     for module in (activations, common):
         monkeypatch.setattr(module, "RESULTS", tmp_path)

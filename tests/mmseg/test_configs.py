@@ -74,6 +74,7 @@ def toy_config(toy, weights, tmp_path):
     return tmp_path / "toy.py"
 
 
+@pytest.mark.slow
 def test_tool_trains_and_goes_on(toy_config, tmp_path):
     run = tmp_path / "run"
     result = call("train", toy_config, "--out", run)

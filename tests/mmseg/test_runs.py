@@ -42,6 +42,7 @@ def test_trains_validates_and_infers(trained, toy):
     torch.testing.assert_close(found.seg_logits.data, logits(trained.model, toy), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_backbone_alone_works_in_a_config_of_somebody_else(toy, weights, tmp_path):
     config = make_config("swin", toy, weights, tmp_path)
     rules = {"custom_keys": {"norm": {"decay_mult": 0.0}, "head": {"lr_mult": 10.0}}}
@@ -140,6 +141,7 @@ def test_merged_segmentor_is_plain_and_equal(trained, toy, tmp_path):
         merge(deployed)
 
 
+@pytest.mark.slow
 def test_runs_go_on_and_keep_an_average(toy, weights, tmp_path):
     average = [{"type": "VispeftHook"}, {"type": "EMAHook", "momentum": 0.5}]
     options = {"custom_hooks": average, "peft": {"type": "LoRA", "rank": 2}}
