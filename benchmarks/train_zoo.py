@@ -206,10 +206,16 @@ def write(name: str, row: Row, run: runs.Run, figures: dict[str, float], zoo: di
 def done(name: str) -> bool:
     """Return whether a row has its result, and its adapter is in the zoo.
 
+    A probe is trained again where its run has been removed and an adapter that it is compared with is still missing.
+
     Args:
         name: Its name.
     """
-    return (RESULTS / f"{name}.json").is_file() and (ROWS[name].probe is None or name in read_index(ZOO))
+    if not (RESULTS / f"{name}.json").is_file():
+        return False
+    if ROWS[name].probe is not None:
+        return name in read_index(ZOO)
+    return (RUNS / name).is_dir() or all(done(other) for other, row in ROWS.items() if row.probe == name)
 
 
 def pilot(names: list[str]) -> None:
