@@ -104,7 +104,7 @@ class RowRoutes:
         refusal = next((route.refusal for _, route in parts if route.refusal), None)
         head = self._head(members, own)
         acting = tuple(name for name in members if name is not None)
-        return Route(acting, task, {}, head, None, refusal, rows_of(names, members, device, parts))
+        return Route(acting, task, {}, head, None, refusal, rows=rows_of(names, members, device, parts))
 
     def shares(self, entry: Entry, name: str, route: Route) -> bool:
         """Return whether an adapter can share a pass with others.

@@ -21,7 +21,7 @@ def other_shapes(
         tensors: The tensors, or their shapes, by name; those of other modules are left out.
     """
     shapes = {key: tuple(t.shape) if isinstance(t, Tensor) else tuple(t) for key, t in tensors.items()}
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for start, unit in units.items():
         own = unit.state_dict()
         given = {name: shapes[start + name] for name in own if start + name in shapes}

@@ -11,7 +11,7 @@ It needs units that act on images independently and leave the tensors of the bas
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,8 +60,8 @@ def unroutable(acting: Acting, host: Host | None) -> str | None:
             return unit.kind  # statistics of a batch, which must be of its own images
         if unit.kind in _ANYWHERE or (linear and unit.kind in _IN_LINEAR):
             continue
-        if block and unit.kind == "parallel":
-            continue
+        if block and unit.kind == "parallel" and not getattr(unit, "skips", False):
+            continue  # but for decisions about the tokens of its block, which are for all terms there
         return unit.kind
     places = [_place(unit) for unit in acting.parallel]
     return None if len(set(places)) == len(places) else "parallel"
@@ -77,10 +77,10 @@ def by_rows(actings: Sequence[Acting], routing: Routing) -> Acting:
     Returns:
         The units that act on the whole batch.
     """
-    together: dict[str, tuple[Any, ...]] = {}
+    together: dict[str, Any] = {}
     if any(acting.input for acting in actings):
         together["input"] = (_RowInput([acting.input for acting in actings], routing),)
-    following = [(*acting.sequential, *acting.affine) for acting in actings]
+    following: list[tuple[Any, ...]] = [(*acting.sequential, *acting.affine) for acting in actings]
     terms = [acting.delta for acting in actings]
     if any((*following, *terms)):
         together["sequential"] = (_RowOutput(terms, following, routing),)
@@ -248,7 +248,7 @@ class _RowParallel(ParallelUnit):
     def __init__(self, units: Sequence[ParallelUnit | None], routing: Routing) -> None:
         super().__init__()
         self.units, self.routing = tuple(units), routing
-        first = cast(ParallelUnit, next(unit for unit in units if unit is not None))
+        first = next(unit for unit in units if unit is not None)
         self.place, self.reads, self.drops = first.place, first.reads, first.drops
         self.needs_grid = any(unit is not None and unit.needs_grid for unit in units)
 
@@ -270,7 +270,7 @@ class _RowDepth(DepthUnit):
         self.units, self.routing = tuple(units), routing
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:
         """Whether an adapter drops branches at present."""
         return any(unit.training for units in self.__dict__.get("units", ()) for unit in units)
 
