@@ -17,7 +17,7 @@ from tests.parity.test_adapter_plus import planned
 from tests.parity.test_parity import backbone, below
 from vispeft.adapters.bank import AdapterBank
 from vispeft.core.method import Step
-from vispeft.errors import ConfigError
+from vispeft.errors import ConfigError, FileError, SiteError
 from vispeft.methods.mmrl import RepresentationTokens, mmrl_head
 from vispeft.storage.class_embeddings import ClassEmbeddings
 
@@ -174,3 +174,74 @@ def test_counts_of_the_visual_part() -> None:
     for variant, whole in (("mmrl++", 813312), ("mmrl", 4992256)):
         text = 7 * (4 * (512 + 512) + 512) + 512 * 512 if variant == "mmrl++" else 7 * (512 * 512 + 512)
         assert planned(name, vispeft.MMRL(joint=512, variant=variant)) + text == whole
+
+
+def clip_like(classes: int = 3) -> Any:
+    """Make a tiny tower with a class token."""
+    torch.manual_seed(0)
+    return vispeft.create_model(
+        "vit_tiny_patch16_224",
+        pretrained=False,
+        img_size=32,
+        patch_size=8,
+        depth=3,
+        embed_dim=24,
+        num_heads=2,
+        num_classes=classes,
+    ).eval()
+
+
+def embeddings(folder: Path, classes: int = 3) -> str:
+    """Write class embeddings of the tiny tower."""
+    generator = torch.Generator().manual_seed(1)
+    texts = F.normalize(torch.randn(classes, 8, generator=generator), dim=1)
+    names = tuple(f"class {i}" for i in range(classes))
+    path = folder / "classes.safetensors"
+    ClassEmbeddings(texts, names, 100.0, torch.randn(8, 24, generator=generator)).save(path)
+    return str(path)
+
+
+def test_a_file_needs_no_class_embeddings_and_keeps_the_classifier(tmp_path: Path) -> None:
+    model, images = clip_like(), torch.randn(4, 3, 32, 32)
+    classes = embeddings(tmp_path)
+    method = vispeft.MMRL(classes=classes, num_tokens=2, token_dim=6, first_block=1, rank=2, read_rank=3)
+    bank = vispeft.attach(model, method)
+    assert {id(p) for _, p in bank.trainable_parameters()} == {id(p) for p in unit_of(bank).parameters()}
+    model.train()
+    optimizer = torch.optim.AdamW(bank.parameter_groups(1e-2, 1e-2))
+    head: Any = bank.head()
+    start = head.weight.clone()
+    for _ in range(2):
+        optimizer.zero_grad()
+        result = model.run(images)
+        output = model.forward_head(model.features(result))
+        labels = torch.tensor([0, 1, 2, 0])
+        (F.cross_entropy(output, labels) + bank.loss_terms((images, labels), output, result)).backward()
+        optimizer.step()
+    assert torch.equal(head.weight, start)
+    wanted = model.eval()(images)
+    bank.save(tmp_path / "adapter")
+    (tmp_path / "classes.safetensors").unlink()
+    other = clip_like()
+    again = vispeft.load(other, tmp_path / "adapter")
+    assert torch.equal(other(images), wanted)
+    assert not any(parameter.requires_grad for parameter in again.head().parameters())  # type: ignore[union-attr]
+
+
+def test_refusals(tmp_path: Path) -> None:
+    classes, small = embeddings(tmp_path), {"token_dim": 6, "first_block": 1}
+    with pytest.raises(ConfigError, match="3 classes, and the classifier 5"):
+        vispeft.attach(clip_like(5), vispeft.MMRL(classes=classes, **small))
+    with pytest.raises(ConfigError, match="no class embeddings"):
+        vispeft.attach(clip_like(), vispeft.MMRL(joint=8, **small))
+    with pytest.raises(ConfigError, match="have 8 numbers"):
+        vispeft.MMRL(classes=classes, joint=9)
+    with pytest.raises(FileError, match="no file of class embeddings"):
+        vispeft.MMRL(classes=str(tmp_path / "none.safetensors"))
+    with pytest.raises(SiteError, match="has 3 blocks"):
+        vispeft.attach(clip_like(), vispeft.MMRL(token_dim=6))
+    with pytest.raises(ConfigError, match="alpha between 0 and 1"):
+        vispeft.MMRL(alpha=1.0)
+    wide = vispeft.create_model("vit_tiny_patch16_224", pretrained=False, depth=2, num_classes=3)
+    with pytest.raises(ConfigError, match="24 features, and the model has 192"):
+        vispeft.attach(wide, vispeft.MMRL(classes=classes, **small))
