@@ -239,7 +239,7 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="no file of class embeddings"):
         vispeft.MMRL(classes=str(tmp_path / "none.safetensors"))
     with pytest.raises(SiteError, match="has 3 blocks"):
-        vispeft.attach(clip_like(), vispeft.MMRL(token_dim=6))
+        vispeft.attach(clip_like(), vispeft.MMRL(token_dim=6, first_block=3))
     with pytest.raises(ConfigError, match="alpha between 0 and 1"):
         vispeft.MMRL(alpha=1.0)
     wide = vispeft.create_model("vit_tiny_patch16_224", pretrained=False, depth=2, num_classes=3)

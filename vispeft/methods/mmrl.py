@@ -31,6 +31,8 @@ __all__ = ["MMRL", "RepresentationTokens", "mmrl_head"]
 
 SPREAD = 0.02
 """Standard deviation of the start of the representation tokens (public code)."""
+FIRST = 5
+"""Index of the first of 12 blocks with tokens (public code)."""
 BETA = {"mmrl": 1.0, "mmrl++": 0.9}
 """Default share of a block's own tokens; MMRL replaces the tokens of the block before."""
 
@@ -46,19 +48,19 @@ class RepresentationTokens(StreamUnit):
     projection: Tensor | None
     """P, (E, D): from the backbone's feature to the joint space; None for the identity. It does not train."""
 
-    def __init__(self, method: MMRL, blocks: int, width: int, norms: Sequence[nn.Module]) -> None:
+    def __init__(self, method: MMRL, blocks: range, width: int, norms: Sequence[nn.Module]) -> None:
         """Allocate the tensors.
 
         Args:
             method: The configuration.
-            blocks: Number of blocks of the backbone.
+            blocks: The blocks with tokens, up to the last one.
             width: Their width D.
             norms: What normalises the class token behind the last block; it stays the backbone's.
         """
         super().__init__()
         self.method, self.blocks = method, blocks
         self._norms = tuple(norms)  # in a tuple, or PyTorch would register them as children here
-        upper, joint, low = blocks - method.first_block, method.joint or width, method.variant == "mmrl++"
+        upper, joint, low = len(blocks), method.joint or width, method.variant == "mmrl++"
         shapes = {"tokens": (method.num_tokens, method.token_dim), "bias": (upper, width)}
         if low:
             shapes |= {"weight": (width, method.token_dim)}
@@ -101,7 +103,7 @@ class RepresentationTokens(StreamUnit):
 
     def tokens_of(self, block: int) -> Tensor:
         """Return the tokens of one of the upper blocks, (K, D)."""
-        index = block - self.method.first_block
+        index = block - self.blocks.start
         weight = self.weight[index] if self.weight.ndim == 3 else self.weight + self.A[index] @ self.B[index]
         return linear(self.tokens, weight, self.bias[index])
 
@@ -130,12 +132,12 @@ class _Rows(Stream):
     name = "mmrl"
 
     def __init__(self, unit: RepresentationTokens) -> None:
-        self.unit, self.first = unit, unit.method.first_block
+        self.unit = unit
         self.shapes = ((unit.method.num_tokens, unit.bias.shape[1]),)
 
     def enter(self, block: int, present: Tensor | None, tokens: Tensor) -> Tensor | None:
         """Return the block's tokens, mixed with what the block before made of its own."""
-        if block < self.first:
+        if block not in self.unit.blocks:
             return None
         own = self.unit.tokens_of(block).expand(tokens.shape[0], -1, -1)
         share = self.unit.method.share
@@ -147,7 +149,7 @@ class _Rows(Stream):
 
     def keeps(self, block: int) -> bool:
         """Keep the rows of the last block."""
-        return block == self.unit.blocks - 1
+        return block == self.unit.blocks[-1]
 
     def features(self, pooled: Tensor, kept: Sequence[Tensor]) -> Tensor:
         """Put class feature and representation feature side by side; in a joint space each has norm one."""
@@ -179,8 +181,8 @@ class MMRL(Method):
     """Number of representation tokens."""
     token_dim: int = 512
     """Width of the shared tokens."""
-    first_block: int = 5
-    """Index of the first block with tokens, from 0 (layer 6 of the paper)."""
+    first_block: int | None = None
+    """Index of the first block with tokens, from 0; None for 5 of 12 blocks (layer 6 of the paper), in proportion."""
     rank: int = 4
     """Rank of each block's term (MMRL++)."""
     read_rank: int = 64
@@ -220,7 +222,7 @@ class MMRL(Method):
                 f"MMRL(beta={self.beta}, alpha={self.alpha}, reg_weight={self.reg_weight}): beta from 0 to 1, alpha "
                 "between 0 and 1, and a finite weight from 0 are needed."
             )
-        if self.first_block < 0:
+        if self.first_block is not None and self.first_block < 0:
             raise ConfigError(f"MMRL(first_block={self.first_block}): an index from 0 is needed.")
         if self.classes is not None:
             found = self.embeddings.projection.shape[0]
@@ -259,7 +261,8 @@ class MMRL(Method):
                 f"MMRL reads the class token, and this {view.family} pools otherwise (global_pool="
                 f"{view.global_pool!r}): there is no stated form. Take a ViT with a class token, such as a CLIP."
             )
-        if self.first_block >= view.depth:
+        blocks = self.upper(view)
+        if not blocks:
             raise SiteError(
                 f"MMRL(first_block={self.first_block}): this model has {view.depth} blocks, counted from 0."
             )
@@ -271,14 +274,19 @@ class MMRL(Method):
         timm_model: Any = model
         norms = (timm_model.norm, timm_model.fc_norm)
         for site in self.sites(view):
-            yield PlanItem(site, "mmrl", partial(RepresentationTokens, self, view.depth, view.widths[0], norms))
+            yield PlanItem(site, "mmrl", partial(RepresentationTokens, self, blocks, view.widths[0], norms))
+
+    def upper(self, view: View) -> range:
+        """Return the blocks with tokens."""
+        first = FIRST * view.depth // 12 if self.first_block is None else self.first_block
+        return range(first, view.depth)
 
     def parameter_count(self, view: View) -> int:
         """Count ``K d_r + D d_r + n (D r + r d_r + D) + r' (D + E)`` for n blocks with tokens (MMRL++).
 
         MMRL: ``K d_r + n (D d_r + D) + D E``.
         """
-        n, width, dim, joint = view.depth - self.first_block, view.widths[0], self.token_dim, self.joint
+        n, width, dim, joint = len(self.upper(view)), view.widths[0], self.token_dim, self.joint
         joint = joint or width
         if self.variant == "mmrl":
             return self.num_tokens * dim + n * (width * dim + width) + width * joint
