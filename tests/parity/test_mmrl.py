@@ -20,6 +20,7 @@ from vispeft.core.method import Step
 from vispeft.errors import ConfigError, FileError, SiteError
 from vispeft.methods.mmrl import RepresentationTokens, mmrl_head
 from vispeft.storage.class_embeddings import ClassEmbeddings
+from vispeft.tasks import Classification
 
 FILES = {"mmrl_vit": "mmrl", "mmrlpp_vit": "mmrl++"}
 LEARNER = "representation_learner."
@@ -236,6 +237,13 @@ def test_refusals(tmp_path: Path) -> None:
         vispeft.attach(clip_like(), vispeft.MMRL(joint=8, **small))
     with pytest.raises(ConfigError, match="have 8 numbers"):
         vispeft.MMRL(classes=classes, joint=9)
+    with pytest.raises(ConfigError, match="does not train, and a fitted one"):
+        Classification(
+            method=vispeft.MMRL(classes=classes, **small),
+            backbone="vit_tiny_patch16_224",
+            num_classes=3,
+            head_start="probe",
+        )
     with pytest.raises(FileError, match="no file of class embeddings"):
         vispeft.MMRL(classes=str(tmp_path / "none.safetensors"))
     with pytest.raises(SiteError, match="has 3 blocks"):
