@@ -31,8 +31,6 @@ __all__ = ["MMRL", "RepresentationTokens", "mmrl_head"]
 
 SPREAD = 0.02
 """Standard deviation of the start of the representation tokens (public code)."""
-FIRST = 5
-"""Index of the first of 12 blocks with tokens (public code)."""
 BETA = {"mmrl": 1.0, "mmrl++": 0.9}
 """Default share of a block's own tokens; MMRL replaces the tokens of the block before."""
 
@@ -181,8 +179,8 @@ class MMRL(Method):
     """Number of representation tokens."""
     token_dim: int = 512
     """Width of the shared tokens."""
-    first_block: int | None = None
-    """Index of the first block with tokens, from 0; None for 5 of 12 blocks (layer 6 of the paper), in proportion."""
+    first_block: int = 5
+    """Index of the first block with tokens, from 0 (layer 6 of 12 in the paper)."""
     rank: int = 4
     """Rank of each block's term (MMRL++)."""
     read_rank: int = 64
@@ -222,7 +220,7 @@ class MMRL(Method):
                 f"MMRL(beta={self.beta}, alpha={self.alpha}, reg_weight={self.reg_weight}): beta from 0 to 1, alpha "
                 "between 0 and 1, and a finite weight from 0 are needed."
             )
-        if self.first_block is not None and self.first_block < 0:
+        if self.first_block < 0:
             raise ConfigError(f"MMRL(first_block={self.first_block}): an index from 0 is needed.")
         if self.classes is not None:
             found = self.embeddings.projection.shape[0]
@@ -278,8 +276,7 @@ class MMRL(Method):
 
     def upper(self, view: View) -> range:
         """Return the blocks with tokens."""
-        first = FIRST * view.depth // 12 if self.first_block is None else self.first_block
-        return range(first, view.depth)
+        return range(self.first_block, view.depth)
 
     def parameter_count(self, view: View) -> int:
         """Count ``K d_r + D d_r + n (D r + r d_r + D) + r' (D + E)`` for n blocks with tokens (MMRL++).
