@@ -110,6 +110,8 @@ METHODS: dict[str, vispeft.Method] = {
     "mona": vispeft.Mona(bottleneck=4, dropout=0.0),
     "mlae": vispeft.MLAE(rank=3, expert_dropout=0.0),
     "rein": vispeft.Rein(num_tokens=3, rank=2),
+    "mmrl": vispeft.MMRL(num_tokens=3, token_dim=6, first_block=0, rank=2, read_rank=3),
+    "mmrl_base": vispeft.MMRL(num_tokens=2, token_dim=6, first_block=1, variant="mmrl"),
     "lofit": vispeft.LoFiT(stage="both"),
     "lofit_offsets": vispeft.LoFiT(stage="offsets", heads=((0, 1), (0, 0))),
     "conformer_adapter": vispeft.ConformerAdapter(reduction=6, kernel=4, variant="houlsby"),
@@ -143,6 +145,8 @@ EXCLUSIVE = (
     "compacter_full",
     "vqt",
     "vqt_weighted",
+    "mmrl",
+    "mmrl_base",
     "mtlora",
     "ditask",
     "vptsp",
@@ -150,7 +154,7 @@ EXCLUSIVE = (
 """Methods that replace tensors of the base or its output features, so that two of them cannot act at once."""
 
 LINKED = ("vpt", "vqt", "prefix", "mam", "fact", "compacter", "lst", "convpass", "polyhistor_lite", "mona")
-LINKED += ("rein", "conformer_adapter", "dyt")
+LINKED += ("rein", "conformer_adapter", "dyt", "mmrl")
 """Methods, in all their forms, whose blocks need each other: they share tensors, hand on more than tokens, or give the
 patches something that reaches a class token with the next block's attention."""
 DEEP = ("lora_all", "ssf", "ssf_merging")
@@ -276,7 +280,8 @@ REFUSED: dict[tuple[str, str], Refusal] = {
     },
     **{("rein", backbone): WIDTHS_DIFFER for backbone in ("swin", "swinv2")},
     **{
-        ("vptsp", backbone): NO_CLASS_TOKEN
+        (method, backbone): NO_CLASS_TOKEN
+        for method in ("vptsp", "mmrl", "mmrl_base")
         for backbone in BACKBONES
         if backbone not in ("vit", "vit_reg_ls", "vit_clip", "vit_glu", "eva02", "eva02_split")
     },
@@ -286,7 +291,11 @@ REFUSED: dict[tuple[str, str], Refusal] = {
 """Cells that refuse: (method, backbone) to the reason."""
 
 NO_PLAIN_FORM: dict[tuple[str, str], str] = {
-    **{(m, b): "inserts tokens|beside its tokens" for m in ("vpt", "vpt_shallow", "vptsp") for b in BACKBONES},
+    **{
+        (m, b): "inserts tokens|beside its tokens"
+        for m in ("vpt", "vpt_shallow", "vptsp", "mmrl", "mmrl_base")
+        for b in BACKBONES
+    },
     **{(m, b): "keys and values of its own" for m in ("prefix", "prefix_mlp", "mam", "vpt_window") for b in BACKBONES},
     **{(m, b): "queries that read" for m in ("vqt", "vqt_weighted") for b in BACKBONES},
     **{(m, b): "term beside a branch" for m in PARALLEL for b in BACKBONES},
@@ -379,13 +388,15 @@ SECOND_FORMS = {
     *("fact_4bit", "compacter_full", "mtlora", "polyhistor", "polyhistor_lite", "vpt_window"),
     *("bone_mini", "bat", "svfit_few", "sparse_lift", "sparse_gps", "snella", "ditask"),
     *("adapter_plus", "adapter_plus_inner", "mona", "mlae", "rein", "conformer_adapter", "lofit"),
-    *("lofit_offsets", "triadapt", "dyt"),
+    *("lofit_offsets", "triadapt", "dyt", "mmrl", "mmrl_base"),
 }
 """Further settings of a method, and methods with tests of their own for what is particular to them: they run on the
 main families, and not on the variants of one family as well."""
 
 LEFT = {("polyhistor", "vit"), ("polyhistor_lite", "vit"), ("polyhistor_lite", "swin"), ("vpt_window", "vit")}
-LEFT |= {(method, backbone) for method in ("adapter_plus_inner", "lofit_offsets") for backbone in BACKBONES}
+LEFT |= {
+    (method, backbone) for method in ("adapter_plus_inner", "lofit_offsets", "mmrl_base") for backbone in BACKBONES
+}
 """Cells left to ``make test-slow``: tests of their own have what is particular to them."""
 
 CELLS = [

@@ -16,7 +16,7 @@ PARTS = (
     *("full", "bitfit", "norm_tuning", "ssf", "ssf_merging", "dora", "bat", "svfit", "svfit_few", "mask", "sparse"),
     *("sparse_lift", "pst", "snell", "snella", "vpt", "vpt_shallow", "vpt_window", "vptsp", "vqt", "vqt_weighted"),
     *("prefix", "prefix_mlp", "mam", "lst", "lst_sparse", "mtlora", "ditask"),
-    *("conformer_adapter", "compacter_full", "dyt", "sparse_gps"),
+    *("conformer_adapter", "compacter_full", "dyt", "sparse_gps", "mmrl", "mmrl_base"),
 )
 """Methods that need a part of the batch for themselves, as docs/concepts.md says."""
 READ_PROJECTION = ("swinv2", "eva02", "eva_dinov3_qkvb")

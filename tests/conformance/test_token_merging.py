@@ -11,8 +11,9 @@ from vispeft.errors import BackboneError, ConfigError
 
 BY_PLACE = {
     *("convpass", "convpass_attn", "mona", "rein", "conformer_adapter", "lst", "lst_sparse", "mtlora", "ditask"),
+    *("mmrl", "mmrl_base"),
 }
-"""Methods that read tokens by their places, or keep rows for each patch."""
+"""Methods that read tokens by their places, or pass rows of their own beside them."""
 QUICK = ("lora", "vpt", "vqt", "adaptformer", "convpass")
 
 

@@ -160,7 +160,10 @@ def _check_branches(entries: Entries, names: tuple[str, ...]) -> None:
 def _check_beside(entries: Entries, names: tuple[str, ...]) -> None:
     """Raise if a network beside the backbone acts with adapters that it would replace or cut off from gradients."""
     beside: dict[str, Any] = {
-        name: unit for name in names for unit in entries[name].units.values() if unit.kind in ("side", "queries")
+        name: unit
+        for name in names
+        for unit in entries[name].units.values()
+        if unit.kind in ("side", "queries") or (unit.kind == "stream" and any(s.shapes for s in unit.streams()))
     }
     if len(beside) > 1:
         first, second = list(beside)[:2]
@@ -170,7 +173,7 @@ def _check_beside(entries: Entries, names: tuple[str, ...]) -> None:
         )
     others = [name for name in names if name not in beside and entries[name].units]
     for name, unit in beside.items():
-        if unit.detach_hidden and others:
+        if getattr(unit, "detach_hidden", False) and others:
             raise SiteError(
                 f"Adapter {name!r} runs the backbone without gradients, so {others[0]!r} inside of it would not train. "
                 "Activate one of them, or attach the first with detach_hidden=False, which gives up its memory saving."

@@ -96,7 +96,7 @@ def _reason(unit: Unit) -> str | None:
     if unit.kind == "side":
         return "runs a network beside the blocks that has one row for each patch"
     if unit.kind in ("branch", "stream"):
-        return "passes streams beside the tokens that have a row for each patch"
+        return "passes streams beside the tokens, whose rows are not merged"
     return None
 
 

@@ -112,7 +112,8 @@ class TrainingBank(BankState):
         modules = [(unit, key in held) for key, unit in entry.units.items()]
         for unit, stays in modules:
             unit.held = stays
-        for module, stays in [*modules, *([] if head is None else [(head, entry.alone is not None)])]:
+        kept = entry.alone is not None or not entry.method.trains_head()
+        for module, stays in [*modules, *([] if head is None else [(head, kept)])]:
             for parameter in module.parameters():
                 parameter.requires_grad_(not (entry.frozen or stays))
                 if entry.frozen or stays:
@@ -151,8 +152,8 @@ class TrainingBank(BankState):
         return sorted(found, key=lambda item: place[id(item[1])])
 
     def _trained(self, name: str, entry: Entry) -> list[nn.Parameter]:
-        """List the tensors of an adapter that train, those of units that are held left out."""
-        if entry.alone is None:
+        """List the tensors of an adapter that train; units that are held, and a classifier that stays, are left out."""
+        if entry.alone is None and entry.method.trains_head():
             return list(self.named_tensors(name).values())
         held = entry.held()
         return [tensor.tensor for tensor in entry.tensors() if tensor.key not in held]

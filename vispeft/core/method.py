@@ -262,6 +262,10 @@ class Method:
         for tensor in head.parameters():
             tensor.uniform_(-bound, bound, generator=generator)
 
+    def trains_head(self) -> bool:
+        """Return whether the classifier trains; if not, it stays as `start_head` made it."""
+        return True
+
     def recommended(self, model: nn.Module, n_images: int) -> Recipe:
         """Return the learning rate, weight decay and size published for this method, with their source.
 

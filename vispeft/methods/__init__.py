@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vispeft.methods.mam import MAM as MAM
     from vispeft.methods.mask import Mask as Mask
     from vispeft.methods.mlae import MLAE as MLAE
+    from vispeft.methods.mmrl import MMRL as MMRL
     from vispeft.methods.mona import Mona as Mona
     from vispeft.methods.mos import MoS as MoS
     from vispeft.methods.mtlora import MTLoRA as MTLoRA

@@ -21,7 +21,7 @@ from vispeft.hosts.functional import linear
 from vispeft.methods.adapter import Bottleneck, ParallelBottleneck
 from vispeft.methods.adaptformer import AdaptFormer
 
-__all__ = ["DyT", "DyTUnit"]
+__all__ = ["DyT", "DyTUnit", "are_classes"]
 
 TAU, SPREAD = 5.0, 0.02
 """Temperature of the noisy decision and standard deviation of the dispatcher's start (public code)."""
@@ -124,7 +124,7 @@ class DyT(AdaptFormer):
         if not self.complete:
             return loss
         images, labels = step.batch[0], step.batch[-1]
-        if not _are_classes(labels, step.output):
+        if not are_classes(labels, step.output):
             raise ConfigError(
                 "DyT(complete=True) computes a cross-entropy, and the targets are neither class numbers nor shares of "
                 "classes that sum to 1. Set complete=False."
@@ -137,7 +137,7 @@ class DyT(AdaptFormer):
         return loss + F.cross_entropy(whole, labels) + distance
 
 
-def _are_classes(labels: Any, scores: Any) -> bool:
+def are_classes(labels: Any, scores: Any) -> bool:
     """Return whether targets are class numbers (B,), or shares of classes (B, classes) that sum to 1."""
     if not (isinstance(labels, Tensor) and isinstance(scores, Tensor) and scores.ndim == 2 and scores.shape[1] > 1):
         return False

@@ -67,6 +67,11 @@ def check_head_start(task: Any, method: Method, head_start: str | None) -> None:
             f"{name}: the classifier of {method.name} has {counted(method.low_bit_head(), 'bit')} per weight and is "
             "not linear in its tensors, so that a fitted one would not survive rounding. Leave head_start out."
         )
+    if task.classifies and not method.trains_head():
+        raise ConfigError(
+            f"{name}: the classifier of {method.name} does not train, and a fitted one would replace it. Leave "
+            "head_start out (null in a config)."
+        )
 
 
 def is_start(module: LightningModule) -> bool:
