@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,9 +204,7 @@ def test_visual_tower_of_open_clip() -> None:
     vision = {"image_size": 16, "patch_size": 8, "width": 24, "layers": 2, "head_width": 12}
     text = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}
     clip = library.CLIP(6, vision, text, quick_gelu=True).eval()
-    model: Any = vit(
-        depth=2, pre_norm=True, act_layer="quick_gelu", norm_layer=lambda width: nn.LayerNorm(width, eps=1e-5)
-    )
+    model: Any = vit(depth=2, pre_norm=True, act_layer="quick_gelu", norm_layer=partial(nn.LayerNorm, eps=1e-5))
     load_visual(model, clip.state_dict())
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():

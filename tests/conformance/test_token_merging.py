@@ -11,7 +11,7 @@ from vispeft.errors import BackboneError, ConfigError
 
 BY_PLACE = {
     *("convpass", "convpass_attn", "mona", "rein", "conformer_adapter", "lst", "lst_sparse", "mtlora", "ditask"),
-    *("mmrl", "mmrl_base"),
+    *("mmrl", "mmrl_base", "dyt"),
 }
 """Methods that read tokens by their places, or pass rows of their own beside them."""
 QUICK = ("lora", "vpt", "vqt", "adaptformer", "convpass")

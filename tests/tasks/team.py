@@ -105,7 +105,7 @@ def make(task: str, backbone: str, method: str) -> AdapterTask:
     """Make a task with its model."""
     torch.manual_seed(0)
     name, arguments = BACKBONES[backbone]
-    common: dict[str, Any] = {"backbone": name, "backbone_args": arguments, "method": METHODS[method](), "lr": 1e-2}
+    common: dict[str, Any] = {"backbone": name, "backbone_args": arguments, "method": METHODS[method](), "lr": 2e-3}
     common |= {"optimizer": "SGD"}
     if task == "classification":
         return Classification(num_classes=2, **common)

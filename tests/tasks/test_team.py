@@ -80,7 +80,8 @@ def test_two_processes_train_as_one_with_the_same_batches(tmp_path: Path) -> Non
         assert any(name.startswith("gradient") for name in wanted)
         assert set(wanted) == set(first[cell])
         for name, value in wanted.items():
-            tolerance = 1e-6 if name.startswith("gradient") else 1e-5
+            # Figures amplify the rounding of the weights, such as counts of pixels above a threshold.
+            tolerance = {"gradient": 1e-6, "tensor": 1e-5, "figure": 1e-4}[name.split()[0]]
             told = f"{cell} {name} of {TOGETHER} images: "
             torch.testing.assert_close(
                 first[cell][name], value, rtol=tolerance, atol=tolerance, msg=lambda text, told=told: told + text

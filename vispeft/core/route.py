@@ -109,7 +109,8 @@ def acting(units: Iterable[Unit], carries: bool = False, grid: bool = False, sta
     (first, *others) = kinds.get("delta", ()) or (None,)
     lone = first if len(kinds) == 1 and not others and first is not None and first.is_one_term else None
     (scaling, *others) = kinds.get("affine", ()) or (None,)
-    scaling = None if others or len(kinds) > 1 else scaling
+    # One with a weight of its own (`vispeft.core.weighted`) takes the general path, which reads its gain.
+    scaling = None if others or len(kinds) > 1 or hasattr(scaling, "unweighted") else scaling
     kinds |= {"carries": carries, "grid": grid, "starting": tuple(starting)}
     return Acting(**kinds, lone=lone, scaling=scaling)
 
