@@ -79,9 +79,11 @@ def test_two_processes_train_as_one_with_the_same_batches(tmp_path: Path) -> Non
     for cell, wanted in alone.items():
         assert any(name.startswith("gradient") for name in wanted)
         assert set(wanted) == set(first[cell])
+        # Sums over many positions are rounded relative to what is summed: 1e-6 of the largest gradient.
+        largest = max(float(value.abs().max()) for name, value in wanted.items() if name.startswith("gradient"))
         for name, value in wanted.items():
             # Figures amplify the rounding of the weights, such as counts of pixels above a threshold.
-            tolerance = {"gradient": 1e-6, "tensor": 1e-5, "figure": 1e-4}[name.split()[0]]
+            tolerance = {"gradient": 1e-6 * max(1, largest), "tensor": 1e-5, "figure": 1e-4}[name.split()[0]]
             told = f"{cell} {name} of {TOGETHER} images: "
             torch.testing.assert_close(
                 first[cell][name], value, rtol=tolerance, atol=tolerance, msg=lambda text, told=told: told + text
