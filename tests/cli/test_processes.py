@@ -81,6 +81,7 @@ def test_folds_are_for_one_process(config: Path, tmp_path: Path) -> None:
         main([str(config), *TWO, "--folds", "3", "--out", str(tmp_path / "folds")])
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_is_refused_without_elastic(config: Path, tmp_path: Path) -> None:
     run = train(config, [*FEW, "--trainer.max_epochs=1"], out=tmp_path / "run")
     (run / "metrics.json").unlink()
@@ -88,6 +89,7 @@ def test_another_number_of_processes_is_refused_without_elastic(config: Path, tm
         resume(run, config, [*FEW, "--trainer.max_epochs=1", *TWO])
 
 
+@pytest.mark.slow
 def test_train_from_python_is_the_command(config: Path, tmp_path: Path) -> None:
     run = vispeft.train(config, out=tmp_path / "a", lr=2e-3, max_epochs=1, batch_size=64, method="lora")
     overrides = ["--model.method=lora", "--model.lr=0.002", "--trainer.max_epochs=1", "--data.batch_size=64"]

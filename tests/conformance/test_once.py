@@ -39,12 +39,15 @@ def cell(request: pytest.FixtureRequest) -> Cell:
     return request.param
 
 
-QUICK_ON_SWIN = ("lora_all", "ssf", "vpt", "mtlora")
-"""Methods that are exported and compiled on Swin with the quick tests; the others are on a ViT alone there."""
+QUICK = {
+    "vit": ("lora_all", "ssf", "vpt", "vqt", "adaptformer", "fact", "convpass", "lst", "bitfit", "bone", "rein", "dyt"),
+    "swin": ("lora_all", "ssf", "vpt", "mtlora"),
+}
+"""Methods that are exported and compiled with the quick tests, one for each way of acting; the others are slow."""
 
 
 def _left(cell: Cell) -> bool:
-    return is_second_form(cell) or (cell.backbone == "swin" and cell.method not in QUICK_ON_SWIN)
+    return cell.method not in QUICK.get(cell.backbone, ())
 
 
 second_forms_slow = pytest.mark.parametrize("cell", params(ONCE, slow=_left))

@@ -46,6 +46,7 @@ def test_shipped_configs_fit_together(path):
     assert scores.shape == (1, len(found.METAINFO["classes"]), 64, 64)
 
 
+@pytest.mark.slow
 def test_earth_tiles_are_those_of_the_folder(tmp_path, monkeypatch):
     for index, split in enumerate(("train", "overlapping", "validation", "test")):
         for layer in ("images", "climates"):

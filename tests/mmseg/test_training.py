@@ -97,6 +97,7 @@ def test_a_last_batch_of_one_image_is_refused_before_the_first_step(toy, weights
     assert not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.slow
 def test_cascades_of_heads_are_checked_and_saved(toy, weights, tmp_path):
     config = make_config("vit", toy, weights, tmp_path)
     first = {"type": "FCNHead", "in_channels": 32, "in_index": 2, "channels": 8, "num_classes": 3}
@@ -127,6 +128,7 @@ def test_decoder_is_loaded_although_there_is_nothing_to_resume(toy, weights, tmp
     torch.testing.assert_close(runner.model.decode_head.conv_seg.weight, source.decode_head.conv_seg.weight)
 
 
+@pytest.mark.slow
 def test_best_adapter_by_each_metric(toy, weights, tmp_path):
     config = make_config("vit", toy, weights, tmp_path)
     config.default_hooks.checkpoint.save_best = ["mIoU", "aAcc"]

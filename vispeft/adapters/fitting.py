@@ -24,6 +24,9 @@ __all__ = ["CutModel", "check_planned", "method_of", "tasks_of", "warn_of_channe
 
 logger = logging.getLogger(__name__)
 
+FILE_FIELDS = ("source", "teacher", "classes")
+"""Fields of methods that name a file to start from. An adapter's file has what was read there, and names none."""
+
 
 def method_of(header: Mapping[str, Any]) -> Method:
     """Build the method that a file names.
@@ -34,6 +37,10 @@ def method_of(header: Mapping[str, Any]) -> Method:
     Raises:
         VispeftError: If this version does not know the method or a field, or a value cannot be.
     """
+    fields = header["method"].get("fields") if isinstance(header["method"], Mapping) else None
+    for field in FILE_FIELDS:
+        if isinstance(fields, Mapping) and fields.get(field) is not None:
+            raise FileError(f"The adapter's method names the file {shown(fields[field])} as its {field}; none may.")
     try:
         return method_from_dict(header["method"])
     except VispeftError:

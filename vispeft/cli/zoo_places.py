@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
+from vispeft.adapters.fitting import FILE_FIELDS
 from vispeft.building.config_files import Node
 from vispeft.cli.config_keys import split_overrides
 from vispeft.errors import ConfigError, DataError
@@ -41,10 +42,11 @@ def check_places(tree: Node) -> None:
     if isinstance(name, str) and (name.endswith((".yaml", ".yml")) or "/" in name or "\\" in name):
         raise ConfigError(f"model.method is the file {shown(name)}; a pulled adapter names a method.")
     fields = method.get("init_args") if isinstance(method, Mapping) else None
-    if isinstance(fields, Mapping) and fields.get("source") is not None:
-        raise ConfigError(
-            f"model.method.source is the file {shown(fields['source'])}, and a pulled adapter may name none."
-        )
+    for field in FILE_FIELDS:
+        if isinstance(fields, Mapping) and fields.get(field) is not None:
+            raise ConfigError(
+                f"model.method.{field} is the file {shown(fields[field])}, and a pulled adapter may name none."
+            )
     _check_inside(data, "data")
 
 

@@ -287,6 +287,16 @@ class Method:
 
     # ------------------------------------------------------------------ training
 
+    def check_classes(self, names: Sequence[str]) -> None:
+        """Refuse classes of the data that do not fit what the method starts from; by default none.
+
+        Args:
+            names: Names of the classes, in their order.
+
+        Raises:
+            ConfigError: If they do not fit.
+        """
+
     def callbacks(self) -> list[Any]:
         """Create the method's schedules, as Lightning callbacks.
 

@@ -5,7 +5,7 @@ Formulas, threshold, start and gradient dropout follow the public code of R-AMT,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -20,7 +20,7 @@ from vispeft.core.recipes import FEW_IMAGES, Recipe
 from vispeft.core.sites import Site, View
 from vispeft.core.units import SharedUnit, Unit, WeightUnit, with_rows
 from vispeft.errors import ConfigError, SiteError
-from vispeft.storage.class_embeddings import ClassEmbeddings
+from vispeft.storage.class_embeddings import ClassEmbeddings, check_order
 
 __all__ = ["Mask", "MaskUnit", "TeacherUnit", "ZeroShotUnit", "dropped_gradient"]
 
@@ -241,6 +241,11 @@ class Mask(DropPath, Method):
             raise ConfigError(
                 f"Mask(teacher={self.teacher!r}) has no effect without dropout, which is 0. Set it above 0."
             )
+
+    def check_classes(self, names: Sequence[str]) -> None:
+        """Refuse class embeddings in another order than the data's classes."""
+        if self.teacher is not None:
+            check_order(ClassEmbeddings.load(self.teacher), names, f"Mask(teacher={self.teacher!r})")
 
     def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
         """Put one mask at each site, and the teacher at the tokens."""

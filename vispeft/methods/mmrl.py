@@ -25,7 +25,7 @@ from vispeft.core.streams import Stream, StreamRule
 from vispeft.errors import ConfigError, SiteError
 from vispeft.hosts.functional import linear
 from vispeft.methods.dyt import are_classes
-from vispeft.storage.class_embeddings import ClassEmbeddings
+from vispeft.storage.class_embeddings import ClassEmbeddings, check_order
 
 __all__ = ["MMRL", "RepresentationTokens", "mmrl_head"]
 
@@ -179,8 +179,9 @@ class MMRL(Method):
     """Number of representation tokens."""
     token_dim: int = 512
     """Width of the shared tokens."""
-    first_block: int = 5
-    """Index of the first block with tokens, from 0 (layer 6 of 12 in the paper)."""
+    first_block: int | None = None
+    """Index of the first block with tokens, from 0. None takes that of the paper, 5 of 12 blocks, and as large a share
+    of another number of blocks."""
     rank: int = 4
     """Rank of each block's term (MMRL++)."""
     read_rank: int = 64
@@ -220,7 +221,7 @@ class MMRL(Method):
                 f"MMRL(beta={self.beta}, alpha={self.alpha}, reg_weight={self.reg_weight}): beta from 0 to 1, alpha "
                 "between 0 and 1, and a finite weight from 0 are needed."
             )
-        if self.first_block < 0:
+        if self.first_block is not None and self.first_block < 0:
             raise ConfigError(f"MMRL(first_block={self.first_block}): an index from 0 is needed.")
         if self.classes is not None:
             found = self.embeddings.projection.shape[0]
@@ -276,7 +277,13 @@ class MMRL(Method):
 
     def upper(self, view: View) -> range:
         """Return the blocks with tokens."""
-        return range(self.first_block, view.depth)
+        first = 5 * view.depth // 12 if self.first_block is None else self.first_block
+        return range(first, view.depth)
+
+    def check_classes(self, names: Sequence[str]) -> None:
+        """Refuse class embeddings in another order than the data's classes."""
+        if self.classes is not None:
+            check_order(self.embeddings, names, f"MMRL(classes={self.classes!r})")
 
     def parameter_count(self, view: View) -> int:
         """Count ``K d_r + D d_r + n (D r + r d_r + D) + r' (D + E)`` for n blocks with tokens (MMRL++).

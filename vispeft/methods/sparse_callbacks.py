@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -73,6 +74,7 @@ class Regrowing(Bound):
         reasons = {
             "a compiled model shows no gradients of whole weights; leave compile out": task.bank.is_compiled,
             "gradients are scaled in float16; take bf16-mixed or 32-true": task.scaled,
+            "the training has no end; give max_epochs or max_steps": math.isinf(trainer.estimated_stepping_batches),
         }
         _check(task, trainer, "rigl", reasons)
         super().begin(task, trainer)

@@ -285,6 +285,12 @@ class _Growth(Schedule):
                 "TriAdapt grows by the share of the steps that are done, and this training has no end. Give max_epochs "
                 "or max_steps."
             )
+        averaging = next((type(o).__name__ for o in trainer.optimizers if hasattr(o, "eval")), None)
+        if averaging is not None:
+            raise ConfigError(
+                f"TriAdapt gives new ranks values of their own while it trains, and {averaging} averages over all "
+                "steps, in which they were zero. Take another optimizer."
+            )
 
     def before(self, task: Any, trainer: Any) -> None:
         """Let ranks grow, once every `interval` steps after the warm-up."""

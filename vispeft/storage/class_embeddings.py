@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from torch import Tensor
 from vispeft.errors import ConfigError, FileError, counted, near_names
 from vispeft.storage.disk import write_atomically
 
-__all__ = ["SCHEMA", "ClassEmbeddings"]
+__all__ = ["SCHEMA", "ClassEmbeddings", "check_order"]
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = "1"
 """Version of the form of the files."""
@@ -183,3 +186,31 @@ class ClassEmbeddings:
             raise FileError(f"{path} has no readable {error}; class_names (JSON) and scale are needed.") from error
         except ConfigError as error:
             raise FileError(f"{path}: {error}") from error
+
+
+def check_order(embeddings: ClassEmbeddings, names: Sequence[str], asked: str) -> None:
+    """Refuse embeddings of the data's classes that are in another order.
+
+    Args:
+        embeddings: The embeddings.
+        names: Names of the data's classes, in their order.
+        asked: Who names them, for the message.
+
+    Raises:
+        ConfigError: If the order differs.
+    """
+    own = embeddings.class_names
+    if tuple(names) == tuple(own):
+        return
+    if set(names) == set(own):
+        first = next(index for index, pair in enumerate(zip(names, own, strict=True)) if pair[0] != pair[1])
+        raise ConfigError(
+            f"{asked} has the data's classes in another order: number {first} is {own[first]!r} there and "
+            f"{names[first]!r} in the data. Write the file anew, with the names in the order of the data."
+        )
+    logger.warning(
+        "%s has classes of other names than the data (first %r, and %r in the data); their order is taken to be equal.",
+        asked,
+        own[0],
+        names[0],
+    )

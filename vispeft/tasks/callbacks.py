@@ -27,6 +27,17 @@ logger = logging.getLogger(__name__)
 class MethodHooks(Callback):
     """Call the hooks of methods around a step: initialisation from data, and changes of gradients."""
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let methods look at the classes of the data.
+
+        Raises:
+            ConfigError: If they do not fit.
+        """
+        task, data = cast(Any, pl_module), cast(Any, trainer).datamodule
+        if task.by_class and hasattr(data, "class_names"):
+            for name in task.bank.names:
+                task.bank.plan(name).method.check_classes(task.output_names(data))
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let methods initialise from the training data, unless the adapter is already trained or loaded."""
         task = cast(Any, pl_module)
