@@ -40,7 +40,7 @@ def cell(request: pytest.FixtureRequest) -> Cell:
 
 
 QUICK = {
-    "vit": ("lora_all", "ssf", "vpt", "vqt", "adaptformer", "fact", "convpass", "lst", "bitfit", "bone", "rein", "dyt"),
+    "vit": ("lora_all", "ssf", "vpt", "vqt", "adaptformer", "fact", "convpass", "bitfit"),
     "swin": ("lora_all", "ssf", "vpt", "mtlora"),
 }
 """Methods that are exported and compiled with the quick tests, one for each way of acting; the others are slow."""

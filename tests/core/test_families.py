@@ -109,6 +109,7 @@ def _swin(size: tuple[int, int], **options: object) -> torch.nn.Module:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_flexible_swin_at_other_sizes() -> None:
     flexible = _swin((224, 224), flexible_size=True)
     bank = vispeft.attach(flexible, vispeft.SSF())

@@ -77,6 +77,7 @@ def test_optimiser_rule_for_the_whole_backbone(weights):
         ({"decode_head": {"in_index": [0, 1], "in_channels": [32, 32]}}, "no head reads the backbone's last map"),
     ],
 )
+@pytest.mark.slow
 def test_parts_that_do_not_fit_are_refused_before_the_first_step(toy, weights, tmp_path, changes, message):
     config = make_config("vit", toy, weights, tmp_path)
     config.merge_from_dict({"model": changes})
