@@ -141,6 +141,18 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_bit_for_bit(config
 
 
 @pytest.mark.slow
+def test_a_process_that_follows_ends_where_nothing_is_left_to_train(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(config, [*FEW, "--trainer.max_epochs=1"], out=tmp_path / "run")
+    (run / "metrics.json").unlink()  # killed while the first process measured
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as ended:
+        resume(run, None, TWO)
+    assert ended.value.code == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [True, False], ids=["from one to two", "from two to one"])
 def test_a_run_goes_on_with_another_number_of_processes(more: bool, config: Path, tmp_path: Path) -> None:
     common = ["--data.test=0.5", "--trainer.limit_train_batches=4", "--trainer.accelerator=cpu"]

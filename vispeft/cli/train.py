@@ -261,7 +261,8 @@ def resume(
 
 def _follow(place: Path, cli: TrainCLI, found: Found | None, elastic: bool = False) -> NoReturn:
     """Train in a process that is not the first, which alone writes the run directory, and end the process."""
-    if found is not None and found.finished and found.state.get("until") in (None, cli.trainer_settings["max_epochs"]):
+    until = cli.settings("trainer")["max_epochs"]
+    if found is not None and found.finished and found.state.get("until") in (None, until):
         raise SystemExit(0)  # nothing is left to train, and the first process measures alone
     watch_parent()
     console.quiet = True
