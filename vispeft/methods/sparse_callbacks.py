@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
@@ -14,6 +14,9 @@ from vispeft.methods.sparse_schedules import SM3, DropAndRegrow, Refresh, check_
 from vispeft.methods.sparse_unit import SparseUnit
 
 __all__ = ["Bound", "Refreshing", "Regrowing"]
+
+Rule = TypeVar("Rule", DropAndRegrow, Refresh)
+"""Which entries go and come, and when."""
 
 
 class Bound(Schedule):
@@ -56,10 +59,10 @@ def _check(task: Any, trainer: Any, schedule: str, reasons: dict[str, bool]) -> 
     check_optimizer(trainer.optimizers[0], schedule)
 
 
-class Regrowing(Bound):
-    """Drop and regrow in a task's training."""
+class Ruled(Bound, Generic[Rule]):
+    """Entries that change by a rule in a task's training, whose state is the rule's."""
 
-    def __init__(self, method: Method, rule: DropAndRegrow) -> None:
+    def __init__(self, method: Method, rule: Rule) -> None:
         """Store what is scheduled.
 
         Args:
@@ -68,6 +71,22 @@ class Regrowing(Bound):
         """
         super().__init__(method)
         self.rule = rule
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed training needs."""
+        return self.rule.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a state.
+
+        Args:
+            state: As from `state`.
+        """
+        self.rule.restore(state)
+
+
+class Regrowing(Ruled[DropAndRegrow]):
+    """Drop and regrow in a task's training."""
 
     def begin(self, task: Any, trainer: Any) -> None:
         """Refuse trainings in which gradients of whole weights cannot be seen, or moments not be set."""
@@ -93,31 +112,9 @@ class Regrowing(Bound):
         for unit in self.units(task):
             unit.observer = None
 
-    def state(self) -> dict[str, Any]:
-        """Return what a resumed training needs."""
-        return self.rule.state()
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a state.
-
-        Args:
-            state: As from `state`.
-        """
-        self.rule.restore(state)
-
-
-class Refreshing(Bound):
+class Refreshing(Ruled[Refresh]):
     """LIFT's entries, chosen again in a task's training."""
-
-    def __init__(self, method: Method, rule: Refresh) -> None:
-        """Store what is scheduled.
-
-        Args:
-            method: The configuration.
-            rule: The rule.
-        """
-        super().__init__(method)
-        self.rule = rule
 
     def begin(self, task: Any, trainer: Any) -> None:
         """Refuse trainings in which entries cannot change."""
@@ -134,15 +131,3 @@ class Refreshing(Bound):
     def _weight(task: Any, unit: SparseUnit) -> Tensor:
         weight: Tensor = task.bank.model.get_submodule(unit.site.path)._parameters["weight"]
         return weight.detach()
-
-    def state(self) -> dict[str, Any]:
-        """Return what a resumed training needs."""
-        return self.rule.state()
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a state.
-
-        Args:
-            state: As from `state`.
-        """
-        self.rule.restore(state)
