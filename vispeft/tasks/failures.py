@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from vispeft.errors import FileError
 from vispeft.storage.disk import read_regular, write_atomically
-from vispeft.tasks.state import random_state
+from vispeft.tasks.state import generator_states, packed
 
 __all__ = ["FAILURE", "Failure", "StepStart", "keep_failure", "put_back", "read_failures"]
 
@@ -31,7 +31,7 @@ class StepStart:
     index: int
     """Number of the batch in its epoch."""
     random: dict[str, Any]
-    """State of all generators."""
+    """States of all generators, as `generator_states` takes them."""
 
     @classmethod
     def now(cls, batch: Any, index: int) -> StepStart:
@@ -41,7 +41,7 @@ class StepStart:
             batch: Its batch.
             index: Number of the batch in its epoch.
         """
-        return cls(batch, index, random_state())
+        return cls(batch, index, generator_states())
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def keep_failure(folder: Path, task: Any, trainer: Trainer, start: StepStart, to
         "index": start.index,
         "precision": str(trainer.precision),
         "tensors": changed_tensors(task),
-        "random": start.random,
+        "random": packed(start.random),
         "batch": _on_cpu(start.batch),
     }
     buffer = io.BytesIO()
