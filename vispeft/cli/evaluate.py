@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Trainer, seed_everything
 
+from vispeft.adapters.fitting import FILE_FIELDS, method_of
 from vispeft.building.config_files import Node, read_config
 from vispeft.building.parsing import parser_errors
 from vispeft.cli.common import console, make_parser
@@ -35,7 +36,7 @@ from vispeft.storage.files import JSON_FILE
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.token_merging import merge_tokens
 
-__all__ = ["class_names", "header_of", "load_run", "load_task", "main", "without_baselines"]
+__all__ = ["class_names", "header_of", "load_run", "load_task", "main", "without_baselines", "without_method_files"]
 
 EXAMPLE = """example:
   vispeft evaluate runs/digits_ssf/1
@@ -106,6 +107,7 @@ def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:
     if run.foreign:
         check_named(tree, overrides)
         _start_no_workers(tree)
+    tree = without_method_files(tree, run)
     cli = RunCLI(run, overrides, tree)
     cli.model.load_adapter(run.adapter)
     merge_tokens(cli.model, cli.config_init["token_merging"])
@@ -137,6 +139,26 @@ def without_baselines(tree: Node) -> Node:
     settings = model.get("init_args") if isinstance(model, dict) else None
     if isinstance(settings, dict):
         settings.pop("baselines", None)
+    return tree
+
+
+def without_method_files(tree: Node, run: Run) -> Node:
+    """Leave out files that the method started from: they may be gone, and the adapter has what was read there.
+
+    Args:
+        tree: The config; changed in place.
+        run: The run.
+
+    Raises:
+        FileError: If the description of its adapter cannot be read.
+    """
+    model = tree.get("model")
+    settings = model.get("init_args") if isinstance(model, dict) else None
+    method = settings.get("method") if isinstance(settings, dict) else None
+    fields = method.get("init_args") if isinstance(method, dict) else None
+    if isinstance(fields, dict) and any(fields.get(field) is not None for field in FILE_FIELDS):
+        found = method_of(header_of(run)).without_start()
+        cast(dict[str, Any], method)["init_args"] = found.to_dict()["fields"]
     return tree
 
 
@@ -291,7 +313,7 @@ def load_task(run: Run) -> tuple[AdapterTask, Trainer]:
     """
     if run.foreign:
         try_loading(run.path)
-    tree = without_baselines(read_config(run.config))
+    tree = without_method_files(without_baselines(read_config(run.config)), run)
     tree["trainer"] = _trainer_settings(run, tree)
     # The data need not be known: those of a run may be of a class of the user's own.
     tree = {key: value for key, value in tree.items() if key in KEPT}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vispeft.building.config_files import dump_config, read_config
-from vispeft.cli.evaluate import load_run, load_task, without_baselines
+from vispeft.cli.evaluate import load_run, load_task, without_baselines, without_method_files
 from vispeft.cli.evaluation import evaluate
 from vispeft.cli.runs import Run, write_json, write_text
 from vispeft.cli.zoo_card import card
@@ -123,7 +123,7 @@ def _same(run: Run, figures: Mapping[str, float]) -> dict[str, float]:
 
 def _stage(run: Run, folder: Path, facts: dict[str, Any], half: bool) -> None:
     """Write all files of an adapter, in half precision if its figures hold."""
-    tree = without_baselines(read_config(run.config))
+    tree = without_method_files(without_baselines(read_config(run.config)), run)
     write_text(folder / CONFIG, f"# {run.metrics['command']}\n{dump_config(tree)}")
     stated = dict(facts["figures"])
     for halved in (True, False) if half else (False,):

@@ -410,6 +410,13 @@ class Method:
         """Return the method to name in files: another one where units are stored in its form (`Unit.file_tensors`)."""
         return self
 
+    def without_start(self) -> Method:
+        """Return a method that makes the units of its files without what they start from, which a file then replaces.
+
+        By default what files name, which reads no file that a training started from.
+        """
+        return self.file_method()
+
     def to_dict(self) -> dict[str, Any]:
         """Return name and fields as plain values, for files."""
         return {"name": self.name, "fields": {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}}

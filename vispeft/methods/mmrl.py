@@ -323,6 +323,10 @@ class MMRL(Method):
         """Return the method without its file of class embeddings, whose content is in the adapter's tensors."""
         return dataclasses.replace(self, classes=None)
 
+    def without_start(self) -> Method:
+        """Return the same with a classifier that is drawn."""
+        return dataclasses.replace(self, classes=None, joint=None)
+
     def loss_term(self, bank: Any, name: str, step: Step) -> Tensor:
         """Return what makes the task's cross-entropy the loss of the paper.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -199,7 +199,7 @@ class Sparse(DropPath, Method):
         owned = ((path, name, size) for path, own in view.tensors.items() for name, size in own.items())
         return sum(self.counts(self._sites(view))) + sum(size for path, name, size in owned if wanted(path, name))
 
-    def file_method(self) -> Method:
+    def file_method(self) -> Sparse:
         """Return the same with entries from the file: how they were chosen is no part of it."""
         return type(self)(
             roles=self.roles,
@@ -211,6 +211,10 @@ class Sparse(DropPath, Method):
             # With these, the file says how many entries there are.
             schedule=self.schedule if self.schedule in ("lt", "lift") else "fixed",
         )
+
+    def without_start(self) -> Method:
+        """Return the same with any entries."""
+        return replace(self.file_method(), support="random")
 
     def callbacks(self) -> list[Any]:
         """Create the schedule."""
