@@ -20,7 +20,9 @@ import vispeft
 from tests.tasks.dense_toy import TARGETS, ToyTasks, squares
 from tests.tasks.metric_toy import ToyMetricData
 from vispeft.cli.processes import make_strategy
-from vispeft.data.base import BatchSplit, ImageData, Index
+from vispeft.data.base import BatchSplit, ImageData, Index, MemorySplit
+from vispeft.data.dense_targets import IGNORE
+from vispeft.data.metric_listing import GALLERY, QUERY
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.tasks import Classification, MetricLearning, MultiTaskDense, Segmentation
 from vispeft.tasks.base import AdapterTask
@@ -43,6 +45,8 @@ TASKS = ("classification", "segmentation", "multitask", "metric")
 CELLS = [
     *((task, backbone, method) for task in TASKS for backbone in BACKBONES for method in ("ssf", "lora", "vpt")),
     *(("multitask", backbone, "mtlora") for backbone in BACKBONES),
+    ("queries", "vit", "lora"),
+    ("averaged", "vit", "ssf"),
 ]
 """Task, backbone and method of each training."""
 Found = dict[str, Tensor]
@@ -77,7 +81,29 @@ class Squares(ImageData):
         for seed, (name, count) in enumerate((("train", 22), ("validation", 7), ("test", 5))):
             images, labels = squares(count, preprocessing.size[0], seed)
             left = labels["parts"][:, :, : preprocessing.size[1] // 4].eq(1).any((1, 2)).long()
+            if name == "validation":
+                labels["parts"][3:] = IGNORE  # all images that the second of two processes measures
             splits[name] = _Masks(images, labels["parts"] if self.target == "mask" else left)
+        return splits
+
+
+class _QuerySplit(MemorySplit):
+    def batch(self, indices: list[Index]) -> tuple[Tensor, ...]:
+        images, labels = super().batch(indices)
+        first = torch.tensor([index < len(self) // 2 for _, index in indices])
+        return images, labels, torch.where(first, QUERY, GALLERY)
+
+
+class Queries(ToyMetricData):
+    """Evaluation splits whose first half are queries alone, and whose second half is the gallery."""
+
+    def load(self, preprocessing: Preprocessing) -> dict[str, Dataset[Any]]:
+        """Draw the splits, the images of a class in turn."""
+        splits = super().load(preprocessing)
+        for name in ("validation", "test"):
+            split = splits[name]
+            order = torch.arange(len(split.targets)).view(3, -1).T.flatten()
+            splits[name] = _QuerySplit(split.images[order], split.targets[order], preprocessing)
         return splits
 
 
@@ -111,9 +137,11 @@ def make(task: str, backbone: str, method: str) -> AdapterTask:
         return Classification(num_classes=2, **common)
     if task == "segmentation":
         return Segmentation(num_classes=2, decoder="fcn", decoder_args={"channels": 8, "dropout": 0.0}, **common)
-    if task == "metric":
+    if task in ("metric", "queries"):
         return MetricLearning(num_classes=3, dim=8, loss="ProxyAnchorLoss", **common)
-    shared = {} if method == "mtlora" else {"shared": True}
+    shared: dict[str, Any] = {} if method == "mtlora" else {"shared": True}
+    if task == "averaged":
+        shared["weighting"] = "average"
     return MultiTaskDense(targets=TARGETS, decoder_args={"channels": [2, 3, 4, 5]}, **shared, **common)
 
 
@@ -122,7 +150,9 @@ def data_of(task: str, processes: int) -> ImageData:
     size = TOGETHER // processes
     if task == "metric":
         return ToyMetricData(batch_size=size, images_per_class=4, image_size=32)
-    if task == "multitask":
+    if task == "queries":
+        return Queries(batch_size=size, images_per_class=4, image_size=32)
+    if task in ("multitask", "averaged"):
         return ToyTasks(batch_size=size, image_size=32, count=16)
     return Squares(masks=task == "segmentation", batch_size=size, image_size=32)
 

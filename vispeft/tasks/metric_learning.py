@@ -19,6 +19,7 @@ from vispeft.errors import ConfigError, DataError, check_object, counted
 from vispeft.heads.embedding import EmbeddingHead, Init, Norm
 from vispeft.metrics import RetrievalScores, make_similarity
 from vispeft.metrics.retrieval import GALLERY, QUERY, check_figures, clustering_scores
+from vispeft.tasks.gathering import gather
 from vispeft.tasks.metric_criterion import MetricCriterion
 from vispeft.tasks.metric_losses import loss_node, metric_loss, metric_miner, miner_node
 from vispeft.tasks.metric_outputs import EmbeddingNetwork, ExtraState, embedding_of
@@ -301,7 +302,8 @@ class MetricLearning(PartsTask):
 
     def _log_figures(self, split: str) -> None:
         scores = self._scores(split)
-        roles = torch.cat(scores.roles) if scores.roles else torch.zeros(0)
+        # Of all processes: they compute together or not at all, and one may have queries alone.
+        roles = gather(torch.cat([torch.zeros(0, dtype=torch.long, device=self.device), *scores.roles]))
         found: dict[str, Tensor] = {name: torch.tensor(torch.nan) for name in self.figure_names(split)}
         if (roles != GALLERY).any() and (roles != QUERY).any():  # some batches of a split may have queries alone
             found = scores.compute()

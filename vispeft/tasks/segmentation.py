@@ -16,6 +16,7 @@ from vispeft.heads import decoder as make_decoder
 from vispeft.heads.pyramid import MapReader
 from vispeft.metrics import BoundaryF, SegmentationScores, per_class
 from vispeft.tasks.dense import DenseNetwork, DenseTask
+from vispeft.tasks.gathering import gather
 from vispeft.tasks.inference import predict_masks
 from vispeft.tasks.losses import SegmentationLoss
 from vispeft.tasks.predictions import MaskPredictor
@@ -245,7 +246,9 @@ class Segmentation(DenseTask):
         figures = dict(scores.compute())
         if self.boundary is not None:
             figures["boundary_f"] = self.boundary.compute()
-        if not scores.confusion.any():  # no label at all: zero, by the rule ``absent``, would be a measured figure
+        if not gather(
+            scores.confusion.sum()[None]
+        ).any():  # no label at all: zero, by the rule ``absent``, would be a measured figure
             figures = {name: torch.full_like(value, math.nan) for name, value in figures.items()}
         return figures
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vispeft.data.dense_targets import DenseTarget
 from vispeft.errors import ConfigError, UnknownNameError
+from vispeft.tasks.gathering import gather
 
 __all__ = ["PUBLISHED_WEIGHTS", "AveragedWeights", "TaskWeights", "UncertaintyWeights", "WeightRule", "task_weights"]
 
@@ -203,11 +204,15 @@ class AveragedWeights(TaskWeights):
         Args:
             losses: Loss of each task, before it is weighted, by name.
         """
-        for index, name in enumerate(self.targets):
-            if name in losses:
-                loss = losses[name].nan_to_num(0, 0, 0)  # one that is not finite says nothing of a task's speed
-                self.sums[index] += loss
-                self.steps[index] += loss != 0
+        names = [name for name in self.targets if name in losses]
+        if not names:
+            return
+        # One that is not finite says nothing of a task's speed. Several processes weigh tasks alike, by all losses.
+        found = gather(torch.stack([losses[name].nan_to_num(0, 0, 0) for name in names])[None])
+        for name, loss in zip(names, found.sum(0) / (found != 0).sum(0).clamp_min(1), strict=True):
+            index = list(self.targets).index(name)
+            self.sums[index] += loss
+            self.steps[index] += loss != 0
 
     @torch.no_grad()
     def end_epoch(self) -> None:
