@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 import vispeft
 from tests.tiny import CONFIG
@@ -146,6 +147,7 @@ def test_a_process_that_follows_ends_where_nothing_is_left_to_train(
 ) -> None:
     run = train(config, [*FEW, "--trainer.max_epochs=1"], out=tmp_path / "run")
     (run / "metrics.json").unlink()  # killed while the first process measured
+    monkeypatch.setattr(rank_zero_only, "rank", 0)  # Lightning sets it to 1 below, for all tests that follow
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as ended:
         resume(run, None, TWO)
