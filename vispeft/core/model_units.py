@@ -41,17 +41,16 @@ class QueryUnit(Unit):
         """Change the input of the first block in training mode, if the method needs it."""
         return tokens
 
-    def queries_of(self, block: int, batch: int) -> Tensor | None:
-        """Return the queries of a block.
+    def rows(self, batch: int) -> Mapping[int, Tensor]:
+        """Return the queries for one pass; it is called once for each.
 
         Args:
-            block: Index of the block.
             batch: Number of images.
 
         Returns:
-            (batch, length, width of the block), or None if the block is not read.
+            By block that is read: (batch, length, width of the block).
         """
-        raise NotImplementedError(f"{type(self).__name__} does not implement queries_of.")
+        raise NotImplementedError(f"{type(self).__name__} does not implement rows.")
 
     def features(self, pooled: Tensor, reads: Sequence[Tensor]) -> Tensor:
         """Compute the input of the classifier.
@@ -67,7 +66,7 @@ class QueryUnit(Unit):
 
 
 class QueryStream(Stream):
-    """The stream of a unit's queries: new rows in each block that is read, whose output rows are kept."""
+    """The stream of a unit's queries in one pass: new rows in each block that is read, whose output rows are kept."""
 
     name = "queries"
 
@@ -79,10 +78,13 @@ class QueryStream(Stream):
         """
         self.unit = unit
         self.shapes = tuple((unit.length, width) for width in unit.widths)
+        self.queries: Mapping[int, Tensor] | None = None
 
     def enter(self, block: int, present: Tensor | None, tokens: Tensor) -> Tensor | None:
         """Return the block's queries."""
-        return self.unit.queries_of(block, tokens.shape[0])
+        if self.queries is None:
+            self.queries = self.unit.rows(tokens.shape[0])
+        return self.queries.get(block)
 
     def keeps(self, block: int) -> bool:
         """Keep the rows of each block that is read."""

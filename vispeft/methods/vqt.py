@@ -82,12 +82,13 @@ class Queries(QueryUnit):
         self.detach_hidden = options.detach_hidden
         self.aggregate, self.normalize = options.aggregate, options.normalize
         self.dropout, self.token_dropout = options.dropout, options.token_dropout
-        self.places: dict[int, tuple[str, int]] = {}
+        self.stages: dict[str, tuple[int, ...]] = {}
+        """Blocks of each parameter; all of them are equally wide."""
         for stage, blocks in stages:
             name = "queries" if len(stages) == 1 else f"queries_{stage}"
             queries = nn.Parameter(torch.empty(len(blocks), self.length, blocks[0].out_features))
             self.register_parameter(name, queries)
-            self.places.update({site.block: (name, row) for row, site in enumerate(blocks) if site.block is not None})
+            self.stages[name] = tuple(site.block for site in blocks if site.block is not None)
         weighted = self.aggregate == "weighted"
         self.weights = nn.Parameter(torch.empty(len(sites), self.length)) if weighted else None
         if weighted and self.normalize and self.length == 1:
@@ -99,9 +100,8 @@ class Queries(QueryUnit):
 
     def reset(self, generator: Generator) -> None:
         """Draw queries uniformly from the range of VPT's prompts, and set equal weights."""
-        first = getattr(self, self.places[self.blocks[0]][0])
-        bound = math.sqrt(6 / (self.fan + first.shape[-1]))
-        for name in dict.fromkeys(name for name, _ in self.places.values()):
+        bound = math.sqrt(6 / (self.fan + self.widths[0]))
+        for name in self.stages:
             self.get_parameter(name).uniform_(-bound, bound, generator=generator)
         if self.weights is not None:
             self.weights.fill_(1.0)
@@ -113,29 +113,38 @@ class Queries(QueryUnit):
         """Apply dropout to the input of the first block during training, as in the public supervised code."""
         return F.dropout(tokens, self.token_dropout, self.training) if self.token_dropout else tokens
 
-    def queries_of(self, block: int, batch: int) -> Tensor | None:
-        """Return a block's queries, (batch, length, width), with dropout drawn separately for each image."""
-        if block not in self.places:
-            return None
-        name, row = self.places[block]
-        own = getattr(self, name)[row]
-        return F.dropout(own.expand(batch, -1, -1), self.dropout, self.training)
+    def rows(self, batch: int) -> dict[int, Tensor]:
+        """Return all queries, (batch, length, width) each, with dropout drawn separately for each image."""
+        found = {}
+        for name, blocks in self.stages.items():
+            own: Tensor = getattr(self, name)
+            rows = F.dropout(own.unsqueeze(1).expand(-1, batch, -1, -1), self.dropout, self.training)
+            found.update(zip(blocks, rows.unbind(), strict=True))
+        return found
 
     def features(self, pooled: Tensor, reads: Sequence[Tensor]) -> Tensor:
         """Concatenate the backbone's feature and one piece per block, each L2-normalised if `normalize` is set."""
-        dtype = torch.promote_types(pooled.dtype, getattr(self, self.places[self.blocks[0]][0]).dtype)
-        pieces = [pooled.to(dtype), *(self._piece(index, read.to(dtype)) for index, read in enumerate(reads))]
-        if self.normalize:
-            pieces = [F.normalize(piece, dim=1, eps=NORM_EPS) for piece in pieces]
+        own: Tensor = getattr(self, next(iter(self.stages)))
+        dtype = torch.promote_types(pooled.dtype, own.dtype)
+        pieces, first = [self._normalized(pooled.to(dtype))], 0
+        for blocks in self.stages.values():  # as equally wide: a few operations for all of them, not for each
+            last = first + len(blocks)
+            rows = torch.stack(list(reads[first:last]), dim=1).to(dtype)
+            pieces.append(self._normalized(self._pieces(rows, slice(first, last))).flatten(1))
+            first = last
         joined = torch.cat(pieces, dim=1)
         return joined if self.selected is None else joined.index_select(1, self.selected)
 
-    def _piece(self, index: int, read: Tensor) -> Tensor:
+    def _pieces(self, rows: Tensor, blocks: slice) -> Tensor:
+        """Make one piece of each block's rows: (B, blocks, length, width) gives (B, blocks, features)."""
         if self.aggregate == "concat":
-            return read.flatten(1)
+            return rows.flatten(2)
         if self.weights is None:
-            return read.mean(dim=1)
-        return (read * self.weights[index].to(read.dtype).unsqueeze(1)).sum(dim=1)
+            return rows.mean(dim=2)
+        return (rows * self.weights[blocks].to(rows.dtype).unsqueeze(-1)).sum(dim=2)
+
+    def _normalized(self, features: Tensor) -> Tensor:
+        return F.normalize(features, dim=-1, eps=NORM_EPS) if self.normalize else features
 
 
 @register

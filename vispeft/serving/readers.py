@@ -34,6 +34,7 @@ class _JointStream(Stream):
 
     def __init__(self, name: str, readers: Sequence[Reader], batch: int, device: torch.device) -> None:
         self.name, self.readers, self.blocks = name, tuple(readers), readers[0].unit.blocks
+        self.queries = [reader.unit.rows(1) for reader in readers]
         places: list[list[int]] = [[] for _ in range(batch)]
         self.starts: dict[str, Tensor] = {}
         first = 0
@@ -50,8 +51,7 @@ class _JointStream(Stream):
 
     def enter(self, block: int, present: Tensor | None, tokens: Tensor) -> Tensor | None:
         """Return the queries of a block, (B, queries, width)."""
-        own = [reader.unit.queries_of(block, 1) for reader in self.readers]
-        found = [queries[0] for queries in own if queries is not None]
+        found = [own[block][0] for own in self.queries if block in own]
         return torch.cat(found)[self.index] if found else None
 
     def keeps(self, block: int) -> bool:
