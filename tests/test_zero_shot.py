@@ -197,6 +197,14 @@ def test_missing_weights_are_an_early_error(tmp_path: Path) -> None:
         command.main([*arguments, str(tmp_path / "out.pt")])
 
 
+def test_a_program_in_place_of_weights_is_refused(tmp_path: Path) -> None:
+    """OpenAI's files are TorchScript archives; the command of the docs ended in torch's refusal of them."""
+    path = tmp_path / "ViT-B-16.pt"
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), path)
+    with pytest.raises(FileError, match=r"TorchScript archive.*open_clip_model.safetensors"):
+        load_clip("ViT-B-16-quickgelu", path)
+
+
 @pytest.mark.slow
 def test_visual_tower_of_open_clip() -> None:
     library = pytest.importorskip("open_clip")

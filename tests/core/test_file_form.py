@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,8 +17,12 @@ from torch import nn
 import vispeft
 from tests.conformance.cells import Cell
 from tests.core.edits import edit, edit_tensors, put, same, state_of
+from tests.tiny import TINY
+from vispeft.adapters.fitting import check_planned
+from vispeft.cli.start import check_source, start_from
 from vispeft.errors import ConfigError, FileError, VispeftError
 from vispeft.storage import files
+from vispeft.tasks import Classification
 
 LORA = Cell("lora", "vit")
 
@@ -130,6 +135,12 @@ for _ in range(200):
         ("output/temperature", None, "a finite number from 0.001"),
         ("output/temperature", 5e-324, "a finite number from 0.001"),
         ("output/decoder", {"name": 3}, "a text"),
+        ("output/reading", 7, "a mapping"),
+        ("output/reading", {"transparency": 5}, "a list of 3"),
+        ("output/reading", {"max_pixels": 10**15}, "a whole number from 1 to 1073741824"),
+        ("output/short_side", 10**9, "a whole number from 1 to 65536"),
+        ("output/palette", [[0, 0, 256]], "a whole number from 0 to 255"),
+        ("output/evaluation", 1, "a text"),
         ("tensors", [], "a mapping"),
         ("tensors", {}, "tensors are missing"),
         ("tensors/blocks.0.attn.qkv:q/lora.A", ..., "1 of"),
@@ -296,3 +307,37 @@ def test_equal_class_names_of_a_file_are_kept(tmp_path: Path) -> None:
     loaded = vispeft.load(LORA.model(), tmp_path / "a")
     loaded.save(tmp_path / "b")
     assert json.loads((tmp_path / "b/adapter.json").read_text())["class_names"][:2] == ["crane", "crane"]
+
+
+def as_sparse(folder: Path, file: str, key: str, shape: list[int]) -> None:
+    """Describe a tensor as a sparse one of any size, of 9 bytes."""
+    edit_tensors(folder, file, lambda tensors: tensors.update({key: torch.tensor([0] * 8 + [1], dtype=torch.uint8)}))
+    described = {"codec": "sparse", "dtype": "float32", "shape": shape}
+    edit(folder, lambda header: header["tensors"].update({key: described}))
+
+
+@pytest.mark.parametrize("shape", [[2**33], [2**40] * 8], ids=str)
+def test_a_few_bytes_that_describe_gigabytes_are_decoded_by_no_reader(folder: Path, shape: list[int]) -> None:
+    """``--init`` and readers of decoders took as much memory as the description named."""
+    as_sparse(folder, "adapter.safetensors", "blocks.0.attn.qkv:q/lora.A", shape)
+    assert files.read_decoder(folder) == {}
+    check_source(str(folder), vispeft.LoRA)
+    task = Classification(backbone="vit_tiny_patch16_224", backbone_args=TINY, num_classes=5, method=vispeft.LoRA())
+    with pytest.raises(VispeftError):
+        start_from(task, str(folder), [])
+    bank = LORA.attach(LORA.model())
+    with pytest.raises(FileError, match="has shape"):
+        files.read_adapter(folder, lambda header: check_planned(bank, header))
+
+
+def test_a_classifier_of_a_few_bytes_is_refused(folder: Path, target: nn.Module) -> None:
+    as_sparse(folder, "head.safetensors", "head/weight", [5, 2**31])
+    assert "which no code of a classifier makes of them" in refused(target, folder)
+
+
+def test_a_long_header_of_tensors_is_not_read(folder: Path, target: nn.Module) -> None:
+    text = b'{"a":[' + b"[]," * (3 * 2**20) + b"[]]}"
+    content = len(text).to_bytes(8, "little") + text
+    (folder / "adapter.safetensors").write_bytes(content)
+    edit(folder, put("files/adapter.safetensors", hashlib.sha256(content).hexdigest()))
+    assert "is truncated or was altered" in refused(target, folder)

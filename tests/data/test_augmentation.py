@@ -162,3 +162,16 @@ def test_what_does_not_go_together_is_refused(root, tmp_path):
         ready(root, augment=Augmentation(crop="random"))
     with pytest.raises(DataError, match="Make batch_size smaller"):
         ready(root, batch_size=64)
+
+
+@pytest.mark.parametrize("shape", [(1, 100_000), (100_000, 1)])
+def test_a_line_of_pixels_is_cut_before_it_is_enlarged(shape):
+    """Enlarged whole to cover the window, it asked for gigabytes."""
+    preprocessing = Preprocessing(size=(14, 14), mean=(0, 0, 0), std=(1, 1, 1), crop_pct=0.875)
+    line = torch.arange(100_000).remainder(251).to(torch.uint8).view(1, *shape).expand(3, -1, -1)
+    before = line.stride()
+    out = preprocessing.resize()(line)
+    assert out.shape == (3, 14, 14)
+    assert out.float().mean() == pytest.approx(float(line[0].flatten()[50_000]), abs=2)
+    assert preprocessing.scale()(line).shape[1:].numel() <= 16 * 17 * 17
+    assert line.stride() == before

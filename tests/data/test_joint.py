@@ -8,7 +8,7 @@ from vispeft.data import Preprocessing
 from vispeft.data.joint import EvaluationPair, MaskAugmentation, MaskCrop, PhotometricDistortion, Rescale, TrainPair
 from vispeft.data.masks import IGNORE
 from vispeft.data.randomness import seeded
-from vispeft.errors import ConfigError
+from vispeft.errors import ConfigError, DataError
 
 PLAIN = Preprocessing(size=(16, 24), mean=(0.5, 0.25, 0.75), std=(0.5, 0.5, 0.5), interpolation="bilinear")
 GEOMETRY = {"photometric": False, "cat_max_ratio": 1.0}
@@ -165,3 +165,9 @@ def test_the_same_seed_gives_the_same_crop():
 def test_settings_that_cannot_work_are_refused(fields):
     with pytest.raises(ConfigError, match=next(iter(fields))):
         MaskAugmentation(**fields)
+
+
+def test_a_line_of_pixels_is_not_enlarged_to_gigabytes():
+    line = torch.zeros(3, 1, 1_000_000, dtype=torch.uint8)
+    with pytest.raises(DataError, match=r"of 1 x 1000000 pixels would be resized to 224 x 224000000"):
+        Rescale("bilinear", short_side=224)(tv_tensors.Image(line))

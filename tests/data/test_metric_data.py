@@ -8,7 +8,10 @@ from PIL import Image
 from tests.data.published import Painter
 from tests.data.reading import names_of, ready
 from vispeft.data import Augmentation, ImageListData, MetricFolderData, MetricListData
+from vispeft.data.listing import ListedSplit
+from vispeft.data.metric_listing import BOTH, ListedRoles
 from vispeft.data.randomness import seeded
+from vispeft.data.sources import FileSource
 from vispeft.errors import ConfigError, DataError
 
 CLASSES, IMAGES = 12, 4
@@ -332,3 +335,13 @@ def test_unreadable_and_other_images(root, tmp_path):
 def test_the_kind_of_target_is_none_of_lists(root):
     with pytest.raises(ConfigError, match="the choices are class, multilabel and regression"):
         ImageListData(train_list="a.txt", target="embedding")
+
+
+def test_a_query_that_is_listed_twice_asks_once(tmp_path):
+    """It found its own file as a neighbour."""
+    files = [str(Painter(seed).paint(tmp_path / f"{seed}.png")) for seed in range(2)]
+    queries = ListedSplit(FileSource([files[0], *files], str(tmp_path)), torch.tensor([0, 0, 1]))
+    gallery = ListedSplit(FileSource(files, str(tmp_path)), torch.tensor([0, 1]))
+    joined = ListedRoles.of(queries, gallery)
+    assert joined.roles.tolist() == [BOTH, BOTH]
+    assert joined.targets.tolist() == [0, 1]

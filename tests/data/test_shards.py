@@ -143,3 +143,14 @@ def test_of_several_members_the_image_is_taken_and_two_images_are_refused(tmp_pa
 def test_wrong_settings_of_shards_are_refused_at_once(settings):
     with pytest.raises(ConfigError):
         WebDatasetData(train_shards="a.tar", **settings)
+
+
+def test_shards_of_several_splits_may_have_one_name(tmp_path):
+    """The usual layout: train/000000.tar and test/000000.tar, with images 000000.png in each."""
+    for split, count in (("train", 8), ("test", 6)):
+        (tmp_path / split).mkdir()
+        make_shard(tmp_path / split / "000000.tar", [(f"{n:06d}", n % 2) for n in range(count)])
+    found = {f"{split}_shards": str(tmp_path / split / "000000.tar") for split in ("train", "test")}
+    data = ready(WebDatasetData(**found, batch_size=2))
+    assert [len(data.split(name)) for name in ("train", "validation", "test")] == [7, 1, 6]
+    assert data.split("test").source.name(1) == "test/000000.tar:000001.png"

@@ -25,6 +25,7 @@ from vispeft.retrieval import (
     neighbours_of,
     search_table,
 )
+from vispeft.retrieval import index as index_module
 from vispeft.storage.locks import InUseError, hold
 
 COLOURS = np.array([[240, 90, 90], [90, 240, 90], [90, 90, 240], [20, 20, 20]])
@@ -276,3 +277,27 @@ def test_lists_are_collected_with_their_labels(images):
     (images / "list.txt").write_text("nothing.png 3\n")
     with pytest.raises(DataError, match=r"do not exist: list.txt:1"):
         collect(images / "list.txt")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shards": []},
+        {"model": {"x": 1}},
+        {"files": []},
+        {"files": {"../other/images.csv": "0"}},
+        {"shards": ["images.csv"]},
+        {"root": 3},
+        {"approximate": []},
+    ],
+    ids=str,
+)
+def test_an_index_of_another_content_is_refused(images, change):
+    """Its digest fits, as anybody can write one."""
+    index = build(builder(images), Embed())
+    path = index.place / "index.json"
+    described = {**json.loads(path.read_text()), **change}
+    del described["digest"]
+    path.write_text(json.dumps({**described, "digest": index_module._digest(described)}))
+    with pytest.raises(FileError, match=r"Embed the images again|outside of itself"):
+        Index.open(index.place)

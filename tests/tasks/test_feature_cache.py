@@ -16,6 +16,7 @@ from vispeft.cli.evaluation import evaluate, evaluation_trainer
 from vispeft.cli.runs import Run
 from vispeft.data import DigitsData, ScenesData
 from vispeft.data.cache import CachedSplit, OutputFiles
+from vispeft.data.images import Reading
 from vispeft.errors import ConfigError, DataError, FileError
 from vispeft.storage.locks import hold
 from vispeft.tasks import Classification, feature_cache
@@ -95,6 +96,18 @@ def test_outputs_are_computed_once_and_only_for_what_they_are_of(tmp_path, monke
     assert len(made) == 12
     keep(*make(data={"batch_size": 50}), tmp_path)
     assert len(made) == 15
+    # Digits have no transparency, but files of images do; the largest number of pixels changes none.
+    task, data = make()
+    keys = {
+        json.dumps(feature_cache._shared_key(task, replace(data, reading), evaluation_trainer(accelerator="cpu")))
+        for reading in (Reading(), Reading(transparency=(0, 0, 0)), Reading(value_range=(0, 9)), Reading(max_pixels=9))
+    }
+    assert len(keys) == 3
+
+
+def replace(data, reading):
+    data.reading = reading
+    return data
 
 
 @pytest.mark.parametrize("damage", ["byte", "cut", "meta", "gone", "type", *SLOW])

@@ -25,7 +25,7 @@ from vispeft.cli.evaluation import measure, metrics_table, row_name
 from vispeft.cli.runs import CONFIG, METRICS, Run, write_json, write_text
 from vispeft.core.method import Method
 from vispeft.errors import ConfigError, DataError, FileError
-from vispeft.storage.files import DECODER, read_adapter
+from vispeft.storage.files import DECODER, read_encoded
 from vispeft.zoo.adapters import ADAPTER, find_adapter
 
 __all__ = ["Source", "measured_run", "new_folder", "open_sources", "write_run"]
@@ -95,7 +95,7 @@ def open_sources(given: Sequence[str]) -> list[Source]:
     found: list[Source] = []
     for text in given:
         folder = find_adapter(text)
-        header, _, head = read_adapter(folder)
+        header, _, head = read_encoded(folder)
         decoder = {key: tensor for key, tensor in head.items() if key.startswith(DECODER)}
         place = folder.parent if folder.name == ADAPTER and not os.path.isfile(folder / CONFIG) else folder
         run = Run.open(place) if os.path.isfile(place / CONFIG) else None

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vispeft.adapters.fitting import check_planned
 from vispeft.core.families import unwrap
 from vispeft.core.method import Method, method_from_dict
 from vispeft.errors import ConfigError
-from vispeft.storage.files import read_adapter
+from vispeft.storage.files import read_adapter, read_encoded
 from vispeft.storage.fingerprint import check_fingerprint
 from vispeft.tasks.base import AdapterTask
 from vispeft.zoo.adapters import find_adapter
@@ -29,11 +30,14 @@ def start_from(task: AdapterTask, source: str, class_names: Sequence[str]) -> st
         BaseMismatchError: If it was trained on another backbone.
         FileError: If it is missing or damaged.
     """
-    folder = find_adapter(source)
-    header, units, head = read_adapter(folder)
     method = task.bank.plan().method
-    _check_method(method, header["method"], source)
-    check_fingerprint(header["backbone"]["fingerprint"], unwrap(task.model), task.bank.view)
+
+    def check(found: dict[str, Any]) -> None:
+        _check_method(method, found["method"], source)
+        check_fingerprint(found["backbone"]["fingerprint"], unwrap(task.model), task.bank.view)
+        check_planned(task.bank, found)
+
+    header, units, head = read_adapter(find_adapter(source), check)
     names, word = list(header["class_names"] or []), task.head_name
     fits = {key: t.shape for key, t in task.head_tensors().items()} == {key: t.shape for key, t in head.items()}
     own, saved = task.output(), header["output"] or {}
@@ -70,7 +74,7 @@ def check_source(source: str, method: type[Method]) -> None:
         ConfigError: If the adapter is of another method.
         FileError: If it is missing or damaged.
     """
-    header, _, _ = read_adapter(find_adapter(source))
+    header, _, _ = read_encoded(find_adapter(source))
     _check_name(method, header["method"], source)
 
 

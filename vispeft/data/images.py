@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +32,7 @@ from vispeft.data.pixels import (
 )
 from vispeft.data.trees import EXTENSIONS, LeftOut, is_image, walk
 from vispeft.errors import ConfigError, DataError
+from vispeft.storage.form import READ_PIXELS
 
 __all__ = [
     "PLAIN",
@@ -131,7 +132,12 @@ class Reading:
             raise ConfigError(f"max_pixels={self.max_pixels}: at least one pixel is needed.")
 
     def notes(self) -> dict[str, Any]:
-        """Return the settings that differ from the defaults, for the adapter's file."""
+        """Return the settings that differ from the defaults, for the adapter's file.
+
+        No file of others switches the limit of pixels off: `READ_PIXELS` are the most that are written and accepted.
+        """
+        if self.max_pixels > READ_PIXELS:
+            return replace(self, max_pixels=READ_PIXELS).notes()
         return {
             field.name: list(value) if isinstance(value := getattr(self, field.name), tuple) else value
             for field in fields(self)

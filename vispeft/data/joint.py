@@ -7,6 +7,7 @@ generators; call them inside `vispeft.data.randomness.seeded`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,10 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from vispeft.data.formats import MAX_PIXELS
 from vispeft.data.masks import IGNORE
 from vispeft.data.preprocessing import INTERPOLATIONS, Preprocessing
-from vispeft.errors import ConfigError
+from vispeft.errors import ConfigError, DataError
 
 __all__ = ["EvaluationPair", "MaskAugmentation", "MaskCrop", "PadTo", "PhotometricDistortion", "Rescale", "TrainPair"]
 
@@ -170,7 +172,14 @@ class Rescale(v2.Transform):
         factor = least + (most - least) * torch.rand(()).item() if least < most else least
         if self.short_side is not None:
             factor *= self.short_side / min(height, width)
-        return {"size": [max(1, round(height * factor)), max(1, round(width * factor))]}
+        size = [max(1, round(height * factor)), max(1, round(width * factor))]
+        if math.prod(size) > max(MAX_PIXELS, height * width):
+            raise DataError(
+                f"An image of {height} x {width} pixels would be resized to {size[0]} x {size[1]}, which are more than "
+                f"{MAX_PIXELS:,} pixels. Leave images out that are so much longer than wide, or set a size of both "
+                "sides."
+            )
+        return {"size": size}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Resize an image (3, H, W) or a mask (H, W)."""

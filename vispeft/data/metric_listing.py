@@ -42,7 +42,12 @@ class ListedRoles(ListedSplit):
             queries: Images that ask.
             gallery: Images that are searched; their classes have the numbers of those of the queries.
         """
-        places = {file: index for index, file in enumerate(_files(queries))}
+        first: dict[tuple[str, int], int] = {}
+        for index, file in enumerate(_files(queries)):
+            first.setdefault(file, index)
+        if first:  # a file that is listed twice asks once, as it would find itself among the others otherwise
+            queries = queries.take(torch.tensor(list(first.values())))
+        places = {file: index for index, file in enumerate(first)}
         again = {index: places[file] for index, file in enumerate(_files(gallery)) if file in places}
         rest = torch.tensor([index for index in range(len(gallery)) if index not in again], dtype=torch.long)
         roles = torch.full((len(queries) + len(rest),), GALLERY)

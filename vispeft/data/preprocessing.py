@@ -174,6 +174,11 @@ class Preprocessing:
         return v2.Compose([self.resize(), self.normalise()])
 
 
+MOST_COVERED = 16
+"""Times that an image, enlarged to cover a window, may be as long as it; the middle part of longer ones is taken first,
+as what is cropped from it would lie in the middle anyway, and a line of pixels would become an image of gigabytes."""
+
+
 class _Cover(v2.Transform):
     """Resize an image, keeping its aspect ratio, to the smallest size that covers a given one."""
 
@@ -185,6 +190,10 @@ class _Cover(v2.Transform):
         """Resize a tensor (..., H, W)."""
         height, width = inpt.shape[-2:]
         ratio = max(self.size[0] / height, self.size[1] / width)
+        most = [max(1, math.ceil(MOST_COVERED * wanted / ratio)) for wanted in self.size]
+        if height > most[0] or width > most[1]:
+            inpt = F.center_crop(inpt, [min(height, most[0]), min(width, most[1])])
+            height, width = inpt.shape[-2:]
         # The limiting side takes the size itself, as the product could be one pixel short.
         size = [max(wanted, int(length * ratio)) for wanted, length in zip(self.size, (height, width), strict=True)]
         return F.resize(inpt, size, interpolation=self.interpolation, antialias=True)

@@ -98,11 +98,11 @@ class WebDatasetData(ListedData):
         for split, pattern in self.patterns.items():
             members[split], entries[split] = {}, []
             odd = _Odd(left)
-            shards = expand(pattern)
-            for shard in shards:
+            files = expand(pattern)
+            for shard in files:
                 self._list(shard, members[split], entries[split], odd)
             text = "Shards without the end mark of a tar file, so they were cut short; make or copy them again"
-            findings += gather("error", {("shard-cut-short", text): [s.name for s in shards if not _ended(s)]})
+            findings += gather("error", {("shard-cut-short", text): [s.name for s in files if not _ended(s)]})
             text = f"Labels in {split} without an image of their name; is a member missing?"
             findings += gather("error", {("label-without-image", text): odd.lost})
             text = f"Several images under one name in {split}, so it cannot be told which one is meant"
@@ -112,8 +112,10 @@ class WebDatasetData(ListedData):
         if left:
             findings.append(Finding(left.level, "left-out", left.line()))
         names, encoded, problems = encode(entries, self.target, self.names)
+        shards = {place for own in members.values() for place, _, _, _ in own.values()}
+        root = os.path.commonpath([os.path.dirname(shard) for shard in shards])
         splits = {
-            split: ListedSplit(ShardSource(members[split][entry.name] for entry in kept), targets)
+            split: ListedSplit(ShardSource((members[split][entry.name] for entry in kept), root), targets)
             for split, (kept, targets) in encoded.items()
         }
         place = ", ".join(self.patterns.values())

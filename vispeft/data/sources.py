@@ -154,13 +154,15 @@ class FileSource(Source):
 class ShardSource(Source):
     """Images inside tar files, read in place by offset and size."""
 
-    def __init__(self, members: Iterable[tuple[str, str, int, int]]) -> None:
+    def __init__(self, members: Iterable[tuple[str, str, int, int]], root: str | None = None) -> None:
         """Store the location of the images.
 
         Args:
             members: Shard, name inside it, offset and size in bytes of each image.
+            root: Folder that names of shards in messages start from; None for that of each shard. Shards of several
+                splits often have equal file names.
         """
-        self.members = list(members)
+        self.members, self.root = list(members), root
 
     def __len__(self) -> int:
         """Count the images."""
@@ -169,7 +171,7 @@ class ShardSource(Source):
     def name(self, index: int) -> str:
         """Return shard and name of an image."""
         shard, name, _, _ = self.members[index]
-        return f"{Path(shard).name}:{name}"
+        return f"{Path(shard).name if self.root is None else Path(shard).relative_to(self.root).as_posix()}:{name}"
 
     def read(self, index: int) -> Tensor:
         """Read an image from its shard."""
@@ -190,7 +192,7 @@ class ShardSource(Source):
 
     def take(self, indices: Sequence[int]) -> ShardSource:
         """Return a source of some of the images."""
-        return ShardSource(self.members[index] for index in indices).read_with(self.reading)
+        return ShardSource((self.members[index] for index in indices), self.root).read_with(self.reading)
 
     def facts(self, full: bool) -> list[ImageFacts]:
         """Inspect every image of a shard that has changed since the last time."""

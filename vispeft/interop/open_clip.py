@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -46,8 +47,12 @@ def load_clip(name: str, weights: str | Path) -> tuple[Any, Callable[[list[str]]
     if not Path(weights).is_file():
         raise FileError(
             f"There are no CLIP weights at {str(weights)!r}, and none are downloaded. Place the checkpoint of {name} "
-            "there: open_clip_model.safetensors or open_clip_pytorch_model.bin of its page on the Hugging Face Hub, or "
-            "OpenAI's .pt file."
+            "there: open_clip_model.safetensors or open_clip_pytorch_model.bin of its page on the Hugging Face Hub."
+        )
+    if _is_program(weights):
+        raise FileError(
+            f"{weights} is a TorchScript archive, as OpenAI's .pt files are: a program, which is not run. Take "
+            f"open_clip_model.safetensors or open_clip_pytorch_model.bin of {name} from its page on the Hub."
         )
     try:
         library: Any = importlib.import_module("open_clip")
@@ -66,6 +71,14 @@ def load_clip(name: str, weights: str | Path) -> tuple[Any, Callable[[list[str]]
     except Exception as error:  # open_clip raises what torch.load and load_state_dict raise
         raise FileError(f"{weights} does not fit {name}: {str(error).splitlines()[0]}.") from error
     return model, library.get_tokenizer(name)
+
+
+def _is_program(path: str | Path) -> bool:
+    """Return whether a file is a TorchScript archive, which has code beside its tensors."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.errors import ConfigError, FileError
 from vispeft.mmseg.backbone import VispeftBackbone
-from vispeft.storage.files import check_tensors, read_adapter, read_decoder
+from vispeft.storage.files import check_tensors, read_decoder, read_encoded
 from vispeft.zoo.adapters import find_adapter
 
 __all__ = ["adapted_backbone", "backbones", "load_decoder", "save_adapter"]
@@ -92,7 +92,7 @@ def load_decoder(model: nn.Module, path: str | Path, classes: Sequence[str] | No
     """
     folder = find_adapter(str(path))
     own = list(classes or (getattr(model, "dataset_meta", None) or {}).get("classes") or ())
-    saved = list(read_adapter(folder)[0].get("class_names") or ())
+    saved = list(read_encoded(folder)[0].get("class_names") or ())
     if own and saved and own != saved:
         other = "the same classes in another order" if sorted(own) == sorted(saved) else "other classes"
         raise ConfigError(

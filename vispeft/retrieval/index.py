@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
 from torch import Tensor
 
@@ -87,10 +88,21 @@ class Index:
             place: Its directory.
 
         Raises:
-            FileError: If it is unfinished, or a file is missing or was changed.
+            FileError: If it is unfinished, a file is missing or was changed, or its content is none of an index.
         """
         folder = Path(place)
-        described = _description(folder)
+        try:
+            return cls._read(folder, _description(folder))
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
+            raise FileError(
+                f"{folder} is no index that can be read ({brief(error)}) Embed the images again."
+            ) from error
+
+    @classmethod
+    def _read(cls, folder: Path, described: Mapping[str, Any]) -> Index:
+        outside = [name for name in described["files"] if name != os.path.basename(name) or name in ("", ".", "..")]
+        if outside:
+            raise FileError(f"{folder} names a file outside of itself, {brief(ValueError(outside[0]))} Do not use it.")
         contents = {name: _checked(folder / name, sha) for name, sha in described["files"].items()}
         rows = list(csv.reader(io.StringIO(contents[IMAGES].decode(), newline="")))[1:]
         shards = [tensors_from_bytes(contents[name])["embeddings"] for name in described["shards"]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,10 @@ DECODER = "decoder/"
 """Name prefix of a decoder's tensors."""
 LARGEST_JSON = 2**23
 """Bytes of an ``adapter.json``; 1,000 classes on a model of 1,000 tensors take a fiftieth of it."""
+LARGEST_TENSORS_JSON = 2**23
+"""Bytes of the header of a tensor file, which has about 100 for each tensor."""
+MOST_PER_BYTE = 64
+"""Entries of a classifier for each byte of its code; those of 1 bit have 8."""
 _READS = 100
 """Number of times that an adapter is read again because it was saved meanwhile."""
 
@@ -80,11 +85,16 @@ def write_adapter(folder: Path, header: dict[str, Any], units: dict[str, Tensor]
     write_atomically(new, without=[] if head else [folder / HEAD_FILE])
 
 
-def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+def read_adapter(
+    folder: Path, check: Callable[[dict[str, Any]], None] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     """Read, check and decode an adapter directory.
 
     Args:
         folder: The directory.
+        check: Called with the content of ``adapter.json`` before any tensor is read. For files of others it has to
+            raise on tensors of other shapes than the method makes on the model: a few bytes may describe one of any
+            size.
 
     Returns:
         The content of ``adapter.json``, the values of the units' tensors and those of classifier and decoder.
@@ -92,7 +102,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
     Raises:
         FileError: If a file is missing, truncated, altered, of another schema or form, or uses an unknown codec.
     """
-    header, units, head = read_encoded(folder)
+    header, units, head = read_encoded(folder, check)
     return header, decode_tensors(units, header["tensors"]), decode_tensors(head, header["tensors"])
 
 
@@ -166,7 +176,7 @@ def _is_whole(path: Path) -> bool:
         size = regular_size(path)
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            text = file.read(length) if 8 + length <= size and length < 2**27 else b"null"
+            text = file.read(length) if 8 + length <= size and length <= LARGEST_TENSORS_JSON else b"null"
         header: Any = json.loads(text, object_pairs_hook=lambda pairs: named_once(path, pairs, "in its header"))
         ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
         return bool(8 + length + max(ends, default=0) == size)
@@ -198,6 +208,11 @@ def _check_described(
                 f"{key} in {folder} is a {dtype_name(tensor.dtype)} tensor of shape {tuple(tensor.shape)}; "
                 f"{JSON_FILE} describes it as {shown(wanted[key])}."
             )
+        if coded and key.startswith(HEAD) and prod(wanted[key]["shape"]) > MOST_PER_BYTE * len(tensor):
+            raise FileError(
+                f"{key} in {folder} has {len(tensor)} bytes, and {JSON_FILE} describes it as {shown(wanted[key])}, "
+                "which no code of a classifier makes of them."
+            )
 
 
 def read_decoder(folder: str | Path) -> dict[str, Tensor]:
@@ -212,7 +227,7 @@ def read_decoder(folder: str | Path) -> dict[str, Tensor]:
     Raises:
         FileError: If a file is missing, truncated or altered.
     """
-    _, _, head = read_adapter(Path(folder))
+    _, _, head = read_encoded(Path(folder))  # a decoder's tensors are never coded
     return {key.removeprefix(DECODER): tensor for key, tensor in head.items() if key.startswith(DECODER)}
 
 

@@ -16,7 +16,16 @@ import torch
 
 from vispeft.errors import CONTROL, FileError, printable
 
-__all__ = ["FormError", "check_class_names", "check_form", "check_index", "check_notes", "escaped", "shown"]
+__all__ = [
+    "READ_PIXELS",
+    "FormError",
+    "check_class_names",
+    "check_form",
+    "check_index",
+    "check_notes",
+    "escaped",
+    "shown",
+]
 
 Check = Callable[[Any], None]
 
@@ -28,6 +37,8 @@ LARGEST = 2**40
 """Entries of one side of a tensor."""
 PIXELS = 2**26
 """Pixels of an image that is given to a model."""
+READ_PIXELS = 2**30
+"""Pixels of an image file that an adapter may have been trained to read."""
 _HUGE = sys.float_info.max
 _CONTROL = re.compile(f"[{CONTROL}]")
 _SHA = re.compile("[0-9a-f]{64}")
@@ -265,9 +276,22 @@ _PREPROCESSING = _record(
         "decode": _text,
     },
 )
+_COLOUR = _listed(_whole(0, 255), at_least=3, at_most=3)
+_READING = _record(
+    {},
+    {
+        "transparency": _optional(_COLOUR),
+        "value_range": _optional(_listed(_FINITE, at_least=2, at_most=2)),
+        "max_pixels": _whole(1, READ_PIXELS),
+    },
+)
 _OUTPUT = _record(
     {},
     {
+        "reading": _READING,
+        "palette": _optional(_listed(_COLOUR)),
+        "evaluation": _optional(_text),
+        "short_side": _optional(_whole(1, 2**16)),
         "target": _optional(_text),
         "temperature": _number(1e-3, 1e3),
         "mean": _listed(_FINITE),

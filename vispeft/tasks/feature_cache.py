@@ -21,6 +21,7 @@ from vispeft.core.modes import evaluating
 from vispeft.data.augmentation import Augmentation
 from vispeft.data.base import BatchSplit, ImageData
 from vispeft.data.cache import CachedSplit, OutputFiles, OutputStore, changes_between_epochs, split_digest
+from vispeft.data.images import PLAIN
 from vispeft.data.listing import PER_PIXEL
 from vispeft.errors import ConfigError, DataError
 from vispeft.storage.fingerprint import fingerprint
@@ -120,6 +121,7 @@ def _shared_key(task: AdapterTask, data: ImageData, trainer: Trainer) -> dict[st
     method = task.bank.plan().method
     model = unwrap(task.model)
     merging = task.bank.token_merging
+    reading = {name: value for name, value in getattr(data, "reading", PLAIN).notes().items() if name != "max_pixels"}
     return {
         "schema": SCHEMA,
         "outputs": f"{_owner(type(method), 'frozen_outputs')}({json.dumps(method.frozen_fields(), sort_keys=True)})",
@@ -131,6 +133,7 @@ def _shared_key(task: AdapterTask, data: ImageData, trainer: Trainer) -> dict[st
         "precision": str(trainer.precision),
         "device": trainer.strategy.root_device.type,
         **({"token_merging": asdict(merging)} if merging else {}),
+        **({"reading": reading} if reading else {}),
         "versions": {name: version(name) for name in ("torch", "timm", "torchvision")},
     }
 
