@@ -74,9 +74,8 @@ def _push_to_hub(adapter: ZooAdapter, repository: str, private: bool) -> str:
         _copy(adapter, folder / entry.name)
         write_index(folder, {**listed, entry.name: entry})
         text = (adapter.folder / CARD).read_text(encoding="utf-8")
-        page = model_card(entry, text, own_weights=_has_own_weights(adapter.folder / CONFIG)) + _others(
-            repository, listed.keys() - {entry.name}
-        )
+        own = _has_own_weights(adapter.folder / CONFIG)
+        page = model_card(entry, text, own_weights=own) + _others(repository, listed.keys() - {entry.name})
         (folder / "README.md").write_text(page, encoding="utf-8")
         return upload(folder, repository, f"Add the adapter {entry.name}", private, parent)
 
@@ -148,7 +147,8 @@ def model_card(entry: ZooEntry, card: str, *, own_weights: bool = False) -> str:
         **_pipeline(entry),
     }
     how = f"Get it by `vispeft zoo pull` with the name of this repository, then `vispeft.zoo.create({entry.name!r})`."
-    return f"---\n{yaml.safe_dump(known, sort_keys=False)}---\n\n{card}\n{_found_at(entry.backbone, base, own_weights)}\n\n{how}\n"
+    where = _found_at(entry.backbone, base, own_weights)
+    return f"---\n{yaml.safe_dump(known, sort_keys=False)}---\n\n{card}\n{where}\n\n{how}\n"
 
 
 def _license(stated: str) -> Mapping[str, str]:
