@@ -94,6 +94,7 @@ def test_commands_take_its_name(own, zoo_cli, tmp_path):
     assert list(list_zoo_adapters()) == [name for name in list_zoo_adapters() if name != "mine"]
     assert not (own / "mine").exists()
     assert "Unknown adapter" in zoo_cli("show", "mine").err
+    assert "digits_ssf ships with the package and stays" in zoo_cli("remove", "digits_ssf").err
 
 
 def test_verify(own, zoo_cli, monkeypatch):

@@ -249,6 +249,7 @@ def test_names_that_are_taken(made_zoo, own, tmp_path, zoo_cli):
     assert "ships with the package" in zoo_cli("pull", other, "--name", "vit_tiny").err
     assert "is no name" in zoo_cli("pull", other, "--name", "../x").err
     assert zoo_cli("pull", other, "--name", "second").status == 0
+    assert f"Here it is zoo:second; its card is that of {other.resolve()}." in zoo_cli("show", "second").out
     with pytest.raises(UnknownNameError, match="'mine'"):
         get(other, adapter="mien")
     with pytest.raises(FileError, match="at most 1,000"):

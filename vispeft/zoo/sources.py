@@ -107,7 +107,8 @@ def find_source(given: str) -> Source:
         return HubSource(match["name"], match["revision"])
     raise ConfigError(
         f"{given!r} is no source of adapters: give a folder that holds {INDEX}, an address that begins with https://, "
-        "or OWNER/NAME of a repository of the Hugging Face Hub (OWNER/NAME@REVISION)."
+        "OWNER/NAME of a repository of the Hugging Face Hub (OWNER/NAME@REVISION), or the name of an adapter that was "
+        "pulled before."
     )
 
 
