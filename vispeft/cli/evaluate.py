@@ -43,6 +43,7 @@ __all__ = [
     "load_task",
     "main",
     "safe_settings",
+    "trained_task",
     "without_baselines",
     "without_method_files",
 ]
@@ -320,6 +321,23 @@ def load_task(run: Run) -> tuple[AdapterTask, Trainer]:
     Raises:
         BaseMismatchError: If the backbone differs from the adapted one.
     """
+    task, settings = trained_task(run)
+    with parser_errors(str(run.config)):
+        return task, evaluation_trainer(**settings)
+
+
+def trained_task(run: Run) -> tuple[AdapterTask, Node]:
+    """Create the task of a finished run alone; see `load_task`.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The task, and the settings of a trainer that evaluates it.
+
+    Raises:
+        BaseMismatchError: If the backbone differs from the adapted one.
+    """
     if run.foreign:
         try_loading(run.path)
     tree = safe_settings(run, without_method_files(without_baselines(read_config(run.config)), run))
@@ -335,5 +353,4 @@ def load_task(run: Run) -> tuple[AdapterTask, Trainer]:
     task = build_task(tree["model"], lambda cls: cls.sized_by_file(header), str(run.config))
     task.load_adapter(run.adapter)
     merge_tokens(task, TokenMerging(**tree.get("token_merging", {})))
-    with parser_errors(str(run.config)):
-        return task.eval(), evaluation_trainer(**tree["trainer"])
+    return task.eval(), tree["trainer"]
