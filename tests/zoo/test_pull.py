@@ -1,9 +1,12 @@
 """Pulling and pushing: folders, a web server and a hub of this machine; nothing of them is trusted."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -162,6 +165,30 @@ def test_a_damaged_copy_in_the_cache_of_the_hub_is_fetched_anew(hub, empty, name
     assert get("me/shells")[1]
     assert find_adapter("zoo:mine")
     assert kept.read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_a_download_from_a_hub_that_was_cut_goes_on(hub, empty):
+    """As in huggingface_hub 1598 and 4196: what was downloaded is not thrown away."""
+    hub.cut = 300
+    for _ in range(2):  # whether its client goes on by itself depends on its version
+        with contextlib.suppress(FileError):
+            get("me/shells")
+    assert find_adapter("zoo:mine")
+    assert any(asked.startswith("bytes=300-") for _, path, asked in hub.asked if "/resolve/" in path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("links", ["0", "1"])
+def test_a_cache_of_the_hub_without_links(hub, empty, links):
+    """As in huggingface_hub 4022: a disk that cannot hold links. The client reads the variable when it is imported."""
+    env = {**os.environ, "HF_HUB_DISABLE_SYMLINKS": links}
+    script = "import sys; from vispeft.cli.main import main; sys.exit(main(['zoo', 'pull', 'me/shells']))"
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    kept = list((empty.parent / "hub").rglob(f"snapshots/{COMMIT}/mine/adapter.safetensors"))
+    assert [path.is_symlink() for path in kept] == [links == "0"]
+    assert find_adapter("zoo:mine")
 
 
 @pytest.mark.slow

@@ -103,7 +103,16 @@ def serve(models: Mapping[str, Model], host: str, port: int, *, wait: bool) -> A
     return page
 
 
-_CSS = ".gradio-container { max-width: 1200px !important; margin: auto; } footer { display: none !important; }"
+_CSS = """
+.gradio-container { max-width: 1200px !important; margin: auto; }
+footer { display: none !important; }
+#pictures .grid-container { padding-top: 2rem; }
+#pictures .caption-label { max-width: 100% !important; white-space: normal !important; overflow: visible !important; }
+@media (max-width: 640px) {
+  #pictures .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
+}
+"""
+"""Pictures begin below their label, their names are whole, and a phone has two of them in a row."""
 
 _BUTTONS = ["download", "fullscreen"]
 """Buttons over a picture; gradio's own choice has one that uploads it."""
@@ -130,7 +139,13 @@ def make_page(models: Mapping[str, Model]) -> Any:
             with gradio.Column(min_width=300):
                 probabilities = gradio.Label(num_top_classes=5, label="probabilities", visible=False)
                 pictures = gradio.Gallery(
-                    label="pictures", visible=False, columns=3, object_fit="contain", height=440, buttons=_BUTTONS
+                    label="pictures",
+                    visible=False,
+                    columns=3,
+                    object_fit="contain",
+                    height=440,
+                    buttons=_BUTTONS,
+                    elem_id="pictures",
                 )
                 text = gradio.Textbox(label="numbers", visible=False, lines=4)
                 attention = gradio.Image(
