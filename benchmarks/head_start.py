@@ -252,12 +252,15 @@ def table_lines(found: list[dict[str, Any]]) -> Iterator[str]:
     kept = [facts for facts in started if facts["best_epoch"] == 0]
     yield (
         f"On validation {len(pairs) - len(below)} of {len(pairs)} runs from the probe end at the probe of the frozen "
-        f"features or above it; {len(kept)} of {len(started)} keep epoch 0."
+        f"features or above it; {len(kept)} of {len(started)} keep epoch 0. SSF, LoRA and AdaptFormer start as the "
+        "identity, so that none of theirs can end below it. Prompts act from the start; a run of the command that ends "
+        "below the probe says so."
     )
+    yield ""
     for facts in below:
-        probe = probes[_place(facts)]
-        yield f"Below: {facts['method']}, {DATA[facts['data']]}, {facts['shots']} images, seed {facts['seed']}: "
-        yield f"{100 * facts['validation']:.1f} against {100 * probe['validation']:.1f} %."
+        probe, images = probes[_place(facts)], f"{facts['shots']} images a class, seed {facts['seed']}"
+        pair = f"{100 * facts['validation']:.1f} against {100 * probe['validation']:.1f} %"
+        yield f"* Below: {facts['method']}, {DATA[facts['data']]}, {images}: {pair}."
 
 
 def _place(facts: dict[str, Any]) -> tuple[Any, ...]:

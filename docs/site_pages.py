@@ -2,7 +2,8 @@
 
 The pages of docs/ are read in the repository too, where a link such as ``../configs/method/ssf.yaml`` leads to the file
 itself. A site has no such file: each gets a page of its own with its text, and a folder one with the names in it. The
-pages of methods are put into the navigation from their folder.
+pages of methods are put into the navigation from their folder. The index of the search is also written as a script,
+since a page that was opened from a folder may read no data there.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +55,16 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         return f"{found[1]}{place})"
 
     return _LINK.sub(turned, markdown)
+
+
+@event_priority(-100)  # behind the search, which writes the index
+def on_post_build(config: Any) -> None:
+    """Write the index of the search as a script, which Material loads where a page is opened from a folder.
+
+    The search itself needs a worker, which a browser allows to pages of a server alone; elsewhere Material hides it.
+    """
+    index = Path(config["site_dir"]) / "search" / "search_index.json"
+    index.with_suffix(".js").write_text(f"var __index = {index.read_text(encoding='utf-8')}", encoding="utf-8")
 
 
 def _outside(page: Path) -> list[str]:

@@ -52,5 +52,5 @@ def test_the_table_has_means_and_names_runs_below_the_probe():
     said = "\n".join(lines)
     assert "3 of 4 runs from the probe end at the probe" in said
     assert "3 of 4 keep epoch 0" in said
-    assert "Below: vpt, digits, 8 images, seed 0" in said
+    assert "* Below: vpt, digits, 8 images a class, seed 0: 85.0 against 90.0 %." in said
     assert len(list(head_start.trials())) == len({trial.stem for trial in head_start.trials()}) == 162

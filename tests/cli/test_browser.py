@@ -96,3 +96,36 @@ def test_the_demo(browser, finished, tmp_path, width):
         watched.check()
     finally:
         served.close()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_demo_of_tasks_with_pictures(browser, tmp_path, width):
+    """Maps of several tasks and neighbours with long names: nothing is cut off, and nothing is wider than a phone."""
+    pytest.importorskip("gradio", reason="the extra demo is not installed")
+    from vispeft.cli.demo import serve
+    from vispeft.cli.demo_models import load_models
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for number in range(6):
+        folder = tmp_path / "gallery" / f"a label of many words {number}"
+        folder.mkdir(parents=True)
+        Image.effect_noise((48, 40), 60).convert("RGB").save(folder / "image.png")
+    models = load_models(["zoo:scenes_mtlora", "zoo:emoji_lora"], str(tmp_path / "gallery"))
+    served = serve(models, "127.0.0.1", port, wait=False)
+    try:
+        watched = Watched(browser, width)
+        watched.page.goto(f"http://127.0.0.1:{port}")
+        watched.page.wait_for_selector("input[type=file]", state="attached", timeout=90_000)
+        watched.page.set_input_files("input[type=file]", next((tmp_path / "gallery").rglob("*.png")))
+        watched.page.get_by_text("normals").first.wait_for(timeout=90_000)
+        watched.check()
+        watched.page.get_by_label("adapter").first.click()
+        watched.page.get_by_role("option", name="zoo:emoji_lora", exact=True).click()
+        watched.page.get_by_text("a label of many words 5").first.wait_for(timeout=90_000)
+        cut = "[...document.querySelectorAll('.caption-label')].filter(n => n.scrollWidth > n.clientWidth).length"
+        assert watched.page.evaluate(cut) == 0
+        watched.check()
+    finally:
+        served.close()

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from vispeft.cli import demo
 from vispeft.cli.demo_models import load_models
 from vispeft.cli.evaluate import load_task
 from vispeft.cli.runs import Run
-from vispeft.errors import ConfigError, FileError
+from vispeft.data.images import Reading, read_image
+from vispeft.errors import ConfigError, DataError, FileError
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +83,37 @@ def test_a_gallery_that_is_too_large_is_refused(finished, tmp_path, monkeypatch)
         load_models([str(finished)], str(tmp_path))
 
 
-def test_images_of_gradio():
-    grey = np.arange(6, dtype=np.uint8).reshape(2, 3)
-    assert torch.equal(demo.as_image(grey), torch.from_numpy(grey).expand(3, 2, 3))
-    colours = np.random.default_rng(0).integers(0, 255, (2, 3, 4), dtype=np.uint8)
-    assert torch.equal(demo.as_image(colours), torch.from_numpy(colours[..., :3]).permute(2, 0, 1))
+def test_images_are_read_as_for_predictions(tmp_path):
+    """gradio hands over the file: its own conversion takes a GIF's palette for grey values and clips 16 bits."""
+    gradio = pytest.importorskip("gradio", reason="the extra demo is not installed")
+    component = gradio.Image(type="filepath", image_mode=None)
+    red = np.full((2, 3, 3), (200, 0, 0), np.uint8)
+    upright = Image.fromarray(np.arange(18, dtype=np.uint8).reshape(2, 3, 3))
+    turned = Image.Exif()
+    turned[274] = 6
+    clear = np.dstack([red, np.zeros((2, 3), np.uint8)])
+    saved = {
+        "red.gif": (Image.fromarray(red).quantize(2), {}),
+        "deep.png": (Image.fromarray(np.full((2, 3), 51400, np.uint16)), {}),
+        "clear.png": (Image.fromarray(clear), {}),
+        "turned.png": (upright, {"exif": turned}),
+    }
+    white, found = Reading(transparency=(255, 255, 255)), {}
+    for name, (picture, options) in saved.items():
+        picture.save(tmp_path / name, **options)
+        handed = component.preprocess(gradio.data_classes.ImageData(path=str(tmp_path / name), orig_name=name))
+        found[name] = demo.read_upload(Path(handed), white)
+        assert torch.equal(found[name], read_image(tmp_path / name, reading=white))
+    assert found["red.gif"][:, 0, 0].tolist() == [200, 0, 0]
+    assert found["deep.png"].unique().tolist() == [200]
+    assert found["clear.png"].unique().tolist() == [255]
+    assert found["turned.png"].shape == (3, 3, 2)
+
+
+def test_images_that_cannot_be_shown_are_refused(tmp_path):
+    Image.new("RGB", (5000, 2)).save(tmp_path / "long.png")
     with pytest.raises(ConfigError, match="5000 x 2 pixels; the demo takes up to 4096"):
-        demo.as_image(np.zeros((2, 5000, 3), np.uint8))
+        demo.read_upload(tmp_path / "long.png", Reading())
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(DataError, match=r"^text\.png cannot be read as an image"):
+        demo.read_upload(tmp_path / "text.png", Reading())

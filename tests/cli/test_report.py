@@ -12,6 +12,7 @@ from PIL import Image
 from vispeft.cli import report
 from vispeft.errors import ConfigError, FileError
 from vispeft.viz.page import Picture
+from vispeft.zoo import find_adapter
 
 FILES = ("adapter.json", "adapter.safetensors", "head.safetensors")
 HOSTILE = "<script>alert('x')</script>\"'&\u202e{{ 7 * 7 }}"
@@ -157,14 +158,20 @@ def test_names_are_text_and_never_code(other, tmp_path):
             assert b"<script" not in base64.b64decode(address.partition(",")[2])
 
 
+def test_an_adapter_of_the_zoo_has_its_name_and_not_its_folder(tmp_path):
+    page = report.report(["zoo:digits_ssf", "zoo:digits_lora"], tmp_path / "page.html").read_text()
+    assert "1. ssf, zoo:digits_ssf" in page
+    assert str(find_adapter("zoo:digits_ssf").parent) not in page
+
+
 def test_a_run_without_its_log_and_pictures_is_shown(other, tmp_path, caplog):
     place = other("bare")
     shutil.rmtree(place / "logs")
     (place / "plots/reliability.png").write_bytes(b"\x89PNG broken")
     (place / "plots/confusion_matrix.png").unlink()
     words = Page(report.report(place, tmp_path / "page.html")).words
-    assert "The log of this run is gone." in words
-    assert "This run has no pictures of its test split." in words
+    assert "There is no log beside its figures, as in the zoo." in words
+    assert "There are no pictures of its test split." in words
     assert "reliability.png could not be read" in caplog.text
 
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from functools import partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.cli.test_browser import WIDTHS, Watched, browser  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -76,6 +82,35 @@ def test_own_tiles_with_dinov3_and_lora_are_two_clicks_away(site: Path) -> None:
     links = [address for address, text in Site(site / "index.html").links if "DINOv3" in text and "LoRA" in text]
     assert "recipes/tiles_and_masks.html" in links
     assert "segmentation/folder" in (site / "recipes/tiles_and_masks.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_front_page_in_a_browser(site: Path, browser: Any, width: int) -> None:  # noqa: F811 - the fixture
+    """Opened from the folder, as the command leaves it: no error, and nothing else is asked for."""
+    watched = Watched(browser, width)
+    watched.page.goto((site / "index.html").as_uri())
+    watched.page.wait_for_load_state("networkidle")
+    figure = watched.page.locator("img.wide")
+    figure.scroll_into_view_if_needed()
+    assert figure.bounding_box()["width"] >= 550, "its words would be too small to read"
+    watched.check()
+
+
+@pytest.mark.slow
+def test_the_search_of_the_site_that_is_served(site: Path, browser: Any) -> None:  # noqa: F811 - the fixture
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            """Keep quiet."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        watched = Watched(browser, max(WIDTHS))
+        watched.page.goto(f"http://127.0.0.1:{server.server_port}/index.html")
+        watched.page.locator("input.md-search__input").fill("DINOv3")
+        watched.page.locator(".md-search-result__item").first.wait_for(timeout=60_000)
+        watched.check()
+        server.shutdown()
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ pytest.importorskip("mmseg")
 importlib.import_module("vispeft.mmseg")
 
 import torch
+from mmengine import Config
 from mmseg.apis import init_model
 
 import vispeft
@@ -16,8 +17,8 @@ from tests.mmseg.toy import (
     close,
     make_config,
 )
-from vispeft.errors import ConfigError
-from vispeft.mmseg import save_adapter
+from vispeft.errors import ConfigError, FileError, UnknownNameError
+from vispeft.mmseg import load_decoder, save_adapter
 from vispeft.storage.files import read_decoder
 
 
@@ -99,3 +100,30 @@ def test_activations_may_be_computed_again(weights):
 def test_arguments_that_cannot_work_are_refused(weights, options, message):
     with pytest.raises(vispeft.VispeftError, match=message):
         backbone_of("vit", weights, **options)
+
+
+@pytest.mark.slow
+def test_an_adapter_of_the_zoo_and_its_decoder():
+    made = vispeft.zoo.create("earth_lora")
+    channels = made.bank.notes()["output"]["decoder"]["args"]["channels"]
+
+    def segmentor(channels, load="zoo:earth_lora"):
+        backbone = {"type": "VispeftBackbone", "model": "zoo:swin_tiny", "peft": {"load": load}}
+        head = {"type": "SegformerHead", "in_channels": [32, 64, 128, 256], "in_index": [0, 1, 2, 3]}
+        head |= {"channels": channels, "num_classes": len(made.class_names), "norm_cfg": {"type": "BN"}}
+        plain = {"type": "SegDataPreProcessor"}
+        parts = {"type": "EncoderDecoder", "data_preprocessor": plain, "backbone": backbone, "decode_head": head}
+        return init_model(Config({"model": {**parts, "test_cfg": {"mode": "whole"}}}), device="cpu")
+
+    model, images = segmentor(channels), torch.randn(1, 3, 64, 96)
+    load_decoder(model, "zoo:earth_lora")
+    with torch.no_grad():
+        maps = model.backbone(images)
+        for one, other in zip(maps, made.task.reader(made.backbone, images), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        scores = made.task.decoder(made.task.reader(made.backbone, images))
+        torch.testing.assert_close(model.decode_head(maps), scores, rtol=1e-4, atol=1e-4)
+    with pytest.raises(FileError, match=f"does not fit the segmentor.*'channels': {channels}.*give the decode_head"):
+        load_decoder(segmentor(channels + 8), "zoo:earth_lora")
+    with pytest.raises(UnknownNameError, match="earth_lora"):
+        segmentor(channels, "zoo:earth_lra")

@@ -157,9 +157,53 @@ def test_the_strength_is_that_with_the_best_validation_figure(tmp_path, monkeypa
     monkeypatch.setattr(head_start, "_judge", noted)
     task = make(method=method)
     fit(task, tmp_path, max_steps=1)
-    assert len(judged) == 3
+    assert len(judged) == 2 * 3, "those of the frozen features, then those of what the adapter makes of them"
+    judged = judged[3:]
     assert task.head_start.record["strength"] == probe.STRENGTHS[judged.index(max(judged))]
     assert task.head_start.record["validation"]["accuracy"] == pytest.approx(max(judged)[0])
+
+
+@pytest.mark.parametrize("method", [vispeft.SSF(), vispeft.VPT(num_tokens=2)])
+def test_the_probe_of_the_frozen_features_is_the_start_or_is_measured_too(tmp_path, method):
+    alone = make(method=vispeft.LinearProbe(), lr=1e-12)
+    fit(alone, tmp_path / "alone", max_steps=1)
+    task, starts = make(method=method), []
+    step = task.training_step
+
+    def training_step(batch, batch_idx):
+        starts.append({name: tensor.detach().clone() for name, tensor in task.bank.named_tensors().items()})
+        return step(batch, batch_idx)
+
+    task.training_step = training_step
+    fit(task, tmp_path / "run", max_steps=1)
+    probe_alone, record = alone.head_start.record, task.head_start.record
+    if method.name == "ssf":  # it starts as the identity, so that epoch 0 is the probe
+        kinds = {name: name.rpartition(".")[2] for name in starts[0] if not name.startswith("head")}
+        assert all(bool((starts[0][name] == float(kind == "scale")).all()) for name, kind in kinds.items())
+        assert {"scale", "shift"} == set(kinds.values())
+        assert record == {**probe_alone, "validation": pytest.approx(probe_alone["validation"], abs=1e-5)}
+    else:
+        accuracy = probe_alone["validation"]["accuracy"]
+        assert record["frozen"] == {"strength": probe_alone["strength"], "figure": pytest.approx(accuracy)}
+        assert task.head_start.frozen_is_better(accuracy - 0.01, "max")
+        assert not task.head_start.frozen_is_better(accuracy, "max")
+        assert task.head_start.frozen_is_better(accuracy + 0.01, "min")
+    assert not alone.head_start.frozen_is_better(0.0, "max")
+
+
+def test_a_loaded_adapter_is_not_set_to_the_identity(tmp_path):
+    source = make(head_start=None, method=vispeft.SSF())
+    source.bank.annotate(class_names=[f"other {index}" for index in range(10)])
+    source.save_adapter(tmp_path / "adapter")
+    task, seen = make(method=vispeft.SSF()), []
+    start_from(task, str(tmp_path / "adapter"), [str(index) for index in range(10)])
+    step = task.training_step
+    task.training_step = lambda batch, batch_idx: (
+        seen.append(next(iter(task.bank.units().values())).scale.detach().clone()) or step(batch, batch_idx)
+    )
+    fit(task, tmp_path / "run", max_steps=1)
+    torch.testing.assert_close(seen[0], next(iter(source.bank.units().values())).scale)
+    assert set(task.head_start.record["frozen"]) == {"strength", "figure"}
 
 
 def test_test_images_are_not_looked_at_and_random_numbers_stay(tmp_path):
@@ -430,6 +474,15 @@ def test_the_start_is_kept_where_no_epoch_is_better(whole, tmp_path):
     saved = vispeft.storage.files.read_adapter(tmp_path / "run/adapter")[1]
     assert saved.keys() == units.keys()
     assert len(content["state_dict"]) == len(units) + 2
+
+
+@pytest.mark.slow
+def test_a_run_below_the_probe_of_the_frozen_features_says_so(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(head_start, "_measure_frozen", lambda *_: {"strength": 1.0, "figure": 1.5})
+    result = call("train", whole.parent / "tiny.yaml", *BY_RUN, "--method", "vpt", "--out", tmp_path / "run")
+    assert result.status == 0, result.err
+    assert "The probe of the frozen features alone is better on validation (accuracy 1.5000): vpt acts" in result.out
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["head_start"]["frozen"]["figure"] == 1.5
 
 
 # ------------------------------------------------------------------ what is refused

@@ -113,7 +113,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.fail(404, "EntryNotFound")
         content = path.read_bytes() + self.server.more
         start = 0
-        if found := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+        if found := re.fullmatch(r"bytes=(\d+)-\d*", self.headers.get("Range", "")):
             start = int(found[1])
         self.send_response(206 if start else 200)
         if start:

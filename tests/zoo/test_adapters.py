@@ -11,6 +11,7 @@ import torch
 
 import vispeft
 from tests.tiny import TINY
+from vispeft.cli.runs import Run
 from vispeft.cli.zoo_add import Extras, add_run
 from vispeft.cli.zoo_card import card
 from vispeft.errors import BaseMismatchError, ConfigError, FileError, UnknownNameError
@@ -77,6 +78,17 @@ def test_names_that_are_not_known(own):
         find_adapter("zoo:vit_tiny")
     with pytest.raises(UnknownNameError, match="vit_tiny"):
         vispeft.create_model("zoo:vit_tiy")
+    for use in (Run.open, find_adapter, lambda given: vispeft.load(backbone(), given)):
+        with pytest.raises(FileError, match=r"There is no .*'mine'.*Did you mean 'zoo:mine'\?"):
+            use("mine")
+        with pytest.raises(FileError, match=r"nobody.*[^?]$"):
+            use("nobody")
+
+
+def test_a_model_of_the_zoo_is_made_without_a_trainer(own, monkeypatch):
+    """Lightning's trainer prints what it finds of devices, and advertises."""
+    monkeypatch.setattr("vispeft.cli.evaluate.evaluation_trainer", None)
+    assert vispeft.zoo.create("mine").class_names == list("0123456789")
 
 
 def test_commands_take_its_name(own, zoo_cli, tmp_path):
@@ -94,6 +106,7 @@ def test_commands_take_its_name(own, zoo_cli, tmp_path):
     assert list(list_zoo_adapters()) == [name for name in list_zoo_adapters() if name != "mine"]
     assert not (own / "mine").exists()
     assert "Unknown adapter" in zoo_cli("show", "mine").err
+    assert "digits_ssf ships with the package and stays" in zoo_cli("remove", "digits_ssf").err
 
 
 def test_verify(own, zoo_cli, monkeypatch):

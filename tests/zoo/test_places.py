@@ -2,12 +2,18 @@
 
 import inspect
 import re
+import shutil
 
 import pytest
+import torch
+import yaml
 from lightning.pytorch import LightningDataModule
+from safetensors.torch import save_file
 
 import vispeft.data
 import vispeft.tasks
+from tests.tiny import TINY
+from vispeft.backbones.create import create_model
 from vispeft.building.annotations import argument_type
 from vispeft.building.classes import argument_names, default_of
 from vispeft.cli.reading import workers_of
@@ -119,22 +125,76 @@ def test_sizes_that_are_refused(name, value):
         _check_sizes({name: value}, "data")
 
 
-def test_evaluating_a_pulled_adapter_reads_nothing_that_only_its_config_names(own, zoo_cli, monkeypatch, tmp_path):
-    """A folder that the config names is not opened; one that the user names is."""
+@pytest.fixture
+def pulled(own, monkeypatch):
+    """An adapter of others whose config names a folder, and the folders of data that were opened."""
     opened = []
 
     def read(self):
         opened.append(str(self.root))
         raise DataError("It was opened.")
 
-    monkeypatch.setattr("vispeft.cli.runs._is_foreign", lambda place: True)
+    monkeypatch.setattr("vispeft.cli.runs._is_foreign", lambda place: place == own / "mine")
     monkeypatch.setattr("vispeft.cli.evaluate.try_loading", lambda place: None)
     monkeypatch.setattr("vispeft.data.folder.ImageFolderData.read", read)
     text = (own / "mine" / "config.yaml").read_text()
     begin, end = text.index("data:"), text.index("init:", text.index("data:"))
-    named = "data:\n  class_path: vispeft.data.ImageFolderData\n  init_args: {root: private}\n"
+    named = "data:\n  class_path: vispeft.data.ImageFolderData\n  init_args: {root: private, num_workers: 40}\n"
     (own / "mine" / "config.yaml").write_text(text[:begin] + named + text[end:])
-    assert "read only where you name them: --data.root DIR" in zoo_cli(own / "mine", command="evaluate").err
+    return own / "mine", opened
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("evaluate", "RUN"),
+        ("embed", "RUN", "--split", "test", "--out", "OUT"),
+        ("inspect", "RUN", "--plots", "OUT"),
+        ("compose", "OUT", "RUN"),
+        ("port", "OUT", "RUN", "--weights", "WEIGHTS", "--allow-drift"),
+        ("port", "OUT", "RUN", "--weights", "WEIGHTS", "--allow-drift", "--refit", "1"),
+    ],
+)
+def test_a_command_reads_no_data_that_only_a_pulled_config_names_and_takes_the_key_it_advises(
+    pulled, zoo_cli, tmp_path, words
+):
+    place, opened = pulled
+    torch.manual_seed(0)
+    save_file(
+        create_model("vit_tiny_patch16_224", num_classes=0, **TINY).state_dict(), tmp_path / "weights.safetensors"
+    )
+
+    def call(out, *further):
+        known = {"RUN": place, "OUT": tmp_path / out, "WEIGHTS": tmp_path / "weights.safetensors"}
+        command, *rest = (str(known.get(word, word)) for word in words)
+        result = zoo_cli(*rest, *further, command=command)
+        return " ".join(f"{result.out} {result.err}".split())
+
+    assert "read only where you name them: --data.root DIR" in call("first")
     assert not opened
-    assert "It was opened" in zoo_cli(own / "mine", f"--data.root={tmp_path}", command="evaluate").err
+    assert "It was opened" in call("second", "--data.root", tmp_path)
     assert opened == [str(tmp_path)]
+
+
+@pytest.mark.slow
+def test_what_is_made_of_a_pulled_adapter_starts_no_processes_of_its_config(pulled, zoo_cli, tmp_path):
+    place, _ = pulled
+    assert zoo_cli(tmp_path / "out", place, command="compose").status == 0
+    made = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert made["data"]["init_args"] == {"root": "private", "num_workers": 0}
+    assert set(made) <= {"model", "data", "seed_everything", "trainer"}
+
+
+@pytest.mark.slow
+def test_keys_of_the_data_that_nothing_would_use_are_refused(own, zoo_cli, tmp_path):
+    given = ("--data.batch_size", "8")
+    place = own / "mine"
+    refused = zoo_cli(place, tmp_path, *given, "--out", tmp_path / "index", command="embed")
+    assert "--data.batch_size was given with IMAGES" in refused.err
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("adapter.json", "adapter.safetensors", "head.safetensors"):
+        shutil.copyfile(place / name, alone / name)
+    refused = zoo_cli(tmp_path / "out", alone, *given, command="compose")
+    assert "no adapter is that of a run" in refused.err

@@ -1,14 +1,17 @@
 """Pulling and pushing: folders, a web server and a hub of this machine; nothing of them is trusted."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 import vispeft
-from tests.zoo.server import COMMIT, serving
+from tests.zoo.server import COMMIT, Handler, serving
 from vispeft.cli.zoo_push import model_card
 from vispeft.cli.zoo_trust import check_foreign
 from vispeft.errors import ConfigError, FileError, UnknownNameError
@@ -145,6 +148,72 @@ def test_from_a_hub_and_from_its_cache(hub, empty, monkeypatch):
         get(f"me/shells@{'d' * 40}")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [INDEX, "mine/adapter.safetensors"])
+@pytest.mark.parametrize("damage", ["flipped", "longer", "shorter", "gone"])
+def test_a_damaged_copy_in_the_cache_of_the_hub_is_fetched_anew(hub, empty, name, damage, monkeypatch):
+    """As in huggingface_hub 3643 and 3371: its client takes what its cache holds for whole."""
+    get("me/shells")
+    shutil.rmtree(empty)
+    (kept,) = (empty.parent / "hub").rglob(f"snapshots/{COMMIT}/{name}")
+    whole = kept.read_bytes()
+    changed = {"flipped": bytes([whole[0] ^ 1]) + whole[1:], "longer": whole + b"x" * 10_000, "shorter": whole[:-1]}
+    if damage == "gone":
+        kept.resolve().unlink()  # a link stays that leads nowhere
+    else:
+        kept.resolve().write_bytes(changed[damage])
+    assert get("me/shells")[1]
+    assert find_adapter("zoo:mine")
+    assert kept.read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_a_download_from_a_hub_that_was_cut_ends_whole(hub, empty):
+    """As in huggingface_hub 1396: half of a file is never taken for all of it."""
+    hub.cut = 300
+    for _ in range(2):  # whether its client goes on by itself depends on its version
+        with contextlib.suppress(FileError):
+            get("me/shells")
+    assert find_adapter("zoo:mine")
+    assert hub.cut is None
+    assert len([path for method, path, _ in hub.asked if method == "GET" and path.endswith(f"{COMMIT}/{INDEX}")]) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("links", ["0", "1"])
+def test_a_cache_of_the_hub_without_links(hub, empty, links):
+    """As in huggingface_hub 4022: a disk that cannot hold links. The client reads the variable when it is imported."""
+    env = {**os.environ, "HF_HUB_DISABLE_SYMLINKS": links}
+    script = "import sys; from vispeft.cli.main import main; sys.exit(main(['zoo', 'pull', 'me/shells']))"
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    kept = list((empty.parent / "hub").rglob(f"snapshots/{COMMIT}/mine/adapter.safetensors"))
+    assert [path.is_symlink() for path in kept] == [links == "0"]
+    assert find_adapter("zoo:mine")
+
+
+@pytest.mark.slow
+def test_a_hub_that_fails_between_two_answers(hub, empty, monkeypatch):
+    """As in huggingface_hub 3007: its client then gives what the cache has, which is not all of it."""
+    get("me/shells")
+    shutil.rmtree(empty)
+    for kept in (empty.parent / "hub").rglob("adapter.safetensors"):
+        kept.unlink()
+    describe, asked = Handler.describe, []
+
+    def describe_once(self, repository, revision):
+        asked.append(revision)
+        # The index: commit, sizes, and the client itself; then the sizes of each file, and the client again.
+        return describe(self, repository, revision) if len(asked) % 2 or len(asked) < 3 else self.fail(503)
+
+    monkeypatch.setattr(Handler, "describe", describe_once)
+    with pytest.raises(FileError, match=r"cannot be reached|did not answer"):
+        get("me/shells")
+    assert not empty.exists() or not (empty / "mine").exists()
+    monkeypatch.setattr(Handler, "describe", describe)
+    assert get("me/shells")[1]
+
+
 def test_what_a_hub_refuses(hub, empty, monkeypatch):
     with pytest.raises(FileError, match="no repository me/none"):
         get("me/none")
@@ -161,9 +230,9 @@ def test_push_to_a_hub(hub, own, zoo_cli):
     assert f"me/pushed@{COMMIT}" in pushed.out
     text = (hub.root / "me" / "pushed" / "README.md").read_text()
     assert text.startswith("---\nlibrary_name: vispeft\nlicense: mit\n")
-    assert "base_model_relation: adapter" in text
-    assert "base_model: timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k" in text
-    assert text == model_card(read_index(own)["mine"], (own / "mine" / "CARD.md").read_text())
+    assert "base_model" not in text, "its backbone was drawn; timm's weights of that name are others"
+    assert "its weights are of a file or were drawn" in text
+    assert text == model_card(read_index(own)["mine"], (own / "mine" / "CARD.md").read_text(), own_weights=True)
     assert get("me/pushed", name="again")[0].source == f"me/pushed@{COMMIT}"
     assert find_adapter("zoo:again")
 
@@ -208,6 +277,7 @@ def test_names_that_are_taken(made_zoo, own, tmp_path, zoo_cli):
     assert "ships with the package" in zoo_cli("pull", other, "--name", "vit_tiny").err
     assert "is no name" in zoo_cli("pull", other, "--name", "../x").err
     assert zoo_cli("pull", other, "--name", "second").status == 0
+    assert f"Here it is zoo:second; its card is that of {other.resolve()}." in zoo_cli("show", "second").out
     with pytest.raises(UnknownNameError, match="'mine'"):
         get(other, adapter="mien")
     with pytest.raises(FileError, match="at most 1,000"):

@@ -1,16 +1,17 @@
 """What sharing must not do: delete a user's files, or leave a zoo that cannot be read. Nothing is trained or built."""
 
 import dataclasses
+from pathlib import Path
 from urllib.request import Request
 
 import pytest
 import yaml
 
 import vispeft.zoo.pull
-from vispeft.cli.evaluate import _start_no_workers
+from vispeft.cli.evaluate import safe_settings
 from vispeft.cli.runs import Run
 from vispeft.cli.zoo import zoo_table
-from vispeft.cli.zoo_push import model_card, push_adapter
+from vispeft.cli.zoo_push import _has_own_weights, model_card, push_adapter
 from vispeft.errors import ConfigError, FileError
 from vispeft.zoo.adapters import ZooAdapter, find_adapter
 from vispeft.zoo.hub import _asked
@@ -147,9 +148,11 @@ def test_a_pulled_adapter_is_one_of_others_however_it_is_named(tmp_path, monkeyp
 
 
 def test_data_of_others_are_read_without_processes():
-    tree = {"data": {"class_path": "vispeft.data.DigitsData", "init_args": {"batch_size": 8, "num_workers": 8000}}}
-    _start_no_workers(tree)
-    assert tree["data"]["init_args"] == {"batch_size": 8, "num_workers": 0}
+    for foreign, workers in ((True, 0), (False, 8000)):
+        settings = {"batch_size": 8, "num_workers": 8000}
+        tree = {"data": {"class_path": "vispeft.data.DigitsData", "init_args": settings}}
+        safe_settings(Run(Path("run"), {}, foreign=foreign), tree)
+        assert tree["data"]["init_args"] == {"batch_size": 8, "num_workers": workers}
 
 
 def test_a_renamed_adapter_is_pulled_again(tmp_path, monkeypatch):
@@ -208,6 +211,25 @@ def test_a_model_card_says_where_the_base_is_found(mine, backbone, base, found):
     assert facts.get("base_model") == base
     assert facts.get("base_model_relation") == (base and "adapter")
     assert found in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "own"),
+    [
+        ({}, False),
+        ({"backbone_args": None, "weights": None}, False),
+        ({"backbone_args": {"pretrained": True}}, False),
+        ({"backbone_args": {"pretrained": False}}, True),
+        ({"weights": "/home/me/vit.safetensors"}, True),
+    ],
+)
+def test_a_base_with_weights_of_its_own_is_not_named_as_one_of_the_hub(mine, settings, own):
+    """As in peft 2124: a model from the disk has the name of one on the hub."""
+    (mine.folder / "config.yaml").write_text(yaml.safe_dump({"model": {"init_args": settings}}))
+    assert _has_own_weights(mine.folder / "config.yaml") is own
+    facts = yaml.safe_load(model_card(mine.entry, "the card", own_weights=own).split("---")[1])
+    assert ("base_model" in facts) is not own
+    assert ("base_model_relation" in facts) is not own
 
 
 @pytest.mark.parametrize(

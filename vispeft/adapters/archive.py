@@ -25,7 +25,7 @@ from vispeft.storage.files import DECODER, HEAD, check_tensors, check_values, re
 from vispeft.storage.fingerprint import check_fingerprint, pool_of
 from vispeft.storage.form import FormError, check_notes
 from vispeft.storage.header import adapter_part, backbone_part, plain_values, preprocessing_part, tensor_part
-from vispeft.zoo.adapters import PREFIX, find_adapter
+from vispeft.zoo.adapters import PREFIX, find_adapter, zoo_hint
 
 __all__ = ["FileBank"]
 
@@ -331,6 +331,8 @@ class FileBank(BankState):
         """
         self.check_ready("load an adapter")
         folder = find_adapter(path) if isinstance(path, str) and path.startswith(PREFIX) else Path(path)
+        if isinstance(path, str) and not folder.is_dir() and (hint := zoo_hint(path)):
+            raise FileError(f"There is no folder {path!r}.{hint}")
         label = name or ("default" if "default" not in self._entries else folder.resolve().name)
         header, *encoded = read_encoded(folder, lambda found: self._check_fits(found, allow_base_mismatch))
         units, head = (decode_tensors(tensors, header["tensors"]) for tensors in encoded)

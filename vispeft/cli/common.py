@@ -105,7 +105,8 @@ def quiet_libraries() -> None:
     # In-memory data are fastest without workers, and a frozen backbone in evaluation mode is intended.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode at the start of training.*")
-    # Caused inside Lightning by newer releases of torch; nothing to change here.
+    # Caused inside Lightning and timm by newer releases of torch; nothing to change here.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"timm\.layers\.interpolate")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\..*|torch\..*")
 

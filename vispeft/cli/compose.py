@@ -13,7 +13,8 @@ from rich.table import Table
 from vispeft.adapters.bank import AdapterBank
 from vispeft.adapters.composing import Composed, How
 from vispeft.cli.common import console, make_parser
-from vispeft.cli.made_runs import Source, measured_run, new_folder, open_sources, write_run
+from vispeft.cli.config_keys import take_overrides
+from vispeft.cli.made_runs import Source, check_data_keys, measured_run, new_folder, open_sources, write_run
 from vispeft.compose.arithmetic import Sign
 from vispeft.errors import ConfigError, UnknownNameError
 
@@ -32,7 +33,8 @@ entries, those of the elected sign averaged; dare: entries dropped at random, th
 Classifiers are averaged where the classes are the same; else --head names the adapter whose classifier is kept.
 
 OUT is a folder that load, predict, evaluate, merge, export and zoo add take. Its adapter.json says what it was made of.
-Where the adapters are those of runs, OUT is measured on the data of the run whose classifier it has."""
+Where the adapters are those of runs, OUT is measured on the data of the run whose classifier it has; keys under data
+can be overridden, such as --data.root DIR."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -41,9 +43,11 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: Arguments without the program's name.
     """
-    given = _parse(argv)
+    own, overrides = take_overrides(argv)
+    given = _parse(own)
     out = Path(given.out)
     sources = open_sources(given.adapters)
+    check_data_keys(sources, overrides)
     head = None if given.head is None else _named(given.head, sources)
     _check_decoders(sources, head)
     with new_folder(out) as place:
@@ -65,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
         console.print(_table(made, sources))
         console.print(_sentence(made, out), soft_wrap=True)
         if owner.run is not None and given.measure:
-            measured_run(place, out)
+            measured_run(place, out, owner, overrides)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

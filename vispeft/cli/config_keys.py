@@ -36,7 +36,16 @@ from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.checkpoints import Cadence
 from vispeft.tasks.migration import MOVED, without_moved
 
-__all__ = ["Override", "as_list", "check_config", "check_override", "check_tree", "parse_override", "split_overrides"]
+__all__ = [
+    "Override",
+    "as_list",
+    "check_config",
+    "check_override",
+    "check_tree",
+    "parse_override",
+    "split_overrides",
+    "take_overrides",
+]
 
 TOP_KEYS = (
     *("seed_everything", "init", "trainer", "model", "data", "checkpoints", "cache_features", "memory", "compile"),
@@ -81,6 +90,31 @@ def split_overrides(tokens: Sequence[str]) -> list[Override]:
         else:
             pairs.append((key, None))
     return pairs
+
+
+def take_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take what changes the data or the trainer of a run out of a command line, wherever it stands.
+
+    A parser of the command's own arguments would take the value of such a key for one of them.
+
+    Args:
+        argv: Arguments without the program's name.
+
+    Returns:
+        The other arguments, and the overrides, such as ``["--data.root", "photos"]``.
+    """
+    own: list[str] = []
+    taken: list[str] = []
+    waiting = list(argv)
+    while waiting:
+        token = waiting.pop(0)
+        if not token.startswith(("--data.", "--trainer.", "--data=")):
+            own.append(token)
+            continue
+        taken.append(token)
+        if "=" not in token and waiting and not waiting[0].startswith("--"):
+            taken.append(waiting.pop(0))
+    return own, taken
 
 
 def check_config(tree: Node, overrides: Sequence[Override], source: str) -> list[str]:

@@ -6,15 +6,15 @@ import html
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.demo_models import Answer, Model, load_models
-from vispeft.errors import ConfigError, VispeftError, counted
+from vispeft.data.images import Reading, read_image, read_size
+from vispeft.errors import ConfigError, DataError, VispeftError, counted
 
 __all__ = ["main", "make_page", "serve"]
 
@@ -103,7 +103,16 @@ def serve(models: Mapping[str, Model], host: str, port: int, *, wait: bool) -> A
     return page
 
 
-_CSS = ".gradio-container { max-width: 1200px !important; margin: auto; } footer { display: none !important; }"
+_CSS = """
+.gradio-container { max-width: 1200px !important; margin: auto; }
+footer { display: none !important; }
+#pictures .grid-container { padding-top: 2rem; }
+#pictures .caption-label { max-width: 100% !important; white-space: normal !important; overflow: visible !important; }
+@media (max-width: 640px) {
+  #pictures .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
+}
+"""
+"""Pictures begin below their label, their names are whole, and a phone has two of them in a row."""
 
 _BUTTONS = ["download", "fullscreen"]
 """Buttons over a picture; gradio's own choice has one that uploads it."""
@@ -121,25 +130,34 @@ def make_page(models: Mapping[str, Model]) -> Any:
         gradio.HTML("<h1>vispeft demo</h1><p>Drop an image, and choose an adapter.</p>")
         with gradio.Row():
             with gradio.Column(min_width=300):
-                image = gradio.Image(type="numpy", label="image", sources=["upload", "clipboard"], height=320)
+                # The file as it is: gradio's own conversion reads a GIF as its palette, and clips 16 bits.
+                image = gradio.Image(
+                    type="filepath", image_mode=None, label="image", sources=["upload", "clipboard"], height=320
+                )
                 chosen = gradio.Dropdown(names, value=names[0], label="adapter")
                 facts = gradio.HTML(_facts(models[names[0]]))
             with gradio.Column(min_width=300):
                 probabilities = gradio.Label(num_top_classes=5, label="probabilities", visible=False)
                 pictures = gradio.Gallery(
-                    label="pictures", visible=False, columns=3, object_fit="contain", height=440, buttons=_BUTTONS
+                    label="pictures",
+                    visible=False,
+                    columns=3,
+                    object_fit="contain",
+                    height=440,
+                    buttons=_BUTTONS,
+                    elem_id="pictures",
                 )
                 text = gradio.Textbox(label="numbers", visible=False, lines=4)
                 attention = gradio.Image(
                     label="where the last block looks", visible=False, height=320, buttons=_BUTTONS
                 )
 
-        def show(pixels: np.ndarray[Any, Any] | None, name: str) -> list[Any]:
+        def show(file: str | None, name: str) -> list[Any]:
             model = models[name]
-            if pixels is None:
+            if file is None:
                 return [_facts(model), *(gradio.update(visible=False) for _ in range(4))]
             try:
-                answer = model.answer(as_image(pixels))
+                answer = model.answer(read_upload(Path(file), model.reading))
             except VispeftError as error:
                 raise gradio.Error(str(error)) from error
             return [_facts(model), *_updates(gradio, answer)]
@@ -154,23 +172,30 @@ def _facts(model: Model) -> str:
     return f"<p>{html.escape(model.facts)}</p>"
 
 
-def as_image(pixels: np.ndarray[Any, Any]) -> Tensor:
-    """Convert what gradio hands over, uint8 (H, W) or (H, W, 3), to uint8 (3, H, W).
+def read_upload(file: Path, reading: Reading) -> Tensor:
+    """Read an image as `vispeft predict` reads it.
 
     Args:
-        pixels: The pixels.
+        file: The file.
+        reading: How the pixels of the model's images become RGB.
+
+    Returns:
+        uint8 (3, H, W).
 
     Raises:
         ConfigError: If the image is larger than the demo takes.
+        DataError: If it cannot be read.
     """
-    image = torch.from_numpy(np.ascontiguousarray(pixels))
-    image = image[..., None].expand(-1, -1, 3) if image.ndim == 2 else image[..., :3]
-    if max(image.shape[:2]) > LARGEST:
+    try:
+        height, width = read_size(file, reading)
+    except DataError as error:  # the folder is one of gradio's
+        raise DataError(str(error).replace(str(file), file.name)) from error
+    if max(height, width) > LARGEST:
         raise ConfigError(
-            f"The image has {image.shape[1]} x {image.shape[0]} pixels; the demo takes up to {LARGEST} a side. "
-            "`vispeft predict` takes larger ones."
+            f"The image has {width} x {height} pixels; the demo takes up to {LARGEST} a side. `vispeft predict` takes "
+            "larger ones."
         )
-    return image.permute(2, 0, 1).contiguous()
+    return read_image(file, file.name, reading)
 
 
 def _updates(gradio: Any, answer: Answer) -> list[Any]:

@@ -35,6 +35,8 @@ LEAST = 300
 """Longest side of a picture of attention in pixels, at least; some backbones see 32 pixels."""
 SIDE = 400
 """Longest side of a neighbour's picture in pixels."""
+_COUNTED = "Pixels of each class; of other tasks the mean:"
+"""Line above the numbers of dense tasks."""
 _MADE_FOR_FILES = ("masks",)
 """Folders of pictures that are for programs: class indices, which look black."""
 
@@ -142,7 +144,7 @@ class Model:
         cells = zip(self.predictor.columns, found.row, strict=True)
         return Answer(
             pictures=[(picture.convert("RGB"), name) for picture, name in kept if picture.mode != "I;16"],
-            text="\n".join(f"{name}: {value}" for name, value in cells),
+            text="\n".join([_COUNTED, *(f"{name}: {value}" for name, value in cells)]),
             attention=attention,
         )
 

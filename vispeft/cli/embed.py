@@ -15,6 +15,7 @@ from rich.progress import track
 from torch import Tensor
 
 from vispeft.cli.common import console, make_parser
+from vispeft.cli.config_keys import take_overrides
 from vispeft.cli.evaluate import header_of, load_run, load_task
 from vispeft.cli.reading import add_reading, check_names, end_with, goes_on, workers_of
 from vispeft.cli.runs import Run
@@ -36,12 +37,14 @@ EXAMPLE = """example:
   vispeft embed runs/digits_ssf/1 my_images --out index
   vispeft embed runs/digits_ssf/1 my_images.txt --out index --dtype float16
   vispeft embed runs/folder/1 --split test --out index
+  vispeft embed zoo:shells --split test --data.root my_shells --out index
   vispeft search index my_query.jpg
 
 IMAGES is a folder (its subfolders are labels), a list with a path and a label per line, a JSON file from path to label,
-or one image. A run of metric learning gives the outputs of its head; any other run gives the pooled features of its
-adapted backbone. A command that was stopped goes on behind its last batch when it is given again. Images that cannot be
-read are left out of the index and listed at the end, and the exit status is 1; --strict stops at the first."""
+or one image; with --split, keys under data can be overridden. A run of metric learning gives the outputs of its head;
+any other run gives the pooled features of its adapted backbone. A command that was stopped goes on behind its last
+batch when it is given again. Images that cannot be read are left out of the index and listed at the end, and the exit
+status is 1; --strict stops at the first."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -63,9 +66,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--batch_size", type=int, default=64, help="images at a time; default 64")
     add_reading(parser)
     add_token_merging(parser)
-    given = vars(parser.parse_args(list(argv)))
+    own, overrides = take_overrides(argv)
+    given = vars(parser.parse_args(own))
     images, split, kind = given.pop("images"), given.pop("split"), given.pop("index")
-    index, left_out = _embedded(given.pop("run"), images, given.pop("out"), split=split, kind=kind, **given)
+    chosen = {"split": split, "kind": kind, "overrides": overrides}
+    index, left_out = _embedded(given.pop("run"), images, given.pop("out"), **chosen, **given)
     width = index.embeddings.shape[1]
     console.print(f"{counted(len(index.collection), 'image')}, {width} dimensions: {index.place}", soft_wrap=True)
     end_with(left_out)
@@ -84,6 +89,7 @@ def embed(
     workers: int | None = None,
     strict: bool = True,
     token_merging: str | None = None,
+    overrides: Sequence[str] = (),
 ) -> Index:
     """Embed images with a finished run, and make an index of them.
 
@@ -99,6 +105,7 @@ def embed(
         workers: Processes that read images; 0 reads in this one; None takes the number of the run's data.
         strict: Whether the first image that cannot be read is an error; else such images are left out and logged.
         token_merging: Tokens that each block merges away, such as ``8``; ``off``; None for the run's own setting.
+        overrides: Changes to the run's data, such as ``["--data.root", "photos"]``; only with `split`.
 
     Raises:
         ConfigError: If settings cannot work, or the directory holds something else.
@@ -107,6 +114,7 @@ def embed(
     """
     settings: dict[str, Any] = {"split": split, "kind": kind, "dtype": dtype, "batch_size": batch_size}
     settings |= {"max_pixels": max_pixels, "workers": workers, "strict": strict, "token_merging": token_merging}
+    settings["overrides"] = overrides
     index, left_out = _embedded(run, images, out, **settings)
     for entry in left_out:
         logger.warning("%s It is not in the index.", printable(entry.reason))
@@ -123,15 +131,18 @@ def _embedded(
     workers: int | None,
     strict: bool,
     token_merging: str | None,
+    overrides: Sequence[str],
     **settings: Any,
 ) -> Built:
     """Make an index; see `embed`. The settings are those of the builder."""
     if (images is None) == (split is None):
         raise ConfigError("Give either IMAGES or --split, which takes the images of the run's data.")
+    if overrides and split is None:
+        raise ConfigError(f"{overrides[0]} was given with IMAGES, which replace the run's data. Leave it out.")
     opened = Run.open(run)
     known: list[BrokenImage] = []
     if images is None:
-        data = load_run(opened).datamodule
+        data = load_run(opened, overrides).datamodule
         if isinstance(data, ListedData) and not strict:
             known = data.leave_out_unreadable(str(split))
         found = collect_split(data, str(split))

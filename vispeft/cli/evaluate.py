@@ -36,7 +36,17 @@ from vispeft.storage.files import JSON_FILE
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.token_merging import merge_tokens
 
-__all__ = ["class_names", "header_of", "load_run", "load_task", "main", "without_baselines", "without_method_files"]
+__all__ = [
+    "class_names",
+    "header_of",
+    "load_run",
+    "load_task",
+    "main",
+    "safe_settings",
+    "trained_task",
+    "without_baselines",
+    "without_method_files",
+]
 
 EXAMPLE = """example:
   vispeft evaluate runs/digits_ssf/1
@@ -102,11 +112,9 @@ def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:
             raise ConfigError(f"--{key}: a finished run takes overrides under data and trainer only.")
     if run.foreign:
         try_loading(run.path)
-    tree = without_baselines(read_config(run.config))
-    tree["trainer"] = _trainer_settings(run, tree)
+    tree = safe_settings(run, without_baselines(read_config(run.config)))
     if run.foreign:
         check_named(tree, overrides)
-        _start_no_workers(tree)
     tree = without_method_files(tree, run)
     cli = RunCLI(run, overrides, tree)
     cli.model.load_adapter(run.adapter)
@@ -115,18 +123,20 @@ def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:
     return cli
 
 
-def _trainer_settings(run: Run, tree: Node) -> Node:
-    """Choose the trainer's settings that affect an evaluation; of a run of others, none that starts processes."""
+def safe_settings(run: Run, tree: Node) -> Node:
+    """Keep the trainer's settings that affect an evaluation; of a run of others, nothing that starts processes.
+
+    Args:
+        run: The run.
+        tree: Its config; changed in place.
+    """
     settings = kept_settings(tree.get("trainer"))
-    return {key: value for key, value in settings.items() if not run.foreign or key in _FOREIGN}
-
-
-def _start_no_workers(tree: Node) -> None:
-    """Let data of a run of others be read in this process; an override may say otherwise."""
+    tree["trainer"] = {key: value for key, value in settings.items() if not run.foreign or key in _FOREIGN}
     data = tree.get("data")
-    settings = data.get("init_args") if isinstance(data, dict) else None
-    if isinstance(settings, dict) and "num_workers" in settings:
-        settings["num_workers"] = 0
+    known = data.get("init_args") if isinstance(data, dict) else None
+    if run.foreign and isinstance(known, dict) and "num_workers" in known:
+        known["num_workers"] = 0  # an override may say otherwise
+    return tree
 
 
 _FOREIGN = ("precision", "limit_val_batches", "limit_test_batches")
@@ -311,10 +321,26 @@ def load_task(run: Run) -> tuple[AdapterTask, Trainer]:
     Raises:
         BaseMismatchError: If the backbone differs from the adapted one.
     """
+    task, settings = trained_task(run)
+    with parser_errors(str(run.config)):
+        return task, evaluation_trainer(**settings)
+
+
+def trained_task(run: Run) -> tuple[AdapterTask, Node]:
+    """Create the task of a finished run alone; see `load_task`.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The task, and the settings of a trainer that evaluates it.
+
+    Raises:
+        BaseMismatchError: If the backbone differs from the adapted one.
+    """
     if run.foreign:
         try_loading(run.path)
-    tree = without_method_files(without_baselines(read_config(run.config)), run)
-    tree["trainer"] = _trainer_settings(run, tree)
+    tree = safe_settings(run, without_method_files(without_baselines(read_config(run.config)), run))
     # The data need not be known: those of a run may be of a class of the user's own.
     tree = {key: value for key, value in tree.items() if key in KEPT}
     check_tree(tree, str(run.config))
@@ -327,5 +353,4 @@ def load_task(run: Run) -> tuple[AdapterTask, Trainer]:
     task = build_task(tree["model"], lambda cls: cls.sized_by_file(header), str(run.config))
     task.load_adapter(run.adapter)
     merge_tokens(task, TokenMerging(**tree.get("token_merging", {})))
-    with parser_errors(str(run.config)):
-        return task.eval(), evaluation_trainer(**tree["trainer"])
+    return task.eval(), tree["trainer"]

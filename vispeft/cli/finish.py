@@ -67,7 +67,7 @@ def finish_run(place: Path, cli: ConfigCLI, trainer: Trainer, began: float) -> N
     runs.write_json(place / runs.METRICS, metrics)
     if _draw(place, cli, measured, best):
         runs.mark_finished(place)
-    _show(cli, metrics)
+    _show(cli, metrics, float(cast(dict[str, Any], checkpoints.best)["score"]))
 
 
 def _save(place: Path, cli: ConfigCLI, figures: dict[str, float | None]) -> None:
@@ -131,7 +131,7 @@ def _drawn(what: str, place: Path, draw: Callable[[], Any]) -> bool:
     return True
 
 
-def _show(cli: ConfigCLI, metrics: dict[str, Any]) -> None:
+def _show(cli: ConfigCLI, metrics: dict[str, Any], score: float) -> None:
     measured = metrics["validation"].get(cli.model.monitor.partition("/")[2]) is not None
     chosen = "Best" if measured and getattr(cli.datamodule, "validation_chooses", True) else "Last"
     console.print(f"{chosen} of {counted(metrics['epochs'], 'epoch')}: epoch {metrics['best_epoch']}")
@@ -139,6 +139,15 @@ def _show(cli: ConfigCLI, metrics: dict[str, Any]) -> None:
         console.print(
             "No epoch was better on validation than the probe that the head started from. It is kept, with the adapter "
             "at its start. Try another learning rate (model.lr), or more epochs.",
+            soft_wrap=True,
+        )
+    started = cli.model.head_start
+    if started is not None and started.frozen_is_better(score, cli.model.monitor_mode):
+        figure = f"{cli.model.monitor.partition('/')[2]} {started.record['frozen']['figure']:.4f}"
+        console.print(
+            f"The probe of the frozen features alone is better on validation ({figure}): "
+            f"{cli.model.bank.plan().method.name} acts from its start on. The same command with --method linear_probe "
+            "keeps that probe.",
             soft_wrap=True,
         )
     rows = {row_name(cli.datamodule, split): metrics[split] for split in ("validation", "test")}

@@ -20,15 +20,17 @@ from vispeft.backbones.create import create_model
 from vispeft.building.classes import class_path
 from vispeft.building.config_files import Node, dump_config, read_config
 from vispeft.cli.common import console, versions
-from vispeft.cli.evaluate import load_run, load_task, without_baselines
+from vispeft.cli.config import ConfigCLI
+from vispeft.cli.evaluate import load_run, load_task, safe_settings, without_baselines
 from vispeft.cli.evaluation import measure, metrics_table, row_name
 from vispeft.cli.runs import CONFIG, METRICS, Run, write_json, write_text
+from vispeft.cli.zoo_places import check_named
 from vispeft.core.method import Method
 from vispeft.errors import ConfigError, DataError, FileError
 from vispeft.storage.files import DECODER, read_encoded
 from vispeft.zoo.adapters import ADAPTER, find_adapter
 
-__all__ = ["Source", "measured_run", "new_folder", "open_sources", "write_run"]
+__all__ = ["Source", "check_data_keys", "measured_run", "new_folder", "open_made", "open_sources", "write_run"]
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,9 @@ def write_run(place: Path, bank: AdapterBank, name: str, source: Source, made: M
     if source.run is None:
         return
     tree = without_baselines(read_config(source.run.config))
+    if source.run.foreign:  # as where it is evaluated itself: nothing of its training, and no processes
+        kept = ("model", "data", "seed_everything", "trainer")
+        tree = safe_settings(source.run, {key: value for key, value in tree.items() if key in kept})
     settings = tree["model"]["init_args"]
     settings["method"] = _method_node(bank.plan(name).method)
     settings |= {key: value for key, value in made.items() if key != "command"}
@@ -198,16 +203,49 @@ def _method_node(method: Method) -> Node:
     return {"class_path": class_path(type(method)), "init_args": method.to_dict()["fields"]}
 
 
-def measured_run(place: Path, out: Path) -> None:
+def check_data_keys(sources: Sequence[Source], overrides: Sequence[str]) -> None:
+    """Refuse keys of the data where no adapter is that of a run, which has data.
+
+    Args:
+        sources: The adapters.
+        overrides: Keys with values.
+
+    Raises:
+        ConfigError: If there are some.
+    """
+    if overrides and all(source.run is None for source in sources):
+        raise ConfigError(f"{overrides[0]} was given, and no adapter is that of a run, which has data. Leave it out.")
+
+
+def open_made(place: Path, source: Source, overrides: Sequence[str]) -> ConfigCLI:
+    """Create task and data of a run that was made; of an adapter of others, with data that the user names alone.
+
+    Args:
+        place: Its folder.
+        source: The adapter whose task it has, which is that of a run.
+        overrides: Changes to the sections data and trainer.
+
+    Raises:
+        DataError: If the data lie where only a pulled adapter says.
+    """
+    run = Run.open(place)
+    if source.run is not None and source.run.foreign:
+        check_named(read_config(run.config), overrides)
+    return load_run(run, overrides)
+
+
+def measured_run(place: Path, out: Path, source: Source, overrides: Sequence[str] = ()) -> None:
     """Measure a run that was made, where its data can be had, and print the figures.
 
     Args:
         place: Its folder.
         out: The name that it will have, for messages.
+        source: The adapter whose task it has, which is that of a run.
+        overrides: Changes to the sections data and trainer.
     """
     run = Run.open(place)
     try:
-        cli = load_run(run)
+        cli = open_made(place, source, overrides)
         cli.model.recall(str(place), run.metrics)
         found = measure(cli.trainer, cli.model, cli.datamodule)
     except (DataError, FileError) as error:

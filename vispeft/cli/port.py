@@ -13,9 +13,16 @@ from vispeft.adapters.bank import AdapterBank
 from vispeft.adapters.ported_files import port_file
 from vispeft.adapters.porting import Drift, Ported
 from vispeft.cli.common import console, make_parser
-from vispeft.cli.evaluate import load_run
-from vispeft.cli.made_runs import Source, measured_run, new_folder, open_sources, write_run
-from vispeft.cli.runs import Run
+from vispeft.cli.config_keys import take_overrides
+from vispeft.cli.made_runs import (
+    Source,
+    check_data_keys,
+    measured_run,
+    new_folder,
+    open_made,
+    open_sources,
+    write_run,
+)
 from vispeft.data.base import ImageData
 from vispeft.errors import BackboneError, BaseMismatchError, ConfigError, DataError, check_count
 from vispeft.tasks.refit import refit_head
@@ -33,7 +40,8 @@ The new backbone has the architecture of the old one and other weights: a file (
 (--backbone). How far the two are apart is shown by layer, |W_1 - W_0| / |W_0|. Above 2 % the command warns, above 10 %
 it refuses unless --allow-drift is given; both limits are provisional. Where the old backbone cannot be had, the drift
 is unknown. OUT is a folder as those of compose. Where the adapter is that of a run, --refit N fits the classifier anew
-on N training batches, and OUT is measured on the run's data."""
+on N training batches, and OUT is measured on the run's data; keys under data can be overridden, such as --data.root
+DIR."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -51,12 +59,14 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--as-delta", action="store_true", help="carry W' - W_0 in place of a rule")
     parser.add_argument("--refit", metavar="N", type=int, help="fit the classifier anew on N training batches")
     parser.add_argument("--no-measure", dest="measure", action="store_false", help="leave the figures out")
-    given = parser.parse_args(list(argv))
+    own, overrides = take_overrides(argv)
+    given = parser.parse_args(own)
     if given.backbone is None and given.weights is None:
         raise ConfigError("Name the new backbone: --weights FILE, or --backbone NAME.")
     if given.refit is not None:
         check_count("--refit", given.refit)
     (source,) = open_sources([given.adapter])
+    check_data_keys([source], overrides)
     if given.refit is not None and source.run is None:
         raise ConfigError(f"--refit needs training images, and {given.adapter} is no run that names its data.")
     weights = None if given.weights is None else str(Path(given.weights).absolute())
@@ -71,9 +81,9 @@ def main(argv: Sequence[str]) -> None:
         for note in ported.notes:
             console.print(note, soft_wrap=True)
         if given.refit is not None:
-            _refit(place, given.refit)
+            _refit(place, given.refit, source, overrides)
         if source.run is not None and given.measure:
-            measured_run(place, Path(given.out))
+            measured_run(place, Path(given.out), source, overrides)
 
 
 def _ported(source: Source, new: nn.Module, allow_drift: bool, as_delta: bool) -> Ported:
@@ -90,9 +100,9 @@ def _ported(source: Source, new: nn.Module, allow_drift: bool, as_delta: bool) -
     return bank.port(new, source.label, allow_drift=allow_drift, as_delta=as_delta)
 
 
-def _refit(place: Path, count: int) -> None:
+def _refit(place: Path, count: int, source: Source, overrides: Sequence[str]) -> None:
     """Fit the classifier of a run that was written, and write it again."""
-    cli = load_run(Run.open(place))
+    cli = open_made(place, source, overrides)
     data = cli.datamodule
     if not isinstance(data, ImageData):
         raise DataError(f"--refit: {type(data).__name__} gives no training images without augmentation.")

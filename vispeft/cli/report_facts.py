@@ -17,6 +17,7 @@ from vispeft.errors import ConfigError, FileError, counted
 from vispeft.storage.files import ADAPTER_FILE, HEAD_FILE, JSON_FILE
 from vispeft.tasks.base import AdapterTask
 from vispeft.viz.curves import History, read_history
+from vispeft.zoo.adapters import PREFIX
 
 __all__ = ["RunFacts", "check_comparable", "differences", "main_figure"]
 
@@ -34,13 +35,15 @@ class RunFacts:
     """Values of its config."""
     header: dict[str, Any]
     """The adapter's description."""
+    name: str
+    """How the page calls the run: as it was given, its directory or ``zoo:NAME``."""
 
     @classmethod
     def read(cls, place: str | Path) -> RunFacts:
         """Read a run.
 
         Args:
-            place: Its directory.
+            place: Its directory, or ``zoo:NAME``.
 
         Raises:
             FileError: If it is not a finished run, or one of its files cannot be read.
@@ -48,12 +51,8 @@ class RunFacts:
         run = Run.open(place)
         for split in ("validation", "test"):
             run.figures(split)
-        return cls(run, read_config(run.config), header_of(run))
-
-    @property
-    def name(self) -> str:
-        """How the page calls the run: its directory as it was given."""
-        return str(self.run.path)
+        name = str(place) if str(place).startswith(PREFIX) else str(run.path)
+        return cls(run, read_config(run.config), header_of(run), name)
 
     @property
     def task(self) -> str:

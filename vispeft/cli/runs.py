@@ -19,7 +19,7 @@ from vispeft.storage.header import strict_values
 from vispeft.storage.leftovers import finish_save, remove_partial
 from vispeft.storage.locks import clear, hold
 from vispeft.storage.places import check_folder
-from vispeft.zoo.adapters import ADAPTER, PREFIX, backbone_names, find_adapter
+from vispeft.zoo.adapters import ADAPTER, PREFIX, backbone_names, find_adapter, zoo_hint
 from vispeft.zoo.folder import own_zoo
 from vispeft.zoo.index import read_index
 
@@ -358,7 +358,9 @@ class Run:
             return cls._opened(find_adapter(str(path)))
         place = Path(path)
         if not os.path.isdir(place):
-            raise FileError(f"There is no run directory {str(place)!r}; `vispeft train` makes them.")
+            raise FileError(
+                f"There is no run directory {str(place)!r}; `vispeft train` makes them.{zoo_hint(str(path))}"
+            )
         refuse_segmentor(place, _listing(place))
         adapter = JSON_FILE if os.path.isfile(place / JSON_FILE) else f"{ADAPTER}/{JSON_FILE}"  # as in a zoo, or below
         missing = [name for name in (CONFIG, METRICS, adapter) if not os.path.isfile(place / name)]

@@ -13,8 +13,8 @@ from rich.table import Table
 from vispeft.cli.common import console, make_parser
 from vispeft.errors import ConfigError, check_count, counted
 from vispeft.zoo.adapters import PREFIX, find_zoo_adapter, list_zoo_adapters
-from vispeft.zoo.folder import own_zoo
-from vispeft.zoo.index import CARD, ZooEntry
+from vispeft.zoo.folder import own_zoo, zoo_folder
+from vispeft.zoo.index import CARD, ZooEntry, read_index
 
 __all__ = ["COLUMNS", "main", "zoo_table"]
 
@@ -165,6 +165,10 @@ def _show(given: argparse.Namespace) -> None:
     adapter = find_zoo_adapter(given.name.removeprefix(PREFIX))
     adapter.verify()
     console.print((adapter.folder / CARD).read_text(encoding="utf-8"), soft_wrap=True)
+    if adapter.entry.named_there is not None:
+        console.print(
+            f"Here it is zoo:{adapter.entry.name}; its card is that of {adapter.entry.source}.", soft_wrap=True
+        )
     console.print(f"Files: {adapter.folder}", soft_wrap=True)
 
 
@@ -206,8 +210,13 @@ def _add(given: argparse.Namespace) -> None:
 def _remove(given: argparse.Namespace) -> None:
     from vispeft.zoo.install import remove_adapter
 
-    remove_adapter(_place(given), given.name.removeprefix(PREFIX))
-    console.print(f"zoo:{given.name.removeprefix(PREFIX)} was removed.")
+    name = given.name.removeprefix(PREFIX)
+    if given.zoo is None and name in read_index(zoo_folder()):
+        raise ConfigError(
+            f"zoo:{name} ships with the package and stays. Those that were added or pulled can be removed."
+        )
+    remove_adapter(_place(given), name)
+    console.print(f"zoo:{name} was removed.")
 
 
 # ------------------------------------------------------------------ sharing

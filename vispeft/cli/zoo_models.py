@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vispeft.adapters.bank import AdapterBank
-from vispeft.cli.evaluate import load_task
+from vispeft.cli.evaluate import trained_task
 from vispeft.cli.runs import Run
 from vispeft.core.arguments import check_arguments
 from vispeft.data.preprocessing import Preprocessing
@@ -95,5 +95,5 @@ def create(name: str) -> ZooModel:
     check_arguments(create, {"name": name})
     plain = name.removeprefix(PREFIX)
     entry = find_zoo_adapter(plain).entry
-    task, _ = load_task(Run.open(f"{PREFIX}{plain}"))
+    task, _ = trained_task(Run.open(f"{PREFIX}{plain}"))
     return ZooModel(entry, task)

@@ -14,9 +14,10 @@ from typing import Any
 import yaml
 from timm.models import get_pretrained_cfg
 
+from vispeft.building.config_files import read_config
 from vispeft.errors import ConfigError
 from vispeft.zoo.adapters import PREFIX, ZooAdapter
-from vispeft.zoo.index import CARD, INDEX, LARGEST_INDEX, ZooEntry, read_index, write_index
+from vispeft.zoo.index import CARD, CONFIG, INDEX, LARGEST_INDEX, ZooEntry, read_index, write_index
 from vispeft.zoo.install import held_zoo, put_in_place, staged
 
 __all__ = ["model_card", "push_adapter"]
@@ -73,7 +74,8 @@ def _push_to_hub(adapter: ZooAdapter, repository: str, private: bool) -> str:
         _copy(adapter, folder / entry.name)
         write_index(folder, {**listed, entry.name: entry})
         text = (adapter.folder / CARD).read_text(encoding="utf-8")
-        page = model_card(entry, text) + _others(repository, listed.keys() - {entry.name})
+        own = _has_own_weights(adapter.folder / CONFIG)
+        page = model_card(entry, text, own_weights=own) + _others(repository, listed.keys() - {entry.name})
         (folder / "README.md").write_text(page, encoding="utf-8")
         return upload(folder, repository, f"Add the adapter {entry.name}", private, parent)
 
@@ -115,17 +117,28 @@ def _copy(adapter: ZooAdapter, folder: Path) -> None:
         shutil.copyfile(adapter.folder / name, folder / name)
 
 
-def model_card(entry: ZooEntry, card: str) -> str:
+def _has_own_weights(config: Path) -> bool:
+    """Return whether the backbone of a config has other weights than those that timm fetches for its name."""
+    model = read_config(config).get("model")
+    settings = model.get("init_args") if isinstance(model, dict) else None
+    if not isinstance(settings, dict):
+        return False
+    args = settings.get("backbone_args")
+    return settings.get("weights") is not None or (isinstance(args, dict) and args.get("pretrained") is False)
+
+
+def model_card(entry: ZooEntry, card: str, *, own_weights: bool = False) -> str:
     """Write the page of a repository of the hub: facts for machines, then the card.
 
     Args:
         entry: The adapter.
         card: Its card.
+        own_weights: Whether the backbone has other weights than those that timm fetches for its name.
 
     Returns:
         Markdown that begins with YAML.
     """
-    base = _base_model(entry.backbone)
+    base = None if own_weights else _base_model(entry.backbone)
     known: dict[str, Any] = {
         "library_name": "vispeft",
         **_license(entry.license),
@@ -134,7 +147,8 @@ def model_card(entry: ZooEntry, card: str) -> str:
         **_pipeline(entry),
     }
     how = f"Get it by `vispeft zoo pull` with the name of this repository, then `vispeft.zoo.create({entry.name!r})`."
-    return f"---\n{yaml.safe_dump(known, sort_keys=False)}---\n\n{card}\n{_found_at(entry.backbone, base)}\n\n{how}\n"
+    where = _found_at(entry.backbone, base, own_weights)
+    return f"---\n{yaml.safe_dump(known, sort_keys=False)}---\n\n{card}\n{where}\n\n{how}\n"
 
 
 def _license(stated: str) -> Mapping[str, str]:
@@ -160,10 +174,11 @@ def _base_model(backbone: str) -> str | None:
     return None if known is None or not known.hf_hub_id else str(known.hf_hub_id)
 
 
-def _found_at(backbone: str, base: str | None) -> str:
+def _found_at(backbone: str, base: str | None, own_weights: bool) -> str:
     """Say where the base is found."""
     if backbone.startswith(PREFIX):
         place = f"model_zoo/backbones/{backbone.removeprefix(PREFIX)}"
         return f"The base, `{backbone}`, has no repository of its own: it comes with vispeft ({place})."
-    where = f"{base} has weights for it" if base else "no repository has weights for it"
+    unknown = "its weights are of a file or were drawn" if own_weights else "no repository has weights for it"
+    where = f"{base} has weights for it" if base else unknown
     return f"The base is timm's `{backbone}` ({where}); the fingerprint above tells which weights it has to have."

@@ -158,6 +158,14 @@ class Unit(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement reset.")
 
+    def to_identity(self) -> bool:
+        """Set the values at which a new unit changes nothing, in forms that have such values.
+
+        Returns:
+            Whether it changes nothing now.
+        """
+        return self.identity_at_start
+
     def borrow(self, lender: Unit) -> None:
         """Also use the tensors of another unit of the same adapter.
 

@@ -45,6 +45,12 @@ class ScaleShift(AffineUnit):
         self.scale.normal_(1.0, self.spread, generator=generator)
         self.shift.normal_(0.0, self.spread, generator=generator)
 
+    def to_identity(self) -> bool:
+        """Set scales to one and shifts to zero."""
+        self.scale.fill_(1.0)
+        self.shift.zero_()
+        return True
+
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +67,7 @@ class SSF(DropPath, Method):
     patch_merging: bool = False
     """Whether to add a pair after patch merging's norm (Swin): described in the paper, inactive in the public code."""
     start: Literal["normal", "identity"] = "normal"
-    """``normal`` (spread 0.02, public code) or ``identity``."""
+    """``normal`` (spread 0.02, public code) or ``identity``; with a head that starts from a probe always the latter."""
 
     name: ClassVar[str] = "ssf"
     paper: ClassVar[str] = "https://arxiv.org/abs/2210.08823"

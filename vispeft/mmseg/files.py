@@ -103,7 +103,14 @@ def load_decoder(model: nn.Module, path: str | Path, classes: Sequence[str] | No
     if not tensors:
         raise FileError(f"{path} holds an adapter without a decoder. Train the decoder anew, or name another one.")
     parts = _decoder_state(model)
-    check_tensors(parts, tensors)
+    try:
+        check_tensors(parts, tensors)
+    except FileError as error:
+        made = (read_adapter(folder)[0].get("output") or {}).get("decoder")
+        raise FileError(
+            f"The decoder in {path} does not fit the segmentor: {error} It was made as {made}; give the decode_head "
+            "the same channels, maps and classes."
+        ) from error
     with torch.no_grad():
         for key, tensor in tensors.items():
             parts[key].copy_(tensor)

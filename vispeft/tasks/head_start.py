@@ -101,6 +101,10 @@ class HeadStart(Callback):
     cell of its map. The strength of the regularisation is the one with the best validation figure; at equal figures
     that with the smaller loss, then the stronger one. Where the validation images choose nothing, five folds of the
     training images choose it.
+
+    A new adapter is set to the identity first, where its form has one, so that the features are those of the frozen
+    backbone. Where it has none, as prompts, the probe of the frozen features is measured as well: `frozen_is_better`
+    tells whether a training has ended below it.
     """
 
     def __init__(self) -> None:
@@ -114,7 +118,8 @@ class HeadStart(Callback):
         self.measuring = False
         """Whether the task is validated before its first step."""
         self.record: dict[str, Any] = {}
-        """Strength, what chose it, numbers of images, and figures of validation; empty before the start."""
+        """Strength, what chose it, numbers of images, and figures of validation; empty before the start. Of an adapter
+        that cannot start at the identity also the strength and the figure of the frozen backbone's own probe."""
 
     def check(self, task: Any, data: Any) -> None:
         """Check that head and data allow a probe.
@@ -156,7 +161,7 @@ class HeadStart(Callback):
             return
         random, began = random_state(), time.perf_counter()
         try:
-            self.record = _start(cast(Any, pl_module), trainer)
+            self.record = _start(cast(Any, pl_module), trainer, fresh=not self.anew)
         finally:
             set_random_state(random)  # the steps draw the same numbers as without it
         self.due, self.done = False, True
@@ -202,6 +207,16 @@ class HeadStart(Callback):
         monitor = cast(Any, pl_module).monitor
         logger.info("epoch 0  %s %.4f  (the probe, before the first step)", monitor, figures.get(monitor, math.nan))
 
+    def frozen_is_better(self, score: float, mode: str) -> bool:
+        """Return whether the probe of the frozen features alone is better on validation than an epoch.
+
+        Args:
+            score: The figure of the epoch.
+            mode: ``max`` or ``min``.
+        """
+        found = self.record.get("frozen", {}).get("figure")
+        return found is not None and (found > score if mode == "max" else found < score)
+
     def recall(self, record: Any) -> None:
         """Take over what a checkpoint says of the start.
 
@@ -216,26 +231,23 @@ class HeadStart(Callback):
 
 
 @torch.no_grad()
-def _start(task: Any, trainer: Trainer) -> dict[str, Any]:
-    """Fit the head, copy the result into it, and describe it."""
+def _start(task: Any, trainer: Trainer, fresh: bool) -> dict[str, Any]:
+    """Fit the head, copy the result into it, and describe it; a fresh adapter starts at the identity if it can."""
     data, head = cast(Any, trainer).datamodule, task.probe_layer()
+    neutral = fresh and not [unit for unit in task.bank.units().values() if not unit.to_identity()]
     chooses = data.validation_chooses and trainer.limit_val_batches != 0
     loaders = {name: _loader(trainer, name) for name in ("train", "validation") if name == "train" or chooses}
-    models = len(STRENGTHS) * (1 if chooses else 1 + FOLDS)
+    passes = 1 if neutral or not chooses else 2
+    models = len(STRENGTHS) * (passes if chooses else 1 + FOLDS)
     logger.info(
         "Start from a probe: features of %s, then %d linear models of them",
         " and ".join(f"{len(loader.sampler)} {name} images" for name, loader in loaders.items()),
         models,
     )
-    with _shown(trainer, "Start from a probe", sum(map(len, loaders.values())) + models) as advance:
+    with _shown(trainer, "Start from a probe", passes * sum(map(len, loaders.values())) + models) as advance:
+        frozen = {} if passes == 1 else {"frozen": _measure_frozen(task, trainer, loaders, advance)}
         kept = {name: _features(task, head, trainer, loader, advance) for name, loader in loaders.items()}
-        path = _path(task, kept["train"], head.bias is not None, advance)
-        if chooses:
-            judged = [_judge(task, model(kept["validation"].features), kept["validation"].targets) for _, model in path]
-        else:
-            judged = _judge_by_folds(task, kept["train"], head.bias is not None, advance)
-    best = max(range(len(path)), key=lambda index: judged[index])
-    strength, model = path[best]
+        strength, model, _ = _best(task, kept, head.bias is not None, advance)
     task.start_from_probe(model, kept["train"].features)
     if trainer.world_size > 1:
         for parameter in head.parameters():
@@ -244,7 +256,29 @@ def _start(task: Any, trainer: Trainer) -> dict[str, Any]:
         "strength": strength,
         "chosen_on": "validation" if chooses else f"{FOLDS} folds of the training images",
         "images": {name: len(loader.sampler) for name, loader in loaders.items()},
+        **frozen,
     }
+
+
+def _measure_frozen(task: Any, trainer: Trainer, loaders: dict[str, Any], advance: Advance) -> dict[str, Any]:
+    """Fit and measure the probe of the frozen backbone's own features, without the adapter."""
+    with task.bank.disabled():
+        layer = task.frozen_layer()
+        kept = {name: _features(task, layer, trainer, loader, advance) for name, loader in loaders.items()}
+    strength, _, (more, _) = _best(task, kept, True, advance)
+    figure = more if task.monitor_mode == "max" else -more
+    return {"strength": strength, "figure": figure if math.isfinite(figure) else None}
+
+
+def _best(task: Any, kept: dict[str, Kept], bias: bool, advance: Advance) -> tuple[float, Affine, tuple[float, float]]:
+    """Fit the linear models of all strengths, and choose one: by validation, else by folds of the training images."""
+    path = _path(task, kept["train"], bias, advance)
+    if "validation" in kept:
+        judged = [_judge(task, model(kept["validation"].features), kept["validation"].targets) for _, model in path]
+    else:
+        judged = _judge_by_folds(task, kept["train"], bias, advance)
+    best = max(range(len(path)), key=lambda index: judged[index])
+    return *path[best], judged[best]
 
 
 def _loader(trainer: Trainer, name: str) -> Any:

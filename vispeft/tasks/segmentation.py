@@ -145,6 +145,10 @@ class Segmentation(DenseTask):
         """Return the layer whose input linear models are fitted to: that of the scores."""
         return cast(nn.Module, self.decoder.conv_seg)
 
+    def frozen_layer(self) -> nn.Module:
+        """Return the layer that sees the map of the frozen backbone alone: the decoder is shared."""
+        return self.probe_layer()
+
     def probe_rows(self, seen: Tensor, images: Tensor, targets: Tensor, most: int) -> tuple[Tensor, Tensor]:
         """Take cells of the map as rows (N, channels), with the class of the mask at their centres.
 

@@ -117,6 +117,10 @@ class SupervisedTask(AdapterTask, ABC):
         """Return the layer whose input the linear models are fitted to: the classifier."""
         return self.bank.head()
 
+    def frozen_layer(self) -> nn.Module | None:
+        """Return the layer that sees the features of the frozen backbone alone: the classifier of its own."""
+        return self.bank.base_head
+
     def probe_rows(self, seen: Tensor, images: Any, targets: Tensor, most: int) -> tuple[Tensor, Tensor]:
         """Turn what the layer sees of a batch into rows of features (N, width) and their targets.
 

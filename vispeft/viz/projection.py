@@ -71,9 +71,10 @@ def embedding_plot(
         figure = Figure(figsize=(6.5, 5), layout="constrained")
         axes = figure.subplots()
         own = numbers[chosen].numpy()
+        area = min(40.0, max(8.0, 2000 / len(chosen)))  # few points are large enough to tell their colours
         for number, name in enumerate(shown):
             rows = own == number
-            axes.scatter(*points[rows].T, s=8, color=colours(number % 20), linewidths=0, label=name)
+            axes.scatter(*points[rows].T, s=area, color=colours(number % 20), linewidths=0, label=name)
         axes.set(xlabel=axes_names[0], ylabel=axes_names[1])
         axes.set_title(f"{len(chosen):,} of {len(labels):,} embeddings, {len(classes):,} classes", fontsize=10)
         if len(classes) <= _MOST_NAMED:

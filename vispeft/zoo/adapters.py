@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,16 @@ from vispeft.storage.files import JSON_FILE
 from vispeft.zoo.folder import own_zoo, zoo_folder
 from vispeft.zoo.index import INDEX, ZooEntry, check_files, read_index
 
-__all__ = ["ADAPTER", "PREFIX", "ZooAdapter", "backbone_names", "find_adapter", "find_zoo_adapter", "list_zoo_adapters"]
+__all__ = [
+    "ADAPTER",
+    "PREFIX",
+    "ZooAdapter",
+    "backbone_names",
+    "find_adapter",
+    "find_zoo_adapter",
+    "list_zoo_adapters",
+    "zoo_hint",
+]
 
 ADAPTER = "adapter"
 """Name of the adapter's directory inside the directory of a run."""
@@ -83,6 +93,18 @@ def find_zoo_adapter(name: str) -> ZooAdapter:
     raise UnknownNameError("adapter of the zoo", name, known, f"They are in {zoo_folder() / INDEX} and {own_zoo()}.")
 
 
+def zoo_hint(text: str) -> str:
+    """Return a question that names the adapter of the zoo which a text names without ``zoo:``, to end a message.
+
+    Args:
+        text: What was given as a folder, and is none.
+    """
+    with contextlib.suppress(FileError):  # a damaged index is no reason for another message
+        if text in list_zoo_adapters():
+            return f" Did you mean '{PREFIX}{text}'?"
+    return ""
+
+
 def backbone_names() -> list[str]:
     """List the backbones of the zoo by name."""
     return sorted(path.parent.name for path in zoo_folder().glob("backbones/*/config.json"))
@@ -110,5 +132,5 @@ def find_adapter(source: str) -> Path:
             return place
     raise FileError(
         f"There is no adapter in {source!r}: no {JSON_FILE}, and no {ADAPTER}/{JSON_FILE}. Name the directory of "
-        "an adapter or of a run, or zoo:NAME."
+        f"an adapter or of a run, or zoo:NAME.{zoo_hint(source)}"
     )

@@ -45,7 +45,9 @@ def commit_of(repository: str, revision: str | None) -> str:
     return str(info.sha)
 
 
-def fetch_files(repository: str, commit: str, wanted: Mapping[str, int], cache: Path, offline: bool) -> Path:
+def fetch_files(
+    repository: str, commit: str, wanted: Mapping[str, int], cache: Path, offline: bool, *, anew: bool = False
+) -> Path:
     """Download files of a commit into the client's cache, after their sizes were compared with what is allowed.
 
     Args:
@@ -54,6 +56,7 @@ def fetch_files(repository: str, commit: str, wanted: Mapping[str, int], cache: 
         wanted: Largest size in bytes of each file.
         cache: Folder of the cache.
         offline: Whether only the cache is looked at.
+        anew: Whether files are downloaded although the cache has them.
 
     Returns:
         A folder with the files.
@@ -79,6 +82,7 @@ def fetch_files(repository: str, commit: str, wanted: Mapping[str, int], cache: 
             allow_patterns=sorted(wanted),
             cache_dir=cache,
             local_files_only=offline,
+            force_download=anew and not offline,
             endpoint=api.endpoint,
             etag_timeout=SECONDS,
             tqdm_class=None,
@@ -87,8 +91,9 @@ def fetch_files(repository: str, commit: str, wanted: Mapping[str, int], cache: 
 
     place = Path(_asked(repository, download))
     lacking = [name for name in wanted if not (place / name).is_file()]
-    if lacking:
-        raise FileError(f"{lacking[0]} of {repository}@{commit} is not in the cache, and the network is forbidden.")
+    if lacking:  # where the hub fails meanwhile, its client gives what the cache has
+        why = "the network is forbidden" if offline else "the hub did not answer. Try again later"
+        raise FileError(f"{lacking[0]} of {repository}@{commit} is not in the cache, and {why}.")
     return place
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from vispeft.errors import ConfigError, FileError, UnknownNameError
 from vispeft.zoo.adapters import backbone_names
@@ -120,6 +121,10 @@ def _is_whole(zoo: Path, entry: ZooEntry) -> bool:
     return True
 
 
+def _is(part: Path, described: Mapping[str, Any]) -> bool:
+    return part.is_file() and describe_file(part) == described
+
+
 def _fetch(
     zoo: Path, source: Source, there: ZooEntry, entry: ZooEntry, check: Callable[[Path, ZooEntry], None]
 ) -> None:
@@ -130,10 +135,13 @@ def _fetch(
     folder.mkdir()
     for file, described in entry.files.items():
         part = parts / described["sha256"]
-        if not (part.is_file() and describe_file(part) == described):
+        if not _is(part, described):
             source.fetch(there.name, file, described["bytes"], part)
-        if describe_file(part) != described:
-            part.unlink()
+        if not _is(part, described) and source.forget(there.name, file):
+            part.unlink(missing_ok=True)
+            source.fetch(there.name, file, described["bytes"], part)
+        if not _is(part, described):
+            part.unlink(missing_ok=True)
             raise FileError(f"{file} of {there.name} from {source.name} is not the one that its {INDEX} lists.")
         shutil.copyfile(part, folder / file)
     try:

@@ -66,6 +66,18 @@ class Source(Protocol):
         """
         ...
 
+    def forget(self, adapter: str, file: str) -> bool:
+        """Use no copy any more that a cache has of a file, since it is not the right one.
+
+        Args:
+            adapter: The adapter.
+            file: The file.
+
+        Returns:
+            Whether `fetch` may give another one now.
+        """
+        ...
+
 
 def offline() -> bool:
     """Return whether an environment variable forbids the network."""
@@ -95,7 +107,8 @@ def find_source(given: str) -> Source:
         return HubSource(match["name"], match["revision"])
     raise ConfigError(
         f"{given!r} is no source of adapters: give a folder that holds {INDEX}, an address that begins with https://, "
-        "or OWNER/NAME of a repository of the Hugging Face Hub (OWNER/NAME@REVISION)."
+        "OWNER/NAME of a repository of the Hugging Face Hub (OWNER/NAME@REVISION), or the name of an adapter that was "
+        "pulled before."
     )
 
 
@@ -129,6 +142,10 @@ class FolderSource:
             target.write_bytes(content)
         except OSError as error:
             raise FileError(f"{path} is listed in {self.folder / INDEX}, and could not be read ({error}).") from error
+
+    def forget(self, adapter: str, file: str) -> bool:
+        """Say that there is no copy."""
+        return False
 
 
 class _SafeRedirects(urllib.request.HTTPRedirectHandler):
@@ -201,6 +218,10 @@ class WebSource:
             with target.open("ab" if goes_on else "wb") as out:
                 self._copy(answer, out, size - (have if goes_on else 0), file)
 
+    def forget(self, adapter: str, file: str) -> bool:
+        """Say that there is no copy."""
+        return False
+
     def _copy(self, answer: IO[bytes], out: IO[bytes], left: int, file: str) -> None:
         while block := answer.read(min(_BLOCK, left + 1)):
             if len(block) > left:
@@ -245,7 +266,7 @@ class HubSource:
         """
         self.repository, self.revision = repository, revision
         self.name = repository if revision is None else f"{repository}@{revision}"
-        self._folder: FolderSource | None = None
+        self._anew: set[str] = set()
 
     def index(self) -> bytes:
         """Find the commit, and read its index."""
@@ -259,7 +280,9 @@ class HubSource:
                 "whose files are in the cache: OWNER/NAME@COMMIT."
             )
         self.name = f"{self.repository}@{self.revision}"
-        place = fetch_files(self.repository, self.revision, {INDEX: LARGEST_INDEX}, _hub_cache(), offline())
+        # It is small, and a damaged copy in the cache would stay there.
+        wanted, anew = {INDEX: LARGEST_INDEX}, not offline()
+        place = fetch_files(self.repository, self.revision, wanted, _hub_cache(), offline(), anew=anew)
         return FolderSource(place).index()
 
     def fetch(self, adapter: str, file: str, size: int, target: Path) -> None:
@@ -267,9 +290,16 @@ class HubSource:
         from vispeft.zoo.hub import fetch_files
 
         assert self.revision is not None
-        wanted = {f"{adapter}/{file}": size}
-        place = fetch_files(self.repository, self.revision, wanted, _hub_cache(), offline())
+        name, where = f"{adapter}/{file}", (self.repository, self.revision)
+        place = fetch_files(*where, {name: size}, _hub_cache(), offline(), anew=name in self._anew)
+        if (place / name).stat().st_size != size and not offline():  # a damaged copy, or what the hub has
+            place = fetch_files(*where, {name: size}, _hub_cache(), offline(), anew=True)
         FolderSource(place).fetch(adapter, file, size, target)
+
+    def forget(self, adapter: str, file: str) -> bool:
+        """Download the file anew, where the network is allowed: the client does not compare digests of its cache."""
+        self._anew.add(f"{adapter}/{file}")
+        return not offline()
 
 
 def _hub_cache() -> Path:
