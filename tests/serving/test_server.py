@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,6 +86,27 @@ def test_adapters_come_and_go_from_files(tmp_path: Path) -> None:
     assert server.add(tmp_path / "lora", "again") == "again"
 
 
+@pytest.mark.slow
+def test_a_name_that_comes_again_answers_with_its_new_file_and_leaves_nothing_of_the_old_one(tmp_path: Path) -> None:
+    model = vit()
+    bank, wanted = filled(model)
+    for name in ("lora", "adaptformer", "vqt"):
+        bank.save(tmp_path / name, name)
+    server = vispeft.serve(vit(), {"other": tmp_path / "lora"})
+    counts = set()
+    for source in ("lora", "vqt", "adaptformer") * 2:
+        server.add(tmp_path / source, "guest")
+        found = server(images(), ["guest", "other", "guest", None])
+        for place, own in enumerate([source, "lora", source, None]):
+            torch.testing.assert_close(found[place], wanted[own][place], rtol=0, atol=1e-6)
+        tensors = [weakref.ref(tensor) for tensor in server.bank.named_tensors("guest").values()]
+        server.remove("guest")
+        counts.add(sum(1 for _ in server.model.parameters()))
+        gc.collect()
+        assert not any(tensor() is not None for tensor in tensors)
+    assert len(counts) == 1
+
+
 def test_a_head_of_ones_own_answers_from_pooled_features() -> None:
     model = vit()
     bank, _ = filled(model)
@@ -133,7 +156,7 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="lora"):
         server.remove("lara")
     other = vit(depth=3)
-    with pytest.raises(BaseMismatchError):
+    with pytest.raises(BaseMismatchError, match="lora does not fit the backbone of this server"):
         vispeft.serve(other, [tmp_path / "lora"])
     assert vispeft.AdapterBank.of(other) is None
     vispeft.attach(other, vispeft.LoRA(rank=2), name="dense", tasks=["a", "b"], verify=False)

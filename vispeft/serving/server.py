@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vispeft.adapters.bank import AdapterBank
-from vispeft.errors import ConfigError, UnknownNameError
+from vispeft.errors import BaseMismatchError, ConfigError, UnknownNameError
 from vispeft.hosts.running import RunningHost
 from vispeft.serving.passes import Answering, Pair, Served
 
@@ -117,7 +117,10 @@ class Server:
             # The file makes its adapter the model's choice for a moment, which a compiled pass would follow.
             with quiet, AdapterBank.opened(self.model) as bank, self._alone(bank):
                 before = bank.chosen()
-                bank.load(place, label)
+                try:
+                    bank.load(place, label)
+                except BaseMismatchError as error:
+                    raise BaseMismatchError(f"{source} does not fit the backbone of this server. {error}") from error
                 bank.choose_again(before)
                 try:
                     self._take(bank, label, head, taps)
