@@ -156,7 +156,7 @@ class HeadStart(Callback):
                 "without augmentation. Leave head_start out, or derive it from ImageData."
             )
         if self.source != PROBE:
-            self.embeddings(task, data, head.in_features)
+            self.embeddings(task, data, cast(nn.Linear, head).in_features)
         split: Any = data.split("train")
         if not has_plain(split) and changes_between_epochs(split):
             raise DataError(
