@@ -64,7 +64,7 @@ def test_a_composed_adapter_is_taken_by_the_commands(run: Run, tmp_path: Path) -
     out, given = tmp_path / "both", ("zoo:digits_lora", "zoo:digits_ssf")
     status, said, err = run("compose", out, *given, "--how", "sum", "--weights", "1", "0", "--head", given[0])
     assert status == 0, err
-    assert "held as full" in said
+    assert "held as full, with the classifier of zoo:digits_lora." in said.replace("\n", " ")
     made_of = json.loads((out / "adapter.json").read_text())["made_of"]
     assert [part["source"] for part in made_of["parts"]] == list(given)
     assert [part["weight"] for part in made_of["parts"]] == [1.0, 0.0]
@@ -77,7 +77,11 @@ def test_a_composed_adapter_is_taken_by_the_commands(run: Run, tmp_path: Path) -
     images = vispeft.create_model("zoo:vit_tiny", num_classes=0)
     vispeft.load(images, out)
     assert run("merge", out, "--out", tmp_path / "plain.safetensors")[0] == 0
-    for other, told in (("zoo:digits_vpt", "is no change of weights"), ("zoo:earth_lora", "Name the one to keep")):
+    for other, told in (
+        ("zoo:digits_vpt", "is no change of weights"),
+        ("zoo:earth_lora", "Name the one to keep"),
+        ("zoo:digits_swin_lora", "another backbone"),
+    ):
         status, _, err = run("compose", tmp_path / "bad", given[0], other)
         assert (status, told in err) == (2, True), err
     assert not (tmp_path / "bad").exists()

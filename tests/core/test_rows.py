@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import Counter
 from functools import partial
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import vispeft
 from tests.conformance.cells import move
+from vispeft.adapters import row_routes
 from vispeft.errors import ConfigError, UnknownNameError
 
 ROWS = ["a", "b", None, "a"]
@@ -191,6 +193,22 @@ def test_rows_follow_new_classifiers_and_removed_adapters() -> None:
         bank.using(rows=ROWS)
     with torch.no_grad(), bank.using(rows=["a", None, None, "a"]):
         assert model(images()).shape == (4, 9)
+
+
+def test_routes_of_a_few_sets_of_adapters_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_routes, "KEPT", 3)
+    model = vit()
+    bank = adapted(model)
+    vispeft.attach(model.eval(), vispeft.LoRA(rank=1), name="c", verify=False)
+    wanted = {name: alone(model, bank, [name] * 4, images()) for name in ("a", "b", "c", None)}
+    sets = [own for count in (1, 2, 3, 4) for own in itertools.combinations(wanted, count)]
+    for own in [*sets, *sets[:4]]:
+        rows = [own[place % len(own)] for place in range(4)]
+        with torch.no_grad(), bank.using(rows=rows):
+            found = model(images())
+        for place, name in enumerate(rows):
+            torch.testing.assert_close(found[place], wanted[name][place], rtol=0, atol=1e-6)
+        assert len(bank._row_routes._shared) <= 3
 
 
 def test_threads_take_rows_of_their_own() -> None:

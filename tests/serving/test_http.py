@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.conformance.cells import move
 from tests.core.test_rows import vit
 from vispeft.data.images import read_image
 from vispeft.data.preprocessing import Preprocessing
+from vispeft.errors import ConfigError
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
@@ -64,6 +66,8 @@ class Client:
 
     def __init__(self, app: Any) -> None:
         self.app = app
+        self.headers: dict[str, str] = {}
+        """Headers of the last response."""
 
     async def ask(
         self,
@@ -93,6 +97,7 @@ class Client:
         scope |= {"raw_path": path.encode(), "root_path": "", "scheme": "http", "http_version": "1.1"}
         await self.app(scope, received.__anext__, send)
         start = next(message for message in sent if message["type"] == "http.response.start")
+        self.headers = {key.decode(): value.decode() for key, value in start["headers"]}
         content = b"".join(message.get("body", b"") for message in sent).decode()
         return start["status"], json.loads(content) if content.startswith("{") else content
 
@@ -123,6 +128,7 @@ def test_answers_limits_and_refusals(tmp_path: Path) -> None:
             "adapter": (404, await client.ask("POST", "/answer/aa", picture())),
             "page": (404, await client.ask("GET", "/nothing")),
             "method": (405, await client.ask("GET", "/answer/a")),
+            "form": (415, await client.ask("POST", "/answer/a", b"--x", {"Content-Type": "multipart/form-data"})),
             "large": (413, await client.ask("POST", "/answer/a", [b"x" * 9000] * 3)),
             "told": (413, await client.ask("POST", "/answer/a", b"x", {"Content-Length": "100000000"})),
             "slow": (408, await client.ask("POST", "/answer/a", [b"x"] * 9, pause=0.1)),
@@ -153,6 +159,7 @@ def test_answers_limits_and_refusals(tmp_path: Path) -> None:
         assert 'vispeft_requests_total{adapter="a",status="200"} 1' in metrics
         assert 'vispeft_requests_total{adapter="a",status="499"} 1' in metrics
         assert 'vispeft_requests_total{adapter="",status="404"}' in metrics
+        assert "vispeft_held_bytes 0\n" in metrics
         batches.stop()
         assert (await client.ask("POST", "/answer/a", picture()))[0] == 503
         assert (await client.ask("GET", "/health"))[0] == 503
@@ -172,17 +179,125 @@ def test_one_image_at_fault_does_not_take_the_others_along(monkeypatch: pytest.M
     server, scores = served()
     batches = Batches(server, size=3, delay=0.2)
     image = SIZE.transform()(read_image(io.BytesIO(picture())))
-    answers = type(server).__call__
+    answers = type(server).answer_held
 
-    def breaks(self: Any, images: torch.Tensor, names: list[str]) -> list[torch.Tensor]:
-        if "b" in names:
+    def breaks(self: Any, images: torch.Tensor, pairs: list[Any], served: Any) -> list[torch.Tensor]:
+        if any(name == "b" for _, name in pairs):
             raise RuntimeError("broken")
-        return answers(self, images, names)
+        return answers(self, images, pairs, served)
 
-    monkeypatch.setattr(type(server), "__call__", breaks)
+    monkeypatch.setattr(type(server), "answer_held", breaks)
     found = [batches.ask(image, name) for name in "abc"]
     torch.testing.assert_close(found[0].result(), scores["a"], rtol=0, atol=1e-6)
     torch.testing.assert_close(found[2].result(), scores["c"], rtol=0, atol=1e-6)
     with pytest.raises(RuntimeError, match="broken"):
         found[1].result()
+    batches.stop()
+
+
+def test_images_that_wait_are_answered_before_their_adapter_goes() -> None:
+    server, scores = served()
+    batches = Batches(server, size=8, delay=0.05)
+    image = SIZE.transform()(read_image(io.BytesIO(picture())))
+    for name in "abc":  # behind the last one the model has no adapters
+        answer = batches.ask(image, name)
+        removing = threading.Thread(target=server.remove, args=(name,), daemon=True)
+        removing.start()
+        torch.testing.assert_close(answer.result(timeout=30), scores[name], rtol=0, atol=1e-6)
+        removing.join(timeout=30)
+        assert not removing.is_alive()
+    assert server.names == []
+    batches.stop()
+
+
+def test_an_image_that_is_given_up_leaves_the_queue_and_its_adapter() -> None:
+    server, _ = served()
+    batches = Batches(server, size=8, delay=20)
+    answer = batches.ask(torch.zeros(3, 16, 16), "a")
+    assert batches.waiting == 1
+    assert answer.cancel()
+    assert batches.waiting == 0
+    server.remove("a")  # does not wait for it
+    batches.stop()
+
+
+def test_a_removed_adapter_answers_what_it_was_asked_over_http() -> None:
+    server, scores = served()
+    batches = Batches(server, size=8, delay=0.1)
+    client = Client(make_app(server, batches, LIMITS, token="word"))
+
+    async def talk() -> None:
+        asked = asyncio.create_task(client.ask("POST", "/answer/b", picture()))
+        while not batches.waiting:
+            await asyncio.sleep(0.01)
+        assert (await client.ask("DELETE", "/adapters/b", b"", {"Authorization": "Bearer word"}))[0] == 200
+        status, answer = await asked
+        assert status == 200
+        assert list(answer["probabilities"].values()) == pytest.approx(scores["b"].sigmoid().tolist(), abs=1e-5)
+
+    asyncio.run(talk())
+    batches.stop()
+
+
+PREPARED = 3 * 4 * 16 * 16
+"""Bytes of a prepared image."""
+
+
+@pytest.mark.slow
+def test_requests_hold_no_more_bytes_than_the_bound() -> None:
+    server, _ = served()
+    batches = Batches(server, size=64, delay=0.3)
+    limits = Limits(bytes=4000, held=10_000, seconds=20, answer_seconds=20)
+    client = Client(make_app(server, batches, limits))
+
+    async def held() -> int:
+        _, text = await client.ask("GET", "/metrics")
+        return int(text.split("\nvispeft_held_bytes ")[1].split()[0])
+
+    async def most_of(asked: list[asyncio.Task[tuple[int, Any]]]) -> int:
+        most = 0
+        while not all(task.done() for task in asked):
+            most = max(most, await held())
+            await asyncio.sleep(0.005)
+        return most
+
+    async def talk() -> None:
+        asked = [asyncio.create_task(client.ask("POST", "/answer/a", picture(number))) for number in range(8)]
+        most = await most_of(asked)
+        statuses = [task.result()[0] for task in asked]
+        assert set(statuses) == {200, 503}
+        assert 2 * PREPARED <= most <= 10_000
+        assert await held() == 0
+
+        # No one tells how much will come: what there is room for waits for the rest, the others are dropped.
+        stalled = [asyncio.create_task(client.ask("POST", "/answer/a", [b"x" * 3500, b"y"], pause=0.2)) for _ in "1234"]
+        most = await most_of(stalled)
+        # Two files fit, and one prepared image beside a file: the last one is decoded, and is no image.
+        assert sorted(task.result()[0] for task in stalled) == [400, 503, 503, 503]
+        assert 7000 <= most <= 10_000
+
+        waiting = asyncio.create_task(client.ask("POST", "/answer/a", [b"x" * 3900] * 2, pause=0.2))
+        others = [asyncio.create_task(client.ask("POST", "/answer/a", [b"x" * 3900, b""], pause=0.3)) for _ in "12"]
+        await asyncio.sleep(0.25)
+        told = {"Content-Length": "4000", "Expect": "100-continue"}
+        status, answer = await client.ask("POST", "/answer/a", b"x" * 4000, told)  # refused before it is sent
+        assert (status, client.headers["retry-after"]) == (503, "1")
+        assert "10000 bytes" in answer["error"]
+        await asyncio.gather(waiting, *others)
+        assert waiting.result()[0] == 413
+        assert await held() == 0
+        assert (await client.ask("POST", "/answer/a", picture()))[0] == 200
+
+    asyncio.run(talk())
+    batches.stop()
+
+
+def test_a_bound_that_no_image_fits_is_refused() -> None:
+    server, _ = served()
+    batches = Batches(server)
+    with pytest.raises(ConfigError, match="held_mb"):
+        make_app(server, batches, Limits(bytes=4000, held=4000 + PREPARED - 1))
+    make_app(server, batches, Limits(bytes=4000, held=4000 + PREPARED))
+    with pytest.raises(ConfigError, match="above 0"):
+        Limits(held=0)
     batches.stop()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,13 +86,34 @@ def test_adapters_come_and_go_from_files(tmp_path: Path) -> None:
     assert server.add(tmp_path / "lora", "again") == "again"
 
 
+@pytest.mark.slow
+def test_a_name_that_comes_again_answers_with_its_new_file_and_leaves_nothing_of_the_old_one(tmp_path: Path) -> None:
+    model = vit()
+    bank, wanted = filled(model)
+    for name in ("lora", "adaptformer", "vqt"):
+        bank.save(tmp_path / name, name)
+    server = vispeft.serve(vit(), {"other": tmp_path / "lora"})
+    counts = set()
+    for source in ("lora", "vqt", "adaptformer") * 2:
+        server.add(tmp_path / source, "guest")
+        found = server(images(), ["guest", "other", "guest", None])
+        for place, own in enumerate([source, "lora", source, None]):
+            torch.testing.assert_close(found[place], wanted[own][place], rtol=0, atol=1e-6)
+        tensors = [weakref.ref(tensor) for tensor in server.bank.named_tensors("guest").values()]
+        server.remove("guest")
+        counts.add(sum(1 for _ in server.model.parameters()))
+        gc.collect()
+        assert not any(tensor() is not None for tensor in tensors)
+    assert len(counts) == 1
+
+
 def test_a_head_of_ones_own_answers_from_pooled_features() -> None:
     model = vit()
     bank, _ = filled(model)
     with torch.no_grad(), bank.using("lora"):
         pooled = model.forward_head(model.forward_features(images()), pre_logits=True)
     server = vispeft.serve(model)
-    server._take("lora", lambda features: nn.functional.normalize(features))
+    server._take(bank, "lora", lambda features: nn.functional.normalize(features))
     torch.testing.assert_close(server.each(images(), ["lora"])["lora"], nn.functional.normalize(pooled))
 
 
@@ -98,7 +124,7 @@ def test_decoders_read_maps_of_the_shared_pass(make: object) -> None:
     server = vispeft.serve(model)
     kinds = {"probe": "probe", "vqt": "probe", "lora": "rows", "ssf": "alone", "lst": "alone"}
     for name in kinds:
-        server._take(name, lambda maps: maps[0].mean(1) + maps[1].amax((1, 2, 3), keepdim=True)[:, 0], [0, 1])
+        server._take(bank, name, lambda maps: maps[0].mean(1) + maps[1].amax((1, 2, 3), keepdim=True)[:, 0], [0, 1])
     assert {name: server.kind(name) for name in kinds} == kinds
     found = server.each(images(), list(kinds))
     for name, maps in found.items():
@@ -109,7 +135,7 @@ def test_decoders_read_maps_of_the_shared_pass(make: object) -> None:
         wanted = first.mean(1) + second.amax((1, 2, 3), keepdim=True)[:, 0]
         torch.testing.assert_close(maps, wanted, rtol=0, atol=1e-5, msg=name)
     with pytest.raises(ConfigError, match="0 to 1"):
-        server._take("probe", nn.Identity(), [2])
+        server._take(bank, "probe", nn.Identity(), [2])
 
 
 def test_bad_input_is_refused(tmp_path: Path) -> None:
@@ -130,7 +156,7 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="lora"):
         server.remove("lara")
     other = vit(depth=3)
-    with pytest.raises(BaseMismatchError):
+    with pytest.raises(BaseMismatchError, match="lora does not fit the backbone of this server"):
         vispeft.serve(other, [tmp_path / "lora"])
     assert vispeft.AdapterBank.of(other) is None
     vispeft.attach(other, vispeft.LoRA(rank=2), name="dense", tasks=["a", "b"], verify=False)
@@ -169,6 +195,122 @@ def test_threads_ask_while_adapters_come_and_go(tmp_path: Path) -> None:
     done.set()
     visiting.join()
     assert not failures
+
+
+def test_the_base_answers_while_the_first_adapter_comes_and_the_last_one_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = vit()
+    bank, wanted = filled(model)
+    bank.save(tmp_path / "guest", "ssf")
+    server = vispeft.serve(vit())
+    base = wanted[None]
+    assert not torch.allclose(base, wanted["ssf"][:, : base.shape[1]], atol=1e-3)
+    answers: list[Tensor] = []
+    asking: list[threading.Thread] = []
+
+    def ask() -> None:
+        answers.append(torch.stack(server(images(), [None] * 4)))
+
+    def begin() -> None:
+        asking.append(threading.Thread(target=ask))
+        asking[-1].start()
+        asking[-1].join(timeout=0.03)
+
+    load, detach = vispeft.AdapterBank.load, vispeft.AdapterBank.detach
+
+    def slow_load(self: vispeft.AdapterBank, *args: Any, **named: Any) -> None:
+        begin()
+        load(self, *args, **named)
+        begin()  # here the adapter is the choice of the model
+
+    def slow_detach(self: vispeft.AdapterBank, name: str) -> None:
+        begin()
+        detach(self, name)
+        begin()
+
+    monkeypatch.setattr(vispeft.AdapterBank, "load", slow_load)
+    monkeypatch.setattr(vispeft.AdapterBank, "detach", slow_detach)
+    server.add(tmp_path / "guest")
+    torch.testing.assert_close(server.each(images(), ["guest"])["guest"], wanted["ssf"], rtol=0, atol=1e-6)
+    server.remove("guest")
+    for thread in asking:
+        thread.join()
+    assert len(answers) == 4
+    for found in answers:
+        torch.testing.assert_close(found, base, rtol=0, atol=1e-6)
+
+
+def test_an_adapter_that_is_refused_leaves_the_server_as_it_was(tmp_path: Path) -> None:
+    model = vit()
+    bank, wanted = filled(model)
+    bank.save(tmp_path / "guest", "lora")
+    alone = vispeft.serve(vit())
+    with pytest.raises(ConfigError, match="taps"):
+        alone.add(tmp_path / "guest", taps=[0])
+    torch.testing.assert_close(alone.each(images(), [None])[None], wanted[None], rtol=0, atol=1e-6)
+    server = vispeft.serve(model)
+    bank.set_active("ssf")
+    with pytest.raises(ConfigError, match="taps"):
+        server.add(tmp_path / "guest", taps=[0])
+    assert bank.active == ["ssf"]
+    assert "guest" not in bank.names
+
+
+@pytest.mark.slow
+def test_adapters_come_and_go_between_choice_and_pass_of_a_compiled_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    model = vit()
+    for number in range(2):
+        bank = vispeft.attach(model, vispeft.SSF(), name=f"s{number}", verify=False)
+        move(bank, f"s{number}", seed=number)
+    bank.save(tmp_path / "guest", "s1")
+    bank.compile("model", backend="eager")  # its graph follows the choice made last in any thread
+    server = vispeft.serve(model)
+    wanted = server(images(), ["s0"] * 4)
+    using, chosen, going = vispeft.AdapterBank.using, threading.Event(), threading.Event()
+    lock = server._compiled
+
+    class Watched:
+        def __enter__(self) -> None:
+            if not lock.acquire(blocking=False):
+                going.set()  # the change waits for the pass
+                lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            lock.release()
+
+    monkeypatch.setattr(server, "_compiled", Watched())
+
+    def pausing(self: vispeft.AdapterBank, *names: str, **named: Any) -> Any:
+        block = using(self, *names, **named)
+        if names != ("s0",):
+            return block
+
+        @contextmanager
+        def entered() -> Iterator[None]:
+            with block:
+                chosen.set()
+                going.wait(timeout=60)
+                yield
+
+        return entered()
+
+    monkeypatch.setattr(vispeft.AdapterBank, "using", pausing)
+
+    def change() -> None:
+        chosen.wait()
+        server.add(tmp_path / "guest")
+        going.set()
+
+    adding = threading.Thread(target=change)
+    adding.start()
+    found = server(images(), ["s0"] * 4)
+    adding.join()
+    for own, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(own, expected, rtol=0, atol=1e-6)
 
 
 def test_a_compiled_model_takes_guests_without_further_graphs(tmp_path: Path) -> None:

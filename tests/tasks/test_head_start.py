@@ -17,7 +17,8 @@ from tests.tiny import CONFIG, TINY
 from vispeft.cli.evaluation import evaluation_trainer
 from vispeft.cli.start import start_from
 from vispeft.data import DenseTarget, DigitsData, ScenesData
-from vispeft.errors import ConfigError, DataError, TrainingError
+from vispeft.errors import ConfigError, DataError, FileError, TrainingError
+from vispeft.storage.class_embeddings import ClassEmbeddings
 from vispeft.tasks import (
     Classification,
     MetricLearning,
@@ -497,6 +498,8 @@ def refused(cls, **settings):
     ("cls", "settings", "said"),
     [
         (Classification, {"head_start": "best"}, "head_start='best'): choose 'probe'"),
+        (MultiLabel, {"head_start": "c.safetensors"}, "class embeddings start the classifier of the task Class"),
+        (Segmentation, {"head_start": "c.safetensors", "decoder": "linear"}, "class embeddings start the classifier"),
         (Segmentation, {"head_start": "probe"}, "segformer has layers that are not linear"),
         (MultiTaskDense, {"head_start": "probe", "targets": DEPTH}, "another head (its decoder)"),
         (MetricLearning, {"head_start": "probe"}, "another head (its embedding head)"),
@@ -534,3 +537,53 @@ def test_features_that_are_not_finite_are_told_and_the_next_training_fits_the_he
     fit(task, tmp_path / "mended", max_steps=1)
     assert task.head_start.record["strength"] in FEW
     assert list(dict(read_history(tmp_path / "mended/logs/csv/metrics.csv")[task.monitor])) == [-1]
+
+
+# ------------------------------------------------------------------ class embeddings
+
+
+def embeddings(path, width=32, names=tuple("9876543210")):
+    generator = torch.Generator().manual_seed(3)
+    unit = nn.functional.normalize(torch.randn(len(names), 6, generator=generator), dim=-1)
+    classes = ClassEmbeddings(unit, names, 20.0, torch.randn(6, width, generator=generator), "random")
+    classes.save(path)
+    return classes
+
+
+@pytest.mark.slow
+def test_class_embeddings_start_the_classifier(tmp_path):
+    path = tmp_path / "classes.safetensors"
+    classes = embeddings(path)
+    task = make(head_start=str(path), lr=1e-12, weight_decay=0.0)
+    data = DigitsData.for_model(task.model, **SMALL)
+    with torch.no_grad():
+        images = torch.cat([images for images, _ in data.plain_dataloader("train")])
+        features = task.model.eval().forward_head(task.model.forward_features(images), pre_logits=True)
+        wanted = classes.ordered(list("0123456789")).linear_weight(features)
+    fit(task, tmp_path, data=data)
+    torch.testing.assert_close(task.bank.head().weight.detach(), wanted, rtol=1e-5, atol=1e-5)
+    assert task.bank.head().bias.abs().max() < 1e-6
+    record = task.head_start.record
+    assert (record["class_embeddings"], record["scale"]) == ("random", 20.0)
+    assert record["images"] == {"train": 53}
+    curve = dict(read_history(tmp_path / "logs/csv/metrics.csv")["validation/accuracy"])
+    assert curve[-1] == pytest.approx(record["validation"]["accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "said"),
+    [
+        ({"names": tuple("987654321")}, ConfigError, "first '0', have no embedding"),
+        ({"width": 24}, ConfigError, "are for 24 features, and the classifier takes 32"),
+        (None, FileError, "no file of class embeddings"),
+    ],
+    ids=["class", "width", "missing"],
+)
+def test_class_embeddings_that_do_not_fit_are_refused_before_a_step(settings, error, said, tmp_path):
+    path = tmp_path / "classes.safetensors"
+    if settings is not None:
+        embeddings(path, **settings)
+    task = make(head_start=str(path))
+    data = DigitsData.for_model(task.model, **SMALL)
+    with pytest.raises(error, match=said):
+        task.head_start.check(task, data)

@@ -89,12 +89,15 @@ def _differences(bank: BankState, name: str, entry: Entry) -> dict[str, Tensor]:
     """Compute ``W' - W`` of every tensor that merging would write."""
     try:
         with without_merging(bank._routing):
-            merged, _ = plan_merge(bank.model, bank.view, partial=False)
+            merged, stays = plan_merge(bank.model, bank.view, partial=True)
     except MergeError as error:
+        raise ConfigError(f"Adapter {name!r} cannot be added or averaged: {error}") from error
+    if stays:
+        path, reason = next(iter(stays.items()))
         raise ConfigError(
             f"Adapter {name!r} ({entry.method.name}) is no change of weights, so it cannot be added or averaged: "
-            f"{error} Let it act with others: bank.stack([...])."
-        ) from error
+            f"{path or 'the model'}: {reason}. Let it act with others: bank.stack([...])."
+        )
     base = dict(bank.base_tensors())
     found: dict[str, Tensor] = {}
     for key, value in merged.items():

@@ -15,7 +15,10 @@ from vispeft.core.rows import Names, rows_of, widened
 from vispeft.errors import ConfigError, UnknownNameError
 from vispeft.hosts.row_units import by_rows, unroutable
 
-__all__ = ["RowRoutes", "check_rows"]
+__all__ = ["KEPT", "RowRoutes", "check_rows"]
+
+KEPT = 64
+"""Most sets of adapters whose routes are kept: a server meets as many sets as its batches have, without end."""
 
 Find = Callable[[tuple[str, ...], str | None], Route]
 
@@ -69,8 +72,8 @@ class RowRoutes:
 
     def clear(self) -> None:
         """Forget what is kept, after a change of the adapters."""
-        self._shared.clear()
-        self._alone.clear()
+        # New ones, so that a thread that makes a route meanwhile does not keep it behind the change.
+        self._shared, self._alone = {}, {}
 
     def make(self, entries: Mapping[str, Entry], find: Find, names: Names, task: str | None) -> Route:
         """Make the route of a batch.
@@ -114,27 +117,28 @@ class RowRoutes:
             name: Its name.
             route: Its route alone.
         """
-        key = (name, route.task)
-        if key not in self._alone:
+        key, alone = (name, route.task), self._alone
+        if key not in alone:
             hosts = {host.slot: host for host in entry.hosts}
-            self._alone[key] = any(unroutable(units, hosts.get(slot)) for slot, units in route.hosts.items())
-        return not self._alone[key]
+            alone[key] = any(unroutable(units, hosts.get(slot)) for slot, units in route.hosts.items())
+        return not alone[key]
 
     def _of(self, members: Names, task: str | None, own: Callable[[str | None], Route]) -> Route:
         """Return the kept route of a set of adapters, without rows."""
-        key = (members, task)
-        if key not in self._shared:
-            routes = [own(name) for name in members]
-            if len(routes) == 1:
-                self._shared[key] = routes[0]
-                return routes[0]
-            hosts: dict[int, Acting] = {}
-            for slot in dict.fromkeys(slot for route in routes for slot in route.hosts):
-                hosts[slot] = by_rows([route.hosts.get(slot, NOTHING) for route in routes], self.routing)
-            refusal = next((route.refusal for route in routes if route.refusal), None)
-            acting = tuple(name for name in members if name is not None)
-            self._shared[key] = Route(acting, task, hosts, self._head(members, own), None, refusal)
-        return self._shared[key]
+        key, shared = (members, task), self._shared
+        if key in shared:
+            return shared[key]
+        if len(shared) >= KEPT:
+            shared = self._shared = {}
+        routes = [own(name) for name in members]
+        if len(routes) == 1:
+            return shared.setdefault(key, routes[0])
+        hosts: dict[int, Acting] = {}
+        for slot in dict.fromkeys(slot for route in routes for slot in route.hosts):
+            hosts[slot] = by_rows([route.hosts.get(slot, NOTHING) for route in routes], self.routing)
+        refusal = next((route.refusal for route in routes if route.refusal), None)
+        acting = tuple(name for name in members if name is not None)
+        return shared.setdefault(key, Route(acting, task, hosts, self._head(members, own), None, refusal))
 
     def _head(self, members: Names, own: Callable[[str | None], Route]) -> nn.Module | None:
         base = self.heads.base

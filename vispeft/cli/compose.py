@@ -16,7 +16,7 @@ from vispeft.cli.common import console, make_parser
 from vispeft.cli.config_keys import take_overrides
 from vispeft.cli.made_runs import Source, check_data_keys, measured_run, new_folder, open_sources, write_run
 from vispeft.compose.arithmetic import Sign
-from vispeft.errors import ConfigError, UnknownNameError
+from vispeft.errors import BaseMismatchError, ConfigError, UnknownNameError
 
 __all__ = ["main"]
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
         owner = head or next((source for source in sources if source.label == made.head), sources[0])
         write_run(place, bank, NAME, owner, {"command": shlex.join(["vispeft", "compose", *argv])})
         console.print(_table(made, sources))
-        console.print(_sentence(made, out), soft_wrap=True)
+        console.print(_sentence(made, out, sources), soft_wrap=True)
         if owner.run is not None and given.measure:
             measured_run(place, out, owner, overrides)
 
@@ -125,7 +125,12 @@ def _loaded(sources: Sequence[Source]) -> AdapterBank:
     model, _ = first.model()
     with AdapterBank.opened(model) as bank:
         for source in sources:
-            bank.load(source.folder, source.label)
+            try:
+                bank.load(source.folder, source.label)
+            except BaseMismatchError as error:
+                raise BaseMismatchError(
+                    f"{source.given} belongs to another backbone than {first.given}. {error}"
+                ) from error
     return bank
 
 
@@ -147,9 +152,10 @@ def _table(made: Composed, sources: Sequence[Source]) -> Table:
     return table
 
 
-def _sentence(made: Composed, out: Path) -> str:
+def _sentence(made: Composed, out: Path, sources: Sequence[Source]) -> str:
     rank = "" if made.rank is None else f" of rank {made.rank}"
     kept = "" if made.kept_energy is None else f", which keeps {100 * made.kept_energy:.2f} % of the energy"
     settings = ", ".join(f"{key} {value}" for key, value in made.settings.items() if value is not None)
-    head = {"average": "the average of the classifiers", None: "no classifier"}.get(made.head, "one classifier of them")
+    given = {source.label: f"the classifier of {source.given}" for source in sources}
+    head = {"average": "the average of the classifiers", None: "no classifier", **given}[made.head]
     return f"{out}: {made.how}{f' ({settings})' if settings else ''}, held as {made.method}{rank}{kept}, with {head}."

@@ -16,6 +16,7 @@ from vispeft.cli.settings import check_last, check_settings
 from vispeft.cli.start import check_source
 from vispeft.data.listed import ListedData
 from vispeft.data.metric_data import MetricData
+from vispeft.storage.class_embeddings import ClassEmbeddings
 from vispeft.storage.places import check_folder
 from vispeft.tasks.trainer_checks import check_schedule
 
@@ -37,7 +38,8 @@ class TrainCLI(ConfigCLI):
 
         Raises:
             ConfigError: If a setting cannot work.
-            FileError: If the config, or an adapter to start from, cannot be read, or a folder cannot be made.
+            FileError: If the config, an adapter or class embeddings to start from cannot be read, or a folder cannot
+                be made.
         """
         super().__init__(config, overrides, create=False)
         settings, model = self.settings("trainer"), self.settings("model")["init_args"]
@@ -46,6 +48,9 @@ class TrainCLI(ConfigCLI):
         check_schedule(model.get("schedule_epochs"), settings["max_epochs"])
         if self.config["init"] is not None and isinstance(model.get("method"), dict):
             check_source(self.config["init"], import_class(model["method"]["class_path"]))
+        start = model.get("head_start")
+        if isinstance(start, str) and start.endswith(".safetensors"):
+            ClassEmbeddings.load(start)
         if isinstance(self.config["cache_features"], str):
             check_folder(Path(self.config["cache_features"]), "The folder of cache_features")
 

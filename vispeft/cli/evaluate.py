@@ -25,6 +25,7 @@ from vispeft.cli.evaluation import (
 from vispeft.cli.reading import add_workers, end_with
 from vispeft.cli.runs import Run
 from vispeft.cli.token_merging import add_token_merging, merge_as_asked
+from vispeft.cli.zero_shot import add_classes, classified, config_without_adapter, is_run
 from vispeft.cli.zoo_places import check_named
 from vispeft.cli.zoo_trust import try_loading
 from vispeft.core.token_merging import TokenMerging
@@ -32,6 +33,7 @@ from vispeft.data.by_name import ClassOrder, names_of
 from vispeft.data.listed import ListedData
 from vispeft.data.masks import MaskCoding
 from vispeft.errors import ConfigError, DataError, FileError
+from vispeft.storage.class_embeddings import ClassEmbeddings
 from vispeft.storage.files import JSON_FILE
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.token_merging import merge_tokens
@@ -51,10 +53,16 @@ __all__ = [
 EXAMPLE = """example:
   vispeft evaluate runs/digits_ssf/1
   vispeft evaluate runs/digits_ssf/1 --split validation --data.batch_size 256
+  vispeft evaluate runs/clip_lora/1 --classes classes.safetensors
+  vispeft evaluate my_clip.yaml --classes classes.safetensors
 
 Keys under data and trainer can be overridden; the model is the one that was trained. Images that cannot be read are
 left out of the figures and listed at the end, and the exit status is 1; --strict stops instead. --data.check=fast looks
-at the headers of files alone before each image is read, where images are not known from the training."""
+at the headers of files alone before each image is read, where images are not known from the training.
+
+With --classes, a file of class embeddings (vispeft encode-classes) classifies instead of the trained classifier, and
+the data may have other classes than the run. A config in place of a run measures its backbone without an adapter:
+zero-shot classification. All keys of a config can be overridden."""
 
 
 KEPT = ("model", "seed_everything", "trainer", "token_merging")
@@ -71,33 +79,44 @@ def main(argv: Sequence[str]) -> None:
         SystemExit: With status 1, if images could not be read.
     """
     parser = make_parser("evaluate", "Measure a finished run again, from its files.", EXAMPLE)
-    parser.add_argument("run", metavar="RUN", help="run directory; it comes first")
+    parser.add_argument("run", metavar="RUN", help="run directory; it comes first; with --classes also a config")
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="default test")
     add_workers(parser)
     add_token_merging(parser)
+    add_classes(parser)
     given, overrides = parser.parse_known_args(list(argv))
-    run = Run.open(given.run)
     workers = [] if given.workers is None else [f"--data.num_workers={given.workers}"]
-    cli = load_run(run, [*overrides, *workers])
+    classes = None if given.classes is None else ClassEmbeddings.load(given.classes)
+    if classes is None or is_run(given.run):
+        run = Run.open(given.run)
+        cli, before = load_run(run, [*overrides, *workers], classes), {"metrics.json": run.figures(given.split)}
+        cli.model.recall(given.run, run.metrics)
+    else:
+        cli, before = config_without_adapter(given.run, [*overrides, *workers]), {}
+        merge_tokens(cli.model, cli.config_init["token_merging"])
+    if classes is not None:
+        # In the order of the data, whose classes need not be those that a run was trained on.
+        names = names_of(cli.datamodule, int(cast(Any, cli.datamodule).num_classes))
+        classified(cli.model, classes.ordered(names))
     merge_as_asked(cli.model, given.token_merging)
-    cli.model.recall(given.run, run.metrics)
     data = cli.datamodule
     left_out = data.leave_out_unreadable(given.split) if isinstance(data, ListedData) and not given.strict else []
-    before = run.figures(given.split)
     measured = evaluate(cli.trainer, cli.model, cli.datamodule, given.split)
     tell_if_partial(cli.trainer, given.split)
-    rows = {"measured now": measured, "metrics.json": before}
+    rows = {"measured now" if classes is None else "by class embeddings": measured, **before}
     console.print(f"{given.run}, {row_name(cli.datamodule, given.split)} split", soft_wrap=True)
     console.print(metrics_table(cli.model.shown(rows)))
     end_with(left_out)
 
 
-def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:
+def load_run(run: Run, overrides: Sequence[str] = (), classes: ClassEmbeddings | None = None) -> ConfigCLI:
     """Create task, data and trainer of a finished run, with the trained adapter on the backbone.
 
     Args:
         run: The run.
         overrides: Changes to the sections data and trainer.
+        classes: Class embeddings that will classify; the data may then have any of their classes. None for the run's
+            own classifier.
 
     Returns:
         The config's objects; its trainer only evaluates.
@@ -116,7 +135,7 @@ def load_run(run: Run, overrides: Sequence[str] = ()) -> ConfigCLI:
     if run.foreign:
         check_named(tree, overrides)
     tree = without_method_files(tree, run)
-    cli = RunCLI(run, overrides, tree)
+    cli = RunCLI(run, overrides, tree, classes)
     cli.model.load_adapter(run.adapter)
     merge_tokens(cli.model, cli.config_init["token_merging"])
     cli.model.eval()
@@ -175,15 +194,16 @@ def without_method_files(tree: Node, run: Run) -> Node:
 class RunCLI(ConfigCLI):
     """The config of a finished run, whose data get the classes of the run by name."""
 
-    def __init__(self, run: Run, overrides: Sequence[str], tree: Node) -> None:
+    def __init__(self, run: Run, overrides: Sequence[str], tree: Node, classes: ClassEmbeddings | None = None) -> None:
         """Create all objects of the config; see `ConfigCLI`.
 
         Args:
             run: The run.
             overrides: Changes to the sections data and trainer.
             tree: The values of its config; changed in place.
+            classes: Class embeddings in place of the run's classes; None for these.
         """
-        self._run = run
+        self._run, self._classes = run, classes
         super().__init__(run.config, overrides, tree=tree)
 
     def _sized_by(self, data: Any, name: str) -> Any:
@@ -193,6 +213,9 @@ class RunCLI(ConfigCLI):
             return None
         if name == "targets":
             return match_tasks(self._run, data, found)
+        if self._classes is not None and name == "num_classes":
+            self._classes.ordered(names_of(data, found))  # refuses classes without an embedding
+            return len(class_names(self._run))
         match_names(self._run, data, found)
         return int(data.num_classes)
 

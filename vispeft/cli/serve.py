@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--delay_ms", type=float, default=5, help="milliseconds an image waits for others; default 5")
     parser.add_argument("--waiting", type=int, default=256, help="images that may wait; more get status 503")
     parser.add_argument("--max_mb", type=float, default=16, help="megabytes of a request; default 16")
+    parser.add_argument("--held_mb", type=float, default=256, help="megabytes of all requests at a time; default 256")
     parser.add_argument("--max_pixels", type=int, default=50_000_000, help="pixels of an image; default 50 million")
     parser.add_argument("--request_seconds", type=float, default=10, help="in which a request arrives; default 10")
     parser.add_argument("--answer_seconds", type=float, default=30, help="in which it is answered; default 30")
@@ -64,6 +65,7 @@ def main(argv: Sequence[str]) -> None:
 
     limits = Limits(
         bytes=int(given.max_mb * 2**20),
+        held=int(given.held_mb * 2**20),
         pixels=given.max_pixels,
         seconds=given.request_seconds,
         answer_seconds=given.answer_seconds,

@@ -389,6 +389,8 @@ def _prepare(cli: TrainCLI, shared: Found | None = None) -> None:
         data.setup()
     _tell_repeated(data)
     task.check_data(data)
+    if task.head_start is not None:
+        task.head_start.check(task, data)
     if cli.config["init"] is not None:
         said = start_from(task, cli.config["init"], task.output_names(data))
         console.print(said, soft_wrap=True)

@@ -194,9 +194,9 @@ def adapter_inputs(bank: AdapterBank, name: str | None = None) -> AdapterInputs:
         convolved = unit.kind == "delta" and issubclass(base_class(layer), nn.Conv2d)
         if unit.kind not in KINDS or item.site.reads_weight or convolved:
             raise SiteError(
-                f"Adapter {label!r} ({method}) has a unit of kind {unit.kind!r} at {path} ({item.site.role}). As "
-                "inputs of a graph there are low-rank terms of linear layers, such as LoRA's, and scales and shifts, "
-                "as SSF's. Export this adapter merged, or in a file of its own."
+                f"Adapter {label!r} ({method}) has a unit of kind {unit.kind!r} at {path or 'the model'} "
+                f"({item.site.role}). As inputs of a graph there are low-rank terms of linear layers, such as LoRA's, "
+                "and scales and shifts, as SSF's. Export this adapter merged, or in a file of its own."
             )
         if unit.kind == "delta":
             rows = int(cast(Any, layer).out_features)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vispeft.errors import ConfigError, VispeftError
+from vispeft.serving.passes import Served
 from vispeft.serving.server import Server
 
 __all__ = ["Batches", "BusyError"]
@@ -32,6 +33,8 @@ class _Waiting:
 
     image: Tensor
     name: str
+    served: Served
+    """How the adapter takes part in a pass, also when it is to be removed behind this image."""
     held: ExitStack
     """Keeps the adapter until the image is answered."""
     answer: Future[Tensor] = field(default_factory=Future)
@@ -82,15 +85,15 @@ class Batches:
             name: The adapter.
 
         Returns:
-            The answer to come; it may be cancelled.
+            The answer to come; if it is cancelled, the image waits no longer.
 
         Raises:
             UnknownNameError: If there is no such adapter.
             BusyError: If too many wait, or the server stops.
         """
         held = ExitStack()
-        held.enter_context(self.server.holding([name]))
-        waiting = _Waiting(image, name, held)
+        served = held.enter_context(self.server.holding([name]))[name]
+        waiting = _Waiting(image, name, served, held)
         with self._lock:
             if self._stopping or len(self._waiting) >= self.most:
                 held.close()
@@ -98,7 +101,16 @@ class Batches:
                 raise BusyError(f"The image was not taken: {reason}. Try again later.")
             self._waiting.append(waiting)
             self._lock.notify_all()
+        waiting.answer.add_done_callback(lambda answer: self._forget(waiting) if answer.cancelled() else None)
         return waiting.answer
+
+    def _forget(self, waiting: _Waiting) -> None:
+        """Take an image out of the queue, if it is still there."""
+        with self._lock:
+            there = any(other is waiting for other in self._waiting)
+            self._waiting = deque(other for other in self._waiting if other is not waiting)
+        if there:
+            waiting.held.close()
 
     def stop(self) -> None:
         """Answer what waits, and end the thread."""
@@ -144,7 +156,7 @@ class Batches:
         if not asked:
             return
         try:
-            found = self.server(torch.stack([waiting.image for waiting in asked]), [waiting.name for waiting in asked])
+            found = self._answers(asked)
         except Exception as error:
             if len(asked) == 1:
                 logger.exception("An image could not be answered by %s.", asked[0].name)
@@ -153,10 +165,15 @@ class Batches:
             # One of them may be at fault: the others get their answers.
             for waiting in asked:
                 try:
-                    waiting.answer.set_result(self.server(waiting.image[None], [waiting.name])[0])
+                    waiting.answer.set_result(self._answers([waiting])[0])
                 except Exception as own:
                     logger.exception("An image could not be answered by %s.", waiting.name)
                     waiting.answer.set_exception(own)
             return
         for waiting, own in zip(asked, found, strict=True):
             waiting.answer.set_result(own)
+
+    def _answers(self, asked: list[_Waiting]) -> list[Tensor]:
+        served: dict[str | None, Served] = {waiting.name: waiting.served for waiting in asked}
+        images = torch.stack([waiting.image for waiting in asked])
+        return self.server.answer_held(images, [(place, waiting.name) for place, waiting in enumerate(asked)], served)

@@ -47,12 +47,13 @@ class Figures:
             self._batches, self._images = self._batches + 1, self._images + images
             self._batch_seconds += seconds
 
-    def text(self, waiting: int, adapters: int) -> str:
+    def text(self, waiting: int, adapters: int, held: int) -> str:
         """Write all figures.
 
         Args:
             waiting: Images that wait.
             adapters: Adapters that answer.
+            held: Bytes of the images that were received and not answered yet.
         """
         with self._lock:
             lines = ["# TYPE vispeft_requests_total counter"]
@@ -69,6 +70,6 @@ class Figures:
             }
             for name, value in counters.items():
                 lines += [f"# TYPE vispeft_{name}_total counter", f"vispeft_{name}_total {value}"]
-            for name, value in (("waiting_images", waiting), ("adapters", adapters)):
+            for name, value in (("waiting_images", waiting), ("held_bytes", held), ("adapters", adapters)):
                 lines += [f"# TYPE vispeft_{name} gauge", f"vispeft_{name} {value}"]
         return "\n".join(lines) + "\n"

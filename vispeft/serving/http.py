@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from anyio import CapacityLimiter, to_thread
+from anyio import to_thread
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -26,6 +26,7 @@ from vispeft.errors import ConfigError, DataError, UnknownNameError, VispeftErro
 from vispeft.serving.batches import Batches, BusyError
 from vispeft.serving.figures import Figures
 from vispeft.serving.outputs import Meaning
+from vispeft.serving.room import Place, Room
 from vispeft.serving.server import Server
 
 __all__ = ["Limits", "make_app"]
@@ -46,6 +47,9 @@ class Limits:
 
     bytes: int = 16 * 2**20
     """Bytes of a request."""
+    held: int = 256 * 2**20
+    """Bytes of all requests that are on their way: of files that arrive or wait to be decoded, and of the prepared
+    images that wait for their answer."""
     pixels: int = 50_000_000
     """Pixels of an image, before it is decoded."""
     seconds: float = 10.0
@@ -81,9 +85,21 @@ class _Pages:
         self.server, self.batches, self.limits, self.token, self.top = server, batches, limits, token, top
         self.figures = Figures()
         batches.on_batch = self.figures.batch
-        self.decoders = CapacityLimiter(limits.decoding)
-        self.meanings = {name: Meaning(name, server.notes(name), top) for name in server.names}
+        self.decoders, self.room = asyncio.Semaphore(limits.decoding), Room(limits.held)
+        self.meanings = {name: self._read(name) for name in server.names}
         self.change = asyncio.Lock()
+
+    def _read(self, name: str) -> Meaning:
+        """Read how the images of an adapter are prepared and answered; refuse one whose images would never fit."""
+        meaning = Meaning(name, self.server.notes(name), self.top)
+        needed = self.limits.bytes + meaning.bytes
+        if needed > self.limits.held:
+            raise ConfigError(
+                f"Adapter {name!r}: a request of {self.limits.bytes} bytes and the {meaning.bytes} of the image that "
+                f"is made of it are more than the {self.limits.held} that all requests may hold. Set --held_mb higher, "
+                "or --max_mb lower."
+            )
+        return meaning
 
     # ------------------------------------------------------------------ answers
 
@@ -91,16 +107,8 @@ class _Pages:
         """Answer an image: POST /answer/ADAPTER with the bytes of an image file."""
         start, name = time.monotonic(), request.path_params["name"]
         try:
-            meaning = self._meaning(name)
-            content = await self._body(request)
-            image = await self._image(meaning, content)
-            scores = await self._asked(image, name)
-            if self.meanings.get(name) is not meaning:
-                reason = f"Adapter {name!r} was exchanged while the image was on its way. Send it again."
-                raise _RefusedError(503, reason)
-            found = meaning.read(scores)
-            if found is None:
-                raise _RefusedError(500, f"The outputs of adapter {name!r} for this image are not finite.")
+            with self.room.place() as place:
+                found = await self._found(request, name, place)
             status, response = 200, JSONResponse({"adapter": name, **found})
         except _RefusedError as refused:
             status, response = refused.status, _error(refused.status, refused.reason)
@@ -112,58 +120,85 @@ class _Pages:
         self.figures.request(name if name in self.meanings else "", status, time.monotonic() - start)
         return response
 
+    async def _found(self, request: Request, name: str, place: Place) -> dict[str, Any]:
+        meaning = self._meaning(name)
+        content = await self._body(request, place)
+        if request.headers.get("content-type", "").startswith("multipart/"):
+            reason = "The request is a form. Send the bytes of the file alone, as curl --data-binary @FILE does."
+            raise _RefusedError(415, reason)
+        image = await self._image(meaning, content, place)
+        del content  # the file is not needed while its image waits
+        found = meaning.read(await self._asked(image, name, meaning))
+        if found is None:
+            raise _RefusedError(500, f"The outputs of adapter {name!r} for this image are not finite.")
+        return found
+
     def _meaning(self, name: str) -> Meaning:
         if name not in self.meanings:
             raise _RefusedError(404, str(UnknownNameError("adapter", name, self.meanings)))
         return self.meanings[name]
 
-    async def _body(self, request: Request) -> bytes:
-        """Read the body of a request within its limits."""
-        most = self.limits.bytes
-        told = request.headers.get("content-length", "")
-        large = told.isdecimal() and int(told) > most
-        too_large = _RefusedError(413, f"The request is larger than {most} bytes, the most this server takes.")
-        if large and (int(told) > DRAINED * most or request.headers.get("expect", "").lower() == "100-continue"):
-            raise too_large
-        content, size = bytearray(), 0
+    async def _body(self, request: Request, place: Place) -> io.BytesIO:
+        """Read the body of a request within its limits. What is refused is read and dropped, as far as `DRAINED`."""
+        most, told = self.limits.bytes, request.headers.get("content-length", "")
+        length = int(told) if told.isdecimal() else 0
+        large = _RefusedError(413, f"The request is larger than {most} bytes, the most this server takes.")
+        full = _RefusedError(503, f"Requests hold the {self.limits.held} bytes they may already. Try again later.")
+        refused = large if length > most else None if place.fits(length) else full
+        if refused and (length > DRAINED * most or request.headers.get("expect", "").lower() == "100-continue"):
+            raise refused
+        content, size = io.BytesIO(), 0
         try:
             async with asyncio.timeout(self.limits.seconds):
                 async for piece in request.stream():
                     size += len(piece)
-                    if size <= most and not large:
-                        content += piece
-                    else:
-                        content.clear()
+                    if size > most:
+                        refused = large
+                    elif refused is None and not place.holds(size):
+                        refused = full
+                    if refused is None:
+                        content.write(piece)
+                    elif place.own:
+                        content = io.BytesIO()
+                        place.holds(0)
                     if size > DRAINED * most:
-                        raise too_large
+                        raise large
         except TimeoutError:
-            reason = f"The request did not arrive within {self.limits.seconds:g} seconds."
-            raise _RefusedError(413 if size > most else 408, too_large.reason if size > most else reason) from None
-        if size > most:
-            raise too_large
-        if not content:
+            late = _RefusedError(408, f"The request did not arrive within {self.limits.seconds:g} seconds.")
+            raise refused or late from None
+        if refused:
+            raise refused
+        if not size:
             raise _RefusedError(400, "The request has no body. Send the bytes of an image file.")
-        return bytes(content)
+        return content
 
-    async def _image(self, meaning: Meaning, content: bytes) -> Tensor:
+    async def _image(self, meaning: Meaning, content: io.BytesIO, place: Place) -> Tensor:
         """Decode and prepare an image, once a thread is free."""
+        if not place.holds(place.own + meaning.bytes):
+            raise _RefusedError(503, f"Requests hold the {self.limits.held} bytes they may already. Try again later.")
         try:
             async with asyncio.timeout(self.limits.answer_seconds):
-                return await to_thread.run_sync(self._decoded, meaning, content, limiter=self.decoders)
+                await self.decoders.acquire()
         except TimeoutError:
             reason = f"The image was not decoded within {self.limits.answer_seconds:g} seconds. Try again later."
             raise _RefusedError(503, reason) from None
+        try:
+            image = await to_thread.run_sync(self._decoded, meaning, content)
+        finally:
+            self.decoders.release()
+        place.holds(meaning.bytes)
+        return image
 
-    def _decoded(self, meaning: Meaning, content: bytes) -> Tensor:
+    def _decoded(self, meaning: Meaning, content: io.BytesIO) -> Tensor:
         """Decode and prepare an image, in a thread."""
         reading = meaning.reading_up_to(self.limits.pixels)
         try:
-            image: Tensor = meaning.prepare(read_image(io.BytesIO(content), "The body", reading, meaning.least))
+            image: Tensor = meaning.prepare(read_image(content, "The body", reading, meaning.least))
         except DataError as error:
             raise _RefusedError(400, str(error)) from None
         return image
 
-    async def _asked(self, image: Tensor, name: str) -> Tensor:
+    async def _asked(self, image: Tensor, name: str, meaning: Meaning) -> Tensor:
         """Wait for the scores of an image."""
         try:
             waiting: Future[Tensor] = self.batches.ask(image, name)
@@ -171,6 +206,10 @@ class _Pages:
             raise _RefusedError(404, str(error)) from None
         except BusyError as error:
             raise _RefusedError(503, str(error)) from None
+        if self.meanings.get(name) is not meaning:
+            waiting.cancel()
+            reason = f"Adapter {name!r} was exchanged while the image was on its way. Send it again."
+            raise _RefusedError(503, reason)
         try:
             return await asyncio.wait_for(asyncio.wrap_future(waiting), self.limits.answer_seconds)
         except TimeoutError:
@@ -189,7 +228,8 @@ class _Pages:
         try:
             name = self._allowed(request)
             try:
-                source = json.loads(await self._body(request))["source"]
+                with self.room.place() as place:
+                    source = json.loads((await self._body(request, place)).getvalue())["source"]
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise _RefusedError(400, 'The body is no JSON such as {"source": "runs/birds/1"}.') from None
             if not isinstance(source, str) or not name or not set(name) <= NAMES:
@@ -210,7 +250,7 @@ class _Pages:
     def _add(self, name: str, source: str) -> None:
         self.server.add(source, name)
         try:
-            self.meanings[name] = Meaning(name, self.server.notes(name), self.top)
+            self.meanings[name] = self._read(name)
         except BaseException:
             self.server.remove(name)
             raise
@@ -248,7 +288,7 @@ class _Pages:
 
     async def metrics(self, request: Request) -> Response:
         """Give figures in Prometheus' text format: GET /metrics."""
-        text = self.figures.text(self.batches.waiting, len(self.meanings))
+        text = self.figures.text(self.batches.waiting, len(self.meanings), self.room.held)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
 
@@ -271,7 +311,7 @@ def make_app(
         top: Number of likeliest classes in an answer.
 
     Raises:
-        ConfigError: If an adapter gives no scores for an image.
+        ConfigError: If an adapter gives no scores for an image, or its images do not fit into `Limits.held`.
     """
     pages = _Pages(server, batches, limits or Limits(), token, top)
 

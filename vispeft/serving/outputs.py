@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -46,6 +47,8 @@ class Meaning:
         self.reading = Reading.from_notes(notes)
         preprocessing = Preprocessing.from_dict(notes["preprocessing"])
         self.prepare, self.least = preprocessing.transform(), preprocessing.least
+        self.bytes = 3 * 4 * math.prod(preprocessing.size)
+        """Bytes of a prepared image: three channels of float32."""
 
     def reading_up_to(self, pixels: int) -> Reading:
         """Return how pixels become RGB, for images of at most so many pixels.

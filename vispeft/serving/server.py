@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vispeft.adapters.bank import AdapterBank
-from vispeft.errors import ConfigError, UnknownNameError
+from vispeft.errors import BaseMismatchError, ConfigError, UnknownNameError
 from vispeft.hosts.running import RunningHost
 from vispeft.serving.passes import Answering, Pair, Served
 
@@ -38,13 +38,13 @@ class Server:
         """Held while an adapter is added or removed."""
         self._compiled = threading.Lock()
         """Held during a pass of a compiled model, whose graphs follow the choice made last in any thread."""
-        self._closing = False
-        """Whether the last adapter is removed, behind which the model has no bank."""
+        self._closed = False
+        """Whether calls wait, while the model gets or loses its bank with its first or last adapter."""
         self._served: dict[str | None, Served] = {None: Served("probe")}
         self._uses: Counter[str | None] = Counter()
         self._bank = AdapterBank.of(model)
         for name in self._bank.names if self._bank is not None else ():
-            self._take(name)
+            self._take(self.bank, name)
         named = adapters.items() if isinstance(adapters, Mapping) else [(None, source) for source in adapters]
         for name, source in named:
             self.add(source, name)
@@ -113,21 +113,24 @@ class Server:
                         f"This server has an adapter {label!r} already (all: {', '.join(map(str, self.names))}). "
                         "Give another name, or remove it first."
                     )
-            with AdapterBank.opened(self.model) as bank:
+            quiet = self._without_calls() if self._bank is None else nullcontext()
+            # The file makes its adapter the model's choice for a moment, which a compiled pass would follow.
+            with quiet, AdapterBank.opened(self.model) as bank, self._alone(bank):
                 before = bank.chosen()
-                bank.load(place, label)
                 try:
-                    self._bank = bank
-                    self._take(label, head, taps)
-                    bank.choose_again(before)
+                    bank.load(place, label)
+                except BaseMismatchError as error:
+                    raise BaseMismatchError(f"{source} does not fit the backbone of this server. {error}") from error
+                bank.choose_again(before)
+                try:
+                    self._take(bank, label, head, taps)
                 except BaseException:
                     bank.detach(label)
                     raise
         return label
 
-    def _take(self, name: str, head: Head | None = None, taps: Sequence[int] = ()) -> None:
+    def _take(self, bank: AdapterBank, name: str, head: Head | None = None, taps: Sequence[int] = ()) -> None:
         """Let an attached adapter answer."""
-        bank = self.bank
         if bank.tasks(name):
             raise ConfigError(
                 f"Adapter {name!r} has tasks ({', '.join(bank.tasks(name))}), and a server gives one answer to an "
@@ -140,7 +143,7 @@ class Server:
             raise ConfigError(f"taps={list(taps)}: give numbers from 0 to {count - 1}, and a head that reads the maps.")
         served = Served.of(bank, name, head, taps)
         with self._lock:
-            self._served[name] = served
+            self._bank, self._served[name] = bank, served
 
     def remove(self, name: str) -> None:
         """Remove an adapter, after the calls that use it. Calls that begin meanwhile do not find it.
@@ -155,19 +158,29 @@ class Server:
             with self._lock:
                 self._found(name)
                 del self._served[name]
-                self._closing = len(self._served) == 1
-                while self._uses[name] or (self._closing and any(self._uses.values())):
+                last = len(self._served) == 1
+                while self._uses[name]:
                     self._lock.wait()
                 del self._uses[name]
-            try:
-                bank = self.bank
+            bank = self.bank
+            with self._without_calls() if last else nullcontext(), self._alone(bank):
                 bank.detach(name)
                 if not bank.names:
                     self._bank = None
-            finally:
-                with self._lock:
-                    self._closing = False
-                    self._lock.notify_all()
+
+    @contextmanager
+    def _without_calls(self) -> Iterator[None]:
+        """Wait for the calls that run, and let those that begin wait for the end of the block."""
+        try:
+            with self._lock:
+                self._closed = True
+                while any(self._uses.values()):
+                    self._lock.wait()
+            yield
+        finally:
+            with self._lock:
+                self._closed = False
+                self._lock.notify_all()
 
     def _found(self, name: str | None) -> Served:
         if name not in self._served:
@@ -176,7 +189,7 @@ class Server:
 
     @contextmanager
     def holding(self, names: Sequence[str | None]) -> Iterator[dict[str | None, Served]]:
-        """Keep adapters from being removed in a ``with`` block.
+        """Keep adapters from being removed in a ``with`` block, whose images `answer_held` answers.
 
         Args:
             names: The adapters; None for the base.
@@ -189,9 +202,10 @@ class Server:
         """
         wanted = list(dict.fromkeys(names))  # a Counter takes the values of a mapping for counts
         with self._lock:
-            while self._closing:
+            found = {name: self._found(name) for name in wanted}  # what is not there is not waited for
+            while self._closed:
                 self._lock.wait()
-            found = {name: self._found(name) for name in wanted}
+                found = {name: self._found(name) for name in wanted}
             self._uses.update(wanted)
         try:
             yield found
@@ -249,14 +263,28 @@ class Server:
     def _answers(self, images: Tensor, pairs: Sequence[Pair]) -> list[Tensor]:
         if not pairs:
             return []
-        with self.holding([name for _, name in pairs]) as served, torch.no_grad():
-            bank = self._bank
-            like = next(self.model.parameters())
-            images = images.to(like.device, like.dtype)
-            if bank is None:
-                return list(self.model(images)[[image for image, _ in pairs]].unbind())
-            with self._alone(bank):
-                return Answering(bank)(images, pairs, served)
+        with self.holding([name for _, name in pairs]) as served:
+            return self.answer_held(images, pairs, served)
+
+    @torch.no_grad()
+    def answer_held(self, images: Tensor, pairs: Sequence[Pair], served: Mapping[str | None, Served]) -> list[Tensor]:
+        """Answer images by adapters that the caller holds, also by those that are to be removed behind it.
+
+        Args:
+            images: (B, C, H, W), prepared as the adapters need it.
+            pairs: Images of the batch, by number, and the adapter that is to answer each.
+            served: What `holding` gave for these adapters.
+
+        Returns:
+            The answer to each pair.
+        """
+        bank = self._bank
+        like = next(self.model.parameters())
+        images = images.to(like.device, like.dtype)
+        if bank is None:  # no adapter comes before this call has ended
+            return list(self.model(images)[[image for image, _ in pairs]].unbind())
+        with self._alone(bank):
+            return Answering(bank)(images, pairs, served)
 
     def _alone(self, bank: AdapterBank) -> AbstractContextManager[Any]:
         return self._compiled if bank.is_compiled else nullcontext()

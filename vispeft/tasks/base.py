@@ -86,7 +86,7 @@ class AdapterTask(ChecksArguments, LogsTogether, ClipsGradients):
         decay_tables: bool = False,
         decay_vectors: bool = False,
         optimizer: str | dict[str, Any] = "AdamW",
-        head_start: Literal["probe"] | None = None,
+        head_start: str | None = None,
     ) -> None:
         """Create the backbone, attach the adapter and verify it.
 
@@ -114,7 +114,8 @@ class AdapterTask(ChecksArguments, LogsTogether, ClipsGradients):
             optimizer: A name of ``torch.optim``, ``timm.optim.NAME`` or ``schedulefree.NAME``; or ``class_path`` (the
                 name) with ``init_args``, such as ``momentum``. Learning rate and decay are `lr` and `weight_decay`.
             head_start: ``probe`` starts a linear head from a regularised linear model of the features that it sees
-                before the first step; see `vispeft.tasks.HeadStart`. None leaves it at random.
+                before the first step, and a file of class embeddings (``.safetensors``) from the text tower of a CLIP;
+                see `vispeft.tasks.HeadStart`. None leaves it at random.
 
         Raises:
             ConfigError: If a number is out of range, or the backbone is unknown.
@@ -131,7 +132,7 @@ class AdapterTask(ChecksArguments, LogsTogether, ClipsGradients):
         check_decay(type(self).__name__, schedule)
         self.optimizer = check_schedule_free(check_optimizer(optimizer, weight_decay), ema, final_lr)
         check_head_start(self, method, head_start)
-        self.head_start = None if head_start is None else HeadStart()
+        self.head_start = None if head_start is None else HeadStart(head_start)
         taken = sorted({"num_classes", "weights"} & set(backbone_args or {}))
         if taken:
             raise ConfigError(f"backbone_args has {', '.join(taken)}, which {type(self).__name__} takes by that name.")

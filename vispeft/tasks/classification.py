@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from vispeft.errors import ConfigError, DataError
+from vispeft.heads.zero_shot import ZeroShotHead
+from vispeft.methods.mmrl import MMRL, mmrl_head
 from vispeft.metrics import ClassScores, per_class
+from vispeft.storage.class_embeddings import ClassEmbeddings
 from vispeft.tasks.finite import finite_rows
 from vispeft.tasks.supervised import Batch, SupervisedTask
 from vispeft.viz import confusion_matrix, reliability_diagram
@@ -190,6 +193,40 @@ class Classification(SupervisedTask):
         """
         super().load_adapter(path)
         self.temperature = float((self.bank.notes().get("output") or {}).get("temperature", 1.0))
+
+    def classify_by(self, classes: ClassEmbeddings) -> None:
+        """Let class embeddings classify in place of the adapter's classifier, for measuring and predicting.
+
+        The scores are ``scale * cos(P f, t)`` of the adapter's features f; those of MMRL are scored by both of its
+        features where it was trained on all these classes, else by that of the class token.
+
+        Args:
+            classes: Embeddings of the classes, in the order of the outputs.
+
+        Raises:
+            ConfigError: If they are for other features than the adapter's classifier takes.
+        """
+        (name,), head = self.bank.active, self.bank.head()
+        method, given = self.bank.plan().method, classes.projection.shape[1]
+        if isinstance(method, MMRL) and method.joint is not None:
+            new: nn.Module = mmrl_head(classes, method.alpha, set(classes.class_names) <= set(self.class_names()))
+            given = cast(nn.Linear, new).in_features
+        else:
+            new = ZeroShotHead(classes)
+        width = getattr(head, "in_features", None)
+        if given != width:
+            raise ConfigError(
+                f"The class embeddings are for {given} features, and the classifier of {method.name} takes {width}. "
+                "Make them with the text tower of the same CLIP, and take an adapter whose classifier reads the pooled "
+                "features, such as LoRA."
+            )
+        self.bank.put_head(name, new.to(next(self.model.parameters()).device))
+        self.num_classes, self.temperature = len(classes.embeddings), 1.0
+        noted = self.bank.notes().get("output") or {}
+        self.bank.annotate(class_names=classes.class_names, output={**noted, **self.output()})
+        for split in ("train", "validation", "test"):
+            setattr(self, f"{split}_metrics", self.make_metrics(split))
+        self.test_confusion = MulticlassConfusionMatrix(self.num_classes)
 
     def summary(self, scores: Tensor, targets: Tensor, names: Sequence[str]) -> dict[str, Any]:
         """Accuracy of each class, None for one without images; calibration error before and after the temperature.

@@ -1,7 +1,8 @@
-"""The start of a linear head from a probe: a regularised linear model of features that are computed once.
+"""The start of a linear head: from a probe, a regularised linear model of features, or from class embeddings of a CLIP.
 
 Training from there keeps what the frozen features already tell, and a pass over few images does not have to find it
-again (linear probing, then fine-tuning: Kumar et al., arXiv 2202.10054).
+again (linear probing, then fine-tuning: Kumar et al., arXiv 2202.10054; from the zero-shot classifier: Wortsman et al.,
+arXiv 2109.01903).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from vispeft.data.base import ImageData, has_plain
 from vispeft.data.cache import changes_between_epochs
 from vispeft.data.splitting import cross_validation
 from vispeft.errors import ConfigError, DataError, TrainingError, counted
+from vispeft.storage.class_embeddings import ClassEmbeddings
 from vispeft.tasks.logs import RunLog
 from vispeft.tasks.probe import FITS, STRENGTHS, Affine, fit_path
 from vispeft.tasks.state import random_state, set_random_state
@@ -34,6 +36,8 @@ __all__ = ["HeadStart", "check_head_start", "is_start"]
 
 logger = logging.getLogger(__name__)
 
+PROBE = "probe"
+"""The setting that starts the head from a probe; any other one is a file of class embeddings."""
 FOLDS = 5
 """Parts of the training images that choose a strength where validation must not choose."""
 ROWS = 20_000
@@ -55,8 +59,13 @@ def check_head_start(task: Any, method: Method, head_start: str | None) -> None:
     if head_start is None:
         return
     name = f"{getattr(task, '__name__', type(task).__name__)}(head_start={head_start!r})"
-    if head_start != "probe":
-        raise ConfigError(f"{name}: choose 'probe', or None for a head that starts at random.")
+    if head_start != PROBE and not str(head_start).endswith(".safetensors"):
+        raise ConfigError(
+            f"{name}: choose 'probe', or a file of class embeddings (.safetensors), or None for a head that starts at "
+            "random."
+        )
+    if head_start != PROBE and not (task.classifies and getattr(task, "target", None) == "class"):
+        raise ConfigError(f"{name}: class embeddings start the classifier of the task Classification alone.")
     if getattr(task, "probe_kind", None) not in FITS:
         raise ConfigError(
             f"{name}: a probe fits a linear classifier or regression, and this task has another head (its "
@@ -105,10 +114,18 @@ class HeadStart(Callback):
     A new adapter is set to the identity first, where its form has one, so that the features are those of the frozen
     backbone. Where it has none, as prompts, the probe of the frozen features is measured as well: `frozen_is_better`
     tells whether a training has ended below it.
+
+    From class embeddings the head is ``scale / n * T P`` (`ClassEmbeddings.linear_weight`), where n is the mean norm of
+    the training images' features in the joint space, and has no bias; nothing is fitted.
     """
 
-    def __init__(self) -> None:
-        """Begin with a head that was not fitted."""
+    def __init__(self, source: str = PROBE) -> None:
+        """Begin with a head that was not fitted.
+
+        Args:
+            source: ``probe``, or a file of class embeddings, which is read when a training begins.
+        """
+        self.source = source
         self.due = False
         """Whether the head is to be fitted before the next step."""
         self.done = False
@@ -132,23 +149,45 @@ class HeadStart(Callback):
             ConfigError: If the classifier is not a linear layer.
             DataError: If training images cannot be had without augmentation.
         """
-        head = task.probe_layer()
+        head, what = task.probe_layer(), f"head_start is {self.source!r}"
         if not isinstance(head, nn.Linear | nn.Conv2d):
             raise ConfigError(
-                f"head_start is 'probe', and the classifier is a {type(head).__name__}, which no linear model can "
-                "start. Leave head_start out, or give the adapter a linear one: model.reset_classifier(num_classes)."
+                f"{what}, and the classifier is a {type(head).__name__}, which no linear model can start. Leave "
+                "head_start out, or give the adapter a linear one: model.reset_classifier(num_classes)."
             )
         if not isinstance(data, ImageData):
             raise DataError(
-                f"head_start is 'probe', and {type(data).__name__} is no data module of vispeft, so its training "
-                "images cannot be had without augmentation. Leave head_start out, or derive it from ImageData."
+                f"{what}, and {type(data).__name__} is no data module of vispeft, so its training images cannot be had "
+                "without augmentation. Leave head_start out, or derive it from ImageData."
             )
+        if self.source != PROBE:
+            self.embeddings(task, data, cast(nn.Linear, head).in_features)
         split: Any = data.split("train")
         if not has_plain(split) and changes_between_epochs(split):
             raise DataError(
-                f"head_start is 'probe', and {type(split).__name__} does not say how its training images are without "
-                "augmentation. Leave head_start out, or give it a method plain; see BatchSplit."
+                f"{what}, and {type(split).__name__} does not say how its training images are without augmentation. "
+                "Leave head_start out, or give it a method plain; see BatchSplit."
             )
+
+    def embeddings(self, task: Any, data: Any, width: int) -> ClassEmbeddings:
+        """Read the embeddings of the data's classes, in their order.
+
+        Args:
+            task: The task.
+            data: Its data module.
+            width: Number of features that the classifier takes.
+
+        Raises:
+            FileError: If the file cannot be read.
+            ConfigError: If a class has no embedding, or they are for other features.
+        """
+        found = ClassEmbeddings.load(self.source)
+        if found.projection.shape[1] != width:
+            raise ConfigError(
+                f"head_start is {self.source!r}, whose class embeddings are for {found.projection.shape[1]} features, "
+                f"and the classifier takes {width}. Make them with the text tower of the same CLIP."
+            )
+        return found.ordered(task.output_names(data))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look whether the head is trained or loaded already, before methods begin."""
@@ -161,15 +200,19 @@ class HeadStart(Callback):
             return
         random, began = random_state(), time.perf_counter()
         try:
-            self.record = _start(cast(Any, pl_module), trainer, fresh=not self.anew)
+            self.record = self._begin(cast(Any, pl_module), trainer)
         finally:
             set_random_state(random)  # the steps draw the same numbers as without it
         self.due, self.done = False, True
-        strength, seconds = self.record["strength"], time.perf_counter() - began
-        logger.info(
-            "The probe took %.1f s; its strength %g is the best on %s", seconds, strength, self.record["chosen_on"]
-        )
+        logger.info("The start of the head took %.1f s", time.perf_counter() - began)
         self.measuring = True
+
+    def _begin(self, task: Any, trainer: Trainer) -> dict[str, Any]:
+        """Start the head, and describe the start."""
+        if self.source == PROBE:
+            return _start(task, trainer, fresh=not self.anew)
+        data, head = cast(Any, trainer).datamodule, task.probe_layer()
+        return _start_from_classes(task, trainer, self.embeddings(task, data, head.in_features))
 
     def measure(self, task: Any, trainer: Trainer) -> None:
         """Validate the task before its first step, if its head was fitted now; the curves then have an epoch 0.
@@ -205,7 +248,7 @@ class HeadStart(Callback):
             if name.startswith("validation/")
         }
         monitor = cast(Any, pl_module).monitor
-        logger.info("epoch 0  %s %.4f  (the probe, before the first step)", monitor, figures.get(monitor, math.nan))
+        logger.info("epoch 0  %s %.4f  (before the first step)", monitor, figures.get(monitor, math.nan))
 
     def frozen_is_better(self, score: float, mode: str) -> bool:
         """Return whether the probe of the frozen features alone is better on validation than an epoch.
@@ -249,9 +292,8 @@ def _start(task: Any, trainer: Trainer, fresh: bool) -> dict[str, Any]:
         kept = {name: _features(task, head, trainer, loader, advance) for name, loader in loaders.items()}
         strength, model, _ = _best(task, kept, head.bias is not None, advance)
     task.start_from_probe(model, kept["train"].features)
-    if trainer.world_size > 1:
-        for parameter in head.parameters():
-            parameter.copy_(trainer.strategy.broadcast(parameter.data))
+    _share(head, trainer)
+    logger.info("The probe's strength %g is the best one", strength)
     return {
         "strength": strength,
         "chosen_on": "validation" if chooses else f"{FOLDS} folds of the training images",
@@ -279,6 +321,25 @@ def _best(task: Any, kept: dict[str, Kept], bias: bool, advance: Advance) -> tup
         judged = _judge_by_folds(task, kept["train"], bias, advance)
     best = max(range(len(path)), key=lambda index: judged[index])
     return *path[best], judged[best]
+
+@torch.no_grad()
+def _start_from_classes(task: Any, trainer: Trainer, classes: ClassEmbeddings) -> dict[str, Any]:
+    """Copy the linear classifier nearest to class embeddings into the head, and describe it."""
+    head, loader = task.probe_layer(), _loader(trainer, "train")
+    logger.info("Start from class embeddings: features of %d train images", len(loader.sampler))
+    with _shown(trainer, "Start from class embeddings", len(loader)) as advance:
+        features = _features(task, head, trainer, loader, advance).features
+    weight = classes.linear_weight(features)
+    task.start_from_probe(Affine(weight, torch.zeros(len(weight))), features)
+    _share(head, trainer)
+    return {"class_embeddings": classes.source, "scale": classes.scale, "images": {"train": len(loader.sampler)}}
+
+
+def _share(head: nn.Module, trainer: Trainer) -> None:
+    """Give all processes the head of the first one."""
+    if trainer.world_size > 1:
+        for parameter in head.parameters():
+            parameter.copy_(trainer.strategy.broadcast(parameter.data))
 
 
 def _loader(trainer: Trainer, name: str) -> Any:
@@ -331,7 +392,7 @@ def _features(task: Any, head: nn.Module, trainer: Trainer, loader: Any, advance
     broken = (~features.isfinite().all(1)).nonzero().flatten().tolist()
     if broken:
         raise TrainingError(
-            f"head_start is 'probe', and {counted(len(broken), 'row')} of {len(features)} rows of features are not "
+            f"head_start is set, and {counted(len(broken), 'row')} of {len(features)} rows of features are not "
             f"finite, the first one is row {broken[0]}. Look at the images (vispeft doctor), or leave head_start "
             "out."
         )
