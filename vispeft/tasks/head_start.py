@@ -322,6 +322,7 @@ def _best(task: Any, kept: dict[str, Kept], bias: bool, advance: Advance) -> tup
     best = max(range(len(path)), key=lambda index: judged[index])
     return *path[best], judged[best]
 
+
 @torch.no_grad()
 def _start_from_classes(task: Any, trainer: Trainer, classes: ClassEmbeddings) -> dict[str, Any]:
     """Copy the linear classifier nearest to class embeddings into the head, and describe it."""
