@@ -65,18 +65,36 @@ class _Compiled:
         self.block, self.graph, self.routing = block, graph, routing
 
     def __call__(self, x: Tensor, *args: Any, **arguments: Any) -> Any:
-        block, routing = self.block, self.routing
+        block = self.block
         # Graphs follow the choice made last in any thread, and hooks that come after them are not seen.
-        if routing.present() is not routing.traced or block._forward_hooks or block._forward_pre_hooks:
+        if not self._is_chosen() or block._forward_hooks or block._forward_pre_hooks:
             return block._call_impl(x, *args, **arguments)
         if not x.requires_grad and torch.is_grad_enabled() and _trains(block):
             # The first block that trains would need a graph of its own, for an input without a gradient.
             x = x.detach().requires_grad_()
         if torch._C._current_graph_task_id() == -1:
-            return self.graph(block, x, *args, **arguments)
+            return self._run(x, *args, **arguments)
         # Inside a backward pass: the second forward pass of a checkpoint, whose batch was seen in the first one.
         with _running_restored(block):
-            return self.graph(block, x, *args, **arguments)
+            return self._run(x, *args, **arguments)
+
+    def _is_chosen(self) -> bool:
+        """Return whether graphs follow the choice of the calling thread."""
+        return self.routing.present() is self.routing.traced
+
+    def _run(self, x: Tensor, *args: Any, **arguments: Any) -> Any:
+        """Run the graph, or the block as it is where that fails."""
+        block, graph, failure = self.block, self.graph, None
+        if not graph.failed:
+            with self.routing.gate.graphs:  # the choice of another thread waits until the graph has run
+                if self._is_chosen():
+                    try:
+                        return graph.run(block, x, *args, **arguments)
+                    except _errors() as error:  # before the block has run
+                        failure = error.with_traceback(None)
+        if failure is not None:
+            graph.warn(failure, base_class(block).__name__)
+        return block._call_impl(x, *args, **arguments)
 
 
 @contextmanager
@@ -96,7 +114,7 @@ def _trains(block: nn.Module) -> bool:
 
 
 class _Graph:
-    """The compiled call of one kind of block, with graphs of its own. What cannot be compiled runs as it is."""
+    """The compiled call of one kind of block, with graphs of its own."""
 
     def __init__(self, number: int, options: dict[str, Any]) -> None:
         def run(block: nn.Module, x: Tensor, *args: Any, **arguments: Any) -> Any:
@@ -107,15 +125,7 @@ class _Graph:
         self.run = torch.compile(run, fullgraph=True, dynamic=False, **options)
         self.failed = self.warned = False
 
-    def __call__(self, block: nn.Module, x: Tensor, *args: Any, **arguments: Any) -> Any:
-        if not self.failed:
-            try:
-                return self.run(block, x, *args, **arguments)
-            except _errors() as error:  # before the block has run
-                self._warn(error, base_class(block).__name__)
-        return block._call_impl(x, *args, **arguments)
-
-    def _warn(self, error: Exception, name: str) -> None:
+    def warn(self, error: Exception, name: str) -> None:
         """Say once why a block runs as it is."""
         full = isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit)
         self.failed = self.failed or not full

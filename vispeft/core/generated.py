@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from vispeft.core.tracing import in_graph
+
 __all__ = ["FrozenCasts", "Generated", "MakesTensors", "steps_taken"]
 
 T = TypeVar("T")
@@ -180,7 +182,7 @@ def steps_taken() -> int:
 
 def _stamp(sources: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
     """Return the state of the sources; None where the cache must not be used."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if in_graph() or torch.jit.is_tracing():
         return None
     records = torch.is_grad_enabled()
     for source in sources:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from vispeft.core.gate import plain_class, waits_for_changes
 from vispeft.core.route import NOTHING, Acting, Routing, keeps_route
@@ -63,7 +63,7 @@ class Host(nn.Module):
     def acting(self) -> Acting:
         """The units that act here under the route of the calling thread."""
         routing = self.routing
-        if is_compiling():
+        if is_dynamo_compiling():
             told = self.acts_compiled
             return routing.traced.hosts.get(self.slot, NOTHING) if told is None else told
         # As `Routing.present`, without the call.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vispeft.core.generated import FrozenCasts
 from vispeft.core.origin import SharedOrigin, note_of, note_origin
+from vispeft.core.tracing import in_graph
 
 __all__ = [
     "cast_to",
@@ -103,7 +104,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 def leaves_a_graph() -> bool:
     """Return whether operations are recorded or transformed, so that plain ones are needed."""
     transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    return torch.compiler.is_compiling() or torch._C._is_tracing() or transformed
+    return in_graph() or torch._C._is_tracing() or transformed
 
 
 def computes_again(x: Tensor) -> bool:

@@ -10,10 +10,10 @@ from typing import Any, ClassVar, cast
 from timm.layers import to_2tuple
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 from vispeft.core.gate import PASSES, Gate
 from vispeft.core.route import Route, Routing
+from vispeft.core.tracing import in_graph
 from vispeft.core.units import Unit
 from vispeft.errors import BackboneError, ConfigError
 from vispeft.hosts.base import Host
@@ -172,7 +172,7 @@ class ModelHost(Host):
             x: Its tokens.
             **arguments: Its further arguments.
         """
-        if is_compiling():  # a graph is compiled for one route
+        if in_graph():  # a graph is compiled for one route
             return checkpoint(block, x, **arguments)
         return checkpoint(block, x, context_fn=lambda: recompute_contexts(self.routing), **arguments)
 

@@ -1,0 +1,87 @@
+"""Calls of compiled blocks that have to run as they are: other threads, hooks, transforms, and calls that fail."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vispeft
+from tests.core.test_compiling import IMAGES, Counter, base
+from vispeft.adapters.bank import AdapterBank
+
+
+@pytest.fixture
+def counter() -> Counter:
+    torch._dynamo.reset()
+    return Counter()
+
+
+def of_two() -> tuple[Any, AdapterBank, dict[str, Tensor]]:
+    """Make a model with two adapters, and the output of each."""
+    model = base(2).eval()
+    bank = vispeft.attach(model, vispeft.LoRA(rank=2), name="one", verify=False)
+    vispeft.attach(model, vispeft.LoRA(rank=2), name="two", verify=False)
+    outputs = {}
+    for name in ("one", "two"):
+        for tensor in bank.named_tensors(name).values():
+            nn.init.normal_(tensor, std=0.1)
+        with bank.using(name), torch.no_grad():
+            outputs[name] = model(IMAGES)
+    return model, bank, outputs
+
+
+def test_a_choice_of_another_thread_waits_for_a_graph_that_is_about_to_run(counter: Counter) -> None:
+    model, bank, outputs = of_two()
+    bank.compile(backend=counter)
+    graph = model.blocks[1]._compiled_call_impl.graph
+    run, left = graph.run, threading.Event()
+
+    def choose() -> None:
+        with bank.using("two"):
+            left.wait(10)
+
+    other = threading.Thread(target=choose)
+
+    def beside(*args: Any) -> Any:
+        if other.ident is None:
+            other.start()
+            other.join(0.1)
+        return run(*args)
+
+    graph.run = beside
+    with bank.using("one"), torch.no_grad():
+        found = model(IMAGES)
+    left.set()
+    other.join()
+    assert torch.allclose(found, outputs["one"], atol=1e-6)
+
+
+def test_a_thread_keeps_its_choice_while_another_one_compiles() -> None:
+    model, bank, _ = of_two()
+    entered, compiles, asked, active = threading.Event(), threading.Event(), threading.Event(), []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        compiles.set()
+        asked.wait(10)
+        return graph.forward
+
+    def choose() -> None:
+        with bank.using("two"):
+            entered.set()
+            compiles.wait(10)
+            active.extend(bank.active)
+            asked.set()
+
+    torch._dynamo.reset()
+    bank.compile(backend=backend)
+    other = threading.Thread(target=choose)
+    other.start()
+    entered.wait(10)
+    with bank.using("one"), torch.no_grad():
+        model(IMAGES)
+    other.join()
+    assert active == ["two"]
