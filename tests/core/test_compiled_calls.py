@@ -85,3 +85,36 @@ def test_a_thread_keeps_its_choice_while_another_one_compiles() -> None:
         model(IMAGES)
     other.join()
     assert active == ["two"]
+
+
+def seen_by(model: Any, register: Any) -> int:
+    """Count the calls of a hook in one step."""
+    seen: list[None] = []
+    handle = register(lambda *_: seen.append(None))
+    model(IMAGES).sum().backward()
+    handle.remove()
+    return len(seen)
+
+
+def test_hooks_that_come_after_the_graphs_are_called(counter: Counter, caplog: pytest.LogCaptureFixture) -> None:
+    model = base(3)
+    bank = vispeft.attach(model, vispeft.LoRA(rank=2), verify=False)
+    model.train()
+    every = nn.modules.module.register_module_forward_hook
+    wanted = seen_by(model, every)
+    bank.compile(backend=counter)
+    model(IMAGES)
+    made, (first, second, third) = counter.graphs, model.blocks
+    assert seen_by(model, every) == wanted
+    assert seen_by(model, second.register_full_backward_hook) == 1
+    assert seen_by(model, second.register_full_backward_pre_hook) == 1
+    assert seen_by(model, second.register_forward_pre_hook) == 1
+    assert counter.graphs == made
+    assert seen_by(model, second.attn.register_forward_hook) == 1
+    assert counter.graphs == made + 1
+    assert "as it is" not in caplog.text
+    assert seen_by(model, second.attn.register_full_backward_hook) == 1
+    assert "as it is" in caplog.text
+    assert [block._compiled_call_impl.failed for block in model.blocks] == [False, True, False]
+    assert not first._compiled_call_impl.graph.failed
+    assert third._compiled_call_impl.graph is first._compiled_call_impl.graph

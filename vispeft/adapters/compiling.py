@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.nn.modules import module as _modules
 
 from vispeft.adapters.holder import BankState
 from vispeft.core.families import base_class
@@ -58,16 +59,26 @@ def _finds(variable: str, *names: str) -> bool:
     return any(shutil.which(name) for name in (os.environ.get(variable), *names) if name)
 
 
+def _prepare_compiler() -> None:
+    """Set what PyTorch keeps for the process: room for graphs, and that hooks of later are noticed."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, GRAPHS)
+    if hasattr(config, "skip_nnmodule_hook_guards"):
+        config.skip_nnmodule_hook_guards = False
+
+
 class _Compiled:
     """What a call of a compiled block runs."""
 
     def __init__(self, block: nn.Module, graph: _Graph, routing: Routing) -> None:
         self.block, self.graph, self.routing = block, graph, routing
+        self.failed = False
+        """Whether this block runs as it is, since hooks inside of it keep it from being compiled."""
 
     def __call__(self, x: Tensor, *args: Any, **arguments: Any) -> Any:
         block = self.block
-        # Graphs follow the choice made last in any thread, and hooks that come after them are not seen.
-        if not self._is_chosen() or block._forward_hooks or block._forward_pre_hooks:
+        # Graphs follow the choice made last in any thread, and those of blocks hold no hooks.
+        if not self._is_chosen() or _is_hooked(block) or _every_module_is_hooked():
             return block._call_impl(x, *args, **arguments)
         if not x.requires_grad and torch.is_grad_enabled() and _trains(block):
             # The first block that trains would need a graph of its own, for an input without a gradient.
@@ -85,7 +96,7 @@ class _Compiled:
     def _run(self, x: Tensor, *args: Any, **arguments: Any) -> Any:
         """Run the graph, or the block as it is where that fails."""
         block, graph, failure = self.block, self.graph, None
-        if not graph.failed:
+        if not (self.failed or graph.failed):
             with self.routing.gate.graphs:  # the choice of another thread waits until the graph has run
                 if self._is_chosen():
                     try:
@@ -93,7 +104,8 @@ class _Compiled:
                     except _errors() as error:  # before the block has run
                         failure = error.with_traceback(None)
         if failure is not None:
-            graph.warn(failure, base_class(block).__name__)
+            self.failed = any(_is_hooked(module) for module in block.modules())
+            graph.warn(failure, base_class(block).__name__, self.failed)
         return block._call_impl(x, *args, **arguments)
 
 
@@ -113,6 +125,18 @@ def _trains(block: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in block.parameters())
 
 
+def _is_hooked(module: nn.Module) -> bool:
+    """Return whether a call of a module calls hooks of its own."""
+    forward, backward = module._forward_hooks or module._forward_pre_hooks, module._backward_hooks
+    return bool(forward or backward or module._backward_pre_hooks)
+
+
+def _every_module_is_hooked() -> bool:
+    """Return whether there are hooks of all modules, such as those of a counter of operations."""
+    forward = _modules._global_forward_hooks or _modules._global_forward_pre_hooks
+    return bool(forward or _modules._global_backward_hooks or _modules._global_backward_pre_hooks)
+
+
 class _Graph:
     """The compiled call of one kind of block, with graphs of its own."""
 
@@ -125,10 +149,16 @@ class _Graph:
         self.run = torch.compile(run, fullgraph=True, dynamic=False, **options)
         self.failed = self.warned = False
 
-    def warn(self, error: Exception, name: str) -> None:
-        """Say once why a block runs as it is."""
+    def warn(self, error: Exception, name: str, hooked: bool) -> None:
+        """Say once why a block runs as it is.
+
+        Args:
+            error: The error of its compilation.
+            name: Its class.
+            hooked: Whether it has hooks inside, which equal blocks need not have.
+        """
         full = isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit)
-        self.failed = self.failed or not full
+        self.failed = self.failed or not (full or hooked)
         if full and not self.warned:
             told = "A %s was compiled for %d sizes and adapters already; with further ones it runs as it is."
             logger.warning(told, name, torch._dynamo.config.recompile_limit)
@@ -197,7 +227,7 @@ class CompilingBank(BankState):
         reason = None if mode == "off" else cannot_compile(device, options.get("backend", "inductor"))
         self._compiled, self._options = ("off" if reason else mode), options
         if self._compiled != "off":
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+            _prepare_compiler()
         self._remove_compiled()
         self._set_compiled()
         self._place_compiled()
