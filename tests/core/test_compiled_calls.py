@@ -118,3 +118,14 @@ def test_hooks_that_come_after_the_graphs_are_called(counter: Counter, caplog: p
     assert [block._compiled_call_impl.failed for block in model.blocks] == [False, True, False]
     assert not first._compiled_call_impl.graph.failed
     assert third._compiled_call_impl.graph is first._compiled_call_impl.graph
+
+
+def test_a_call_that_is_wrong_in_itself_ends_no_compilation(counter: Counter, caplog: pytest.LogCaptureFixture) -> None:
+    model, bank, outputs = of_two()
+    bank.compile(backend=counter)
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="must match"):
+            model(IMAGES, attn_mask=torch.zeros(3, 3))
+        assert torch.allclose(model(IMAGES), outputs["two"], atol=1e-6)
+    assert counter.graphs == 1
+    assert "as it is" not in caplog.text

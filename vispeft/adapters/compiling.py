@@ -103,10 +103,11 @@ class _Compiled:
                         return graph.run(block, x, *args, **arguments)
                     except _errors() as error:  # before the block has run
                         failure = error.with_traceback(None)
-        if failure is not None:
+        out = block._call_impl(x, *args, **arguments)
+        if failure is not None:  # and the call itself was a good one
             self.failed = any(_is_hooked(module) for module in block.modules())
             graph.warn(failure, base_class(block).__name__, self.failed)
-        return block._call_impl(x, *args, **arguments)
+        return out
 
 
 @contextmanager
