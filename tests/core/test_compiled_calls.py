@@ -129,3 +129,25 @@ def test_a_call_that_is_wrong_in_itself_ends_no_compilation(counter: Counter, ca
         assert torch.allclose(model(IMAGES), outputs["two"], atol=1e-6)
     assert counter.graphs == 1
     assert "as it is" not in caplog.text
+
+
+@pytest.mark.parametrize("transform", ["vmap", "jvp"])
+def test_transforms_of_functions_take_compiled_blocks_as_they_are(counter: Counter, transform: str) -> None:
+    model, bank, _ = of_two()
+    for block in model.blocks:
+        block.attn.fused_attn = False  # PyTorch cannot transform it
+    tensors = {name: tensor.detach() for name, tensor in bank.trainable_parameters()}
+
+    def loss(own: dict[str, Tensor], image: Tensor) -> Tensor:
+        found: Tensor = torch.func.functional_call(model, own, (image[None],))
+        return found.square().sum()
+
+    def transformed() -> list[Tensor]:
+        if transform == "vmap":
+            return list(torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(tensors, IMAGES).values())
+        return list(torch.func.jvp(lambda own: loss(own, IMAGES[0]), (tensors,), (tensors,)))
+
+    wanted = transformed()
+    bank.compile(backend=counter)
+    torch.testing.assert_close(transformed(), wanted)
+    assert counter.graphs == 0

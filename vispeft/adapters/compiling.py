@@ -22,6 +22,7 @@ from vispeft.core.units import Unit
 from vispeft.errors import ConfigError, UnknownNameError, brief
 from vispeft.hosts.base import COMPILED, Host, ensure_host, host_class, host_kind, take_off
 from vispeft.hosts.depth import DropPathHost
+from vispeft.hosts.functional import leaves_a_graph
 
 __all__ = ["COMPILE", "Compile", "CompilingBank", "cannot_compile"]
 
@@ -77,8 +78,8 @@ class _Compiled:
 
     def __call__(self, x: Tensor, *args: Any, **arguments: Any) -> Any:
         block = self.block
-        # Graphs follow the choice made last in any thread, and those of blocks hold no hooks.
-        if not self._is_chosen() or _is_hooked(block) or _every_module_is_hooked():
+        # Graphs follow the choice made last in any thread; those of blocks hold no hooks and cannot be transformed.
+        if not self._is_chosen() or leaves_a_graph() or _is_hooked(block) or _every_module_is_hooked():
             return block._call_impl(x, *args, **arguments)
         if not x.requires_grad and torch.is_grad_enabled() and _trains(block):
             # The first block that trains would need a graph of its own, for an input without a gradient.
