@@ -193,6 +193,10 @@ class CompilingBank(BankState):
         self._paths: list[nn.Module] = []
         self._evened: list[nn.Module] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle as the bank of a model that is not compiled."""
+        return {**self.__dict__, "_compiled": "off", "_options": {}}
+
     @property
     def is_compiled(self) -> bool:
         """Whether the model, or its blocks, run compiled."""
