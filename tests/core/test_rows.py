@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import Counter
 from functools import partial
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import vispeft
 from tests.conformance.cells import move
+from vispeft.adapters import routes
 from vispeft.errors import ConfigError, UnknownNameError
 
 ROWS = ["a", "b", None, "a"]
@@ -191,6 +193,21 @@ def test_rows_follow_new_classifiers_and_removed_adapters() -> None:
         bank.using(rows=ROWS)
     with torch.no_grad(), bank.using(rows=["a", None, None, "a"]):
         assert model(images()).shape == (4, 9)
+
+
+def test_of_many_choices_those_that_were_used_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "KEPT", 3)
+    model = vit()
+    bank = adapted(model)
+    vispeft.attach(model, vispeft.LoRA(rank=2), name="c", verify=False)
+    for names in itertools.permutations("abc"):
+        bank.set_active(names)
+    assert len(bank._routes) == 3
+    sets = [["a", "b"], ["a", "c"], ["b", "c"], ["a", "b"], ["a", None], ["b", None]]
+    for rows in sets:
+        with bank.using(rows=rows):
+            assert bank._routing.present().rows.names == tuple(rows)
+    assert [names for names, _ in bank._row_routes._shared] == [("a", "b"), ("a", None), ("b", None)]
 
 
 def test_threads_take_rows_of_their_own() -> None:
