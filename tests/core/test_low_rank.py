@@ -313,3 +313,21 @@ def test_dropout_at_a_convolution_is_refused_but_in_files() -> None:
     with bank.adding(method, "of_a_file", None, None):
         pass
     assert bank.names == ["default", "of_a_file"]
+
+
+@pytest.mark.parametrize("method", [vispeft.LoRA(rank=2), vispeft.LoRA(rank=2, dropout=0.3), vispeft.SSF()], ids=repr)
+def test_autocast_leaves_a_float64_model_alone(method: vispeft.Method) -> None:
+    cell = Cell("lora", "vit")
+    model, images = cell.model().double(), cell.images().double()
+    bank = vispeft.attach(model, method, verify=False)
+    move(bank, "default")
+    model.train()
+    tensors = [parameter for _, parameter in bank.trainable_parameters()]
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = model(images)
+        found.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(found[1], found[0])

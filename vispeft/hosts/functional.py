@@ -35,10 +35,12 @@ def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
         weight: The layer's weight.
 
     Returns:
-        Autocast's dtype if autocast is on, else the weight's: adapters follow the base, never the other way round.
+        Autocast's dtype if autocast is on, which leaves float64 alone, else the weight's: adapters follow the base,
+        never the other way round.
     """
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    casts = torch.is_autocast_enabled(kind) and weight.dtype is not torch.float64
+    return torch.get_autocast_dtype(kind) if casts else weight.dtype
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
