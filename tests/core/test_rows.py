@@ -67,6 +67,9 @@ def test_scores_of_classifiers_of_several_widths_are_filled_with_minus_infinity(
     with torch.no_grad(), bank.using(rows=ROWS):
         assert model.num_classes == 7
         found = model(images())
+        features = model.forward_features(images())
+        assert torch.equal(model.forward_head(features, False), found)
+        assert model.forward_head(features, True).shape == (4, 24)
     assert found.shape == (4, 7)
     for row, scores in zip(found, wanted, strict=True):
         torch.testing.assert_close(row[: len(scores)], scores, rtol=0, atol=1e-6)

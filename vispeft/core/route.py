@@ -383,7 +383,8 @@ def keeps_route(method: F) -> F:
                 return run(self, images, *more, **named)
 
         others = {name: value for name, value in kwargs.items() if value is not batch}
-        scores = method.__name__ in _SCORES and not others.get("pre_logits", bool(args))
+        before_head = method.__name__ == "forward_head" and others.get("pre_logits", any(args[:1]))
+        scores = method.__name__ in _SCORES and not before_head
         return in_parts(part, rows, batch, args, others, scores)
 
     @functools.wraps(method)
