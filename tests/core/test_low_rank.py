@@ -315,7 +315,9 @@ def test_dropout_at_a_convolution_is_refused_but_in_files() -> None:
     assert bank.names == ["default", "of_a_file"]
 
 
-@pytest.mark.parametrize("method", [vispeft.LoRA(rank=2), vispeft.LoRA(rank=2, dropout=0.3), vispeft.SSF()], ids=repr)
+@pytest.mark.parametrize(
+    "method", [vispeft.LoRA(rank=2), vispeft.LoRA(rank=2, dropout=0.3), vispeft.SSF()], ids=["lora", "dropout", "ssf"]
+)
 def test_autocast_leaves_a_float64_model_alone(method: vispeft.Method) -> None:
     cell = Cell("lora", "vit")
     model, images = cell.model().double(), cell.images().double()

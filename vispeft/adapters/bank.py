@@ -31,7 +31,7 @@ from vispeft.core.method import Method, is_registered
 from vispeft.core.plan import make_plan
 from vispeft.core.route import Route
 from vispeft.errors import ConfigError, MergeError
-from vispeft.hosts.base import Host, ensure_host, take_off
+from vispeft.hosts.base import Host, check_plain, ensure_host, take_off
 from vispeft.hosts.model import BANK, ModelHost, recompute_contexts
 
 __all__ = ["AdapterBank"]
@@ -166,6 +166,9 @@ class AdapterBank(PortBank, StackBank, TaskBank, HookBank, CompilingBank, Mergin
 
     def _open(self) -> None:
         """Freeze the base, and turn the model and its classifier into hosts, where that is not done yet."""
+        for path, module in self._model.named_modules():
+            if path != self.view.head_path:
+                check_plain(module, repr(path))
         if isinstance(self._model, ModelHost):
             return
         self._requires_grad = {name: p.requires_grad for name, p in self._model.named_parameters()}

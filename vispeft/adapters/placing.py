@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vispeft.adapters.entry import Entry, Placed
-from vispeft.core.families import base_class
+from vispeft.core.families import base_class, frozen_tensor
 from vispeft.core.method import PlanItem
 from vispeft.core.route import Routing
 from vispeft.core.sites import View
@@ -51,7 +51,7 @@ def build_units(
         unit = item.build()
         if item.lender is not None:
             unit.borrow({**(present or {}), **units}[item.lender])
-        weight = model.get_submodule(item.site.path)._parameters.get("weight")
+        weight = frozen_tensor(model.get_submodule(item.site.path), "weight")
         if weight is not None:
             rows = item.site.rows
             unit.prepare(weight.detach() if rows is None else weight.detach()[rows.start : rows.stop])

@@ -375,7 +375,7 @@ class NormHost(_Foldable):
         if not notes or acting is not NOTHING or self.replaces.forward not in _LAYER_NORMS or self.fast():
             return out
         compute = partial(_norm_again, *cast(Any, (self.normalized_shape, self.eps)))
-        return note_origin(out, Origin(compute, 3), (x, self._parameters["weight"], self._parameters["bias"]))
+        return note_origin(out, Origin(compute, 3), (x, self.own("weight", acting), self.own("bias", acting)))
 
     def fast(self) -> bool:
         """Return whether timm computes the norm in another way, with less precision."""
