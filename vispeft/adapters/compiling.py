@@ -164,7 +164,7 @@ class _Graph:
         if full and not self.warned:
             told = "A %s was compiled for %d sizes and adapters already; with further ones it runs as it is."
             logger.warning(told, name, torch._dynamo.config.recompile_limit)
-        elif not full:
+        elif not (full or (hooked and self.warned)):
             logger.warning("A %s cannot be compiled and runs as it is: %s", name, brief(error))
         self.warned = True
 
