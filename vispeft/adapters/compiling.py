@@ -96,7 +96,8 @@ class _Compiled:
 
     def _run(self, x: Tensor, *args: Any, **arguments: Any) -> Any:
         """Run the graph, or the block as it is where that fails."""
-        block, graph, failure = self.block, self.graph, None
+        block, graph = self.block, self.graph
+        failure: Exception | None = None
         if not (self.failed or graph.failed):
             with self.routing.gate.graphs:  # the choice of another thread waits until the graph has run
                 if self._is_chosen():
