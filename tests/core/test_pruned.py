@@ -91,7 +91,12 @@ def test_a_parametrised_layer_is_refused(layer: Callable[[Any], nn.Module]) -> N
         vispeft.attach(model, vispeft.LoRA(rank=2))
     parametrize.remove_parametrizations(layer(model), "weight")
     assert [type(module) for module in model.modules()] == classes
-    adapted(model, METHODS["lora"])
-    parametrize.register_parametrization(layer(model), "weight", nn.Identity())
-    with pytest.raises(SiteError, match="parametrises the weight"):
+    bank = adapted(model, METHODS["lora"])
+    parametrizations.weight_norm(bank.head())
+    vispeft.attach(model, METHODS["ssf"], name="other", verify=False)  # a classifier may be of that kind
+    bank.set_active("default")
+    with pytest.raises(SiteError, match=r"parametrises the (weight|tensors) of the place of an adapter"):
+        parametrize.register_parametrization(
+            layer(model), "weight", nn.Identity()
+        )  # refused here if a unit computes it
         model(CELL.images())

@@ -18,7 +18,7 @@ from vispeft.adapters.entry import Entry
 from vispeft.adapters.heads import own_head
 from vispeft.adapters.hooks import HookBank
 from vispeft.adapters.merge import Merged, MergeReport, merge_model, undo_merge
-from vispeft.adapters.placing import build_units, place_units
+from vispeft.adapters.placing import build_units, check_base, place_units
 from vispeft.adapters.porting import PortBank
 from vispeft.adapters.routes import make_route, make_shared_route, recent
 from vispeft.adapters.row_routes import RowRoutes, check_rows
@@ -31,7 +31,7 @@ from vispeft.core.method import Method, is_registered
 from vispeft.core.plan import make_plan
 from vispeft.core.route import Route
 from vispeft.errors import ConfigError, MergeError
-from vispeft.hosts.base import Host, check_plain, ensure_host, take_off
+from vispeft.hosts.base import Host, ensure_host, take_off
 from vispeft.hosts.model import BANK, ModelHost, recompute_contexts
 
 __all__ = ["AdapterBank"]
@@ -166,9 +166,7 @@ class AdapterBank(PortBank, StackBank, TaskBank, HookBank, CompilingBank, Mergin
 
     def _open(self) -> None:
         """Freeze the base, and turn the model and its classifier into hosts, where that is not done yet."""
-        for path, module in self._model.named_modules():
-            if path != self.view.head_path:
-                check_plain(module, repr(path))
+        check_base(self._model, self.view.head_path)
         if isinstance(self._model, ModelHost):
             return
         self._requires_grad = {name: p.requires_grad for name, p in self._model.named_parameters()}

@@ -15,13 +15,29 @@ from vispeft.core.route import Routing
 from vispeft.core.sites import View
 from vispeft.core.units import DeltaUnit, DepthUnit, Unit
 from vispeft.errors import ConfigError
-from vispeft.hosts.base import Host, ensure_host
+from vispeft.hosts.base import Host, check_plain, ensure_host
 from vispeft.hosts.choose import carrying_host, host_for, owner_host
 from vispeft.hosts.depth import DropPathHost, depth_rates
 from vispeft.hosts.layers import ConvHost
+from vispeft.hosts.model import HEADS, UNITS
 from vispeft.storage.codecs import find_codec
 
-__all__ = ["build_units", "place_items", "place_units"]
+__all__ = ["build_units", "check_base", "place_items", "place_units"]
+
+
+def check_base(model: nn.Module, head_path: str) -> None:
+    """Refuse a backbone of which PyTorch parametrises tensors; units and classifiers may be of that kind.
+
+    Args:
+        model: The timm model, with adapters or without.
+        head_path: The path of its classifier.
+
+    Raises:
+        SiteError: If it is one.
+    """
+    for path, module in model.named_modules():
+        if path != head_path and not {UNITS, HEADS}.intersection(path.split(".")):
+            check_plain(module, repr(path))
 
 
 @torch.no_grad()

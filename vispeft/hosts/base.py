@@ -185,7 +185,7 @@ def check_plain(module: nn.Module, place: str) -> None:
         SiteError: If it is one.
     """
     if "parametrizations" in module._modules:
-        tensors = ", ".join(cast(nn.ModuleDict, module._modules["parametrizations"]))
+        tensors = ", ".join(cast(nn.ModuleDict, module._modules["parametrizations"])) or "tensors"
         raise SiteError(
             f"PyTorch parametrises the {tensors} of {place}, and vispeft adapts layers that hold their tensors. Call "
             "torch.nn.utils.parametrize.remove_parametrizations on it first."
