@@ -80,6 +80,8 @@ def test_one_graph_serves_all_blocks_and_equal_adapters(counter: Counter) -> Non
     copied = copy.deepcopy(model)
     assert torch.allclose(copied(IMAGES), model(IMAGES), atol=1e-6)
     assert all(block._compiled_call_impl is None for block in copied.blocks)
+    assert bank.is_compiled
+    assert not vispeft.AdapterBank.of(copied).is_compiled
     bank.detach("one")
     bank.detach("two")
     assert [type(module) for module in model.modules()] == keys

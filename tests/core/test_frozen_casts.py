@@ -89,6 +89,21 @@ def test_a_changed_matrix_is_cast_again(change: str, images: Tensor) -> None:
         assert torch.autograd.grad(found.float().sum(), layer.weight)[0].any()
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_what_a_fused_optimiser_has_trained_meanwhile_is_cast_again(name: str, images: Tensor) -> None:
+    """Such an optimiser does not count its changes; schedules over layers freeze tensors again behind it."""
+    model, _ = adapted()
+    run(model, images)
+    tensor = getattr(model.blocks[1].mlp.fc1, name).requires_grad_()
+    optimizer = torch.optim.AdamW([tensor], lr=0.5, fused=True)
+    version = tensor._version
+    run(model, images).float().square().sum().backward()
+    optimizer.step()
+    tensor.requires_grad_(False)
+    assert tensor._version == version
+    assert torch.equal(run(model, images), run(copy.deepcopy(model), images))
+
+
 def test_they_are_dropped_and_in_no_copy(images: Tensor) -> None:
     model, bank = adapted()
     casts = model.routing.casts

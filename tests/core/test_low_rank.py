@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -298,3 +299,37 @@ def test_dropout_leaves_the_start_of_pissa_alone() -> None:
     without = layer.weight - bank.plan().method.scale * unit.B0 @ unit.A0
     assert torch.equal(drawn[0], drawn[1])
     assert torch.allclose(drawn[0], x @ without.t() + layer.bias, rtol=1e-10, atol=1e-12)
+
+
+def test_dropout_at_a_convolution_is_refused_but_in_files() -> None:
+    """Its terms are added to its weight; until it was refused, the dropout did nothing."""
+    method = vispeft.LoRA(rank=2, dropout=0.1, roles=("patch_embed", "attn.qkv"))
+    model = Cell("lora", "vit").model()
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(ConfigError, match=r"dropout=0.1 .* 'patch_embed.proj' .* Conv2d"):
+        vispeft.attach(model, method)
+    assert [type(module) for module in model.modules()] == classes
+    bank = vispeft.attach(model, dataclasses.replace(method, dropout=0.0), verify=False)
+    with bank.adding(method, "of_a_file", None, None):
+        pass
+    assert bank.names == ["default", "of_a_file"]
+
+
+@pytest.mark.parametrize(
+    "method", [vispeft.LoRA(rank=2), vispeft.LoRA(rank=2, dropout=0.3), vispeft.SSF()], ids=["lora", "dropout", "ssf"]
+)
+def test_autocast_leaves_a_float64_model_alone(method: vispeft.Method) -> None:
+    cell = Cell("lora", "vit")
+    model, images = cell.model().double(), cell.images().double()
+    bank = vispeft.attach(model, method, verify=False)
+    move(bank, "default")
+    model.train()
+    tensors = [parameter for _, parameter in bank.trainable_parameters()]
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = model(images)
+        found.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(found[1], found[0])

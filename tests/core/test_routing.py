@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import set_reentrant_ckpt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -98,6 +99,18 @@ def test_a_checkpoint_of_ones_own_takes_the_route_along() -> None:
     loss.backward(retain_graph=True)
     found = gradients(bank)["seg"]
     assert all(torch.allclose(found[key], wanted[key], rtol=1e-6, atol=1e-12) for key in wanted)
+
+
+def test_checkpointing_is_of_the_kind_that_keeps_routes_whatever_timm_is_told() -> None:
+    model, bank, images = adapted()
+    bank.set_active("seg")
+    model.set_grad_checkpointing(True)
+    set_reentrant_ckpt(True)
+    try:
+        model(images).square().sum().backward()
+    finally:
+        set_reentrant_ckpt(False)
+    assert set(gradients(bank)["seg"]) == set(bank.named_tensors("seg"))
 
 
 @pytest.mark.parametrize("backbone", ["vit", "swin"])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import vispeft
 from tests.conformance.cells import move
-from vispeft.adapters import row_routes
+from vispeft.adapters import routes
 from vispeft.errors import ConfigError, UnknownNameError
 
 ROWS = ["a", "b", None, "a"]
@@ -67,6 +67,9 @@ def test_scores_of_classifiers_of_several_widths_are_filled_with_minus_infinity(
     with torch.no_grad(), bank.using(rows=ROWS):
         assert model.num_classes == 7
         found = model(images())
+        features = model.forward_features(images())
+        assert torch.equal(model.forward_head(features, False), found)
+        assert model.forward_head(features, True).shape == (4, 24)
     assert found.shape == (4, 7)
     for row, scores in zip(found, wanted, strict=True):
         torch.testing.assert_close(row[: len(scores)], scores, rtol=0, atol=1e-6)
@@ -195,20 +198,19 @@ def test_rows_follow_new_classifiers_and_removed_adapters() -> None:
         assert model(images()).shape == (4, 9)
 
 
-def test_routes_of_a_few_sets_of_adapters_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_routes, "KEPT", 3)
+def test_of_many_choices_those_that_were_used_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "KEPT", 3)
     model = vit()
     bank = adapted(model)
-    vispeft.attach(model.eval(), vispeft.LoRA(rank=1), name="c", verify=False)
-    wanted = {name: alone(model, bank, [name] * 4, images()) for name in ("a", "b", "c", None)}
-    sets = [own for count in (1, 2, 3, 4) for own in itertools.combinations(wanted, count)]
-    for own in [*sets, *sets[:4]]:
-        rows = [own[place % len(own)] for place in range(4)]
-        with torch.no_grad(), bank.using(rows=rows):
-            found = model(images())
-        for place, name in enumerate(rows):
-            torch.testing.assert_close(found[place], wanted[name][place], rtol=0, atol=1e-6)
-        assert len(bank._row_routes._shared) <= 3
+    vispeft.attach(model, vispeft.LoRA(rank=2), name="c", verify=False)
+    for names in itertools.permutations("abc"):
+        bank.set_active(names)
+    assert len(bank._routes) == 3
+    sets = [["a", "b"], ["a", "c"], ["b", "c"], ["a", "b"], ["a", None], ["b", None]]
+    for rows in sets:
+        with bank.using(rows=rows):
+            assert bank._routing.present().rows.names == tuple(rows)
+    assert [names for names, _ in bank._row_routes._shared] == [("a", "b"), ("a", None), ("b", None)]
 
 
 def test_threads_take_rows_of_their_own() -> None:

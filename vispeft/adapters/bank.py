@@ -18,9 +18,9 @@ from vispeft.adapters.entry import Entry
 from vispeft.adapters.heads import own_head
 from vispeft.adapters.hooks import HookBank
 from vispeft.adapters.merge import Merged, MergeReport, merge_model, undo_merge
-from vispeft.adapters.placing import build_units, place_units
+from vispeft.adapters.placing import build_units, check_base, place_units
 from vispeft.adapters.porting import PortBank
-from vispeft.adapters.routes import make_route, make_shared_route
+from vispeft.adapters.routes import make_route, make_shared_route, recent
 from vispeft.adapters.row_routes import RowRoutes, check_rows
 from vispeft.adapters.stacking import StackBank
 from vispeft.adapters.task_bank import TaskBank
@@ -166,6 +166,7 @@ class AdapterBank(PortBank, StackBank, TaskBank, HookBank, CompilingBank, Mergin
 
     def _open(self) -> None:
         """Freeze the base, and turn the model and its classifier into hosts, where that is not done yet."""
+        check_base(self._model, self.view.head_path)
         if isinstance(self._model, ModelHost):
             return
         self._requires_grad = {name: p.requires_grad for name, p in self._model.named_parameters()}
@@ -420,9 +421,7 @@ class AdapterBank(PortBank, StackBank, TaskBank, HookBank, CompilingBank, Mergin
             check_merging({name: self._entries[name] for name in names if name in self._entries})
         if any(weight != 1 for weight in weights):
             return make_route(self._entries, self._heads, slot, names, task, weights)
-        if (names, task) not in self._routes:
-            self._routes[names, task] = make_route(self._entries, self._heads, slot, names, task)
-        return self._routes[names, task]
+        return recent(self._routes, (names, task), lambda: make_route(self._entries, self._heads, slot, names, task))
 
     def _rows_route(self, names: tuple[str | None, ...], task: str | None) -> Route:
         """Make the route of a batch whose images take different adapters."""
@@ -445,10 +444,11 @@ class AdapterBank(PortBank, StackBank, TaskBank, HookBank, CompilingBank, Mergin
     def _shared_route(self, names: tuple[str, ...], tasks: tuple[str, ...]) -> Route:
         """Return the cached route of one pass for several tasks."""
         self._check_unmerged("use other adapters")  # another thread may have merged it since
-        if (names, tasks) not in self._routes:
-            made = make_shared_route(self._entries, [self.route(names, task) for task in tasks])
-            self._routes[names, tasks] = made
-        return self._routes[names, tasks]
+
+        def make() -> Route:
+            return make_shared_route(self._entries, [self.route(names, task) for task in tasks])
+
+        return recent(self._routes, (names, tasks), make)
 
     # ------------------------------------------------------------------ classifiers
 

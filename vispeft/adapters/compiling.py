@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.nn.modules import module as _modules
 
 from vispeft.adapters.holder import BankState
 from vispeft.core.families import base_class
@@ -21,6 +22,7 @@ from vispeft.core.units import Unit
 from vispeft.errors import ConfigError, UnknownNameError, brief
 from vispeft.hosts.base import COMPILED, Host, ensure_host, host_class, host_kind, take_off
 from vispeft.hosts.depth import DropPathHost
+from vispeft.hosts.functional import leaves_a_graph
 
 __all__ = ["COMPILE", "Compile", "CompilingBank", "cannot_compile"]
 
@@ -58,25 +60,56 @@ def _finds(variable: str, *names: str) -> bool:
     return any(shutil.which(name) for name in (os.environ.get(variable), *names) if name)
 
 
+def _prepare_compiler() -> None:
+    """Set what PyTorch keeps for the process: room for graphs, and that hooks of later are noticed."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, GRAPHS)
+    if hasattr(config, "skip_nnmodule_hook_guards"):
+        config.skip_nnmodule_hook_guards = False
+
+
 class _Compiled:
     """What a call of a compiled block runs."""
 
     def __init__(self, block: nn.Module, graph: _Graph, routing: Routing) -> None:
         self.block, self.graph, self.routing = block, graph, routing
+        self.failed = False
+        """Whether this block runs as it is, since hooks inside of it keep it from being compiled."""
 
     def __call__(self, x: Tensor, *args: Any, **arguments: Any) -> Any:
-        block, routing = self.block, self.routing
-        # Graphs follow the choice made last in any thread, and hooks that come after them are not seen.
-        if routing.present() is not routing.traced or block._forward_hooks or block._forward_pre_hooks:
+        block = self.block
+        # Graphs follow the choice made last in any thread; those of blocks hold no hooks and cannot be transformed.
+        if not self._is_chosen() or leaves_a_graph() or _is_hooked(block) or _every_module_is_hooked():
             return block._call_impl(x, *args, **arguments)
         if not x.requires_grad and torch.is_grad_enabled() and _trains(block):
             # The first block that trains would need a graph of its own, for an input without a gradient.
             x = x.detach().requires_grad_()
         if torch._C._current_graph_task_id() == -1:
-            return self.graph(block, x, *args, **arguments)
+            return self._run(x, *args, **arguments)
         # Inside a backward pass: the second forward pass of a checkpoint, whose batch was seen in the first one.
         with _running_restored(block):
-            return self.graph(block, x, *args, **arguments)
+            return self._run(x, *args, **arguments)
+
+    def _is_chosen(self) -> bool:
+        """Return whether graphs follow the choice of the calling thread."""
+        return self.routing.present() is self.routing.traced
+
+    def _run(self, x: Tensor, *args: Any, **arguments: Any) -> Any:
+        """Run the graph, or the block as it is where that fails."""
+        block, graph = self.block, self.graph
+        failure: Exception | None = None
+        if not (self.failed or graph.failed):
+            with self.routing.gate.graphs:  # the choice of another thread waits until the graph has run
+                if self._is_chosen():
+                    try:
+                        return graph.run(block, x, *args, **arguments)
+                    except _errors() as error:  # before the block has run
+                        failure = error.with_traceback(None)
+        out = block._call_impl(x, *args, **arguments)
+        if failure is not None:  # and the call itself was a good one
+            self.failed = any(_is_hooked(module) for module in block.modules())
+            graph.warn(failure, base_class(block).__name__, self.failed)
+        return out
 
 
 @contextmanager
@@ -95,8 +128,20 @@ def _trains(block: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in block.parameters())
 
 
+def _is_hooked(module: nn.Module) -> bool:
+    """Return whether a call of a module calls hooks of its own."""
+    forward, backward = module._forward_hooks or module._forward_pre_hooks, module._backward_hooks
+    return bool(forward or backward or module._backward_pre_hooks)
+
+
+def _every_module_is_hooked() -> bool:
+    """Return whether there are hooks of all modules, such as those of a counter of operations."""
+    forward = _modules._global_forward_hooks or _modules._global_forward_pre_hooks
+    return bool(forward or _modules._global_backward_hooks or _modules._global_backward_pre_hooks)
+
+
 class _Graph:
-    """The compiled call of one kind of block, with graphs of its own. What cannot be compiled runs as it is."""
+    """The compiled call of one kind of block, with graphs of its own."""
 
     def __init__(self, number: int, options: dict[str, Any]) -> None:
         def run(block: nn.Module, x: Tensor, *args: Any, **arguments: Any) -> Any:
@@ -107,22 +152,20 @@ class _Graph:
         self.run = torch.compile(run, fullgraph=True, dynamic=False, **options)
         self.failed = self.warned = False
 
-    def __call__(self, block: nn.Module, x: Tensor, *args: Any, **arguments: Any) -> Any:
-        if not self.failed:
-            try:
-                return self.run(block, x, *args, **arguments)
-            except _errors() as error:  # before the block has run
-                self._warn(error, base_class(block).__name__)
-        return block._call_impl(x, *args, **arguments)
+    def warn(self, error: Exception, name: str, hooked: bool) -> None:
+        """Say once why a block runs as it is.
 
-    def _warn(self, error: Exception, name: str) -> None:
-        """Say once why a block runs as it is."""
+        Args:
+            error: The error of its compilation.
+            name: Its class.
+            hooked: Whether it has hooks inside, which equal blocks need not have.
+        """
         full = isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit)
-        self.failed = self.failed or not full
+        self.failed = self.failed or not (full or hooked)
         if full and not self.warned:
             told = "A %s was compiled for %d sizes and adapters already; with further ones it runs as it is."
             logger.warning(told, name, torch._dynamo.config.recompile_limit)
-        elif not full:
+        elif not (full or (hooked and self.warned)):
             logger.warning("A %s cannot be compiled and runs as it is: %s", name, brief(error))
         self.warned = True
 
@@ -150,6 +193,10 @@ class CompilingBank(BankState):
         self._options: dict[str, Any] = {}
         self._paths: list[nn.Module] = []
         self._evened: list[nn.Module] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle as the bank of a model that is not compiled."""
+        return {**self.__dict__, "_compiled": "off", "_options": {}}
 
     @property
     def is_compiled(self) -> bool:
@@ -187,7 +234,7 @@ class CompilingBank(BankState):
         reason = None if mode == "off" else cannot_compile(device, options.get("backend", "inductor"))
         self._compiled, self._options = ("off" if reason else mode), options
         if self._compiled != "off":
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+            _prepare_compiler()
         self._remove_compiled()
         self._set_compiled()
         self._place_compiled()

@@ -134,7 +134,7 @@ def plan_merge(model: nn.Module, view: View, partial: bool) -> tuple[Plain, dict
     hosts = [(path, module) for path, module in model.named_modules() if isinstance(module, Host) and module.acts()]
     norms = {site.path: site for site in view.sites if site.rows is None and site.kind == "norm"}
     for path, host in hosts:
-        reason = host.no_plain_form() or _lost_shift(host, norms.get(path))
+        reason = host.no_plain_form() or _set_by_others(host) or _lost_shift(host, norms.get(path))
         try:
             plain = {} if reason else host.plain_tensors()
         except NotImplementedError as error:
@@ -182,6 +182,14 @@ def _read_by(hosts: list[tuple[str, Host]], stays: dict[str, str]) -> dict[str, 
         for path, host in hosts
         if isinstance(host, ReadLinearHost) and path not in stays and path.rpartition(".")[0] in stays
     }
+
+
+def _set_by_others(host: Host) -> str | None:
+    """Return why a merged tensor would be overwritten; None if it would not."""
+    names = [name for name in ("weight", "bias") if isinstance(host.__dict__.get(name), Tensor)]
+    if not names:
+        return None
+    return f"PyTorch sets its {names[0]} on every call; call torch.nn.utils.prune.remove (or remove_weight_norm) first"
 
 
 def _lost_shift(host: Host, site: Site | None) -> str | None:

@@ -9,16 +9,35 @@ import torch
 from torch import nn
 
 from vispeft.adapters.entry import Entry, Placed
+from vispeft.core.families import base_class, frozen_tensor
 from vispeft.core.method import PlanItem
 from vispeft.core.route import Routing
 from vispeft.core.sites import View
-from vispeft.core.units import DepthUnit, Unit
-from vispeft.hosts.base import Host, ensure_host
+from vispeft.core.units import DeltaUnit, DepthUnit, Unit
+from vispeft.errors import ConfigError
+from vispeft.hosts.base import Host, check_plain, ensure_host
 from vispeft.hosts.choose import carrying_host, host_for, owner_host
 from vispeft.hosts.depth import DropPathHost, depth_rates
+from vispeft.hosts.layers import ConvHost
+from vispeft.hosts.model import HEADS, UNITS
 from vispeft.storage.codecs import find_codec
 
-__all__ = ["build_units", "place_items", "place_units"]
+__all__ = ["build_units", "check_base", "place_items", "place_units"]
+
+
+def check_base(model: nn.Module, head_path: str) -> None:
+    """Refuse a backbone of which PyTorch parametrises tensors; units and classifiers may be of that kind.
+
+    Args:
+        model: The timm model, with adapters or without.
+        head_path: The path of its classifier.
+
+    Raises:
+        SiteError: If it is one.
+    """
+    for path, module in model.named_modules():
+        if path != head_path and not {UNITS, HEADS}.intersection(path.split(".")):
+            check_plain(module, repr(path))
 
 
 @torch.no_grad()
@@ -35,6 +54,9 @@ def build_units(
 
     Returns:
         Units by key.
+
+    Raises:
+        ConfigError: If a term with dropout is to act at a convolution.
     """
     reference = next(model.parameters())
     # Adapters of a half-precision base stay in float32, or their small updates would be rounded away.
@@ -45,11 +67,12 @@ def build_units(
         unit = item.build()
         if item.lender is not None:
             unit.borrow({**(present or {}), **units}[item.lender])
-        weight = model.get_submodule(item.site.path)._parameters.get("weight")
+        weight = frozen_tensor(model.get_submodule(item.site.path), "weight")
         if weight is not None:
             rows = item.site.rows
             unit.prepare(weight.detach() if rows is None else weight.detach()[rows.start : rows.stop])
         if generator is not None:
+            _check_dropout(item, model, unit)
             unit.reset(generator)
             for name, value in ({} if item.start is None else item.start()).items():
                 unit.get_parameter(name).copy_(value)
@@ -57,6 +80,19 @@ def build_units(
             find_codec(codec)  # fail now rather than on saving, after training
         units[item.key] = unit.to(device=reference.device, dtype=dtype).train(model.training)
     return units
+
+
+def _check_dropout(item: PlanItem, model: nn.Module, unit: Unit) -> None:
+    """Refuse dropout of a new term at a convolution. Those of files may have it: it does nothing in prediction."""
+    if not isinstance(unit, DeltaUnit) or not unit.dropout.share:
+        return
+    module = model.get_submodule(item.site.path)
+    if host_for(item.site, module, unit)[0] is ConvHost:
+        raise ConfigError(
+            f"dropout={unit.dropout.share:g} was asked for, and {item.site.path!r} ({item.site.role}) is a "
+            f"{base_class(module).__name__}: terms are added to the weight of a convolution, where there is no input "
+            "to drop from. Set dropout=0, or leave this role out and attach it as an adapter of its own."
+        )
 
 
 def place_units(entry: Entry, name: str, model: nn.Module, view: View, routing: Routing) -> None:

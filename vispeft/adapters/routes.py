@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -15,8 +15,11 @@ from vispeft.core.weighted import weighted
 from vispeft.errors import ConfigError, SiteError, UnknownNameError
 from vispeft.hosts.task_slices import sliced, unsliceable
 
-__all__ = ["make_route", "make_shared_route"]
+__all__ = ["make_route", "make_shared_route", "recent"]
 
+K = TypeVar("K")
+KEPT = 128
+"""Number of routes of one kind that are kept; of 24 adapters there are 735471 sets of eight alone."""
 Entries = Mapping[str, Entry]
 
 
@@ -98,6 +101,23 @@ def make_shared_route(entries: Entries, routes: Sequence[Route]) -> Route:
             )
         shared[slot] = sliced(actings)
     return Route(names, None, shared, routes[0].head, routes[0].owner)
+
+
+def recent(held: dict[K, Route], key: K, make: Callable[[], Route]) -> Route:
+    """Return the route that is held for a key, or make it. The `KEPT` ones that were used last are held.
+
+    Args:
+        held: Routes by key, the one used last at the end; changed in place, by several threads without a lock.
+        key: The key.
+        make: Makes the route.
+    """
+    found = held.pop(key, None)
+    found = make() if found is None else found
+    held[key] = found
+    if len(held) > KEPT:
+        for oldest in list(held)[:-KEPT]:
+            held.pop(oldest, None)
+    return found
 
 
 def _check_names(entries: Entries, names: tuple[str, ...]) -> None:

@@ -10,15 +10,13 @@ from torch import Tensor, nn
 
 from vispeft.adapters.entry import Entry
 from vispeft.adapters.heads import HeadRack
+from vispeft.adapters.routes import recent
 from vispeft.core.route import NOTHING, Acting, Route, Routing
 from vispeft.core.rows import Names, rows_of, widened
 from vispeft.errors import ConfigError, UnknownNameError
 from vispeft.hosts.row_units import by_rows, unroutable
 
-__all__ = ["KEPT", "RowRoutes", "check_rows"]
-
-KEPT = 64
-"""Most sets of adapters whose routes are kept: a server meets as many sets as its batches have, without end."""
+__all__ = ["RowRoutes", "check_rows"]
 
 Find = Callable[[tuple[str, ...], str | None], Route]
 
@@ -124,21 +122,20 @@ class RowRoutes:
         return not alone[key]
 
     def _of(self, members: Names, task: str | None, own: Callable[[str | None], Route]) -> Route:
-        """Return the kept route of a set of adapters, without rows."""
-        key, shared = (members, task), self._shared
-        if key in shared:
-            return shared[key]
-        if len(shared) >= KEPT:
-            shared = self._shared = {}
+        """Return the route of a set of adapters, without rows."""
+        if len(members) == 1:
+            return own(members[0])
+        return recent(self._shared, (members, task), lambda: self._joined(members, task, own))
+
+    def _joined(self, members: Names, task: str | None, own: Callable[[str | None], Route]) -> Route:
+        """Make the route of several adapters, without rows."""
         routes = [own(name) for name in members]
-        if len(routes) == 1:
-            return shared.setdefault(key, routes[0])
         hosts: dict[int, Acting] = {}
         for slot in dict.fromkeys(slot for route in routes for slot in route.hosts):
             hosts[slot] = by_rows([route.hosts.get(slot, NOTHING) for route in routes], self.routing)
         refusal = next((route.refusal for route in routes if route.refusal), None)
         acting = tuple(name for name in members if name is not None)
-        return shared.setdefault(key, Route(acting, task, hosts, self._head(members, own), None, refusal))
+        return Route(acting, task, hosts, self._head(members, own), None, refusal)
 
     def _head(self, members: Names, own: Callable[[str | None], Route]) -> nn.Module | None:
         base = self.heads.base

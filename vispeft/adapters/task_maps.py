@@ -7,10 +7,10 @@ from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 from vispeft.core.families import describe, is_feature_getter, unwrap
 from vispeft.core.fields import check_task_names
+from vispeft.core.tracing import in_graph
 from vispeft.errors import BackboneError, ConfigError, UnknownNameError
 from vispeft.hosts.model import BANK
 
@@ -66,7 +66,7 @@ def forward_tasks(
     inner: Any = unwrap(model)
     if is_feature_getter(model) or not hasattr(inner, "forward_intermediates"):
         raise BackboneError("A features_only model already returns maps. Pass the whole model (num_classes=0).")
-    gate = None if is_compiling() else getattr(inner, "gate", None)
+    gate = None if in_graph() else getattr(inner, "gate", None)
     with nullcontext() if gate is None else gate.beside():  # so that all passes are of one state of the model
         return _maps(inner, images, tasks, taps, batched, norm)
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from vispeft.core.families import frozen_tensor
 from vispeft.core.sites import Site, View
 from vispeft.hosts.running import Rung
 
@@ -83,9 +84,9 @@ class _Walk:
 
     def tensor(self, site: Site, name: str) -> Tensor | None:
         """Return a tensor of the base without adapters: for a slice its rows, and a bias also from the site's owner."""
-        held = self.model.get_submodule(site.path)._parameters.get(name)
+        held = frozen_tensor(self.model.get_submodule(site.path), name)
         if held is None and name == "bias" and site.owner is not None:
-            return self._float(self.model.get_submodule(site.owner)._parameters.get(f"{site.part}_bias"))
+            return self._float(frozen_tensor(self.model.get_submodule(site.owner), f"{site.part}_bias"))
         value = self._float(held)
         return value if value is None or site.rows is None else value[site.rows.start : site.rows.stop]
 

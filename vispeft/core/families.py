@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from vispeft.core.providers import fill
 from vispeft.core.sites import View
@@ -19,6 +19,7 @@ __all__ = [
     "check_class",
     "describe",
     "family_of",
+    "frozen_tensor",
     "parameter_sizes",
     "register_family",
     "supported_names",
@@ -52,6 +53,17 @@ _FAMILIES: list[Family] = []
 def base_class(module: nn.Module) -> type[nn.Module]:
     """Return the class of a module before vispeft adapted it."""
     return getattr(type(module), "replaces", type(module))
+
+
+def frozen_tensor(module: nn.Module, name: str) -> Tensor | None:
+    """Return a tensor of the base without units: a parameter, or what PyTorch's pruning leaves of one.
+
+    Args:
+        module: The module, with adapters or without.
+        name: The name of the tensor.
+    """
+    held = module._parameters if name in module._parameters else module.__dict__
+    return cast("Tensor | None", held.get(name))
 
 
 def register_family(family: Family) -> None:

@@ -17,8 +17,8 @@ from types import FrameType
 from typing import Any, TypeVar, cast
 
 from torch import nn
-from torch.compiler import is_compiling
 
+from vispeft.core.tracing import in_graph
 from vispeft.errors import ConfigError
 
 __all__ = ["PASSES", "Gate", "plain_class", "waits_for_changes"]
@@ -48,6 +48,8 @@ class Gate:
         self._changing: int | None = None
         self._ending = False
         """Whether the change waits for forward passes of the model that began while it was a plain one."""
+        self.graphs = threading.RLock()
+        """Held while a compiled graph runs, and while the adapters of the graphs are exchanged."""
         self._model: Callable[[], nn.Module | None] = lambda: None
         """Returns the model that is changed, or was changed last."""
 
@@ -174,7 +176,7 @@ def waits_for_changes(method: F) -> F:
 
     @functools.wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_compiling():
+        if in_graph():
             return method(self, *args, **kwargs)
         gate: Gate | None = getattr(self, "gate", None)
         if gate is not None:

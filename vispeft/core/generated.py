@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from vispeft.core.tracing import in_graph
+
 __all__ = ["FrozenCasts", "Generated", "MakesTensors", "steps_taken"]
 
 T = TypeVar("T")
@@ -78,8 +80,9 @@ class FrozenCasts:
 
     Casts are kept for training alone, that is while gradients are recorded: their bytes (half of the float32 tensors)
     are those that a training step holds anyway, until its backward pass. An entry is valid for one state of its tensor
-    (storage, version counter, strides); see `Generated` for changes that PyTorch does not count. It keeps the storage
-    alive, so that no new tensor can reuse its address. Copies and pickles are empty.
+    (storage, version counter, strides), and until a pass in which the tensor trains; see `Generated` for changes that
+    PyTorch does not count. It keeps the storage alive, so that no new tensor can reuse its address. Copies and pickles
+    are empty.
     """
 
     def __init__(self) -> None:
@@ -120,6 +123,7 @@ class FrozenCasts:
         if weight.dtype in (dtype, torch.float64) or not torch.is_grad_enabled():
             return weight, bias
         if not (_is_frozen(weight) and (bias is None or _is_frozen(bias))):
+            self._held.pop(id(weight), None)  # a fused optimiser will change it without counting that
             return weight, bias
         made = weight.to(dtype), None if bias is None else bias.to(dtype)
         # A graph that is captured has not computed them yet.
@@ -180,7 +184,7 @@ def steps_taken() -> int:
 
 def _stamp(sources: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
     """Return the state of the sources; None where the cache must not be used."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if in_graph() or torch.jit.is_tracing():
         return None
     records = torch.is_grad_enabled()
     for source in sources:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from vispeft.core.gate import Gate
 from vispeft.core.generated import FrozenCasts
@@ -26,6 +26,7 @@ from vispeft.core.recovery import Recoveries
 from vispeft.core.rows import Rows, check_batch, in_parts
 from vispeft.core.streams import Stream
 from vispeft.core.token_merging import TokenMerging
+from vispeft.core.tracing import in_graph
 from vispeft.core.units import (
     AffineUnit,
     BranchUnit,
@@ -242,7 +243,7 @@ class Routing:
         A compiled graph cannot ask which thread runs it: it is compiled for the route chosen last, in any thread,
         and recompiled for another one.
         """
-        if is_compiling():
+        if is_dynamo_compiling():
             return self.traced
         return self._thread.route or self.default
 
@@ -270,15 +271,16 @@ class Routing:
         self.trace(route)
 
     def trace(self, route: Route) -> None:
-        """Let compiled graphs use a route.
+        """Let compiled graphs use a route, once no graph of another thread runs.
 
         Args:
             route: The route.
         """
-        self.traced = route
-        self.traced_index = None if route.rows is None else route.rows.index
-        for host in self.compiled:
-            host.acts_compiled = route.hosts.get(host.slot, NOTHING)
+        with self.gate.graphs:
+            self.traced = route
+            self.traced_index = None if route.rows is None else route.rows.index
+            for host in self.compiled:
+                host.acts_compiled = route.hosts.get(host.slot, NOTHING)
 
     @property
     def is_overridden(self) -> bool:
@@ -317,9 +319,10 @@ class Routing:
         thread = self._thread
         entered = _Entered(route, thread.route, block)
         thread.entered.append(entered)
-        self._entered.append(entered)
         thread.route = route
-        self.trace(route)
+        with self.gate.graphs:
+            self._entered.append(entered)
+            self.trace(route)
 
     def _leave(self, block: _Block) -> None:
         """Leave a block of the calling thread; compiled graphs follow the last one that is still open.
@@ -335,12 +338,13 @@ class Routing:
                 "choice. Enter and leave it around the call of the model."
             )
         left = thread.entered.pop(places[-1])
-        self._entered.remove(left)
         if places[-1] < len(thread.entered):  # a later block is still open, as where generators take turns
             thread.entered[places[-1]].before = left.before
         else:
             thread.route = left.before
-        self.trace(self._entered[-1].route if self._entered else self.default)
+        with self.gate.graphs:
+            self._entered.remove(left)
+            self.trace(self._entered[-1].route if self._entered else self.default)
 
     def refresh(self, made_again: Callable[[Route], Route]) -> None:
         """Rebuild routes that refer to removed objects, such as a replaced classifier.
@@ -368,7 +372,7 @@ def keeps_route(method: F) -> F:
     """
 
     def parted(self: Any, rows: Rows, batch: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if is_compiling():
+        if in_graph():
             raise ConfigError(
                 "The adapters of these rows cannot share a pass, and a graph of the whole model holds one. Compile by "
                 "block instead (bank.compile()), or run the adapters one after the other."
@@ -379,7 +383,8 @@ def keeps_route(method: F) -> F:
                 return run(self, images, *more, **named)
 
         others = {name: value for name, value in kwargs.items() if value is not batch}
-        scores = method.__name__ in _SCORES and not others.get("pre_logits", bool(args))
+        before_head = method.__name__ == "forward_head" and others.get("pre_logits", any(args[:1]))
+        scores = method.__name__ in _SCORES and not before_head
         return in_parts(part, rows, batch, args, others, scores)
 
     @functools.wraps(method)
@@ -392,7 +397,7 @@ def keeps_route(method: F) -> F:
             if route.rows.parts:
                 return parted(self, route.rows, batch, args[1:], kwargs)
         # A graph is compiled for one route, and a thread that has a route already keeps it.
-        if is_compiling() or thread.route is not None:
+        if in_graph() or thread.route is not None:
             return method(self, *args, **kwargs)
         thread.route = route
         try:

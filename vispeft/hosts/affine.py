@@ -111,7 +111,7 @@ def affine_norm(x: Tensor, layer: nn.LayerNorm, unit: AffineUnit) -> Tensor | No
     Returns:
         The shape of `x`; None where the general path has to compute it.
     """
-    weight, bias, scale = layer._parameters["weight"], layer._parameters["bias"], unit.scale
+    weight, bias, scale = layer._parameters.get("weight"), layer._parameters.get("bias"), unit.scale
     if weight is None or bias is None or unit._buffers["gain"] is not None or scale.dtype is not weight.dtype:
         return None
     return F.layer_norm(x, layer.normalized_shape, scale * weight, scale * bias + unit.shift, layer.eps)

@@ -18,14 +18,24 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from vispeft.core.gate import plain_class, waits_for_changes
 from vispeft.core.route import NOTHING, Acting, Routing, keeps_route
 from vispeft.core.units import SelectionUnit
 from vispeft.errors import SiteError
 
-__all__ = ["COMPILED", "Host", "HostState", "ensure_host", "host_class", "host_kind", "put_back", "take_off"]
+__all__ = [
+    "COMPILED",
+    "Host",
+    "HostState",
+    "check_plain",
+    "ensure_host",
+    "host_class",
+    "host_kind",
+    "put_back",
+    "take_off",
+]
 
 
 COMPILED = "acts_compiled"
@@ -63,7 +73,7 @@ class Host(nn.Module):
     def acting(self) -> Acting:
         """The units that act here under the route of the calling thread."""
         routing = self.routing
-        if is_compiling():
+        if is_dynamo_compiling():
             told = self.acts_compiled
             return routing.traced.hosts.get(self.slot, NOTHING) if told is None else told
         # As `Routing.present`, without the call.
@@ -76,7 +86,7 @@ class Host(nn.Module):
             name: Its name.
             acting: The units that act here, where the caller has looked them up.
         """
-        value = self._parameters[name] if name in self._parameters else cast("Tensor | None", self.__getattr__(name))
+        value = self._parameters[name] if name in self._parameters else self._other_tensor(name)
         for unit in (self.acting if acting is None else acting).selection:
             selected = unit.value(name)
             if selected is None:
@@ -84,6 +94,18 @@ class Host(nn.Module):
             selected = selected if value is None else selected.to(value.dtype)
             value = selected if unit.gain is None or value is None else torch.lerp(value, selected, unit.gain)
         return value
+
+    def _other_tensor(self, name: str) -> Tensor | None:
+        """Return a tensor that is no parameter: a buffer, or what PyTorch's pruning and weight norm set on each call.
+
+        Raises:
+            AttributeError: If there is none.
+            SiteError: If the module was parametrised behind the host.
+        """
+        if name in self.__dict__:
+            return cast("Tensor | None", self.__dict__[name])
+        check_plain(self, "the place of an adapter")
+        return cast("Tensor | None", self.__getattr__(name))
 
     def read(self, name: str) -> Tensor | None:
         """Compute the tensor that timm's code gets when it reads this attribute."""
@@ -152,11 +174,43 @@ class Host(nn.Module):
         return _restore, (host_kind(self), self.replaces, self.computed), state
 
 
+def check_plain(module: nn.Module, place: str) -> None:
+    """Refuse a module of which `torch.nn.utils.parametrize` computes tensors, in place of its class.
+
+    Args:
+        module: The module.
+        place: Where it is, for the error message.
+
+    Raises:
+        SiteError: If it is one.
+    """
+    if "parametrizations" in module._modules:
+        tensors = ", ".join(cast(nn.ModuleDict, module._modules["parametrizations"])) or "tensors"
+        raise SiteError(
+            f"PyTorch parametrises the {tensors} of {place}, and vispeft adapts layers that hold their tensors. Call "
+            "torch.nn.utils.parametrize.remove_parametrizations on it first."
+        )
+
+
+def _property(name: str) -> property:
+    """Make the property of a computed tensor. What PyTorch's pruning sets there is what units read in place of it."""
+
+    def write(host: Host, value: Any) -> None:
+        host.__dict__[name] = value
+
+    def delete(host: Host) -> None:
+        del host.__dict__[name]
+
+    return property(_reader(name), write, delete)
+
+
 def _reader(name: str) -> Callable[[Host], Tensor | None]:
     def read(host: Host) -> Tensor | None:
         try:
             return host.read(name)
         except AttributeError as error:
+            if not any(name in held for held in (host._parameters, host._buffers, host.__dict__)):
+                raise  # there is no such tensor
             # nn.Module would treat this as a missing attribute and silently return the base's tensor.
             raise RuntimeError(f"A unit failed to compute {name!r} of a {host.replaces.__name__}: {error}") from error
 
@@ -180,7 +234,7 @@ def host_class(host: type[Host], base: type[nn.Module], computed: tuple[str, ...
     key = (host, base, computed)
     if key in _CLASSES:
         return _CLASSES[key]
-    properties = {name: property(_reader(name)) for name in computed}
+    properties = {name: _property(name) for name in computed}
     body = {"__module__": __name__, "__doc__": base.__doc__, "replaces": base, "computed": computed, **properties}
     made = type(f"Adapted{base.__name__}", (host, base), body)
     for name in host.whole:

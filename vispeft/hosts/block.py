@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vispeft.core.tracing import in_graph
 from vispeft.core.units import ParallelUnit
 from vispeft.hosts.base import Host
 from vispeft.hosts.streams import Streams
@@ -104,7 +105,7 @@ class BlockHost(Host):
         units = [unit for unit in self.acting.parallel if unit.place == "mlp"]
         inside = any(unit.training or unit.reads in ("normed", "output") for unit in units)
         beside = bool(streams.beside) or self.acting.carries
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or inside or beside:
+        if torch.is_grad_enabled() or in_graph() or torch.jit.is_tracing() or inside or beside:
             added, normed = self.mlp_branch(streams)
             return added._replace(tokens=added.tokens * passed.to(added.tokens.dtype)), normed
         chosen = passed[..., 0] > 0

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vispeft.core.generated import FrozenCasts
 from vispeft.core.origin import SharedOrigin, note_of, note_origin
+from vispeft.core.tracing import in_graph
 
 __all__ = [
     "cast_to",
@@ -34,10 +35,12 @@ def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
         weight: The layer's weight.
 
     Returns:
-        Autocast's dtype if autocast is on, else the weight's: adapters follow the base, never the other way round.
+        Autocast's dtype if autocast is on, which leaves float64 alone, else the weight's: adapters follow the base,
+        never the other way round.
     """
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    casts = torch.is_autocast_enabled(kind) and weight.dtype is not torch.float64
+    return torch.get_autocast_dtype(kind) if casts else weight.dtype
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -103,7 +106,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 def leaves_a_graph() -> bool:
     """Return whether operations are recorded or transformed, so that plain ones are needed."""
     transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    return torch.compiler.is_compiling() or torch._C._is_tracing() or transformed
+    return in_graph() or torch._C._is_tracing() or transformed
 
 
 def computes_again(x: Tensor) -> bool:

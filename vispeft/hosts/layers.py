@@ -10,11 +10,11 @@ from typing import Any, cast
 import timm.layers
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 from vispeft.core.low_rank import Branch, Dropout
 from vispeft.core.origin import Origin, note_origin
 from vispeft.core.route import NOTHING, Acting, Routing
+from vispeft.core.tracing import in_graph
 from vispeft.core.units import AffineUnit, DeltaUnit, InputUnit, LayerPass, Unit, WeightUnit
 from vispeft.hosts.affine import affine, affine_linear, affine_norm, may_recover, scaled_linear
 from vispeft.hosts.base import Host
@@ -166,11 +166,11 @@ class LinearHost(_Foldable):
     def forward(self, x: Tensor) -> Tensor:
         """Compute (..., out) from (..., in)."""
         acting, casts = self.acting, self.routing.casts
-        if acting.lone is not None and not is_compiling():
+        if acting.lone is not None and not in_graph():
             term = term_linear(x, self, acting.lone, casts, self.routing.memory == "leaner")
             if term is not None:
                 return term
-        if acting.scaling is not None and not is_compiling():
+        if acting.scaling is not None and not in_graph():
             scaled = scaled_linear(x, self, acting.scaling, casts)
             if scaled is not None:
                 return scaled
@@ -375,7 +375,7 @@ class NormHost(_Foldable):
         if not notes or acting is not NOTHING or self.replaces.forward not in _LAYER_NORMS or self.fast():
             return out
         compute = partial(_norm_again, *cast(Any, (self.normalized_shape, self.eps)))
-        return note_origin(out, Origin(compute, 3), (x, self._parameters["weight"], self._parameters["bias"]))
+        return note_origin(out, Origin(compute, 3), (x, self.own("weight", acting), self.own("bias", acting)))
 
     def fast(self) -> bool:
         """Return whether timm computes the norm in another way, with less precision."""

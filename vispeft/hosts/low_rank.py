@@ -88,7 +88,7 @@ def term_linear(x: Tensor, layer: nn.Module, unit: DeltaUnit, casts: FrozenCasts
     if b.shape[0] != weight.shape[0]:
         return None
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.is_autocast_enabled(kind) and weight.dtype is not torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(kind)
         if weight.dtype is not dtype:
             weight, bias = casts.get(weight, bias, dtype)

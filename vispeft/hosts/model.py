@@ -10,10 +10,10 @@ from typing import Any, ClassVar, cast
 from timm.layers import to_2tuple
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 from vispeft.core.gate import PASSES, Gate
 from vispeft.core.route import Route, Routing
+from vispeft.core.tracing import in_graph
 from vispeft.core.units import Unit
 from vispeft.errors import BackboneError, ConfigError
 from vispeft.hosts.base import Host
@@ -172,9 +172,10 @@ class ModelHost(Host):
             x: Its tokens.
             **arguments: Its further arguments.
         """
-        if is_compiling():  # a graph is compiled for one route
-            return checkpoint(block, x, **arguments)
-        return checkpoint(block, x, context_fn=lambda: recompute_contexts(self.routing), **arguments)
+        # PyTorch's reentrant kind, which timm can be told to use, takes no context and gives frozen inputs no gradient.
+        if not in_graph():  # a graph is compiled for one route
+            arguments["context_fn"] = lambda: recompute_contexts(self.routing)
+        return checkpoint(block, x, use_reentrant=False, **arguments)
 
     def group_matcher(self, coarse: bool = False) -> Any:
         """Return timm's grouping of tensors by layer, extended to units that replace tensors of the stem.

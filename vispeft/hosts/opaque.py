@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vispeft.core.low_rank import NO_DROPOUT
+from vispeft.core.tracing import in_graph
 from vispeft.hosts.terms import Kept, Place, gradients, product_with_terms
 
 __all__ = ["is_opaque", "opaque_terms"]
@@ -29,7 +30,7 @@ def is_opaque(x: Tensor, layout: Sequence[Place]) -> bool:
         x: The input of the layer.
         layout: The terms.
     """
-    if not torch.compiler.is_compiling() or x.device.type != "cpu" or any(place.dropout.share for place in layout):
+    if not in_graph() or x.device.type != "cpu" or any(place.dropout.share for place in layout):
         return False
     return not _needs_plain()
 

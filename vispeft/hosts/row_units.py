@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from vispeft.core.low_rank import Branch
 from vispeft.core.route import Acting, Routing
 from vispeft.core.rows import Rows
+from vispeft.core.tracing import in_graph
 from vispeft.core.units import (
     AffineUnit,
     DeltaUnit,
@@ -108,7 +108,7 @@ def _rows(routing: Routing) -> Rows:
 
 def _index(routing: Routing) -> Tensor:
     """Return `Rows.index`, also inside a compiled graph."""
-    if is_compiling():
+    if in_graph():
         assert routing.traced_index is not None, "made for a route of rows"
         return routing.traced_index
     return _rows(routing).index
@@ -133,7 +133,7 @@ def _each(routing: Routing, units: Sequence[Any], compute: Callable[..., Tensor]
         compute: Takes these and the rows, and gives a tensor of as many rows.
         *tensors: (rows, ...) each.
     """
-    if is_compiling():
+    if in_graph():
         # Every unit on every row: one graph for all orders of the adapters.
         index = _index(routing)
         images = index.shape[0]
@@ -210,7 +210,7 @@ def _with_terms(routing: Routing, terms: Sequence[Sequence[Branch]], x: Tensor, 
         out = _split(images, y).reshape(images, -1, y.shape[-1])
         # A CPU's BLAS is slower on the other order of a few channels.
         narrow = torch.bmm(first, each.transpose(1, 2)).transpose(1, 2)
-        recorded = torch.is_grad_enabled() or is_compiling()
+        recorded = torch.is_grad_enabled() or in_graph()
         out = torch.baddbmm(out, narrow, second) if recorded else out.baddbmm_(narrow, second)
         return out.view(y.shape)
 

@@ -16,6 +16,7 @@ from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import Recipe
 from vispeft.core.selection import selections
 from vispeft.core.sites import View
+from vispeft.core.tracing import in_graph
 from vispeft.core.units import ParallelUnit
 from vispeft.errors import ConfigError
 from vispeft.hosts.functional import linear
@@ -89,7 +90,7 @@ class ConformerUnit(ParallelUnit):
             return F.batch_norm(hidden, self.mean, self.variance, *affine, eps=EPS)
         # A checkpoint's second forward pass runs inside the backward pass, and the statistics saw the batch before. A
         # graph cannot ask; its caller restores what is named in `running`.
-        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        again = not in_graph() and torch._C._current_graph_task_id() != -1
         mean, variance = (self.mean.clone(), self.variance.clone()) if again else (self.mean, self.variance)
         return F.batch_norm(hidden, mean, variance, *affine, training=True, momentum=MOMENTUM, eps=EPS)
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from vispeft.core.families import frozen_tensor
 from vispeft.core.fields import DropPath, Tasks, check_roles_in
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import Recipe
@@ -306,7 +307,7 @@ class DiTASK(DropPath, Tasks, Method):
                 shared = warped.key
                 yield warped
             elif item.unit == "task":
-                bias = model.get_submodule(item.site.path)._parameters["bias"]
+                bias = frozen_tensor(model.get_submodule(item.site.path), "bias")
                 build = partial(WarpTask, self.task_cells, self.start, cast(str, item.task), bias)
                 yield PlanItem(item.site, "task", cast(Any, build), task=item.task, lender=shared)
             else:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from torch import Tensor
 
 from vispeft.adapters.schedules import Schedule
+from vispeft.core.families import frozen_tensor
 from vispeft.core.method import Method
 from vispeft.errors import ConfigError
 from vispeft.methods.sparse_schedules import SM3, DropAndRegrow, Refresh, check_optimizer
@@ -129,5 +130,5 @@ class Refreshing(Ruled[Refresh]):
 
     @staticmethod
     def _weight(task: Any, unit: SparseUnit) -> Tensor:
-        weight: Tensor = task.bank.model.get_submodule(unit.site.path)._parameters["weight"]
+        weight = cast(Tensor, frozen_tensor(task.bank.model.get_submodule(unit.site.path), "weight"))
         return weight.detach()

@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from vispeft.core.sites import Site
+from vispeft.core.tracing import in_graph
 from vispeft.core.units import WeightUnit, with_rows
 from vispeft.errors import ConfigError, FileError
 from vispeft.methods.svfit import decompose
@@ -184,7 +185,7 @@ class SparseUnit(WeightUnit):
         changed = flat.view(rows.shape)
         if self.dense is not None:
             changed = changed + self.dense.view(rows.shape)
-        if self.observer is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if self.observer is not None and torch.is_grad_enabled() and not in_graph():
             changed = cast(Tensor, _Seen.apply(changed, self.observer))
         return with_rows(weight, self.start, changed)
 

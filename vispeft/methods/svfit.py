@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
+from vispeft.core.families import frozen_tensor
 from vispeft.core.fields import DropPath, check_whole
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import Recipe
@@ -162,7 +163,7 @@ class SVFit(DropPath, Method):
     def _rank(self, site: Site, model: nn.Module) -> int:
         if self.energy is None:
             return _clipped(site, self.rank)
-        weight = model.get_submodule(site.path)._parameters["weight"]
+        weight = frozen_tensor(model.get_submodule(site.path), "weight")
         assert weight is not None
         if weight.is_meta:
             raise ConfigError("SVFit(energy=...) reads the weights, and this model has none yet. Give a rank.")

@@ -106,7 +106,7 @@ def load_decoder(model: nn.Module, path: str | Path, classes: Sequence[str] | No
     try:
         check_tensors(parts, tensors)
     except FileError as error:
-        made = (read_adapter(folder)[0].get("output") or {}).get("decoder")
+        made = (read_encoded(folder)[0].get("output") or {}).get("decoder")
         raise FileError(
             f"The decoder in {path} does not fit the segmentor: {error} It was made as {made}; give the decode_head "
             "the same channels, maps and classes."

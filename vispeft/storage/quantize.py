@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vispeft.core.fields import Bits
+from vispeft.core.tracing import in_graph
 from vispeft.errors import ConfigError, FileError
 from vispeft.storage.codecs import Codec, pack_bits, register_codec, unpack_bits
 
@@ -311,7 +312,7 @@ class LowBit(nn.Module):
         read = self._buffers.get(f"{name}_read")
         if read is None:
             return _dequantized(weight, self.bits)
-        if torch.compiler.is_compiling():
+        if in_graph():
             return torch.where((weight == read).all(), weight, _quantized(weight, self.bits)[0])
         # A matrix that still equals its loaded values is dequantised already; after a training step it is not.
         return weight if torch.equal(weight, read) else _dequantized(weight, self.bits)

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Generator, Tensor, nn
 
+from vispeft.core.families import frozen_tensor
 from vispeft.core.method import Method, PlanItem, register
 from vispeft.core.recipes import FGVC, VTAB, Recipe
 from vispeft.core.sites import Site, View
@@ -102,7 +103,7 @@ class PeftUnit(SequentialUnit):
         """
         super().__init__()
         self.config, self.path = config, path
-        weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+        weight, bias = frozen_tensor(layer, "weight"), frozen_tensor(layer, "bias")
         assert weight is not None
         # Some tuners read values when created, so even the shapes of a plan are found with real tensors.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
