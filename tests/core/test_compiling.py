@@ -184,7 +184,8 @@ def test_drop_path_of_an_adapter_is_no_constant_of_the_graph(counter: Counter) -
     assert counter.graphs == 1
 
 
-def test_a_recomputation_leaves_running_statistics_alone(counter: Counter) -> None:
+@pytest.mark.parametrize("part", ["blocks", pytest.param("model", marks=pytest.mark.slow)])
+def test_a_recomputation_leaves_running_statistics_alone(part: Any, counter: Counter) -> None:
     method = vispeft.ConformerAdapter(reduction=8, kernel=3)
     found = {}
     for compiled in (False, True):
@@ -192,7 +193,7 @@ def test_a_recomputation_leaves_running_statistics_alone(counter: Counter) -> No
             model = base(2)
             bank = vispeft.attach(model, method, verify=False)
             if compiled:
-                bank.compile(backend=counter)
+                bank.compile(part, backend=counter)
             model.set_grad_checkpointing(checkpointed)
             model.train()
             for _ in range(2):
