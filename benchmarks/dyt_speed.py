@@ -48,9 +48,7 @@ def dispatchers(bank: vispeft.AdapterBank) -> list[DyTUnit]:
 
 @torch.no_grad()
 def settle(bank: vispeft.AdapterBank, images: Tensor, share: float) -> list[Tensor]:
-    """Find the biases with which a share of the patch tokens passes each MLP.
-
-    A block's scores depend on what the blocks before let pass, so they are set one after the other.
+    """Find the biases with which a share of the patch tokens passes each MLP, in one forward pass.
 
     Args:
         bank: A bank with an adapter ``dyt``.
@@ -60,21 +58,18 @@ def settle(bank: vispeft.AdapterBank, images: Tensor, share: float) -> list[Tens
     Returns:
         The bias of each block.
     """
-    model: Any = bank.model
-    prefix, units = model.num_prefix_tokens, dispatchers(bank)
+
+    def settled(unit: DyTUnit, x: Tensor, prefix: int) -> Tensor:
+        unit.gate_bias.fill_(-float((x[:, prefix:] @ unit.gate[0]).flatten().quantile(1 - share)))
+        return DyTUnit.passes(unit, x, prefix)  # what the blocks behind see depends on it
+
+    units = dispatchers(bank)
+    for unit in units:
+        unit.passes = partial(settled, unit)  # type: ignore[method-assign]
     with bank.using("dyt"):
-        for unit in units:
-            unit.gate_bias.zero_()
-            seen: list[Tensor] = []
-
-            def passes(x: Tensor, count: int, unit: DyTUnit = unit, seen: list[Tensor] = seen) -> Tensor:
-                seen.append(x[:, prefix:] @ unit.gate[0])
-                return DyTUnit.passes(unit, x, count)
-
-            unit.passes = passes  # type: ignore[method-assign]
-            model(images)
-            del unit.passes
-            unit.gate_bias.fill_(-float(seen[0].flatten().quantile(1 - share)))
+        bank.model(images)
+    for unit in units:
+        del unit.passes
     return [unit.gate_bias.clone() for unit in units]
 
 
