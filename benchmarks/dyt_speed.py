@@ -1,6 +1,6 @@
 """Throughput of a ViT with DyT, whose tokens skip MLPs, beside the frozen model and LoRA, on one CPU thread.
 
-    python benchmarks/dyt_speed.py                                          # ViT-B/16; some minutes
+    python benchmarks/dyt_speed.py                                          # ViT-S/16; a minute of a core
     python benchmarks/dyt_speed.py --model vit_tiny_patch16_224 --rounds 2  # a trial, which writes nothing
     python benchmarks/dyt_speed.py --table                                  # also the table in docs/benchmarks.md
 
@@ -171,8 +171,8 @@ def table(found: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Measure, write, and make the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="vit_base_patch16_224")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--model", default="vit_small_patch16_224")
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--from_file", action="store_true", help="make the table from the stored figures")
