@@ -185,7 +185,7 @@ def page(
         else:
             roles = ", ".join(f"`{role}`" for role in found[2]) or "nothing"
             yield f"| {label} | {found[0]:,} | {found[1]:,} | {roles} |"
-    yield from ("", "## Memory and merging", "", *costs(facts, brings_criterion(method)), "")
+    yield from ("", "## Memory and merging", "", *costs(facts, brings_criterion(method)), *speed(name), "")
     yield from ("## What to train it with", "")
     yield from advice(method, {label: model for label, model in models.items() if not isinstance(counted[label], str)})
     yield from ("", "## Presets", "", *presets(name), "", "## Published results", "", *results(name, published))
@@ -236,6 +236,27 @@ def costs(facts: dict[str, Any] | None, criterion: bool) -> Iterator[str]:
         "refused": "-",
     }
     yield from ("", "Merges: " + "; ".join(f"{kind}: {told[result]}" for kind, result in facts["merge"].items()) + ".")
+
+
+def speed(name: str) -> Iterator[str]:
+    """Tell the throughput of a method that makes the adapted model cheaper, which `benchmarks/dyt_speed.py` measures.
+
+    Args:
+        name: Registry name.
+    """
+    record = RESULTS / f"{name}_speed.json"
+    if not record.is_file():
+        return
+    found = json.loads(record.read_text(encoding="utf-8"))
+    rows = found["rows"]
+    paper, whole = rows[f"{name}, 0.5 pass"], rows["lora"]
+    yield ""
+    yield (
+        f"Predicting takes {paper['operations_of_frozen']:.2f} of the frozen model's operations and reaches "
+        f"{paper['throughput']:.2f} of the frozen model's throughput where {paper['passed']:.2f} of the patch tokens "
+        f"pass each MLP, and LoRA {whole['throughput']:.2f} ({found['model']}, random weights, batches of "
+        f"{found['batch']}, one CPU thread; [benchmarks](../benchmarks.md#tokens-that-skip-mlps))."
+    )
 
 
 def advice(method: vispeft.Method, models: dict[str, torch.nn.Module]) -> Iterator[str]:

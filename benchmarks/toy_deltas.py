@@ -43,7 +43,7 @@ from vispeft.cli.common import versions  # noqa: E402
 from vispeft.data import ImageData  # noqa: E402
 from vispeft.data.base import MemorySplit  # noqa: E402
 from vispeft.data.preprocessing import Preprocessing  # noqa: E402
-from vispeft.methods import top_heads  # noqa: E402
+from vispeft.methods import ranks_of, top_heads  # noqa: E402
 from vispeft.tasks import Classification, SampledLayers  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "toy_deltas"
@@ -104,6 +104,7 @@ METHODS: dict[str, Entry] = {
     "lofit, scales": Entry(vispeft.LoFiT(), SINGULAR, "0.48"),
     "lofit, offsets of 8 heads": Entry(vispeft.LoFiT(stage="offsets"), SINGULAR, "0.50 (16 heads)", heads=8),
     "pst, half removed": Entry(vispeft.PST(sparsity=0.5, start="kaiming")),
+    "triadapt, mean rank 4": Entry(vispeft.TriAdapt(rank=4, alpha=8)),
     "mos": Entry(vispeft.MoS()),
     "snell": Entry(vispeft.SNELL()),
     "mlae": Entry(vispeft.MLAE()),
@@ -247,6 +248,7 @@ class Run:
             "trainable_head": counts.trainable_head,
             "stored_bytes": counts.stored_bytes,
             "removed": removed(self.task.bank),
+            "ranks": list(ranks_of(self.task.bank).values()),
             "cpu_seconds": time.process_time() - began,
             "threads": torch.get_num_threads(),
             "versions": versions(),
@@ -372,14 +374,21 @@ def table_lines(found: list[dict[str, Any]]) -> Iterator[str]:
             continue
         first, tests = runs[0], [facts["test"] for facts in runs]
         spread = f"± {statistics.stdev(tests):.3f}" if len(tests) > 1 else "one seed"
-        gone = f", {100 * first['removed']:.0f} % of the weights removed" if first.get("removed") is not None else ""
-        marked = name + gone + ("" if len(tests) == SEEDS else f" ({len(tests)} of {SEEDS} seeds)")
+        marked = name + told(first) + ("" if len(tests) == SEEDS else f" ({len(tests)} of {SEEDS} seeds)")
         validation = statistics.mean(facts["validation"] for facts in runs)
         yield (
             f"| {marked} | {first['trainable']:,} | {first['stored_bytes']:,} | {first['lr']:g} | {validation:.3f} | "
             f"{statistics.mean(tests):.3f} {spread} | {entry.prototype} |"
         )
     yield from supports(found)
+
+
+def told(facts: dict[str, Any]) -> str:
+    """Tell what else is known about the weights of a run."""
+    ranks = facts.get("ranks")
+    if ranks:
+        return f", ranks {min(ranks)} to {max(ranks)}, mean {statistics.mean(ranks):.1f}"
+    return f", {100 * facts['removed']:.0f} % of the weights removed" if facts.get("removed") is not None else ""
 
 
 def supports(found: list[dict[str, Any]]) -> Iterator[str]:

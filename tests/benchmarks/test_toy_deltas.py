@@ -68,10 +68,12 @@ def facts(method, seed, test, **more):
 def test_the_table_has_means_and_marks_what_is_missing():
     runs = [facts("sparse, random", seed, 0.8 + seed / 100) for seed in range(3)]
     lost = {key: value for key, value in facts("sparse, random", 0, 0.1, lr=0.001).items() if key != "test"}
-    lines = list(toy_deltas.table_lines([*runs, lost, facts("mask, attention", 0, 0.7, removed=0.25)]))
+    others = [facts("mask, attention", 0, 0.7, removed=0.25), facts("triadapt, mean rank 4", 0, 0.7, ranks=[2, 4, 6])]
+    lines = list(toy_deltas.table_lines([*runs, lost, *others]))
     assert "| sparse, random | 8,192 | 40,000 | 0.01 | 0.500 | 0.810 ± 0.010 | 0.88 |" in lines
     (row,) = [line for line in lines if line.startswith("| mask, attention")]
     assert "25 % of the weights removed (1 of 3 seeds)" in row
+    assert any("rank 4, ranks 2 to 6, mean 4.0 (1 of 3 seeds)" in line for line in lines)
     assert "0.700 one seed" in row
     assert "| mos | not yet run | | | | |  |" in lines
     assert len(lines) == 2 + len(toy_deltas.METHODS)

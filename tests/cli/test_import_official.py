@@ -18,6 +18,7 @@ from tests.tiny import TINY as NARROW
 from vispeft.cli import import_official as tool
 from vispeft.cli.common import run_tool
 from vispeft.interop import load_binary, to_official
+from vispeft.storage.class_embeddings import ClassEmbeddings
 from vispeft.storage.quantize import codebook
 from vispeft.zoo import zoo_folder
 
@@ -198,6 +199,28 @@ def test_metadata_of_a_file_is_read(model, tmp_path, capsys):
     argv = ("--model", MODEL, "--out", tmp_path / "out2", "--hyper", "scale=0.5")
     assert call(capsys, "adaptformer", tmp_path / "a.safetensors", *argv)[0] == 0
     assert json.loads((tmp_path / "out2/adapter.json").read_text())["method"]["fields"]["scale"] == 0.5
+
+
+def test_classes_of_a_checkpoint_without_a_classifier_are_given(tmp_path, capsys):
+    texts = torch.nn.functional.normalize(torch.randn(3, 8), dim=1)
+    classes = tmp_path / "classes.safetensors"
+    ClassEmbeddings(texts, ("a", "b", "c"), 100.0, torch.randn(8, TINY["embed_dim"])).save(classes)
+    adapted = vispeft.create_model(MODEL, num_classes=3).eval()
+    bank = vispeft.attach(adapted, vispeft.MMRL(classes=str(classes), token_dim=6, beta=0.4), verify=False)
+    tensors = to_official(bank, "mmrl")
+    text = "representation_learner.srra_r2tproj.weight"
+    save_file({**tensors, text: torch.randn(5, 6)}, tmp_path / "a.safetensors")
+    given = (tmp_path / "a.safetensors", "--model", MODEL, "--out", tmp_path / "out", "--hyper")
+    hyper = (f"classes={classes}", "alpha=0.7", "beta=0.4")
+    status, said = call(capsys, "mmrl", *given, *hyper)
+    assert status == 2
+    assert "3 classes, and the classifier 10" in said.err
+    status, said = call(capsys, "mmrl", *given, *hyper, "--num_classes", "3")
+    assert status == 0, said.err
+    again = vispeft.create_model(MODEL, num_classes=3).eval()
+    vispeft.load(again, tmp_path / "out")
+    images = torch.randn(2, 3, *adapted.patch_embed.img_size)
+    assert torch.equal(again(images), adapted(images))
 
 
 def test_what_cannot_be_imported_is_refused_first(model, tmp_path, capsys):

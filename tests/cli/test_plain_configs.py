@@ -208,6 +208,27 @@ def test_callbacks_and_loggers_of_lightning_are_made_by_name(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_schedules_over_blocks_are_named(tmp_path):
+    decays = "{class_path: TensorDecay, init_args: {decays: {A: 0.0, B: 0.5}}}"
+    progressive = "{class_path: vispeft.tasks.ProgressiveLayers, init_args: {until: 0.3}}"
+    overrides = [
+        "--trainer.callbacks=SampledLayers",
+        "--trainer.callbacks.share=0.5",
+        f"--trainer.callbacks+={progressive}",
+        f"--trainer.callbacks+={decays}",
+    ]
+    cli = ConfigCLI(tmp_path / "a.yaml", overrides, tree=yaml.safe_load(CONFIG))
+    drawn, rising, decay = cli.trainer_settings["callbacks"]
+    assert (type(drawn).__name__, drawn.share, rising.until, decay.decays) == (
+        "SampledLayers",
+        0.5,
+        0.3,
+        {"A": 0.0, "B": 0.5},
+    )
+    again = ConfigCLI(tmp_path / "a.yaml", [], tree=yaml.safe_load(cli.resolved()))
+    assert again.resolved() == cli.resolved()
+
+
 class Numbers(DigitsData): ...
 
 

@@ -91,6 +91,7 @@ REFUSED: list[tuple[str, Any, type[Exception], str]] = [
     ("vit", lambda: vispeft.SVFit(roles=("norm1",)), SiteError, "neither"),
     ("vit", lambda: vispeft.Mask(roles=("norm1",)), SiteError, "neither"),
     ("vit", lambda: vispeft.Mask(dropout=1.5), ConfigError, "from 0 to 1"),
+    ("vit", lambda: vispeft.Sparse(roles=("norm1",)), SiteError, "neither"),
     ("vit", lambda: vispeft.PST(rank=30), SiteError, "rank is lower"),
     ("vit", lambda: vispeft.PST(sparsity=1.0), ConfigError, "share"),
     ("vit", lambda: vispeft.SNELL(dim=3), ConfigError, "even number"),

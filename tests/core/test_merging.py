@@ -33,6 +33,16 @@ def test_merge_without_originals_leaves_a_plain_model(model: nn.Module) -> None:
         bank.unmerge()
 
 
+def test_a_refusal_says_whether_other_layers_merge(model: nn.Module) -> None:
+    bank = vispeft.attach(model, vispeft.AdaptFormer(bottleneck=2), name="beside", verify=False)
+    with pytest.raises(MergeError, match="Nothing of this adapter merges"):
+        bank.merge()
+    vispeft.attach(model, vispeft.LoRA(rank=2), name="inside", verify=False)
+    bank.set_active(["beside", "inside"])
+    with pytest.raises(MergeError, match=r"merge\(partial=True\) merges the others"):
+        bank.merge()
+
+
 def test_merged_models_refuse_to_be_changed(model: nn.Module, tmp_path: Path) -> None:
     bank = VIT.attach(model)
     wanted = bank.state_dict()

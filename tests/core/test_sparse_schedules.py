@@ -13,16 +13,17 @@ import vispeft
 from tests.conformance.cells import Cell
 from vispeft.errors import ConfigError
 from vispeft.methods.sparse import SparseUnit
-from vispeft.methods.sparse_schedules import SM3, DropAndRegrow, SparseAdamW
+from vispeft.methods.sparse_schedules import SM3, DropAndRegrow, SparseAdamW, replace
 from vispeft.tasks.ema import EMA
 
 METHOD = vispeft.Sparse(budget=60, schedule="rigl", interval=3, accumulate=2, regrow=0.5, roles=("mlp.fc1", "mlp.fc2"))
+LIFT = vispeft.Sparse(budget=60, support="lift", schedule="lift", interval=3, principal=2, roles=("mlp.fc1", "mlp.fc2"))
 
 
 class Training:
     """A training without Lightning: what a callback asks of task and trainer, and the steps."""
 
-    def __init__(self, kind: str, method: vispeft.Sparse = METHOD) -> None:
+    def __init__(self, kind: str, method: vispeft.Sparse = METHOD, parts: int = 1) -> None:
         self.cell = Cell("sparse", "vit", short=True)
         self.model = self.cell.model().train()
         self.bank = vispeft.attach(self.model, method)
@@ -33,21 +34,25 @@ class Training:
             world_size=1,
             global_step=0,
             estimated_stepping_batches=12,
-            accumulate_grad_batches=1,
+            accumulate_grad_batches=parts,
         )
         self.task = SimpleNamespace(bank=self.bank, scaled=False, ema=None)
         (self.callback,) = self.bank.callbacks()
         self.units = [unit for unit in self.bank.units().values() if isinstance(unit, SparseUnit)]
 
     def steps(self, count: int) -> None:
+        parts = self.trainer.accumulate_grad_batches
         for _ in range(count):
-            self.callback.on_train_batch_start(self.trainer, self.task, None, 0)
             self.optimizer.zero_grad()
             images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(self.trainer.global_step))
-            F.cross_entropy(self.model(images), torch.arange(4)).backward()
-            self.optimizer.step()
-            self.trainer.global_step += 1
-            self.callback.on_train_batch_end(self.trainer, self.task, None, None, 0)
+            for part in range(parts):
+                self.callback.on_train_batch_start(self.trainer, self.task, None, part)
+                few, labels = (whole.chunk(parts)[part] for whole in (images, torch.arange(4)))
+                (F.cross_entropy(self.model(few), labels) / parts).backward()
+                if part == parts - 1:
+                    self.optimizer.step()
+                    self.trainer.global_step += 1
+                self.callback.on_train_batch_end(self.trainer, self.task, None, None, part)
 
     def state(self) -> list[torch.Tensor]:
         return [tensor.clone() for unit in self.units for tensor in (unit.values.detach(), unit.positions)]
@@ -69,6 +74,60 @@ def test_entries_go_and_come(kind: str) -> None:
         assert unit.observer is None
     training.steps(1)
     assert all((unit.values != 0).all() for unit in training.units)
+
+
+@pytest.mark.parametrize("kind", ["SparseAdamW", "AdamW"])
+def test_entries_come_with_the_moments_of_whole_steps(kind: str) -> None:
+    """Where gradients of two halves of a batch are summed, all is as with one backward pass of the whole batch."""
+    found = []
+    for parts in (1, 2):
+        training = Training(kind, parts=parts)
+        training.callback.on_train_start(training.trainer, training.task)
+        training.steps(3)
+        states = [training.optimizer.state[unit.values] for unit in training.units]
+        found.append([[*(state[k] for k in ("exp_avg", "exp_avg_sq"))] for state in states])
+        found[-1] += [[unit.positions] for unit in training.units]
+        if kind == "SparseAdamW":
+            assert all(state["age"].min() == 2 for state in states)  # two steps were watched
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-9)
+
+
+def test_no_entry_comes_twice() -> None:
+    """Of three entries that may go, one can: there is one candidate that does not train, and 2 is left where it is."""
+    positions, values = torch.arange(4), torch.arange(1.0, 5.0)
+    growth = replace(positions, values, torch.tensor([2, 5]), torch.tensor([1.0, 2.0]), 0.75)
+    assert (growth.slots.tolist(), growth.positions.tolist(), growth.chosen.tolist()) == ([0], [5], [1])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        positions = torch.randperm(24, generator=generator)[:12]
+        candidates = torch.randperm(24, generator=generator)[: int(torch.randint(1, 13, (), generator=generator))]
+        scores, values = (torch.rand(n, generator=generator) for n in (len(candidates), 12))
+        growth = replace(positions, values, candidates, scores, float(torch.rand((), generator=generator)))
+        assert torch.equal(candidates[growth.chosen], growth.positions)
+        assert not torch.isin(growth.positions, positions).any()
+        positions[growth.slots] = growth.positions
+        assert len(positions.unique()) == 12
+
+
+def test_the_age_of_an_entry_of_lift_begins_when_it_comes() -> None:
+    training = Training("SparseAdamW", LIFT)
+    training.callback.on_train_start(training.trainer, training.task)
+    before = [unit.positions.clone() for unit in training.units]
+    with torch.no_grad():  # far enough from the start that others are the principal weights
+        for unit in training.units:
+            unit.values.copy_(torch.linspace(-1, 1, len(unit.values)))
+    training.steps(2)
+    new = [~torch.isin(unit.positions, old) for unit, old in zip(training.units, before, strict=True)]
+    start = [unit.values.detach().clone() for unit in training.units]
+    for unit, comes in zip(training.units, new, strict=True):
+        assert comes.any()
+        assert torch.equal(training.optimizer.state[unit.values]["age"], torch.where(comes, 1.0, 3.0))
+    training.optimizer.param_groups[0]["eps"] = 0.0
+    training.steps(1)
+    for unit, comes, values in zip(training.units, new, start, strict=True):
+        moved = (unit.values - values)[comes].abs()  # corrected by its own step, the first one is the learning rate
+        torch.testing.assert_close(moved, torch.full_like(moved, 1e-2), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("taken", [4, 5])
@@ -134,6 +193,7 @@ def test_sums_of_a_checkpoint_follow_the_weight_to_its_device() -> None:
     rule.before_step([unit])
     unit.observer(torch.ones(2, 2, device="meta"))
     (samples,) = rule.samples
+    samples.close()
     assert {t.device.type for t in (samples.candidates, samples.sums, samples.squares)} == {"meta"}
     assert (samples.samples, samples.count) == (2, 2)
 

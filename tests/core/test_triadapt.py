@@ -17,6 +17,7 @@ import vispeft
 from tests.conformance.cells import Cell
 from vispeft.errors import ConfigError, FileError, SiteError
 from vispeft.methods.triadapt import Leading, TriAdaptUnit, ranks_of
+from vispeft.tasks.ema import EMA
 
 METHOD = vispeft.TriAdapt(rank=2, step=1, most=4, interval=1, warmup=0.1)
 KEY = "blocks.0.mlp.fc1/triadapt"
@@ -31,7 +32,7 @@ class Training:
         self.bank = vispeft.attach(self.model, method, verify=False)
         self.optimizer = torch.optim.AdamW(self.bank.parameter_groups(1e-2, 1e-4))
         self.trainer = SimpleNamespace(global_step=0, estimated_stepping_batches=8)
-        self.task = SimpleNamespace(bank=self.bank)
+        self.task = SimpleNamespace(bank=self.bank, ema=None)
         (self.callback,) = self.bank.callbacks()
 
     def begin(self) -> None:
@@ -194,3 +195,6 @@ def test_refusals() -> None:
     (callback,) = vispeft.attach(model, METHOD).callbacks()
     with pytest.raises(ConfigError, match="no end"):
         callback.on_train_start(SimpleNamespace(global_step=0, estimated_stepping_batches=float("inf")), None)
+    trainer = SimpleNamespace(global_step=0, estimated_stepping_batches=8, optimizers=[])
+    with pytest.raises(ConfigError, match=r"ema averages over all steps.*Leave it out"):
+        callback.on_train_start(trainer, SimpleNamespace(ema=EMA(0.9)))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Literal
+
 import pytest
 import torch
 from timm.models.deit import VisionTransformerDistilled
@@ -11,14 +15,20 @@ import vispeft
 from tests.parity.beyond import DTYPES, GRADIENT, OUTPUT, Case, differs, file
 from tests.parity.test_adapter_plus import planned
 from tests.parity.test_parity import below
+from vispeft.core.method import PlanItem
+from vispeft.core.selection import selections
+from vispeft.core.sites import View
+from vispeft.core.units import ParallelUnit
 from vispeft.errors import BackboneError, ConfigError
 from vispeft.interop import to_official
 from vispeft.interop.beyond import CONFORMER
 from vispeft.methods.adapter import Bottleneck, BottleneckUnit
 from vispeft.methods.conformer_adapter import ConformerUnit
+from vispeft.methods.convpass import ConvpassUnit
 
 CASES = ["pfeiffer_parallel", "pfeiffer_sequential", "houlsby_parallel_residual"]
-"""The fourth case has plain bottlenecks in place of a branch's output, which no method of this project is."""
+BOTTLENECK = {"down": "linear_downsample.weight", "down_bias": "linear_downsample.bias"}
+BOTTLENECK |= {"up": "linear_upsample.weight", "up_bias": "linear_upsample.bias"}
 
 
 @pytest.mark.parametrize("precision", DTYPES)
@@ -93,16 +103,97 @@ def test_the_studys_bottleneck_is_the_adapters(precision: str) -> None:
     tensors, dtype = below(file("conformer_adapter")[1], "bottleneck."), DTYPES[precision]
     shape = Bottleneck(width=48, middle=8, activation="gelu")
     unit = BottleneckUnit(shape).to(dtype)
-    names = {"down": "linear_downsample.weight", "down_bias": "linear_downsample.bias"}
-    names |= {"up": "linear_upsample.weight", "up_bias": "linear_upsample.bias"}
     with torch.no_grad():
         for ours, parameter in unit.named_parameters():
-            parameter.copy_(tensors[f"adapter.{names[ours]}"])
+            parameter.copy_(tensors[f"adapter.{BOTTLENECK[ours]}"])
     out = unit.change(tensors["input.x"].to(dtype))
     assert differs(out, tensors["out.y"]) <= OUTPUT[precision]
     (out * tensors["input.w"].to(dtype)).sum().backward()
     for ours, parameter in unit.named_parameters():
-        assert differs(parameter.grad, tensors[f"grad.adapter.{names[ours]}"]) <= GRADIENT[precision], ours
+        assert differs(parameter.grad, tensors[f"grad.adapter.{BOTTLENECK[ours]}"]) <= GRADIENT[precision], ours
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+def test_the_studys_convpass_is_convpass_without_its_convolution(precision: str) -> None:
+    """The public code throws the convolution's result away, which is a kernel that is the identity."""
+    tensors, dtype = below(file("conformer_adapter")[1], "convpass1d."), DTYPES[precision]
+    unit = ConvpassUnit(48, 8, "mlp", 1.0, 0.0, "identity", 32).to(dtype).eval()
+    with torch.no_grad():
+        unit.reset(torch.Generator())
+    names = {f"{ours}{end}": f"adapter_{ours}.{kind}" for ours in ("down", "up") for end, kind in ENDS}
+    with torch.no_grad():
+        for ours, theirs in names.items():
+            unit.get_parameter(ours).copy_(tensors[f"adapter.{theirs}"])
+    x = tensors["input.x"].to(dtype, copy=True).requires_grad_()
+    out = unit.branch(x[:, None], None, 0)[:, 0]  # the tokens as a map of one row
+    assert differs(out, tensors["out.y"]) <= OUTPUT[precision]
+    (out * tensors["input.w"].to(dtype)).sum().backward()
+    assert differs(x.grad, tensors["grad.input.x"]) <= GRADIENT[precision]
+    for ours, theirs in names.items():
+        assert differs(unit.get_parameter(ours).grad, tensors[f"grad.adapter.{theirs}"]) <= GRADIENT[precision], ours
+
+
+ENDS = (("", "weight"), ("_bias", "bias"))
+
+
+class InPlaceOf(BottleneckUnit, ParallelUnit):
+    """A bottleneck in place of a branch's output: ``x + bottleneck(f)``, as the public code has without residual."""
+
+    reads, identity_at_start = "output", False
+
+    def __init__(self, shape: Bottleneck, place: Literal["attn", "mlp"]) -> None:
+        super().__init__(shape)
+        self.place = place
+
+    def branch(self, x: Tensor, grid: tuple[int, int] | None, prefix: int) -> Tensor:
+        return self.change(x) - x  # the branch's output is in the sum already
+
+
+class Replacing(vispeft.ConformerAdapter):
+    """The conformer's places and norms with these bottlenecks, which would lose what a branch computes."""
+
+    def items(self, view: View, model: nn.Module) -> Iterator[PlanItem]:
+        places = [item for item in super().items(view, model) if item.unit != "norm"]
+        for item in places:
+            shape = Bottleneck(width=view.widths[0], middle=self.middle(view.widths[0]), activation="gelu")
+            yield PlanItem(item.site, item.unit, partial(InPlaceOf, shape, item.unit.removeprefix("conformer_")))
+        norms = self._norms(view)
+        yield from selections(view, model, "norm", lambda path, name: path in norms)
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+def test_the_studys_bottleneck_in_place_of_a_branch(precision: str) -> None:
+    """The case that loses the branches' outputs: no method here, but units of the same kind compute it."""
+    dtype, case = DTYPES[precision], Case.of("conformer_vit", "houlsby_sequential")
+    model: Any = case.model(dtype)
+    method = Replacing(variant="houlsby", mode="sequential", reduction=case.meta["config"]["reduction_rate"])
+    bank = vispeft.attach(model, method, verify=False)
+    model.to(dtype).eval()
+    places = {"conformer_mlp": "adapter_module_FFN", "conformer_attn": "adapter_module_MHSA"}
+    names = {}
+    for item in bank.plan():
+        if item.unit != "norm":
+            place = f"encoder.layer.{item.site.block}.{places[item.unit]}"
+            names |= {f"{item.key}.{ours}": f"{place}.{theirs}" for ours, theirs in BOTTLENECK.items()}
+    own = bank.named_tensors()
+    with torch.no_grad():
+        for ours, theirs in names.items():
+            own[ours].copy_(case.tensors[f"adapter.{theirs}"])
+    head = head_of(case.tensors, dtype)
+    out = head(model.forward_features(case.tensors["input.images"].to(dtype)).mean(1))
+    assert differs(out, case.tensors["out.logits"]) <= OUTPUT[precision]
+    (out * case.tensors["input.w"].to(dtype)).sum().backward()
+    fronts = {"norm1": "layernorm_before", "norm2": "layernorm_after"}
+    for item in bank.plan():
+        if item.unit == "norm":
+            inside = item.site.block is not None
+            place = f"encoder.layer.{item.site.block}.{fronts[item.site.role]}" if inside else "layernorm"
+            names |= {f"{item.key}.{end}": f"{place}.{end}" for end in ("weight", "bias")}
+    for ours, theirs in names.items():
+        adapters = "adapter." if "adapter_module" in theirs else ""
+        assert differs(own[ours].grad, case.tensors[f"grad.{adapters}{theirs}"]) <= GRADIENT[precision], theirs
+    for key, parameter in head.named_parameters():
+        assert differs(parameter.grad, case.tensors[f"grad.classification_head.{key}"]) <= GRADIENT[precision], key
 
 
 def test_counts() -> None:

@@ -157,6 +157,7 @@ def sft_cycle(meta: dict[str, Any], tensors: Tensors, dtype: torch.dtype, limit:
                 assert_close(f"step{step}.grad", unit.values.grad, t[f"step{step}.grad_values.{n}"], limit)
             optimizer.step()
             for n, unit in units.items():
+                samples[n].close()
                 assert_close(f"step{step}.values", unit.values, t[f"step{step}.values.{n}"], limit)
         first = event["after_step"] + 1
         if "p" not in event:
@@ -173,7 +174,7 @@ def check_reselection(
     assert torch.equal(samples.candidates.sort().values, wanted[f"candidates.{n}"].long())
     assert samples.samples == int(wanted[f"samples.{n}"][0])
     before = unit.positions.clone()
-    rule._reselect(unit, samples, optimizer, rule.share(30), 1)
+    rule._reselect(unit, samples, optimizer, rule.share(30))
     changed = before != unit.positions
     assert torch.equal(before[changed].sort().values, wanted[f"dropped.{n}"])
     assert torch.equal(unit.positions[changed].sort().values, wanted[f"grown.{n}"])

@@ -18,33 +18,13 @@ from tests.parity.test_parity import backbone, below
 from vispeft.adapters.bank import AdapterBank
 from vispeft.core.method import Step
 from vispeft.errors import ConfigError, FileError, SiteError
+from vispeft.interop import load_official, to_official
 from vispeft.methods.mmrl import RepresentationTokens, mmrl_head
 from vispeft.storage.class_embeddings import ClassEmbeddings
 from vispeft.tasks import Classification
 
 FILES = {"mmrl_vit": "mmrl", "mmrlpp_vit": "mmrl++"}
 LEARNER = "representation_learner."
-
-
-def ours(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Collect the authors' vision tensors under our names, those of blocks in one."""
-    ends = {
-        f"{LEARNER}compound_rep_tokens": "tokens",
-        f"{LEARNER}srra_r2vproj.weight": "weight",
-        "image_encoder.A": "read_A",
-        "image_encoder.B": "read_B",
-        "image_encoder.proj_rep": "read",
-    }
-    found = {own: theirs[name] for name, own in ends.items() if name in theirs}
-    for own in ("weight", "bias", "A", "B"):
-        each = [theirs.get(f"{LEARNER}{place}.{i}.{own}") for i in (0, 1) for place in PLACES]
-        kept = [tensor for tensor in each if tensor is not None]
-        if kept:
-            found[own] = torch.stack(kept)
-    return found
-
-
-PLACES = ("srra_r2vproj.srra", "compound_rep_tokens_r2vproj")
 
 
 def adapted(name: str, dtype: torch.dtype, folder: Path) -> tuple[Any, AdapterBank, dict[str, Any], dict[str, Tensor]]:
@@ -57,27 +37,12 @@ def adapted(name: str, dtype: torch.dtype, folder: Path) -> tuple[Any, AdapterBa
     texts = F.normalize(tensors["out.text_features"], dim=1)
     ClassEmbeddings(texts.float(), tuple(config["classes"]), 100.0, projection).save(folder / "classes.safetensors")
     model.reset_classifier(len(texts))
-    wide = FILES[name] == "mmrl++"
-    ranks = {"rank": 2, "read_rank": 5} if wide else {}
-    method = vispeft.MMRL(
-        classes=str(folder / "classes.safetensors"),
-        variant=FILES[name],  # type: ignore[arg-type]
-        num_tokens=config["tokens"],
-        token_dim=config["rep_dim"],
-        first_block=config["layers_1based"][0] - 1,
-        beta=config["beta"],
-        alpha=config["alpha"],
-        reg_weight=config["reg_weight"],
-        **ranks,
-    )
-    bank = vispeft.attach(model.to(dtype), method, verify=False)
-    values = ours(below(tensors, "adapter."))
+    hyper = {**config, "classes": str(folder / "classes.safetensors")}
+    bank = load_official(model.to(dtype), "mmrl", below(tensors, "adapter."), {"hyper": hyper})
+    method: Any = bank.plan().method
+    assert (method.variant, method.first_block) == (FILES[name], config["layers_1based"][0] - 1)
+    head: Any = bank.head()
     with torch.no_grad():
-        own = dict(unit_of(bank).named_parameters())
-        assert own.keys() == values.keys()
-        for key, value in values.items():
-            own[key].copy_(value)
-        head: Any = bank.head()
         head.to(dtype).weight.copy_(
             torch.cat([100 * share * texts for share in (config["alpha"], 1 - config["alpha"])], 1)
         )
@@ -88,14 +53,13 @@ def unit_of(bank: AdapterBank) -> RepresentationTokens:
     return next(unit for unit in bank.units().values() if isinstance(unit, RepresentationTokens))
 
 
-def compare_gradients(bank: AdapterBank, wanted: dict[str, Tensor], precision: str, without: str = "") -> None:
-    gradients = ours(wanted)
-    found = dict(unit_of(bank).named_parameters())
-    assert gradients.keys() == found.keys()
-    for name, gradient in gradients.items():
-        if name == without:
-            continue
-        assert differs(found[name].grad, gradient) <= GRADIENT[precision], name
+def compare_gradients(bank: AdapterBank, wanted: dict[str, Tensor], precision: str, without: str = "none") -> None:
+    found = to_official(bank, "mmrl", grad=True)
+    vision = {name: gradient for name, gradient in wanted.items() if "_r2tproj." not in name}
+    assert found.keys() == vision.keys()
+    for name, gradient in vision.items():
+        if not name.endswith(without):
+            assert differs(found[name], gradient) <= GRADIENT[precision], name
 
 
 def bundles(model: Any, images: Tensor) -> tuple[Any, dict[str, Tensor]]:
@@ -161,10 +125,30 @@ def test_loss(name: str, precision: str, tmp_path: Path) -> None:
     assert differs(whole, tensors["out.loss"]) <= OUTPUT[precision]
     loss.backward()
     # The shared tokens enter the text tower too, which is not run here: their gradient has a second part there.
-    compare_gradients(bank, below(tensors, "grad_loss.adapter."), precision, without="tokens")
+    compare_gradients(bank, below(tensors, "grad_loss.adapter."), precision, without="compound_rep_tokens")
     assert all(parameter.grad is None for parameter in bank.head().parameters())  # type: ignore[union-attr]
     with pytest.raises(ConfigError, match="class numbers"):
         bank.plan("default").method.loss_term(bank, "default", Step((images, torch.rand(2)), output, result))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_official_tensors_go_there_and_back(name: str, tmp_path: Path) -> None:
+    tensors = below(file(name)[1], "adapter.")
+    model, bank, config, _ = adapted(name, torch.float32, tmp_path)
+    vision = {key: tensor for key, tensor in tensors.items() if "_r2tproj." not in key}
+    found = to_official(bank, "mmrl")
+    assert found.keys() == vision.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in vision.items())
+    assert torch.equal(unit_of(bank).projection, ClassEmbeddings.load(tmp_path / "classes.safetensors").projection)  # type: ignore[arg-type]
+    hyper = {**config, "classes": str(tmp_path / "classes.safetensors")}
+    first = f"{LEARNER}{'srra_r2vproj.srra' if FILES[name] == 'mmrl++' else 'compound_rep_tokens_r2vproj'}.0.bias"
+    with pytest.raises(FileError, match="are one tensor and have shapes"):
+        load_official(model, "mmrl", {**tensors, first: tensors[first][:3]}, {"hyper": hyper})
+    with pytest.raises(FileError, match="0 tensors named"):
+        load_official(model, "mmrl", {k: t for k, t in tensors.items() if k != first}, {"hyper": hyper})
+    with pytest.raises(FileError, match="needs alpha"):
+        load_official(model, "mmrl", tensors, {"hyper": {"classes": hyper["classes"], "beta": 0.9}})
+    assert bank.names == ["default"]
 
 
 def test_counts_of_the_visual_part() -> None:

@@ -149,9 +149,11 @@ def plan_merge(model: nn.Module, view: View, partial: bool) -> tuple[Plain, dict
             tensors.update({f"{path}.{name}" if path else name: tensor for name, tensor in plain.items()})
     if stays and not partial:
         listing = "; ".join(f"{path or '(model)'}: {reason}" for path, reason in list(stays.items())[:4])
+        advice = "merge(partial=True) merges the others and leaves these adapted."
+        if len(stays) == len(hosts):
+            advice = "Nothing of this adapter merges: keep it as an adapter, which loads onto any copy of the backbone."
         raise MergeError(
-            f"{len(stays)} of {len(hosts)} adapted layers have no plain layer that does the same ({listing}). "
-            "merge(partial=True) merges the others and leaves these adapted."
+            f"{len(stays)} of {len(hosts)} adapted layers have no plain layer that does the same ({listing}). {advice}"
         )
     for path, host in hosts:
         if path not in stays and isinstance(host, ShiftlessNormHost):

@@ -94,7 +94,7 @@ def _is_known(cls: type) -> bool:
     if cls in _CLASSES or cls in callbacks or cls in registered_methods():
         return True
     if issubclass(cls, others) and cls.__module__.startswith(f"{OWN}."):
-        return False  # those of this package are made by the commands themselves
+        return False  # those of this package are made by the commands themselves, but for registered ones
     return any(cls.__module__ == name or cls.__module__.startswith(f"{name}.") for name in (OWN, *_MODULES))
 
 

@@ -65,6 +65,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("file", metavar="FILE", help="safetensors, a PyTorch file, or a .bin of PETL-ViT")
     parser.add_argument("--model", metavar="NAME", required=True, help="the backbone: a timm model, or zoo:NAME")
     parser.add_argument("--weights", metavar="FILE", help="the backbone's weights, instead of downloaded ones")
+    parser.add_argument(
+        "--num_classes", metavar="N", type=int, help="outputs of the model, if no classifier is in FILE"
+    )
     parser.add_argument("--out", metavar="DIR", required=True, help="the adapter's directory")
     parser.add_argument("--hyper", metavar="K=V", nargs="+", action="extend", default=[], help="hyper-parameters")
     given = parser.parse_args(list(argv))
@@ -75,7 +78,8 @@ def main(argv: Sequence[str]) -> None:
     check_folder(place, "--out")
     if not os.path.isfile(file):
         raise FileError(f"There is no file {given.file!r} to import.")
-    model = create_model(given.model, weights=given.weights).eval()
+    outputs = {} if given.num_classes is None else {"num_classes": given.num_classes}
+    model = create_model(given.model, weights=given.weights, **outputs).eval()
     bank = import_official(model, given.source, file, hyper, place)
     console.print(bank.report())
     pixels = bank.notes()["preprocessing"]

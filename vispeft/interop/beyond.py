@@ -2,25 +2,27 @@
 
 Adapter+ (visinf/adapter_plus at 191c4ab), Mona (Leiyi-Hu/mona at 5deeac9), MLAE (jie040109/MLAE at 7452aa4), Rein
 (w1oves/Rein at 7da85bc), conformer adapters (umbertocappellazzo/PETL_AST at 1fe23af), DyT
-(NUS-HPC-AI-Lab/Dynamic-Tuning at d1744f0).
+(NUS-HPC-AI-Lab/Dynamic-Tuning at d1744f0), the visual part of MMRL and MMRL++ (yunncheng/MMRL at 27d8821).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from vispeft.core.method import Method
 from vispeft.core.plan import Plan
 from vispeft.core.sites import View
+from vispeft.errors import FileError
 from vispeft.interop.blocks import ending_in, hyper_of, layer_names, placed
 from vispeft.interop.official import Source, register_source
 from vispeft.methods.adapter_plus import AdapterPlus
 from vispeft.methods.conformer_adapter import ConformerAdapter
 from vispeft.methods.dyt import DyT
 from vispeft.methods.mlae import MLAE
+from vispeft.methods.mmrl import MMRL
 from vispeft.methods.mona import KERNELS, Mona
 from vispeft.methods.rein import Rein
 
@@ -161,6 +163,53 @@ def _conformer_names(plan: Plan) -> dict[str, str]:
     return names
 
 
+_LEARNER = "representation_learner."
+_MMRL = {
+    "mmrl": {
+        "weight": f"{_LEARNER}compound_rep_tokens_r2vproj.{{}}.weight",
+        "bias": f"{_LEARNER}compound_rep_tokens_r2vproj.{{}}.bias",
+        "read": "image_encoder.proj_rep",
+    },
+    "mmrl++": {
+        "weight": f"{_LEARNER}srra_r2vproj.weight",
+        **{name: f"{_LEARNER}srra_r2vproj.srra.{{}}.{name}" for name in ("A", "B", "bias")},
+        "read_A": "image_encoder.A",
+        "read_B": "image_encoder.B",
+    },
+}
+"""The authors' names by variant; those of blocks are numbered from the first one with tokens."""
+
+
+def _mmrl(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], view: View) -> Method:
+    wide = "image_encoder.A" in tensors
+    variant: Literal["mmrl", "mmrl++"] = "mmrl++" if wide else "mmrl"
+    hyper = hyper_of(metadata, "mmrl", "classes", "alpha", *(("beta",) if wide else ()))
+    tokens, bias = ending_in(tensors, "compound_rep_tokens"), _MMRL[variant]["bias"]
+    blocks = next(number for number in range(len(tensors) + 1) if bias.format(number) not in tensors)
+    if not 0 < blocks <= view.depth:
+        raise FileError(f"There are {blocks} tensors named {bias.format('N')}, and the model has {view.depth} blocks.")
+    ranks = {}
+    if wide:
+        ranks = {"rank": ending_in(tensors, ".srra.0.B").shape[0], "read_rank": tensors["image_encoder.A"].shape[1]}
+    return MMRL(
+        classes=hyper["classes"],
+        variant=variant,
+        num_tokens=tokens.shape[0],
+        token_dim=tokens.shape[1],
+        first_block=view.depth - blocks,
+        beta=hyper.get("beta"),
+        alpha=hyper["alpha"],
+        reg_weight=hyper.get("reg_weight", 1.0),
+        **ranks,
+    )
+
+
+def _mmrl_names(plan: Plan) -> dict[str, str]:
+    method: Any = plan.method
+    names = {"tokens": f"{_LEARNER}compound_rep_tokens", **_MMRL[method.variant]}
+    return {f"{item.key}.{tensor}": names[tensor] for item in plan for tensor in item.shapes()}
+
+
 register_source(Source("adapter_plus", _adapter_plus, placed(lambda _, unit: unit, _PLUS)))
 register_source(Source("mona", _mona, placed(lambda _, unit: _mona_place(unit), MONA)))
 register_source(Source("mlae", _mlae, lambda plan: _named_by_layer(plan, _MLAE)))
@@ -175,3 +224,5 @@ register_source(
         ignored=(".lnorm.",),
     )
 )
+# The text tower's layers are not run here.
+register_source(Source("mmrl", _mmrl, _mmrl_names, ignored=("_r2tproj.",)))

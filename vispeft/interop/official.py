@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vispeft.adapters.attach import attach
@@ -36,13 +37,15 @@ class Source:
     method: Callable[[Mapping[str, Any], Mapping[str, Tensor], View], Method]
     """Builds the method from the file's metadata, its tensors and the model's view."""
     names: Callable[[Plan], dict[str, str]]
-    """Maps our tensor names for a plan to the authors' names."""
+    """Maps our tensor names for a plan to the authors' names; ``{}`` in one stands for the numbers from 0 of tensors
+    that are one tensor of ours, along its first axis. State that has no name there and does not train stays as the
+    method starts it."""
     head: str | None = None
     """The authors' name of the classifier; None if it is timm's."""
     trailing: tuple[str, ...] = ()
     """Name endings of the tensors that have an additional last axis of length one (1x1 convolutions)."""
     ignored: tuple[str, ...] = ()
-    """Parts of the names of tensors with which the public code computes nothing."""
+    """Parts of the names of tensors with which the public code computes nothing, or what no method here computes."""
 
     def ours(self, name: str, tensor: Tensor) -> Tensor:
         """Convert one of the authors' tensors to our shape."""
@@ -97,14 +100,16 @@ def load_official(
     ours = {theirs: own for own, theirs in official_names(entry, bank, label).items()}
     place = f"{entry.head or view.head_path}."  # a model without a classifier gets the one in the file
     ours |= {name: f"head/{name.removeprefix(place)}" for name in tensors if name.startswith(place)}
-    unknown = [name for name in tensors if name not in ours]
     try:
+        tensors = _joined(tensors, ours)
+        unknown = [name for name in tensors if name not in ours]
         if unknown:
             raise FileError(
                 f"{len(unknown)} of {len(tensors)} tensors have names that {source!r} does not use here, first "
                 f"{', '.join(sorted(unknown)[:3])}; expected names like {', '.join(sorted(ours)[:3])}."
             )
-        bank.load_state_dict({ours[name]: entry.ours(name, tensor) for name, tensor in tensors.items()}, label)
+        kept = {own: t for own, t in bank.state_dict(label).items() if own not in ours.values() and "head/" not in own}
+        bank.load_state_dict(kept | {ours[name]: entry.ours(name, tensor) for name, tensor in tensors.items()}, label)
     except Exception:
         bank.detach(label)
         raise
@@ -145,8 +150,30 @@ def to_official(bank: AdapterBank, source: str, grad: bool = False) -> dict[str,
             raise ConfigError(f"{theirs} has no gradient; call backward() on a loss of the adapted model first.")
         value = tensor.grad if grad else tensor
         assert value is not None
-        out[theirs] = entry.theirs(theirs, value.detach().clone())
+        parts = enumerate(value) if "{}" in theirs else [(0, value)]
+        for index, part in parts:
+            name = theirs.format(index) if "{}" in theirs else theirs
+            out[name] = entry.theirs(name, part.detach().clone())
     return out
+
+
+def _joined(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Put the authors' tensors that are one of ours into one, under their name with ``{}``.
+
+    Raises:
+        FileError: If their shapes differ.
+    """
+    found = dict(tensors)
+    for name in (name for name in names if "{}" in name):
+        parts: list[Tensor] = []
+        while name.format(len(parts)) in found:
+            parts.append(found.pop(name.format(len(parts))))
+        if len({part.shape for part in parts}) > 1:
+            shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+            raise FileError(f"Tensors named {name.format('0, 1, ...')} are one tensor and have shapes {shapes}.")
+        if parts:
+            found[name] = torch.stack(parts)
+    return found
 
 
 def find_source(name: str) -> Source:
@@ -164,7 +191,7 @@ def find_source(name: str) -> Source:
 
 
 def official_names(entry: Source, bank: AdapterBank, label: str | None) -> dict[str, str]:
-    """Return the authors' name of each tensor of an adapter, including its classifier.
+    """Return the authors' name of each tensor of an adapter, including its classifier where the method trains it.
 
     Args:
         entry: The public code.
@@ -172,7 +199,8 @@ def official_names(entry: Source, bank: AdapterBank, label: str | None) -> dict[
         label: The adapter; may be None if only one acts.
     """
     names = entry.names(bank.plan(label))
-    heads = [key for key in bank.named_tensors(label) if key.startswith("head/")]
+    trains = bank.plan(label).method.trains_head()
+    heads = [key for key in bank.named_tensors(label) if key.startswith("head/") and trains]
     place = entry.head or bank.view.head_path
     return {**names, **{key: f"{place}.{key.removeprefix('head/')}" for key in heads}}
 

@@ -73,12 +73,12 @@ class DyTUnit(ParallelBottleneck):
 class DyT(AdaptFormer):
     """AdaptFormer's bottlenecks beside the MLPs, and a dispatcher in each block by which patch tokens skip the MLP.
 
-    In prediction (without gradients, in eager mode) the MLP is computed for the chosen tokens alone; how much time that
-    saves has not been measured yet. Training computes all MLPs, and by default a second pass in which no token skips.
-    Graphs of `torch.compile` and exported models compute all MLPs too, with equal results. Two such adapters at once: a
-    token passes where both let it. On Swin the pixels of a map skip alike (form of this project). It does not start at
-    the identity: about half of the tokens skip from the first step on, unless `start_bias` is high. The public code has
-    16 hidden channels for VTAB-1k.
+    In prediction (without gradients, in eager mode) the MLP is computed for the chosen tokens alone. Training
+    computes all MLPs, and by default a second pass in which no token skips. Graphs of `torch.compile` and exported
+    models compute all MLPs too, with equal results. Two such adapters at once: a token passes where both let it. On
+    Swin the pixels of a map skip alike (form of this project). It does not start at the identity: about half of the
+    tokens skip from the first step on, unless `start_bias` is high. The public code has 16 hidden channels for
+    VTAB-1k.
     """
 
     target: float = 0.5

@@ -101,12 +101,12 @@ class Regrowing(Ruled[DropAndRegrow]):
 
     def before(self, task: Any, trainer: Any) -> None:
         """Watch gradients where they choose."""
-        self.rule.before_step(self.units(task))
+        self.rule.before_step(self.units(task), trainer.accumulate_grad_batches)
 
     def after(self, task: Any, trainer: Any) -> None:
         """Replace entries where it is time to."""
         total = int(trainer.estimated_stepping_batches)
-        self.rule.after_step(self.units(task), trainer.optimizers[0], total, trainer.accumulate_grad_batches)
+        self.rule.after_step(self.units(task), trainer.optimizers[0], total)
 
     def end(self, task: Any) -> None:
         """Watch no gradients any more."""

@@ -36,7 +36,7 @@ class Growth:
 
 
 class Samples:
-    """Sums of the gradients of candidate entries."""
+    """Sums of the gradients of candidate entries; a sample is the gradient of one step of the optimiser."""
 
     def __init__(self, count: int) -> None:
         """Start without samples.
@@ -46,22 +46,46 @@ class Samples:
         """
         self.count, self.samples = count, 0
         self.candidates = self.sums = self.squares = torch.empty(0)
+        self.whole, self.step = False, torch.empty(0)
 
-    def add(self, grad: Tensor) -> None:
-        """Add the gradient of a weight; the largest entries of the first one are the candidates.
+    def begin(self, several: bool) -> None:
+        """Tell that a backward pass comes.
 
         Args:
-            grad: Of any shape.
+            several: Whether a step has several, so that the whole gradient of the first step is summed before it is
+                known which entries of it are the largest.
+        """
+        self.whole = several and not self.samples
+
+    def add(self, grad: Tensor) -> None:
+        """Add to the gradient of the present step.
+
+        Args:
+            grad: The gradient of a weight, of any shape.
         """
         flat = grad.detach().flatten()
+        if not self.whole:
+            if not len(self.candidates):
+                self._choose(flat)
+            flat = flat[self.candidates]
+        # Not in place: autograd may still use what it showed.
+        self.step = self.step + flat if len(self.step) else flat.clone()
+
+    def close(self) -> None:
+        """End a step: what was added since the last one is a sample."""
+        if not len(self.step):
+            return
+        if not len(self.candidates):
+            self._choose(self.step)
+            self.step = self.step[self.candidates]
         if not self.samples:
-            self.candidates = flat.abs().topk(self.count).indices
-            self.sums = torch.zeros_like(flat[self.candidates])
-            self.squares = self.sums.clone()
-        found = flat[self.candidates]
-        self.sums = self.sums + found
-        self.squares = self.squares + found.square()
-        self.samples += 1
+            self.sums, self.squares = torch.zeros_like(self.step), torch.zeros_like(self.step)
+        self.sums, self.squares = self.sums + self.step, self.squares + self.step.square()
+        self.samples, self.step = self.samples + 1, self.step[:0]
+
+    def _choose(self, flat: Tensor) -> None:
+        """Take the largest entries of the first gradient as the candidates."""
+        self.candidates = flat.abs().topk(self.count).indices
 
     def move(self, device: torch.device) -> None:
         """Move to a device: those of a checkpoint are on the CPU.
@@ -69,8 +93,8 @@ class Samples:
         Args:
             device: The device of the weight.
         """
-        self.candidates, self.sums, self.squares = (
-            tensor.to(device) for tensor in (self.candidates, self.sums, self.squares)
+        self.candidates, self.sums, self.squares, self.step = (
+            tensor.to(device) for tensor in (self.candidates, self.sums, self.squares, self.step)
         )
 
 
@@ -78,7 +102,8 @@ def replace(positions: Tensor, values: Tensor, candidates: Tensor, scores: Tenso
     """Choose the entries that go and come.
 
     Of the entries with the smallest changes a share goes; of the candidates that do not train then, those with the
-    largest scores come, including ones that just went: these stay as they were. If there are fewer, fewer go.
+    largest scores come, including ones that just went: these stay as they were. If there are fewer, fewer go: as many
+    as still leave that number of candidates, so that no entry comes that has stayed.
 
     Args:
         positions: Entries that train, (count,).
@@ -90,12 +115,12 @@ def replace(positions: Tensor, values: Tensor, candidates: Tensor, scores: Tenso
     Returns:
         What is replaced.
     """
-    number = int(len(positions) * share)
     order = values.abs().argsort()
-    staying = positions[order[number:]]
+    idle = torch.isin(candidates, positions, invert=True).sum()
+    going = torch.isin(positions[order[: int(len(positions) * share)]], candidates, invert=True)
+    number = int((going.cumsum(0) <= idle).sum())  # each of these leaves its place to an idle candidate at most
+    slots, staying = order[:number], positions[order[number:]]
     free = torch.isin(candidates, staying, invert=True).nonzero().flatten()
-    number = min(number, len(free))
-    slots = order[:number]
     chosen = free[scores[free].topk(number).indices]
     goes = torch.isin(positions[slots], candidates[chosen], invert=True)
     comes = torch.isin(candidates[chosen], positions[slots], invert=True)
@@ -329,11 +354,12 @@ class DropAndRegrow:
         done = min(self.steps / max(total, 1), 1.0)
         return self.rate * (1 - done if self.policy == "linear" else (1 + math.cos(math.pi * done)) / 2)
 
-    def before_step(self, units: list[Any]) -> None:
+    def before_step(self, units: list[Any], micro_batches: int = 1) -> None:
         """Watch the gradients of whole weights, where the next step is one whose gradients choose.
 
         Args:
             units: The units whose entries change.
+            micro_batches: Backward passes of one step, whose gradients are summed.
         """
         left = self.interval - self.steps % self.interval
         watching = left <= self.accumulate
@@ -341,28 +367,30 @@ class DropAndRegrow:
             self.samples = [Samples(len(unit.values)) for unit in units]
         for unit, samples in zip(units, self.samples, strict=False):
             samples.move(unit.values.device)
+            samples.begin(micro_batches > 1)
             unit.observer = samples.add if watching else None
 
-    def after_step(self, units: list[Any], optimizer: Any, total: int, micro_batches: int = 1) -> None:
+    def after_step(self, units: list[Any], optimizer: Any, total: int) -> None:
         """Count a step of the optimiser, and replace entries where it is time to.
 
         Args:
             units: The units whose entries change.
             optimizer: The optimiser.
             total: Steps of the whole training.
-            micro_batches: Backward passes of one step.
         """
         self.steps += 1
+        for samples in self.samples:
+            samples.close()
         if self.steps % self.interval:
             return
         for unit, samples in zip(units, self.samples, strict=True):
             unit.observer = None
             if samples.samples:
-                self._reselect(unit, samples, optimizer, self.share(total), micro_batches)
+                self._reselect(unit, samples, optimizer, self.share(total))
         self.samples, self.rounds = [], self.rounds + 1
 
     @torch.no_grad()
-    def _reselect(self, unit: Any, samples: Samples, optimizer: Any, share: float, micro_batches: int) -> None:
+    def _reselect(self, unit: Any, samples: Samples, optimizer: Any, share: float) -> None:
         values, positions = unit.values, unit.positions
         if isinstance(optimizer, SM3):
             state = optimizer.state[values]
@@ -376,7 +404,7 @@ class DropAndRegrow:
         mean = samples.sums[growth.chosen] / samples.samples
         square = samples.squares[growth.chosen] / samples.samples
         regrow = getattr(optimizer, "regrow", None) or _regrow_adam(optimizer)
-        regrow(values, growth.slots, mean, square, samples.samples / micro_batches)
+        regrow(values, growth.slots, mean, square, samples.samples)
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed training needs."""
@@ -400,7 +428,8 @@ class Refresh:
     """LIFT's choice of the principal weights, made again every few steps from the present weights.
 
     Entries that stay keep their moments, those that come start with none; an entry that goes keeps its change, and goes
-    on from it if it comes back. The optimiser's step counter goes on, so that its correction is off for new entries.
+    on from it if it comes back. With `SparseAdamW` the age of an entry begins when it comes. PyTorch's optimisers have
+    one step counter, as the public code has, so that their correction is off for new entries.
     """
 
     def __init__(self, interval: int, rank: int) -> None:
@@ -438,9 +467,9 @@ class Refresh:
         unit.positions[slots], unit.values[slots] = comes, before[comes.long()]
         rest = torch.isin(old, comes, invert=True) & (changes != 0)
         unit.left_positions, unit.left_values = old[rest], changes[rest]
-        for name in ("exp_avg", "exp_avg_sq"):
+        for name, start in (("exp_avg", 0), ("exp_avg_sq", 0), ("age", 1)):
             if name in optimizer.state[unit.values]:
-                optimizer.state[unit.values][name][slots] = 0
+                optimizer.state[unit.values][name][slots] = start
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed training needs."""

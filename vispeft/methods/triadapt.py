@@ -279,17 +279,19 @@ class _Growth(Schedule):
         self.method, self.followed = method, 0
 
     def begin(self, task: Any, trainer: Any) -> None:
-        """Refuse trainings without an end."""
+        """Refuse trainings without an end, and averages over steps."""
         if math.isinf(trainer.estimated_stepping_batches):
             raise ConfigError(
                 "TriAdapt grows by the share of the steps that are done, and this training has no end. Give max_epochs "
                 "or max_steps."
             )
-        averaging = next((type(o).__name__ for o in trainer.optimizers if hasattr(o, "eval")), None)
-        if averaging is not None:
+        averaging = {type(o).__name__: "Take another optimizer" for o in trainer.optimizers if hasattr(o, "eval")}
+        averaging |= {} if task.ema is None else {"ema": "Leave it out"}
+        if averaging:
+            name, advice = next(iter(averaging.items()))
             raise ConfigError(
-                f"TriAdapt gives new ranks values of their own while it trains, and {averaging} averages over all "
-                "steps, in which they were zero. Take another optimizer."
+                f"TriAdapt gives new ranks values of their own while it trains, and {name} averages over all steps, in "
+                f"which they were zero. {advice}."
             )
 
     def before(self, task: Any, trainer: Any) -> None:

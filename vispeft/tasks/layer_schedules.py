@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim import Optimizer
 
+from vispeft.building.known import register_class
 from vispeft.core.units import Unit
 from vispeft.errors import ConfigError, counted
 
@@ -101,6 +102,7 @@ class LayerSchedule(Callback):
                 tensor.requires_grad_(index in chosen)
 
 
+@register_class
 class ProgressiveLayers(LayerSchedule):
     """Train the adapters of the last blocks first, and one block after the other as the training goes on."""
 
@@ -129,6 +131,7 @@ class ProgressiveLayers(LayerSchedule):
         return tuple(range(count - first - math.floor(passed * (count - first)), count))
 
 
+@register_class
 class TensorDecay(Callback):
     """Give tensors a weight decay of their own, by name, such as 0 for LoRA's A and 0.5 for B.
 

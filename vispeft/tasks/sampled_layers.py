@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from vispeft.building.known import register_class
 from vispeft.core.modes import evaluating
 from vispeft.errors import ConfigError, counted
 from vispeft.tasks.layer_schedules import LayerSchedule
@@ -32,6 +33,7 @@ GAINS = ("selection", "weight", "input", "delta", "sequential", "affine", "paral
 """Kinds of units whose contribution can be suppressed."""
 
 
+@register_class
 class SampledLayers(LayerSchedule):
     """Train the adapters of a few blocks in each step, drawn by a score that is learned from cheap forward passes.
 
