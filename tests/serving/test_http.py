@@ -17,6 +17,7 @@ from PIL import Image
 import vispeft
 from tests.conformance.cells import move
 from tests.core.test_rows import vit
+from vispeft.cli.serve import check_token_merging
 from vispeft.data.images import read_image
 from vispeft.data.preprocessing import Preprocessing
 from vispeft.errors import ConfigError
@@ -26,6 +27,7 @@ pytest.importorskip("uvicorn")
 
 from vispeft.serving.batches import Batches
 from vispeft.serving.http import Limits, make_app
+from vispeft.serving.outputs import Meaning
 
 SIZE = Preprocessing(size=(16, 16), mean=(0.5,) * 3, std=(0.5,) * 3)
 LIMITS = Limits(bytes=20_000, pixels=10_000, seconds=0.3, answer_seconds=20)
@@ -301,3 +303,29 @@ def test_a_bound_that_no_image_fits_is_refused() -> None:
     with pytest.raises(ConfigError, match="above 0"):
         Limits(held=0)
     batches.stop()
+
+
+def test_a_client_adds_no_run_that_merges_tokens(tmp_path: Path) -> None:
+    """The command line refused it, and a request did not."""
+    server, _ = served(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("token_merging: {r: 8}\n")
+    batches = Batches(server)
+    client = Client(make_app(server, batches, LIMITS, token="word", check=check_token_merging))
+    right = {"Authorization": "Bearer word"}
+    for source in ("run", "run/adapter"):
+        body = json.dumps({"source": str(tmp_path / source)}).encode()
+        status, said = asyncio.run(client.ask("PUT", "/adapters/merging", body, right))
+        assert status == 400
+        assert "merges tokens" in said["error"]
+    batches.stop()
+
+
+def test_equal_labels_have_keys_of_their_own() -> None:
+    """ImageNet has two classes called crane; the one of 0.95 was lost."""
+    notes = {"preprocessing": {"size": [8, 8], "mean": [0] * 3, "std": [1] * 3}}
+    notes |= {"class_names": ["crane", "crane", "owl"], "output": {"target": "multilabel"}}
+    answer = Meaning("x", notes, 5).read(torch.tensor([3.0, -3.0, -1.0]))
+    assert answer["labels"] == ["crane"]
+    assert list(answer["probabilities"]) == ["crane", "crane (2)", "owl"]
+    assert answer["probabilities"]["crane"] == pytest.approx(0.9526, abs=1e-4)

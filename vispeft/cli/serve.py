@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,10 +12,11 @@ from torch import nn
 from vispeft.building.config_files import read_config
 from vispeft.cli.common import console, make_parser
 from vispeft.cli.evaluate import load_task
-from vispeft.cli.runs import Run
+from vispeft.cli.runs import CONFIG, Run
 from vispeft.core.token_merging import TokenMerging
 from vispeft.errors import ConfigError, counted
 from vispeft.serving.server import Server, name_of
+from vispeft.zoo.adapters import ADAPTER, PREFIX, find_adapter
 
 __all__ = ["TOKEN", "backbone_of", "main", "named_runs"]
 
@@ -71,10 +73,11 @@ def main(argv: Sequence[str]) -> None:
         answer_seconds=given.answer_seconds,
     )
     runs = named_runs(given.runs)
-    check_token_merging(runs)
+    for name, source in runs.items():
+        check_token_merging(name, source)
     server = Server(backbone_of(next(iter(runs.values()))), runs)
     batches = Batches(server, given.batch, given.delay_ms / 1000, max(given.waiting, given.batch))
-    app = make_app(server, batches, limits, token=os.environ.get(TOKEN) or None)
+    app = make_app(server, batches, limits, token=os.environ.get(TOKEN) or None, check=check_token_merging)
     told = counted(len(runs), "adapter")
     console.print(f"{told} at http://{given.host}:{given.port} (Ctrl-C ends it)", soft_wrap=True)
     settings: dict[str, Any] = {"log_level": "warning", "timeout_graceful_shutdown": STOPPING}
@@ -96,22 +99,25 @@ def _uvicorn() -> Any:
     return uvicorn
 
 
-def check_token_merging(runs: Mapping[str, str]) -> None:
-    """Refuse runs that merge tokens, which would be answered without.
+def check_token_merging(name: str, source: str) -> None:
+    """Refuse a run that merges tokens, which would be answered without.
 
     Args:
-        runs: Runs by name.
+        name: Name of the adapter.
+        source: The run, or its adapter's directory; an adapter without a run merges none.
 
     Raises:
-        ConfigError: If one does.
+        ConfigError: If it does.
     """
-    for name, source in runs.items():
-        found = TokenMerging(**(read_config(Run.open(source).config).get("token_merging") or {}))
-        if found != TokenMerging():
-            raise ConfigError(
-                f"{name} ({source}) merges tokens, and the server runs the backbone without, so that its answers would "
-                "differ from those of vispeft predict. Leave the run out."
-            )
+    place = find_adapter(source) if source.startswith(PREFIX) else Path(source)
+    place = place.parent if place.name == ADAPTER and not os.path.isfile(place / CONFIG) else place
+    if not os.path.isfile(place / CONFIG):
+        return
+    if TokenMerging(**(read_config(place / CONFIG).get("token_merging") or {})) != TokenMerging():
+        raise ConfigError(
+            f"{name} ({source}) merges tokens, and the server runs the backbone without, so that its answers would "
+            "differ from those of vispeft predict. Leave the run out."
+        )
 
 
 def named_runs(given: Sequence[str]) -> dict[str, str]:

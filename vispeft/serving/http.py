@@ -78,11 +78,17 @@ class _RefusedError(Exception):
         self.status, self.reason = status, reason
 
 
+Check = Callable[[str, str], None]
+
+
 class _Pages:
     """The pages of the server."""
 
-    def __init__(self, server: Server, batches: Batches, limits: Limits, token: str | None, top: int) -> None:
+    def __init__(
+        self, server: Server, batches: Batches, limits: Limits, token: str | None, top: int, check: Check | None
+    ) -> None:
         self.server, self.batches, self.limits, self.token, self.top = server, batches, limits, token, top
+        self.check = check
         self.figures = Figures()
         batches.on_batch = self.figures.batch
         self.decoders, self.room = asyncio.Semaphore(limits.decoding), Room(limits.held)
@@ -248,6 +254,8 @@ class _Pages:
         return JSONResponse({"adapter": name}, 201)
 
     def _add(self, name: str, source: str) -> None:
+        if self.check is not None:
+            self.check(name, source)
         self.server.add(source, name)
         try:
             self.meanings[name] = self._read(name)
@@ -299,7 +307,13 @@ def _error(status: int, reason: str) -> Response:
 
 
 def make_app(
-    server: Server, batches: Batches, limits: Limits | None = None, *, token: str | None = None, top: int = 5
+    server: Server,
+    batches: Batches,
+    limits: Limits | None = None,
+    *,
+    token: str | None = None,
+    top: int = 5,
+    check: Check | None = None,
 ) -> Starlette:
     """Make the ASGI application of a server.
 
@@ -309,11 +323,12 @@ def make_app(
         limits: What it takes.
         token: Word that lets a client add and remove adapters; None for a server whose adapters are fixed.
         top: Number of likeliest classes in an answer.
+        check: Called with name and source of an adapter before a client adds it; it may raise.
 
     Raises:
         ConfigError: If an adapter gives no scores for an image, or its images do not fit into `Limits.held`.
     """
-    pages = _Pages(server, batches, limits or Limits(), token, top)
+    pages = _Pages(server, batches, limits or Limits(), token, top, check)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:

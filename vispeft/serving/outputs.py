@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -76,6 +76,7 @@ class Meaning:
             pairs = zip(places.tolist(), shares.tolist(), strict=True)
             classes = [{"class": names[place], "probability": share} for place, share in pairs]
             return {"class": classes[0]["class"], "probability": classes[0]["probability"], "classes": classes}
+        names = _numbered(names)
         if self.target == "multilabel":
             shares = dict(zip(names, scores.sigmoid().tolist(), strict=True))
             return {"labels": [name for name, share in shares.items() if share >= 0.5], "probabilities": shares}
@@ -83,3 +84,15 @@ class Meaning:
         if self.mean is not None and self.deviation is not None:
             values = [v * d + m for v, d, m in zip(values, self.deviation, self.mean, strict=True)]
         return {"values": dict(zip(names, values, strict=True))}
+
+
+def _numbered(names: Sequence[str]) -> list[str]:
+    """Number further ones of equal names, as labels are the keys of an answer."""
+    found: dict[str, None] = {}
+    for name in names:
+        number, own = 1, name
+        while own in found:
+            number += 1
+            own = f"{name} ({number})"
+        found[own] = None
+    return list(found)
