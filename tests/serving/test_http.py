@@ -323,9 +323,10 @@ def test_a_client_adds_no_run_that_merges_tokens(tmp_path: Path) -> None:
 
 def test_equal_labels_have_keys_of_their_own() -> None:
     """ImageNet has two classes called crane; the one of 0.95 was lost."""
-    notes = {"preprocessing": {"size": [8, 8], "mean": [0] * 3, "std": [1] * 3}}
+    notes: dict[str, Any] = {"preprocessing": Preprocessing(size=(8, 8), mean=(0.0,) * 3, std=(1.0,) * 3).to_dict()}
     notes |= {"class_names": ["crane", "crane", "owl"], "output": {"target": "multilabel"}}
     answer = Meaning("x", notes, 5).read(torch.tensor([3.0, -3.0, -1.0]))
+    assert answer is not None
     assert answer["labels"] == ["crane"]
     assert list(answer["probabilities"]) == ["crane", "crane (2)", "owl"]
     assert answer["probabilities"]["crane"] == pytest.approx(0.9526, abs=1e-4)
