@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,11 +20,14 @@ from lightning.pytorch.utilities import rank_zero_only
 import vispeft
 from tests.tiny import CONFIG
 from vispeft.cli.processes import Team
-from vispeft.cli.train import resume, train
-from vispeft.errors import ConfigError, TrainingError, UnknownNameError
+from vispeft.cli.stopping import Stopped
+from vispeft.cli.train import finish, resume, train
+from vispeft.errors import ConfigError, DataError, TrainingError, UnknownNameError
+from vispeft.tasks import Classification
 from vispeft.tasks.checkpoints import find_checkpoint, read_checkpoint
 
 TWO = ["--trainer.accelerator=cpu", "--trainer.devices=2"]
+LITTLE = ["--trainer.max_epochs=1", "--checkpoints.every_n_steps=2"]
 FEW = ["--data.batch_size=16", "--trainer.limit_train_batches=6", "--data.test=0.5"]
 
 
@@ -60,6 +64,39 @@ def trained(run: Path) -> dict[str, Any]:
     found = find_checkpoint(run / "checkpoints")
     assert found is not None
     return read_checkpoint(found.path)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes, made once; tests change copies of it."""
+    folder = tmp_path_factory.mktemp("pair")
+    (folder / "tiny.yaml").write_text(CONFIG)
+    finished(command(folder / "tiny.yaml", *FEW, *TWO, *LITTLE, "--out", folder / "run"))
+    return folder / "run"
+
+
+@pytest.fixture
+def unmeasured(pair: Path, tmp_path: Path) -> Path:
+    """The same run as it is where its first process is killed while it measures."""
+    place = tmp_path / "unmeasured"
+    shutil.copytree(pair, place)
+    (place / "metrics.json").unlink()
+    return place
+
+
+def stopped_at(step: int, training_step: Any) -> Any:
+    """Return a step of a task that is asked to stop at a number of steps."""
+
+    def stopped(self: Classification, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == step:
+            raise Stopped(signal.SIGTERM)
+        return training_step(self, batch, batch_idx)
+
+    return stopped
+
+
+def measured(run: Path) -> Any:
+    return json.loads((run / "metrics.json").read_text())["test"]
 
 
 def test_processes_and_strategies_are_read_before_anything_is_made() -> None:
@@ -170,3 +207,40 @@ def test_a_run_goes_on_with_another_number_of_processes(more: bool, config: Path
     assert second["vispeft"]["processes"] == (2 if more else 1)
     for name, tensor in first["state_dict"].items():
         torch.testing.assert_close(second["state_dict"][name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("goes_on", [resume, finish])
+def test_a_run_of_several_processes_ends_where_it_was_stopped_behind_its_last_step(
+    goes_on: Any, pair: Path, unmeasured: Path
+) -> None:
+    goes_on(unmeasured)
+    assert measured(unmeasured) == measured(pair)
+
+
+@pytest.mark.slow
+def test_other_images_are_still_noticed_behind_the_last_step(unmeasured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vispeft.data import DigitsData
+
+    monkeypatch.setattr(DigitsData, "identity", lambda self: iter([b"others"]))
+    with pytest.raises(DataError, match="written with other images or labels: digest was"):
+        resume(unmeasured)
+
+
+@pytest.mark.slow
+def test_a_run_stays_with_the_processes_that_it_went_on_with(unmeasured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From two processes to one, and stopped once more: what was asked for once is known afterwards."""
+    (unmeasured / "checkpoints/step-0000006.ckpt").unlink()  # as if it had been killed in its fifth step
+    settings = ["--trainer.devices=1", "--checkpoints.every_n_steps=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Classification, "training_step", stopped_at(5, Classification.training_step))
+        with pytest.raises(Stopped, match=f"--resume {unmeasured} {' '.join(settings)} --elastic$"):
+            resume(unmeasured, overrides=settings, elastic=True)
+    with pytest.raises(TrainingError, match=r"written by 1 processes, and there are 2.*--trainer.devices 1"):
+        resume(unmeasured)
+    resume(unmeasured, overrides=["--trainer.devices=1"])
+    found = trained(unmeasured)
+    assert (found["global_step"], found["vispeft"]["processes"], found["DigitsData"]["batch_size"]) == (6, 1, 32)
+    (unmeasured / "metrics.json").unlink()
+    finish(unmeasured)
+    assert (unmeasured / "metrics.json").is_file()

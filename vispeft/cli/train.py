@@ -301,7 +301,8 @@ def finish(run: str | Path) -> Path:
                 f"No epoch of {place} has been measured and kept yet, so there is no best one to make an adapter of. "
                 f"Go on by vispeft train --resume {place}"
             )
-        _prepare(cli)
+        cli.processes = found.state["processes"]  # they divided the batches, by one of which is measured
+        _prepare(cli, found)
         trainer = _trainer(place, cli, found)
         cast(RunCheckpoints, trainer.checkpoint_callback).take_over(found.state, found.path.name)
         _check_measured(cli.datamodule, found)
@@ -451,7 +452,7 @@ def _check_measured(data: Any, found: Found) -> None:
     """Check that a completed training run is measured on the splits it was trained with."""
     state = read_checkpoint(found.path).get(type(data).__qualname__)
     if isinstance(data, ImageData) and state:
-        data.check_same(state)
+        data.check_same(state, order=False)
 
 
 def _trainer(place: Path, cli: TrainCLI, found: Found | None, elastic: bool = False) -> Trainer:
