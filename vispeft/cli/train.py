@@ -30,14 +30,13 @@ from vispeft.cli.config_keys import as_list, split_overrides
 from vispeft.cli.early import TrainCLI
 from vispeft.cli.finish import finish_run
 from vispeft.cli.folds import train_folds
-from vispeft.cli.own_code import load_code
-from vispeft.cli.processes import leave_group, make_strategy, started, watch_parent
+from vispeft.cli.own_code import load_code, loaded
+from vispeft.cli.processes import STRATEGIES, leave_group, make_strategy, started, watch_parent
 from vispeft.cli.settings import check_names, check_room, check_text, rehearse_stopping, rehearse_test
 from vispeft.cli.start import start_from
 from vispeft.cli.stopping import disk_is_full, tell_how_to_go_on
 from vispeft.data.base import ImageData
 from vispeft.data.listed import ListedData
-from vispeft.data.shares import part_of_batch
 from vispeft.errors import ConfigError, FileError, TrainingError
 from vispeft.resources import find_config
 from vispeft.tasks.base import AdapterTask
@@ -96,6 +95,7 @@ def main(argv: Sequence[str]) -> None:
     given, overrides = parser.parse_known_args(argv)
     for name in given.code:
         load_code(name)
+    loaded[:] = given.code
     for key, value in (("init", given.init), ("model.method", given.method)):
         if value is not None:
             overrides = [f"--{key}", value, *overrides]
@@ -220,7 +220,8 @@ def resume(
         run: Its directory.
         config: The config it was started with; None takes it from the directory.
         overrides: The overrides it was started with, or none; keys that do not affect the result may differ.
-        elastic: Go on with another number of processes too: they share the batches of the run.
+        elastic: Go on with another number of processes too: they share the batches of the run. Once a checkpoint is
+            theirs, their number is the one to go on with.
         command: The command line; used only if the run had not started yet.
 
     Returns:
@@ -243,14 +244,15 @@ def resume(
     cli = TrainCLI(config or place / runs.CONFIG, overrides)
     if not cli.team.first:
         _follow(place, cli, _found(place, cli), elastic)
-    with runs.held(place), tell_how_to_go_on(place):
+    needed = [*overrides, *(["--elastic"] if elastic else [])]  # the run's config is that of its begin
+    with runs.held(place), tell_how_to_go_on(place, needed):
         more = _asks_for_more(place, cli, MORE in changed)
         if runs.finished(place) and not more:
             return _say_finished(place)
         found = _found(place, cli)
         if found is not None:
             check_processes(found.state["processes"], cli.team.processes, elastic)
-        _prepare(cli, found if elastic else None)
+        _prepare(cli, found)
         if more:
             # In this order: killed in between, the run counts as finished, and the same command goes on.
             runs.begin(place, cli.resolved(), runs.command_of(place))
@@ -268,7 +270,7 @@ def _follow(place: Path, cli: TrainCLI, found: Found | None, elastic: bool = Fal
     console.quiet = True
     logging.getLogger("vispeft").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    _prepare(cli, found if elastic else None)
+    _prepare(cli, found)
     _fit(cli, _trainer(place, cli, found, elastic), found)
     raise SystemExit(0)
 
@@ -378,13 +380,12 @@ def _asks_for_more(place: Path, cli: ConfigCLI, given: bool) -> bool:
 def _prepare(cli: TrainCLI, shared: Found | None = None) -> None:
     """Make the objects of a config, run all further checks possible before training, and initialise the adapter.
 
-    The batches of a checkpoint, if one is given, are shared by the processes there are.
+    The batches of a checkpoint, if one is given, are shared by the processes of the training.
     """
+    kept = {} if found is None else read_checkpoint(found.path)
+    cli.batches = {key: part["batch_size"] for key, part in kept.items() if _has_batches(part)}
     cli.create()
     task, data = cli.model, cli.datamodule
-    if shared is not None and isinstance(data, ImageData):
-        state = read_checkpoint(shared.path)[type(data).__qualname__]
-        data.batch_size = part_of_batch(state["batch_size"], cli.team.processes)
     if isinstance(data, ImageData):
         data.fit_to(task.preprocessing)
         data.setup()
@@ -400,6 +401,11 @@ def _prepare(cli: TrainCLI, shared: Found | None = None) -> None:
     rehearse_test(task, data, cli.trainer_settings)
     rehearse_stopping(task, data, cli.trainer_settings)
     _compile(task, cli.config["compile"], cli.trainer)
+
+
+def _has_batches(part: Any) -> bool:
+    """Whether a part of a checkpoint is the state of data with batches."""
+    return isinstance(part, dict) and isinstance(part.get("batch_size"), int)
 
 
 def _tell_repeated(data: Any) -> None:
