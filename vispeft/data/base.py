@@ -297,11 +297,12 @@ class ImageData(ChecksArguments, LightningDataModule, ABC):
         for name in ("train", "validation", "test"):
             if len(splits[name]) == 0:  # type: ignore[arg-type]
                 raise DataError(f"{type(self).__name__} has no image in its {name} split; give it a larger share.")
-        if self.drop_last and len(splits["train"]) < self.batch_size:  # type: ignore[arg-type]
+        if self.drop_last and len(splits["train"]) < self.batch_together:  # type: ignore[arg-type]
+            processes = self.batch_together // self.batch_size
             raise DataError(
                 f"{type(self).__name__} has {counted(len(splits['train']), 'training image')}, "  # type: ignore[arg-type]
-                f"fewer than batch_size={self.batch_size}, and drop_last leaves smaller batches out. "
-                "Make batch_size smaller."
+                f"fewer than batch_size={self.batch_size}{f' of {processes} processes' if processes > 1 else ''}, and "
+                "drop_last leaves smaller batches out. Make batch_size smaller."
             )
         self._splits = splits
 
