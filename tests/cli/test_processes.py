@@ -104,6 +104,18 @@ def test_processes_and_strategies_are_read_before_anything_is_made() -> None:
     assert Team.of({"accelerator": "cpu", "devices": 3, "strategy": "ddp"}) == Team(0, 3)
     with pytest.raises(ConfigError, match=r"trainer.strategy is fsdp, with 2 processes. Choose auto, ddp, ddp_bf16"):
         Team.of({"accelerator": "cpu", "devices": 2, "strategy": "fsdp"})
+    with pytest.raises(ConfigError, match=r"trainer.strategy is fsdp, with 1 process. Choose auto, ddp, ddp_bf16"):
+        Team.of({"accelerator": "cpu", "devices": 1, "strategy": "fsdp"})
+
+
+@pytest.mark.slow
+def test_one_process_trains_alone_whatever_the_strategy(config: Path, tmp_path: Path) -> None:
+    settings = [*FEW, "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
+    alone = train(config, settings, out=tmp_path / "alone")
+    for strategy in ("ddp", "ddp_bf16"):
+        run = train(config, [*settings, f"--trainer.strategy={strategy}"], out=tmp_path / strategy)
+        assert measured(run) == measured(alone)
+    assert not torch.distributed.is_initialized()
 
 
 def test_processes_from_outside_need_a_run_directory(monkeypatch: pytest.MonkeyPatch, config: Path) -> None:

@@ -475,6 +475,8 @@ def _trainer(place: Path, cli: TrainCLI, found: Found | None, elastic: bool = Fa
     if cli.team.processes > 1:
         callbacks.append(SameEverywhere({"config": config_digest(kept)}))
         several["strategy"] = make_strategy(settings, task.skips_tensors)
+    elif settings.get("strategy") in STRATEGIES:
+        several["strategy"] = "auto"
     quiet = settings.get("enable_progress_bar") is False
     if not quiet and not any(isinstance(callback, ProgressBar) for callback in callbacks):
         callbacks.append(progress_bar(terminal=sys.stdout.isatty()))
