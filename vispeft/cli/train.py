@@ -28,6 +28,7 @@ from vispeft.cli.config import ConfigCLI
 from vispeft.cli.config_changes import differing, is_free, told, without_free
 from vispeft.cli.config_keys import as_list, split_overrides
 from vispeft.cli.early import TrainCLI
+from vispeft.cli.evaluation import accelerator_here, kept_settings
 from vispeft.cli.finish import finish_run
 from vispeft.cli.folds import train_folds
 from vispeft.cli.own_code import load_code, loaded
@@ -295,8 +296,8 @@ def finish(run: str | Path) -> Path:
         raise FileError(f"{place} was stopped before its config was written; there is nothing to finish.")
     if runs.finished(place):
         return _say_finished(place)
-    with runs.held(place), tell_how_to_go_on(place):
-        cli = TrainCLI(place / runs.CONFIG, [])
+    with runs.held(place), tell_how_to_go_on(place, by="--finish"):
+        cli = TrainCLI(place / runs.CONFIG, _one_device(read_config(place / runs.CONFIG)))
         found = _found(place, cli)
         if found is None or found.state["best"] is None:
             raise TrainingError(
@@ -314,6 +315,12 @@ def finish(run: str | Path) -> Path:
         said = f"The run was stopped early. Its further epochs: vispeft train --resume {place} --{MORE} {planned}"
         console.print(said, soft_wrap=True)
     return place
+
+
+def _one_device(config: Node) -> list[str]:
+    """Return overrides by which a run is measured on a device that there is, whatever it was trained on."""
+    accelerator = accelerator_here(kept_settings(config.get("trainer")).get("accelerator"))
+    return [f"--trainer.accelerator={accelerator}", "--trainer.devices=1", "--trainer.num_nodes=1"]
 
 
 def _say_finished(place: Path) -> Path:
