@@ -19,6 +19,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import vispeft
 from tests.tiny import CONFIG
+from vispeft.building.config_files import read_config
+from vispeft.cli.api import _placed
 from vispeft.cli.processes import Team
 from vispeft.cli.stopping import Stopped
 from vispeft.cli.train import finish, resume, train
@@ -149,6 +151,21 @@ def test_train_from_python_is_the_command(config: Path, tmp_path: Path) -> None:
     ).read_bytes()
     assert run.metrics["test"] == json.loads((other / "metrics.json").read_text())["test"]
     assert vispeft.train(config, out=tmp_path / "a", lr=2e-3, max_epochs=1, batch_size=64, method="lora") == run
+
+
+def test_short_names_and_keys_of_the_top_level_from_python(tmp_path: Path) -> None:
+    path = tmp_path / "short.yaml"
+    path.write_text("model: {class_path: Classification, init_args: {method: ssf}}\ndata: DigitsData\n")
+    names = ("lr", "batch_size", "max_epochs", "checkpoints", "token_merging", "compile", "trainer")
+    wanted = ["model.lr", "data.batch_size", "trainer.max_epochs", "checkpoints", "token_merging", "compile", "trainer"]
+    assert [_placed(name, read_config(path)) for name in names] == wanted
+    with pytest.raises(UnknownNameError, match="Unknown data module 'DigitData'"):
+        vispeft.train(_written(path, "DigitsData", "DigitData"), lr=1.0)
+
+
+def _written(path: Path, before: str, after: str) -> Path:
+    path.write_text(path.read_text().replace(before, after))
+    return path
 
 
 def test_wrong_names_from_python_are_refused(config: Path) -> None:
