@@ -356,3 +356,16 @@ def test_figures_that_were_removed_are_measured_again(whole, run_cli):
     told = re.findall(r"The test figures are partial: 1 of \d+ batches were measured, since .* is 1\.", result.out)
     assert len(told) == 1  # the rehearsal before training says nothing
     assert metrics(whole)["test"] == before["test"]
+
+
+@pytest.mark.slow
+def test_a_training_that_ended_by_itself_is_not_measured_again_as_if_it_had_gone_on(runs, run_cli, tmp_path):
+    few = ("--trainer.max_epochs=5", "--trainer.max_steps=2")
+    assert run_cli("train", runs / "tiny.yaml", *SHORT, *few, "--out", tmp_path / "run").status == 0
+    before = (tmp_path / "run/metrics.json").stat().st_mtime_ns
+    for epochs, told in ((5, "ended by itself after 1 of 5 epochs"), (6, "has made all 2 steps of trainer.max_steps")):
+        result = run_cli("train", "--resume", tmp_path / "run", f"--trainer.max_epochs={epochs}")
+        assert result.status == 2
+        assert told in result.err
+    assert (tmp_path / "run/metrics.json").stat().st_mtime_ns == before
+    assert hidden(tmp_path / "run") == []

@@ -372,6 +372,7 @@ def _asks_for_more(place: Path, cli: ConfigCLI, given: bool) -> bool:
     if (runs.finished(place) and given and list(other) in ([], [MORE])) and wanted is not None:
         done = runs.Run.open(place).number("epochs")
         if wanted > done:
+            _check_not_over(place, cli, wanted, done)
             return True
         if other:
             raise ConfigError(f"{place} is finished after {done} epochs, and --{MORE} asks for {wanted}. Ask for more.")
@@ -384,7 +385,24 @@ def _asks_for_more(place: Path, cli: ConfigCLI, given: bool) -> bool:
     return False
 
 
-def _prepare(cli: TrainCLI, shared: Found | None = None) -> None:
+def _check_not_over(place: Path, cli: ConfigCLI, wanted: int, done: int) -> None:
+    """Refuse more epochs for a training that ended by itself and would end at once again."""
+    found, steps = find_checkpoint(place / runs.CHECKPOINTS), cli.config["trainer"]["max_steps"]
+    if found is None or not found.finished:
+        return  # it was finished by hand, and has the rest of its epochs before it
+    if found.state.get("until") == wanted:
+        raise ConfigError(
+            f"{place} ended by itself after {done} of {wanted} epochs: by EarlyStopping, trainer.max_steps or "
+            f"trainer.max_time. Ask for more than {wanted}."
+        )
+    if 0 <= steps <= found.state["steps"]:
+        raise ConfigError(
+            f"{place} has made all {steps} steps of trainer.max_steps, so further epochs would train nothing. Begin a "
+            "new run with more steps."
+        )
+
+
+def _prepare(cli: TrainCLI, found: Found | None = None) -> None:
     """Make the objects of a config, run all further checks possible before training, and initialise the adapter.
 
     The batches of a checkpoint, if one is given, are shared by the processes of the training.
