@@ -1,5 +1,6 @@
 """Finished runs are used on machines that do not have the devices of the training."""
 
+import logging
 import shutil
 
 import pytest
@@ -17,6 +18,7 @@ from vispeft.cli.evaluation import evaluation_trainer
 def _no_accelerator(monkeypatch):
     for accelerator in (CUDAAccelerator, MPSAccelerator):
         monkeypatch.setattr(accelerator, "is_available", staticmethod(lambda: False))
+    monkeypatch.setattr(logging.getLogger("vispeft"), "propagate", True)  # commands switch it off
 
 
 def said(caplog):
@@ -49,7 +51,7 @@ def test_fewer_devices_are_enough_to_evaluate(monkeypatch, caplog):
 
 
 @pytest.mark.slow
-def test_a_run_of_other_devices_is_used_and_finished(finished, run_cli, tmp_path, caplog):
+def test_a_run_of_other_devices_is_used_and_finished(finished, run_cli, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     tree = yaml.safe_load((run / "config.yaml").read_text())
@@ -62,10 +64,9 @@ def test_a_run_of_other_devices_is_used_and_finished(finished, run_cli, tmp_path
         ("predict", run, tmp_path / "images", "--out", tmp_path / "predictions"),
         ("merge", run, "--out", tmp_path / "merged.safetensors"),
     ):
-        caplog.clear()
         result = run_cli(*command)
         assert result.status == 0, result.err
-        assert caplog.text.count("trainer.accelerator is gpu") == 1
+        assert result.out.count("trainer.accelerator is gpu") == 1
     (run / "metrics.json").unlink()
     result = run_cli("train", "--finish", run)
     assert result.status == 0, result.err
