@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 import vispeft
 from tests.tiny import CONFIG
 from vispeft.building.config_files import read_config
+from vispeft.cli import stopping
 from vispeft.cli.api import _placed
 from vispeft.cli.processes import Team
 from vispeft.cli.stopping import Stopped
@@ -260,6 +261,7 @@ def test_a_run_stays_with_the_processes_that_it_went_on_with(unmeasured: Path, m
     """From two processes to one, and stopped once more: what was asked for once is known afterwards."""
     (unmeasured / "checkpoints/step-0000006.ckpt").unlink()  # as if it had been killed in its fifth step
     settings = ["--trainer.devices=1", "--checkpoints.every_n_steps=1"]
+    monkeypatch.setattr(stopping, "own_code", [])
     with monkeypatch.context() as patch:
         patch.setattr(Classification, "training_step", stopped_at(5, Classification.training_step))
         with pytest.raises(Stopped, match=f"--resume {unmeasured} {' '.join(settings)} --elastic$"):

@@ -15,7 +15,7 @@ import yaml
 
 from benchmarks.resume_kill import differences
 from tests.tiny import CONFIG
-from vispeft.cli import finish
+from vispeft.cli import finish, stopping
 from vispeft.cli.stopping import Stopped, disk_is_full, stopped_by_signals
 from vispeft.errors import FileError
 from vispeft.storage.locks import hold
@@ -226,6 +226,13 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_warning(runs, stopped
 
 
 # ------------------------------------------------------------------ stops, and full disks
+
+
+def test_the_command_to_go_on_names_what_the_config_does_not_hold(monkeypatch):
+    monkeypatch.setattr(stopping, "own_code", ["my code.py"])
+    found = stopping.command_to_go_on("runs/a b", ["--trainer.devices=1", "--elastic"])
+    assert found == "vispeft train --resume 'runs/a b' --trainer.devices=1 --elastic --code 'my code.py'"
+    assert stopping.command_to_go_on("runs/1", by="--finish") == "vispeft train --finish runs/1 --code 'my code.py'"
 
 
 def test_errors_that_stand_behind_each_other_are_looked_at_once():

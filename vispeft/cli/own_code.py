@@ -15,10 +15,7 @@ from types import ModuleType
 from vispeft.building.known import register_module
 from vispeft.errors import ConfigError, FileError, brief
 
-__all__ = ["load_code", "loaded"]
-
-loaded: list[str] = []
-"""What the command has named: one that goes on with a run has to name it again."""
+__all__ = ["load_code"]
 
 
 def load_code(name: str) -> None:

@@ -12,10 +12,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
-from vispeft.cli.own_code import loaded
 from vispeft.errors import FileError
 
-__all__ = ["Stopped", "command_to_go_on", "disk_is_full", "stopped_by_signals", "tell_how_to_go_on"]
+__all__ = ["Stopped", "command_to_go_on", "disk_is_full", "own_code", "stopped_by_signals", "tell_how_to_go_on"]
+
+own_code: list[str] = []
+"""Modules of the user's own that the command has named: one that goes on with a run has to name them again."""
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 """Ctrl+C, the end of a queue's or a container's time, and a terminal that is closed."""
@@ -106,7 +108,7 @@ def command_to_go_on(place: object, further: Sequence[str] = (), *, by: str = "-
         further: Arguments that the run's config does not hold, such as those for the devices that there are.
         by: What to do with the run: ``--resume`` or ``--finish``.
     """
-    code = [part for name in loaded for part in ("--code", name)]
+    code = [part for name in own_code for part in ("--code", name)]
     return shlex.join(["vispeft", "train", by, str(place), *further, *code])
 
 

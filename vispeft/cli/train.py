@@ -31,11 +31,11 @@ from vispeft.cli.early import TrainCLI
 from vispeft.cli.evaluation import accelerator_here, kept_settings
 from vispeft.cli.finish import finish_run
 from vispeft.cli.folds import train_folds
-from vispeft.cli.own_code import load_code, loaded
+from vispeft.cli.own_code import load_code
 from vispeft.cli.processes import STRATEGIES, leave_group, make_strategy, started, watch_parent
 from vispeft.cli.settings import check_names, check_room, check_text, rehearse_stopping, rehearse_test
 from vispeft.cli.start import start_from
-from vispeft.cli.stopping import disk_is_full, tell_how_to_go_on
+from vispeft.cli.stopping import disk_is_full, own_code, tell_how_to_go_on
 from vispeft.data.base import ImageData
 from vispeft.data.listed import ListedData
 from vispeft.errors import ConfigError, FileError, TrainingError
@@ -96,7 +96,7 @@ def main(argv: Sequence[str]) -> None:
     given, overrides = parser.parse_known_args(argv)
     for name in given.code:
         load_code(name)
-    loaded[:] = given.code
+    own_code[:] = given.code
     for key, value in (("init", given.init), ("model.method", given.method)):
         if value is not None:
             overrides = [f"--{key}", value, *overrides]
