@@ -120,7 +120,6 @@ def test_batches_images_and_epochs_are_the_published_ones(name: str) -> None:
     assert (trainer["max_epochs"], trainer["precision"]) == (wanted.epochs, "16-mixed")
     assert "gradient_clip_val" not in trainer
     settings.check_settings(trainer)
-    settings.check_last(trainer, data)
     assert not data.validation_chooses  # the last epoch is the result, and never the best one on the test classes
 
 

@@ -293,3 +293,27 @@ def test_code_of_one_s_own_is_named_on_the_command_line_each_time(tmp_path, monk
     monkeypatch.setattr(sys, "argv", ["my_tools.py", "evaluate", str(tmp_path / "run")])
     with pytest.raises(SystemExit, match="0"):
         runpy.run_path(str(tmp_path / "my_tools.py"))
+
+
+MODEL = "{class_path: Classification, init_args: {backbone: vit_tiny, method: ssf, optimizer: SGD, lr: 0.5}}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "section", "wanted"),
+    [
+        (["--trainer.max_epochs=3", "--trainer={max_epochs: 7}"], "trainer", {"max_epochs": 7}),
+        (["--trainer={max_epochs: 7}", "--trainer.max_epochs=3"], "trainer", {"max_epochs": 3}),
+        (["--trainer.max_epochs=3", "--trainer={max_time: 00:01:00:00}"], "trainer", {"max_epochs": 3}),
+        (["--checkpoints.minutes=1", "--checkpoints={minutes: 2}"], "checkpoints", {"minutes": 2.0}),
+        (["--model.lr=0.1", f"--model={MODEL}"], "model", {"lr": 0.5}),
+        ([f"--model={MODEL}", "--model.lr=0.1"], "model", {"lr": 0.1}),
+        (["--model.optimizer=RMSprop", f"--model={MODEL}"], "model", {"optimizer": "torch.optim.SGD"}),
+        ([f"--model={MODEL}", "--model.optimizer=RMSprop"], "model", {"optimizer": "torch.optim.RMSprop"}),
+    ],
+)
+def test_the_last_of_several_overrides_wins(tmp_path, overrides, section, wanted):
+    cli = ConfigCLI(tmp_path / "a.yaml", overrides, tree=yaml.safe_load(CONFIG), create=False)
+    found = yaml.safe_load(cli.resolved())[section]
+    found = found.get("init_args", found)
+    found = {name: found[name]["class_path"] if name == "optimizer" else found[name] for name in wanted}
+    assert found == wanted

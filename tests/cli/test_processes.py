@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +19,18 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import vispeft
 from tests.tiny import CONFIG
+from vispeft.building.config_files import read_config
+from vispeft.cli import stopping
+from vispeft.cli.api import _placed
 from vispeft.cli.processes import Team
-from vispeft.cli.train import resume, train
-from vispeft.errors import ConfigError, TrainingError, UnknownNameError
+from vispeft.cli.stopping import Stopped
+from vispeft.cli.train import finish, resume, train
+from vispeft.errors import ConfigError, DataError, TrainingError, UnknownNameError
+from vispeft.tasks import Classification
 from vispeft.tasks.checkpoints import find_checkpoint, read_checkpoint
 
 TWO = ["--trainer.accelerator=cpu", "--trainer.devices=2"]
+LITTLE = ["--trainer.max_epochs=1", "--checkpoints.every_n_steps=2"]
 FEW = ["--data.batch_size=16", "--trainer.limit_train_batches=6", "--data.test=0.5"]
 
 
@@ -62,11 +69,55 @@ def trained(run: Path) -> dict[str, Any]:
     return read_checkpoint(found.path)
 
 
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes, made once; tests change copies of it."""
+    folder = tmp_path_factory.mktemp("pair")
+    (folder / "tiny.yaml").write_text(CONFIG)
+    finished(command(folder / "tiny.yaml", *FEW, *TWO, *LITTLE, "--out", folder / "run"))
+    return folder / "run"
+
+
+@pytest.fixture
+def unmeasured(pair: Path, tmp_path: Path) -> Path:
+    """The same run as it is where its first process is killed while it measures."""
+    place = tmp_path / "unmeasured"
+    shutil.copytree(pair, place)
+    (place / "metrics.json").unlink()
+    return place
+
+
+def stopped_at(step: int, training_step: Any) -> Any:
+    """Return a step of a task that is asked to stop at a number of steps."""
+
+    def stopped(self: Classification, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == step:
+            raise Stopped(signal.SIGTERM)
+        return training_step(self, batch, batch_idx)
+
+    return stopped
+
+
+def measured(run: Path) -> Any:
+    return json.loads((run / "metrics.json").read_text())["test"]
+
+
 def test_processes_and_strategies_are_read_before_anything_is_made() -> None:
     assert Team.of({"accelerator": "cpu", "devices": 1}) == Team()
     assert Team.of({"accelerator": "cpu", "devices": 3, "strategy": "ddp"}) == Team(0, 3)
     with pytest.raises(ConfigError, match=r"trainer.strategy is fsdp, with 2 processes. Choose auto, ddp, ddp_bf16"):
         Team.of({"accelerator": "cpu", "devices": 2, "strategy": "fsdp"})
+    with pytest.raises(ConfigError, match=r"trainer.strategy is fsdp, with 1 process. Choose auto, ddp, ddp_bf16"):
+        Team.of({"accelerator": "cpu", "devices": 1, "strategy": "fsdp"})
+
+
+@pytest.mark.slow
+def test_one_process_trains_alone_whatever_the_strategy(config: Path, tmp_path: Path) -> None:
+    settings = [*FEW, "--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.strategy=ddp_bf16"]
+    run = train(config, settings, out=tmp_path / "run")
+    assert trained(run)["global_step"] == 6
+    assert measured(run)["accuracy"] is not None
+    assert not torch.distributed.is_initialized()
 
 
 def test_processes_from_outside_need_a_run_directory(monkeypatch: pytest.MonkeyPatch, config: Path) -> None:
@@ -100,6 +151,21 @@ def test_train_from_python_is_the_command(config: Path, tmp_path: Path) -> None:
     ).read_bytes()
     assert run.metrics["test"] == json.loads((other / "metrics.json").read_text())["test"]
     assert vispeft.train(config, out=tmp_path / "a", lr=2e-3, max_epochs=1, batch_size=64, method="lora") == run
+
+
+def test_short_names_and_keys_of_the_top_level_from_python(tmp_path: Path) -> None:
+    path = tmp_path / "short.yaml"
+    path.write_text("model: {class_path: Classification, init_args: {method: ssf}}\ndata: DigitsData\n")
+    names = ("lr", "batch_size", "max_epochs", "checkpoints", "token_merging", "compile", "trainer")
+    wanted = ["model.lr", "data.batch_size", "trainer.max_epochs", "checkpoints", "token_merging", "compile", "trainer"]
+    assert [_placed(name, read_config(path)) for name in names] == wanted
+    with pytest.raises(UnknownNameError, match="Unknown data module 'DigitData'"):
+        vispeft.train(_written(path, "DigitsData", "DigitData"), lr=1.0)
+
+
+def _written(path: Path, before: str, after: str) -> Path:
+    path.write_text(path.read_text().replace(before, after))
+    return path
 
 
 def test_wrong_names_from_python_are_refused(config: Path) -> None:
@@ -170,3 +236,41 @@ def test_a_run_goes_on_with_another_number_of_processes(more: bool, config: Path
     assert second["vispeft"]["processes"] == (2 if more else 1)
     for name, tensor in first["state_dict"].items():
         torch.testing.assert_close(second["state_dict"][name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("goes_on", [resume, finish])
+def test_a_run_of_several_processes_ends_where_it_was_stopped_behind_its_last_step(
+    goes_on: Any, pair: Path, unmeasured: Path
+) -> None:
+    goes_on(unmeasured)
+    assert measured(unmeasured) == measured(pair)
+
+
+@pytest.mark.slow
+def test_other_images_are_still_noticed_behind_the_last_step(unmeasured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vispeft.data import DigitsData
+
+    monkeypatch.setattr(DigitsData, "identity", lambda self: iter([b"others"]))
+    with pytest.raises(DataError, match="written with other images or labels: digest was"):
+        resume(unmeasured)
+
+
+@pytest.mark.slow
+def test_a_run_stays_with_the_processes_that_it_went_on_with(unmeasured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From two processes to one, and stopped once more: what was asked for once is known afterwards."""
+    (unmeasured / "checkpoints/step-0000006.ckpt").unlink()  # as if it had been killed in its fifth step
+    settings = ["--trainer.devices=1", "--checkpoints.every_n_steps=1"]
+    monkeypatch.setattr(stopping, "own_code", [])
+    with monkeypatch.context() as patch:
+        patch.setattr(Classification, "training_step", stopped_at(5, Classification.training_step))
+        with pytest.raises(Stopped, match=f"--resume {unmeasured} {' '.join(settings)} --elastic$"):
+            resume(unmeasured, overrides=settings, elastic=True)
+    with pytest.raises(TrainingError, match=r"written by 1 processes, and there are 2.*--trainer.devices 1"):
+        resume(unmeasured)
+    resume(unmeasured, overrides=["--trainer.devices=1"])
+    found = trained(unmeasured)
+    assert (found["global_step"], found["vispeft"]["processes"], found["DigitsData"]["batch_size"]) == (6, 1, 32)
+    (unmeasured / "metrics.json").unlink()
+    finish(unmeasured)
+    assert (unmeasured / "metrics.json").is_file()

@@ -15,7 +15,7 @@ import yaml
 
 from benchmarks.resume_kill import differences
 from tests.tiny import CONFIG
-from vispeft.cli import finish
+from vispeft.cli import finish, stopping
 from vispeft.cli.stopping import Stopped, disk_is_full, stopped_by_signals
 from vispeft.errors import FileError
 from vispeft.storage.locks import hold
@@ -228,6 +228,13 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_warning(runs, stopped
 # ------------------------------------------------------------------ stops, and full disks
 
 
+def test_the_command_to_go_on_names_what_the_config_does_not_hold(monkeypatch):
+    monkeypatch.setattr(stopping, "own_code", ["my code.py"])
+    found = stopping.command_to_go_on("runs/a b", ["--trainer.devices=1", "--elastic"])
+    assert found == "vispeft train --resume 'runs/a b' --trainer.devices=1 --elastic --code 'my code.py'"
+    assert stopping.command_to_go_on("runs/1", by="--finish") == "vispeft train --finish runs/1 --code 'my code.py'"
+
+
 def test_errors_that_stand_behind_each_other_are_looked_at_once():
     first, second = ValueError(), OSError(errno.EIO, "")
     first.__cause__, second.__context__ = second, first
@@ -356,3 +363,16 @@ def test_figures_that_were_removed_are_measured_again(whole, run_cli):
     told = re.findall(r"The test figures are partial: 1 of \d+ batches were measured, since .* is 1\.", result.out)
     assert len(told) == 1  # the rehearsal before training says nothing
     assert metrics(whole)["test"] == before["test"]
+
+
+@pytest.mark.slow
+def test_a_training_that_ended_by_itself_is_not_measured_again_as_if_it_had_gone_on(runs, run_cli, tmp_path):
+    few = ("--trainer.max_epochs=5", "--trainer.max_steps=2")
+    assert run_cli("train", runs / "tiny.yaml", *SHORT, *few, "--out", tmp_path / "run").status == 0
+    before = (tmp_path / "run/metrics.json").stat().st_mtime_ns
+    for epochs, told in ((5, "ended by itself after 1 of 5 epochs"), (6, "has made all 2 steps of trainer.max_steps")):
+        result = run_cli("train", "--resume", tmp_path / "run", f"--trainer.max_epochs={epochs}")
+        assert result.status == 2
+        assert told in result.err
+    assert (tmp_path / "run/metrics.json").stat().st_mtime_ns == before
+    assert hidden(tmp_path / "run") == []

@@ -155,3 +155,12 @@ def test_trainer_hands_the_backbone_s_preprocessing_over():
 def test_wrong_settings_are_refused_at_once(settings, error):
     with pytest.raises(error):
         DigitsData(**settings)
+
+
+def test_what_drop_last_leaves_is_counted_over_all_processes():
+    data = DigitsData(batch_size=900, drop_last=True, **SETTINGS)
+    data.processes = 2
+    with pytest.raises(DataError, match="fewer than batch_size=900 of 2 processes, and drop_last"):
+        data.setup()
+    data.processes = None
+    data.setup()

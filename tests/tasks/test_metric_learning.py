@@ -253,6 +253,13 @@ def test_bad_settings_are_refused():
     known = {"image_size": 16, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
     with pytest.raises(DataError, match="Make memory larger"):
         make(loss="ContrastiveLoss", memory=8).check_data(ToyMetricData(batch_size=12, **known))
+    task, data = make(loss="ContrastiveLoss", memory=16), ToyMetricData(batch_size=12, **known)
+    task.check_data(data)
+    data.processes = 2
+    with pytest.raises(DataError, match="A batch of all processes has 24 images, and the memory holds 16"):
+        task.check_data(data)
+    with pytest.raises(DataError, match="has 24 images, and the memory holds 16"):  # as in a loop of one's own
+        task.criterion(torch.randn(24, 8), torch.arange(24) % 3)
     with pytest.raises(DataError, match="images_per_class to 2 or more"):
         make(loss="RecallAtK").check_data(ToyMetricData(images_per_class=1, **known))
     with pytest.raises(DataError, match="images_per_class to 2 or more"):

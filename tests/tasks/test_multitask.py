@@ -179,6 +179,31 @@ def test_a_batch_without_labels_of_a_task_has_no_loss_for_it() -> None:
     assert all(torch.isnan(found[name]) for name in ("parts/miou", "depth/rmse", "slope/mean", "score"))
 
 
+def test_images_without_finite_outputs_are_left_out_of_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make().eval()
+    images, labels = squares(3, 32, 0)
+    logged: dict[str, tuple[float, int]] = {}
+
+    def log(name: str, value: Any, batch_size: int, **_: Any) -> None:
+        logged[name] = (float(value), batch_size)
+
+    def log_dict(values: dict[str, Any], **settings: Any) -> None:
+        for name, value in values.items():
+            log(name, value, **settings)
+
+    monkeypatch.setattr(task, "log", log)
+    monkeypatch.setattr(task, "log_dict", log_dict)
+    with torch.no_grad():
+        task.measure("validation", images[1:], {name: values[1:] for name, values in labels.items()})
+        wanted = dict(logged)
+        images[0] = torch.nan
+        task.measure("validation", images, labels)
+        assert logged == {name: (pytest.approx(value, rel=1e-5), 2) for name, (value, _) in wanted.items()}
+        task.measure("validation", images[:1], {name: values[:1] for name, values in labels.items()})
+    assert set(logged.values()) == {(0.0, 0)}  # of no weight, and logged nevertheless: other processes wait for it
+    assert (task.outputs_seen.images, task.outputs_seen.broken) == (6, 2)
+
+
 def test_weights_come_from_the_data_or_the_settings() -> None:
     data = ToyTasks(batch_size=4, image_size=32)
     task = make()

@@ -1,15 +1,17 @@
 """Optimisers by name: a closed list, with the groups of the adapter."""
 
+import io
 import sys
 
 import pytest
 import torch
+from timm.optim import list_optimizers
 
 import vispeft
 from tests.tiny import TINY
 from vispeft.errors import ConfigError, UnknownNameError
 from vispeft.tasks import Classification
-from vispeft.tasks.optimizers import check_optimizer, make_optimizer, optimizer_node
+from vispeft.tasks.optimizers import _UNFIT, check_optimizer, make_optimizer, optimizer_node
 
 MOMENTUM = {"class_path": "SGD", "init_args": {"momentum": 0.9}}
 
@@ -111,3 +113,43 @@ def test_a_schedule_free_optimizer_needs_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "schedulefree", None)
     with pytest.raises(ConfigError, match="pip install schedulefree"):
         make(optimizer="schedulefree.AdamWScheduleFree")
+
+
+def trained(node, steps, kept=None):
+    """Take steps from a fixed start, or go on from what was kept, and return what a checkpoint keeps, as a file."""
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 5), (4, 3, 2, 2), (5,))]
+    groups = [{"params": parameters[:2], "lr": 1e-2, "weight_decay": 0.01, "name": "decay"}]
+    groups.append({"params": parameters[2:], "lr": 4e-2, "weight_decay": 0.0, "name": "no_decay"})
+    optimizer = make_optimizer(node, groups)
+    if kept is not None:
+        found = torch.load(io.BytesIO(kept), weights_only=True)
+        optimizer.load_state_dict(found["optimizer"])
+        for parameter, values in zip(parameters, found["parameters"], strict=True):
+            parameter.data.copy_(values)
+        torch.set_rng_state(found["random"])
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    file, values = io.BytesIO(), [parameter.detach().clone() for parameter in parameters]
+    torch.save({"optimizer": optimizer.state_dict(), "parameters": values, "random": torch.get_rng_state()}, file)
+    return file.getvalue(), values
+
+
+@pytest.mark.slow
+def test_every_optimizer_of_timm_goes_on_bit_for_bit(monkeypatch):
+    monkeypatch.setattr("timm.optim.kron.has_dynamo", False)  # the same functions, without compiling them
+    names = [f"timm.optim.{name}" for name in list_optimizers(exclude_filters=["bnb*", "fused*"])]
+    names = [name for name in names if name not in _UNFIT]
+    assert {"timm.optim.kron", "timm.optim.adopt", "timm.optim.mars"} <= set(names)
+    other = []
+    for name in names:
+        node = optimizer_node(name)
+        _, whole = trained(node, range(12))
+        kept, _ = trained(node, range(5))
+        _, resumed = trained(node, range(5, 12), kept)
+        if not all(map(torch.equal, whole, resumed)):
+            other.append(name)
+    assert other == []

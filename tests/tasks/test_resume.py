@@ -434,3 +434,25 @@ def test_a_log_is_rewound_and_gone_on_with(tmp_path):
     log.save()
     assert log.rows == 3
     assert (tmp_path / "csv/metrics.csv").read_text().split() == ["a,b,c,step", ",1.5,,0", "2.0,,,1", ",,5.0,2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"ema": 0.5}, {"optimizer": "schedulefree.AdamWScheduleFree"}], ids=str)
+@pytest.mark.parametrize("steps", [8, 10], ids=["behind the last validation", "with it"])
+def test_the_last_weights_are_the_result_where_validation_chooses_nothing(tmp_path, settings, steps):
+    if "optimizer" in settings:
+        pytest.importorskip("schedulefree", reason="needs schedulefree")
+    data = DigitsData(**DATA)
+    data.validation_chooses = False
+    task, checkpoints = make(Classification, **settings), RunCheckpoints(tmp_path, monitor="validation/accuracy")
+    trainer = Trainer(
+        max_epochs=2, max_steps=steps, callbacks=[checkpoints], plugins=[SealedCheckpointIO()], logger=False,
+        enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+    )  # fmt: skip
+    trainer.fit(task, datamodule=data)
+    assert checkpoints.best["file"] == f"best-epoch001-step{steps:07d}.ckpt"
+    assert np.isnan(checkpoints.best["score"]) == (steps == 8)
+    again = make(Classification, **settings)
+    again.restore(checkpoints.best_model_path)
+    for (name, kept), (_, trained) in zip(again.trainable_parameters(), task.trainable_parameters(), strict=True):
+        assert torch.equal(kept, trained), name

@@ -228,15 +228,19 @@ def test_half_precision_base() -> None:
 def test_a_batch_of_one_that_batch_norm_cannot_train_on_is_found_at_once() -> None:
     settings = {"decoder": "uper", "num_classes": 5}
     task = make("swin", decoder_args={"channels": 8}, **settings)
-    for images, drop_last, fits in ((9, False, False), (9, True, True), (10, False, True)):
+    alone, together = (9, False, 1, False), (10, False, 2, False)
+    cases = (alone, (9, True, 1, True), (10, False, 1, True), together, (12, False, 2, True))
+    for images, drop_last, processes, fits in cases:
         shares = {"validation": 3 / (images + 6), "test": 3 / (images + 6)}
         scenes = {"images": images + 6, "scene_size": 32, **shares}
         data = ScenesData.for_model(task.model, batch_size=4, drop_last=drop_last, **scenes)
+        data.processes = processes
         assert len(data.split("train")) == images  # type: ignore[arg-type]
         if fits:
             task.check_data(data)
             continue
-        with pytest.raises(DataError, match="1 image, and the decoder 'uper' needs 2"):
+        each = "" if processes == 1 else " for each of 2 processes"
+        with pytest.raises(DataError, match=f"1 image{each}, and the decoder 'uper' needs 2"):
             task.check_data(data)
         make("swin", decoder_args={"channels": 8, "pool_scales": [2, 3]}, **settings).check_data(data)
 

@@ -12,10 +12,12 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from vispeft.building.classes import import_class
+from vispeft.building.arguments import class_node
+from vispeft.building.classes import find_class, import_class
 from vispeft.building.config_files import read_config
 from vispeft.cli import runs
 from vispeft.cli.common import quiet_libraries
+from vispeft.cli.config_keys import BASES, TOP_KEYS
 from vispeft.cli.train import resume
 from vispeft.cli.train import train as train_config
 from vispeft.errors import ConfigError, UnknownNameError
@@ -58,8 +60,8 @@ def train(
         init: Adapter to start from: ``zoo:NAME``, or a directory.
         out: Run directory; None takes ``runs/<config name>/<n>``.
         overrides: Further keys. A name without a point is a setting of the task, the data or the trainer
-            (``lr=1e-3``, ``batch_size=16``, ``max_epochs=5``); others are given by their path, as
-            ``**{"model.method.rank": 4}``.
+            (``lr=1e-3``, ``batch_size=16``, ``max_epochs=5``), or a key of the top level
+            (``checkpoints={"minutes": 1}``); others are given by their path, as ``**{"model.method.rank": 4}``.
 
     Returns:
         The run: ``path``, ``metrics``, and ``figures(split)``.
@@ -110,11 +112,11 @@ def _placed(name: str, tree: Mapping[str, Any]) -> str:
         ConfigError: If several sections have it.
         UnknownNameError: If none has it.
     """
-    known = {section: _settings(tree, section) for section in ("model", "data")}
+    if name in TOP_KEYS:
+        return name
+    known = {section: _settings(tree, section) for section in BASES}
     known["trainer"] = set(inspect.signature(Trainer).parameters)
     found = [section for section, names in known.items() if name in names]
-    if name in ("compile", "memory", "cache_features", "seed_everything"):
-        return name
     if len(found) > 1:
         told = " and ".join(f"{section}.{name}" for section in found)
         raise ConfigError(f"{name} is a setting of several sections: {told}. Give one by its path.")
@@ -125,11 +127,12 @@ def _placed(name: str, tree: Mapping[str, Any]) -> str:
 
 def _settings(tree: Mapping[str, Any], section: str) -> set[str]:
     """Names of the arguments of a section's class and its bases."""
-    path = dict(tree.get(section) or {}).get("class_path")
-    if path is None:
+    if section not in tree:
         return set()
+    root, kind = BASES[section]
+    named = class_node(tree[section], kind, section)["class_path"]
     names: set[str] = set()
-    for base in import_class(path).__mro__:
+    for base in import_class(find_class(str(named), root, kind=kind, place=section)).__mro__:
         if "__init__" in vars(base):
             names |= set(inspect.signature(vars(base)["__init__"]).parameters)
     return names - {"self", "args", "kwargs", "settings"}

@@ -133,12 +133,30 @@ def check_config(tree: Node, overrides: Sequence[Override], source: str) -> list
         ConfigError: If a key is determined elsewhere, or a section is missing.
     """
     check_tree(tree, source)
-    checked = [check_override(tree, key, value) for key, value in overrides]
-    tokens = [token for token in checked if token is not None]
+    tokens: list[str] = []
+    for key, value in overrides:
+        token = check_override(tree, key, value)
+        if key in SETTINGS and value is not None:
+            tokens = _without(tokens, key, _mapping(parse_override(key, value), key))
+        tokens += [] if token is None else [token]
+    tokens = [_with_parts(token, tree) for token in tokens]
     missing = [section for section in BASES if section not in tree]
     if missing:
         raise ConfigError(f"{source} has no section {' and '.join(missing)}; see configs/classification for examples.")
     return tokens
+
+
+def _without(tokens: list[str], section: str, settings: Mapping[str, Any]) -> list[str]:
+    """Leave out earlier overrides of settings that a later one of the whole section, now in the tree, gives anew."""
+    given = tuple(f"--{section}.{name}{end}" for name in settings for end in ("=", ".", "+"))
+    return [token for token in tokens if not token.startswith(given)]
+
+
+def _with_parts(token: str, tree: Node) -> str:
+    """Put the parts that later overrides have changed in the tree into an override of a whole section."""
+    section = token[2:].partition("=")[0]
+    whole = section in BASES and tree[section]["init_args"]
+    return f"--{section}={_dumped(tree[section], bare=False)}" if whole else token
 
 
 def check_tree(tree: Node, source: str) -> None:

@@ -12,10 +12,12 @@ from typing import Any
 from vispeft.building.classes import import_class
 from vispeft.cli.config import ConfigCLI
 from vispeft.cli.processes import Team
-from vispeft.cli.settings import check_last, check_settings
+from vispeft.cli.settings import check_settings
 from vispeft.cli.start import check_source
+from vispeft.data.base import ImageData
 from vispeft.data.listed import ListedData
 from vispeft.data.metric_data import MetricData
+from vispeft.data.shares import part_of_batch
 from vispeft.storage.class_embeddings import ClassEmbeddings
 from vispeft.storage.places import check_folder
 from vispeft.tasks.trainer_checks import check_schedule
@@ -45,6 +47,10 @@ class TrainCLI(ConfigCLI):
         settings, model = self.settings("trainer"), self.settings("model")["init_args"]
         check_settings(settings)
         self.team = Team.of(settings)
+        self.processes = self.team.processes
+        """Processes of the training, which may be others than there are where it is only measured."""
+        self.batches: dict[str, int] = {}
+        """Images of a batch in the checkpoint that is gone on from, which the processes share, by class of the data."""
         check_schedule(model.get("schedule_epochs"), settings["max_epochs"])
         if self.config["init"] is not None and isinstance(model.get("method"), dict):
             check_source(self.config["init"], import_class(model["method"]["class_path"]))
@@ -69,14 +75,22 @@ class TrainCLI(ConfigCLI):
             VispeftError: If one of them refuses its settings, or the data cannot be used.
         """
         super().create()
-        check_last(self.settings("trainer"), self.datamodule)  # again, for a task that the data do not size
+        self._tell_processes(self.datamodule)  # again, for a task that the data do not size
 
     def _sized_by(self, data: Any, name: str) -> Any:
         """Return what sizes the task, after checking the data, which are made before it."""
         found = super()._sized_by(data, name)
-        check_last(self.settings("trainer"), data)
+        self._tell_processes(data)
         if isinstance(data, ListedData):
             data.report().raise_errors()
         if isinstance(data, MetricData):
             data.check_batches()
         return found
+
+    def _tell_processes(self, data: Any) -> None:
+        """Let data know how many processes share a batch, before a trainer does."""
+        if not isinstance(data, ImageData):
+            return
+        data.processes = self.processes
+        if together := self.batches.get(type(data).__qualname__):
+            data.batch_size = part_of_batch(together, self.processes)

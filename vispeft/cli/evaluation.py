@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.table import Table
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from vispeft.tasks.base import AdapterTask
 __all__ = [
     "Measured",
     "Outputs",
+    "accelerator_here",
     "class_table",
     "evaluate",
     "evaluation_trainer",
@@ -65,20 +68,40 @@ def kept_settings(settings: Any) -> dict[str, Any]:
 
 
 def evaluation_trainer(**settings: Any) -> Trainer:
-    """Create a trainer that only evaluates, in this process alone, with the same results and no files.
+    """Create a trainer that only evaluates, on one device in this process alone, with the same results and no files.
 
     Args:
-        settings: Settings of the training trainer.
+        settings: Settings of the training trainer, which may have had an accelerator and devices that are not here.
     """
     kept = kept_settings(settings)
     if kept.get("strategy") in STRATEGIES:
         del kept["strategy"]
-    trainer = _quiet_trainer(kept)
+    one = {**kept, "accelerator": accelerator_here(kept.get("accelerator")), "devices": 1, "num_nodes": 1}
+    if one["accelerator"] != kept.get("accelerator", "auto"):
+        return _quiet_trainer(one)
+    try:
+        trainer = _quiet_trainer(kept)
+    except MisconfigurationException:
+        return _quiet_trainer(one)  # there are fewer devices here; whatever else is wrong is said again
     if trainer.world_size == 1:
         return trainer
     # Of several processes each takes the device that it trains on.
     on_cpu = trainer.strategy.root_device.type == "cpu"
     return _quiet_trainer({**kept, "devices": 1 if on_cpu else [trainer.strategy.root_device.index], "num_nodes": 1})
+
+
+def accelerator_here(name: str | None) -> str:
+    """Return the accelerator of a training if it is on this machine; otherwise log so, and let Lightning choose.
+
+    Args:
+        name: Lightning's name of it; None for the default.
+    """
+    classes = {key: entry["accelerator"] for key, entry in AcceleratorRegistry.items()}
+    classes["gpu"] = classes["mps"] if classes["mps"].is_available() else classes["cuda"]
+    if name in classes and not classes[name].is_available():
+        logger.warning("trainer.accelerator is %s, of which this machine has none: it takes what it has (auto).", name)
+        return "auto"
+    return name or "auto"
 
 
 def _quiet_trainer(settings: Mapping[str, Any]) -> Trainer:

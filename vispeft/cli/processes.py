@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed
 
-from vispeft.errors import ConfigError
+from vispeft.errors import ConfigError, counted
 
 __all__ = ["STRATEGIES", "Team", "leave_group", "make_strategy", "started", "watch_parent"]
 
@@ -56,15 +56,16 @@ class Team:
         kept = {key: settings[key] for key in ("accelerator", "devices", "num_nodes") if settings.get(key) is not None}
         quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         trainer = Trainer(**kept, **quiet, enable_model_summary=False)
-        if trainer.world_size == 1:
-            return cls()
         name = settings.get("strategy") or "auto"
         if name not in STRATEGIES:
             raise ConfigError(
-                f"trainer.strategy is {name}, with {trainer.world_size} processes. Choose {', '.join(STRATEGIES)}: "
+                f"trainer.strategy is {name}, with {counted(trainer.world_size, 'process', 'processes')}. Choose "
+                f"{', '.join(STRATEGIES)}: "
                 "adapters are small, and data-parallel training (ddp) shares the frozen backbone by giving each "
                 "process its own."
             )
+        if trainer.world_size == 1:
+            return cls()  # whatever the strategy, which has nothing to do then
         strategy: Any = trainer.strategy
         outside = bool(strategy.cluster_environment.creates_processes_externally)
         by_us = RUN in os.environ

@@ -24,7 +24,6 @@ from vispeft.tasks.state import random_state, set_random_state
 from vispeft.tasks.trainer_checks import check_precision
 
 __all__ = [
-    "check_last",
     "check_names",
     "check_room",
     "check_settings",
@@ -110,25 +109,6 @@ def _check_numbers(settings: dict[str, Any]) -> None:
     clip = settings.get("gradient_clip_val")
     if clip is not None and not 0 <= clip < math.inf:
         raise ConfigError(f"trainer.gradient_clip_val is {clip}; a number from 0 is needed, or null.")
-
-
-def check_last(settings: dict[str, Any], data: Any) -> None:
-    """Check that the last epoch is validated where it is the one to keep.
-
-    Args:
-        settings: The section ``trainer``, as it was read.
-        data: The data module.
-
-    Raises:
-        ConfigError: If it is not.
-    """
-    every, epochs = settings.get("check_val_every_n_epoch", 1), settings.get("max_epochs")
-    last = every == 1 or (every is not None and epochs not in (None, -1) and epochs % every == 0)
-    if not last and not getattr(data, "validation_chooses", True):
-        raise ConfigError(
-            f"trainer.check_val_every_n_epoch is {every} and trainer.max_epochs {epochs}, and {type(data).__name__} "
-            "keeps the last epoch, which has to be one that is validated. Leave it out, or take a part of max_epochs."
-        )
 
 
 def check_text(config: str, place: object) -> None:

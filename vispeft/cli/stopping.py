@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from vispeft.errors import FileError
 
-__all__ = ["Stopped", "disk_is_full", "stopped_by_signals", "tell_how_to_go_on"]
+__all__ = ["Stopped", "command_to_go_on", "disk_is_full", "own_code", "stopped_by_signals", "tell_how_to_go_on"]
+
+own_code: list[str] = []
+"""Modules of the user's own that the command has named: one that goes on with a run has to name them again."""
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 """Ctrl+C, the end of a queue's or a container's time, and a terminal that is closed."""
@@ -96,17 +100,31 @@ def _imports(frame: FrameType | None) -> int:
     return count
 
 
+def command_to_go_on(place: object, further: Sequence[str] = (), *, by: str = "--resume") -> str:
+    """Compose the command that goes on with a run, with the user's code that was loaded for it.
+
+    Args:
+        place: The run's directory.
+        further: Arguments that the run's config does not hold, such as those for the devices that there are.
+        by: What to do with the run: ``--resume`` or ``--finish``.
+    """
+    code = [part for name in own_code for part in ("--code", name)]
+    return shlex.join(["vispeft", "train", by, str(place), *further, *code])
+
+
 @contextlib.contextmanager
-def tell_how_to_go_on(place: object) -> Iterator[None]:
+def tell_how_to_go_on(place: object, further: Sequence[str] = (), *, by: str = "--resume") -> Iterator[None]:
     """Add to the message of a stop, or of a full disk, how a run is gone on with.
 
     Args:
         place: The run's directory.
+        further: As `command_to_go_on` takes them.
+        by: As `command_to_go_on` takes it.
 
     Raises:
         FileError: If the disk is full.
     """
-    command = f"vispeft train --resume {place}"
+    command = command_to_go_on(place, further, by=by)
     try:
         yield
     except Stopped as stopped:

@@ -28,16 +28,16 @@ from vispeft.cli.config import ConfigCLI
 from vispeft.cli.config_changes import differing, is_free, told, without_free
 from vispeft.cli.config_keys import as_list, split_overrides
 from vispeft.cli.early import TrainCLI
+from vispeft.cli.evaluation import accelerator_here, kept_settings
 from vispeft.cli.finish import finish_run
 from vispeft.cli.folds import train_folds
 from vispeft.cli.own_code import load_code
-from vispeft.cli.processes import leave_group, make_strategy, started, watch_parent
+from vispeft.cli.processes import STRATEGIES, leave_group, make_strategy, started, watch_parent
 from vispeft.cli.settings import check_names, check_room, check_text, rehearse_stopping, rehearse_test
 from vispeft.cli.start import start_from
-from vispeft.cli.stopping import disk_is_full, tell_how_to_go_on
+from vispeft.cli.stopping import disk_is_full, own_code, tell_how_to_go_on
 from vispeft.data.base import ImageData
 from vispeft.data.listed import ListedData
-from vispeft.data.shares import part_of_batch
 from vispeft.errors import ConfigError, FileError, TrainingError
 from vispeft.resources import find_config
 from vispeft.tasks.base import AdapterTask
@@ -96,6 +96,7 @@ def main(argv: Sequence[str]) -> None:
     given, overrides = parser.parse_known_args(argv)
     for name in given.code:
         load_code(name)
+    own_code[:] = given.code
     for key, value in (("init", given.init), ("model.method", given.method)):
         if value is not None:
             overrides = [f"--{key}", value, *overrides]
@@ -220,7 +221,8 @@ def resume(
         run: Its directory.
         config: The config it was started with; None takes it from the directory.
         overrides: The overrides it was started with, or none; keys that do not affect the result may differ.
-        elastic: Go on with another number of processes too: they share the batches of the run.
+        elastic: Go on with another number of processes too: they share the batches of the run. Once a checkpoint is
+            theirs, their number is the one to go on with.
         command: The command line; used only if the run had not started yet.
 
     Returns:
@@ -243,14 +245,15 @@ def resume(
     cli = TrainCLI(config or place / runs.CONFIG, overrides)
     if not cli.team.first:
         _follow(place, cli, _found(place, cli), elastic)
-    with runs.held(place), tell_how_to_go_on(place):
+    needed = [*overrides, *(["--elastic"] if elastic else [])]  # the run's config is that of its begin
+    with runs.held(place), tell_how_to_go_on(place, needed):
         more = _asks_for_more(place, cli, MORE in changed)
         if runs.finished(place) and not more:
             return _say_finished(place)
         found = _found(place, cli)
         if found is not None:
             check_processes(found.state["processes"], cli.team.processes, elastic)
-        _prepare(cli, found if elastic else None)
+        _prepare(cli, found)
         if more:
             # In this order: killed in between, the run counts as finished, and the same command goes on.
             runs.begin(place, cli.resolved(), runs.command_of(place))
@@ -268,7 +271,7 @@ def _follow(place: Path, cli: TrainCLI, found: Found | None, elastic: bool = Fal
     console.quiet = True
     logging.getLogger("vispeft").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    _prepare(cli, found if elastic else None)
+    _prepare(cli, found)
     _fit(cli, _trainer(place, cli, found, elastic), found)
     raise SystemExit(0)
 
@@ -293,15 +296,16 @@ def finish(run: str | Path) -> Path:
         raise FileError(f"{place} was stopped before its config was written; there is nothing to finish.")
     if runs.finished(place):
         return _say_finished(place)
-    with runs.held(place), tell_how_to_go_on(place):
-        cli = TrainCLI(place / runs.CONFIG, [])
+    with runs.held(place), tell_how_to_go_on(place, by="--finish"):
+        cli = TrainCLI(place / runs.CONFIG, _one_device(read_config(place / runs.CONFIG)))
         found = _found(place, cli)
         if found is None or found.state["best"] is None:
             raise TrainingError(
                 f"No epoch of {place} has been measured and kept yet, so there is no best one to make an adapter of. "
                 f"Go on by vispeft train --resume {place}"
             )
-        _prepare(cli)
+        cli.processes = found.state["processes"]  # they divided the batches, by one of which is measured
+        _prepare(cli, found)
         trainer = _trainer(place, cli, found)
         cast(RunCheckpoints, trainer.checkpoint_callback).take_over(found.state, found.path.name)
         _check_measured(cli.datamodule, found)
@@ -311,6 +315,12 @@ def finish(run: str | Path) -> Path:
         said = f"The run was stopped early. Its further epochs: vispeft train --resume {place} --{MORE} {planned}"
         console.print(said, soft_wrap=True)
     return place
+
+
+def _one_device(config: Node) -> list[str]:
+    """Return overrides by which a run is measured on a device that there is, whatever it was trained on."""
+    accelerator = accelerator_here(kept_settings(config.get("trainer")).get("accelerator"))
+    return [f"--trainer.accelerator={accelerator}", "--trainer.devices=1", "--trainer.num_nodes=1"]
 
 
 def _say_finished(place: Path) -> Path:
@@ -362,6 +372,7 @@ def _asks_for_more(place: Path, cli: ConfigCLI, given: bool) -> bool:
     if (runs.finished(place) and given and list(other) in ([], [MORE])) and wanted is not None:
         done = runs.Run.open(place).number("epochs")
         if wanted > done:
+            _check_not_over(place, cli, wanted, done)
             return True
         if other:
             raise ConfigError(f"{place} is finished after {done} epochs, and --{MORE} asks for {wanted}. Ask for more.")
@@ -374,16 +385,32 @@ def _asks_for_more(place: Path, cli: ConfigCLI, given: bool) -> bool:
     return False
 
 
-def _prepare(cli: TrainCLI, shared: Found | None = None) -> None:
+def _check_not_over(place: Path, cli: ConfigCLI, wanted: int, done: int) -> None:
+    """Refuse more epochs for a training that ended by itself and would end at once again."""
+    found, steps = find_checkpoint(place / runs.CHECKPOINTS), cli.config["trainer"]["max_steps"]
+    if found is None or not found.finished:
+        return  # it was finished by hand, and has the rest of its epochs before it
+    if found.state.get("until") == wanted:
+        raise ConfigError(
+            f"{place} ended by itself after {done} of {wanted} epochs: by EarlyStopping, trainer.max_steps or "
+            f"trainer.max_time. Ask for more than {wanted}."
+        )
+    if 0 <= steps <= found.state["steps"]:
+        raise ConfigError(
+            f"{place} has made all {steps} steps of trainer.max_steps, so further epochs would train nothing. Begin a "
+            "new run with more steps."
+        )
+
+
+def _prepare(cli: TrainCLI, found: Found | None = None) -> None:
     """Make the objects of a config, run all further checks possible before training, and initialise the adapter.
 
-    The batches of a checkpoint, if one is given, are shared by the processes there are.
+    The batches of a checkpoint, if one is given, are shared by the processes of the training.
     """
+    kept = {} if found is None else read_checkpoint(found.path)
+    cli.batches = {key: part["batch_size"] for key, part in kept.items() if _has_batches(part)}
     cli.create()
     task, data = cli.model, cli.datamodule
-    if shared is not None and isinstance(data, ImageData):
-        state = read_checkpoint(shared.path)[type(data).__qualname__]
-        data.batch_size = part_of_batch(state["batch_size"], cli.team.processes)
     if isinstance(data, ImageData):
         data.fit_to(task.preprocessing)
         data.setup()
@@ -401,6 +428,11 @@ def _prepare(cli: TrainCLI, shared: Found | None = None) -> None:
     rehearse_test(task, data, cli.trainer_settings)
     rehearse_stopping(task, data, cli.trainer_settings)
     _compile(task, cli.config["compile"], cli.trainer)
+
+
+def _has_batches(part: Any) -> bool:
+    """Whether a part of a checkpoint is the state of data with batches."""
+    return isinstance(part, dict) and isinstance(part.get("batch_size"), int)
 
 
 def _tell_repeated(data: Any) -> None:
@@ -453,7 +485,7 @@ def _check_measured(data: Any, found: Found) -> None:
     """Check that a completed training run is measured on the splits it was trained with."""
     state = read_checkpoint(found.path).get(type(data).__qualname__)
     if isinstance(data, ImageData) and state:
-        data.check_same(state)
+        data.check_same(state, order=False)
 
 
 def _trainer(place: Path, cli: TrainCLI, found: Found | None, elastic: bool = False) -> Trainer:
@@ -470,6 +502,8 @@ def _trainer(place: Path, cli: TrainCLI, found: Found | None, elastic: bool = Fa
     if cli.team.processes > 1:
         callbacks.append(SameEverywhere({"config": config_digest(kept)}))
         several["strategy"] = make_strategy(settings, task.skips_tensors)
+    elif settings.get("strategy") in STRATEGIES:
+        several["strategy"] = "auto"
     quiet = settings.get("enable_progress_bar") is False
     if not quiet and not any(isinstance(callback, ProgressBar) for callback in callbacks):
         callbacks.append(progress_bar(terminal=sys.stdout.isatty()))

@@ -216,6 +216,8 @@ class ImageData(ChecksArguments, LightningDataModule, ABC):
         # Placeholders stand in for the backbone's values, so that the given ones are validated now.
         Preprocessing(**{"size": (1, 1), "mean": (0, 0, 0), "std": (1, 1, 1), **self._given})
         self.batch_size, self.num_workers, self.seed, self.drop_last = batch_size, num_workers, seed, drop_last
+        self.processes: int | None = None
+        """Processes that train together; None until they are known: those of the trainer, and one without a trainer."""
         self._from_model: Preprocessing | None = None
         self._splits: dict[str, Dataset[Any]] = {}
         self._position = (0, 0)
@@ -295,11 +297,12 @@ class ImageData(ChecksArguments, LightningDataModule, ABC):
         for name in ("train", "validation", "test"):
             if len(splits[name]) == 0:  # type: ignore[arg-type]
                 raise DataError(f"{type(self).__name__} has no image in its {name} split; give it a larger share.")
-        if self.drop_last and len(splits["train"]) < self.batch_size:  # type: ignore[arg-type]
+        if self.drop_last and len(splits["train"]) < self.batch_together:  # type: ignore[arg-type]
+            processes = self.batch_together // self.batch_size
             raise DataError(
                 f"{type(self).__name__} has {counted(len(splits['train']), 'training image')}, "  # type: ignore[arg-type]
-                f"fewer than batch_size={self.batch_size}, and drop_last leaves smaller batches out. "
-                "Make batch_size smaller."
+                f"fewer than batch_size={self.batch_size}{f' of {processes} processes' if processes > 1 else ''}, and "
+                "drop_last leaves smaller batches out. Make batch_size smaller."
             )
         self._splits = splits
 
@@ -354,8 +357,8 @@ class ImageData(ChecksArguments, LightningDataModule, ABC):
 
     @property
     def batch_together(self) -> int:
-        """Images per batch of all processes together."""
-        return self.batch_size * self._place()[1]
+        """Images per batch of all processes of the training together, also while one of them measures alone."""
+        return self.batch_size * (self.processes or self._place()[1])
 
     def _place(self) -> tuple[int, int]:
         """Return the number of this process and how many there are."""
@@ -385,11 +388,12 @@ class ImageData(ChecksArguments, LightningDataModule, ABC):
         self.check_same(state_dict)
         self._position = (state_dict["epoch"], state_dict["batches"])
 
-    def check_same(self, state_dict: Mapping[str, Any]) -> None:
+    def check_same(self, state_dict: Mapping[str, Any], *, order: bool = True) -> None:
         """Check that the splits are those of an earlier run, so none of its training images is a test image now.
 
         Args:
             state_dict: The `state_dict` of that run.
+            order: Whether the order of training has to be the same, too, which goes by the batches.
 
         Raises:
             DataError: If images, targets or their order differ.
@@ -397,7 +401,7 @@ class ImageData(ChecksArguments, LightningDataModule, ABC):
         changed = [
             f"{name} was {state_dict[name]} and is {now}"
             for name, now in self.order_facts().items()
-            if state_dict.get(name, now) != now
+            if state_dict.get(name, now) != now and (order or name != "batch_size")
         ]
         if changed:
             raise DataError(

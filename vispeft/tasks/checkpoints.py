@@ -388,7 +388,7 @@ class RunCheckpoints(Checkpoint):
     def _keep(self, trainer: Trainer, epoch: int, score: float) -> None:
         """Write the present weights as those of the best epoch."""
         name = "start" if epoch == START else f"epoch{epoch:03d}"
-        file = f"best-{name}-step{trainer.global_step:07d}.ckpt"
+        file = f"best-{name}-{_at(trainer)}"
         trainer.save_checkpoint(self.folder / file, weights_only=True)
         self.best = {"file": file, "epoch": epoch, "score": score}
 
@@ -407,10 +407,12 @@ class RunCheckpoints(Checkpoint):
         return score > best if self.mode == "max" else score < best
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the final state."""
+        """Write the final state, and keep the last weights where they are the result and no validation came after."""
         self._finished = True
-        if self.best is None:
+        chooses = getattr(cast(Any, trainer).datamodule, "validation_chooses", True)
+        if self.best is None and chooses:
             logger.warning("No epoch has a %s that is a number, so the last weights are kept.", self.monitor)
+        if self.best is None or not (chooses or self.best["file"].endswith(_at(trainer))):
             self._keep(trainer, max(0, trainer.current_epoch - 1), math.nan)
         self._save(trainer)
 
@@ -479,6 +481,11 @@ def _set_rates(trainer: Trainer) -> None:
             for group, base, share in pairs:
                 group["lr"] = base * share(schedule.last_epoch)
             schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+
+
+def _at(trainer: Trainer) -> str:
+    """Return the end of the name of a file that holds the present weights."""
+    return f"step{trainer.global_step:07d}.ckpt"
 
 
 def _repeatable(trainer: Trainer) -> bool:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from vispeft.core.method import Method
 from vispeft.core.modes import evaluating
 from vispeft.data.base import ImageData
-from vispeft.errors import ConfigError, DataError, VerificationError, check_object
+from vispeft.errors import ConfigError, DataError, VerificationError, check_object, counted
 from vispeft.heads.pyramid import BEHIND_MAPS, DensePyramid, MapReader
 from vispeft.tasks.inference import Inference, padded_to
 from vispeft.tasks.parts import PartsTask
@@ -255,9 +255,11 @@ class DenseTask(PartsTask, ABC):
         modules = [module for part in self.parts().values() for module in part.modules()]
         fewest, least = last or data.batch_size, max(getattr(module, "least_batch", 1) for module in modules)
         if fewest < least:
+            each = "" if processes == 1 else f" for each of {processes} processes"
             raise DataError(
-                f"A training batch of each epoch has {fewest} image, and the decoder {self.decoder_name!r} needs "
-                f"{least} for its BatchNorm. Set data.drop_last, or another data.batch_size."
+                f"A training batch of each epoch has {counted(fewest, 'image')}{each}, and the decoder "
+                f"{self.decoder_name!r} needs {least} for its BatchNorm. Set data.drop_last, or another "
+                "data.batch_size."
             )
 
     # ------------------------------------------------------------------ steps

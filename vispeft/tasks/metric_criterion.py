@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vispeft.errors import ConfigError, VispeftError
+from vispeft.errors import ConfigError, DataError, VispeftError
 from vispeft.losses.base import MetricLoss
 from vispeft.metrics import make_similarity
 from vispeft.tasks.gathering import gather, gather_with_grad
 from vispeft.tasks.metric_losses import compares_images, is_of_library
 
-__all__ = ["MetricCriterion"]
+__all__ = ["MetricCriterion", "check_memory"]
 
 RAW = ("LargeMarginSoftmaxLoss", "SphereFaceLoss")
 """Losses of the library in which the length of an embedding has a meaning."""
@@ -79,11 +79,15 @@ class MetricCriterion(nn.Module):
 
         Returns:
             A scalar in float32.
+
+        Raises:
+            DataError: If the memory holds less than a batch of all processes.
         """
         with torch.autocast(embeddings.device.type, enabled=False):
             embeddings = embeddings.float()
             embeddings = gather_with_grad(embeddings if self.raw else F.normalize(embeddings, dim=1))
             labels = gather(labels)
+            check_memory(self.memory, len(labels))
             chosen = None if self.miner is None else self.miner(embeddings, labels)
             loss: Tensor = self.loss(embeddings, labels, chosen)
         for name, buffer in self.named_buffers():
@@ -129,6 +133,23 @@ class MetricCriterion(nn.Module):
         parts += [] if miner is None else [f"with the miner {type(miner).__name__}"]
         parts += [f"and a memory of {self.memory}"] if self.memory else []
         return f"The loss {' '.join(parts)}"
+
+
+def check_memory(memory: int, size: int) -> None:
+    """Refuse a memory that holds less than a batch.
+
+    Args:
+        memory: Embeddings of earlier batches; 0 for none.
+        size: Images of a batch of all processes.
+
+    Raises:
+        DataError: If it does.
+    """
+    if 0 < memory < size:
+        raise DataError(
+            f"A batch of all processes has {size} images, and the memory holds {memory}. Make memory larger, "
+            f"{size} at least."
+        )
 
 
 def _similarity(loss: nn.Module) -> str | Mapping[str, Any]:

@@ -20,7 +20,7 @@ from vispeft.heads.embedding import EmbeddingHead, Init, Norm
 from vispeft.metrics import RetrievalScores, make_similarity
 from vispeft.metrics.retrieval import GALLERY, QUERY, check_figures, clustering_scores
 from vispeft.tasks.gathering import gather
-from vispeft.tasks.metric_criterion import MetricCriterion
+from vispeft.tasks.metric_criterion import MetricCriterion, check_memory
 from vispeft.tasks.metric_losses import loss_node, metric_loss, metric_miner, miner_node
 from vispeft.tasks.metric_outputs import EmbeddingNetwork, ExtraState, embedding_of
 from vispeft.tasks.metric_pictures import Retrieved, draw_classes, neighbour_rows
@@ -204,9 +204,8 @@ class MetricLearning(PartsTask):
                 f"A training batch has {counted(found, 'image')} of each class, and the loss compares {least}. Set "
                 f"data.images_per_class to {least} or more."
             )
-        size = getattr(data, "batch_size", 1)
-        if 0 < self.memory < size:
-            raise DataError(f"A batch has {size} images, and the memory holds {self.memory}. Make memory larger.")
+        size = data.batch_together if isinstance(data, ImageData) else getattr(data, "batch_size", 1)
+        check_memory(self.memory, size)
 
     # ------------------------------------------------------------------ steps
 

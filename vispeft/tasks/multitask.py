@@ -342,10 +342,13 @@ class MultiTaskDense(DenseTask):
         self.task_weights.end_epoch()
 
     def _losses(self, split: str, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Compute each task's loss, before it is weighted, and log it."""
-        losses = {task: self.losses[task](values, labels[task]) for task, values in outputs.items()}
-        named = {f"{split}/loss_{task}": loss.detach() for task, loss in losses.items()}
+        """Compute each task's loss, before it is weighted, and log it; without an image it is 0, and weighs nothing."""
         size = len(next(iter(outputs.values())))
+        losses = {
+            task: self.losses[task](values, labels[task]) if size else values.new_zeros(())
+            for task, values in outputs.items()
+        }
+        named = {f"{split}/loss_{task}": loss.detach() for task, loss in losses.items()}
         self.log_dict(named, on_step=False, on_epoch=True, batch_size=size)
         return losses
 
@@ -353,13 +356,16 @@ class MultiTaskDense(DenseTask):
         """Compare outputs with labels by task, at the size of the labels."""
         sizes = {task: tuple(labels[task].shape[-2:]) for task in self.targets}
         outputs = {task: resized(values, sizes[task]) for task, values in self(images).items()}
-        loss = self.task_weights(self._losses(split, outputs, labels))
-        self.log(f"{split}/loss", loss, on_step=False, on_epoch=True, batch_size=len(images))
         known = finite_images(outputs)
         self.outputs_seen.add(known)
+        finite = {task: values[known] for task, values in outputs.items()}
+        wanted = {task: labels[task][known] for task in self.targets}
+        # In every process the same values are logged, also where no image of its batch is finite.
+        loss = self.task_weights(self._losses(split, finite, wanted))
+        self.log(f"{split}/loss", loss, on_step=False, on_epoch=True, batch_size=int(known.sum()))
         if known.any():
-            for task, values in outputs.items():
-                self._metric(split, task).update(values[known], labels[task][known])
+            for task, values in finite.items():
+                self._metric(split, task).update(values, wanted[task])
         if len(self.examples) < EXAMPLES:
             kept = {"image": images}
             for task, values in outputs.items():

@@ -117,8 +117,9 @@ def check_processes(before: int, now: int, elastic: bool) -> None:
     """
     if before != now and not elastic:
         raise TrainingError(
-            f"The checkpoint was written by {before} processes, and there are {now}. Give the same number of devices; "
-            "or --elastic, with which they share the batches of the run; or begin a new run."
+            f"The checkpoint was written by {before} processes, and there are {now}. Give the same number of devices "
+            f"(--trainer.devices {before}, if on one machine), or --elastic, with which those there are share the "
+            "batches of the run."
         )
 
 

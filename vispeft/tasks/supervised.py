@@ -296,10 +296,12 @@ class SupervisedTask(AdapterTask, ABC):
     def _measure(self, split: str, batch: Batch, metrics: MetricCollection) -> dict[str, Tensor]:
         images, targets = batch
         scores = self(images).float()
-        self.log(f"{split}/loss", self.plain_loss(scores, targets), on_epoch=True, batch_size=len(targets))
         known = self.outputs_seen.known(scores)
-        if known.any():
+        count, loss = int(known.sum()), scores.new_zeros(())  # in every process the same values are logged
+        if count:
+            loss = self.plain_loss(scores[known], targets[known])
             metrics.update(*self.for_metrics(scores[known], targets[known]))
+        self.log(f"{split}/loss", loss, on_epoch=True, batch_size=count)
         self.log_dict(metrics, on_epoch=True, batch_size=len(targets))
         return {"scores": scores, "targets": targets}
 
