@@ -13,12 +13,13 @@ from typing import Any, cast
 from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers.logger import Logger
 
 from vispeft.adapters.compiling import Compile
 from vispeft.building.classes import import_class
 from vispeft.building.config_files import Node, dump_config, parse_text, read_config
 from vispeft.building.parsing import MODE, parser_errors
-from vispeft.cli.config_keys import Override, check_config, check_override, check_tree, split_overrides
+from vispeft.cli.config_keys import Override, as_list, check_config, check_override, check_tree, split_overrides
 from vispeft.cli.evaluation import evaluation_trainer
 from vispeft.cli.trainer_settings import TrainerSettings
 from vispeft.core.method import Method
@@ -29,7 +30,7 @@ from vispeft.tasks.checkpoints import Cadence
 from vispeft.tasks.supervised import check_target
 from vispeft.tasks.token_merging import merge_tokens
 
-__all__ = ["ConfigCLI", "build_data", "build_task"]
+__all__ = ["ConfigCLI", "build_data", "build_logger", "build_task"]
 
 SIZES = ("num_classes", "targets")
 """Arguments of tasks that the data decide; see `AdapterTask.sized_by`."""
@@ -86,11 +87,17 @@ class ConfigCLI(LightningCLI):
     def create(self) -> None:
         """Create the data, then the task, then a trainer that only evaluates.
 
+        Loggers, which may ask a server, are made by a training alone, and by its first process.
+
         Raises:
             VispeftError: If one of them refuses its settings.
         """
-        with parser_errors(self._source):
-            super().instantiate_classes()
+        kept, self.config["trainer"]["logger"] = self.config["trainer"]["logger"], None
+        try:
+            with parser_errors(self._source):
+                super().instantiate_classes()
+        finally:
+            self.config["trainer"]["logger"] = kept
 
     def instantiate_classes(self) -> None:
         """Leave it to `create`, which Lightning does not know."""
@@ -130,6 +137,11 @@ class ConfigCLI(LightningCLI):
         """Store the trainer's settings and create one that only evaluates."""
         self.trainer_settings = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         return evaluation_trainer(**self.trainer_settings)
+
+    @property
+    def trackers(self) -> list[Node]:
+        """Class and arguments of each logger of the config."""
+        return as_list(self.config["trainer"].as_dict()["logger"])
 
     def prepare_model(self) -> None:
         """Let the model keep as much for the backward pass, and merge as many tokens, as the config says.
@@ -210,6 +222,21 @@ def build_task(node: Mapping[str, Any], sizes: int | Callable[[type[AdapterTask]
     decided = {"num_classes": sizes} if isinstance(sizes, int) else sizes(import_class(tree["model"]["class_path"]))
     tree["model"]["init_args"].update(decided)
     return cast(AdapterTask, _build("model", AdapterTask, tree, [], source))
+
+
+def build_logger(node: Mapping[str, Any]) -> Logger:
+    """Create a logger of a config.
+
+    Args:
+        node: Its class and arguments, checked.
+
+    Returns:
+        The logger.
+
+    Raises:
+        ConfigError: If a value has the wrong type.
+    """
+    return cast(Logger, _build("logger", Logger, {"logger": dict(node)}, [], "trainer.logger"))
 
 
 def _set_up_parser() -> None:

@@ -14,6 +14,7 @@ from vispeft.cli.config import ConfigCLI
 from vispeft.cli.processes import Team
 from vispeft.cli.settings import check_last, check_settings
 from vispeft.cli.start import check_source
+from vispeft.cli.trackers import check_trackers
 from vispeft.data.listed import ListedData
 from vispeft.data.metric_data import MetricData
 from vispeft.storage.places import check_folder
@@ -42,6 +43,7 @@ class TrainCLI(ConfigCLI):
         super().__init__(config, overrides, create=False)
         settings, model = self.settings("trainer"), self.settings("model")["init_args"]
         check_settings(settings)
+        check_trackers(self.trackers)
         self.team = Team.of(settings)
         check_schedule(model.get("schedule_epochs"), settings["max_epochs"])
         if self.config["init"] is not None and isinstance(model.get("method"), dict):
