@@ -190,7 +190,7 @@ def trial(kind: str, kills: int, seed: int, folder: Path) -> dict[str, Any]:
 def table() -> list[str]:
     """Lines of the table for the documentation."""
     lines = [
-        "| killed | kills | while training, starting, finishing | runs | equal bit for bit | until all ended, at most |",
+        "| killed | kills | while training, starting, finishing | runs | equal bit for bit | all ended within |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     names = {"rank": "one of two processes", "group": "both processes"}

@@ -13,7 +13,6 @@ from typing import Any, cast
 from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers.logger import Logger
 
 from vispeft.adapters.compiling import Compile
 from vispeft.building.classes import import_class
@@ -30,7 +29,7 @@ from vispeft.tasks.checkpoints import Cadence
 from vispeft.tasks.supervised import check_target
 from vispeft.tasks.token_merging import merge_tokens
 
-__all__ = ["ConfigCLI", "build_data", "build_logger", "build_task"]
+__all__ = ["ConfigCLI", "build_data", "build_task"]
 
 SIZES = ("num_classes", "targets")
 """Arguments of tasks that the data decide; see `AdapterTask.sized_by`."""
@@ -222,21 +221,6 @@ def build_task(node: Mapping[str, Any], sizes: int | Callable[[type[AdapterTask]
     decided = {"num_classes": sizes} if isinstance(sizes, int) else sizes(import_class(tree["model"]["class_path"]))
     tree["model"]["init_args"].update(decided)
     return cast(AdapterTask, _build("model", AdapterTask, tree, [], source))
-
-
-def build_logger(node: Mapping[str, Any]) -> Logger:
-    """Create a logger of a config.
-
-    Args:
-        node: Its class and arguments, checked.
-
-    Returns:
-        The logger.
-
-    Raises:
-        ConfigError: If a value has the wrong type.
-    """
-    return cast(Logger, _build("logger", Logger, {"logger": dict(node)}, [], "trainer.logger"))
 
 
 def _set_up_parser() -> None:

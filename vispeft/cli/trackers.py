@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -18,7 +18,7 @@ from lightning.pytorch.loggers.logger import Logger
 from vispeft.building.classes import import_class
 from vispeft.building.config_files import Node
 from vispeft.cli import runs
-from vispeft.cli.config import ConfigCLI, build_logger
+from vispeft.cli.config import ConfigCLI
 from vispeft.errors import ConfigError
 from vispeft.tasks.trackers import Tracker, goes_on_by
 
@@ -71,8 +71,7 @@ def _tracker(node: Node, version: str | int | None) -> Tracker:
     settings, argument = dict(node.get("init_args") or {}), goes_on_by(cls)
     if version is not None and argument is not None and settings.get(argument) is None:
         settings[argument] = version
-    make: Callable[[], Logger] = partial(build_logger, {**node, "init_args": settings})
-    return Tracker(cls.__name__, make)
+    return Tracker(cls.__name__, partial(cls, **settings))
 
 
 @contextmanager

@@ -141,8 +141,6 @@ class Tracker(Logger):
             inner = self._make()
             _ = getattr(inner, "experiment", None)
             found = inner.version if goes_on_by(inner) is not None else None
-        except ConfigError:
-            raise
         except Exception as error:  # whatever a tracker's package raises
             raise ConfigError(
                 f"{self.title} was asked for, and could not be started: {type(error).__name__}: {brief(error)} Correct "
