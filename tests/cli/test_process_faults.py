@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,6 +152,20 @@ def test_an_exchange_that_failed_names_the_process_that_ended(tmp_path: Path, mo
         raise LOST
     assert killed == [signal.SIGTERM]
     assert processes.FIRST not in os.environ
+
+
+def test_a_process_that_ends_is_named_where_the_first_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(processes, "_LOOK", 0.01)
+    launcher = SimpleNamespace(procs=[SimpleNamespace(poll=lambda: 2)])
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(launcher=launcher))
+    processes._tell_of_dead(trainer, tmp_path, threading.Event())
+    assert "Process 1 of the training ended with status 2; what it said stands above." in capsys.readouterr().err
+    over = threading.Event()
+    over.set()
+    processes._tell_of_dead(trainer, tmp_path, over)
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("ours", [True, False])

@@ -137,7 +137,8 @@ def started(place: Path, trainer: Trainer) -> Iterator[None]:
         over.set()
         launcher: Any = trainer.strategy.launcher
         if hasattr(launcher, "kill"):
-            launcher.kill(15)
+            launcher.kill(signal.SIGTERM)
+            launcher.procs.clear()  # Lightning's watch over them would end this process before it has said why
         if _is_lost(error):
             raise TrainingError(_goes_on(dead or "Another process of the training has ended", place)) from error
         raise
@@ -179,15 +180,15 @@ def _is_lost(error: BaseException) -> bool:
 
 def _dead(trainer: Trainer, within: float) -> str | None:
     """Say which of the processes that this one has started ended badly, after waiting a little for it."""
-    launcher: Any = trainer.strategy.launcher
+    others = getattr(trainer.strategy.launcher, "procs", ())
     until = time.monotonic() + within
     while True:
-        for number, process in enumerate(getattr(launcher, "procs", ()), 1):
+        for number, process in enumerate(others, 1):
             status = process.poll()
             if status:
                 how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
                 return f"Process {number} of the training {how}; what it said stands above"
-        if time.monotonic() >= until:
+        if not others or time.monotonic() >= until:
             return None
         time.sleep(0.1)
 

@@ -226,6 +226,12 @@ class Tracker(Logger):
         """Let the logger write."""
         self._tell("save")
 
+    def flush(self) -> None:
+        """Let the logger write or send what it holds, where it can be told to."""
+        experiment = self.experiment
+        if hasattr(experiment, "flush"):
+            self._guarded(experiment.flush)
+
     def finalize(self, status: str) -> None:
         """Leave the run open where training has ended well: its figures are measured behind that.
 
