@@ -222,19 +222,23 @@ def following(rank: int) -> Iterator[None]:
     try:
         yield
     except Stopped as stopped:
-        if _first_lives():
+        if FIRST in os.environ:  # by the first one, or together with it
             raise SystemExit(stopped.status) from None
         raise
     except RuntimeError as error:
         if not _is_lost(error):
             raise
-        if _first_lives():
+        if _first_tells():
             raise SystemExit(1) from error
         raise TrainingError(f"Process {rank} ends, since another process of the training has ended.") from error
 
 
-def _first_lives() -> bool:
-    """Whether the first process has started this one and lives; it then says what has happened."""
+def _first_tells() -> bool:
+    """Whether the first process has started this one and says what has happened: it lives, or has ended this one."""
+    try:
+        time.sleep(_LOOK / 4)
+    except Stopped:
+        return FIRST in os.environ
     return os.environ.get(FIRST) == str(os.getppid())
 
 
