@@ -116,7 +116,8 @@ def test_wrong_names_from_python_are_refused(config: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others_and_the_run_goes_on_bit_for_bit(config: Path, tmp_path: Path) -> None:
     settings = [*FEW, *TWO, "--trainer.max_epochs=3", "--checkpoints.every_n_steps=2", "--model.method=lora"]
-    settings.append("--model.method.dropout=0.1")
+    settings += ["--model.method.dropout=0.1", "--trainer.logger=TensorBoardLogger"]
+    settings.append(f"--trainer.logger.save_dir={tmp_path / 'boards'}")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     said = finished(command(config, *settings, "--out", whole))
     assert said.count("Run directory") == 1
@@ -139,6 +140,8 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_bit_for_bit(config
         assert (killed / name).is_file()
     with (whole / "logs/csv/metrics.csv").open() as one, (killed / "logs/csv/metrics.csv").open() as other:
         assert list(csv.DictReader(one)) == list(csv.DictReader(other))
+    # The first process alone has a tracker, and goes on in its run.
+    assert sorted(path.name for path in (tmp_path / "boards").glob("*/*")) == ["version_0", "version_1"]
 
 
 @pytest.mark.slow
