@@ -23,13 +23,15 @@ from vispeft.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 10
+LORA = {"type": "LoRA", "rank": 2}
 
 
-def config_file(folder, toy, weights, batch):
+def config_file(folder, toy, weights, batch, peft=LORA):
     """Write a config whose steps do not depend on how a batch is divided: no random pipeline, dropout or BatchNorm."""
     folder.mkdir()
     whole = [{"type": "Resize", "scale": (64, 64), "keep_ratio": False}]
-    config = make_config("vit", toy, weights, folder, {"type": "LoRA", "rank": 2})
+    config = make_config("vit", toy, weights, folder)
+    config.model.backbone.peft = peft
     config.custom_imports.imports = ["vispeft.mmseg", "tests.mmseg.toy"]
     config.model.decode_head.update({"norm_cfg": {"type": "GN", "num_groups": 4}, "dropout_ratio": 0.0})
     shuffled = {"type": "InfiniteSampler", "shuffle": True}
@@ -63,16 +65,21 @@ def in_two(config, out):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_with_the_doubled_batch(toy, weights, tmp_path):
+@pytest.mark.parametrize("peft", [LORA, None], ids=["lora", "the whole backbone"])
+def test_two_processes_are_one_with_the_doubled_batch(peft, toy, weights, tmp_path):
     two, one = tmp_path / "two", tmp_path / "one"
-    said, ended = in_two(config_file(tmp_path / "a", toy, weights, batch=2), two)
+    said, ended = in_two(config_file(tmp_path / "a", toy, weights, 2, peft), two)
     assert ended == [0, 0], said
-    assert main(["train", str(config_file(tmp_path / "b", toy, weights, batch=4)), "--out", str(one)]) == 0
-    for name in ("adapter.safetensors", "head.safetensors"):
-        found, expected = load_file(two / "adapter" / name), load_file(one / "adapter" / name)
+    assert main(["train", str(config_file(tmp_path / "b", toy, weights, 4, peft)), "--out", str(one)]) == 0
+    names = ["adapter/adapter.safetensors", "adapter/head.safetensors"] if peft else []
+    pairs = [(load_file(two / name), load_file(one / name)) for name in names]
+    checkpoints = [torch.load(place / f"iter_{STEPS}.pth", weights_only=True)["state_dict"] for place in (two, one)]
+    for found, expected in [*pairs, checkpoints]:
         assert found.keys() == expected.keys()
         for key, tensor in expected.items():
             torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-5, msg=lambda text, key=key: key + text)
+    if peft:
+        assert any(key.endswith("lora.B") and tensor.abs().max() > 1e-3 for key, tensor in pairs[0][1].items())
     assert sorted(path.name for path in two.glob("*.pth")) == sorted(path.name for path in one.glob("*.pth"))
     assert len(list(two.glob("*/*.log"))) <= 2  # mmengine's, one for a process
     assert (two / "metrics.json").is_file()
