@@ -51,8 +51,8 @@ SHARES = {"training": 0.7, "starting": 0.15, "finishing": 0.15}
 """Share of the kills in each part of a run's life."""
 FURTHER = 2 * STEPS // 10
 """Most steps that a run may take until it is killed."""
-GONE = 60.0
-"""Seconds within which the others have to end."""
+GONE = 300.0
+"""Seconds after which the others count as going on for ever. A process that was still importing ends behind that."""
 
 
 class Group:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 
 from tests.tiny import CONFIG
@@ -16,6 +17,7 @@ from vispeft.cli import trackers
 from vispeft.cli.config_changes import is_free
 from vispeft.cli.train import resume, train
 from vispeft.errors import ConfigError
+from vispeft.tasks import TrackioLogger
 
 FEW = ["--trainer.limit_train_batches=2", "--trainer.max_epochs=1", "--data.test=0.5"]
 
@@ -123,18 +125,27 @@ def test_a_run_goes_on_in_the_same_run_of_its_tracker(config: Path, tmp_path: Pa
     places = sorted((tmp_path / "boards").glob("*/*"))
     assert [path.name for path in places] == ["version_0", "version_1"]
     assert [len(list(path.glob("events*"))) for path in places] == [2, 1]
-    (first / "trackers.json").write_text("[1")  # altered: it begins another run
-    resume(first, None, ["--trainer.max_epochs=3"])
-    assert len(list((tmp_path / "boards").glob("*/*"))) == 3
+
+
+def test_a_list_of_runs_that_was_altered_is_left_out(tmp_path: Path) -> None:
+    entry = {"class": "lightning.pytorch.loggers.WandbLogger", "version": "aj93pobv"}
+    for text in ("[1", "{}", "[]", json.dumps({"trackers": [{"class": "x", "version": None}]})):
+        (tmp_path / "trackers.json").write_text(text)
+        assert trackers._read(tmp_path) == []
+    (tmp_path / "trackers.json").write_text(json.dumps({"trackers": [entry]}))
+    assert trackers._read(tmp_path) == [entry]
 
 
 def test_a_missing_package_is_named_before_anything_is_made(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    for name, package in trackers.PACKAGES.items():
-        with pytest.raises(ConfigError, match=rf"trainer.logger is {name}, .* package {package}.*vispeft\[trackers\]"):
-            train(config, [f"--trainer.logger={name}"], out=tmp_path / "run")
+    for cls, package in ((WandbLogger, "wandb"), (MLFlowLogger, "mlflow"), (TrackioLogger, "trackio")):
+        told = rf"trainer.logger is {cls.__name__}, .* package {package}.*vispeft\[trackers\]"
+        with pytest.raises(ConfigError, match=told):
+            trackers.check_trackers([{"class_path": f"{cls.__module__}.{cls.__name__}"}])
+    with pytest.raises(ConfigError, match=told):
+        train(config, ["--trainer.logger=TrackioLogger"], out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
