@@ -21,7 +21,7 @@ from tests.tiny import CONFIG
 from vispeft.cli.processes import Team
 from vispeft.cli.train import resume, train
 from vispeft.errors import ConfigError, TrainingError, UnknownNameError
-from vispeft.tasks.checkpoints import find_checkpoint, read_checkpoint
+from vispeft.tasks.checkpoints import SealedCheckpointIO, find_checkpoint, read_checkpoint
 
 TWO = ["--trainer.accelerator=cpu", "--trainer.devices=2"]
 FEW = ["--data.batch_size=16", "--trainer.limit_train_batches=6", "--data.test=0.5"]
@@ -142,6 +142,20 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_bit_for_bit(config
         assert list(csv.DictReader(one)) == list(csv.DictReader(other))
     # The first process alone has a tracker, and goes on in its run.
     assert sorted(path.name for path in (tmp_path / "boards").glob("*/*")) == ["version_0", "version_1"]
+
+
+@pytest.mark.slow
+def test_a_run_killed_behind_its_last_step_is_measured_by_the_first_process(config: Path, tmp_path: Path) -> None:
+    run = train(config, [*FEW, "--trainer.max_epochs=1"], out=tmp_path / "run")
+    (run / "metrics.json").unlink()
+    found = find_checkpoint(run / "checkpoints")
+    assert found is not None
+    content = read_checkpoint(found.path)
+    content["DigitsData"]["batch_size"] = 32  # of two processes together
+    content["vispeft"]["processes"] = 2
+    SealedCheckpointIO(found.config).save_checkpoint(content, found.path)
+    resume(run, None, TWO)
+    assert (run / "metrics.json").is_file()
 
 
 @pytest.mark.slow

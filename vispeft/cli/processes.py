@@ -36,8 +36,8 @@ _begun: list[Path] = []
 """Run directories of the trainings of this process."""
 _LOOK = 2.0
 """Seconds between two looks at whether the first process still lives."""
-_REAPED = 5.0
-"""Seconds within which a process is seen to have ended whose connections were closed."""
+_REAPED = 30.0
+"""Seconds within which a process is seen to have ended whose connections were closed: Python takes some to leave."""
 _LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out")
 """Words in the errors of an exchange with a process that has ended."""
 
