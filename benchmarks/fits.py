@@ -18,7 +18,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from common import RESULTS, write, write_section
 
@@ -57,6 +56,8 @@ def estimate(model: str, method: str) -> dict[str, Any]:
 
 def block_bytes(model: str) -> int:
     """Bytes of the largest block of a network, in bfloat16."""
+    import timm  # behind vispeft, which makes torchvision importable
+
     with torch.device("meta"):
         network = timm.create_model(model)
     blocks = [module for module in network.modules() if type(module).__name__.endswith("Block")]
