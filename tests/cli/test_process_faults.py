@@ -146,7 +146,8 @@ def test_an_exchange_that_failed_names_the_process_that_ended(tmp_path: Path, mo
     monkeypatch.setattr(processes, "_begun", [])
     ended = SimpleNamespace(poll=lambda: -signal.SIGKILL)
     launcher = SimpleNamespace(procs=[SimpleNamespace(poll=lambda: None), ended], kill=killed.append)
-    trainer: Any = SimpleNamespace(world_size=3, strategy=SimpleNamespace(launcher=launcher))
+    began = SimpleNamespace(began=True)
+    trainer: Any = SimpleNamespace(world_size=3, strategy=SimpleNamespace(launcher=launcher), checkpoint_callback=began)
     told = r"Process 2 of the training was ended by SIGKILL.*--resume"
     with pytest.raises(TrainingError, match=told), started(tmp_path, trainer):
         raise LOST
@@ -159,9 +160,11 @@ def test_a_process_that_ends_is_named_where_the_first_waits_for_it(
 ) -> None:
     monkeypatch.setattr(processes, "_LOOK", 0.01)
     launcher = SimpleNamespace(procs=[SimpleNamespace(poll=lambda: 2)])
-    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(launcher=launcher))
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(launcher=launcher), checkpoint_callback=None)
     processes._tell_of_dead(trainer, tmp_path, threading.Event())
-    assert "Process 1 of the training ended with status 2; what it said stands above." in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Process 1 of the training ended with status 2; what it said stands above." in said
+    assert said.endswith("No step was made; give the same command again.\n")  # there is no run to go on with
     over = threading.Event()
     over.set()
     processes._tell_of_dead(trainer, tmp_path, over)

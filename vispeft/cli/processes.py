@@ -140,7 +140,7 @@ def started(place: Path, trainer: Trainer) -> Iterator[None]:
             launcher.kill(signal.SIGTERM)
             launcher.procs.clear()  # Lightning's watch over them would end this process before it has said why
         if _is_lost(error):
-            raise TrainingError(_goes_on(dead or "Another process of the training has ended", place)) from error
+            raise TrainingError(_ended(dead or "Another process of the training has ended", place, trainer)) from error
         raise
     finally:
         over.set()
@@ -193,8 +193,10 @@ def _dead(trainer: Trainer, within: float) -> str | None:
         time.sleep(0.1)
 
 
-def _goes_on(said: str, place: Path) -> str:
-    return f"{said}. All others have ended with it. Go on by vispeft train --resume {place}"
+def _ended(said: str, place: Path, trainer: Trainer) -> str:
+    begun = getattr(trainer.checkpoint_callback, "began", False) or any(place.glob("checkpoints/step-*.ckpt"))
+    how = f"Go on by vispeft train --resume {place}" if begun else "No step was made; give the same command again."
+    return f"{said}. All others have ended with it. {how}"
 
 
 def _tell_of_dead(trainer: Trainer, place: Path, over: threading.Event) -> None:
@@ -205,7 +207,7 @@ def _tell_of_dead(trainer: Trainer, place: Path, over: threading.Event) -> None:
     while not over.wait(_LOOK / 2):
         said = _dead(trainer, 0)
         if said is not None and not over.wait(_LOOK):
-            print(f"error: {_goes_on(said, place)}", file=sys.stderr, flush=True)
+            print(f"error: {_ended(said, place, trainer)}", file=sys.stderr, flush=True)
             return
 
 
