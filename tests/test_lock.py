@@ -23,9 +23,9 @@ def locked() -> dict[str, tuple[Requirement, int]]:
 
 
 def asked() -> list[Requirement]:
-    """List what pyproject.toml asks for, extras and build system included."""
+    """List what pyproject.toml asks for, build system included, and extras but for trackers, which are not locked."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    extras = project["project"]["optional-dependencies"].values()
+    extras = [packages for name, packages in project["project"]["optional-dependencies"].items() if name != "trackers"]
     texts = [*project["project"]["dependencies"], *project["build-system"]["requires"], *(t for e in extras for t in e)]
     return [Requirement(text) for text in texts]
 

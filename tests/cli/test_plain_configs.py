@@ -13,6 +13,7 @@ from tests.tiny import CONFIG
 from vispeft.building.known import register_class
 from vispeft.cli.config import ConfigCLI
 from vispeft.cli.config_keys import check_config, split_overrides
+from vispeft.cli.trackers import make_trackers
 from vispeft.data import DigitsData
 from vispeft.errors import ConfigError, VispeftError
 
@@ -202,7 +203,9 @@ def test_callbacks_and_loggers_of_lightning_are_made_by_name(tmp_path):
         "validation/loss",
         "LearningRateMonitor",
     )
-    assert type(cli.trainer_settings["logger"]).__name__ == "CSVLogger"
+    assert cli.trainer_settings["logger"] is None  # a training makes it, and no other command
+    (tracker,) = make_trackers(tmp_path, cli)
+    assert type(tracker._make()).__name__ == tracker.title == "CSVLogger"
     again = ConfigCLI(tmp_path / "a.yaml", [], tree=yaml.safe_load(cli.resolved()))
     assert again.resolved() == cli.resolved()
     assert list(tmp_path.iterdir()) == []

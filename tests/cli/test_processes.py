@@ -27,7 +27,7 @@ from vispeft.cli.stopping import Stopped
 from vispeft.cli.train import finish, resume, train
 from vispeft.errors import ConfigError, DataError, TrainingError, UnknownNameError
 from vispeft.tasks import Classification
-from vispeft.tasks.checkpoints import find_checkpoint, read_checkpoint
+from vispeft.tasks.checkpoints import SealedCheckpointIO, find_checkpoint, read_checkpoint
 
 TWO = ["--trainer.accelerator=cpu", "--trainer.devices=2"]
 LITTLE = ["--trainer.max_epochs=1", "--checkpoints.every_n_steps=2"]
@@ -182,7 +182,8 @@ def test_wrong_names_from_python_are_refused(config: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others_and_the_run_goes_on_bit_for_bit(config: Path, tmp_path: Path) -> None:
     settings = [*FEW, *TWO, "--trainer.max_epochs=3", "--checkpoints.every_n_steps=2", "--model.method=lora"]
-    settings.append("--model.method.dropout=0.1")
+    settings += ["--model.method.dropout=0.1", "--trainer.logger=TensorBoardLogger"]
+    settings.append(f"--trainer.logger.save_dir={tmp_path / 'boards'}")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     said = finished(command(config, *settings, "--out", whole))
     assert said.count("Run directory") == 1
@@ -205,6 +206,22 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_bit_for_bit(config
         assert (killed / name).is_file()
     with (whole / "logs/csv/metrics.csv").open() as one, (killed / "logs/csv/metrics.csv").open() as other:
         assert list(csv.DictReader(one)) == list(csv.DictReader(other))
+    # The first process alone has a tracker, and goes on in its run.
+    assert sorted(path.name for path in (tmp_path / "boards").glob("*/*")) == ["version_0", "version_1"]
+
+
+@pytest.mark.slow
+def test_a_run_killed_behind_its_last_step_is_measured_by_the_first_process(config: Path, tmp_path: Path) -> None:
+    run = train(config, [*FEW, "--trainer.max_epochs=1"], out=tmp_path / "run")
+    (run / "metrics.json").unlink()
+    found = find_checkpoint(run / "checkpoints")
+    assert found is not None
+    content = read_checkpoint(found.path)
+    content["DigitsData"]["batch_size"] = 32  # of two processes together
+    content["vispeft"]["processes"] = 2
+    SealedCheckpointIO(found.config).save_checkpoint(content, found.path)
+    resume(run, None, TWO)
+    assert (run / "metrics.json").is_file()
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +12,12 @@ from torch import nn
 
 import vispeft
 from tests.tiny import CONFIG, TINY
+from vispeft.cli.config import ConfigCLI
 from vispeft.cli.replay import advice, main, replay
 from vispeft.cli.train import train
 from vispeft.errors import FileError, TrainingError
 from vispeft.tasks import Classification
-from vispeft.tasks.failures import FAILURE, read_failures
+from vispeft.tasks.failures import FAILURE, StepStart, keep_failure, read_failures
 from vispeft.tasks.tracing import trace
 
 
@@ -133,6 +135,95 @@ def test_a_training_keeps_the_step_and_says_how_to_look_at_it(
     said = capsys.readouterr().out
     assert "First value that is not finite" in said
     assert origin.place in said
+
+
+# ------------------------------------------------------------------ from the file that a run keeps, to the tensor
+
+
+def _set(name: str, value: float) -> Any:
+    """Plant a value in one entry of a trained tensor."""
+
+    def plant(task: Any, images: torch.Tensor, at: torch.Generator) -> None:
+        tensor = task.get_parameter(name).data.view(-1)
+        tensor[int(torch.randint(len(tensor), (), generator=at))] = value
+
+    return plant
+
+
+def _scale(name: str, scale: float) -> Any:
+    """Let a trained tensor be so large that a product with it leaves float16."""
+
+    def plant(task: Any, images: torch.Tensor, at: torch.Generator) -> None:
+        tensor = task.get_parameter(name).data
+        tensor.copy_(scale * (1 + torch.rand(tensor.shape, generator=at)))
+
+    return plant
+
+
+def _pixel(value: float) -> Any:
+    """Plant a value in one pixel."""
+
+    def plant(task: Any, images: torch.Tensor, at: torch.Generator) -> None:
+        pixels = images.view(-1)
+        pixels[int(torch.randint(len(pixels), (), generator=at))] = value
+
+    return plant
+
+
+def _nothing(task: Any, images: torch.Tensor, at: torch.Generator) -> None:
+    """Plant nothing: the loss is the fault."""
+
+
+NAN, INF = float("nan"), float("inf")
+QKV = "model.blocks.0.attn.qkv.adapters.default.ssf"
+CASES: dict[str, tuple[Any, str, str, str, Any]] = {
+    "NaN in a weight": (_set(f"{QKV}.scale", NAN), "32", "weight", f"{QKV}.scale", None),
+    "infinity in the classifier": (
+        _set("model.adapter_heads.default.weight", INF), "32", "weight", "model.adapter_heads.default.weight", None
+    ),
+    "NaN in an input": (_pixel(NAN), "32", "batch", "batch[0]", None),
+    "infinity in an input": (_pixel(-INF), "bf16-mixed", "batch", "batch[0]", None),
+    "NaN in a loss": (
+        _nothing, "32", "forward", "loss", lambda _, scores, targets: scores.sum() * 0 / (scores * 0).sum()
+    ),
+    "infinity in a loss": (_nothing, "32", "forward", "loss", lambda _, scores, targets: -(scores * 0).sum().log()),
+    "NaN in a gradient alone": (
+        _nothing, "32", "backward", "", lambda _, scores, targets: (scores * 0).abs().sqrt().sum()
+    ),
+    "float16 in attention": (_scale(f"{QKV}.scale", 3e5), "16-mixed", "forward", "model.blocks.0.attn", None),
+    "float16 behind a norm": (
+        _scale("model.blocks.1.norm2.adapters.default.ssf.shift", 3e5), "16-mixed", "forward", "model.blocks.1.", None
+    ),
+    "float16 in an MLP": (
+        _scale("model.blocks.1.mlp.fc1.adapters.default.ssf.scale", 3e6), "16-mixed", "forward", "model.blocks.1.mlp",
+        None,
+    ),
+}  # fmt: skip
+"""What is planted, the trainer's precision, where it is found, and another loss."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_ten_seeded_faults_are_found_from_the_kept_step(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant, precision, kind, place, loss = CASES[case]
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    cli = ConfigCLI(tmp_path / "config.yaml", [])
+    cli.datamodule.fit_to(cli.model.preprocessing)
+    cli.datamodule.setup()
+    images, labels = next(iter(cli.datamodule.train_dataloader()))
+    plant(cli.model.train(), images, torch.Generator().manual_seed(list(CASES).index(case)))
+    trainer: Any = SimpleNamespace(global_step=4, current_epoch=1, precision=precision, global_rank=0)
+    keep_failure(tmp_path, cli.model, trainer, StepStart.now([images, labels], 2), case)
+    if loss is not None:
+        monkeypatch.setattr(Classification, "training_loss", loss)
+    failure, origin = replay(tmp_path)
+    assert (failure.told, failure.step, failure.index) == (case, 4, 2)
+    assert origin is not None
+    assert origin.kind == kind
+    assert origin.place.startswith(place)
+    assert origin.broken
 
 
 def test_what_cannot_be_replayed_is_refused(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from vispeft.adapters.compiling import Compile
 from vispeft.building.classes import import_class
 from vispeft.building.config_files import Node, dump_config, parse_text, read_config
 from vispeft.building.parsing import MODE, parser_errors
-from vispeft.cli.config_keys import Override, check_config, check_override, check_tree, split_overrides
+from vispeft.cli.config_keys import Override, as_list, check_config, check_override, check_tree, split_overrides
 from vispeft.cli.evaluation import evaluation_trainer
 from vispeft.cli.trainer_settings import TrainerSettings
 from vispeft.core.method import Method
@@ -86,11 +86,17 @@ class ConfigCLI(LightningCLI):
     def create(self) -> None:
         """Create the data, then the task, then a trainer that only evaluates.
 
+        Loggers, which may ask a server, are made by a training alone, and by its first process.
+
         Raises:
             VispeftError: If one of them refuses its settings.
         """
-        with parser_errors(self._source):
-            super().instantiate_classes()
+        kept, self.config["trainer"]["logger"] = self.config["trainer"]["logger"], None
+        try:
+            with parser_errors(self._source):
+                super().instantiate_classes()
+        finally:
+            self.config["trainer"]["logger"] = kept
 
     def instantiate_classes(self) -> None:
         """Leave it to `create`, which Lightning does not know."""
@@ -130,6 +136,11 @@ class ConfigCLI(LightningCLI):
         """Store the trainer's settings and create one that only evaluates."""
         self.trainer_settings = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         return evaluation_trainer(**self.trainer_settings)
+
+    @property
+    def trackers(self) -> list[Node]:
+        """Class and arguments of each logger of the config."""
+        return as_list(self.config["trainer"].as_dict()["logger"])
 
     def prepare_model(self) -> None:
         """Let the model keep as much for the backward pass, and merge as many tokens, as the config says.

@@ -14,8 +14,8 @@ from vispeft.cli.config import ConfigCLI
 __all__ = ["differing", "is_free", "told", "without_free"]
 
 FREE = re.compile(
-    r"trainer\.(accelerator|devices|num_nodes|enable_progress_bar|profiler)(\..*)?|data\.(init_args\.)?num_workers"
-    r"|checkpoints\..*|memory"
+    r"trainer\.(accelerator|devices|num_nodes|enable_progress_bar|logger|profiler)(\..*)?"
+    r"|data\.(init_args\.)?num_workers|checkpoints\..*|memory"
 )
 """Keys that may change when a run is resumed, as none affects the result."""
 

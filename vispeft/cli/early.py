@@ -14,6 +14,7 @@ from vispeft.cli.config import ConfigCLI
 from vispeft.cli.processes import Team
 from vispeft.cli.settings import check_settings
 from vispeft.cli.start import check_source
+from vispeft.cli.trackers import check_trackers
 from vispeft.data.base import ImageData
 from vispeft.data.listed import ListedData
 from vispeft.data.metric_data import MetricData
@@ -46,6 +47,7 @@ class TrainCLI(ConfigCLI):
         super().__init__(config, overrides, create=False)
         settings, model = self.settings("trainer"), self.settings("model")["init_args"]
         check_settings(settings)
+        check_trackers(self.trackers)
         self.team = Team.of(settings)
         self.processes = self.team.processes
         """Processes of the training, which may be others than there are where it is only measured."""

@@ -10,12 +10,13 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from vispeft.cli import runs
 from vispeft.cli.common import make_parser, versions
+from vispeft.cli.mmseg_processes import LAUNCHERS, Launched
 from vispeft.errors import ConfigError, DataError, FileError, brief
 from vispeft.resources import find_config
 from vispeft.storage.disk import read_regular
@@ -26,9 +27,10 @@ EXAMPLE = """example:
   vispeft train mmseg/earth_swin_segformer
   vispeft train mmseg/earth_swin_segformer --out runs/mine --cfg-options train_cfg.max_iters=200
   vispeft train mmseg/earth_swin_segformer --resume runs/mine
+  torchrun --nproc-per-node 4 -m vispeft train mmseg/earth_swin_segformer --launcher pytorch --out runs/mine
 
-mmsegmentation's own tools/train.py takes the same configs, for several GPUs for example. The run directory then holds
-adapter/ (and adapter_best/), mmengine's checkpoints and logs, and metrics.json."""
+mmsegmentation's own tools/train.py takes the same configs. The run directory then holds adapter/ (and adapter_best/),
+mmengine's checkpoints and logs, and metrics.json."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -48,13 +50,18 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", "--work-dir", metavar="DIR", help="run directory; default runs/<config name>/<n>")
     parser.add_argument("--resume", metavar="RUN", help="go on from the newest checkpoint of a run")
     parser.add_argument(
+        "--launcher", choices=LAUNCHERS, default="none", help="what has started the processes of a training: torchrun"
+    )
+    parser.add_argument(
         "--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="values instead of the config's"
     )
     given = parser.parse_args(argv)
     if given.out is not None and given.resume is not None:
         raise ConfigError("--out was given with --resume; a run goes on in its own directory. Leave --out out.")
-    command = shlex.join(["vispeft", "train", *argv])
-    train(find_config(given.config), given.cfg_options, out=given.out, resume=given.resume, command=command)
+    if given.launcher != "none" and given.out is None and given.resume is None:
+        raise ConfigError(f"--launcher {given.launcher} starts several processes. Name one directory for all: --out.")
+    command, where = shlex.join(["vispeft", "train", *argv]), {"out": given.out, "resume": given.resume}
+    train(find_config(given.config), given.cfg_options, **where, command=command, launcher=given.launcher)
 
 
 def train(
@@ -64,6 +71,7 @@ def train(
     out: str | Path | None = None,
     resume: str | Path | None = None,
     command: str = "",
+    launcher: str = "none",
 ) -> Path:
     """Train from a config.
 
@@ -73,6 +81,8 @@ def train(
         out: The run directory; None takes the next number under ``runs/<config name>``.
         resume: Directory of a run to resume from its newest checkpoint.
         command: The command line, for ``metrics.json``.
+        launcher: What has started the processes that train together, by mmengine's name: ``none`` for one process.
+            Only the first one writes the run directory and returns.
 
     Returns:
         The run directory.
@@ -83,22 +93,61 @@ def train(
         DataError: If the data are not at the config's paths.
     """
     importlib.import_module("vispeft.mmseg")  # raises with an install hint; mmengine is imported only after it
-    from mmengine.runner import Runner
 
     began = time.perf_counter()
     tree = read(config, overrides)
-    checkpoint = None if resume is None else _newest_checkpoint(Path(resume))
-    place = runs.claim(out, config) if checkpoint is None else checkpoint.parent
+    launched = Launched(launcher, tree)
+    if launched.rank:
+        _follow(launched, tree, resume)
+    try:
+        return _train(tree, config, launched, out, resume, command, began)
+    except BaseException:
+        launched.tell(None)
+        raise
+
+
+def _follow(launched: Launched, tree: Any, resume: str | Path | None) -> NoReturn:
+    """Train in a process that is not the first, and end it."""
+    from mmengine.runner import Runner
+
+    place = launched.listen()
+    checkpoint = None if resume is None else _newest_checkpoint(Path(place))
+    _set_place(tree, Path(place), checkpoint)
+    Runner.from_cfg(tree).train()
+    launched.leave()
+    raise SystemExit(0)
+
+
+def _set_place(tree: Any, place: Path, checkpoint: Path | None) -> None:
     tree.work_dir, tree.resume = str(place), checkpoint is not None
     tree.load_from = tree.get("load_from") if checkpoint is None else str(checkpoint)
+
+
+def _train(
+    tree: Any,
+    config: Path,
+    launched: Launched,
+    out: str | Path | None,
+    resume: str | Path | None,
+    command: str,
+    began: float,
+) -> Path:
+    """Train in the first process, or in the only one."""
+    from mmengine.runner import Runner
+
+    checkpoint = None if resume is None else _newest_checkpoint(Path(resume))
+    place = runs.claim(out, config) if checkpoint is None else checkpoint.parent
+    _set_place(tree, place, checkpoint)
     try:
         with runs.held(place):
             if not tree.resume:
                 runs.check_empty(place)
+            launched.tell(str(place))
             with _removed_unless_begun(place, keep=tree.resume) as begun:
                 runner = Runner.from_cfg(tree)
                 begun.append(runner)
                 runner.train()
+                launched.leave()
             runs.write_json(place / runs.METRICS, _summary(runner, command, time.perf_counter() - began))
     except FileNotFoundError as error:
         raise DataError(
@@ -202,11 +251,13 @@ def _summary(runner: Any, command: str, seconds: float) -> dict[str, Any]:
     import mmcv
     import mmengine
     import mmseg
+    from mmengine.model import is_model_wrapper
 
     from vispeft.mmseg.files import backbones
 
     scalars = runner.message_hub.log_scalars.items()
-    banks = {name: backbone.bank for name, backbone in backbones(runner.model).items()}
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    banks = {name: backbone.bank for name, backbone in backbones(model).items()}
     return {
         "validation": {
             name.removeprefix("val/"): float(log.current())

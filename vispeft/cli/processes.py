@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -14,11 +16,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import distributed
 
-from vispeft.errors import ConfigError, counted
+from vispeft.cli.stopping import Stopped
+from vispeft.errors import ConfigError, TrainingError, VispeftError, brief, counted
 
-__all__ = ["STRATEGIES", "Team", "leave_group", "make_strategy", "started", "watch_parent"]
+__all__ = ["STRATEGIES", "Team", "following", "leave_group", "make_strategy", "started", "watch_parent"]
 
 STRATEGIES = ("auto", "ddp", "ddp_bf16")
 """Ways to train in several processes: ``ddp_bf16`` exchanges gradients in bfloat16."""
@@ -26,10 +30,16 @@ RUN = "VISPEFT_RUN_DIRECTORY"
 """Variable by which the first process tells those it starts which run directory it has made."""
 _LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
 """Variables that Lightning sets when it starts processes."""
+FIRST = "VISPEFT_FIRST_PROCESS"
+"""Variable by which it tells them its process id."""
 _begun: list[Path] = []
 """Run directories of the trainings of this process."""
 _LOOK = 2.0
 """Seconds between two looks at whether the first process still lives."""
+_REAPED = 30.0
+"""Seconds within which a process is seen to have ended whose connections were closed: Python takes some to leave."""
+_LOST = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out")
+"""Words in the errors of an exchange with a process that has ended."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +61,18 @@ class Team:
             settings: The section, as it was read.
 
         Raises:
-            ConfigError: If the strategy is no one of `STRATEGIES`.
+            ConfigError: If there are fewer devices, or the strategy is no one of `STRATEGIES`.
         """
         kept = {key: settings[key] for key in ("accelerator", "devices", "num_nodes") if settings.get(key) is not None}
         quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        trainer = Trainer(**kept, **quiet, enable_model_summary=False)
+        try:
+            trainer = Trainer(**kept, **quiet, enable_model_summary=False)
+        except MisconfigurationException as error:
+            raise ConfigError(
+                f"trainer.devices is {kept.get('devices', 'auto')} with trainer.accelerator "
+                f"{kept.get('accelerator', 'auto')}, and this machine has {_there_are()}. Ask for those, or train on "
+                f"the processor: --trainer.accelerator cpu. ({brief(error)})"
+            ) from error
         name = settings.get("strategy") or "auto"
         if name not in STRATEGIES:
             raise ConfigError(
@@ -109,16 +126,25 @@ def started(place: Path, trainer: Trainer) -> Iterator[None]:
             "and could not tell one training from the other. Begin one training in a script."
         )
     _begun.append(place)
-    before = {name: os.environ.get(name) for name in (RUN, *_LAUNCHED)}
-    os.environ[RUN] = os.path.abspath(place)
+    before = {name: os.environ.get(name) for name in (RUN, FIRST, *_LAUNCHED)}
+    os.environ[RUN], os.environ[FIRST] = os.path.abspath(place), str(os.getpid())
+    over = threading.Event()
+    if trainer.world_size > 1:
+        threading.Thread(target=_tell_of_dead, args=(trainer, place, over), daemon=True, name="watch-others").start()
     try:
         yield
-    except BaseException:
+    except BaseException as error:
+        dead = _dead(trainer, _REAPED) if _is_lost(error) else None
+        over.set()
         launcher: Any = trainer.strategy.launcher
         if hasattr(launcher, "kill"):
-            launcher.kill(15)
+            launcher.kill(signal.SIGTERM)
+            launcher.procs.clear()  # Lightning's watch over them would end this process before it has said why
+        if _is_lost(error):
+            raise TrainingError(_ended(dead or "Another process of the training has ended", place, trainer)) from error
         raise
     finally:
+        over.set()
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -141,6 +167,84 @@ def make_strategy(settings: Mapping[str, Any], search: bool) -> DDPStrategy:
     return DDPStrategy(**options)
 
 
+def _there_are() -> str:
+    count = torch.cuda.device_count()
+    return f"{count} GPU{'' if count == 1 else 's'}"
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether an exchange failed because another process has ended, and not by a fault of this one."""
+    if isinstance(error, VispeftError) or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, distributed.DistError) or any(word in str(error) for word in _LOST)
+
+
+def _dead(trainer: Trainer, within: float) -> str | None:
+    """Say which of the processes that this one has started ended badly, after waiting a little for it."""
+    others = getattr(trainer.strategy.launcher, "procs", ())
+    until = time.monotonic() + within
+    while True:
+        for number, process in enumerate(others, 1):
+            status = process.poll()
+            if status:
+                how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+                return f"Process {number} of the training {how}; what it said stands above"
+        if not others or time.monotonic() >= until:
+            return None
+        time.sleep(0.1)
+
+
+def _ended(said: str, place: Path, trainer: Trainer) -> str:
+    begun = getattr(trainer.checkpoint_callback, "began", False) or any(place.glob("checkpoints/step-*.ckpt"))
+    how = f"Go on by vispeft train --resume {place}" if begun else "No step was made; give the same command again."
+    return f"{said}. All others have ended with it. {how}"
+
+
+def _tell_of_dead(trainer: Trainer, place: Path, over: threading.Event) -> None:
+    """Say that a process has ended, before Lightning ends this one as well without a word.
+
+    It does so where this one waits in an exchange, which a GPU's library does not give up.
+    """
+    while not over.wait(_LOOK / 2):
+        said = _dead(trainer, 0)
+        if said is not None and not over.wait(_LOOK):
+            print(f"error: {_ended(said, place, trainer)}", file=sys.stderr, flush=True)
+            return
+
+
+@contextmanager
+def following(rank: int) -> Iterator[None]:
+    """Say briefly that a process which is not the first lost the others: what ended them is said by one of them.
+
+    Args:
+        rank: Its number.
+
+    Raises:
+        TrainingError: If an exchange failed because another process has ended.
+    """
+    try:
+        yield
+    except Stopped as stopped:
+        if FIRST in os.environ:  # by the first one, or together with it
+            raise SystemExit(stopped.status) from None
+        raise
+    except RuntimeError as error:
+        if not _is_lost(error):
+            raise
+        if _first_tells():
+            raise SystemExit(1) from error
+        raise TrainingError(f"Process {rank} ends, since another process of the training has ended.") from error
+
+
+def _first_tells() -> bool:
+    """Whether the first process has started this one and says what has happened: it lives, or has ended this one."""
+    try:
+        time.sleep(_LOOK / 4)
+    except Stopped:
+        return FIRST in os.environ
+    return os.environ.get(FIRST) == str(os.getppid())
+
+
 def leave_group() -> None:
     """Leave the group of processes once all have trained, so that the first one can go on alone."""
     if distributed.is_available() and distributed.is_initialized():
@@ -152,10 +256,14 @@ def leave_group() -> None:
 
 
 def watch_parent() -> None:
-    """End this process, which the first one has started, soon after that one has ended, however it did."""
-    if RUN not in os.environ:
+    """End this process, which the first one has started, soon after that one has ended, however it did.
+
+    It may have ended already, while this process was still importing.
+    """
+    if FIRST not in os.environ:
         return
-    parent = os.getppid()
+    # Windows starts an environment's Python by another process.
+    parent = int(os.environ[FIRST]) if os.name == "posix" else os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:

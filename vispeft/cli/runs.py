@@ -30,6 +30,7 @@ __all__ = [
     "LOGS",
     "METRICS",
     "PLOTS",
+    "TRACKERS",
     "Run",
     "begin",
     "begun",
@@ -53,6 +54,8 @@ __all__ = [
 
 CHECKPOINTS, LOGS, PLOTS = "checkpoints", "logs", "plots"
 CONFIG, METRICS = "config.yaml", "metrics.json"
+TRACKERS = "trackers.json"
+"""Which runs of their trackers a run goes on in."""
 _LOCK, _UNFINISHED = ".lock", ".unfinished"
 
 
@@ -153,7 +156,7 @@ def clear_lock(place: Path) -> None:
 def _tidy(place: Path) -> None:
     """Remove what a killed process left half-written."""
     finish_save(place / ADAPTER)
-    remove_partial(place, CONFIG, METRICS, _UNFINISHED)
+    remove_partial(place, CONFIG, METRICS, TRACKERS, _UNFINISHED)
     remove_partial(place / PLOTS, ".png")
     remove_partial(place / LOGS / "csv", ".csv")
     remove_partial(place / CHECKPOINTS, ".ckpt")
@@ -167,7 +170,8 @@ def withdraw(place: Path) -> None:
     """
     for name in (LOGS, PLOTS, CHECKPOINTS):
         shutil.rmtree(place / name, ignore_errors=True)
-    (place / CONFIG).unlink(missing_ok=True)
+    for name in (CONFIG, TRACKERS):
+        (place / name).unlink(missing_ok=True)
 
 
 def remove_empty(place: Path) -> None:

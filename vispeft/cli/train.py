@@ -32,10 +32,11 @@ from vispeft.cli.evaluation import accelerator_here, kept_settings
 from vispeft.cli.finish import finish_run
 from vispeft.cli.folds import train_folds
 from vispeft.cli.own_code import load_code
-from vispeft.cli.processes import STRATEGIES, leave_group, make_strategy, started, watch_parent
+from vispeft.cli.processes import STRATEGIES, following, leave_group, make_strategy, started, watch_parent
 from vispeft.cli.settings import check_names, check_room, check_text, rehearse_stopping, rehearse_test
 from vispeft.cli.start import start_from
 from vispeft.cli.stopping import disk_is_full, own_code, tell_how_to_go_on
+from vispeft.cli.trackers import make_trackers, tracked
 from vispeft.data.base import ImageData
 from vispeft.data.listed import ListedData
 from vispeft.errors import ConfigError, FileError, TrainingError
@@ -272,7 +273,8 @@ def _follow(place: Path, cli: TrainCLI, found: Found | None, elastic: bool = Fal
     logging.getLogger("vispeft").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     _prepare(cli, found)
-    _fit(cli, _trainer(place, cli, found, elastic), found)
+    with following(cli.team.rank):
+        _fit(cli, _trainer(place, cli, found, elastic), found)
     raise SystemExit(0)
 
 
@@ -309,7 +311,8 @@ def finish(run: str | Path) -> Path:
         trainer = _trainer(place, cli, found)
         cast(RunCheckpoints, trainer.checkpoint_callback).take_over(found.state, found.path.name)
         _check_measured(cli.datamodule, found)
-        finish_run(place, cli, trainer, began - found.state["seconds"])
+        with tracked(place, trainer, cli):
+            finish_run(place, cli, trainer, began - found.state["seconds"])
     if not found.finished:
         planned = cli.trainer_settings["max_epochs"]
         said = f"The run was stopped early. Its further epochs: vispeft train --resume {place} --{MORE} {planned}"
@@ -461,13 +464,14 @@ def _carry_out(place: Path, cli: ConfigCLI, trainer: Trainer, found: Found | Non
     console.print(task.report())
     console.print(f"Run directory: {place}", soft_wrap=True)
     earlier = 0.0 if found is None else found.state["seconds"]
-    if found is not None and found.finished and not _has_more(place, found, trainer):
-        _check_measured(cli.datamodule, found)
-        checkpoints.take_over(found.state, found.path.name)
-    else:
-        with started(place, trainer):
-            _fit(cli, trainer, found)
-    finish_run(place, cli, trainer, began - earlier)
+    with tracked(place, trainer, cli):
+        if found is not None and found.finished and not _has_more(place, found, trainer):
+            _check_measured(cli.datamodule, found)
+            checkpoints.take_over(found.state, found.path.name)
+        else:
+            with started(place, trainer):
+                _fit(cli, trainer, found)
+        finish_run(place, cli, trainer, began - earlier)
 
 
 def _fit(cli: TrainCLI, trainer: Trainer, found: Found | None) -> None:
@@ -513,7 +517,7 @@ def _trainer(place: Path, cli: TrainCLI, found: Found | None, elastic: bool = Fa
     board = TensorBoardLogger(logs, name="tensorboard", version="", **purge)
     own = {
         "callbacks": callbacks,
-        "logger": [RunLog(logs), board, *as_list(settings.get("logger"))],
+        "logger": [RunLog(logs), board, *(make_trackers(place, cli) if cli.team.first else [])],
         "plugins": [*as_list(settings.get("plugins")), SealedCheckpointIO(kept)],
         "default_root_dir": place,
         "enable_model_summary": False,

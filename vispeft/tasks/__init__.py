@@ -23,6 +23,7 @@ from vispeft.tasks.segmentation import Segmentation, SegmentationNetwork
 from vispeft.tasks.supervised import SupervisedTask
 from vispeft.tasks.task_network import MultiTaskNetwork
 from vispeft.tasks.task_weights import TaskWeights, task_weights
+from vispeft.tasks.trackers import TrackioLogger
 
 __all__ = [
     "AdapterTask",
@@ -52,6 +53,7 @@ __all__ = [
     "SupervisedTask",
     "TaskWeights",
     "TensorDecay",
+    "TrackioLogger",
     "dense_loss",
     "find_checkpoint",
     "list_metric_losses",

@@ -14,7 +14,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -37,6 +37,7 @@ from vispeft.tasks.head_start import is_start
 from vispeft.tasks.logs import START, RunLog
 from vispeft.tasks.processes import check_processes, collect_states
 from vispeft.tasks.state import between_steps, put_back, set_random_state, training_state
+from vispeft.tasks.trackers import Tracker
 
 __all__ = ["Cadence", "Found", "RunCheckpoints", "SealedCheckpointIO", "find_checkpoint", "read_checkpoint"]
 
@@ -420,8 +421,7 @@ class RunCheckpoints(Checkpoint):
         now = time.monotonic()
         self.seconds, self._began, self._saved = self.seconds + now - self._began, now, now
         self.epochs, self.steps, self._until = trainer.current_epoch, trainer.global_step, trainer.max_epochs
-        for experiment in _writers(trainer):
-            experiment.flush()  # rows that the state counts as logged must survive this process
+        _flush(trainer)
         path = self.folder / f"step-{trainer.global_step:07d}.ckpt"
         self._saving = True
         try:
@@ -497,8 +497,10 @@ def _logs(trainer: Trainer) -> list[RunLog]:
     return [log for log in trainer.loggers if isinstance(log, RunLog)]
 
 
-def _writers(trainer: Trainer) -> Iterator[Any]:
+def _flush(trainer: Trainer) -> None:
+    """Let loggers write what they hold: rows that the state counts as logged must survive this process."""
     for log in trainer.loggers if trainer.is_global_zero else ():
-        experiment = getattr(log, "experiment", None)
-        if hasattr(experiment, "flush"):
-            yield experiment
+        if isinstance(log, Tracker):
+            log.flush()
+        elif hasattr(experiment := getattr(log, "experiment", None), "flush"):
+            experiment.flush()
