@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import distributed
 
-from vispeft.cli.stopping import Stopped
+from vispeft.cli.stopping import Stopped, command_to_go_on
 from vispeft.errors import ConfigError, TrainingError, VispeftError, brief, counted
 
 __all__ = ["STRATEGIES", "Team", "following", "leave_group", "make_strategy", "started", "watch_parent"]
@@ -196,7 +196,7 @@ def _dead(trainer: Trainer, within: float) -> str | None:
 
 def _ended(said: str, place: Path, trainer: Trainer) -> str:
     begun = getattr(trainer.checkpoint_callback, "began", False) or any(place.glob("checkpoints/step-*.ckpt"))
-    how = f"Go on by vispeft train --resume {place}" if begun else "No step was made; give the same command again."
+    how = f"Go on by {command_to_go_on(place)}" if begun else "No step was made; give the same command again."
     return f"{said}. All others have ended with it. {how}"
 
 
