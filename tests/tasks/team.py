@@ -1,6 +1,6 @@
 """Trainings of tiny models that are the same in one process and in two, and the program of one of two processes.
 
-LOCAL_RANK=1 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 python -m tests.tasks.team FOLDER
+LOCAL_RANK=1 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 python -m tests.tasks.team FOLDER STRATEGY
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from vispeft.data.preprocessing import Preprocessing
 from vispeft.tasks import Classification, MetricLearning, MultiTaskDense, Segmentation
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.processes import SameEverywhere
+from vispeft.tasks.sharding import TogetherInValidation
 
 TOGETHER = 8
 """Images of a step of all processes."""
@@ -157,16 +158,17 @@ def data_of(task: str, processes: int) -> ImageData:
     return Squares(masks=task == "segmentation", batch_size=size, image_size=32)
 
 
-def run(cell: tuple[str, str, str], processes: int) -> Found:
+def run(cell: tuple[str, str, str], processes: int, strategy: str = "ddp") -> Found:
     """Train a cell, and return trained tensors, first gradients and the figures of validation."""
     task, data, watcher = make(*cell), data_of(cell[0], processes), Watcher()
     several: dict[str, Any] = {}
     if processes > 1:
-        several = {"devices": processes, "strategy": make_strategy({}, task.skips_tensors)}
+        several = {"devices": processes, "strategy": make_strategy({"strategy": strategy}, task.skips_tensors)}
+    beside = [TogetherInValidation()] if strategy == "fsdp2" else []
     trainer = Trainer(
         accelerator="cpu", max_steps=STEPS, max_epochs=-1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-        callbacks=[watcher, SameEverywhere({"cell": str(cell)})], **several,
+        callbacks=[*beside, watcher, SameEverywhere({"cell": str(cell)})], **several,
     )  # fmt: skip
     trainer.fit(task, datamodule=data)
     found = {f"tensor {name}": p.detach().clone() for name, p in task.trainable_parameters()}
@@ -175,12 +177,12 @@ def run(cell: tuple[str, str, str], processes: int) -> Found:
     return found | {f"figure {name}": torch.as_tensor(trainer.callback_metrics[name]).float() for name in names}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, strategy: str) -> None:
     """Train all cells as one of two processes, and write what the first one finds."""
     torch.set_num_threads(1)
-    found = {"/".join(cell): run(cell, 2) for cell in CELLS}
+    found = {"/".join(cell): run(cell, 2, strategy) for cell in CELLS}
     torch.save(found, folder / f"{os.environ['LOCAL_RANK']}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

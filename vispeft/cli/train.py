@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import yaml
-from lightning.pytorch import Trainer
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -31,7 +31,7 @@ from vispeft.cli.early import TrainCLI
 from vispeft.cli.finish import finish_run
 from vispeft.cli.folds import train_folds
 from vispeft.cli.own_code import load_code
-from vispeft.cli.processes import leave_group, make_strategy, started, watch_parent
+from vispeft.cli.processes import OWN, leave_group, make_strategy, started, watch_parent
 from vispeft.cli.settings import check_names, check_room, check_text, rehearse_stopping, rehearse_test
 from vispeft.cli.start import start_from
 from vispeft.cli.stopping import disk_is_full, tell_how_to_go_on
@@ -53,6 +53,7 @@ from vispeft.tasks.checkpoints import (
 from vispeft.tasks.feature_cache import cache_features
 from vispeft.tasks.logs import RunLog
 from vispeft.tasks.processes import SameEverywhere, check_processes
+from vispeft.tasks.sharding import TogetherInValidation, check_sharding, shards
 
 __all__ = ["finish", "main", "resume", "train"]
 
@@ -399,6 +400,8 @@ def _prepare(cli: TrainCLI, shared: Found | None = None) -> None:
     rehearse_test(task, data, cli.trainer_settings)
     rehearse_stopping(task, data, cli.trainer_settings)
     _compile(task, cli.config["compile"], cli.trainer)
+    if cli.team.shards:
+        check_sharding(task, cli.trainer_settings.get("precision"))
 
 
 def _tell_repeated(data: Any) -> None:
@@ -433,6 +436,8 @@ def _carry_out(place: Path, cli: ConfigCLI, trainer: Trainer, found: Found | Non
     else:
         with started(place, trainer):
             _fit(cli, trainer, found)
+        if shards(trainer):
+            _make_whole(cli)
     finish_run(place, cli, trainer, began - earlier)
 
 
@@ -440,6 +445,26 @@ def _fit(cli: TrainCLI, trainer: Trainer, found: Found | None) -> None:
     """Train; after it this process is on its own again."""
     trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=None if found is None else str(found.path))
     leave_group()
+
+
+def _make_whole(cli: TrainCLI) -> None:
+    """Make task and data again, since this process has trained with a part of the backbone alone.
+
+    Raises:
+        TrainingError: If the backbone is another one than that of the training.
+    """
+    before, quiet = cli.model.bank.fingerprint(), console.quiet
+    console.quiet = True  # all of it was said before the training
+    try:
+        seed_everything(cli.config["seed_everything"], workers=True, verbose=False)
+        _prepare(cli)
+    finally:
+        console.quiet = quiet
+    if cli.model.bank.fingerprint() != before:
+        raise TrainingError(
+            "The backbone was made again to be measured as a whole, and its weights are others than those of the "
+            "training: were its files changed meanwhile? The training is complete; put them back, and --resume."
+        )
 
 
 def _has_more(place: Path, found: Found, trainer: Trainer) -> bool:
@@ -468,6 +493,11 @@ def _trainer(place: Path, cli: TrainCLI, found: Found | None, elastic: bool = Fa
     if cli.team.processes > 1:
         callbacks.append(SameEverywhere({"config": config_digest(kept)}))
         several["strategy"] = make_strategy(settings, task.skips_tensors)
+    elif settings.get("strategy") in OWN:
+        console.print(f"trainer.strategy: {settings['strategy']} has no effect: one process trains alone.")
+        several["strategy"] = "auto"
+    if cli.team.shards:
+        callbacks.insert(0, TogetherInValidation())
     quiet = settings.get("enable_progress_bar") is False
     if not quiet and not any(isinstance(callback, ProgressBar) for callback in callbacks):
         callbacks.append(progress_bar(terminal=sys.stdout.isatty()))

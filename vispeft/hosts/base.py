@@ -154,6 +154,8 @@ class Host(nn.Module):
 
 def _reader(name: str) -> Callable[[Host], Tensor | None]:
     def read(host: Host) -> Tensor | None:
+        if host.routing.sharded and type(own := host._parameters.get(name)) not in (nn.Parameter, type(None)):
+            return own  # the part that this process has: the whole is there while the block runs
         try:
             return host.read(name)
         except AttributeError as error:

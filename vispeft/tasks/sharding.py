@@ -1,0 +1,159 @@
+"""Training with the frozen weights sharded over several processes (PyTorch's FSDP2)."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, distributed, nn
+from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+
+from vispeft.errors import ConfigError
+
+__all__ = ["ShardedStrategy", "TogetherInValidation", "check_sharding", "shards"]
+
+
+def shards(trainer: Trainer) -> bool:
+    """Whether a trainer shards the frozen weights of its task.
+
+    Args:
+        trainer: The trainer.
+    """
+    return isinstance(trainer.strategy, ShardedStrategy)
+
+
+def check_sharding(task: Any, precision: Any) -> None:
+    """Refuse tasks that would train with sharded weights and keep whole ones beside them.
+
+    Args:
+        task: The task, with its model whole.
+        precision: The trainer's setting; None for the default.
+
+    Raises:
+        ConfigError: If it is one of them.
+    """
+    mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(precision))
+    if mixed is not None and task.base_dtype != mixed:
+        said = "set model.base_dtype to bfloat16 as well" if mixed is torch.bfloat16 else "give bf16-mixed"
+        raise ConfigError(
+            f"trainer.strategy is fsdp2 with precision {precision}, and the frozen weights are "
+            f"{str(task.base_dtype).removeprefix('torch.')}: every process would keep a whole copy of them in half "
+            f"precision from the forward to the backward pass, which sharding is to avoid. Leave precision out, or {said}."
+        )
+    if task.bank.is_compiled:
+        raise ConfigError(
+            "trainer.strategy is fsdp2 and the model is compiled: a graph of a block cannot wait for its weights. Leave "
+            "compile out, or train with whole weights (--trainer.strategy ddp)."
+        )
+
+
+class ShardedStrategy(DDPStrategy):
+    """Data-parallel training in which each process holds a part of the frozen weights.
+
+    What trains is whole in each process, and its gradients are exchanged as `DDPStrategy` does; the frozen weights are
+    sharded by `AdapterBank.shard`. So optimiser, clipping, averages and checkpoints are those of any other training.
+    """
+
+    group: ProcessGroup | None = None
+    """The processes, for exchanges of weights: these come in another order than those of gradients."""
+
+    def model_to_device(self) -> None:
+        """Shard the frozen weights, and move the rest of the task to its device.
+
+        Raises:
+            ConfigError: If the backbones of the processes differ, or the model cannot be sharded.
+        """
+        from torch.distributed.device_mesh import DeviceMesh
+
+        task: Any = self.lightning_module
+        if task.trainer.state.fn == TrainerFn.FITTING:
+            check_sharding(task, task.trainer.precision)
+            self.group = distributed.new_group()
+            task.bank.shard(DeviceMesh.from_group(self.group, self.root_device.type))
+            _check_same_backbone(task.bank.fingerprint())
+        super().model_to_device()
+
+    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
+        """Wrap the task, so that the gradients of what trains are exchanged."""
+        task: Any = model
+        sharded = {id(p) for name, p in task.bank.model.named_parameters() if name in task.bank.sharded_names()}
+        names = [name for name, p in model.named_parameters() if id(p) in sharded]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+        return super()._setup_model(model)
+
+
+def _check_same_backbone(fingerprint: dict[str, Any]) -> None:
+    """Refuse processes with different backbones, whose parts would be put together."""
+    own = json.dumps(fingerprint, sort_keys=True)
+    found: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, own)
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            raise ConfigError(
+                f"The backbone of process {rank} has other weights than that of process 0, and each would hold a part "
+                "of them. Give all processes the same file (model.weights), or the same cache of pretrained weights."
+            )
+
+
+class TogetherInValidation(Callback):
+    """Let all processes make as many forward passes as the one that measures the most images.
+
+    A block is put together by all processes at once. One that has measured its images, and would not come any more,
+    takes part in the passes of the others: it fetches the weights of the blocks and computes nothing.
+    """
+
+    def __init__(self) -> None:
+        """Begin outside of a validation."""
+        self._handles: list[RemovableHandle] = []
+        self._order: list[Any] = []
+        self._passes = 0
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Announce each pass from now on, and note the order of the blocks in the first one."""
+        self.end()
+        strategy = cast(ShardedStrategy, trainer.strategy)
+        for number, module in enumerate(cast(Any, pl_module).bank.sharded):
+
+            def before(module: nn.Module, *_: Any, first: bool = number == 0) -> None:
+                if first:
+                    self._passes += 1
+                    _still_measuring(strategy, 1)
+                if self._passes == 1:
+                    self._order.append(module)
+
+            self._handles.append(module.register_forward_pre_hook(before, prepend=True))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take part in the passes of the others, until none is left; metrics are gathered after it."""
+        self._join(cast(ShardedStrategy, trainer.strategy))
+        self.end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Announce nothing any more."""
+        self.end()
+
+    @torch.no_grad()
+    def _join(self, strategy: ShardedStrategy) -> None:
+        while _still_measuring(strategy, 0):
+            for module in self._order:
+                module.unshard()
+                module.reshard()
+
+    def end(self) -> None:
+        """Stop announcing passes."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._order, self._passes = [], [], 0
+
+
+def _still_measuring(strategy: ShardedStrategy, own: int) -> bool:
+    """Tell whether any process makes another pass; one that does need not wait for the answer."""
+    answer: Tensor = torch.tensor([own], device=strategy.root_device)
+    distributed.all_reduce(answer, group=strategy.group)
+    return not own and bool(answer.item())
