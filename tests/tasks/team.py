@@ -1,6 +1,6 @@
 """Trainings of tiny models that are the same in one process and in two, and the program of one of two processes.
 
-LOCAL_RANK=1 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 python -m tests.tasks.team FOLDER STRATEGY
+LOCAL_RANK=1 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500 python -m tests.tasks.team FOLDER
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from vispeft.data.preprocessing import Preprocessing
 from vispeft.tasks import Classification, MetricLearning, MultiTaskDense, Segmentation
 from vispeft.tasks.base import AdapterTask
 from vispeft.tasks.processes import SameEverywhere
-from vispeft.tasks.sharding import TogetherInValidation
 
 TOGETHER = 8
 """Images of a step of all processes."""
@@ -50,6 +49,7 @@ CELLS = [
     ("averaged", "vit", "ssf"),
 ]
 """Task, backbone and method of each training."""
+STRATEGIES = ("ddp", "fsdp2")
 Found = dict[str, Tensor]
 
 
@@ -79,11 +79,12 @@ class Squares(ImageData):
     def load(self, preprocessing: Preprocessing) -> dict[str, Dataset[Any]]:
         """Draw the splits."""
         splits: dict[str, Dataset[Any]] = {}
-        for seed, (name, count) in enumerate((("train", 22), ("validation", 7), ("test", 5))):
+        for seed, (name, count) in enumerate((("train", 22), ("validation", 9), ("test", 5))):
             images, labels = squares(count, preprocessing.size[0], seed)
             left = labels["parts"][:, :, : preprocessing.size[1] // 4].eq(1).any((1, 2)).long()
             if name == "validation":
-                labels["parts"][3:] = IGNORE  # all images that the second of two processes measures
+                # All images that the second of two processes measures, in a batch more than the first one.
+                labels["parts"][4:] = IGNORE
             splits[name] = _Masks(images, labels["parts"] if self.target == "mask" else left)
         return splits
 
@@ -164,11 +165,10 @@ def run(cell: tuple[str, str, str], processes: int, strategy: str = "ddp") -> Fo
     several: dict[str, Any] = {}
     if processes > 1:
         several = {"devices": processes, "strategy": make_strategy({"strategy": strategy}, task.skips_tensors)}
-    beside = [TogetherInValidation()] if strategy == "fsdp2" else []
     trainer = Trainer(
         accelerator="cpu", max_steps=STEPS, max_epochs=-1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-        callbacks=[*beside, watcher, SameEverywhere({"cell": str(cell)})], **several,
+        callbacks=[watcher, SameEverywhere({"cell": str(cell)})], **several,
     )  # fmt: skip
     trainer.fit(task, datamodule=data)
     found = {f"tensor {name}": p.detach().clone() for name, p in task.trainable_parameters()}
@@ -177,12 +177,12 @@ def run(cell: tuple[str, str, str], processes: int, strategy: str = "ddp") -> Fo
     return found | {f"figure {name}": torch.as_tensor(trainer.callback_metrics[name]).float() for name in names}
 
 
-def main(folder: Path, strategy: str) -> None:
+def main(folder: Path) -> None:
     """Train all cells as one of two processes, and write what the first one finds."""
     torch.set_num_threads(1)
-    found = {"/".join(cell): run(cell, 2, strategy) for cell in CELLS}
+    found = {way: {"/".join(cell): run(cell, 2, way) for cell in CELLS} for way in STRATEGIES}
     torch.save(found, folder / f"{os.environ['LOCAL_RANK']}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]))

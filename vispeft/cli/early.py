@@ -17,6 +17,7 @@ from vispeft.cli.start import check_source
 from vispeft.data.listed import ListedData
 from vispeft.data.metric_data import MetricData
 from vispeft.storage.places import check_folder
+from vispeft.tasks.sharding import check_sharding
 from vispeft.tasks.trainer_checks import check_schedule
 
 __all__ = ["TrainCLI"]
@@ -43,6 +44,9 @@ class TrainCLI(ConfigCLI):
         settings, model = self.settings("trainer"), self.settings("model")["init_args"]
         check_settings(settings)
         self.team = Team.of(settings)
+        if self.team.shards:
+            dtype = model.get("base_dtype", "float32")
+            check_sharding(dtype, settings.get("precision"), self.config["compile"] != "off")
         check_schedule(model.get("schedule_epochs"), settings["max_epochs"])
         if self.config["init"] is not None and isinstance(model.get("method"), dict):
             check_source(self.config["init"], import_class(model["method"]["class_path"]))

@@ -53,7 +53,7 @@ from vispeft.tasks.checkpoints import (
 from vispeft.tasks.feature_cache import cache_features
 from vispeft.tasks.logs import RunLog
 from vispeft.tasks.processes import SameEverywhere, check_processes
-from vispeft.tasks.sharding import TogetherInValidation, check_sharding, shards
+from vispeft.tasks.sharding import shards
 
 __all__ = ["finish", "main", "resume", "train"]
 
@@ -400,8 +400,6 @@ def _prepare(cli: TrainCLI, shared: Found | None = None) -> None:
     rehearse_test(task, data, cli.trainer_settings)
     rehearse_stopping(task, data, cli.trainer_settings)
     _compile(task, cli.config["compile"], cli.trainer)
-    if cli.team.shards:
-        check_sharding(task, cli.trainer_settings.get("precision"))
 
 
 def _tell_repeated(data: Any) -> None:
@@ -496,8 +494,6 @@ def _trainer(place: Path, cli: TrainCLI, found: Found | None, elastic: bool = Fa
     elif settings.get("strategy") in OWN:
         console.print(f"trainer.strategy: {settings['strategy']} has no effect: one process trains alone.")
         several["strategy"] = "auto"
-    if cli.team.shards:
-        callbacks.insert(0, TogetherInValidation())
     quiet = settings.get("enable_progress_bar") is False
     if not quiet and not any(isinstance(callback, ProgressBar) for callback in callbacks):
         callbacks.append(progress_bar(terminal=sys.stdout.isatty()))

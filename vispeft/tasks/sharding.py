@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vispeft.errors import ConfigError
 
-__all__ = ["ShardedStrategy", "TogetherInValidation", "check_sharding", "shards"]
+__all__ = ["PassesTogether", "ShardedStrategy", "check_sharding", "shards"]
 
 
 def shards(trainer: Trainer) -> bool:
@@ -28,28 +28,29 @@ def shards(trainer: Trainer) -> bool:
     return isinstance(trainer.strategy, ShardedStrategy)
 
 
-def check_sharding(task: Any, precision: Any) -> None:
-    """Refuse tasks that would train with sharded weights and keep whole ones beside them.
+def check_sharding(base_dtype: str, precision: Any, compiled: bool) -> None:
+    """Refuse settings with which the frozen weights cannot be sharded, or would be whole in spite of it.
 
     Args:
-        task: The task, with its model whole.
+        base_dtype: Type of the frozen weights.
         precision: The trainer's setting; None for the default.
+        compiled: Whether the model is compiled.
 
     Raises:
-        ConfigError: If it is one of them.
+        ConfigError: If there is one.
     """
-    mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(precision))
-    if mixed is not None and task.base_dtype != mixed:
-        said = "set model.base_dtype to bfloat16 as well" if mixed is torch.bfloat16 else "give bf16-mixed"
+    mixed = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}.get(str(precision))
+    if mixed is not None and mixed != base_dtype:
+        other = "set model.base_dtype to bfloat16 as well" if mixed == "bfloat16" else "give bf16-mixed instead"
         raise ConfigError(
-            f"trainer.strategy is fsdp2 with precision {precision}, and the frozen weights are "
-            f"{str(task.base_dtype).removeprefix('torch.')}: every process would keep a whole copy of them in half "
-            f"precision from the forward to the backward pass, which sharding is to avoid. Leave precision out, or {said}."
+            f"trainer.strategy is fsdp2 and trainer.precision {precision}, with frozen weights in {base_dtype}: each "
+            f"process would keep a copy of all of them in {mixed} from the forward to the backward pass, and sharding "
+            f"is to keep a part. Leave precision out and set model.base_dtype to bfloat16, or {other}."
         )
-    if task.bank.is_compiled:
+    if compiled:
         raise ConfigError(
-            "trainer.strategy is fsdp2 and the model is compiled: a graph of a block cannot wait for its weights. Leave "
-            "compile out, or train with whole weights (--trainer.strategy ddp)."
+            "trainer.strategy is fsdp2 and the model is compiled: a graph of a block cannot wait for its weights. "
+            "Leave compile out, or train with whole weights (trainer.strategy ddp)."
         )
 
 
@@ -73,10 +74,13 @@ class ShardedStrategy(DDPStrategy):
 
         task: Any = self.lightning_module
         if task.trainer.state.fn == TrainerFn.FITTING:
-            check_sharding(task, task.trainer.precision)
+            dtype = str(task.base_dtype).removeprefix("torch.")
+            check_sharding(dtype, task.trainer.precision, task.bank.is_compiled)
             self.group = distributed.new_group()
             task.bank.shard(DeviceMesh.from_group(self.group, self.root_device.type))
             _check_same_backbone(task.bank.fingerprint())
+            # In front, since the others may gather metrics where it waits for the last pass.
+            task.trainer.callbacks.insert(0, PassesTogether())
         super().model_to_device()
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
@@ -101,8 +105,8 @@ def _check_same_backbone(fingerprint: dict[str, Any]) -> None:
             )
 
 
-class TogetherInValidation(Callback):
-    """Let all processes make as many forward passes as the one that measures the most images.
+class PassesTogether(Callback):
+    """Let all processes make as many forward passes in a validation as the one that makes the most.
 
     A block is put together by all processes at once. One that has measured its images, and would not come any more,
     takes part in the passes of the others: it fetches the weights of the blocks and computes nothing.
@@ -129,9 +133,22 @@ class TogetherInValidation(Callback):
 
             self._handles.append(module.register_forward_pre_hook(before, prepend=True))
 
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """After the last batch, take part in the passes of the others until none is left; then metrics are gathered."""
+        counts = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        if batch_idx + 1 == counts[dataloader_idx]:
+            self._join(cast(ShardedStrategy, trainer.strategy))
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take part in the passes of the others, until none is left; metrics are gathered after it."""
-        self._join(cast(ShardedStrategy, trainer.strategy))
+        """Stop announcing passes."""
         self.end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
