@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -18,18 +19,18 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tests.conformance.cells import MAIN, Cell
 from tests.conformance.test_grid import outputs_of
 from vispeft.adapters.bank import AdapterBank
+from vispeft.core.modes import evaluating
 from vispeft.core.origin import Memory
 
 
 def results(model: nn.Module, bank: AdapterBank, images: Tensor) -> list[Tensor]:
-    """Compute outputs and gradients of a step, and the outputs without gradients."""
+    """Compute outputs and gradients of a step, and the outputs of an evaluation."""
     model.zero_grad()
     torch.manual_seed(4)  # methods with dropout draw alike
     outputs = outputs_of(model, images)
     torch.stack([out.square().sum() for out in outputs]).sum().backward()
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in bank.trainable_parameters()]
-    with torch.no_grad():
-        torch.manual_seed(4)
+    with torch.no_grad(), evaluating(model):
         return [out.detach() for out in outputs] + gradients + outputs_of(model, images)
 
 
@@ -41,13 +42,16 @@ def compared(cell: Cell, memory: Memory, mesh: DeviceMesh) -> Iterator[str]:
     model.train()
     wanted = results(model, bank, images)
     bank.shard(mesh)
-    if not bank.sharded_names():
-        yield "nothing is sharded"
+    parts: dict[str, Any] = bank.sharded_parameters()
+    if not parts or any(p.to_local().numel() == p.numel() for p in parts.values() if len(p) > 1):
+        yield "weights are whole"
     for checkpointing in (False, True):
         model.set_grad_checkpointing(checkpointing)
         found = results(model, bank, images)
         if not all(torch.allclose(a, b, rtol=1e-6, atol=1e-7) for a, b in zip(found, wanted, strict=True)):
             yield f"other values with memory {memory}{' and checkpointing' if checkpointing else ''}"
+    if bank.sharded_parameters().keys() != parts.keys():
+        yield "weights stay whole after a pass"
 
 
 def main(file: Path, names: Sequence[str]) -> None:

@@ -31,13 +31,13 @@ class ShardingBank(CompilingBank):
         """The modules of whose frozen weights each process holds a part; empty in a whole model."""
         return list(self._sharded)
 
-    def sharded_names(self) -> set[str]:
-        """Return the names of the sharded parameters in the timm model; none in a whole one."""
+    def sharded_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of which each process holds a part, by their names in the timm model."""
         if not self._sharded:
-            return set()
+            return {}
         from torch.distributed.tensor import DTensor
 
-        return {name for name, parameter in self._model.named_parameters() if isinstance(parameter, DTensor)}
+        return {name: parameter for name, parameter in self._model.named_parameters() if isinstance(parameter, DTensor)}
 
     def shard(self, mesh: DeviceMesh | None = None) -> None:
         """Leave a part of the frozen weights in each process, by ``torch.distributed.fsdp.fully_shard``.
@@ -47,8 +47,9 @@ class ShardingBank(CompilingBank):
         do the embedding of patches, positions and norms outside of blocks. The model is moved to the device of the
         mesh. This cannot be undone: attaching, detaching, merging, verifying and compiling are refused from now on.
 
-        Gradients are not exchanged here. Wrap the model in `torch.nn.parallel.DistributedDataParallel` and let it
-        ignore `sharded_names`. Every process has to run the same number of passes, forward and backward.
+        Gradients are not exchanged here. Wrap the model in `torch.nn.parallel.DistributedDataParallel`, which ignores
+        the sharded weights; of a module around the model it has to be told to ignore `sharded_parameters`. Every
+        process has to run the same number of passes, forward and backward.
 
         Args:
             mesh: The processes, in one dimension; None for all of them.
@@ -87,6 +88,8 @@ class ShardingBank(CompilingBank):
             self._sharded.append(module)
         # The root shards nothing; it lets the blocks share streams, and fetch weights ahead in the backward pass.
         fully_shard(self._model, mesh=mesh, ignored_params=set(self._model.parameters()))
+        names = list(self.sharded_parameters())
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self._model, names)
 
     @torch.no_grad()
     def _move_and_run(self, kind: str) -> None:

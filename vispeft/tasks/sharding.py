@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, distributed, nn
-from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from vispeft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["PassesTogether", "ShardedStrategy", "check_sharding", "shards"]
 
@@ -41,11 +43,11 @@ def check_sharding(base_dtype: str, precision: Any, compiled: bool) -> None:
     """
     mixed = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}.get(str(precision))
     if mixed is not None and mixed != base_dtype:
-        other = "set model.base_dtype to bfloat16 as well" if mixed == "bfloat16" else "give bf16-mixed instead"
+        other = "Set model.base_dtype" if mixed == "bfloat16" else "Give bf16-mixed, and set model.base_dtype"
         raise ConfigError(
             f"trainer.strategy is fsdp2 and trainer.precision {precision}, with frozen weights in {base_dtype}: each "
             f"process would keep a copy of all of them in {mixed} from the forward to the backward pass, and sharding "
-            f"is to keep a part. Leave precision out and set model.base_dtype to bfloat16, or {other}."
+            f"is to keep a part. {other} to bfloat16, or leave precision out."
         )
     if compiled:
         raise ConfigError(
@@ -86,8 +88,8 @@ class ShardedStrategy(DDPStrategy):
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
         """Wrap the task, so that the gradients of what trains are exchanged."""
         task: Any = model
-        sharded = {id(p) for name, p in task.bank.model.named_parameters() if name in task.bank.sharded_names()}
-        names = [name for name, p in model.named_parameters() if id(p) in sharded]
+        sharded = {id(parameter) for parameter in task.bank.sharded_parameters().values()}
+        names = [name for name, parameter in model.named_parameters() if id(parameter) in sharded]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
         return super()._setup_model(model)
 
