@@ -43,6 +43,7 @@ def refused(model: nn.Module) -> dict[str, Callable[[AdapterBank], object]]:
         "choose how much a step keeps": lambda bank: setattr(bank, "memory", "leaner"),
         "merge tokens": lambda bank: bank.merge_tokens(1),
         "load base weights": lambda bank: bank.load_base(dict(bank.base_tensors())),
+        "get another input size": lambda bank: model.set_input_size((64, 64)),  # type: ignore[operator]
         "get another classifier": lambda bank: model.reset_classifier(3),  # type: ignore[operator]
         "shard its weights": lambda bank: bank.shard(),
     }

@@ -146,7 +146,8 @@ class PassesTogether(Callback):
     ) -> None:
         """After the last batch, take part in the passes of the others until none is left; then metrics are gathered."""
         counts = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-        if batch_idx + 1 == counts[dataloader_idx]:
+        progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress  # of loaders that do not know their length
+        if progress.is_last_batch or batch_idx + 1 == counts[dataloader_idx]:
             self._join(cast(ShardedStrategy, trainer.strategy))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
