@@ -21,6 +21,7 @@ from tests.conformance.test_grid import outputs_of
 from vispeft.adapters.bank import AdapterBank
 from vispeft.core.modes import evaluating
 from vispeft.core.origin import Memory
+from vispeft.core.units import Unit
 
 
 def results(model: nn.Module, bank: AdapterBank, images: Tensor) -> list[Tensor]:
@@ -31,6 +32,9 @@ def results(model: nn.Module, bank: AdapterBank, images: Tensor) -> list[Tensor]
     torch.stack([out.square().sum() for out in outputs]).sum().backward()
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for _, p in bank.trainable_parameters()]
     with torch.no_grad(), evaluating(model):
+        for unit in (module for module in model.modules() if isinstance(module, Unit)):
+            for name in unit.running:  # statistics of the batches of all steps so far
+                unit.get_buffer(name).fill_(1)
         return [out.detach() for out in outputs] + gradients + outputs_of(model, images)
 
 

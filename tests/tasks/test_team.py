@@ -70,11 +70,12 @@ def start_pair(folder: Path) -> list[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("one_thread")
 def test_two_processes_train_as_one_with_the_same_batches(tmp_path: Path) -> None:
     pair = start_pair(tmp_path)
     alone = {"/".join(cell): run(cell, 1) for cell in CELLS}
-    assert [process.wait(300) for process in pair] == [0, 0]
+    assert [process.wait(900) for process in pair] == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for way in STRATEGIES:
         for cell, wanted in alone.items():
