@@ -31,6 +31,7 @@ from vispeft.tasks.checkpoints import SealedCheckpointIO, find_checkpoint, read_
 
 TWO = ["--trainer.accelerator=cpu", "--trainer.devices=2"]
 LITTLE = ["--trainer.max_epochs=1", "--checkpoints.every_n_steps=2"]
+SHARDED = "--trainer.strategy=fsdp2"
 FEW = ["--data.batch_size=16", "--trainer.limit_train_batches=6", "--data.test=0.5"]
 
 
@@ -105,7 +106,9 @@ def measured(run: Path) -> Any:
 def test_processes_and_strategies_are_read_before_anything_is_made() -> None:
     assert Team.of({"accelerator": "cpu", "devices": 1}) == Team()
     assert Team.of({"accelerator": "cpu", "devices": 3, "strategy": "ddp"}) == Team(0, 3)
-    with pytest.raises(ConfigError, match=r"trainer.strategy is fsdp, with 2 processes. Choose auto, ddp, ddp_bf16"):
+    assert Team.of({"accelerator": "cpu", "devices": 2, "strategy": "fsdp2"}) == Team(0, 2, shards=True)
+    assert Team.of({"accelerator": "cpu", "devices": 1, "strategy": "fsdp2"}) == Team()
+    with pytest.raises(ConfigError, match=r"trainer.strategy is fsdp, with 2 processes. Choose .* ddp_bf16, fsdp2"):
         Team.of({"accelerator": "cpu", "devices": 2, "strategy": "fsdp"})
     with pytest.raises(ConfigError, match=r"trainer.strategy is fsdp, with 1 process. Choose auto, ddp, ddp_bf16"):
         Team.of({"accelerator": "cpu", "devices": 1, "strategy": "fsdp"})
@@ -118,6 +121,22 @@ def test_one_process_trains_alone_whatever_the_strategy(config: Path, tmp_path: 
     assert trained(run)["global_step"] == 6
     assert measured(run)["accuracy"] is not None
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (["--compile=blocks"], "a graph of a block cannot wait for its weights. Leave compile out"),
+        (["--trainer.precision=bf16-mixed"], r"frozen weights in float32: .* set model.base_dtype to bfloat16"),
+        (["--trainer.precision=16-mixed", "--model.base_dtype=bfloat16"], r"in bfloat16: .* or give bf16-mixed"),
+    ],
+)
+def test_what_sharding_would_undo_is_refused_before_anything_is_made(
+    asked: list[str], told: str, config: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        train(config, [*TWO, SHARDED, *asked], out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_processes_from_outside_need_a_run_directory(monkeypatch: pytest.MonkeyPatch, config: Path) -> None:
@@ -291,3 +310,52 @@ def test_a_run_stays_with_the_processes_that_it_went_on_with(unmeasured: Path, m
     (unmeasured / "metrics.json").unlink()
     finish(unmeasured)
     assert (unmeasured / "metrics.json").is_file()
+
+
+@pytest.mark.slow
+def test_sharded_weights_train_as_one_process_and_go_on_bit_for_bit(config: Path, tmp_path: Path) -> None:
+    common = ["--data.test=0.5", "--trainer.limit_train_batches=6", "--trainer.max_epochs=2", "--model.method=lora"]
+    common += ["--checkpoints.every_n_steps=2", "--trainer.accelerator=cpu", "--model.optimizer=SGD"]
+    place, resumed = tmp_path / "run", tmp_path / "resumed"
+    said = finished(command(config, *common, *TWO, SHARDED, "--data.batch_size=16", "--out", place))
+    assert said.count("Run directory") == said.count("Adapter 'default'") == 1
+    # Stopped in the middle of the second epoch.
+    shutil.copytree(place, resumed)
+    (resumed / "metrics.json").unlink()
+    (resumed / "checkpoints/step-0000012.ckpt").unlink()
+    finished(command("--resume", resumed))
+    alone = train(config, [*common, "--data.batch_size=32"], out=tmp_path / "alone")
+    first, second, one = trained(place), trained(resumed), trained(alone)
+    assert first["state_dict"].keys() == second["state_dict"].keys() == one["state_dict"].keys()
+    for name, tensor in first["state_dict"].items():
+        assert torch.equal(tensor, second["state_dict"][name]), name
+        torch.testing.assert_close(tensor, one["state_dict"][name], rtol=1e-5, atol=1e-5, msg=name)
+    assert first["vispeft"]["backbone"] == one["vispeft"]["backbone"]
+    for name in ("adapter.safetensors", "head.safetensors"):
+        assert (place / "adapter" / name).read_bytes() == (resumed / "adapter" / name).read_bytes()
+    figures = [json.loads((found / "metrics.json").read_text())["test"] for found in (place, alone)]
+    assert figures[0] == pytest.approx(figures[1], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_sharded_weights_give_what_whole_ones_give_under_all_settings(config: Path, tmp_path: Path) -> None:
+    settings = [*FEW, *TWO, "--trainer.max_epochs=1", "--model.ema=0.9", "--trainer.gradient_clip_val=0.5"]
+    settings += ["--trainer.accumulate_grad_batches=2", "--model.base_dtype=bfloat16", "--trainer.precision=bf16-mixed"]
+    settings += ["--memory=leaner", "--token_merging.r=1"]
+    finished(command(config, *settings, "--out", tmp_path / "whole"))
+    finished(command(config, *settings, SHARDED, "--out", tmp_path / "sharded"))
+    whole, sharded = trained(tmp_path / "whole"), trained(tmp_path / "sharded")
+    for part in ("state_dict", "average"):
+        own, other = (found[part].get("tensors", found[part]) for found in (whole, sharded))
+        assert own.keys() == other.keys()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in own.items())
+    figures = [json.loads((tmp_path / name / "metrics.json").read_text())["test"] for name in ("whole", "sharded")]
+    assert figures[0] == figures[1]
+
+
+@pytest.mark.slow
+def test_one_process_has_nothing_to_share(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = [*FEW, "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
+    run = train(config, [*few, SHARDED], out=tmp_path / "run")
+    assert "trainer.strategy: fsdp2 has no effect: one process trains alone." in capsys.readouterr().out
+    assert trained(run)["vispeft"]["processes"] == 1

@@ -49,6 +49,7 @@ CELLS = [
     ("averaged", "vit", "ssf"),
 ]
 """Task, backbone and method of each training."""
+STRATEGIES = ("ddp", "fsdp2")
 Found = dict[str, Tensor]
 
 
@@ -78,11 +79,12 @@ class Squares(ImageData):
     def load(self, preprocessing: Preprocessing) -> dict[str, Dataset[Any]]:
         """Draw the splits."""
         splits: dict[str, Dataset[Any]] = {}
-        for seed, (name, count) in enumerate((("train", 22), ("validation", 7), ("test", 5))):
+        for seed, (name, count) in enumerate((("train", 22), ("validation", 9), ("test", 5))):
             images, labels = squares(count, preprocessing.size[0], seed)
             left = labels["parts"][:, :, : preprocessing.size[1] // 4].eq(1).any((1, 2)).long()
             if name == "validation":
-                labels["parts"][3:] = IGNORE  # all images that the second of two processes measures
+                # All images that the second of two processes measures, in a batch more than the first one.
+                labels["parts"][4:] = IGNORE
             splits[name] = _Masks(images, labels["parts"] if self.target == "mask" else left)
         return splits
 
@@ -157,12 +159,12 @@ def data_of(task: str, processes: int) -> ImageData:
     return Squares(masks=task == "segmentation", batch_size=size, image_size=32)
 
 
-def run(cell: tuple[str, str, str], processes: int) -> Found:
+def run(cell: tuple[str, str, str], processes: int, strategy: str = "ddp") -> Found:
     """Train a cell, and return trained tensors, first gradients and the figures of validation."""
     task, data, watcher = make(*cell), data_of(cell[0], processes), Watcher()
     several: dict[str, Any] = {}
     if processes > 1:
-        several = {"devices": processes, "strategy": make_strategy({}, task.skips_tensors)}
+        several = {"devices": processes, "strategy": make_strategy({"strategy": strategy}, task.skips_tensors)}
     trainer = Trainer(
         accelerator="cpu", max_steps=STEPS, max_epochs=-1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
@@ -178,7 +180,7 @@ def run(cell: tuple[str, str, str], processes: int) -> Found:
 def main(folder: Path) -> None:
     """Train all cells as one of two processes, and write what the first one finds."""
     torch.set_num_threads(1)
-    found = {"/".join(cell): run(cell, 2) for cell in CELLS}
+    found = {way: {"/".join(cell): run(cell, 2, way) for cell in CELLS} for way in STRATEGIES}
     torch.save(found, folder / f"{os.environ['LOCAL_RANK']}.pt")
 
 

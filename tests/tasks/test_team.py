@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tasks.team import CELLS, TOGETHER, run
+from tests.tasks.team import CELLS, STRATEGIES, TOGETHER, Found, run
 from vispeft.data.base import EpochSampler
 from vispeft.data.shares import EvaluationShare, TrainingShare, part_of_batch
 from vispeft.errors import ConfigError, DataError
@@ -70,23 +70,30 @@ def start_pair(folder: Path) -> list[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("one_thread")
 def test_two_processes_train_as_one_with_the_same_batches(tmp_path: Path) -> None:
     pair = start_pair(tmp_path)
     alone = {"/".join(cell): run(cell, 1) for cell in CELLS}
-    assert [process.wait(300) for process in pair] == [0, 0]
+    assert [process.wait(900) for process in pair] == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for cell, wanted in alone.items():
-        assert any(name.startswith("gradient") for name in wanted)
-        assert set(wanted) == set(first[cell])
-        # Sums over many positions are rounded relative to what is summed: 1e-6 of the largest gradient.
-        largest = max(float(value.abs().max()) for name, value in wanted.items() if name.startswith("gradient"))
-        for name, value in wanted.items():
-            # Figures amplify the rounding of the weights, such as counts of pixels above a threshold.
-            tolerance = {"gradient": 1e-6 * max(1, largest), "tensor": 1e-5, "figure": 1e-4}[name.split()[0]]
-            told = f"{cell} {name} of {TOGETHER} images: "
-            torch.testing.assert_close(
-                first[cell][name], value, rtol=tolerance, atol=tolerance, msg=lambda text, told=told: told + text
-            )
-            if name.startswith("tensor"):
-                assert torch.equal(first[cell][name], second[cell][name]), told
+    for way in STRATEGIES:
+        for cell, wanted in alone.items():
+            compare(f"{way} {cell}", wanted, first[way][cell], second[way][cell])
+
+
+def compare(cell: str, wanted: Found, first: Found, second: Found) -> None:
+    """Compare what one process found with what two did."""
+    assert any(name.startswith("gradient") for name in wanted)
+    assert set(wanted) == set(first)
+    # Sums over many positions are rounded relative to what is summed: 1e-6 of the largest gradient.
+    largest = max(float(value.abs().max()) for name, value in wanted.items() if name.startswith("gradient"))
+    for name, value in wanted.items():
+        # Figures amplify the rounding of the weights, such as counts of pixels above a threshold.
+        tolerance = {"gradient": 1e-6 * max(1, largest), "tensor": 1e-5, "figure": 1e-4}[name.split()[0]]
+        told = f"{cell} {name} of {TOGETHER} images: "
+        torch.testing.assert_close(
+            first[name], value, rtol=tolerance, atol=tolerance, msg=lambda text, told=told: told + text
+        )
+        if name.startswith("tensor"):
+            assert torch.equal(first[name], second[name]), told

@@ -13,7 +13,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from vispeft.adapters.compiling import CompilingBank
 from vispeft.adapters.entry import Entry
 from vispeft.adapters.heads import own_head
 from vispeft.adapters.hooks import HookBank
@@ -22,6 +21,7 @@ from vispeft.adapters.placing import build_units, check_base, place_units
 from vispeft.adapters.porting import PortBank
 from vispeft.adapters.routes import make_route, make_shared_route, recent
 from vispeft.adapters.row_routes import RowRoutes, check_rows
+from vispeft.adapters.sharding import ShardingBank
 from vispeft.adapters.stacking import StackBank
 from vispeft.adapters.task_bank import TaskBank
 from vispeft.adapters.token_merging import MergingBank, check_merging
@@ -45,7 +45,7 @@ _users: WeakKeyDictionary[AdapterBank, int] = WeakKeyDictionary()
 """Number of calls that are adding an adapter to a bank."""
 
 
-class AdapterBank(PortBank, StackBank, TaskBank, HookBank, CompilingBank, MergingBank):
+class AdapterBank(PortBank, StackBank, TaskBank, HookBank, ShardingBank, MergingBank):
     """All adapters of one model.
 
     Get one from `attach` or `load`. The model stays a timm model in use; the bank is only needed to manage the

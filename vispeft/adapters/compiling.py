@@ -221,12 +221,13 @@ class CompilingBank(BankState):
 
         Raises:
             UnknownNameError: If there is no such mode.
-            ConfigError: If an option is set already.
+            ConfigError: If an option is set already, or the weights are sharded.
             MergeError: If the model is merged.
         """
         if mode not in COMPILE:
             raise UnknownNameError("mode", mode, COMPILE)
         self._check_unmerged("compile it")
+        self.check_whole("be compiled")
         fixed = sorted({"fullgraph", "dynamic"} & set(options)) if mode == "blocks" else []
         if fixed:
             raise ConfigError(f"bank.compile({fixed[0]}=...): blocks are compiled with a fixed one. Leave it out.")

@@ -42,6 +42,10 @@ class BankState:
         self._lean: list[Host] = []
         """The hosts of `place_memory`."""
         self._heads = HeadRack(model, self.view.head_path, self._routing)
+        self._sharded: list[nn.Module] = []
+        """The modules of which each process holds a part."""
+        self._whole_fingerprint: dict[str, Any] | None = None
+        """Fingerprint of a base that is sharded, and can be read no more."""
 
     @property
     def model(self) -> nn.Module:
@@ -127,7 +131,23 @@ class BankState:
         Args:
             wanted: The change, for the error message.
         """
+        self.check_whole(wanted)
         return self._routing.gate.alone(self._model, wanted)
+
+    def check_whole(self, wanted: str) -> None:
+        """Raise if each process holds a part of the frozen weights.
+
+        Args:
+            wanted: The requested change, for the error message.
+
+        Raises:
+            ConfigError: If they are sharded.
+        """
+        if self._sharded:
+            raise ConfigError(
+                f"The frozen weights are sharded over the processes, so the model cannot {wanted}. Do that before "
+                "(strategy fsdp2: before the training begins), or on a whole model that loads the adapter."
+            )
 
     def _check_unmerged(self, wanted: str) -> None:
         if self._merged is not None:
@@ -160,6 +180,8 @@ class BankState:
         """Compute the fingerprint of the base, also while merged."""
         if self._merged is not None and self._merged.fingerprint is not None:
             return self._merged.fingerprint
+        if self._whole_fingerprint is not None:
+            return self._whole_fingerprint
         return fingerprint(self._model, self.view, self._replaced())
 
     def _replaced(self) -> dict[str, Tensor | None]:

@@ -25,12 +25,12 @@ from vispeft.storage.codecs import find_codec
 __all__ = ["build_units", "check_base", "place_items", "place_units"]
 
 
-def check_base(model: nn.Module, head_path: str) -> None:
+def check_base(model: nn.Module, head_path: str | None) -> None:
     """Refuse a backbone of which PyTorch parametrises tensors; units and classifiers may be of that kind.
 
     Args:
         model: The timm model, with adapters or without.
-        head_path: The path of its classifier.
+        head_path: The path of its classifier; None where it has none.
 
     Raises:
         SiteError: If it is one.

@@ -50,6 +50,7 @@ class TrainingBank(BankState):
         if memory not in MEMORY:
             raise UnknownNameError("memory", memory, MEMORY)
         self._check_unmerged("choose how much a step keeps")
+        self.check_whole("choose how much a step keeps")
         self._routing.memory = memory
         self._place_memory()
         left = left_alone(self._model, self.view) if memory == "leaner" else []

@@ -21,6 +21,7 @@ from vispeft.data.metric_data import MetricData
 from vispeft.data.shares import part_of_batch
 from vispeft.storage.class_embeddings import ClassEmbeddings
 from vispeft.storage.places import check_folder
+from vispeft.tasks.sharding import check_sharding
 from vispeft.tasks.trainer_checks import check_schedule
 
 __all__ = ["TrainCLI"]
@@ -53,6 +54,9 @@ class TrainCLI(ConfigCLI):
         """Processes of the training, which may be others than there are where it is only measured."""
         self.batches: dict[str, int] = {}
         """Images of a batch in the checkpoint that is gone on from, which the processes share, by class of the data."""
+        if self.team.shards:
+            dtype = model.get("base_dtype", "float32")
+            check_sharding(dtype, settings.get("precision"), self.config["compile"] != "off")
         check_schedule(model.get("schedule_epochs"), settings["max_epochs"])
         if self.config["init"] is not None and isinstance(model.get("method"), dict):
             check_source(self.config["init"], import_class(model["method"]["class_path"]))

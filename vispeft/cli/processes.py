@@ -21,11 +21,14 @@ from torch import distributed
 
 from vispeft.cli.stopping import Stopped, command_to_go_on
 from vispeft.errors import ConfigError, TrainingError, VispeftError, brief, counted
+from vispeft.tasks.sharding import ShardedStrategy
 
-__all__ = ["STRATEGIES", "Team", "following", "leave_group", "make_strategy", "started", "watch_parent"]
+__all__ = ["OWN", "STRATEGIES", "Team", "following", "leave_group", "make_strategy", "started", "watch_parent"]
 
-STRATEGIES = ("auto", "ddp", "ddp_bf16")
-"""Ways to train in several processes: ``ddp_bf16`` exchanges gradients in bfloat16."""
+STRATEGIES = ("auto", "ddp", "ddp_bf16", "fsdp2")
+"""Ways to train in several processes: ``ddp_bf16`` exchanges gradients in bfloat16, ``fsdp2`` shards frozen weights."""
+OWN = ("ddp_bf16", "fsdp2")
+"""Those that Lightning does not know by these names."""
 RUN = "VISPEFT_RUN_DIRECTORY"
 """Variable by which the first process tells those it starts which run directory it has made."""
 _LAUNCHED = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
@@ -52,6 +55,8 @@ class Team:
     """How many there are."""
     local: bool = True
     """Whether the first process starts all others."""
+    shards: bool = False
+    """Whether each has a part of the frozen weights."""
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Team:
@@ -77,16 +82,16 @@ class Team:
         if name not in STRATEGIES:
             raise ConfigError(
                 f"trainer.strategy is {name}, with {counted(trainer.world_size, 'process', 'processes')}. Choose "
-                f"{', '.join(STRATEGIES)}: "
-                "adapters are small, and data-parallel training (ddp) shares the frozen backbone by giving each "
-                "process its own."
+                f"{', '.join(STRATEGIES)}: adapters are small, so each process has the frozen backbone (ddp), or a "
+                "part of it (fsdp2)."
             )
         if trainer.world_size == 1:
             return cls()  # whatever the strategy, which has nothing to do then
         strategy: Any = trainer.strategy
         outside = bool(strategy.cluster_environment.creates_processes_externally)
         by_us = RUN in os.environ
-        return cls(trainer.global_rank, trainer.world_size, by_us or not (outside or trainer.num_nodes > 1))
+        local = by_us or not (outside or trainer.num_nodes > 1)
+        return cls(trainer.global_rank, trainer.world_size, local, name == "fsdp2")
 
     @property
     def first(self) -> bool:
@@ -160,6 +165,8 @@ def make_strategy(settings: Mapping[str, Any], search: bool) -> DDPStrategy:
         search: Whether a step may leave trained tensors without a gradient, which are then searched for in each.
     """
     options: dict[str, Any] = {"find_unused_parameters": search, "gradient_as_bucket_view": True}
+    if settings.get("strategy") == "fsdp2":
+        return ShardedStrategy(**options)
     if settings.get("strategy") == "ddp_bf16":
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import yaml
-from lightning.pytorch import Trainer
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -32,7 +32,7 @@ from vispeft.cli.evaluation import accelerator_here, kept_settings
 from vispeft.cli.finish import finish_run
 from vispeft.cli.folds import train_folds
 from vispeft.cli.own_code import load_code
-from vispeft.cli.processes import STRATEGIES, following, leave_group, make_strategy, started, watch_parent
+from vispeft.cli.processes import OWN, STRATEGIES, following, leave_group, make_strategy, started, watch_parent
 from vispeft.cli.settings import check_names, check_room, check_text, rehearse_stopping, rehearse_test
 from vispeft.cli.start import start_from
 from vispeft.cli.stopping import disk_is_full, own_code, tell_how_to_go_on
@@ -54,6 +54,7 @@ from vispeft.tasks.checkpoints import (
 from vispeft.tasks.feature_cache import cache_features
 from vispeft.tasks.logs import RunLog
 from vispeft.tasks.processes import SameEverywhere, check_processes
+from vispeft.tasks.sharding import shards
 
 __all__ = ["finish", "main", "resume", "train"]
 
@@ -471,6 +472,8 @@ def _carry_out(place: Path, cli: ConfigCLI, trainer: Trainer, found: Found | Non
         else:
             with started(place, trainer):
                 _fit(cli, trainer, found)
+            if shards(trainer):
+                _make_whole(cli, found)
         finish_run(place, cli, trainer, began - earlier)
 
 
@@ -478,6 +481,26 @@ def _fit(cli: TrainCLI, trainer: Trainer, found: Found | None) -> None:
     """Train; after it this process is on its own again."""
     trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=None if found is None else str(found.path))
     leave_group()
+
+
+def _make_whole(cli: ConfigCLI, found: Found | None) -> None:
+    """Make task and data again, since this process has trained with a part of the backbone alone.
+
+    Raises:
+        TrainingError: If the backbone is another one than that of the training.
+    """
+    before, quiet = cli.model.bank.fingerprint(), console.quiet
+    console.quiet = True  # all of it was said before the training
+    try:
+        seed_everything(cli.config["seed_everything"], workers=True, verbose=False)
+        _prepare(cli, found)
+    finally:
+        console.quiet = quiet
+    if cli.model.bank.fingerprint() != before:
+        raise TrainingError(
+            "The backbone was made again to be measured as a whole, and its weights are others than those of the "
+            "training: were its files changed meanwhile? The training is complete; put them back, and --resume."
+        )
 
 
 def _has_more(place: Path, found: Found, trainer: Trainer) -> bool:
@@ -507,6 +530,8 @@ def _trainer(place: Path, cli: TrainCLI, found: Found | None, elastic: bool = Fa
         callbacks.append(SameEverywhere({"config": config_digest(kept)}))
         several["strategy"] = make_strategy(settings, task.skips_tensors)
     elif settings.get("strategy") in STRATEGIES:
+        if settings["strategy"] in OWN:
+            console.print(f"trainer.strategy: {settings['strategy']} has no effect: one process trains alone.")
         several["strategy"] = "auto"
     quiet = settings.get("enable_progress_bar") is False
     if not quiet and not any(isinstance(callback, ProgressBar) for callback in callbacks):

@@ -87,6 +87,8 @@ class FrozenCasts:
 
     def __init__(self) -> None:
         """Keep nothing so far."""
+        self.keeps = True
+        """Whether casts are kept; where weights are put together for each block, they would be a whole model."""
         self._held: dict[int, _Casts] = {}
 
     def __len__(self) -> int:
@@ -120,7 +122,7 @@ class FrozenCasts:
             if same and (held.bias is None if bias is None else held.fits(bias)):
                 return held.made
         # Autocast leaves float64 alone.
-        if weight.dtype in (dtype, torch.float64) or not torch.is_grad_enabled():
+        if weight.dtype in (dtype, torch.float64) or not torch.is_grad_enabled() or not self.keeps:
             return weight, bias
         if not (_is_frozen(weight) and (bias is None or _is_frozen(bias))):
             self._held.pop(id(weight), None)  # a fused optimiser will change it without counting that

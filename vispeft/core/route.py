@@ -209,6 +209,8 @@ class Routing:
         """How much the backward pass keeps, see `MEMORY`."""
         self.merging: TokenMerging | None = None
         """How many tokens the blocks merge; None for none."""
+        self.sharded = False
+        """Whether each process holds a part of the frozen weights; it is whole while its block runs."""
         self.compiled: Sequence[Any] = ()
         """The hosts inside compiled blocks; each is told what acts at it, so that equal blocks share a graph."""
         self._thread = _Thread()
@@ -228,6 +230,7 @@ class Routing:
         self.gate = Gate()
         self.casts = FrozenCasts()
         self.recoveries = Recoveries()
+        self.sharded = False
         self.compiled = ()
         self._thread = _Thread()
         self._entered = []

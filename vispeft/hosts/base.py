@@ -206,6 +206,8 @@ def _property(name: str) -> property:
 
 def _reader(name: str) -> Callable[[Host], Tensor | None]:
     def read(host: Host) -> Tensor | None:
+        if host.routing.sharded and type(own := host._parameters.get(name)) not in (nn.Parameter, type(None)):
+            return own  # the part that this process has: the whole is there while the block runs
         try:
             return host.read(name)
         except AttributeError as error:

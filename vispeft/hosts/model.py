@@ -129,9 +129,11 @@ class ModelHost(Host):
             **kwargs: The same, by name.
 
         Raises:
-            ConfigError: If patches change their size and an adapter acts on the patch embedding.
+            ConfigError: If patches change their size and an adapter acts on the patch embedding, or the weights are
+                sharded.
         """
-        embed: Any = self.patch_embed
+        embed, bank = cast(Any, self.patch_embed), cast(Any, self.__dict__[BANK])
+        bank.check_whole("get another input size")
         if patch_size is not None and to_2tuple(patch_size) != embed.patch_size and isinstance(embed.proj, Host):
             raise ConfigError(
                 f"set_input_size(patch_size={patch_size}) makes a new patch embedding, and adapters act on the present "

@@ -31,11 +31,12 @@ from vispeft.core.families import unwrap
 from vispeft.data.base import ImageData
 from vispeft.errors import ConfigError, FileError, TrainingError
 from vispeft.storage.disk import read_regular, write_atomically
-from vispeft.storage.fingerprint import check_fingerprint, fingerprint
+from vispeft.storage.fingerprint import check_fingerprint
 from vispeft.tasks.checkpoint_form import check_content, check_state
 from vispeft.tasks.head_start import is_start
 from vispeft.tasks.logs import START, RunLog
 from vispeft.tasks.processes import check_processes, collect_states
+from vispeft.tasks.sharding import shards
 from vispeft.tasks.state import between_steps, put_back, set_random_state, training_state
 from vispeft.tasks.trackers import Tracker
 
@@ -302,6 +303,8 @@ class RunCheckpoints(Checkpoint):
             )
         task = cast(Any, pl_module)
         check_fingerprint(state["backbone"], unwrap(task.model), task.bank.view)
+        if shards(trainer):
+            task.verify()  # the last moment at which this process has the whole backbone
         self.last_model_path = str(trainer.ckpt_path)
         self.take_over(state, Path(self.last_model_path).name)
         self._pending = state
@@ -312,7 +315,8 @@ class RunCheckpoints(Checkpoint):
         self._began = self._saved = time.monotonic()
         if self._pending is None:
             return
-        cast(Any, pl_module).verify()
+        if not shards(trainer):
+            cast(Any, pl_module).verify()
         # Meant for loaders that restart the epoch; the data module continues where it was stopped.
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
         if self._pending["batches"] == 0:
@@ -439,7 +443,7 @@ class RunCheckpoints(Checkpoint):
             return
         task = cast(Any, pl_module)
         if self._backbone is None:
-            self._backbone = fingerprint(unwrap(task.model), task.bank.view)
+            self._backbone = task.bank.fingerprint()
         training, *others = collect_states(training_state(trainer, pl_module), trainer)
         checkpoint[STATE] = {
             "finished": self._finished,
