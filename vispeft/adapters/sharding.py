@@ -94,7 +94,7 @@ class ShardingBank(CompilingBank):
     @torch.no_grad()
     def _move_and_run(self, kind: str) -> None:
         """Move what is whole, and run the base once: FSDP takes the first module that runs for the root."""
-        number = None if kind == "cpu" else torch.get_device_module(kind).current_device()
-        model = self._model.to(torch.device(kind, number))
+        place = kind if kind == "cpu" else f"{kind}:{torch.get_device_module(kind).current_device()}"
+        model = self._model.to(torch.device(place))
         with evaluating(model), self._routing.using(Route()):
             model(probe_images(model, self.view))
