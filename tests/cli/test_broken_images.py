@@ -137,7 +137,7 @@ def test_an_index_of_nothing_is_refused(finished, run_cli, tmp_path):
 
 @pytest.mark.usefixtures("_loaded_once")
 def test_embed_takes_what_can_be_read_of_a_split(finished, digits, run_cli, tmp_path, monkeypatch):
-    def opened(run):
+    def opened(run, overrides=()):
         return SimpleNamespace(datamodule=ImageFolderData(root=str(digits), validation=0.2, test=0.4))
 
     monkeypatch.setattr(embed, "load_run", opened)

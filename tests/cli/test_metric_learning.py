@@ -125,10 +125,9 @@ def test_what_is_refused_before_a_run_directory_is_made(place, run_cli):
     [
         (["--data.root", "nowhere"], "nowhere"),
         (["--data.batch_size=64"], "batch_size"),
-        (["--data.validation=null", "--trainer.check_val_every_n_epoch=2", "--trainer.max_epochs=3"], "the last epoch"),
         (["--data.root", "DAMAGED"], "c00/0.png"),
     ],
-    ids=["folder", "batch", "epochs", "damage"],
+    ids=["folder", "batch", "damage"],
 )
 def test_data_are_checked_before_the_backbone_is_made(place, run_cli, tmp_path, monkeypatch, overrides, told):
     def make(*_, **__):

@@ -127,8 +127,11 @@ def test_one_process_trains_alone_whatever_the_strategy(config: Path, tmp_path: 
     ("asked", "told"),
     [
         (["--compile=blocks"], "a graph of a block cannot wait for its weights. Leave compile out"),
-        (["--trainer.precision=bf16-mixed"], r"frozen weights in float32: .* set model.base_dtype to bfloat16"),
-        (["--trainer.precision=16-mixed", "--model.base_dtype=bfloat16"], r"in bfloat16: .* or give bf16-mixed"),
+        (["--trainer.precision=bf16-mixed"], r"frozen weights in float32: .* Set model.base_dtype to bfloat16"),
+        (
+            ["--trainer.precision=16-mixed", "--model.base_dtype=bfloat16"],
+            r"in bfloat16: .* Give bf16-mixed, and set model.base_dtype",
+        ),
     ],
 )
 def test_what_sharding_would_undo_is_refused_before_anything_is_made(

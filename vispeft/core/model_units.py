@@ -41,7 +41,7 @@ class QueryUnit(Unit):
         """Change the input of the first block in training mode, if the method needs it."""
         return tokens
 
-    def rows(self, batch: int) -> Mapping[int, Tensor]:
+    def query_rows(self, batch: int) -> Mapping[int, Tensor]:
         """Return the queries for one pass; it is called once for each.
 
         Args:
@@ -50,7 +50,7 @@ class QueryUnit(Unit):
         Returns:
             By block that is read: (batch, length, width of the block).
         """
-        raise NotImplementedError(f"{type(self).__name__} does not implement rows.")
+        raise NotImplementedError(f"{type(self).__name__} does not implement query_rows.")
 
     def features(self, pooled: Tensor, reads: Sequence[Tensor]) -> Tensor:
         """Compute the input of the classifier.
@@ -83,7 +83,7 @@ class QueryStream(Stream):
     def enter(self, block: int, present: Tensor | None, tokens: Tensor) -> Tensor | None:
         """Return the block's queries."""
         if self.queries is None:
-            self.queries = self.unit.rows(tokens.shape[0])
+            self.queries = self.unit.query_rows(tokens.shape[0])
         return self.queries.get(block)
 
     def keeps(self, block: int) -> bool:

@@ -113,7 +113,7 @@ class Queries(QueryUnit):
         """Apply dropout to the input of the first block during training, as in the public supervised code."""
         return F.dropout(tokens, self.token_dropout, self.training) if self.token_dropout else tokens
 
-    def rows(self, batch: int) -> dict[int, Tensor]:
+    def query_rows(self, batch: int) -> dict[int, Tensor]:
         """Return all queries, (batch, length, width) each, with dropout drawn separately for each image."""
         found = {}
         for name, blocks in self.stages.items():

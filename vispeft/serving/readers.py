@@ -34,7 +34,7 @@ class _JointStream(Stream):
 
     def __init__(self, name: str, readers: Sequence[Reader], batch: int, device: torch.device) -> None:
         self.name, self.readers, self.blocks = name, tuple(readers), readers[0].unit.blocks
-        self.queries = [reader.unit.rows(1) for reader in readers]
+        self.queries = [reader.unit.query_rows(1) for reader in readers]
         places: list[list[int]] = [[] for _ in range(batch)]
         self.starts: dict[str, Tensor] = {}
         first = 0
