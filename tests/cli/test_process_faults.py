@@ -194,7 +194,7 @@ def test_an_error_of_one_process_ends_the_other_with_its_message(config: Path, t
     assert errors(said) == [
         "error: The image seven.png is broken.",
         "error: Process 1 of the training ended with status 2; what it said stands above. All others have ended with "
-        f"it. Go on by vispeft train --resume {tmp_path / 'run'}",
+        f"it. Go on by vispeft train --resume {tmp_path / 'run'} --code {tmp_path / 'breaks.py'}",
     ]
     assert "Traceback" not in said
 
