@@ -161,13 +161,15 @@ def test_a_process_that_ends_is_named_where_the_first_waits_for_it(
     monkeypatch.setattr(processes, "_LOOK", 0.01)
     launcher = SimpleNamespace(procs=[SimpleNamespace(poll=lambda: 2)])
     trainer: Any = SimpleNamespace(strategy=SimpleNamespace(launcher=launcher), checkpoint_callback=None)
-    processes._tell_of_dead(trainer, tmp_path, threading.Event())
+    processes._tell_of_dead(
+        trainer, processes._Command(tmp_path, f"vispeft train --resume {tmp_path}"), threading.Event()
+    )
     said = capsys.readouterr().err
     assert "Process 1 of the training ended with status 2; what it said stands above." in said
     assert said.endswith("No step was made; give the same command again.\n")  # there is no run to go on with
     over = threading.Event()
     over.set()
-    processes._tell_of_dead(trainer, tmp_path, over)
+    processes._tell_of_dead(trainer, processes._Command(tmp_path, f"vispeft train --resume {tmp_path}"), over)
     assert not capsys.readouterr().err
 
 

@@ -327,6 +327,10 @@ def test_sharded_weights_train_as_one_process_and_go_on_bit_for_bit(config: Path
     (resumed / "metrics.json").unlink()
     (resumed / "checkpoints/step-0000012.ckpt").unlink()
     finished(command("--resume", resumed))
+    # The checkpoint that it goes on from is removed meanwhile.
+    longer = Path(shutil.copytree(place, tmp_path / "longer"))
+    finished(command("--resume", longer, "--trainer.max_epochs=3"))
+    assert json.loads((longer / "metrics.json").read_text())["steps"] == 18
     alone = train(config, [*common, "--data.batch_size=32"], out=tmp_path / "alone")
     first, second, one = trained(place), trained(resumed), trained(alone)
     assert first["state_dict"].keys() == second["state_dict"].keys() == one["state_dict"].keys()

@@ -52,6 +52,8 @@ class TrainCLI(ConfigCLI):
         self.team = Team.of(settings)
         self.processes = self.team.processes
         """Processes of the training, which may be others than there are where it is only measured."""
+        self.needed: Sequence[str] = ()
+        """Arguments that going on needs besides the run."""
         self.batches: dict[str, int] = {}
         """Images of a batch in the checkpoint that is gone on from, which the processes share, by class of the data."""
         if self.team.shards:

@@ -7,11 +7,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
@@ -118,12 +118,13 @@ class Team:
 
 
 @contextmanager
-def started(place: Path, trainer: Trainer) -> Iterator[None]:
+def started(place: Path, trainer: Trainer, needed: Sequence[str] = ()) -> Iterator[None]:
     """Tell processes that a trainer starts the run directory, and end them with this one.
 
     Args:
         place: The directory.
         trainer: The trainer, whose `fit` is called inside.
+        needed: Arguments that going on needs besides the run.
     """
     if trainer.world_size > 1 and _begun:
         raise ConfigError(
@@ -133,20 +134,22 @@ def started(place: Path, trainer: Trainer) -> Iterator[None]:
     _begun.append(place)
     before = {name: os.environ.get(name) for name in (RUN, FIRST, *_LAUNCHED)}
     os.environ[RUN], os.environ[FIRST] = os.path.abspath(place), str(os.getpid())
-    over = threading.Event()
+    over, command = threading.Event(), _Command(place, command_to_go_on(place, needed))
     if trainer.world_size > 1:
-        threading.Thread(target=_tell_of_dead, args=(trainer, place, over), daemon=True, name="watch-others").start()
+        threading.Thread(target=_tell_of_dead, args=(trainer, command, over), daemon=True, name="watch-others").start()
     try:
         yield
     except BaseException as error:
-        dead = _dead(trainer, _REAPED) if _is_lost(error) else None
+        lost = trainer.world_size > 1 and _is_lost(error)
+        dead = _dead(trainer, _REAPED) if lost else None
         over.set()
         launcher: Any = trainer.strategy.launcher
         if hasattr(launcher, "kill"):
             launcher.kill(signal.SIGTERM)
             launcher.procs.clear()  # Lightning's watch over them would end this process before it has said why
-        if _is_lost(error):
-            raise TrainingError(_ended(dead or "Another process of the training has ended", place, trainer)) from error
+        if lost:
+            said = _ended(dead or "Another process of the training has ended", command, trainer)
+            raise TrainingError(f"{said} ({brief(error)})") from error
         raise
     finally:
         over.set()
@@ -201,13 +204,21 @@ def _dead(trainer: Trainer, within: float) -> str | None:
         time.sleep(0.1)
 
 
-def _ended(said: str, place: Path, trainer: Trainer) -> str:
+class _Command(NamedTuple):
+    """A run, and the command that goes on with it."""
+
+    place: Path
+    text: str
+
+
+def _ended(said: str, command: _Command, trainer: Trainer) -> str:
+    place = command.place
     begun = getattr(trainer.checkpoint_callback, "began", False) or any(place.glob("checkpoints/step-*.ckpt"))
-    how = f"Go on by {command_to_go_on(place)}" if begun else "No step was made; give the same command again."
+    how = f"Go on by {command.text}" if begun else "No step was made; give the same command again."
     return f"{said}. All others have ended with it. {how}"
 
 
-def _tell_of_dead(trainer: Trainer, place: Path, over: threading.Event) -> None:
+def _tell_of_dead(trainer: Trainer, command: _Command, over: threading.Event) -> None:
     """Say that a process has ended, before Lightning ends this one as well without a word.
 
     It does so where this one waits in an exchange, which a GPU's library does not give up.
@@ -215,7 +226,7 @@ def _tell_of_dead(trainer: Trainer, place: Path, over: threading.Event) -> None:
     while not over.wait(_LOOK / 2):
         said = _dead(trainer, 0)
         if said is not None and not over.wait(_LOOK):
-            print(f"error: {_ended(said, place, trainer)}", file=sys.stderr, flush=True)
+            print(f"error: {_ended(said, command, trainer)}", file=sys.stderr, flush=True)
             return
 
 
@@ -238,6 +249,7 @@ def following(rank: int) -> Iterator[None]:
     except RuntimeError as error:
         if not _is_lost(error):
             raise
+        print(f"Process {rank} of the training lost the others: {brief(error)}", file=sys.stderr, flush=True)
         if _first_tells():
             raise SystemExit(1) from error
         raise TrainingError(f"Process {rank} ends, since another process of the training has ended.") from error

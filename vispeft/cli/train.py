@@ -108,9 +108,13 @@ def main(argv: Sequence[str]) -> None:
     config = find_config(given.config) if given.config else None
     if given.finish is not None:
         extra = [name for name in ("resume", "out", "method", "init", "folds") if getattr(given, name) is not None]
-        if given.config or extra or overrides:
-            raise ConfigError("--finish takes the run alone, whose config is in its directory. Leave the rest out.")
-        finish(given.finish)
+        others = [key for key, _ in split_overrides(overrides) if not key.startswith("trainer.logger")]
+        if given.config or extra or others:
+            raise ConfigError(
+                "--finish takes the run alone, whose config is in its directory, and --trainer.logger. Leave the rest "
+                "out."
+            )
+        finish(given.finish, overrides)
         return
     if given.folds is not None:
         if given.resume is not None:
@@ -247,9 +251,9 @@ def resume(
     cli = TrainCLI(config or place / runs.CONFIG, overrides)
     if not cli.team.first:
         _follow(place, cli, _found(place, cli), elastic)
-    needed = [*overrides, *(["--elastic"] if elastic else [])]  # the run's config is that of its begin
-    with runs.held(place), tell_how_to_go_on(place, needed):
-        more = _asks_for_more(place, cli, MORE in changed)
+    cli.needed = [*overrides, *(["--elastic"] if elastic else [])]  # the run's config is that of its begin
+    with runs.held(place), tell_how_to_go_on(place, cli.needed):
+        more = _asks_for_more(place, cli, MORE in changed, again=config is not None)
         if runs.finished(place) and not more:
             return _say_finished(place)
         found = _found(place, cli)
@@ -279,11 +283,12 @@ def _follow(place: Path, cli: TrainCLI, found: Found | None, elastic: bool = Fal
     raise SystemExit(0)
 
 
-def finish(run: str | Path) -> Path:
+def finish(run: str | Path, overrides: Sequence[str] = ()) -> Path:
     """Finish a run that was stopped: make an adapter of its best epoch so far, measure it and draw the pictures.
 
     Args:
         run: Its directory.
+        overrides: Changes under ``trainer.logger``, such as those of a tracker that is not there any more.
 
     Returns:
         The run directory.
@@ -300,7 +305,7 @@ def finish(run: str | Path) -> Path:
     if runs.finished(place):
         return _say_finished(place)
     with runs.held(place), tell_how_to_go_on(place, by="--finish"):
-        cli = TrainCLI(place / runs.CONFIG, _one_device(read_config(place / runs.CONFIG)))
+        cli = TrainCLI(place / runs.CONFIG, [*_one_device(read_config(place / runs.CONFIG)), *overrides])
         found = _found(place, cli)
         if found is None or found.state["best"] is None:
             raise TrainingError(
@@ -365,7 +370,7 @@ def _check_same_config(cli: ConfigCLI, path: Path, config: Node, may_differ: Seq
         )
 
 
-def _asks_for_more(place: Path, cli: ConfigCLI, given: bool) -> bool:
+def _asks_for_more(place: Path, cli: ConfigCLI, given: bool, again: bool) -> bool:
     """Check that a run goes on as it was begun; tell whether a finished one is asked for more epochs.
 
     Raises:
@@ -376,6 +381,8 @@ def _asks_for_more(place: Path, cli: ConfigCLI, given: bool) -> bool:
     if (runs.finished(place) and given and list(other) in ([], [MORE])) and wanted is not None:
         done = runs.Run.open(place).number("epochs")
         if wanted > done:
+            if again and _planned(place) == wanted:
+                return False  # the command that began it, given once more; the training had ended by itself
             _check_not_over(place, cli, wanted, done)
             return True
         if other:
@@ -387,6 +394,12 @@ def _asks_for_more(place: Path, cli: ConfigCLI, given: bool) -> bool:
             f"a new run.{hint}"
         )
     return False
+
+
+def _planned(place: Path) -> int | None:
+    """Return the epochs that a training which has ended was asked for."""
+    found = find_checkpoint(place / runs.CHECKPOINTS)
+    return None if found is None or not found.finished else found.state.get("until")
 
 
 def _check_not_over(place: Path, cli: ConfigCLI, wanted: int, done: int) -> None:
@@ -411,8 +424,9 @@ def _prepare(cli: TrainCLI, found: Found | None = None) -> None:
 
     The batches of a checkpoint, if one is given, are shared by the processes of the training.
     """
-    kept = {} if found is None else read_checkpoint(found.path)
-    cli.batches = {key: part["batch_size"] for key, part in kept.items() if _has_batches(part)}
+    if found is not None:
+        parts = read_checkpoint(found.path)
+        cli.batches = {key: part["batch_size"] for key, part in parts.items() if _has_batches(part)}
     cli.create()
     task, data = cli.model, cli.datamodule
     if isinstance(data, ImageData):
@@ -459,7 +473,7 @@ def _compile(task: AdapterTask, mode: Compile, trainer: Trainer) -> None:
         console.print(f"compile: {mode} has no effect: {reason}.", soft_wrap=True)
 
 
-def _carry_out(place: Path, cli: ConfigCLI, trainer: Trainer, found: Found | None, began: float) -> None:
+def _carry_out(place: Path, cli: TrainCLI, trainer: Trainer, found: Found | None, began: float) -> None:
     """Train, or resume training, and finish."""
     task, checkpoints = cli.model, cast(RunCheckpoints, trainer.checkpoint_callback)
     console.print(task.report())
@@ -470,10 +484,10 @@ def _carry_out(place: Path, cli: ConfigCLI, trainer: Trainer, found: Found | Non
             _check_measured(cli.datamodule, found)
             checkpoints.take_over(found.state, found.path.name)
         else:
-            with started(place, trainer):
+            with started(place, trainer, cli.needed):
                 _fit(cli, trainer, found)
             if shards(trainer):
-                _make_whole(cli, found)
+                _make_whole(cli)
         finish_run(place, cli, trainer, began - earlier)
 
 
@@ -483,7 +497,7 @@ def _fit(cli: TrainCLI, trainer: Trainer, found: Found | None) -> None:
     leave_group()
 
 
-def _make_whole(cli: ConfigCLI, found: Found | None) -> None:
+def _make_whole(cli: TrainCLI) -> None:
     """Make task and data again, since this process has trained with a part of the backbone alone.
 
     Raises:
@@ -493,7 +507,7 @@ def _make_whole(cli: ConfigCLI, found: Found | None) -> None:
     console.quiet = True  # all of it was said before the training
     try:
         seed_everything(cli.config["seed_everything"], workers=True, verbose=False)
-        _prepare(cli, found)
+        _prepare(cli)  # the checkpoint that was gone on from may be gone; its batches are known
     finally:
         console.quiet = quiet
     if cli.model.bank.fingerprint() != before:

@@ -112,8 +112,10 @@ class WebDatasetData(ListedData):
         if left:
             findings.append(Finding(left.level, "left-out", left.line()))
         names, encoded, problems = encode(entries, self.target, self.names)
-        shards = {place for own in members.values() for place, _, _, _ in own.values()}
-        root = os.path.commonpath([os.path.dirname(shard) for shard in shards])
+        shards = {os.path.abspath(place) for own in members.values() for place, _, _, _ in own.values()}
+        root = None
+        if len({os.path.basename(shard) for shard in shards}) < len(shards):
+            root = os.path.commonpath([os.path.dirname(shard) for shard in shards])
         splits = {
             split: ListedSplit(ShardSource((members[split][entry.name] for entry in kept), root), targets)
             for split, (kept, targets) in encoded.items()

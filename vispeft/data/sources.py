@@ -159,8 +159,8 @@ class ShardSource(Source):
 
         Args:
             members: Shard, name inside it, offset and size in bytes of each image.
-            root: Folder that names of shards in messages start from; None for that of each shard. Shards of several
-                splits often have equal file names.
+            root: Folder that names of shards in messages start from, where several shards have one file name; None for
+                that of each shard.
         """
         self.members, self.root = list(members), root
 
@@ -171,7 +171,9 @@ class ShardSource(Source):
     def name(self, index: int) -> str:
         """Return shard and name of an image."""
         shard, name, _, _ = self.members[index]
-        return f"{Path(shard).name if self.root is None else Path(shard).relative_to(self.root).as_posix()}:{name}"
+        if self.root is None:
+            return f"{Path(shard).name}:{name}"
+        return f"{Path(os.path.abspath(shard)).relative_to(self.root).as_posix()}:{name}"
 
     def read(self, index: int) -> Tensor:
         """Read an image from its shard."""
