@@ -137,7 +137,7 @@ for _ in range(200):
         ("output/decoder", {"name": 3}, "a text"),
         ("output/reading", 7, "a mapping"),
         ("output/reading", {"transparency": 5}, "a list of 3"),
-        ("output/reading", {"max_pixels": 10**15}, "a whole number from 1 to 1073741824"),
+        ("output/reading", {"max_pixels": 10**15}, "a whole number from 1 to 1099511627776"),
         ("output/short_side", 10**9, "a whole number from 1 to 65536"),
         ("output/palette", [[0, 0, 256]], "a whole number from 0 to 255"),
         ("output/evaluation", 1, "a text"),

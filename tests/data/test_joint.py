@@ -171,3 +171,9 @@ def test_a_line_of_pixels_is_not_enlarged_to_gigabytes():
     line = torch.zeros(3, 1, 1_000_000, dtype=torch.uint8)
     with pytest.raises(DataError, match=r"of 1 x 1000000 pixels would be resized to 224 x 224000000"):
         Rescale("bilinear", short_side=224)(tv_tensors.Image(line))
+
+
+def test_a_large_tile_grows_as_its_factors_say():
+    """It was refused for more pixels than files may have, at a random step."""
+    tile = torch.empty(3, 6000, 6000, device="meta")
+    assert Rescale("bilinear", factors=(2.0, 2.0)).make_params([tile]) == {"size": [12000, 12000]}

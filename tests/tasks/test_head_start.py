@@ -293,6 +293,18 @@ def test_kept_outputs_of_a_frozen_backbone_give_the_same_start(tmp_path):
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
+def test_kept_outputs_of_a_network_beside_the_backbone_have_a_start(tmp_path):
+    """The frozen features, which are not kept, were to be measured as well, and no step was made."""
+    task, data = make(method=vispeft.LST()), DigitsData(**SMALL)
+    data.fit_to(task.preprocessing)
+    data.setup()
+    cache_features(task, data, evaluation_trainer(accelerator="cpu"), tmp_path / "kept")
+    fit(task, tmp_path / "run", data, max_steps=1)
+    assert task.head_start.record["strength"] in FEW
+    assert "frozen" not in task.head_start.record
+
+
 def test_a_loaded_adapter_with_another_classifier_keeps_its_units_and_gets_a_fitted_head(tmp_path):
     source = make(head_start=None)
     with torch.no_grad():

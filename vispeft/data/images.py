@@ -153,7 +153,8 @@ class Reading:
         """
         known = {field.name for field in fields(cls)}
         stored = (notes.get("output") or {}).get("reading") or {}
-        return cls(**{name: value for name, value in stored.items() if name in known})
+        found = cls(**{name: value for name, value in stored.items() if name in known})
+        return replace(found, max_pixels=min(found.max_pixels, READ_PIXELS))
 
 
 PLAIN = Reading()

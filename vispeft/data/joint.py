@@ -173,7 +173,8 @@ class Rescale(v2.Transform):
         if self.short_side is not None:
             factor *= self.short_side / min(height, width)
         size = [max(1, round(height * factor)), max(1, round(width * factor))]
-        if math.prod(size) > max(MAX_PIXELS, height * width):
+        grown = math.ceil(max(1.0, most) ** 2 * height * width) + height + width + 1  # as the factors ask for, rounded
+        if math.prod(size) > max(MAX_PIXELS, grown):
             raise DataError(
                 f"An image of {height} x {width} pixels would be resized to {size[0]} x {size[1]}, which are more than "
                 f"{MAX_PIXELS:,} pixels. Leave images out that are so much longer than wide, or set a size of both "

@@ -282,7 +282,7 @@ _READING = _record(
     {
         "transparency": _optional(_COLOUR),
         "value_range": _optional(_listed(_FINITE, at_least=2, at_most=2)),
-        "max_pixels": _whole(1, READ_PIXELS),
+        "max_pixels": _whole(1, LARGEST),  # earlier versions wrote more than are read
     },
 )
 _OUTPUT = _record(

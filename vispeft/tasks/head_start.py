@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from vispeft.core.method import Method
 from vispeft.core.modes import evaluating
 from vispeft.data.base import ImageData, has_plain
-from vispeft.data.cache import changes_between_epochs
+from vispeft.data.cache import CachedSplit, changes_between_epochs
 from vispeft.data.splitting import cross_validation
 from vispeft.errors import ConfigError, DataError, TrainingError, counted
 from vispeft.storage.class_embeddings import ClassEmbeddings
@@ -280,7 +280,9 @@ def _start(task: Any, trainer: Trainer, fresh: bool) -> dict[str, Any]:
     neutral = fresh and not [unit for unit in task.bank.units().values() if not unit.to_identity()]
     chooses = data.validation_chooses and trainer.limit_val_batches != 0
     loaders = {name: _loader(trainer, name) for name in ("train", "validation") if name == "train" or chooses}
-    passes = 1 if neutral or not chooses else 2
+    # Kept outputs are those that the method's own part reads, so there are no features without it.
+    kept_outputs = isinstance(data.split("train"), CachedSplit)
+    passes = 1 if neutral or not chooses or kept_outputs else 2
     models = len(STRENGTHS) * (passes if chooses else 1 + FOLDS)
     logger.info(
         "Start from a probe: features of %s, then %d linear models of them",
