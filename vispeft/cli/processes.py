@@ -148,8 +148,8 @@ def started(place: Path, trainer: Trainer, needed: Sequence[str] = ()) -> Iterat
             launcher.kill(signal.SIGTERM)
             launcher.procs.clear()  # Lightning's watch over them would end this process before it has said why
         if lost:
-            said = _ended(dead or "Another process of the training has ended", command, trainer)
-            raise TrainingError(f"{said} ({brief(error)})") from error
+            said = dead or f"Another process of the training has ended ({brief(error)})"
+            raise TrainingError(_ended(said, command, trainer)) from error
         raise
     finally:
         over.set()
