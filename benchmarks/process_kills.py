@@ -28,25 +28,15 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, write, write_section
+from resume_kill import CONFIG as ONE
 from resume_kill import STARTED, checkpointed, differences
 
 FOLDER = "process_kills"
 KILLS = {"rank": 20, "group": 10}
 EPOCHS, STEPS = 5, 5 * 34
-CONFIG = """
-model:
-  class_path: vispeft.tasks.Classification
-  init_args:
-    backbone: vit_tiny_patch16_224
-    backbone_args: {pretrained: false, img_size: 16, patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}
-    method: {class_path: vispeft.LoRA, init_args: {rank: 4, dropout: 0.1}}
-    lr: 1e-2
-    ema: 0.99
-data: {class_path: vispeft.data.DigitsData, init_args: {batch_size: 16}}
-trainer: {max_epochs: 5, accelerator: cpu, devices: 2}
-checkpoints: {every_n_steps: 7}
-"""
-"""Dropout draws random numbers in every step; 34 steps an epoch and a checkpoint every 7 leave no step at rest."""
+_TWO = f"max_epochs: {EPOCHS}, accelerator: cpu, devices: 2"
+CONFIG = ONE.replace("batch_size: 32", "batch_size: 16").replace("max_epochs: 12", _TWO)
+"""That of `resume_kill`, with the same batch shared by two processes."""
 SHARES = {"training": 0.7, "starting": 0.15, "finishing": 0.15}
 """Share of the kills in each part of a run's life."""
 FURTHER = 2 * STEPS // 10

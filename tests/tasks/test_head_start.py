@@ -280,14 +280,17 @@ def test_a_start_and_its_training_see_the_same_few_images(tmp_path):
     assert not seen[0][1], "a unit that was set apart keeps its mode"
 
 
+def kept_outputs(task, folder):
+    data = DigitsData.for_model(task.model, **SMALL)
+    cache_features(task, data, evaluation_trainer(accelerator="cpu"), folder)
+    return data
+
+
 def test_kept_outputs_of_a_frozen_backbone_give_the_same_start(tmp_path):
     found = []
     for cached in (False, True):
-        task, data = make(method=vispeft.LinearProbe()), DigitsData(**SMALL)
-        if cached:
-            data.fit_to(task.preprocessing)
-            data.setup()
-            cache_features(task, data, evaluation_trainer(accelerator="cpu"), tmp_path / "kept")
+        task = make(method=vispeft.LinearProbe())
+        data = kept_outputs(task, tmp_path / "kept") if cached else DigitsData(**SMALL)
         fit(task, tmp_path / str(cached), data, max_steps=1)
         found.append(task.head_start.record)
     assert found[0] == found[1]
@@ -296,11 +299,8 @@ def test_kept_outputs_of_a_frozen_backbone_give_the_same_start(tmp_path):
 @pytest.mark.slow
 def test_kept_outputs_of_a_network_beside_the_backbone_have_a_start(tmp_path):
     """The frozen features, which are not kept, were to be measured as well, and no step was made."""
-    task, data = make(method=vispeft.LST()), DigitsData(**SMALL)
-    data.fit_to(task.preprocessing)
-    data.setup()
-    cache_features(task, data, evaluation_trainer(accelerator="cpu"), tmp_path / "kept")
-    fit(task, tmp_path / "run", data, max_steps=1)
+    task = make(method=vispeft.LST())
+    fit(task, tmp_path / "run", kept_outputs(task, tmp_path / "kept"), max_steps=1)
     assert task.head_start.record["strength"] in FEW
     assert "frozen" not in task.head_start.record
 
