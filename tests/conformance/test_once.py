@@ -124,6 +124,25 @@ def test_compiled_by_block(cell: Cell, caplog: pytest.LogCaptureFixture) -> None
     assert not [record for record in caplog.records if record.name.startswith("vispeft")]  # no block runs as it is
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", params([cell for cell in ONCE if cell.backbone == "vit" or not _left(cell)]))
+def test_compiled_graphs_that_keep_least_give_the_same_gradients(cell: Cell, caplog: pytest.LogCaptureFixture) -> None:
+    """A compiler that repeats whole layers in the backward pass, without the kernels of inductor."""
+    torch._dynamo.reset()
+    model, images = small(cell), cell.images()
+    bank = cell.attach(model)
+    results = []
+    for memory in ("plain", "leaner"):
+        bank.memory = memory
+        model.zero_grad()
+        output = model(images)
+        output.square().sum().backward()
+        results.append([output.detach(), *(p.grad.clone() for _, p in bank.trainable_parameters())])
+        bank.compile(backend="aot_eager_decomp_partition")
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(*results, strict=True))
+    assert not [record for record in caplog.records if "runs as it is" in record.getMessage()]
+
+
 @torch.no_grad()
 def test_pickle_and_torch_save(cell: Cell) -> None:
     model, images = cell.model(), cell.images()

@@ -167,6 +167,39 @@ def test_the_choice_can_change_and_leaves_no_trace(images: Tensor) -> None:
     assert [type(a) for a in model.modules()] == [type(b) for b in fresh.modules()]
 
 
+@pytest.mark.parametrize("mode", ["blocks", pytest.param("model", marks=pytest.mark.slow)])
+def test_a_compiled_model_keeps_as_little_and_the_choice_can_change(images: Tensor, mode: Any) -> None:
+    full = base()
+    _, of_full = kept(full, images, lambda: full(images))
+    model, bank = adapted("plain")
+    model(images).square().sum().backward()
+    wanted = [parameter.grad for _, parameter in bank.trainable_parameters()]
+    torch._dynamo.reset()
+    bank.compile(mode, backend="aot_eager_decomp_partition")  # inductor without its kernels
+    shares = {}
+    for memory in MEMORY:
+        bank.memory = memory
+        model.zero_grad()
+        out, found = kept(model, images, lambda: model(images))
+        out.square().sum().backward()
+        shares[memory] = found / of_full
+        pairs = zip(wanted, bank.trainable_parameters(), strict=True)
+        assert all((a - p.grad).abs().max() < 1e-5 * a.abs().max() for a, (_, p) in pairs)
+    # The compiler keeps a norm's normalised input and the slope of an activation besides their outputs.
+    assert shares["plain"] > 0.95
+    assert shares["lean"] < 0.67
+    assert shares["leaner"] < 0.43
+    bank.memory = "lean"
+    assert kept(model, images, lambda: model(images))[1] / of_full == shares["lean"]
+
+
+def test_options_of_the_compiler_stay_and_unknown_ones_are_refused_at_once(images: Tensor) -> None:
+    model, bank = adapted("lean")
+    with pytest.raises(RuntimeError, match="no_such_option"):
+        bank.compile(options={"no_such_option": True})
+    assert not bank.is_compiled
+
+
 def test_an_unknown_choice_is_refused() -> None:
     _, bank = adapted("lean")
     with pytest.raises(UnknownNameError, match="leaner"):

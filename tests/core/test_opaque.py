@@ -14,7 +14,7 @@ from tests.tiny import TINY
 from vispeft.core.low_rank import Branch, Dropout
 from vispeft.hosts.low_rank import low_rank_linear
 
-OPERATOR = torch.ops.vispeft.low_rank_terms.default
+OPERATOR = torch.ops.vispeft.low_rank_product.default
 TERMS = {
     "whole": [(0, 5)],
     "slices": [(0, 2), (3, 5)],
@@ -84,7 +84,8 @@ def test_operator_keeps_the_rules_of_operators(form: str) -> None:
     x, weight, factors = tensors(4, TERMS[form])
     starts, stops = ([place[i] for place in TERMS[form]] for i in (0, 1))
     rows = x.detach().flatten(0, 1).requires_grad_()
-    torch.library.opcheck(OPERATOR, (rows, weight, None, factors, [0.5] * len(starts), starts, stops))
+    hidden = [(rows @ a.t()).detach() for a in factors[::2]]
+    torch.library.opcheck(OPERATOR, (rows, weight, None, factors, hidden, [0.5] * len(starts), starts, stops))
 
 
 def test_operator_stands_in_graphs_of_frozen_layers_alone() -> None:

@@ -6,17 +6,19 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn.modules import module as _modules
 
 from vispeft.adapters.holder import BankState
 from vispeft.core.families import base_class
+from vispeft.core.origin import Memory
 from vispeft.core.route import Routing
 from vispeft.core.units import Unit
 from vispeft.errors import ConfigError, UnknownNameError, brief
@@ -33,6 +35,20 @@ GRAPHS = 64
 """Graphs of one kind of block that PyTorch is let make, by default 8: other batch sizes and adapters have their own."""
 COMPILE: tuple[Compile, ...] = ("off", "blocks", "model")
 """What is compiled: nothing, each block in place, or the model as a whole."""
+_RECOMPUTES = dict.fromkeys(("used_far_apart", "long_fusible_chains", "materialized_backward"), False)
+_LEAN: dict[str, Any] = {f"ban_recompute_{reason}": banned for reason, banned in _RECOMPUTES.items()}
+PARTITION: dict[Memory, dict[str, Any]] = {
+    "plain": {},
+    "lean": _LEAN,
+    "leaner": {**_LEAN, "activation_memory_budget": 0.6, "is_non_builtin_to_include": True},
+}
+"""Settings in ``torch._functorch.config`` by what a compiled graph is to keep for its backward pass.
+
+By default the compiler does not repeat operations whose results have to be in memory in the backward pass, such as the
+outputs of norms and activations that an adapted layer reads; without these rules it repeats all element-wise operations
+that make it keep less. The budget is relative to what is kept then: 6 of 10 values per token and channel of a ViT's
+block, if the first layer of the MLP is computed again. The compiler chooses by operations for each byte.
+"""
 
 
 def cannot_compile(device: torch.device, backend: str = "inductor") -> str | None:
@@ -58,6 +74,26 @@ def cannot_compile(device: torch.device, backend: str = "inductor") -> str | Non
 def _finds(variable: str, *names: str) -> bool:
     """Return whether there is a compiler, under its usual names or in the variable for it."""
     return any(shutil.which(name) for name in (os.environ.get(variable), *names) if name)
+
+
+def _keeping(memory: Memory, name: str) -> Callable[..., Any]:
+    """Return a backend of `torch.compile` whose graphs keep as much as asked for.
+
+    Args:
+        memory: The choice.
+        name: The backend.
+    """
+
+    def compile_graph(graph: GraphModule, inputs: list[Any], **settings: Any) -> Any:
+        from torch._functorch import config
+
+        if name == "inductor":  # as `torch.compile` calls it
+            chosen = torch._inductor.list_mode_options(settings["mode"]) if "mode" in settings else {}
+            settings = {"config_patches": {**chosen, **settings.get("options", {})}}
+        with config.patch(PARTITION[memory]):
+            return torch._dynamo.lookup_backend(name)(graph, inputs, **settings)
+
+    return compile_graph
 
 
 def _prepare_compiler() -> None:
@@ -232,6 +268,7 @@ class CompilingBank(BankState):
         if fixed:
             raise ConfigError(f"bank.compile({fixed[0]}=...): blocks are compiled with a fixed one. Leave it out.")
         device = next(self._model.parameters()).device if device is None else device
+        torch.compile(_keeping, **options)  # checks the options, and compiles nothing yet
         reason = None if mode == "off" else cannot_compile(device, options.get("backend", "inductor"))
         self._compiled, self._options = ("off" if reason else mode), options
         if self._compiled != "off":
@@ -242,13 +279,16 @@ class CompilingBank(BankState):
         return reason
 
     def _set_compiled(self) -> None:
-        """Let calls of the model or of its blocks run compiled."""
+        """Let calls of the model or of its blocks run compiled, in graphs that are made anew."""
+        options, backend = self._options, self._options.get("backend", "inductor")
+        if isinstance(backend, str):
+            options = {**options, "backend": _keeping(self._routing.memory, backend)}
         if self._compiled == "model":
-            self._model.compile(**self._options)
+            self._model.compile(**options)
         graphs: dict[Hashable, _Graph] = {}
         for block in self._blocks() if self._compiled == "blocks" else ():
             kind = _kind(block)
-            graph = graphs[kind] = graphs.get(kind) or _Graph(len(graphs), self._options)
+            graph = graphs[kind] = graphs.get(kind) or _Graph(len(graphs), options)
             block._compiled_call_impl = _Compiled(block, graph, self._routing)
 
     def _blocks(self) -> list[nn.Module]:

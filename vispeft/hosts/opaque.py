@@ -1,21 +1,27 @@
-"""Low-rank terms in a compiled graph on a CPU: one operator that the compiler does not look into.
+"""Low-rank terms in a compiled graph on a CPU: operators that the compiler does not look into.
 
-It computes what the eager node computes. Traced operation by operation, a compiled step takes longer than the step as
+They compute what the eager node computes. Traced operation by operation, a compiled step takes longer than the step as
 it is: inductor calls another library for the products, copies the output for each term, and multiplies narrow matrices
 in the order of operands that autograd has. See `docs/design.md`.
+
+The operators are defined by their schemas, since each call of `torch.library.custom_op` takes 20 to 40 microseconds
+longer. The one of a layer returns one tensor and states its floating-point operations: by these the compiler chooses
+what it computes again in a backward pass, and of the parts of a list it takes each to be free.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from vispeft.core.low_rank import NO_DROPOUT
 from vispeft.core.tracing import in_graph
-from vispeft.hosts.terms import Kept, Place, gradients, product_with_terms
+from vispeft.hosts.terms import Kept, Place, gradients, narrowed, product_with_hidden
 
 __all__ = ["is_opaque", "opaque_terms"]
 
@@ -44,6 +50,22 @@ def _needs_plain() -> bool:
 _needs_plain._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+_PLACES = "float[] scales, int[] starts, int[] stops"
+torch.library.define("vispeft::low_rank_hidden", "(Tensor rows, Tensor a) -> Tensor")
+torch.library.define(
+    "vispeft::low_rank_product",
+    f"(Tensor rows, Tensor weight, Tensor? bias, Tensor[] factors, Tensor[] hidden, {_PLACES}) -> Tensor",
+)
+torch.library.define(
+    "vispeft::low_rank_gradients",
+    f"(Tensor grad, Tensor? rows, Tensor weight, Tensor[] factors, Tensor[] hidden, {_PLACES}, bool[] needed)"
+    " -> Tensor[]",
+)
+_HIDDEN, _PRODUCT, _GRADIENTS = (
+    getattr(torch.ops.vispeft, f"low_rank_{name}").default for name in ("hidden", "product", "gradients")
+)
+
+
 def opaque_terms(
     rows: Tensor, weight: Tensor, bias: Tensor | None, layout: Sequence[Place], factors: Sequence[Tensor]
 ) -> Tensor:
@@ -59,41 +81,43 @@ def opaque_terms(
     Returns:
         (rows, out).
     """
-    scales, starts, stops = ([getattr(place, name) for place in layout] for name in ("scale", "start", "stop"))
-    found: Sequence[Tensor] = _terms(rows, weight, bias, list(factors), scales, starts, stops)
-    return found[0]
+    hidden = [_HIDDEN(rows.detach(), a.detach()) for a in factors[::2]]
+    places = [[getattr(place, name) for place in layout] for name in ("scale", "start", "stop")]
+    out: Tensor = _PRODUCT(rows, weight, bias, list(factors), hidden, *places)
+    return out
 
 
 def _layout(scales: list[float], starts: list[int], stops: list[int]) -> list[Place]:
     return [Place(*one, NO_DROPOUT) for one in zip(scales, starts, stops, strict=True)]
 
 
-@torch.library.custom_op("vispeft::low_rank_terms", mutates_args=())
-def _terms(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    factors: list[Tensor],
-    scales: list[float],
-    starts: list[int],
-    stops: list[int],
-) -> list[Tensor]:
-    """Compute a layer with its terms.
-
-    Returns:
-        The output, (rows, out), and the narrow projection of each term, (rows, rank).
-    """
-    out, kept = product_with_terms(rows, weight, bias, _layout(scales, starts, stops), factors)
-    return [out, *kept.hidden]
+@torch.library.impl("vispeft::low_rank_hidden", "cpu")
+def _hidden(rows: Tensor, a: Tensor) -> Tensor:
+    """Compute the narrow projection of a term, (rows, rank); its gradient is that of the layer."""
+    return narrowed(rows, a, NO_DROPOUT)[0]
 
 
-@_terms.register_fake
-def _(rows: Tensor, weight: Tensor, bias: Tensor | None, factors: list[Tensor], *places: Any) -> list[Tensor]:
-    """Return the shapes of `_terms`."""
-    return [rows.new_empty(rows.shape[0], width) for width in (weight.shape[0], *(a.shape[0] for a in factors[::2]))]
+@torch.library.register_fake("vispeft::low_rank_hidden")
+def _(rows: Tensor, a: Tensor) -> Tensor:
+    """Return the shape of `_hidden`."""
+    return rows.new_empty(rows.shape[0], a.shape[0])
 
 
-@torch.library.custom_op("vispeft::low_rank_gradients", mutates_args=())
+@torch.library.impl("vispeft::low_rank_product", "cpu")
+def _product(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, factors: list[Tensor], hidden: list[Tensor], *places: Any
+) -> Tensor:
+    """Compute a layer with its terms, (rows, out)."""
+    return product_with_hidden(rows, weight, bias, _layout(*places), factors, hidden)
+
+
+@torch.library.register_fake("vispeft::low_rank_product")
+def _(rows: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    """Return the shape of `_product`."""
+    return rows.new_empty(rows.shape[0], weight.shape[0])
+
+
+@torch.library.impl("vispeft::low_rank_gradients", "cpu")
 def _gradients(
     grad: Tensor,
     rows: Tensor | None,
@@ -105,7 +129,7 @@ def _gradients(
     stops: list[int],
     needed: list[bool],
 ) -> list[Tensor]:
-    """Compute the gradients of `_terms`.
+    """Compute the gradients of `_product`.
 
     Returns:
         Those of the input and of each factor that are needed, in this order.
@@ -117,7 +141,7 @@ def _gradients(
     return [found.contiguous() for found in (grad_x, *others) if found is not None]
 
 
-@_gradients.register_fake
+@torch.library.register_fake("vispeft::low_rank_gradients")
 def _(
     grad: Tensor,
     rows: Tensor | None,
@@ -134,23 +158,46 @@ def _(
     return [grad.new_empty(shape) for shape, wanted in zip(shapes, needed, strict=True) if wanted]
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Save the tensors that the backward pass needs."""
-    rows, weight, _, factors, *ctx.places = inputs
+    rows, weight, _, factors, hidden, *ctx.places = inputs
     trained = [factor.requires_grad for factor in factors]
     ctx.needed, ctx.reads = [rows.requires_grad, *trained], any(trained[::2])
     # If no first factor trains in this step, the input need not be saved.
-    ctx.save_for_backward(weight, *factors, *output[1:], *([rows] if ctx.reads else []))
+    ctx.save_for_backward(weight, *factors, *hidden, *([rows] if ctx.reads else []))
 
 
-def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    """Propagate the gradient of the output; the narrow projections have none."""
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Propagate the gradient of the output; the narrow projections have none of their own."""
     weight, *rest = ctx.saved_tensors
     terms = len(ctx.places[0])
     factors, hidden, read = rest[: 2 * terms], rest[2 * terms : 3 * terms], rest[3 * terms :]
-    made = iter(_gradients(grads[0], read[0] if read else None, weight, factors, hidden, *ctx.places, ctx.needed))
+    made = iter(_GRADIENTS(grad, read[0] if read else None, weight, factors, hidden, *ctx.places, ctx.needed))
     grad_x, *slopes = [next(made) if wanted else None for wanted in ctx.needed]
-    return grad_x, None, None, slopes, None, None, None
+    return grad_x, None, None, slopes, [None] * terms, None, None, None
 
 
-_terms.register_autograd(_backward, setup_context=_keep)
+torch.library.register_autograd("vispeft::low_rank_product", _backward, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.vispeft.low_rank_hidden)
+def _hidden_operations(rows: Sequence[int], a: Sequence[int], **_: Any) -> int:
+    """Count the floating-point operations of `_hidden` from the shapes of its inputs."""
+    return 2 * rows[0] * rows[1] * a[0]
+
+
+@register_flop_formula(torch.ops.vispeft.low_rank_product)
+def _product_operations(
+    rows: Sequence[int], weight: Sequence[int], bias: Any, factors: Sequence[Sequence[int]], *others: Any, **_: Any
+) -> int:
+    """Count the floating-point operations of `_product`: its terms are added, however that is done."""
+    return 2 * rows[0] * (weight[0] * weight[1] + sum(math.prod(b) for b in factors[1::2]))
+
+
+@register_flop_formula(torch.ops.vispeft.low_rank_gradients)
+def _gradient_operations(
+    grad: Sequence[int], rows: Any, weight: Sequence[int], factors: Sequence[Sequence[int]], *others: Any, **_: Any
+) -> int:
+    """Count the floating-point operations of `_gradients`; each factor takes part in two products."""
+    needs_x = others[-1][0]
+    return 2 * grad[0] * (needs_x * weight[0] * weight[1] + 2 * sum(map(math.prod, factors)))

@@ -15,7 +15,7 @@ from vispeft.core.low_rank import Dropout
 from vispeft.hosts.masks import mask_blocks, mask_source, masked
 from vispeft.hosts.products import add_product, outer, product, times_narrow
 
-__all__ = ["Kept", "Place", "gradients", "is_folded", "product_with_terms"]
+__all__ = ["Kept", "Place", "gradients", "is_folded", "narrowed", "product_with_hidden", "product_with_terms"]
 
 
 class Place(NamedTuple):
@@ -69,17 +69,39 @@ def product_with_terms(
     Returns:
         (rows, out), and what the backward pass reads.
     """
-    folds = _folds(rows.shape[0], weight, layout)
-    out = product(rows, (_written_into(weight, layout, factors) if folds else weight).t(), bias)
-    hidden: list[Tensor] = []
-    sources: list[Tensor | None] = []
-    for place, a, b in zip(layout, factors[::2], factors[1::2], strict=True):
-        narrow, source = _narrow(rows, a, place.dropout)
-        hidden.append(narrow)
-        sources.append(source)
-        if not folds:
-            add_product(_part(out, place), narrow, b.t(), place.scale)
-    return out, Kept(weight, layout, factors, hidden, sources)
+    drawn = [narrowed(rows, a, place.dropout) for place, a in zip(layout, factors[::2], strict=True)]
+    hidden = [narrow for narrow, _ in drawn]
+    out = product_with_hidden(rows, weight, bias, layout, factors, hidden)
+    return out, Kept(weight, layout, factors, hidden, [source for _, source in drawn])
+
+
+def product_with_hidden(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: Sequence[Place],
+    factors: Sequence[Tensor],
+    hidden: Sequence[Tensor],
+) -> Tensor:
+    """Compute `product_with_terms` with the narrow projections at hand.
+
+    Args:
+        rows: (rows, in), in the dtype of the weight, as all tensors.
+        weight: (out, in).
+        bias: (out,) or None.
+        layout: The terms.
+        factors: Both factors of each term.
+        hidden: The narrow projection of each term, (rows, rank).
+
+    Returns:
+        (rows, out).
+    """
+    if _folds(rows.shape[0], weight, layout):
+        return product(rows, _written_into(weight, layout, factors).t(), bias)
+    out = product(rows, weight.t(), bias)
+    for place, narrow, b in zip(layout, hidden, factors[1::2], strict=True):
+        add_product(_part(out, place), narrow, b.t(), place.scale)
+    return out
 
 
 def gradients(
@@ -126,8 +148,17 @@ def _part(out: Tensor, place: Place) -> Tensor:
     return out if place.stop - place.start == out.shape[1] else out[:, place.start : place.stop]
 
 
-def _narrow(rows: Tensor, a: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor | None]:
-    """Apply a first factor with its dropout; also return what its mask is drawn from."""
+def narrowed(rows: Tensor, a: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor | None]:
+    """Apply a first factor with its dropout.
+
+    Args:
+        rows: (rows, in).
+        a: (rank, in).
+        dropout: Dropout of the input or of the projection.
+
+    Returns:
+        (rows, rank), and what the mask is drawn from, None without dropout.
+    """
     if not dropout.share:
         return product(rows, a.t(), None), None
     # Kept entries are scaled up here, where there are few channels, and not in the input.
