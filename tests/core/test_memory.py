@@ -168,7 +168,9 @@ def test_the_choice_can_change_and_leaves_no_trace(images: Tensor) -> None:
 
 
 @pytest.mark.parametrize("mode", ["blocks", pytest.param("model", marks=pytest.mark.slow)])
-def test_a_compiled_model_keeps_as_little_and_the_choice_can_change(images: Tensor, mode: Any) -> None:
+def test_a_compiled_model_keeps_as_little_and_the_choice_can_change(
+    images: Tensor, mode: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     full = base()
     _, of_full = kept(full, images, lambda: full(images))
     model, bank = adapted("plain")
@@ -185,16 +187,48 @@ def test_a_compiled_model_keeps_as_little_and_the_choice_can_change(images: Tens
         shares[memory] = found / of_full
         pairs = zip(wanted, bank.trainable_parameters(), strict=True)
         assert all((a - p.grad).abs().max() < 1e-5 * a.abs().max() for a, (_, p) in pairs)
-    # The compiler keeps a norm's normalised input and the slope of an activation besides their outputs.
     assert shares["plain"] > 0.95
     assert shares["lean"] < 0.67
     assert shares["leaner"] < 0.43
     bank.memory = "lean"
     assert kept(model, images, lambda: model(images))[1] / of_full == shares["lean"]
+    assert "runs as it is" not in caplog.text
 
 
-def test_options_of_the_compiler_stay_and_unknown_ones_are_refused_at_once(images: Tensor) -> None:
-    model, bank = adapted("lean")
+@pytest.mark.parametrize("mode", ["blocks", pytest.param("model", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        vispeft.LoRA(rank=2, roles=ALL, dropout=0.5, drop_path=0.3),
+        pytest.param(vispeft.Adapter(bottleneck=4, dropout=0.5), marks=pytest.mark.slow),
+    ],
+    ids=["lora", "adapter"],
+)
+def test_compiled_models_draw_random_numbers_once(
+    images: Tensor, mode: Any, method: vispeft.Method, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever is computed again, and with checkpoints, what was dropped stays dropped."""
+    model, bank = adapted("plain", method)
+    torch._dynamo.reset()
+    bank.compile(mode, backend="aot_eager_decomp_partition")
+    results = []
+    for memory, checkpoints in (("plain", False), ("leaner", False), ("lean", True)):
+        bank.memory = memory
+        model.set_grad_checkpointing(checkpoints)
+        model.zero_grad()
+        torch.manual_seed(3)
+        out = model(images)
+        out.square().sum().backward()
+        results.append([out.detach(), *(p.grad for _, p in bank.trainable_parameters())])
+    for result in results[1:]:
+        assert all((a - b).abs().max() <= 1e-5 * a.abs().max() for a, b in zip(results[0], result, strict=True))
+    torch.manual_seed(4)
+    assert not torch.allclose(model(images), results[0][0])
+    assert "runs as it is" not in caplog.text
+
+
+def test_unknown_options_of_the_compiler_are_refused_at_once() -> None:
+    _, bank = adapted("lean")
     with pytest.raises(RuntimeError, match="no_such_option"):
         bank.compile(options={"no_such_option": True})
     assert not bank.is_compiled

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import vispeft
 from tests.tiny import TINY
-from vispeft.core.low_rank import Branch, Dropout
+from vispeft.core.low_rank import NO_DROPOUT, Branch, Dropout
 from vispeft.hosts.low_rank import low_rank_linear
 
 OPERATOR = torch.ops.vispeft.low_rank_product.default
@@ -33,10 +33,10 @@ def tensors(rows: int, terms: list[tuple[int, int]], frozen: bool = False) -> tu
     return x, weight, factors
 
 
-def layer(terms: list[tuple[int, int]], dropout: float = 0.0) -> Any:
+def layer(terms: list[tuple[int, int]], dropout: Dropout = NO_DROPOUT) -> Any:
     def run(x: Tensor, weight: Tensor, bias: Tensor, factors: list[Tensor]) -> Tensor:
         pairs = zip(factors[::2], factors[1::2], terms, strict=True)
-        return low_rank_linear(x, weight, bias, [Branch(a, b, -1.5, *at, Dropout(dropout)) for a, b, at in pairs])
+        return low_rank_linear(x, weight, bias, [Branch(a, b, -1.5, *at, dropout) for a, b, at in pairs])
 
     return run
 
@@ -78,6 +78,28 @@ def test_operator_equals_the_formula(form: str, rows: int, frozen: bool) -> None
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
 
 
+@pytest.mark.parametrize("place", ["input", "hidden"])
+@pytest.mark.parametrize("rows", [9, pytest.param(2, marks=pytest.mark.slow)])
+def test_operator_drops_the_same_entries_in_both_passes(rows: int, place: Any) -> None:
+    """The term is linear in the input and in each factor: the product of each with its gradient is the term's share."""
+    x, weight, factors = tensors(rows, TERMS["slices"])
+    run = layer(TERMS["slices"], Dropout(0.5, place))
+    torch._dynamo.reset()
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    torch.manual_seed(0)
+    out = compiled(x, weight, None, factors)
+    slope, frozen = torch.randn_like(out), F.linear(x, weight)
+    grad_x, *grads = torch.autograd.grad(out, [x, *factors], slope)
+    assert torch.allclose((grad_x * x).sum(), (slope * out).sum(), rtol=1e-4)
+    for index, (start, stop) in enumerate(TERMS["slices"]):
+        share = (slope * (out - frozen))[..., start:stop].sum()
+        for number in (2 * index, 2 * index + 1):
+            assert torch.allclose((grads[number] * factors[number]).sum(), share, rtol=1e-4)
+    torch.manual_seed(0)
+    assert compiled(x, weight, None, factors).equal(out)
+    assert not compiled(x, weight, None, factors).equal(out)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", TERMS)
 def test_operator_keeps_the_rules_of_operators(form: str) -> None:
@@ -85,14 +107,15 @@ def test_operator_keeps_the_rules_of_operators(form: str) -> None:
     starts, stops = ([place[i] for place in TERMS[form]] for i in (0, 1))
     rows = x.detach().flatten(0, 1).requires_grad_()
     hidden = [(rows @ a.t()).detach() for a in factors[::2]]
-    torch.library.opcheck(OPERATOR, (rows, weight, None, factors, hidden, [0.5] * len(starts), starts, stops))
+    others = [0.5] * len(starts), starts, stops, [0.5] * len(starts), ["hidden"] * len(starts)
+    seeds = [torch.rand((), dtype=torch.float64) for _ in starts]
+    torch.library.opcheck(OPERATOR, (rows, None, weight, factors, hidden, seeds, *others))
 
 
 def test_operator_stands_in_graphs_of_frozen_layers_alone() -> None:
     x, weight, factors = tensors(2, TERMS["whole"])
     assert OPERATOR in operators(layer(TERMS["whole"]), x, weight, None, factors)
     assert OPERATOR not in operators(layer(TERMS["whole"]), x, weight.requires_grad_(), None, factors)
-    assert OPERATOR not in operators(layer(TERMS["whole"], dropout=0.5), x, weight.detach(), None, factors)
 
 
 def test_transforms_inside_of_a_graph_see_plain_operations() -> None:

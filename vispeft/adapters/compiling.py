@@ -15,6 +15,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.modules import module as _modules
+from torch.utils.checkpoint import CheckpointPolicy
 
 from vispeft.adapters.holder import BankState
 from vispeft.core.families import base_class
@@ -89,11 +90,22 @@ def _keeping(memory: Memory, name: str) -> Callable[..., Any]:
 
         if name == "inductor":  # as `torch.compile` calls it
             chosen = torch._inductor.list_mode_options(settings["mode"]) if "mode" in settings else {}
-            settings = {"config_patches": {**chosen, **settings.get("options", {})}}
-        with config.patch(PARTITION[memory]):
+            # The generator of inductor takes 20 times as long on a CPU as PyTorch's.
+            slow = all(tensor.device.type == "cpu" for tensor in inputs if isinstance(tensor, Tensor))
+            settings = {"config_patches": {"fallback_random": slow, **chosen, **settings.get("options", {})}}
+        with config.patch({**PARTITION[memory], "joint_custom_pass": _draw_once}):
             return torch._dynamo.lookup_backend(name)(graph, inputs, **settings)
 
     return compile_graph
+
+
+def _draw_once(graph: GraphModule, _: object) -> GraphModule:
+    """Have random numbers kept that a backward pass reads; PyTorch would let some of them be drawn anew."""
+    for node in graph.graph.nodes:
+        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if is_random and isinstance(node.meta.get("val"), Tensor):
+            node.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
+    return graph
 
 
 def _prepare_compiler() -> None:

@@ -108,7 +108,7 @@ def _trains(weight: Tensor, bias: Tensor | None) -> bool:
 def _low_rank_plain(
     x: Tensor, weight: Tensor, bias: Tensor | None, layout: Sequence[Place], factors: Sequence[Tensor]
 ) -> Tensor:
-    if is_opaque(x, layout) and not _trains(weight, bias):
+    if is_opaque(x) and not _trains(weight, bias):
         out = opaque_terms(as_rows(x), weight, bias, layout, factors)
         return out.view(*x.shape[:-1], out.shape[1])
     return _with_terms(x, F.linear(x, weight, bias), layout, factors)

@@ -148,13 +148,14 @@ def _part(out: Tensor, place: Place) -> Tensor:
     return out if place.stop - place.start == out.shape[1] else out[:, place.start : place.stop]
 
 
-def narrowed(rows: Tensor, a: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor | None]:
+def narrowed(rows: Tensor, a: Tensor, dropout: Dropout, source: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Apply a first factor with its dropout.
 
     Args:
         rows: (rows, in).
         a: (rank, in).
         dropout: Dropout of the input or of the projection.
+        source: What its mask is drawn from; None to draw that too.
 
     Returns:
         (rows, rank), and what the mask is drawn from, None without dropout.
@@ -163,12 +164,12 @@ def narrowed(rows: Tensor, a: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor 
         return product(rows, a.t(), None), None
     # Kept entries are scaled up here, where there are few channels, and not in the input.
     if dropout.place == "input":
-        source = mask_source(rows, rows.shape[1], dropout.share)
+        source = mask_source(rows, rows.shape[1], dropout.share) if source is None else source
         blocks = mask_blocks(source, rows, rows.shape[1], dropout.share)
         parts = [product(mask.mul_(rows[part]), a.t(), None) for part, mask in blocks]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).div_(dropout.kept), source
     narrow = product(rows, a.t(), None)
-    source = mask_source(narrow, narrow.shape[1], dropout.share)
+    source = mask_source(narrow, narrow.shape[1], dropout.share) if source is None else source
     return masked(narrow, source, dropout.share).div_(dropout.kept), source
 
 
