@@ -28,11 +28,13 @@ import vispeft  # first: it makes torchvision importable where its library does 
 
 import timm  # isort: skip
 import torch
-from common import RESULTS, alternate, write, write_section
+from common import RESULTS, alternate, saved_bytes, write, write_section
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from vispeft.adapters.compiling import Compile
 from vispeft.adapters.task_maps import map_shapes
+from vispeft.core.origin import Memory
 from vispeft.heads import decoder as make_decoder
 from vispeft.hosts import low_rank
 
@@ -43,6 +45,13 @@ MOST_MACS, MOST_SECONDS = 1.6, 0.45
 seconds of four single-task models."""
 MOST_STEP, MOST_COMPILED = 0.60, 1.0
 """Largest shares that MTLoRA's training step may take: of four steps of LoRA; and compiled, of itself."""
+COMPILED, COMPILED_PLAIN = " compiled", " compiled, plain"
+MODES: dict[str, tuple[Compile, Memory]] = {
+    "": ("off", "lean"),
+    COMPILED: ("blocks", "lean"),
+    COMPILED_PLAIN: ("blocks", "plain"),
+}
+"""What is compiled and kept, by the end of a step's name."""
 NAMES = {
     "backbone": "plain backbone",
     "unmerged": "MTLoRA, terms as products of their own",
@@ -165,6 +174,18 @@ def passes(size: int, rounds: int) -> dict[str, Any]:
     return alternate({"passes": step(False), "batch": step(True)}, 3 * rounds, warmup=1, clock=time.process_time)
 
 
+class _Maps(nn.Module):
+    """The maps of all tasks as the output of a module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> dict[str, list[Tensor]]:
+        """Compute them."""
+        return vispeft.forward_tasks(self.model, images)
+
+
 def training_step(model: nn.Module, images: Tensor) -> Callable[[], None]:
     """Make a step: the maps of all tasks, one pass for each task where the method does not branch, and gradients."""
 
@@ -185,23 +206,28 @@ def measure_steps(args: argparse.Namespace) -> None:
         "lora": vispeft.LoRA(rank=args.rank, roles=roles),
         "mtlora": vispeft.MTLoRA(rank=args.rank, drop_path=0.0),
     }
-    steps = {}
-    for mode in ("off", *(["blocks"] if args.compile else [])):
+    steps, kept = {}, {}
+    for key, (mode, memory) in MODES.items() if args.compile else [("", MODES[""])]:
         for name, method in methods.items():
             torch.manual_seed(0)
             model = swin(args.size).train()
             bank = vispeft.attach(model, method, tasks=list(TASKS), verify=False)
+            bank.memory = memory
             reason = bank.compile(mode)
             if reason is not None:
                 raise SystemExit(f"The blocks cannot be compiled: {reason}.")
-            steps[name if mode == "off" else f"{name} compiled"] = training_step(model, images)
+            steps[name + key] = training_step(model, images)
+            steps[name + key]()
+            kept[name + key] = saved_bytes(_Maps(model), images)
     seconds = alternate(steps, args.rounds, warmup=2, clock=time.process_time)
     shares = {"mtlora": seconds["mtlora"]["median"] / seconds["lora"]["median"]}
     met = {"mtlora": shares["mtlora"] <= MOST_STEP}
     if args.compile:
-        shares["compiled"] = seconds["mtlora compiled"]["median"] / seconds["mtlora"]["median"]
-        met["compiled"] = shares["compiled"] <= MOST_COMPILED
-    found = {"arguments": vars(args), "seconds": seconds, "shares": shares, "met": met}
+        for key in (COMPILED, COMPILED_PLAIN):
+            shares[key] = seconds[f"mtlora{key}"]["median"] / seconds["mtlora"]["median"]
+            met[key] = shares[key] <= MOST_COMPILED
+            shares[f"kept{key}"] = kept[f"mtlora{key}"] / kept["mtlora"]
+    found = {"arguments": vars(args), "seconds": seconds, "kept": kept, "shares": shares, "met": met}
     print(json.dumps(found, indent=1), write("multitask_steps", found), sep="\n")
 
 
@@ -236,7 +262,13 @@ def table() -> None:
             f"A training step of MTLoRA for all maps takes {shares['mtlora']:.2f} of four steps of LoRA on all ",
         ]
         lines[-1] += f"linear layers, one for each task ({side} pixels, decoders left out)"
-        lines[-1] += f"; compiled, {shares['compiled']:.2f} of itself." if "compiled" in shares else "."
+        lines[-1] += "."
+        if COMPILED in shares:
+            lines[-1] += (
+                f" Compiled, it takes {shares[COMPILED]:.2f} of itself and keeps {shares[f'kept{COMPILED}']:.2f} of "
+                f"the bytes for its backward pass; compiled with `memory: plain`, {shares[COMPILED_PLAIN]:.2f} and "
+                f"{shares[f'kept{COMPILED_PLAIN}']:.2f}."
+            )
     write_section("multitask cost", lines, "multitask")
 
 
