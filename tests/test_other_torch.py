@@ -12,7 +12,7 @@ OTHER = os.environ.get("VISPEFT_OTHER_PYTHON")
 """The interpreter of an environment with another torch (2.11 is the oldest that is served) and the other requirements
 of ``requirements.lock``."""
 ROOT = Path(__file__).parents[1]
-FILES = ("tests/core/test_compiling.py", "tests/core/test_graph_counts.py", "tests/core/test_memory.py")
+FILES = tuple(f"tests/core/test_{name}.py" for name in ("compiling", "graph_counts", "memory", "opaque"))
 
 
 @pytest.mark.slow

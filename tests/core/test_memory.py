@@ -196,18 +196,22 @@ def test_a_compiled_model_keeps_as_little_and_the_choice_can_change(
 
 
 @pytest.mark.parametrize("mode", ["blocks", pytest.param("model", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("generator", ["pytorch", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "method",
     [
-        vispeft.LoRA(rank=2, roles=ALL, dropout=0.5, drop_path=0.3),
-        pytest.param(vispeft.Adapter(bottleneck=4, dropout=0.5), marks=pytest.mark.slow),
+        vispeft.Adapter(bottleneck=4, dropout=0.5, drop_path=0.3),
+        pytest.param(vispeft.LoRA(rank=2, roles=ALL, dropout=0.5, drop_path=0.3), marks=pytest.mark.slow),
     ],
-    ids=["lora", "adapter"],
+    ids=["adapter", "lora"],
 )
 def test_compiled_models_draw_random_numbers_once(
-    images: Tensor, mode: Any, method: vispeft.Method, caplog: pytest.LogCaptureFixture
+    images: Tensor, mode: Any, method: vispeft.Method, generator: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever is computed again, and with checkpoints, what was dropped stays dropped."""
+    """Whatever is computed again, and with checkpoints, what was dropped stays dropped.
+
+    The generator decides which operations stand for dropout in the graph: PyTorch's on a CPU, inductor's on a GPU.
+    """
     model, bank = adapted("plain", method)
     torch._dynamo.reset()
     bank.compile(mode, backend="aot_eager_decomp_partition")
@@ -217,7 +221,8 @@ def test_compiled_models_draw_random_numbers_once(
         model.set_grad_checkpointing(checkpoints)
         model.zero_grad()
         torch.manual_seed(3)
-        out = model(images)
+        with torch._inductor.config.patch(fallback_random=generator == "pytorch"):
+            out = model(images)
         out.square().sum().backward()
         results.append([out.detach(), *(p.grad for _, p in bank.trainable_parameters())])
     for result in results[1:]:
@@ -232,6 +237,24 @@ def test_unknown_options_of_the_compiler_are_refused_at_once() -> None:
     with pytest.raises(RuntimeError, match="no_such_option"):
         bank.compile(options={"no_such_option": True})
     assert not bank.is_compiled
+
+
+@pytest.mark.slow
+def test_options_reach_the_compiler_and_equal_models_share_graphs(images: Tensor) -> None:
+    torch._dynamo.reset()
+    asked: list[int] = []
+
+    def every(guards: Any) -> list[bool]:
+        asked.append(len(guards))
+        return [True] * len(guards)
+
+    options = {"max-autotune": False, "guard_filter_fn": every}
+    for _ in range(2):
+        model, bank = adapted("lean")
+        bank.compile("model", options=options)
+        model(images).sum().backward()
+        assert len(asked) == 1
+    assert "guard_filter_fn" in options
 
 
 def test_an_unknown_choice_is_refused() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import vispeft
 from tests.tiny import TINY
 from vispeft.core.low_rank import NO_DROPOUT, Branch, Dropout
+from vispeft.errors import ConfigError
 from vispeft.hosts.low_rank import low_rank_linear
 
 OPERATOR = torch.ops.vispeft.low_rank_product.default
@@ -110,6 +111,15 @@ def test_operator_keeps_the_rules_of_operators(form: str) -> None:
     others = [0.5] * len(starts), starts, stops, [0.5] * len(starts), ["hidden"] * len(starts)
     seeds = [torch.rand((), dtype=torch.float64) for _ in starts]
     torch.library.opcheck(OPERATOR, (rows, None, weight, factors, hidden, seeds, *others))
+
+
+def test_a_second_derivative_of_the_operator_is_refused() -> None:
+    x, weight, factors = tensors(9, TERMS["whole"])
+    torch._dynamo.reset()
+    out = torch.compile(layer(TERMS["whole"]), backend="eager", fullgraph=True)(x, weight, None, factors)
+    slope = torch.autograd.grad(out.square().sum(), x, create_graph=True)[0]
+    with pytest.raises(ConfigError, match="second derivative"):
+        slope.sum().backward()
 
 
 def test_operator_stands_in_graphs_of_frozen_layers_alone() -> None:

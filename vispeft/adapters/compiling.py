@@ -8,12 +8,13 @@ import shutil
 import sys
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.nn.modules import module as _modules
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -77,8 +78,9 @@ def _finds(variable: str, *names: str) -> bool:
     return any(shutil.which(name) for name in (os.environ.get(variable), *names) if name)
 
 
+@cache
 def _keeping(memory: Memory, name: str) -> Callable[..., Any]:
-    """Return a backend of `torch.compile` whose graphs keep as much as asked for.
+    """Return a backend of `torch.compile` whose graphs keep as much as asked for; equal ones are one object.
 
     Args:
         memory: The choice.
@@ -89,23 +91,46 @@ def _keeping(memory: Memory, name: str) -> Callable[..., Any]:
         from torch._functorch import config
 
         if name == "inductor":  # as `torch.compile` calls it
-            chosen = torch._inductor.list_mode_options(settings["mode"]) if "mode" in settings else {}
+            given = {key.replace("-", "_"): value for key, value in settings.get("options", {}).items()}
+            on_cpu = all(tensor.device.type == "cpu" for tensor in inputs if isinstance(tensor, Tensor))
             # The generator of inductor takes 20 times as long on a CPU as PyTorch's.
-            slow = all(tensor.device.type == "cpu" for tensor in inputs if isinstance(tensor, Tensor))
-            settings = {"config_patches": {"fallback_random": slow, **chosen, **settings.get("options", {})}}
-        with config.patch({**PARTITION[memory], "joint_custom_pass": _draw_once}):
+            settings = {"config_patches": {**({"fallback_random": True} if on_cpu else {}), **given}}
+        draw_once = partial(_draw_once, config.joint_custom_pass)
+        with config.patch({**PARTITION[memory], "joint_custom_pass": draw_once}):
             return torch._dynamo.lookup_backend(name)(graph, inputs, **settings)
 
+    compile_graph.__name__ = name  # by which PyTorch names it in errors
     return compile_graph
 
 
-def _draw_once(graph: GraphModule, _: object) -> GraphModule:
-    """Have random numbers kept that a backward pass reads; PyTorch would let some of them be drawn anew."""
+def _draw_once(before: Callable[..., Any] | None, graph: GraphModule, inputs: Any) -> GraphModule:
+    """Have random numbers kept that a backward pass reads; PyTorch would let some of them be drawn anew.
+
+    Args:
+        before: The pass over such graphs that a user has set.
+        graph: The graph of both passes.
+        inputs: Its inputs.
+    """
+    graph = before(graph, inputs) if callable(before) else graph
     for node in graph.graph.nodes:
-        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if is_random and isinstance(node.meta.get("val"), Tensor):
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and _draws(node):
             node.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
     return graph
+
+
+def _draws(node: Node) -> bool:
+    """Return whether an operation draws random numbers here: attention does with dropout alone."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for index, argument in enumerate(node.target._schema.arguments):
+        if argument.name == "dropout_p":
+            given = node.args[index] if index < len(node.args) else node.kwargs.get("dropout_p", 0.0)
+            return bool(given)
+    return True
+
+
+def _copied(options: dict[str, Any]) -> dict[str, Any]:
+    """Copy arguments of `torch.compile`, which takes some settings out of its ``options``."""
+    return {**options, "options": dict(options["options"])} if options.get("options") else options
 
 
 def _prepare_compiler() -> None:
@@ -197,7 +222,7 @@ class _Graph:
 
         # Graphs are kept by code object.
         run.__code__ = run.__code__.replace(co_name=f"block_{number}")
-        self.run = torch.compile(run, fullgraph=True, dynamic=False, **options)
+        self.run = torch.compile(run, fullgraph=True, dynamic=False, **_copied(options))
         self.failed = self.warned = False
 
     def warn(self, error: Exception, name: str, hooked: bool) -> None:
@@ -280,8 +305,9 @@ class CompilingBank(BankState):
         if fixed:
             raise ConfigError(f"bank.compile({fixed[0]}=...): blocks are compiled with a fixed one. Leave it out.")
         device = next(self._model.parameters()).device if device is None else device
-        torch.compile(_keeping, **options)  # checks the options, and compiles nothing yet
         reason = None if mode == "off" else cannot_compile(device, options.get("backend", "inductor"))
+        if mode != "off" and reason is None:
+            torch.compile(_keeping, **_copied(options))  # checks the options, and compiles nothing yet
         self._compiled, self._options = ("off" if reason else mode), options
         if self._compiled != "off":
             _prepare_compiler()
@@ -296,7 +322,7 @@ class CompilingBank(BankState):
         if isinstance(backend, str):
             options = {**options, "backend": _keeping(self._routing.memory, backend)}
         if self._compiled == "model":
-            self._model.compile(**options)
+            self._model.compile(**_copied(options))
         graphs: dict[Hashable, _Graph] = {}
         for block in self._blocks() if self._compiled == "blocks" else ():
             kind = _kind(block)

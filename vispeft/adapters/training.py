@@ -34,6 +34,11 @@ class TrainingBank(BankState):
         """Return the route of a choice of adapters."""
         raise NotImplementedError
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the model, or its blocks, run compiled."""
+        raise NotImplementedError
+
     def _set_compiled(self) -> None:
         raise NotImplementedError
 
@@ -46,8 +51,9 @@ class TrainingBank(BankState):
 
         ``plain`` keeps what PyTorch keeps. ``lean``, the default, computes the outputs of norms and activations in
         front of adapted layers again. ``leaner`` also computes the first layers of MLPs again, which takes about a
-        ninth of a step of full fine-tuning more. In a compiled model the compiler finds what to compute again:
-        element-wise operations in ``lean``, and what takes the fewest operations for each byte in ``leaner``.
+        ninth of a step of full fine-tuning more. In a model compiled by a named backend the compiler finds what to
+        compute again: element-wise operations in ``lean``, and what takes the fewest operations for each byte in
+        ``leaner``.
         """
         return self._routing.memory
 
@@ -61,7 +67,8 @@ class TrainingBank(BankState):
         self._place_memory()
         self._set_compiled()
         self._place_compiled()
-        left = left_alone(self._model, self.view) if memory == "leaner" else []
+        chooses = memory == "leaner" and not self.is_compiled  # else the compiler does
+        left = left_alone(self._model, self.view) if chooses else []
         if left:
             logger.warning(
                 "memory='leaner' leaves %s as they are, which are gated or unusual: %s%s.",

@@ -334,11 +334,11 @@ class WindowBlockHost(BlockHost):
         if not streams.beside and not (isinstance(attn, WindowAttentionHost) and attn.acting.carries):
             return Streams(self._attn(streams.tokens), {}, streams.rules)
         windows = cut_windows(self, streams.tokens)
-        inside, arguments = streams._replace(tokens=windows.tokens), {"mask": windows.mask}
+        inside, arguments = streams.changed(tokens=windows.tokens), {"mask": windows.mask}
         if attn.reads_alone(inside, arguments):
             return Streams(self._attn(streams.tokens), attn.read_streams(inside), streams.rules)
         mixed: Streams = attn.mixed(inside, arguments)
-        out: Streams = attn.project_out(mixed._replace(tokens=join_windows(windows, mixed.tokens)), streams)
+        out: Streams = attn.project_out(mixed.changed(tokens=join_windows(windows, mixed.tokens)), streams)
         return out
 
 

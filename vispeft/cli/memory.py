@@ -97,7 +97,7 @@ def estimate_memory(place: str, overrides: Sequence[str] = ()) -> MemoryEstimate
 
     Weights in memory change; nothing is written. Activations follow from the method, the image size, the precision, and
     ``memory`` and ``token_merging`` of the config, since they are counted and not computed from formulas. Compiled
-    graphs keep other ones.
+    graphs keep other ones, about as many.
 
     Args:
         place: A config, or the name of a packaged one.

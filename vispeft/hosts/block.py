@@ -74,8 +74,8 @@ class BlockHost(Host):
         units = acting.parallel
         if merging is None and not units and not acting.carries and (beside is None or not beside.beside):
             out = super().forward(x, *args, **arguments)
-            return out if beside is None else beside._replace(tokens=out)
-        streams = Streams(x) if beside is None else beside._replace(tokens=x)
+            return out if beside is None else beside.changed(tokens=out)
+        streams = Streams(x) if beside is None else beside.changed(tokens=x)
         merged, step = streams.merged, None
         if merging is not None:
             step = arguments["merging"] = MergeStep(merging, merged)
@@ -83,18 +83,18 @@ class BlockHost(Host):
         streams = self._joined("attn", streams, self.attention_branch(streams, *args, **arguments), place)
         if step is not None:
             tokens, merged = step.merge(streams.tokens)
-            streams = streams._replace(tokens=tokens)
+            streams = streams.changed(tokens=tokens)
         skipping = [unit for unit in units if unit.skips]
         if not skipping:
             streams = self._joined("mlp", streams, self.mlp_branch(streams), place)
-            return streams.tokens if beside is None else streams._replace(merged=merged)
+            return streams.tokens if beside is None else streams.changed(merged=merged)
         passed = skipping[0].passes(streams.tokens, prefix)
         for unit in skipping[1:]:
             passed = passed * unit.passes(streams.tokens, prefix)
         whole = beside is not None and beside.whole
         outputs = self.mlp_branch(streams) if whole else self._skipped(streams, passed)
         streams = self._joined("mlp", streams, outputs, place)
-        return streams.tokens if beside is None else streams._replace(passed=passed[:, prefix:], merged=merged)
+        return streams.tokens if beside is None else streams.changed(passed=passed[:, prefix:], merged=merged)
 
     def _skipped(self, streams: Streams, passed: Tensor) -> tuple[Streams, Streams | None]:
         """Run the MLP branch for the tokens that pass, (B, N, 1) or (B, H, W, 1).
@@ -107,7 +107,7 @@ class BlockHost(Host):
         beside = bool(streams.beside) or self.acting.carries
         if torch.is_grad_enabled() or in_graph() or torch.jit.is_tracing() or inside or beside:
             added, normed = self.mlp_branch(streams)
-            return added._replace(tokens=added.tokens * passed.to(added.tokens.dtype)), normed
+            return added.changed(tokens=added.tokens * passed.to(added.tokens.dtype)), normed
         chosen = passed[..., 0] > 0
         rows = self.mlp_branch(Streams(streams.tokens[chosen][None]))[0].tokens[0]
         tokens = streams.tokens.new_zeros(streams.tokens.shape, dtype=rows.dtype)

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vispeft.core.low_rank import Dropout
 from vispeft.core.tracing import in_graph
+from vispeft.errors import ConfigError
 from vispeft.hosts.terms import Kept, Place, gradients, narrowed, product_with_hidden
 
 __all__ = ["is_opaque", "opaque_terms"]
@@ -197,7 +198,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_x, None, None, slopes, [None] * terms, [None] * len(rest), *[None] * len(ctx.places)
 
 
+def _no_backward(ctx: Any, *grads: Any) -> Any:
+    raise ConfigError(
+        "A second derivative was asked for (create_graph=True) of low-rank terms in a compiled graph, which has none. "
+        "Run the model as it is: bank.compile('off')."
+    )
+
+
 torch.library.register_autograd("vispeft::low_rank_product", _backward, setup_context=_keep)
+torch.library.register_autograd("vispeft::low_rank_gradients", _no_backward)
 
 
 @register_flop_formula(torch.ops.vispeft.low_rank_hidden)

@@ -270,7 +270,7 @@ class PlainModelHost(RunningHost):
         old = tokens[:, first : first + present].split(list(result.inserted), 1)
         rows = [was if value is None else value.to(tokens.dtype) for value, was in zip(new, old, strict=True)]
         joined = torch.cat([tokens[:, :first], *rows, tokens[:, first + present :]], dim=1)
-        result.streams = result.streams._replace(tokens=joined)
+        result.streams = result.streams.changed(tokens=joined)
         result.inserted = tuple(part.shape[1] for part in rows)
 
     def _without_inserted(self, tokens: Tensor, result: RunResult) -> Tensor:

@@ -34,6 +34,15 @@ class Streams(NamedTuple):
     merged: Merged | None = None
     """At the input and the output of a block: which patches its tokens were merged from."""
 
+    def changed(self, **fields: Any) -> Streams:
+        """Return a bundle with other values in some fields; torch 2.11 cannot compile `_replace`.
+
+        Args:
+            **fields: The values.
+        """
+        values: list[Any] = [fields.get(name, value) for name, value in zip(self._fields, self, strict=True)]
+        return Streams(*values)
+
     def each(self, change: Callable[[Tensor], Tensor]) -> Streams:
         """Apply a function that acts on each row independently, such as a norm, a layer scale or an MLP.
 
