@@ -79,7 +79,9 @@ class SNELLUnit(WeightUnit):
         if not self.method.threshold:
             return change
         size = change.detach().abs()
-        kept = size > size.flatten().quantile(self.method.threshold)
+        # What is above the quantile is above the entry below it; torch 2.11 cannot compile `quantile`.
+        below = size.flatten().kthvalue(1 + int(self.method.threshold * (size.numel() - 1))).values
+        kept = size > below
         return change * (kept * size if self.method.squared else kept)
 
     def fold_weight(self, weight: Tensor) -> Tensor:
