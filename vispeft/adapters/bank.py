@@ -45,7 +45,7 @@ _users: WeakKeyDictionary[AdapterBank, int] = WeakKeyDictionary()
 """Number of calls that are adding an adapter to a bank."""
 
 
-class AdapterBank(PortBank, ShardingBank, StackBank, TaskBank, HookBank, MergingBank):
+class AdapterBank(PortBank, StackBank, TaskBank, HookBank, ShardingBank, MergingBank):
     """All adapters of one model.
 
     Get one from `attach` or `load`. The model stays a timm model in use; the bank is only needed to manage the

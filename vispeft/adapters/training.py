@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from torch import nn
 
+from vispeft.adapters.compiling import CompilingBank
 from vispeft.adapters.entry import Entry
-from vispeft.adapters.holder import BankState
 from vispeft.adapters.memory import left_alone, place_memory
 from vispeft.adapters.report import Report
 from vispeft.adapters.task_maps import TaskMaps
@@ -27,22 +27,11 @@ __all__ = ["TrainingBank"]
 logger = logging.getLogger(__name__)
 
 
-class TrainingBank(BankState):
+class TrainingBank(CompilingBank):
     """The declaration of a bank (which adapters train) and the functions that depend on it."""
 
     def route(self, names: tuple[str, ...], task: str | None, weights: tuple[float, ...] = ()) -> Route:
         """Return the route of a choice of adapters."""
-        raise NotImplementedError
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether the model, or its blocks, run compiled."""
-        raise NotImplementedError
-
-    def _set_compiled(self) -> None:
-        raise NotImplementedError
-
-    def _place_compiled(self) -> None:
         raise NotImplementedError
 
     @property

@@ -132,7 +132,7 @@ def _product(
     *places: Any,
 ) -> Tensor:
     """Compute a layer with its terms, (rows, out)."""
-    return product_with_hidden(rows, weight, bias, _layout(*places), factors, hidden)
+    return product_with_hidden(rows, bias, Kept(weight, _layout(*places), factors, hidden, seeds))
 
 
 @torch.library.register_fake("vispeft::low_rank_product")

@@ -70,32 +70,22 @@ def product_with_terms(
         (rows, out), and what the backward pass reads.
     """
     drawn = [narrowed(rows, a, place.dropout) for place, a in zip(layout, factors[::2], strict=True)]
-    hidden = [narrow for narrow, _ in drawn]
-    out = product_with_hidden(rows, weight, bias, layout, factors, hidden)
-    return out, Kept(weight, layout, factors, hidden, [source for _, source in drawn])
+    kept = Kept(weight, layout, factors, [narrow for narrow, _ in drawn], [source for _, source in drawn])
+    return product_with_hidden(rows, bias, kept), kept
 
 
-def product_with_hidden(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    layout: Sequence[Place],
-    factors: Sequence[Tensor],
-    hidden: Sequence[Tensor],
-) -> Tensor:
+def product_with_hidden(rows: Tensor, bias: Tensor | None, kept: Kept) -> Tensor:
     """Compute `product_with_terms` with the narrow projections at hand.
 
     Args:
-        rows: (rows, in), in the dtype of the weight, as all tensors.
-        weight: (out, in).
+        rows: (rows, in), in the dtype of the weight.
         bias: (out,) or None.
-        layout: The terms.
-        factors: Both factors of each term.
-        hidden: The narrow projection of each term, (rows, rank).
+        kept: The layer, its terms and their narrow projections.
 
     Returns:
         (rows, out).
     """
+    weight, layout, factors, hidden, _ = kept
     if _folds(rows.shape[0], weight, layout):
         return product(rows, _written_into(weight, layout, factors).t(), bias)
     out = product(rows, weight.t(), bias)
